@@ -1,0 +1,72 @@
+"""What every accelerated layer shares: who its stock class is, and passing for it.
+
+Stock code asks three things of a layer's class, and a subclass alone answers them wrongly: whether
+`isinstance(layer, nn.Linear)` when the layer was built by code that knows only `torch.nn`; whether
+torch.fx may step into it; what TorchScript should compile.
+"""
+
+from __future__ import annotations
+
+from abc import ABCMeta
+from typing import Any
+
+import torch.fx
+import torch.nn
+
+STOCK: dict[type, type] = {}  # accelerated class -> the stock class it stands for
+OURS: dict[type, type] = {}  # and the other way
+
+
+class Layer(ABCMeta):
+    """Metaclass of accelerated layers. `class ReLU(stock.ReLU, metaclass=Layer)` registers it.
+
+    An ABCMeta, so that users may still mix `abc.ABC` into their subclasses.
+    """
+
+    def __new__(mcls, name, bases, namespace, **kwargs):
+        ours = namespace.get("__module__", "").startswith("fastnn.layers.")
+        if ours:
+            namespace.setdefault("__doc__", bases[0].__doc__)
+            namespace["__prepare_scriptable__"] = _as_stock
+        cls = super().__new__(mcls, name, bases, namespace, **kwargs)
+        if ours:
+            STOCK[cls], OURS[bases[0]] = bases[0], cls
+        return cls
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        # A stock layer counts as one of ours: `isinstance(m, nn.Linear)` means "is a linear layer".
+        return isinstance(instance, STOCK.get(cls, object)) and (
+            cls in STOCK or super().__instancecheck__(instance)
+        )
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return (
+            issubclass(subclass, STOCK[cls])
+            if cls in STOCK
+            else super().__subclasscheck__(subclass)
+        )
+
+
+def _as_stock(self):
+    """The same layer as an instance of its stock class, over the same state (TorchScript's hook)."""
+    stock = STOCK.get(type(self))
+    if stock is None:
+        return self
+    twin = stock.__new__(stock)
+    twin.__dict__ = self.__dict__
+    return twin
+
+
+_fx_is_leaf = torch.fx.Tracer.is_leaf_module
+
+
+def _is_leaf_module(self, m, module_qualified_name):
+    # fx takes a layer for a leaf when its class lives under torch.nn. Stepped into, a Dropout would
+    # have its training flag frozen into the graph.
+    stock = STOCK.get(type(m))
+    if stock is not None:
+        return stock is not torch.nn.Sequential
+    return _fx_is_leaf(self, m, module_qualified_name)
+
+
+torch.fx.Tracer.is_leaf_module = _is_leaf_module  # type: ignore[method-assign]

@@ -1,0 +1,16 @@
+"""Every op file in this folder, imported; `REGISTRY` maps a functional name to its `Op`."""
+
+import importlib
+import pkgutil
+
+from fastnn._op import Op
+
+_files = [importlib.import_module(f"{__name__}.{f.name}") for f in pkgutil.iter_modules(__path__)]
+
+FUNCTIONS = {
+    name: value
+    for file in _files
+    for name, value in vars(file).items()
+    if isinstance(getattr(value, "op", None), Op)
+}
+REGISTRY: dict[str, Op] = {name: function.op for name, function in FUNCTIONS.items()}

@@ -1,0 +1,133 @@
+"""Launch a kernel cheaply: the compiled kernel is resolved once per signature, then called directly.
+
+`triton.JITFunction` binds, specialises and hashes its arguments anew at each launch, 4 to 12 us of
+Python. A `Kernel` keeps a key of what can change the compiled code (device, dtypes, 16-byte alignment,
+the classes of the specialised integers, constexprs, options) and holds the compiled kernel's own
+launcher behind it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+_HIP = torch.version.hip is not None
+_INT32 = range(-(2**31), 2**31)
+_INT64 = range(-(2**63), 2**63)
+
+
+_VALUES = frozenset((int, bool, float, str, type(None)))  # constexprs keyed by value
+
+
+def _hooked(hook) -> bool:
+    """Whether a profiler listens to launches: then Triton's own path must run."""
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+class Kernel:
+    """An entry kernel, called as `kernel(grid, *args, **meta)`.
+
+    `grid` is a tuple of 1 to 3 ints; `args` the run-time arguments, by position; `meta` every
+    constexpr parameter and the compile options (`num_warps`, `num_stages`, ...), by name. The first
+    argument is a tensor, whose device and current stream are used; constexpr parameters come last in
+    the kernel's signature. A grid with a zero in it launches nothing.
+    """
+
+    def __init__(self, fn):
+        self.fn = fn
+        self.__name__ = fn.__name__
+        self.__doc__ = fn.__doc__
+        self._interpreted = not isinstance(fn, JITFunction)
+        self._resolved: dict = {}
+        if not self._interpreted:
+            runtime = [p for p in fn.params if not p.is_constexpr]
+            self._consts = [p.name for p in fn.params if p.is_constexpr]
+            if [p.name for p in fn.params] != [p.name for p in runtime] + self._consts:
+                raise TypeError(f"{fn.__name__}: constexpr parameters must come last")
+            self._specialised = tuple(not p.do_not_specialize for p in runtime)
+
+    def __repr__(self):
+        return f"Kernel({self.__name__})"
+
+    def _key(self, device, args, meta):
+        # A jit function or tl.dtype hashes in Python, slowly: it goes in by identity, and the
+        # resolved entry keeps it alive.
+        key = [v if type(v) in _VALUES else id(v) for v in meta.values()]
+        key += meta
+        key.append(device)
+        for arg, specialised in zip(args, self._specialised, strict=True):
+            kind = type(arg)
+            if kind is int:
+                if not specialised:
+                    key.append(arg in _INT32 or (arg in _INT64) + 2)
+                elif arg == 1:
+                    key.append("1")
+                else:
+                    key.append((arg in _INT32 or (arg in _INT64) + 2, arg & 15 == 0))
+            elif kind is float or arg is None:
+                key.append(kind)
+            elif kind is bool:
+                key.append(arg if specialised else kind)
+            else:
+                pointer = arg.data_ptr()
+                if not pointer and arg.numel():
+                    raise RuntimeError(f"{self.__name__}: a tensor without memory (a zero tensor?)")
+                key.append(arg.dtype if pointer & 15 == 0 else (arg.dtype,))
+                if _HIP:  # buffer instructions are chosen by the size of the storage
+                    key.append(arg.untyped_storage().nbytes() < 2**31)
+        return tuple(key)
+
+    def __call__(self, grid, *args, **meta):
+        if 0 in grid:
+            return
+        if self._interpreted:
+            self.fn[grid](*args, **meta)
+            return
+        device = args[0].get_device()
+        active = driver.active
+        current = active.get_current_device()
+        if device >= 0 and device != current:
+            with torch.cuda.device(device):
+                self._launch(active, device, grid, args, meta)
+        else:
+            self._launch(active, current, grid, args, meta)
+
+    def _launch(self, active, device, grid, args, meta):
+        key = self._key(device, args, meta)
+        ready = self._resolved.get(key)
+        runtime = knobs.runtime
+        if ready is None or _hooked(runtime.launch_enter_hook) or _hooked(runtime.launch_exit_hook):
+            # Compiles on first use, and launches by Triton's own path.
+            compiled = self.fn[grid](*args, **meta)
+            if compiled is not None and hasattr(compiled, "packed_metadata"):
+                consts = tuple(meta[name] for name in self._consts)
+                self._resolved[key] = compiled, consts
+            return
+        compiled, consts = ready
+        compiled.run(
+            grid[0],
+            grid[1] if len(grid) > 1 else 1,
+            grid[2] if len(grid) > 2 else 1,
+            active.get_current_stream(device),
+            compiled.function,
+            compiled.packed_metadata,
+            None,
+            None,
+            None,
+            *args,
+            *consts,
+        )
+
+
+def kernel(fn=None, *, do_not_specialize=()):
+    """`triton.jit` for entry kernels: decorates a function and returns a `Kernel`.
+
+    `do_not_specialize` names the integers whose divisibility by 16 does not matter to the code, so
+    that they never cause a second compile. Seeds and 64-bit counts also take a `tl.int64` annotation.
+    """
+    if fn is None:
+        return lambda fn: kernel(fn, do_not_specialize=do_not_specialize)
+    return Kernel(triton.jit(fn, do_not_specialize=list(do_not_specialize)))

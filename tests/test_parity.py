@@ -1,0 +1,14 @@
+"""The rows: ours against stock and float64, forward and backward, forced onto kernels."""
+
+import pytest
+
+from fastnn.testing import assert_parity
+from fastnn.testing.cases import CASES
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [pytest.param(c, d, id=f"{c}-{d}".replace("torch.", "")) for c in CASES for d in c.dtypes],
+)
+def test_parity(case, dtype, device):
+    assert_parity(case, dtype, device)
