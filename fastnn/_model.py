@@ -33,8 +33,8 @@ def convert(model: stock.Module) -> stock.Module:
     """Give every stock layer of `model` that has an accelerated twin that class, in place.
 
     Parameters, buffers, hooks, names and training flags stay the same objects, so optimizers stay
-    valid. Only exact stock classes are swapped: a subclass may have a forward of its own and is left
-    alone, as `explain(model)` then tells. Doing it twice changes nothing.
+    valid. Only exact stock classes are swapped: a subclass may have a forward of its own and is
+    left alone, as `explain(model)` then tells. Doing it twice changes nothing.
 
     Returns `model`. Raises TypeError if `model` is not a Module.
     """
@@ -202,8 +202,8 @@ def explain(model: stock.Module, *inputs, **kwargs) -> Explanation:
     With inputs: calls `model(*inputs, **kwargs)` once and gives a row per dispatched function, in
     order. Buffers and random states are put back. Without: a row per layer, from its class alone.
 
-    Returns an `Explanation`, a tuple of `Row`s that prints as a table. Raises TypeError if `model` is
-    not a Module, and whatever the model raises.
+    Returns an `Explanation`, a tuple of `Row`s that prints as a table. Raises TypeError if `model`
+    is not a Module, and whatever the model raises.
     """
     _expect_module("explain", model)
     if not inputs and not kwargs:

@@ -1,7 +1,7 @@
 """The record of one accelerated function, and the one place that picks kernel or stock.
 
-An op file declares a function under its name and signature in `torch.nn.functional`; `@op` turns it
-into a plain function that runs stock where nothing could run a kernel, and otherwise asks `dispatch`.
+An op file declares a function under its name and signature in `torch.nn.functional`; `@op` makes
+of it a plain function that runs stock while no kernel could run, and otherwise asks `dispatch`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import functools
 import importlib.util
 import inspect
 import json
+import linecache
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -37,7 +39,7 @@ _KERNEL_DEVICES = {"cuda", "cpu"} if INTERPRET else {"cuda"}
 _initial = os.environ.get("FASTNN_BACKEND", "auto")
 if _initial not in _MODES:
     raise ValueError(f"FASTNN_BACKEND={_initial!r}: accepted are {', '.join(_MODES)}")
-_mode: ContextVar[Mode] = ContextVar("fastnn_backend", default=_initial)  # type: ignore[arg-type]
+_mode: ContextVar[Mode | None] = ContextVar("fastnn_backend", default=None)
 
 
 class BackendError(RuntimeError):
@@ -59,37 +61,31 @@ class Invalid(Stock):
 # While `_idle` holds, every op goes straight to stock. No CUDA tensor exists before CUDA is
 # initialised, and asking for a device at import would initialise it (and break a later fork).
 
+_lock = threading.Lock()
 _idle = True
-_scopes = 0  # open `backend()` and `decisions()` blocks, in all threads
-_awake = INTERPRET or _initial == "triton"
+_watching = 0  # open `decisions()` blocks, in all threads
+_open_modes: list[Mode] = []  # of all open `backend()` blocks, in all threads, oldest first
+_awake = INTERPRET
+_fallback: Mode = _initial  # type: ignore[assignment]  # for threads that opened no block
 
 
-def _set_idle() -> None:
-    global _idle
-    _idle = not (_awake or _scopes)
+def _settle() -> None:
+    """Derive `_idle` and `_fallback` from what is open."""
+    global _idle, _fallback
+    _fallback = _open_modes[-1] if _open_modes else _initial  # type: ignore[assignment]
+    _idle = not (_awake or _watching or _initial == "triton" or "triton" in _open_modes)
 
 
 def _wake() -> None:
     global _awake
-    _awake = True
-    _set_idle()
+    with _lock:
+        _awake = True
+        _settle()
 
 
 if HAS_TRITON and (torch.version.cuda or torch.version.hip):
     torch.cuda._lazy_call(_wake)  # at once if CUDA is up, else when the first CUDA tensor is made
-_set_idle()
-
-
-@contextmanager
-def _scope() -> Iterator[None]:
-    global _scopes
-    _scopes += 1
-    _set_idle()
-    try:
-        yield
-    finally:
-        _scopes -= 1
-        _set_idle()
+_settle()
 
 
 def idle() -> bool:
@@ -97,48 +93,45 @@ def idle() -> bool:
     return _idle
 
 
-@torch.compiler.assume_constant_result
 def current_mode() -> Mode:
-    """The mode in force in this thread: "auto", "triton" or "torch"."""
-    return _mode.get()
+    """The mode in force: "auto", "triton" or "torch"."""
+    return _mode.get() or _fallback
 
 
-_guarded = _initial  # a copy of the mode last set, for Dynamo, which guards on globals only
-
-
-def _guard_mode(mode: str) -> None:
-    global _guarded
-    _guarded = mode
+# A constant to Dynamo, without `torch.compiler.assume_constant_result`, which would import Dynamo.
+current_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class backend:
-    """`with fastnn.backend(mode):` chooses who runs the calls made inside, in this thread.
+    """`with fastnn.backend(mode):` chooses who runs the calls made inside.
 
     "auto": kernels where they win, stock elsewhere. "triton": kernels at every size; a call that
     would go to stock for any cause but its size raises `BackendError`. "torch": stock, always.
     The default is the environment variable `FASTNN_BACKEND`, else "auto".
 
-    Raises ValueError for any other mode.
+    Holds in this thread, and in threads that opened no block of their own (those of autograd and of
+    DataParallel) while it is the block opened last. Raises ValueError for any other mode.
     """
 
     def __init__(self, mode: Mode):
         if mode not in _MODES:
             raise ValueError(f"backend: expected one of {', '.join(_MODES)}; got {mode!r}")
         self.mode = mode
-        self._open: list = []
+        self._tokens: list = []
 
     def __enter__(self) -> backend:
-        scope = _scope()
-        scope.__enter__()
-        self._open.append((scope, _mode.set(self.mode)))
-        _guard_mode(self.mode)
+        self._tokens.append(_mode.set(self.mode))
+        with _lock:
+            _open_modes.append(self.mode)
+            _settle()
         return self
 
     def __exit__(self, *exc) -> None:
-        scope, token = self._open.pop()
-        _mode.reset(token)
-        scope.__exit__(None, None, None)
-        _guard_mode(_mode.get())
+        _mode.reset(self._tokens.pop())
+        with _lock:
+            # The newest of this mode: among equals it does not matter whose it was.
+            del _open_modes[len(_open_modes) - 1 - _open_modes[::-1].index(self.mode)]
+            _settle()
 
 
 # ---- Telling which path ran ---------------------------------------------------------------------
@@ -157,13 +150,19 @@ _heard: ContextVar[tuple[list[Decision], ...]] = ContextVar("fastnn_decisions", 
 @contextmanager
 def decisions() -> Iterator[list[Decision]]:
     """Collect a `Decision` for every dispatch made inside the block, in this thread."""
+    global _watching
     mine: list[Decision] = []
     token = _heard.set((*_heard.get(), mine))
+    with _lock:
+        _watching += 1
+        _settle()
     try:
-        with _scope():
-            yield mine
+        yield mine
     finally:
         _heard.reset(token)
+        with _lock:
+            _watching -= 1
+            _settle()
 
 
 # ---- The size gate ------------------------------------------------------------------------------
@@ -248,8 +247,9 @@ def _refuse_tensor(op: Op, t: Tensor) -> str | None:
     return None
 
 
-def refusal(op: Op, args: tuple, kwargs: dict) -> str | None:
-    """Why no kernel can take this call, of the reasons that all ops share; None if one may."""
+def _survey(op: Op, args: tuple, kwargs: dict) -> str | tuple[Tensor, int]:
+    """Why no kernel can take this call, of the reasons all ops share; else a tensor among the
+    arguments and the most elements that one of them has."""
     if not HAS_TRITON:
         return "triton is not installed"
     if torch._C._are_functorch_transforms_active():
@@ -260,56 +260,49 @@ def refusal(op: Op, args: tuple, kwargs: dict) -> str | None:
         return "a torch dispatch mode is active (FakeTensorMode, FlopCounterMode, ...)"
     if torch._C._len_torch_function_stack() and (why := _refuse_mode_stack()):
         return why
-    index = None
+    first = None
+    index = most = 0
     for value in (*args, *kwargs.values()) if kwargs else args:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
             why = _refuse_tensor(op, value)
             if why is not None:
                 return why
-            if index is None:
-                index = value.get_device()
+            if first is None:
+                first, index = value, value.get_device()
             elif index != value.get_device():
                 return "tensors on several devices"
+            most = max(most, value.numel())
         elif kind not in _SCALARS:
             if isinstance(value, Tensor):
                 return f"a tensor subclass ({kind.__name__})"
             if hasattr(kind, "__torch_function__"):
                 return f"an argument that overrides torch functions ({kind.__name__})"
-    if index is None:
+    if first is None:
         return "no tensor among the arguments"
-    return None
+    return first, most
 
 
-def _tensors(args, kwargs) -> list[Tensor]:
-    return [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-
-
-def _gate(op: Op, args, kwargs) -> str | None:
+def _gate(op: Op, device_index: int, most: int, args, kwargs) -> str | None:
     """Why stock is the faster one at this size, if it is."""
-    tensors = _tensors(args, kwargs)
-    least, source = _crossover(op.name, architecture(tensors[0].get_device()))
+    least, source = _crossover(op.name, architecture(device_index))
     if least == float("inf"):
         return f"stock is as fast at every size ({source})"
-    try:
-        size = op.size(*args, **kwargs) if op.size else max(t.numel() for t in tensors)
-    except (TypeError, IndexError):
-        return None  # arguments that do not fit: the fused function will say so
+    size = op.size(*args, **kwargs) if op.size else most
     if size < least:
         return f"size gate: {size} is below {least} ({source})"
     return None
 
 
-def _under_autocast(op: Op, args, kwargs):
-    """Arguments as stock autocast would pass them on, and the dtype of the result if it sets one."""
-    device = _tensors(args, kwargs)[0].device.type
-    rule = op.autocast_list(device)
-    if rule is None or not torch.is_autocast_enabled(device):
+def _under_autocast(op: Op, device_type: str, args: tuple, kwargs: dict):
+    """Arguments as stock autocast would pass them on, with the result's dtype where it sets one."""
+    rule = op.autocast_list(device_type)
+    if rule is None or not torch.is_autocast_enabled(device_type):
         return args, kwargs
     if rule == "fp32":
         # The kernel reads 16-bit values as they are and writes fp32: no pass to convert them.
         return args, {**kwargs, "out_dtype": torch.float32}
-    low = torch.get_autocast_dtype(device)
+    low = torch.get_autocast_dtype(device_type)
 
     def cast(v):
         return v.to(low) if isinstance(v, Tensor) and v.is_floating_point() else v
@@ -317,43 +310,28 @@ def _under_autocast(op: Op, args, kwargs):
     return tuple(map(cast, args)), {k: cast(v) for k, v in kwargs.items()}
 
 
-def _run_fused(op: Op, args, kwargs):
-    try:
-        return op.fused(*args, **kwargs)
-    except TypeError:
-        try:
-            inspect.signature(op.fused).bind(*args, **kwargs)
-        except TypeError:
-            return Invalid("the arguments do not fit the signature")
-        raise
+def _forced_onto_stock(op: Op, why: str) -> BackendError:
+    return BackendError(f"{op.name}: backend('triton'), but stock: {why}")
 
 
-def _kept_from_kernel(op: Op, mode: Mode, args, kwargs) -> str | None:
-    if mode == "torch":
-        return 'backend("torch")'
-    return refusal(op, args, kwargs) or (_gate(op, args, kwargs) if mode == "auto" else None)
-
-
-def _dispatch_compiling(op: Op, args, kwargs):
+def _dispatch_compiling(op: Op, args: tuple, kwargs: dict):
     """The choice as Dynamo traces it: stock, or the fused function with its launches opaque."""
-    mode = current_mode() if _guarded else "auto"  # reads the global: a new mode is a new graph
-    why = "torch.compile fuses the stock formula"
-    if mode == "torch":
-        why = 'backend("torch")'
-    elif op.opaque and (mode == "triton" or op.compiled == "opaque"):
-        tensors = _tensors(args, kwargs)
-        plain = all(t.device.type in _KERNEL_DEVICES for t in tensors)
+    # Dynamo guards on the global it reads, so that another mode makes another graph.
+    mode = current_mode() if _fallback else "auto"
+    why = 'backend("torch")' if mode == "torch" else "torch.compile fuses the stock formula"
+    if op.opaque and mode != "torch" and (mode == "triton" or op.compiled == "opaque"):
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
         known = all(t.dtype in op.dtypes or t.dtype in op.integers for t in tensors)
-        if HAS_TRITON and tensors and plain and known:
-            args, kwargs = _under_autocast(op, args, kwargs)
-            out = op.fused(*args, **kwargs)
+        if HAS_TRITON and known and tensors and tensors[0].device.type in _KERNEL_DEVICES:
+            passed = _under_autocast(op, tensors[0].device.type, args, kwargs)
+            out = op.fused(*passed[0], **passed[1])
             if not isinstance(out, Stock):
                 return out
             why = out.why
         else:
             why = "a device or dtype that kernels do not take"
     if mode == "triton":
-        raise BackendError(f"{op.name}: backend('triton'), but stock: {why}")
+        raise _forced_onto_stock(op, why)
     return op.stock(*args, **kwargs)
 
 
@@ -361,23 +339,86 @@ def dispatch(op: Op, args: tuple, kwargs: dict):
     """Run `op` by the path that its record, the arguments and the mode call for."""
     if torch.compiler.is_compiling():
         return _dispatch_compiling(op, args, kwargs)
-    mode = _mode.get()
+    mode = _mode.get() or _fallback
+    why: str | None
     invalid = False
-    why = _kept_from_kernel(op, mode, args, kwargs)
-    if why is None:
-        out = _run_fused(op, *_under_autocast(op, args, kwargs))
-        if not isinstance(out, Stock):
-            for heard in _heard.get():
-                heard.append(Decision(op, None))
-            return out
-        why, invalid = out.why, isinstance(out, Invalid)
+    if mode == "torch":
+        why = 'backend("torch")'
+    else:
+        found = _survey(op, args, kwargs)
+        if isinstance(found, str):
+            why = found
+        else:
+            tensor, most = found
+            why = None
+            if mode == "auto":
+                why = _gate(op, tensor.get_device(), most, args, kwargs)
+        if why is None:
+            passed = _under_autocast(op, tensor.device.type, args, kwargs)
+            out = op.fused(*passed[0], **passed[1])
+            if not isinstance(out, Stock):
+                for heard in _heard.get():
+                    heard.append(Decision(op, None))
+                return out
+            why, invalid = out.why, isinstance(out, Invalid)
     for heard in _heard.get():
         heard.append(Decision(op, why))
     if mode != "triton":
         return op.stock(*args, **kwargs)
     if invalid:
         op.stock(*args, **kwargs)  # raises what stock raises
-    raise BackendError(f"{op.name}: backend('triton'), but stock: {why}")
+    raise _forced_onto_stock(op, why)
+
+
+_NO_KEYWORDS: dict = {}
+
+
+def _front(record: Op) -> Callable:
+    """The plain function that users call: stock at once while idle, else `dispatch`.
+
+    Written out from the fused function's signature, so that arguments bind, default and fail as
+    declared, at the cost of one call.
+    """
+    name = record.name
+    declared: list[str] = []
+    positional: list[str] = []
+    keyword: list[str] = []
+    defaults = {}
+    for p in inspect.signature(record.fused).parameters.values():
+        if p.name == "out_dtype":
+            continue
+        if p.kind is p.KEYWORD_ONLY:
+            keyword.append(f"{p.name}={p.name}")
+            if len(keyword) == 1:
+                declared.append("*")
+        else:
+            positional.append(p.name)
+        if p.default is not p.empty:
+            defaults[f"_{p.name}"] = p.default
+        declared.append(p.name if p.default is p.empty else f"{p.name}=_{p.name}")
+    passed = ", ".join(positional + keyword)
+    lines = [
+        f"def make(stock, record, {', '.join(defaults)}):",
+        f"    def {name}({', '.join(declared)}):",
+        "        if _idle:",
+        f"            return stock({passed})",
+        f"        return dispatch(record, ({', '.join(positional)},), "
+        + (f"dict({', '.join(keyword)}))" if keyword else "_NO_KEYWORDS)"),
+        f"    return {name}",
+    ]
+    if not isinstance(record.stock, FunctionType):  # a builtin, which also takes out=
+        declared += ["out=None"] if keyword else ["*", "out=None"]
+        lines[1] = f"    def {name}({', '.join(declared)}):"
+        lines[2:2] = [
+            "        if out is not None:",
+            f"            return stock({passed}, out=out)",
+        ]
+    file = f"<fastnn.functional.{name}>"
+    source = "\n".join(lines) + "\n"
+    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+    scope: dict = {}
+    exec(compile(source, file, "exec"), globals(), scope)
+    return scope["make"](record.stock, record, **defaults)
 
 
 def op(*, stock: Callable, **fields) -> Callable[[Callable], Callable]:
@@ -389,16 +430,8 @@ def op(*, stock: Callable, **fields) -> Callable[[Callable], Callable]:
 
     def declare(fused: Callable) -> Callable:
         record = Op(name=fused.__name__, fused=fused, stock=stock, **fields)
-
-        def call(*args, **kwargs):
-            if _idle:
-                return stock(*args, **kwargs)
-            return dispatch(record, args, kwargs)
-
-        signature = inspect.signature(fused)
-        shown = [p for p in signature.parameters.values() if p.name != "out_dtype"]
-        call.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
-        call.__name__ = call.__qualname__ = record.name
+        call = _front(record)
+        call.__qualname__ = record.name
         call.__module__ = "fastnn.functional"
         call.__doc__ = stock.__doc__ or fused.__doc__
         call.op = record  # type: ignore[attr-defined]
@@ -467,8 +500,8 @@ def launcher(file: str, function: str, schema: str, fake: Callable):
     """`fastnn.kernels.<file>.<function>`, callable in eager and inside a compiled graph.
 
     `schema` is the function's signature in the language of `torch.library`, and `fake` returns
-    tensors of the right shapes, dtypes and strides without launching. Eager calls go to the launcher
-    itself; a graph holds the opaque op `fastnn::<file>_<function>`.
+    tensors of the right shapes, dtypes and strides without launching. Eager calls go to the
+    launcher itself; a graph holds the opaque op `fastnn::<file>_<function>`.
     """
     from fastnn import kernels
 

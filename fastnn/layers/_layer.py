@@ -33,22 +33,20 @@ class Layer(ABCMeta):
             STOCK[cls], OURS[bases[0]] = bases[0], cls
         return cls
 
+    # A stock layer counts as one of ours: `isinstance(m, nn.Linear)` asks "is it a linear layer".
     def __instancecheck__(cls, instance: Any) -> bool:
-        # A stock layer counts as one of ours: `isinstance(m, nn.Linear)` means "is a linear layer".
-        return isinstance(instance, STOCK.get(cls, object)) and (
-            cls in STOCK or super().__instancecheck__(instance)
-        )
+        if cls in STOCK:
+            return isinstance(instance, STOCK[cls])
+        return super().__instancecheck__(instance)
 
     def __subclasscheck__(cls, subclass: type) -> bool:
-        return (
-            issubclass(subclass, STOCK[cls])
-            if cls in STOCK
-            else super().__subclasscheck__(subclass)
-        )
+        if cls in STOCK:
+            return issubclass(subclass, STOCK[cls])
+        return super().__subclasscheck__(subclass)
 
 
 def _as_stock(self):
-    """The same layer as an instance of its stock class, over the same state (TorchScript's hook)."""
+    """TorchScript's hook: the layer as an instance of its stock class, over the same state."""
     stock = STOCK.get(type(self))
     if stock is None:
         return self

@@ -56,7 +56,7 @@ def relu(input, inplace=False):
 
 
 @op(stock=stock.gelu, source="arXiv:1606.08415")
-def gelu(input, approximate="none"):
+def gelu(input, *, approximate="none"):
     """Fused for both the erf and the tanh formula."""
     if approximate not in ("none", "tanh"):
         return Invalid(f"approximate={approximate!r}")
