@@ -1,9 +1,9 @@
-"""Launch a kernel cheaply: the compiled kernel is resolved once per signature, then called directly.
+"""Launch a kernel cheaply: the compiled kernel is resolved once per signature, then called.
 
 `triton.JITFunction` binds, specialises and hashes its arguments anew at each launch, 4 to 12 us of
-Python. A `Kernel` keeps a key of what can change the compiled code (device, dtypes, 16-byte alignment,
-the classes of the specialised integers, constexprs, options) and holds the compiled kernel's own
-launcher behind it.
+Python. A `Kernel` makes a key of what can change the compiled code (device, dtypes, 16-byte
+alignment, the classes of the specialised integers, constexprs, options) and holds the compiled
+kernel's own launcher behind it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Kernel:
 
     `grid` is a tuple of 1 to 3 ints; `args` the run-time arguments, by position; `meta` every
     constexpr parameter and the compile options (`num_warps`, `num_stages`, ...), by name. The first
-    argument is a tensor, whose device and current stream are used; constexpr parameters come last in
-    the kernel's signature. A grid with a zero in it launches nothing.
+    argument is a tensor, whose device and current stream are used; constexpr parameters come last
+    in the kernel's signature. A grid with a zero in it launches nothing.
     """
 
     def __init__(self, fn):
@@ -126,7 +126,8 @@ def kernel(fn=None, *, do_not_specialize=()):
     """`triton.jit` for entry kernels: decorates a function and returns a `Kernel`.
 
     `do_not_specialize` names the integers whose divisibility by 16 does not matter to the code, so
-    that they never cause a second compile. Seeds and 64-bit counts also take a `tl.int64` annotation.
+    that they never cause a second compile. Seeds and 64-bit counts also take a `tl.int64`
+    annotation.
     """
     if fn is None:
         return lambda fn: kernel(fn, do_not_specialize=do_not_specialize)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fastnn
 import fastnn.functional
-from fastnn._op import FLOATS, BackendError, backend, decisions
+from fastnn._op import FLOATS, BackendError, Mode, backend, decisions
 
 __all__ = [
     "FLOATS",
@@ -114,7 +114,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One compared tensor: largest absolute errors against float64, ours and stock's, and the bound."""
+    """One compared tensor: largest errors against float64, ours and stock's, and the bound."""
 
     what: str
     ours: float
@@ -187,7 +187,9 @@ def _run(case: Case, target, parameters, inputs, device, upstream=None, autocast
             g = torch.Generator().manual_seed(2)
             upstream = [torch.randn(t.shape, generator=g).to(t.device, t.dtype) for t in wanting]
         kept = [g.clone() for g in upstream]
-        torch.autograd.backward(wanting, [u.to(t.dtype) for u, t in zip(upstream, wanting)])
+        torch.autograd.backward(
+            wanting, [u.to(t.dtype) for u, t in zip(upstream, wanting, strict=True)]
+        )
         if any(not torch.equal(a, b) for a, b in zip(upstream, kept, strict=True)):
             named["an incoming gradient was written to"] = torch.full((1,), math.nan)
         for i, x in enumerate(inputs):
@@ -224,7 +226,7 @@ def _compare(
     return Comparison(what, error, its, bound), said if error > bound else None
 
 
-def check(case: Case, dtype: torch.dtype, device: str = "cpu", mode: str = "triton") -> Result:
+def check(case: Case, dtype: torch.dtype, device: str = "cpu", mode: Mode = "triton") -> Result:
     """Run one row in one dtype, and say everything that differs from stock.
 
     Compares values, gradients, nan and inf, dtypes, shapes, strides, whether a graph is attached;

@@ -1,4 +1,4 @@
-"""Every shape and option whose parity is checked, one row each, at the edges rather than the middle.
+"""Every shape and option whose parity is checked, one row each, at the edges, not the middle.
 
 A file per family, named as in fastnn/ops; each has its list `CASES`, and here is all of it.
 """
