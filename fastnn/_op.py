@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -310,8 +310,12 @@ def _under_autocast(op: Op, device_type: str, args: tuple, kwargs: dict):
     return tuple(map(cast, args)), {k: cast(v) for k, v in kwargs.items()}
 
 
-def _forced_onto_stock(op: Op, why: str) -> BackendError:
-    return BackendError(f"{op.name}: backend('triton'), but stock: {why}")
+def _forced_onto_stock(name: str, why: str) -> NoReturn:
+    raise BackendError(f"{name}: backend('triton'), but stock: {why}")
+
+
+# Dynamo then runs it as it is while tracing, and the user meets the error, not Dynamo's words for it.
+_forced_onto_stock._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _dispatch_compiling(op: Op, args: tuple, kwargs: dict):
@@ -331,7 +335,7 @@ def _dispatch_compiling(op: Op, args: tuple, kwargs: dict):
         else:
             why = "a device or dtype that kernels do not take"
     if mode == "triton":
-        raise _forced_onto_stock(op, why)
+        _forced_onto_stock(op.name, why)
     return op.stock(*args, **kwargs)
 
 
@@ -367,7 +371,7 @@ def dispatch(op: Op, args: tuple, kwargs: dict):
         return op.stock(*args, **kwargs)
     if invalid:
         op.stock(*args, **kwargs)  # raises what stock raises
-    raise _forced_onto_stock(op, why)
+    _forced_onto_stock(op.name, why)
 
 
 _NO_KEYWORDS: dict = {}
@@ -421,6 +425,19 @@ def _front(record: Op) -> Callable:
     return scope["make"](record.stock, record, **defaults)
 
 
+def _tell_torchscript(call: Callable, stock: Callable) -> None:
+    """Have TorchScript compile stock where it meets `call`."""
+    call.__prepare_scriptable__ = lambda: stock  # type: ignore[attr-defined]
+    if not isinstance(stock, FunctionType):
+        # A builtin is looked up by identity, in a table that is slow to build: only listed here.
+        builtins = torch.jit._builtins
+        entry = call, f"aten::{stock.__name__}"
+        if builtins._builtin_table is None:
+            builtins._builtin_ops.append(entry)
+        else:
+            builtins._register_builtin(*entry)
+
+
 def op(*, stock: Callable, **fields) -> Callable[[Callable], Callable]:
     """Declare a fused function under its name and signature in `torch.nn.functional`.
 
@@ -435,7 +452,7 @@ def op(*, stock: Callable, **fields) -> Callable[[Callable], Callable]:
         call.__module__ = "fastnn.functional"
         call.__doc__ = stock.__doc__ or fused.__doc__
         call.op = record  # type: ignore[attr-defined]
-        call.__prepare_scriptable__ = lambda: stock  # type: ignore[attr-defined]  # TorchScript
+        _tell_torchscript(call, stock)
         return call
 
     return declare

@@ -1,8 +1,8 @@
 """What every accelerated layer shares: who its stock class is, and passing for it.
 
-Stock code asks three things of a layer's class, and a subclass alone answers them wrongly: whether
-`isinstance(layer, nn.Linear)` when the layer was built by code that knows only `torch.nn`; whether
-torch.fx may step into it; what TorchScript should compile.
+Code asks two things of a layer's class that a subclass alone answers wrongly: whether
+`isinstance(layer, nn.Linear)` when the layer was built by code that knows only `torch.nn`, and
+whether torch.fx may step into it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ class Layer(ABCMeta):
         ours = namespace.get("__module__", "").startswith("fastnn.layers.")
         if ours:
             namespace.setdefault("__doc__", bases[0].__doc__)
-            namespace["__prepare_scriptable__"] = _as_stock
         cls = super().__new__(mcls, name, bases, namespace, **kwargs)
         if ours:
             STOCK[cls], OURS[bases[0]] = bases[0], cls
@@ -43,16 +42,6 @@ class Layer(ABCMeta):
         if cls in STOCK:
             return issubclass(subclass, STOCK[cls])
         return super().__subclasscheck__(subclass)
-
-
-def _as_stock(self):
-    """TorchScript's hook: the layer as an instance of its stock class, over the same state."""
-    stock = STOCK.get(type(self))
-    if stock is None:
-        return self
-    twin = stock.__new__(stock)
-    twin.__dict__ = self.__dict__
-    return twin
 
 
 _fx_is_leaf = torch.fx.Tracer.is_leaf_module
