@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 import fastnn
 import fastnn.functional
@@ -27,9 +28,11 @@ __all__ = [
     "Case",
     "Comparison",
     "Result",
+    "Side",
     "assert_parity",
     "check",
     "classes",
+    "compare_sides",
     "randn",
     "values",
 ]
@@ -74,7 +77,7 @@ class Case:
 
     name: a layer of torch.nn ("LayerNorm") or a function of torch.nn.functional ("layer_norm").
     inputs: makers of the positional arguments, or plain values.
-    options: keyword arguments of the layer's constructor, or of the function.
+    options: keyword arguments of the layer's constructor, or of the function; makers are called.
     view: applied to the first input after making it (a transpose, a slice, channels_last, ...).
     stock: words of the reason, where stock is the path expected.
     dtypes: what it is run in.
@@ -131,74 +134,82 @@ class Comparison:
 
 @dataclass
 class Result:
-    """What `check` found: the path, a `Comparison` per tensor, and every disagreement in words."""
+    """What was found: the path, a `Comparison` per tensor, and every disagreement in words."""
 
-    case: Case
-    dtype: torch.dtype
     path: str
     reason: str | None
     comparisons: list[Comparison] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
 
-def _target(case: Case, namespace, dtype, device):
-    """The callable of the row, and its parameters by name."""
+@dataclass
+class Side:
+    """One of the parties compared: what is called, and the parameters whose gradients count."""
+
+    call: Callable
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _side(case: Case, namespace, dtype, device) -> Side:
     if not case.is_layer:
-        function = getattr(namespace.functional, case.name)
-        return (lambda *a: function(*a, **case.options)), {}
-    layer = getattr(namespace, case.name)(**case.options).to(device, dtype).train(case.train)
-    return layer, dict(layer.named_parameters())
+        return Side(getattr(namespace.functional, case.name))
+    options = {k: v(dtype, device) if callable(v) else v for k, v in case.options.items()}
+    layer = getattr(namespace, case.name)(**options).to(device, dtype).train(case.train)
+    return Side(layer, dict(layer.named_parameters()))
 
 
-def _leaves(values, dtype=None):
-    """Fresh leaves of the same layout and, given a dtype, in that one."""
-    out = []
-    for v in values:
-        if isinstance(v, Tensor):
-            fresh = v.detach().clone(memory_format=torch.preserve_format)
-            if dtype is not None and fresh.is_floating_point():
-                fresh = fresh.to(dtype)
-            v = fresh.requires_grad_(v.requires_grad)
-        out.append(v)
-    return out
+def _leaves(tree, dtype=None):
+    """The tree with each tensor a fresh leaf of the same layout and, given a dtype, in that one."""
+
+    def fresh(v):
+        if not isinstance(v, Tensor):
+            return v
+        new = v.detach().clone(memory_format=torch.preserve_format)
+        if dtype is not None and new.is_floating_point():
+            new = new.to(dtype)
+        return new.requires_grad_(v.requires_grad)
+
+    return tree_map(fresh, tree)
 
 
-def _tensors(out) -> list[Tensor]:
-    return [out] if isinstance(out, Tensor) else [t for t in out if isinstance(t, Tensor)]
+def _tensors(tree) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
-def _run(case: Case, target, parameters, inputs, device, upstream=None, autocast=True):
-    """Named results: outputs, then the gradient of each input and parameter that wants one."""
-    for p in parameters.values():
+@dataclass
+class _Run:
+    named: dict[str, Tensor]  # outputs, then the gradient of each input and parameter wanting one
+    layouts: list[tuple]
+    upstream: list[Tensor]
+
+
+def _run(side: Side, inputs, device, autocast=None, upstream=None) -> _Run:
+    for p in side.parameters.values():
         p.grad = None
     torch.manual_seed(1)
-    args = list(inputs)
-    if case.view:
-        args[0] = case.view(args[0])
-    enabled = case.autocast is not None and autocast
-    with torch.autocast(device, dtype=case.autocast or torch.bfloat16, enabled=enabled):
-        out = target(*args)
+    args, kwargs = inputs
+    with torch.autocast(device, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        out = side.call(*args, **kwargs)
     outs = _tensors(out)
     named = {f"output {i}" if i else "output": t.detach().clone() for i, t in enumerate(outs)}
     layouts = [(t.dtype, tuple(t.shape), t.stride(), t.requires_grad) for t in outs]
     wanting = [t for t in outs if t.requires_grad]
+    if upstream is None:
+        g = torch.Generator().manual_seed(2)
+        upstream = [torch.randn(t.shape, generator=g).to(t.device, t.dtype) for t in wanting]
     if wanting:
-        if upstream is None:
-            g = torch.Generator().manual_seed(2)
-            upstream = [torch.randn(t.shape, generator=g).to(t.device, t.dtype) for t in wanting]
-        kept = [g.clone() for g in upstream]
-        torch.autograd.backward(
-            wanting, [u.to(t.dtype) for u, t in zip(upstream, wanting, strict=True)]
-        )
-        if any(not torch.equal(a, b) for a, b in zip(upstream, kept, strict=True)):
+        given = [u.to(t.dtype) for u, t in zip(upstream, wanting, strict=True)]
+        kept = [u.clone() for u in given]
+        torch.autograd.backward(wanting, given)
+        if any(not torch.equal(a, b) for a, b in zip(given, kept, strict=True)):
             named["an incoming gradient was written to"] = torch.full((1,), math.nan)
-        for i, x in enumerate(inputs):
-            if isinstance(x, Tensor) and x.grad is not None:
+        for i, x in enumerate(_tensors(inputs)):
+            if x.grad is not None:
                 named[f"grad of input {i}"] = x.grad
-        for name, p in parameters.items():
+        for name, p in side.parameters.items():
             if p.grad is not None:
                 named[f"grad of {name}"] = p.grad
-    return named, layouts, upstream
+    return _Run(named, layouts, upstream)
 
 
 def _compare(
@@ -226,74 +237,105 @@ def _compare(
     return Comparison(what, error, its, bound), said if error > bound else None
 
 
-def check(case: Case, dtype: torch.dtype, device: str = "cpu", mode: Mode = "triton") -> Result:
-    """Run one row in one dtype, and say everything that differs from stock.
+def compare_sides(
+    ours: Side,
+    stock: Side,
+    exact: Side,
+    args: Sequence,
+    kwargs: dict | None = None,
+    *,
+    device: str = "cpu",
+    mode: Mode = "triton",
+    autocast: torch.dtype | None = None,
+    inplace: bool = False,
+) -> Result:
+    """Call the three on the same inputs, `exact` in float64, and say where ours differs from stock.
 
     Compares values, gradients, nan and inf, dtypes, shapes, strides, whether a graph is attached;
-    runs ours twice and wants the same bits; wants inputs and incoming gradients left as they were.
+    runs ours twice and wants the same bits; wants inputs (but for `inplace`) and incoming gradients
+    left as they were. Under `mode="triton"` a call that goes to stock ends it: `path` is "stock".
     """
-    torch.manual_seed(0)
-    inputs = case.make(dtype, device)
-    stock, stock_parameters = _target(case, torch.nn, dtype, device)
-    ours, parameters = _target(case, fastnn, dtype, device)
-    result = Result(case, dtype, "kernel", None)
+    inputs = (tuple(args), kwargs or {})
+    result = Result("kernel", None)
     fail = result.failures.append
-    if case.is_layer:
-        ours.load_state_dict(stock.state_dict(), strict=True)
-        stock.load_state_dict(ours.state_dict(), strict=True)
-        exact = copy.deepcopy(stock).double()
-        exact_parameters = dict(exact.named_parameters())
-    else:
-        exact, exact_parameters = stock, {}
-
-    want, want_layout, upstream = _run(case, stock, stock_parameters, _leaves(inputs), device)
-    wide = _leaves(inputs, torch.float64)
-    wide_upstream = [u.double() for u in upstream or ()]
-    truth, _, _ = _run(case, exact, exact_parameters, wide, device, wide_upstream, autocast=False)
-
+    want = _run(stock, _leaves(inputs), device, autocast)
+    wide = [u.double() for u in want.upstream]
+    truth = _run(exact, _leaves(inputs, torch.float64), device, None, wide)
     mine = _leaves(inputs)
     try:
         with backend(mode), decisions() as heard:
-            got, layout, _ = _run(case, ours, parameters, mine, device, upstream)
-            again, _, _ = _run(case, ours, parameters, _leaves(inputs), device, upstream)
+            got = _run(ours, mine, device, autocast, want.upstream)
+            again = _run(ours, _leaves(inputs), device, autocast, want.upstream)
     except BackendError as e:
         result.path, result.reason = "stock", str(e)
-        if case.stock is None or case.stock not in result.reason:
-            fail(f"expected {case.stock or 'a kernel'}; got {result.reason}")
         return result
     whys = [why for _, why in heard if why is not None]
     if whys:
         result.path, result.reason = "stock", whys[0]
     if not heard:
         fail("nothing was dispatched")
-    if case.stock is not None and not any(case.stock in why for why in whys):
-        fail(f"expected stock ({case.stock}); the path was {result.path} ({result.reason})")
-    if case.stock is None and whys and mode == "triton":
-        fail(f"expected a kernel; got stock ({whys[0]})")
-
-    for x, before in zip(mine, inputs, strict=True):
-        if isinstance(x, Tensor) and not case.options.get("inplace"):
-            if not torch.equal(x.nan_to_num(), before.nan_to_num()):
-                fail("an input was written to")
-    if layout != want_layout:
-        fail(f"(dtype, shape, strides, requires_grad) {layout}; stock {want_layout}")
-    if got.keys() != want.keys():
-        fail(f"results {sorted(got)}; stock {sorted(want)}")
-    for what in got.keys() & want.keys():
-        a, b = got[what], want[what]
+    for x, before in zip(_tensors(mine), _tensors(inputs), strict=True):
+        if not inplace and not torch.equal(x.nan_to_num(), before.nan_to_num()):
+            fail("an input was written to")
+    if got.layouts != want.layouts:
+        fail(f"(dtype, shape, strides, requires_grad) {got.layouts}; stock {want.layouts}")
+    if got.named.keys() != want.named.keys():
+        fail(f"results {sorted(got.named)}; stock {sorted(want.named)}")
+    for what in got.named.keys() & want.named.keys():
+        a, b = got.named[what], want.named[what]
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             fail(f"{what}: {a.dtype} {tuple(a.shape)}; stock {b.dtype} {tuple(b.shape)}")
             continue
-        if not torch.equal(a.nan_to_num(), again[what].nan_to_num()):
+        if not torch.equal(a.nan_to_num(), again.named[what].nan_to_num()):
             fail(f"{what}: two runs differ")
         if a.is_floating_point() and a.numel():
-            comparison, failure = _compare(what, a, b, truth[what])
+            comparison, failure = _compare(what, a, b, truth.named[what])
             result.comparisons.append(comparison)
             if failure:
                 fail(failure)
         elif not torch.equal(a, b):
             fail(f"{what}: differs from stock")
     return result
+
+
+def check(case: Case, dtype: torch.dtype, device: str = "cpu", mode: Mode = "triton") -> Result:
+    """Run one row in one dtype, as `compare_sides`; the path must be the one that the row states."""
+    torch.manual_seed(0)
+    inputs = case.make(dtype, device)
+    stock, ours = (_side(case, n, dtype, device) for n in (torch.nn, fastnn))
+    kwargs = {}
+    if case.is_layer:
+        ours.call.load_state_dict(stock.call.state_dict(), strict=True)
+        stock.call.load_state_dict(ours.call.state_dict(), strict=True)
+        twin = copy.deepcopy(stock.call).double()
+        exact = Side(twin, dict(twin.named_parameters()))
+    else:
+        exact = stock
+        kwargs = {k: v(dtype, device) if callable(v) else v for k, v in case.options.items()}
+    if case.view is not None:
+        ours, stock, exact = (
+            Side(_viewing(case.view, s.call), s.parameters) for s in (ours, stock, exact)
+        )
+    result = compare_sides(
+        ours,
+        stock,
+        exact,
+        inputs,
+        kwargs,
+        device=device,
+        mode=mode,
+        autocast=case.autocast,
+        inplace=bool(case.options.get("inplace")),
+    )
+    if case.stock is not None and case.stock not in (result.reason or ""):
+        result.failures.append(f"expected stock ({case.stock}); got {result.path} {result.reason}")
+    if case.stock is None and result.path == "stock" and mode == "triton":
+        result.failures.append(f"expected a kernel; got stock ({result.reason})")
+    return result
+
+
+def _viewing(view, call):
+    return lambda x, *rest, **options: call(view(x), *rest, **options)
 
 
 def assert_parity(case: Case, dtype: torch.dtype, device: str = "cpu") -> Result:
