@@ -1,0 +1,122 @@
+"""The command line: what it prints, its exit codes, and no traceback for a user's mistake."""
+
+import importlib
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastnn
+from fastnn import _cli, _op
+from fastnn.__main__ import COMMANDS, main
+from fastnn.ops import REGISTRY
+
+
+def test_version_of_module_and_script():
+    done = subprocess.run(
+        [sys.executable, "-m", "fastnn", "--version"], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, f"fastnn {fastnn.__version__}\n")
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="fastnn")
+    assert script.load() is main
+
+
+def test_every_command_file_is_registered():
+    files = {f"fastnn.{path.stem}" for path in Path(fastnn.__file__).parent.glob("_cli_*.py")}
+    assert files == {module for module, _ in COMMANDS.values()}
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_has_examples(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"examples:\n  fastnn {name}" in printed
+
+
+@pytest.mark.parametrize("argv", [[], ["nonsense"], ["demo", "--steps", "1"], ["demo", "--seed=x"]])
+def test_a_mistake_ends_with_two(argv, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    assert "usage: fastnn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["rich", "matplotlib"])
+def test_missing_package_is_one_sentence(package, monkeypatch, capsys, tmp_path):
+    for name in [n for n in sys.modules if n.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)  # `import` then raises ImportError
+    assert main(["demo", "--out", str(tmp_path / "out")]) == 2
+    expected = f"fastnn: this command needs {package}: pip install 'fastnn-triton[cli]'\n"
+    assert capsys.readouterr().err == expected
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_folder_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "taken").write_text("a file")
+    assert main(["demo", "--out", str(tmp_path / "taken")]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("fastnn: ") and "taken" in printed and printed.count("\n") == 1
+
+
+def test_interrupt_is_one_sentence(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_cli, "console", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "fastnn: interrupted\n"
+
+
+def test_library_and_help_need_no_cli_package():
+    code = (
+        "import sys; sys.modules.update(rich=None, matplotlib=None)\n"
+        "from fastnn.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as ended: sys.exit(ended.code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_info_names_versions_and_every_op(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert all(version in printed for version in _cli.versions().values())
+    first_words = {line.strip("│ ").split(" ")[0] for line in printed.splitlines()}
+    assert REGISTRY and REGISTRY.keys() <= first_words
+
+
+def test_info_tells_why_no_kernel_can_run(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    with fastnn.backend("torch"):
+        assert main(["info"]) == 0
+    assert "FASTNN_BACKEND=torch" in capsys.readouterr().out
+    monkeypatch.setattr(_op, "INTERPRET", True)
+    assert _cli.why_no_kernels() is None
+    monkeypatch.setattr(_op, "HAS_TRITON", False)
+    assert "triton is not installed" in _cli.why_no_kernels()
+
+
+def test_info_reports_the_gate_of_the_gpu(monkeypatch):
+    info = importlib.import_module("fastnn._cli_info")
+    op = next(iter(REGISTRY.values()))
+    monkeypatch.setattr(_op, "INTERPRET", False)
+    monkeypatch.setattr(_op, "architecture", lambda index: "sm_90")
+    for least, expected in ((4096, "kernel from size 4096 (here)"), (float("inf"), "stock (here)")):
+        monkeypatch.setattr(_op, "_crossover", lambda name, arch, least=least: (least, "here"))
+        assert info.path(op, None) == expected
+    assert info.path(op, "PyTorch finds no GPU") == "stock"
