@@ -1,3 +1,4 @@
+import collections
 import os
 
 import torch
@@ -27,3 +28,23 @@ def uninitialised_memory_reads_as_nan():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What PyTorch's samples ran on, where tests say so by the property "path"."""
+    paths = collections.Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) == "teardown":
+                for name, value in report.user_properties:
+                    if name == "path":
+                        paths[tuple(value)] += 1
+    if not paths:
+        return
+    write = terminalreporter.write_line
+    on_kernels = sum(n for (_, path, _), n in paths.items() if path == "kernel")
+    terminalreporter.section("PyTorch's samples")
+    write(f"{on_kernels} of {paths.total()} runs on kernels; to stock:")
+    for (what, path, reason), n in sorted(paths.items()):
+        if path != "kernel":
+            write(f"  {n:4} {what}: {reason.split('but stock: ')[-1]}")

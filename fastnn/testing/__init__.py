@@ -146,7 +146,7 @@ class Result:
 class Side:
     """One of the parties compared: what is called, and the parameters whose gradients count."""
 
-    call: Callable
+    call: Any
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -299,7 +299,7 @@ def compare_sides(
 
 
 def check(case: Case, dtype: torch.dtype, device: str = "cpu", mode: Mode = "triton") -> Result:
-    """Run one row in one dtype, as `compare_sides`; the path must be the one that the row states."""
+    """Run one row in one dtype, as `compare_sides`. Its path must be the one that it states."""
     torch.manual_seed(0)
     inputs = case.make(dtype, device)
     stock, ours = (_side(case, n, dtype, device) for n in (torch.nn, fastnn))

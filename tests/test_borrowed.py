@@ -1,0 +1,175 @@
+"""PyTorch's own samples for every layer and function we override, on kernels and in auto.
+
+What was not accelerated is counted, with its reason, in the summary at the end of the run.
+"""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
+
+import fastnn
+from fastnn import _op
+from fastnn.layers._layer import OURS
+from fastnn.ops import FUNCTIONS
+from fastnn.testing import FLOATS, Side, compare_sides
+
+# Random in training: their values are compared in the test files of these ops.
+RANDOM = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "rrelu"}
+RANDOM |= {"feature_alpha_dropout"}
+
+MODULES = [m for m in module_db if m.module_cls in OURS]
+ALIASES = {"softmax": "softmax", "log_softmax": "log_softmax", "sigmoid": "sigmoid", "tanh": "tanh"}
+FUNCTION_SAMPLES = [
+    (o, name)
+    for o in op_db
+    for name in [ALIASES.get(o.name, o.name.removeprefix("nn.functional."))]
+    if name in FUNCTIONS and (o.name.startswith("nn.functional.") or o.name in ALIASES)
+]
+
+
+def op_id(pair):
+    info, name = pair
+    return f"{name}-{info.variant_test_name}" if info.variant_test_name else name
+
+
+@pytest.fixture(autouse=True)
+def no_size_gate(monkeypatch):
+    monkeypatch.setattr(_op, "_crossover", lambda name, architecture: (0, "the test"))
+
+
+@pytest.fixture
+def account(record_property):
+    """Adds up the paths taken, and fails at the end with every disagreement."""
+    failures = []
+
+    def add(what, result):
+        record_property("path", (what, result.path, result.reason))
+        failures.extend(f"{what}: {f}" for f in result.failures)
+
+    yield add
+    assert not failures, "\n".join(failures)
+
+
+def test_there_are_samples():
+    assert len(MODULES) >= 2
+    assert len(FUNCTION_SAMPLES) >= 2
+
+
+@pytest.mark.parametrize("mode", ["triton", "auto"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("info", MODULES, ids=lambda m: m.module_cls.__name__)
+def test_module_samples(info, dtype, mode, device, account):
+    for training in (True, False) if info.train_and_eval_differ else (True,):
+        samples = info.module_inputs_func(
+            info, device=device, dtype=dtype, requires_grad=True, training=training
+        )
+        for sample in samples:
+            if sample.forward_input is None:
+                continue
+            made = sample.constructor_input
+            torch.manual_seed(0)
+            stock = info.module_cls(*made.args, **made.kwargs).to(device, dtype).train(training)
+            ours = OURS[info.module_cls](*made.args, **made.kwargs).to(device, dtype)
+            ours.train(training).load_state_dict(stock.state_dict())
+            exact = copy.deepcopy(stock).double()
+            result = compare_sides(
+                *(Side(m, dict(m.named_parameters())) for m in (ours, stock, exact)),
+                sample.forward_input.args,
+                sample.forward_input.kwargs,
+                device=device,
+                mode=mode,
+                inplace=bool(getattr(stock, "inplace", False)),
+            )
+            account(info.module_cls.__name__, result)
+
+
+@pytest.mark.parametrize("mode", ["triton", "auto"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("pair", FUNCTION_SAMPLES, ids=op_id)
+def test_function_samples(pair, dtype, mode, device, account):
+    info, name = pair
+    if dtype not in info.supported_dtypes(torch.device(device).type):
+        pytest.skip(f"stock {name} has no {dtype} on {device}")
+    function = FUNCTIONS[name]
+    for sample in info.sample_inputs(device, dtype, requires_grad=True):
+        if name in RANDOM and sample.kwargs.get("training", sample.args[1:2] != (False,)):
+            continue
+        result = compare_sides(
+            Side(function),
+            Side(function.op.stock),
+            Side(function.op.stock),
+            (sample.input, *sample.args),
+            sample.kwargs,
+            device=device,
+            mode=mode,
+            inplace=bool(sample.kwargs.get("inplace")),
+        )
+        account(name, result)
+
+
+@pytest.mark.parametrize("mode", ["triton", "auto"])
+@pytest.mark.parametrize("pair", [p for p in FUNCTION_SAMPLES if p[0].error_inputs_func], ids=op_id)
+def test_function_errors(pair, mode, device):
+    """Bad input raises what stock raises: the same type, with the same words."""
+    info, name = pair
+    function = FUNCTIONS[name]
+    for error in info.error_inputs(device):
+        sample = error.sample_input
+        with pytest.raises(Exception) as theirs:  # noqa: B017  (whatever it is)
+            function.op.stock(sample.input, *sample.args, **sample.kwargs)
+        with pytest.raises(theirs.type) as ours, fastnn.backend(mode):
+            function(sample.input, *sample.args, **sample.kwargs)
+        assert str(ours.value) == str(theirs.value)
+
+
+def test_function_samples_survive_second_derivatives(device):
+    """`create_graph=True` gives stock's second derivatives."""
+    for info, name in FUNCTION_SAMPLES:
+        if name in RANDOM or not info.supports_gradgrad:
+            continue
+        for sample in list(info.sample_inputs(device, torch.float32, requires_grad=True))[:6]:
+            seconds = []
+            for call in (FUNCTIONS[name], FUNCTIONS[name].op.stock):
+                given = (sample.input, *sample.args, *sample.kwargs.values())
+                tensors = [t for t in given if isinstance(t, torch.Tensor) and t.requires_grad]
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    out = call(sample.input, *sample.args, **sample.kwargs)
+                if not out.requires_grad or not out.numel():
+                    break
+                weights = torch.linspace(0.5, 1.5, out.numel()).view(out.shape).requires_grad_()
+                first = torch.autograd.grad(
+                    (out * weights).sum(), tensors, create_graph=True, allow_unused=True
+                )
+                first = [g for g in first if g is not None and g.requires_grad]
+                if not first:
+                    seconds.append([])
+                    continue
+                total = sum((g * g).sum() for g in first)
+                seconds.append(torch.autograd.grad(total, [*tensors, weights], allow_unused=True))
+            if len(seconds) == 2:
+                for a, b in zip(*seconds, strict=True):
+                    assert (a is None) == (b is None), name
+                    if a is not None:
+                        torch.testing.assert_close(a, b, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_most_samples_run_on_kernels(device):
+    """At least four in five of the samples, forced onto kernels, in each dtype."""
+    for dtype in FLOATS:
+        taken = []
+        for info, name in FUNCTION_SAMPLES:
+            if dtype not in info.supported_dtypes(torch.device(device).type):
+                continue
+            for sample in info.sample_inputs(device, dtype):
+                try:
+                    with fastnn.backend("triton"), torch.no_grad():
+                        FUNCTIONS[name](sample.input, *sample.args, **sample.kwargs)
+                    taken.append(True)
+                except fastnn.BackendError:
+                    taken.append(False)
+        assert sum(taken) >= 0.8 * len(taken), f"{dtype}: {sum(taken)} of {len(taken)}"
