@@ -1,0 +1,155 @@
+"""Random bits for dropout, laid over the elements exactly as ATen's CUDA kernels lay them.
+
+ATen starts T threads, each on its own subsequence of Philox4x32-10. Element e gets word w of the
+call whose counter is offset/4 + c, with, for i = e % VEC,
+
+    VEC 4, 8  q = e // VEC   subsequence q % T   c = q // T * (VEC // 4) + i // 4   w = e % 4
+    VEC 2     q = e // 2     subsequence q % T   c = q // T                         w = e % 2
+    VEC 1     q = e // T     subsequence e % T   c = q // 4                         w = q % 4
+
+VEC being the width of `native_dropout`'s accesses, or 1 for `bernoulli_`. An element is kept where
+float32(word) * 2**-32 + 2**-33 < float32(1 - p). That is monotone in the word, so the host turns it
+into `word < bound` once per p, which saves a conversion and a multiply-add per element.
+"""
+
+import functools
+import struct
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+THREADS = 256  # of an ATen block; `blocks` of them make T threads
+
+
+class Draw(NamedTuple):
+    """Random numbers reserved from a generator, and which element gets which.
+
+    Under CUDA graph capture `SEED` and `OFFSET` are int64 tensors that each replay refills, and
+    `offset` is what this call adds to the latter. Otherwise they are None and the ints are it all.
+    """
+
+    seed: int
+    offset: int
+    SEED: torch.Tensor | None
+    OFFSET: torch.Tensor | None
+    blocks: int
+    vec: int
+
+    def new_state(self, like):
+        """int64[2] for the forward kernel's `save_state`, or None where the ints say it all."""
+        return None if self.SEED is None else like.new_empty(2, dtype=torch.int64)
+
+    def from_state(self, STATE):
+        """The draw of the backward, from the state that the forward kernel saved."""
+        if STATE is None:
+            return self
+        return self._replace(offset=0, SEED=STATE[:1], OFFSET=STATE[1:])
+
+
+def _float32(x):
+    return struct.unpack("f", struct.pack("f", x))[0]
+
+
+@functools.lru_cache(maxsize=256)
+def bound(p):
+    """How many of the 2**32 words keep an element that is dropped with probability p."""
+    keep = _float32(1.0 - p)
+    low, high = 0, 2**32
+    while low < high:
+        word = (low + high) // 2
+        if _float32(_float32(word) * 2.0**-32 + 2.0**-33) < keep:
+            low = word + 1
+        else:
+            high = word
+    return low
+
+
+@triton.jit
+def load_state(seed, offset, SEED, OFFSET):
+    """(seed, offset) of a `Draw`, given as integers or, under capture, on the device."""
+    if SEED is not None:
+        seed = tl.load(SEED)
+        offset += tl.load(OFFSET)
+    return seed, offset
+
+
+@triton.jit
+def save_state(STATE, seed, offset):
+    """Keep what the forward used: its backward may belong to another graph."""
+    if STATE is not None:
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            tl.store(STATE, seed)
+            tl.store(STATE + 1, offset)
+
+
+@triton.jit
+def words(counter, subsequence, seed):
+    """The four words of Philox at (int64 counter, int32 subsequence), each of their shape."""
+    lo = (counter & 0xFFFFFFFF).to(tl.uint32)
+    hi = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    subsequence = subsequence.to(tl.uint32)
+    return tl.philox(seed, lo, hi, subsequence, subsequence * 0)
+
+
+@triton.jit
+def _interleave(a, b, c, d):
+    # (G,) four times -> (4 * G,), so that a thread holds neighbours and stores them in one access.
+    return tl.join(tl.join(a, c), tl.join(b, d)).reshape([4 * a.shape[0]])
+
+
+@triton.jit
+def keep_mask(start, seed, offset, blocks, bound, VEC: tl.constexpr, BLOCK: tl.constexpr):
+    """Which of the elements start to start + BLOCK, in storage order, are kept: int1 (BLOCK,).
+
+    start: int64, a multiple of BLOCK; seed, offset: int64 (`load_state`); bound: uint32 (`bound`);
+    blocks, VEC: of the `Draw`. A call of Philox makes 4 elements for VEC 4 and 8, 2 for VEC 2, else
+    1; so VEC 1 wants a kernel of its own.
+    """
+    # Either T covers every element, or T is all the threads that the device can hold, thousands. So
+    # a block passes the end of T at most once, and one scalar division serves all its lanes.
+    T = blocks.to(tl.int64) * 256
+    base = start // VEC
+    rnd = base // T
+    first = (base - rnd * T).to(tl.int32)
+    threads = T.to(tl.int32)
+    counter = offset // 4
+    if VEC == 1:
+        thread = first + tl.arange(0, BLOCK)
+        over = thread >= threads
+        q = rnd + over.to(tl.int64)
+        a, b, c, d = words(counter + q // 4, tl.where(over, thread - threads, thread), seed)
+        w = (q % 4).to(tl.int32)
+        word = tl.where(w < 2, tl.where(w == 0, a, b), tl.where(w == 2, c, d))
+    elif VEC == 2:
+        thread = first + tl.arange(0, BLOCK // 2)
+        over = thread >= threads
+        q = rnd + over.to(tl.int64)
+        a, b, c, d = words(counter + q, tl.where(over, thread - threads, thread), seed)
+        word = tl.join(a, b).reshape([BLOCK])
+    else:
+        CALLS: tl.constexpr = VEC // 4
+        group = tl.arange(0, BLOCK // 4)
+        thread = first + group // CALLS
+        over = thread >= threads
+        q = (rnd + over.to(tl.int64)) * CALLS + group % CALLS
+        a, b, c, d = words(counter + q, tl.where(over, thread - threads, thread), seed)
+        word = _interleave(a, b, c, d)
+    return word < bound
+
+
+@triton.jit
+def keep_mask_at(group, seed, offset, blocks, bound, VEC: tl.constexpr):
+    """`keep_mask` for tiles: `group` (R, C) holds e // 4 of runs of 4 elements -> int1 (R, 4 * C).
+
+    VEC is 4 or 8. Takes a division per 4 elements, so prefer `keep_mask` where storage is walked.
+    """
+    CALLS: tl.constexpr = VEC // 4
+    q = group // CALLS
+    T = blocks * 256
+    rnd = q // T
+    counter = offset // 4 + rnd.to(tl.int64) * CALLS + group % CALLS
+    a, b, c, d = words(counter, (q - rnd * T).to(tl.int32), seed)
+    word = tl.join(tl.join(a, c), tl.join(b, d)).reshape([a.shape[0], 4 * a.shape[1]])
+    return word < bound
