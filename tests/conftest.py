@@ -24,7 +24,7 @@ def repaired_interpreter():
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_reads_as_nan():
-    """`torch.empty` fills with nan (integers: the largest) while deterministic algorithms are on."""
+    """`torch.empty` fills with nan (integers: the largest) under deterministic algorithms."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

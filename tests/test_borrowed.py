@@ -119,7 +119,7 @@ def test_function_errors(pair, mode, device):
     function = FUNCTIONS[name]
     for error in info.error_inputs(device):
         sample = error.sample_input
-        with pytest.raises(Exception) as theirs:  # noqa: B017  (whatever it is)
+        with pytest.raises(Exception) as theirs:
             function.op.stock(sample.input, *sample.args, **sample.kwargs)
         with pytest.raises(theirs.type) as ours, fastnn.backend(mode):
             function(sample.input, *sample.args, **sample.kwargs)
