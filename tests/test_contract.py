@@ -1,0 +1,438 @@
+"""What `import fastnn as nn` may not change, for every layer and function we override."""
+
+import copy
+import inspect
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.fx
+import torch.nn as stock
+from torch.testing._internal.common_modules import module_db
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastnn
+import fastnn.functional as F
+from fastnn import _op
+from fastnn.layers._layer import STOCK
+from fastnn.ops import FUNCTIONS
+
+LAYERS = sorted(STOCK, key=lambda c: c.__name__)
+DATABASE = {m.module_cls: m for m in module_db}
+# Constructor arguments and input, for layers that PyTorch's own list of samples does not have.
+OTHERS = {
+    "Sequential": lambda x: ((fastnn.Linear(4, 3), fastnn.ReLU(), fastnn.Dropout(0.0)), x(2, 4)),
+    "LazyLinear": lambda x: ((3,), x(2, 4)),
+    "RReLU": lambda x: ((), x(2, 4)),
+    "Hardsigmoid": lambda x: ((), x(2, 4)),
+    "NLLLoss2d": None,  # deprecated: constructing it warns
+    **{n: lambda x: ((0.4,), x(2, 4)) for n in ("Dropout", "AlphaDropout", "FeatureAlphaDropout")},
+    "Dropout1d": lambda x: ((0.4,), x(2, 4, 3)),
+    "Dropout2d": lambda x: ((0.4,), x(2, 4, 3, 3)),
+    "Dropout3d": lambda x: ((0.4,), x(2, 4, 3, 3, 3)),
+}
+
+
+def sample(cls, dtype=torch.float32):
+    """(constructor args, kwargs, forward args) of one ordinary use of the layer."""
+    info = DATABASE.get(STOCK[cls])
+    if info is None:
+        args, x = OTHERS[cls.__name__](lambda *s: torch.randn(s, dtype=dtype, requires_grad=True))
+        return args, {}, (x,)
+    for s in info.module_inputs_func(
+        info, device="cpu", dtype=dtype, requires_grad=True, training=True
+    ):
+        given = s.forward_input.args if s.forward_input is not None else ()
+        if given and not s.forward_input.kwargs and given[0].numel():
+            made = s.constructor_input
+            return made.args, made.kwargs, s.forward_input.args
+    raise AssertionError(cls)
+
+
+def build(cls):
+    args, kwargs, inputs = sample(cls)
+    return cls(*args, **kwargs), STOCK[cls](*args, **kwargs), inputs
+
+
+each_layer = pytest.mark.parametrize(
+    "cls", [c for c in LAYERS if OTHERS.get(c.__name__, 1)], ids=lambda c: c.__name__
+)
+each_function = pytest.mark.parametrize("name", sorted(FUNCTIONS))
+
+
+# ---- classes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", LAYERS, ids=lambda c: c.__name__)
+def test_class_adds_a_forward_and_nothing_else(cls):
+    its = STOCK[cls]
+    assert cls.__name__ == cls.__qualname__ == its.__name__
+    assert cls.__mro__[1] is its
+    own = {k for k in vars(cls) if not k.startswith(("__", "_abc"))}
+    allowed = {"forward"} | ({"cls_to_become"} if "Lazy" in cls.__name__ else set())
+    assert {k for k in own if not k.startswith("_")} <= allowed
+    assert inspect.signature(cls) == inspect.signature(its)
+    assert cls.__init__ is its.__init__ and cls.extra_repr is its.extra_repr
+    assert inspect.getdoc(cls) == inspect.getdoc(its)
+    names = [list(inspect.signature(c.forward).parameters) for c in (cls, its)]
+    assert names[0] == names[1]
+    assert getattr(fastnn, cls.__name__) is cls
+
+
+@each_layer
+def test_layer_passes_for_stock(cls):
+    ours, its, _ = build(cls)
+    assert isinstance(ours, STOCK[cls]) and isinstance(its, cls) and issubclass(STOCK[cls], cls)
+    assert repr(ours) == repr(its)
+    assert not isinstance(stock.Identity(), cls)
+    child = type("Child", (cls,), {})
+    assert not isinstance(its, child) and not isinstance(ours, child)
+    assert isinstance(ours, cls)
+
+
+@each_layer
+def test_state_pickle_deepcopy(cls):
+    ours, its, inputs = build(cls)
+    if "Lazy" in cls.__name__:
+        ours(*inputs), its(*inputs)
+    assert list(ours.state_dict()) == list(its.state_dict())
+    ours.load_state_dict(its.state_dict(), strict=True)
+    its.load_state_dict(ours.state_dict(), strict=True)
+    ours.eval()
+    want = ours(*inputs)
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    for twin in (
+        pickle.loads(pickle.dumps(ours)),
+        copy.deepcopy(ours),
+        torch.load(file, weights_only=False),
+    ):
+        assert type(twin) is type(ours) and repr(twin) == repr(ours)
+        torch.testing.assert_close(twin(*inputs), want, rtol=0, atol=0)
+    assert pickle.loads(pickle.dumps(cls)) is cls
+
+
+def test_users_may_mix_in_abc_and_generic():
+    from abc import ABC, abstractmethod
+    from typing import Generic, TypeVar
+
+    class Base(fastnn.Linear, ABC):
+        @abstractmethod
+        def extra(self): ...
+
+    class Concrete(Base, Generic[TypeVar("T")]):
+        def extra(self):
+            return 1
+
+    with pytest.raises(TypeError):
+        Base(2, 2)
+    assert Concrete(2, 2)(torch.ones(1, 2)).shape == (1, 2)
+
+
+# ---- functions ----------------------------------------------------------------------------------
+
+
+@each_function
+def test_function_looks_like_stock(name):
+    ours, its = FUNCTIONS[name], FUNCTIONS[name].op.stock
+    assert getattr(F, name) is ours and inspect.isfunction(ours)
+    assert pickle.loads(pickle.dumps(ours)) is ours
+    if hasattr(stock.functional, name):
+        assert its is getattr(stock.functional, name)
+        assert ours.__name__ == name and ours.__doc__ == its.__doc__
+    if inspect.isfunction(its):
+        theirs = inspect.signature(its).parameters.values()
+        mine = inspect.signature(ours).parameters.values()
+        assert [(p.name, p.default, p.kind) for p in mine] == [
+            (p.name, p.default, p.kind) for p in theirs
+        ]
+
+
+# Torch's own forward-mode formulas load TorchScript, which it deprecates.
+quiet = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+
+
+# ---- tracers, compilers, transforms --------------------------------------------------------------
+
+
+@each_layer
+def test_fx_takes_the_layer_for_a_leaf(cls):
+    if cls is fastnn.Sequential:
+        pytest.skip("fx steps into stock's Sequential too")
+    ours, its, inputs = build(cls)
+    if "Lazy" in cls.__name__:
+        ours(*inputs), its(*inputs)
+    codes = []
+    for layer in (ours, its):
+        graph = torch.fx.symbolic_trace(stock.Sequential(layer)) if len(inputs) == 1 else None
+        codes.append(graph and graph.code)
+    assert codes[0] == codes[1]
+
+
+@each_layer
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_has_no_graph_break(cls, dynamic):
+    ours, its, inputs = build(cls)
+    if "Lazy" in cls.__name__:
+        ours(*inputs), its(*inputs)
+    its.load_state_dict(ours.state_dict())
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    outs = []
+    for layer in (compiled, its):
+        for x in inputs:
+            if isinstance(x, torch.Tensor):
+                x.grad = None
+        torch.manual_seed(3)
+        out = layer(*inputs)
+        if out.requires_grad:
+            out.sum().backward()
+        outs.append([out, *(x.grad for x in inputs if isinstance(x, torch.Tensor))])
+    torch.testing.assert_close(outs[0], outs[1])
+
+
+@each_layer
+def test_export_gives_stocks_graph(cls):
+    ours, its, inputs = build(cls)
+    if "Lazy" in cls.__name__:
+        ours(*inputs), its(*inputs)
+    graphs = [
+        [
+            str(n.target)
+            for n in torch.export.export(m, inputs).graph.nodes
+            if n.op == "call_function"
+        ]
+        for m in (ours, its)
+    ]
+    assert graphs[0] == graphs[1]
+
+
+@quiet
+@each_layer
+def test_torchscript_compiles(cls):
+    if "Lazy" in cls.__name__:
+        pytest.skip("stock cannot script a lazy layer")
+    ours, its, inputs = build(cls)
+    try:
+        scripted_stock = torch.jit.script(its)
+    except Exception:
+        pytest.skip("stock cannot script it")
+    its.load_state_dict(ours.state_dict())
+    scripted = torch.jit.script(ours)
+    for layer in (scripted, scripted_stock, ours):
+        layer.eval()
+    torch.testing.assert_close(scripted(*inputs), scripted_stock(*inputs))
+    assert type(ours) is cls
+
+
+def plain(cls):
+    """The layer and its first input, if one tensor in gives one tensor out."""
+    ours, its, inputs = build(cls)
+    if "Lazy" in cls.__name__:
+        ours(*inputs), its(*inputs)
+    its.load_state_dict(ours.state_dict())
+    ours.eval(), its.eval()
+    floating = isinstance(inputs[0], torch.Tensor) and inputs[0].is_floating_point()
+    return ours, its, inputs, floating
+
+
+@quiet
+@each_layer
+def test_functorch_transforms(cls):
+    ours, its, inputs, floating = plain(cls)
+    if not floating:
+        pytest.skip("no floating input to transform over")
+    x, rest = inputs[0].detach(), inputs[1:]
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        got, want = (transform(lambda v, m=m: m(v, *rest).sum())(x) for m in (ours, its))
+        torch.testing.assert_close(got, want)
+    if not rest and x.dim():
+        stacked = torch.stack([x, x + 1])
+        got, want = (torch.func.vmap(m, randomness="different")(stacked) for m in (ours, its))
+        torch.testing.assert_close(got, want)
+    got, want = (
+        torch.func.functional_call(m, dict(m.named_parameters()), (x, *rest)) for m in (ours, its)
+    )
+    torch.testing.assert_close(got, want)
+
+
+@quiet
+@each_layer
+def test_forward_mode(cls):
+    ours, its, inputs, floating = plain(cls)
+    if not floating:
+        pytest.skip("no floating input to differentiate")
+    x = inputs[0].detach()
+    results = []
+    for layer in (ours, its):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            results.append(torch.autograd.forward_ad.unpack_dual(layer(dual, *inputs[1:])))
+    torch.testing.assert_close(results[0].primal, results[1].primal)
+    torch.testing.assert_close(results[0].tangent, results[1].tangent)
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@each_layer
+def test_a_dispatch_mode_sees_what_it_sees_of_stock(cls):
+    ours, its, inputs, _ = plain(cls)
+    seen = []
+    for layer in (ours, its):
+        with Seen() as mode:
+            layer(*inputs)
+        seen.append(mode.ops)
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each_layer
+def test_autocast_result_dtype(cls, dtype, monkeypatch):
+    """On kernels, under autocast, the dtypes of result and gradients are stock's."""
+    monkeypatch.setattr(_op, "_crossover", lambda name, architecture: (0, "the test"))
+    ours, its, inputs, _ = plain(cls)
+    for given in (torch.float32, dtype):
+        args = [
+            x.detach().to(given).requires_grad_()
+            if isinstance(x, torch.Tensor) and x.is_floating_point()
+            else x
+            for x in inputs
+        ]
+        results = []
+        for layer in (ours, its):
+            try:
+                with torch.autocast("cpu", dtype=dtype):
+                    results.append(layer(*args).dtype)
+            except RuntimeError as e:
+                results.append(str(e))
+        assert results[0] == results[1]
+
+
+# ---- hooks, threads, modes -----------------------------------------------------------------------
+
+
+@each_layer
+def test_hooks_fire(cls):
+    ours, _, inputs = build(cls)
+    fired = []
+    ours.register_forward_pre_hook(lambda m, a: fired.append("pre"))
+    ours.register_forward_hook(lambda m, a, o: fired.append("post"))
+    ours(*inputs)
+    assert fired == ["pre", "post"]
+
+
+def test_backend_is_per_thread_and_reaches_threads_without_their_own():
+    seen = {}
+    barrier = threading.Barrier(2)
+
+    def work(mode):
+        with fastnn.backend(mode):
+            barrier.wait(10)
+            seen[mode] = _op.current_mode()
+            barrier.wait(10)
+
+    threads = [threading.Thread(target=work, args=(m,)) for m in ("triton", "torch")]
+    [t.start() for t in threads]
+    [t.join(20) for t in threads]
+    assert seen == {"triton": "triton", "torch": "torch"}
+    assert _op.current_mode() == "auto"
+
+    with fastnn.backend("torch"):
+        other = threading.Thread(target=lambda: seen.update(bare=_op.current_mode()))
+        other.start()
+        other.join(20)
+    assert seen["bare"] == "torch" and _op.current_mode() == "auto"
+
+
+def test_backend_restores_after_an_exception_and_nests():
+    with pytest.raises(KeyError), fastnn.backend("torch"):
+        with fastnn.backend("triton"):
+            assert _op.current_mode() == "triton"
+        assert _op.current_mode() == "torch"
+        raise KeyError
+    assert _op.current_mode() == "auto"
+    again = fastnn.backend("torch")
+    with again, again:
+        assert _op.current_mode() == "torch"
+    assert _op.current_mode() == "auto"
+    with pytest.raises(ValueError, match="auto, triton, torch"):
+        fastnn.backend("cuda")
+
+
+REFUSALS = {
+    "float64": lambda: torch.randn(3, dtype=torch.float64),
+    "complex64": lambda: torch.randn(3, dtype=torch.complex64),
+    "int64": lambda: torch.arange(3),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "meta": lambda: torch.empty(3, device="meta"),
+    "subclass": lambda: torch.randn(3).as_subclass(type("Mine", (torch.Tensor,), {})),
+    "negation": lambda: torch.randn(3, dtype=torch.complex64).conj().imag,
+    "nested": lambda: torch.nested.nested_tensor([torch.randn(2), torch.randn(3)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*[Nn]ested:UserWarning")
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_shared_refusals(kind):
+    """What no kernel takes runs stock, says why, and is an error of ours when forced."""
+    x = REFUSALS[kind]()
+    with fastnn.decisions() as heard:
+        try:
+            got = F.relu(x)
+        except Exception as e:  # stock's own answer
+            got = type(e)
+    ((op, why),) = heard
+    assert op.name == "relu" and why and kind.split("64")[0] in why.replace("a tensor on ", "")
+    try:
+        want = stock.functional.relu(x)
+    except Exception as e:
+        want = type(e)
+    if isinstance(want, torch.Tensor) and kind not in ("meta", "nested", "sparse"):
+        torch.testing.assert_close(got, want)
+    with fastnn.backend("triton"), pytest.raises(fastnn.BackendError, match=r"relu.*stock"):
+        F.relu(x)
+
+
+def test_default_device_is_no_reason_for_stock():
+    with torch.device("cpu"), fastnn.backend("triton"), fastnn.decisions() as heard:
+        F.relu(torch.ones(3))
+    assert heard[0].why is None
+
+
+def test_torch_mode_never_launches(monkeypatch):
+    from fastnn.kernels import _launch
+
+    def explode(*args, **kwargs):
+        raise AssertionError("launched")
+
+    monkeypatch.setattr(_launch.Kernel, "__call__", explode)
+    with fastnn.backend("torch"):
+        F.relu(torch.ones(3))
+    with pytest.raises(AssertionError, match="launched"), fastnn.backend("triton"):
+        F.relu(torch.ones(3))
+
+
+def test_builtins_keep_out():
+    x, out = torch.randn(3), torch.empty(3)
+    with fastnn.backend("triton"):
+        assert F.gelu(x, out=out) is out
+    torch.testing.assert_close(out, stock.functional.gelu(x))
+
+
+def test_argument_errors_are_stocks():
+    for call in (lambda f: f(), lambda f: f(torch.ones(2), bogus=1)):
+        with pytest.raises(TypeError):
+            call(F.relu)
+        with pytest.raises(TypeError), fastnn.backend("triton"):
+            call(F.relu)
