@@ -1,0 +1,100 @@
+"""Imports run downward: a file imports from layers with smaller numbers and from its own folder."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Longest prefix wins. `fastnn` alone is the package's own __init__.
+RANKS = {
+    "fastnn.kernels": 0,
+    "fastnn._op": 1,
+    "fastnn._rng": 1,
+    "fastnn.ops": 2,
+    "fastnn.functional": 3,
+    "fastnn.layers": 4,
+    "fastnn._namespace": 4,
+    "fastnn._model": 5,
+    "fastnn": 6,
+    "fastnn.testing": 7,
+    "fastnn.bench": 8,
+    "fastnn._demo": 9,
+    "fastnn._cli": 10,  # and every fastnn._cli_*
+    "fastnn.__main__": 11,
+}
+# Folders whose files may import each other.
+FOLDERS = ("fastnn.kernels", "fastnn.ops", "fastnn.layers", "fastnn.testing", "fastnn.bench")
+
+
+def home(module):
+    if module.startswith("fastnn._cli"):
+        return "fastnn._cli"
+    return max((p for p in RANKS if module == p or module.startswith(p + ".")), key=len)
+
+
+FILES = [
+    pytest.param(path, module, id=module)
+    for folder, package in (("fastnn", "fastnn"), ("kernels", "fastnn.kernels"))
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    for module in [
+        ".".join((package, *path.relative_to(ROOT / folder).with_suffix("").parts)).removesuffix(
+            ".__init__"
+        )
+    ]
+]
+
+
+def imports(path):
+    """The names of our own modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            # `from fastnn import kernels` imports a module; `from fastnn._op import op` does not.
+            deeper = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [d if d in RANKS else node.module for d in deeper]
+        else:
+            continue
+        yield from (n for n in names if n.split(".")[0] == "fastnn")
+
+
+@pytest.mark.parametrize(("path", "module"), FILES)
+def test_imports_run_downward(path, module):
+    mine = home(module)
+    for name in imports(path):
+        other = home(name)
+        if name != module and not (mine == other and mine in (*FOLDERS, "fastnn._cli")):
+            assert RANKS[other] < RANKS[mine], f"{module} imports {name}, which is not below it"
+
+
+@pytest.mark.parametrize(("path", "module"), FILES)
+def test_only_kernel_files_import_triton(path, module):
+    tree = ast.parse(path.read_text())
+    names = {
+        alias.name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    } | {
+        (node.module or "").split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+    }
+    if not module.startswith(("fastnn.kernels.", "fastnn.testing", "fastnn.bench", "fastnn._cli")):
+        assert "triton" not in names, f"{module} imports triton"
+
+
+def test_import_stays_light():
+    """`import fastnn` brings in neither Triton nor Dynamo nor a command-line library."""
+    heavy = ["triton", "torch._dynamo", "torch._inductor", "rich", "matplotlib", "numpy.testing"]
+    code = (
+        "import sys, torch, torch.nn; had = set(sys.modules); import fastnn; "
+        f"print(sorted(set({heavy}) & (set(sys.modules) - had)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

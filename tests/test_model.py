@@ -1,0 +1,186 @@
+"""`convert`, `revert`, `patch`, `explain` and `decisions` on whole models."""
+
+import copy
+import threading
+
+import pytest
+import torch
+import torch.nn as stock
+import torch.nn.utils.parametrize as parametrize
+
+import fastnn
+from fastnn import _op
+from fastnn.layers._layer import STOCK
+
+
+class Own(stock.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Net(stock.Module):
+    def __init__(self, nn):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.act = nn.GELU()
+        self.own = Own(3, 3)
+        self.conv = nn.Conv1d(1, 1, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(self.own(self.act(self.body(x))).unsqueeze(1)).squeeze(1)
+
+
+def test_convert_swaps_classes_in_place_and_revert_undoes_it():
+    model = Net(stock)
+    model.body[0].register_forward_hook(lambda m, a, o: o + 1)
+    parameters = {n: id(p) for n, p in model.named_parameters()}
+    before = {n: type(m) for n, m in model.named_modules()}
+    text = repr(model)
+    x = torch.randn(2, 4)
+    want = model(x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    assert fastnn.convert(model) is model
+    assert type(model.body) is fastnn.Sequential and type(model.body[0]) is fastnn.Linear
+    assert type(model.act) is fastnn.GELU
+    assert type(model.own) is Own and type(model.conv) is stock.Conv1d
+    assert {n: id(p) for n, p in model.named_parameters()} == parameters
+    assert repr(model) == text
+    torch.testing.assert_close(model(x), want)
+    once = {n: type(m) for n, m in model.named_modules()}
+    fastnn.convert(model)
+    assert {n: type(m) for n, m in model.named_modules()} == once
+
+    model(x).sum().backward()
+    old = model.body[0].weight.clone()
+    optimizer.step()
+    assert not torch.equal(old, model.body[0].weight)
+
+    assert fastnn.revert(model) is model
+    assert {n: type(m) for n, m in model.named_modules()} == before
+
+
+def test_revert_undoes_a_model_built_with_fastnn():
+    model = fastnn.revert(Net(fastnn))
+    assert not any(type(m) in STOCK for m in model.modules())
+    model.load_state_dict(Net(fastnn).state_dict(), strict=True)
+
+
+def test_parametrized_layers_are_left_alone():
+    model = stock.Sequential(stock.Linear(3, 3))
+    parametrize.register_parametrization(model[0], "weight", stock.Identity())
+    kind = type(model[0])
+    fastnn.convert(model)
+    assert type(model[0]) is kind
+    row = next(row for row in fastnn.explain(model) if row.layer == "0")
+    assert row.reason == "a subclass of torch.nn.Linear: left as it is"
+    ours = fastnn.Linear(3, 3)
+    parametrize.register_parametrization(ours, "weight", stock.Identity())
+    torch.testing.assert_close(ours(torch.ones(1, 3)).shape, torch.Size([1, 3]))
+
+
+@pytest.mark.parametrize("verb", [fastnn.convert, fastnn.revert, fastnn.explain])
+def test_what_is_not_a_module_is_refused(verb):
+    with pytest.raises(TypeError, match=r"expected a Module, got list; \w+ each element"):
+        verb([stock.ReLU()])
+
+
+def snapshot():
+    return {
+        (home.__name__, name): value
+        for home in (stock, stock.modules, stock.functional)
+        for name, value in vars(home).items()
+        if not name.startswith("__")
+    }
+
+
+def test_patch_resolves_to_ours_and_restores_exactly():
+    before = snapshot()
+    with pytest.raises(KeyError), fastnn.patch():
+        assert stock.ReLU is fastnn.ReLU
+        assert stock.functional.gelu is fastnn.functional.gelu
+        model = Net(stock)
+        assert type(model.act) is fastnn.GELU
+        with fastnn.patch():
+            assert stock.ReLU is fastnn.ReLU
+        assert stock.ReLU is fastnn.ReLU
+        raise KeyError
+    after = snapshot()
+    assert after.keys() == before.keys()
+    assert all(after[k] is before[k] for k in before)
+    assert type(model.act) is fastnn.GELU
+    torch.testing.assert_close(model(torch.ones(1, 4)).shape, torch.Size([1, 3]))
+
+
+def test_patch_under_threads_restores_exactly():
+    before = snapshot()
+    barrier = threading.Barrier(4)
+
+    def work():
+        for _ in range(50):
+            with fastnn.patch():
+                assert stock.ReLU is fastnn.ReLU
+        barrier.wait(10)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    [t.start() for t in threads]
+    [t.join(20) for t in threads]
+    assert all(snapshot()[k] is before[k] for k in before)
+
+
+def test_every_override_is_patched():
+    with fastnn.patch():
+        for ours, its in STOCK.items():
+            if hasattr(stock, its.__name__):
+                assert getattr(stock, its.__name__) is ours
+
+
+def test_explain_without_inputs_tells_of_each_layer():
+    rows = {row.layer: row for row in fastnn.explain(Net(fastnn))}
+    assert rows["act"].reason == "has kernels"
+    assert rows["own"].reason == "a subclass of torch.nn.Linear: left as it is"
+    assert rows["conv"].reason == "no kernels for this class"
+    assert "" not in rows  # a container of the user's
+    stock_rows = {row.layer: row for row in fastnn.explain(Net(stock))}
+    assert "fastnn.convert" in stock_rows["act"].reason
+
+
+def test_explain_with_inputs_tells_of_each_call(monkeypatch):
+    model = Net(fastnn)
+    x = torch.randn(2, 4)
+    explained = fastnn.explain(model, x)
+    act = next(row for row in explained if row.layer == "act")
+    assert (act.kind, act.op, act.path) == ("fastnn.GELU", "gelu", "stock")
+    assert "size" in act.reason
+    assert "act" in str(explained) and str(explained).count("\n") == len(explained)
+    assert explained.counts() == {"kernel": 0, "stock": len(explained)}
+    monkeypatch.setattr(_op, "_crossover", lambda name, architecture: (0, "the test"))
+    assert fastnn.explain(model, x).counts()["stock"] == 0
+
+
+def test_explain_leaves_no_trace():
+    model = stock.Sequential(
+        stock.BatchNorm1d(4), stock.Dropout(0.5), fastnn.ReLU(), fastnn.Linear(4, 4)
+    )
+    twin = copy.deepcopy(model.state_dict())
+    call = stock.Module.__call__
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    fastnn.explain(model, torch.randn(8, 4, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, twin[name]), name
+    assert stock.Module.__call__ is call
+    with pytest.raises(RuntimeError):
+        fastnn.explain(model, torch.randn(8, 5))
+    assert stock.Module.__call__ is call
+
+
+def test_decisions_are_this_threads():
+    with fastnn.decisions() as mine:
+        other = threading.Thread(target=lambda: fastnn.functional.relu(torch.ones(2)))
+        other.start()
+        other.join(20)
+        assert mine == []
+        fastnn.functional.relu(torch.ones(2))
+    assert [d.op.name for d in mine] == ["relu"]
