@@ -14,6 +14,7 @@ from fastnn._cli import CliError
 # run(args), which returns the exit code and raises CliError for what the user has to mend.
 COMMANDS = {
     "demo": ("fastnn._cli_demo", "train a small GPT with torch.nn and with fastnn, and compare"),
+    "parity": ("fastnn._cli_parity", "every function with kernels against stock and float64, here"),
     "info": ("fastnn._cli_info", "versions, devices, and which ops can run on kernels here"),
 }
 

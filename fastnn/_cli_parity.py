@@ -1,0 +1,283 @@
+"""`fastnn parity`: every layer and function with kernels against stock and float64, here."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import html
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastnn import _cli, _op
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fastnn.testing import Case
+
+EXAMPLES = """\
+  fastnn parity                             # every row, on the GPU, else interpreted on the CPU
+  fastnn parity --only softmax --only GELU  # rows whose name contains one of these
+  fastnn parity --dtype bfloat16 --html report.html
+"""
+
+DTYPES = {str(d).removeprefix("torch."): d for d in _op.FLOATS}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="rows of layers and functions so named"
+    )
+    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="default: all three")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report, one file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row's figures")
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What one row gave in one dtype. Errors are the largest against float64, over its tensors."""
+
+    name: str
+    case: str
+    dtype: str
+    path: str
+    reason: str | None
+    error: float
+    stock_error: float
+    ratio: float
+    tensors: int
+    gradients: int
+    seconds: float
+    failures: list[str]
+
+
+def _interpret() -> None:
+    """Without a GPU, start over with the kernels interpreted: that is decided at import."""
+    if torch.cuda.is_available() or _op.INTERPRET:
+        return
+    if not _op.HAS_TRITON:
+        raise _cli.CliError("nothing to compare: " + str(_cli.why_no_kernels()))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTNN_BACKEND": "auto"}
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", "fastnn", *sys.argv[1:]], environment)
+
+
+@contextlib.contextmanager
+def _uninitialised_memory_is_nan():
+    before = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
+def _outcome(case: Case, dtype: torch.dtype, device: str) -> Outcome:
+    from fastnn.testing import check
+
+    start = time.perf_counter()
+    try:
+        result = check(case, dtype, device)
+        failures, path, reason = result.failures, result.path, result.reason
+        compared = result.comparisons
+    except Exception as e:
+        failures, path, reason, compared = [f"{type(e).__name__}: {e}"], "error", None, []
+    worst = max(compared, key=lambda c: c.ratio, default=None)
+    return Outcome(
+        case.name,
+        str(case),
+        str(dtype).removeprefix("torch."),
+        path,
+        reason,
+        worst.ours if worst else 0.0,
+        worst.stock if worst else 0.0,
+        worst.ratio if worst else 1.0,
+        len(compared),
+        sum(c.what.startswith("grad") for c in compared),
+        time.perf_counter() - start,
+        failures,
+    )
+
+
+def _summary(outcomes: list[Outcome]) -> list[dict]:
+    """A line per name and dtype, over its rows."""
+    groups: dict[tuple[str, str], list[Outcome]] = {}
+    for o in outcomes:
+        groups.setdefault((o.name, o.dtype), []).append(o)
+    lines = []
+    for (name, dtype), rows in sorted(groups.items()):
+        worst = max(rows, key=lambda o: o.ratio)
+        lines.append(
+            {
+                "name": name,
+                "dtype": dtype,
+                "rows": len(rows),
+                "kernel": sum(o.path == "kernel" for o in rows),
+                "stock": sum(o.path == "stock" for o in rows),
+                "gradients": sum(o.gradients for o in rows),
+                "error": worst.error,
+                "stock_error": worst.stock_error,
+                "ratio": worst.ratio,
+                "median_ratio": statistics.median(o.ratio for o in rows),
+                "failed": sum(bool(o.failures) for o in rows),
+            }
+        )
+    return lines
+
+
+def _figure(x: float) -> str:
+    return "inf" if math.isinf(x) else f"{x:.2g}"
+
+
+COLUMNS = {
+    "name": "layer or function",
+    "dtype": "dtype",
+    "rows": "rows",
+    "kernel": "on kernels",
+    "stock": "declined",
+    "gradients": "gradients",
+    "error": "error",
+    "stock_error": "stock's",
+    "ratio": "worst ratio",
+    "median_ratio": "median ratio",
+    "failed": "failed",
+}
+
+
+def _cells(line: dict) -> list[str]:
+    return [_figure(v) if isinstance(v, float) else str(v) for v in (line[k] for k in COLUMNS)]
+
+
+def _table(lines: list[dict]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="largest error against float64 (outputs, gradients)")
+    for key, title in COLUMNS.items():
+        table.add_column(title, justify="left" if key in ("name", "dtype") else "right")
+    for line in lines:
+        table.add_row(*_cells(line), style="bold red" if line["failed"] else None)
+    return table
+
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; color: #1b1f24 }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #d8dee4; text-align: right }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left }
+th { position: sticky; top: 0; background: #f6f8fa }
+tr.failed { background: #ffebe9 } .verdict { font-size: 1.3rem; font-weight: 600 }
+.passed { color: #1a7f37 } .broken { color: #cf222e } code { font-size: 13px }
+details { margin: .3rem 0 } summary { cursor: pointer }
+"""
+
+
+def _html(facts: dict[str, str], lines: list[dict], outcomes: list[Outcome]) -> str:
+    """A report of one file: no script, no link."""
+    bad = [o for o in outcomes if o.failures]
+    verdict = f"{len(bad)} of {len(outcomes)} rows failed" if bad else "Every row passed"
+    head = "".join(f"<th>{html.escape(t)}</th>" for t in COLUMNS.values())
+    body = "".join(
+        f"<tr class={'failed' if line['failed'] else 'ok'}>"
+        + "".join(f"<td>{html.escape(c)}</td>" for c in _cells(line))
+        + "</tr>"
+        for line in lines
+    )
+    told = "".join(
+        f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in facts.items()
+    )
+    failures = "".join(
+        f"<details open><summary><code>{html.escape(o.case)}</code> {o.dtype}</summary><ul>"
+        + "".join(f"<li>{html.escape(f)}</li>" for f in o.failures)
+        + "</ul></details>"
+        for o in bad
+    )
+    declined = "".join(
+        f"<li><code>{html.escape(o.case)}</code> {o.dtype}: {html.escape(o.reason or '')}</li>"
+        for o in outcomes
+        if o.path == "stock"
+    )
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>fastnn parity</title>
+<style>{STYLE}</style><h1>fastnn parity</h1>
+<p class="verdict {"broken" if bad else "passed"}">{verdict}</p><table>{told}</table>
+<p>Errors are the largest absolute ones against float64, over outputs and gradients of all rows.
+A row passes where ours is at most twice stock's in the same dtype plus one unit in the last place,
+with the same dtypes, shapes, strides, nan and inf, the same bits on a second run, nothing written to
+inputs, and state_dict loading both ways.</p>
+<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
+{"<h2>Failures</h2>" + failures if bad else ""}
+<h2>Declined, as the rows state</h2><ul>{declined}</ul></html>
+"""
+
+
+def run(args: argparse.Namespace) -> int:
+    _interpret()
+    console = _cli.console()
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from fastnn.testing.cases import CASES
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        from fastnn.testing import interpreter
+
+        interpreter.install()
+    dtypes = [DTYPES[d] for d in args.dtype or DTYPES]
+    rows = [
+        (case, dtype)
+        for case in CASES
+        if not args.only or any(o.lower() in case.name.lower() for o in args.only)
+        for dtype in case.dtypes
+        if dtype in dtypes
+    ]
+    if not rows:
+        raise _cli.CliError(f"no rows for --only {args.only}; `fastnn info` lists the functions")
+    facts = {**_cli.versions(), "device": _cli.device_name(torch.device(device))}
+    facts["kernels"] = "compiled" if device == "cuda" else "interpreted on the CPU"
+    outcomes = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with (
+        Progress(*columns, console=console, transient=True) as progress,
+        _uninitialised_memory_is_nan(),
+    ):
+        task = progress.add_task("parity", total=len(rows))
+        for case, dtype in rows:
+            progress.update(task, description=f"{case.name} {str(dtype).removeprefix('torch.')}")
+            outcomes.append(_outcome(case, dtype, device))
+            progress.advance(task)
+    facts["rows"] = str(len(outcomes))
+    lines = _summary(outcomes)
+    for name, value in facts.items():
+        console.print(f"{name:8} {value}")
+    console.print(_table(lines))
+    bad = [o for o in outcomes if o.failures]
+    for o in bad:
+        console.print(f"[red]{o.case} {o.dtype}[/red]", *o.failures, sep="\n  ", markup=True)
+    on_kernels = sum(o.path == "kernel" for o in outcomes)
+    median = statistics.median(o.ratio for o in outcomes)
+    console.print(
+        f"{len(outcomes)} rows: {on_kernels} on kernels, {len(outcomes) - on_kernels} declined; "
+        f"median of error ratios to stock {_figure(median)}; {len(bad)} failed."
+    )
+    if args.json:
+        data = {"environment": facts, "rows": [dataclasses.asdict(o) for o in outcomes]}
+        args.json.write_text(json.dumps(data, indent=1) + "\n")
+        console.print(f"wrote {args.json}")
+    if args.html:
+        args.html.write_text(_html(facts, lines, outcomes))
+        console.print(f"wrote {args.html}")
+    return 1 if bad else 0
