@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,9 @@ def test_a_missing_name_is_fastnns_error():
 
 @pytest.mark.parametrize("name", ALIASED)
 def test_submodule(name):
-    stock = importlib.import_module(f"torch.nn.{name}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # stock's own, of files it is about to drop
+        stock = importlib.import_module(f"torch.nn.{name}")
     assert importlib.import_module(f"fastnn.{name}") is stock
     assert importlib.util.find_spec(f"fastnn.{name}") is stock.__spec__
     # The statements, whose results can differ from sys.modules: `utils.weight_norm` is a function.
@@ -200,8 +203,9 @@ def test_functional_is_the_only_name_taken_from_stock():
 def test_threads_and_reloads():
     python(
         """
-        import importlib, sys, threading
+        import importlib, sys, threading, warnings
         import fastnn, torch.nn
+        warnings.simplefilter("ignore")  # stock's own, of files it is about to drop
 
         names = sys.argv[1:]
         start = threading.Barrier(8)
@@ -234,15 +238,51 @@ def test_threads_and_reloads():
         sound()
         importlib.reload(fastnn)
         sound()
-        for name in [n for n in sys.modules if n.partition(".")[0] == "fastnn"]:
-            if "_op" not in name:
+        for name, module in sys.modules.copy().items():
+            # All but the files of ours, whose operators torch registers once in a process.
+            again = name in ("fastnn", "fastnn._namespace") or module.__name__ != name
+            if name.partition(".")[0] == "fastnn" and again:
                 del sys.modules[name]
         import fastnn
         import fastnn.utils.weight_norm
         sound()
         """,
-        *(name for name in ALIASED if name != "cpp"),
+        *ALIASED,
     )
+
+
+def test_a_package_keeps_a_function_named_as_its_file(monkeypatch, tmp_path):
+    """`torch.nn.utils.weight_norm` is one; here in a package that `import torch` does not load."""
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late/__init__.py").write_text("from .tool import tool\n")
+    (tmp_path / "late/tool.py").write_text("def tool(): pass\n")
+    monkeypatch.setattr(torch.nn, "__path__", [*torch.nn.__path__, str(tmp_path)])
+    try:
+        importlib.import_module("fastnn.late.tool")
+        late = sys.modules["fastnn.late"]
+        assert late is torch.nn.late is fastnn.late and late.__name__ == "torch.nn.late"
+        assert isinstance(late.tool, types.FunctionType)
+        assert sys.modules["fastnn.late.tool"] is sys.modules["torch.nn.late.tool"]
+    finally:
+        for name in [name for name in sys.modules if ".late" in name]:
+            del sys.modules[name]
+        for package in (torch.nn, fastnn):
+            vars(package).pop("late", None)
+
+
+def test_a_half_loaded_module_is_not_mirrored(monkeypatch):
+    """It may yet fail, and who imports it by our name has to wait for the thread that loads it."""
+    half = types.ModuleType("torch.nn.half_loaded")
+    half.__spec__ = importlib.util.spec_from_loader(half.__name__, None)
+    half.__spec__._initializing = True
+    monkeypatch.setitem(sys.modules, half.__name__, half)
+    _namespace.install()
+    assert "fastnn.half_loaded" not in sys.modules
+    half.__spec__._initializing = False
+    monkeypatch.setitem(sys.modules, "fastnn.half_loaded", None)  # is put back, so absent, after
+    del sys.modules["fastnn.half_loaded"]
+    _namespace.install()
+    assert sys.modules["fastnn.half_loaded"] is half
 
 
 # ---- What importing costs

@@ -1,0 +1,98 @@
+"""What is shipped: `fastnn/` alone, whole, and importable from there."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email import message_from_string
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """A wheel and what was said on its making: offline, in a copy, as setuptools leaves litter."""
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    unbuilt = shutil.ignore_patterns("__pycache__")
+    for folder in ("fastnn", "kernels"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=unbuilt)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, tree)
+    program = "import setuptools.build_meta, sys; setuptools.build_meta.build_wheel(sys.argv[1])"
+    command = [sys.executable, "-c", program, str(out)]
+    run = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    [built] = out.glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        yield archive, run.stdout + run.stderr
+
+
+@pytest.fixture
+def wheel(build):
+    return build[0]
+
+
+def test_builds_without_a_warning(build):
+    """Such as the one for a folder of stubs, which to setuptools is a package left out."""
+    assert "Warning" not in build[1], build[1]
+
+
+def test_holds_the_package_and_nothing_else(wheel):
+    """Another package is called `kernels`: a file of ours under that name would overwrite it."""
+    tops = {name.partition("/")[0] for name in wheel.namelist()}
+    assert {top for top in tops if not re.fullmatch(r"fastnn_triton-[\w.]+\.dist-info", top)} == {
+        "fastnn"
+    }
+
+
+def test_holds_the_package_whole(wheel):
+    shipped = {name for name in wheel.namelist() if name.startswith("fastnn/")}
+    files = [p.relative_to(ROOT) for f in ("fastnn", "kernels") for p in (ROOT / f).rglob("*")]
+    wanted = {p.as_posix() for p in files if p.suffix in (".py", ".pyi", ".json", ".typed")}
+    assert {"kernels/__init__.py", "fastnn/py.typed", "fastnn/utils/rnn.pyi"} <= wanted
+    assert shipped == {re.sub(r"^kernels/", "fastnn/kernels/", name) for name in wanted}
+
+
+def test_requires_torch_and_triton_without_a_cap(wheel):
+    [path] = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = message_from_string(wheel.read(path).decode())
+    required = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
+    assert {re.split(r"[^\w-]", r)[0] for r in required} == {"torch", "triton"}
+    for requirement in required:  # "torch>=2.8", "triton>=3.4; platform_system == ..."
+        assert re.findall(r"[<>=!~]=?", requirement.partition(";")[0]) == [">="]
+
+
+def test_runs_where_it_is_unpacked(wheel, tmp_path):
+    """The folders that hold only stubs look like namespace packages to the path finder."""
+    wheel.extractall(tmp_path / "site")
+    program = """
+import sys
+from pathlib import Path
+import fastnn.utils.rnn, fastnn.quantized.dynamic.modules
+from fastnn.attention.flex_attention import flex_attention
+from fastnn.modules.batchnorm import _BatchNorm
+import fastnn.init as init
+import fastnn.functional as F
+from fastnn import kernels
+import torch
+
+site = Path(sys.argv[1])
+assert site in Path(fastnn.__file__).parents, fastnn.__file__
+assert site in Path(kernels.__file__).parents, kernels.__file__
+assert fastnn.utils.rnn is torch.nn.utils.rnn and init is torch.nn.init
+assert _BatchNorm is torch.nn.modules.batchnorm._BatchNorm
+assert fastnn.quantized.dynamic.modules is torch.nn.quantized.dynamic.modules
+assert torch.equal(fastnn.ReLU()(torch.tensor([-1.0, 2.0])), torch.tensor([0.0, 2.0]))
+"""
+    path = str(tmp_path / "site")
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, path],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        check=True,
+    )
