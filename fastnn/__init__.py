@@ -13,6 +13,7 @@ from fastnn._model import convert as convert
 from fastnn._model import explain as explain
 from fastnn._model import patch as patch
 from fastnn._model import revert as revert
+from fastnn._model import warmup as warmup
 from fastnn._op import BackendError as BackendError
 from fastnn._op import backend as backend
 from fastnn._op import decisions as decisions

@@ -1,4 +1,4 @@
-"""Whole models: `explain`, `convert`, `revert`, `patch`."""
+"""Whole models: `explain`, `warmup`, `convert`, `revert`, `patch`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn as stock
+from torch.utils._pytree import tree_leaves
 
 from fastnn._op import decisions
 from fastnn.layers._layer import OURS, STOCK
@@ -235,3 +236,21 @@ def explain(model: stock.Module, *inputs, **kwargs) -> Explanation:
     with _untouched(model), decisions() as heard, _watch_calls(around):
         model(*inputs, **kwargs)
     return Explanation(rows)
+
+
+def warmup(model: stock.Module, *inputs, **kwargs) -> None:
+    """Compile every kernel that `model(*inputs, **kwargs)` and its backward launch.
+
+    By running both once, so that later calls of these shapes and dtypes find the kernels ready:
+    before a benchmark, and before capturing a CUDA graph, during which nothing can be compiled.
+    Parameters, their `.grad`, buffers and random states stay as they are. Raises TypeError if
+    `model` is not a Module, and whatever the model raises.
+    """
+    _expect_module("warmup", model)
+    with _untouched(model), torch.enable_grad():
+        out = model(*inputs, **kwargs)
+        ends = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
+        given = [*tree_leaves((inputs, kwargs)), *model.parameters()]
+        leaves = [t for t in given if isinstance(t, torch.Tensor) and t.requires_grad]
+        if ends and leaves:
+            torch.autograd.grad(ends, leaves, [torch.ones_like(t) for t in ends], allow_unused=True)

@@ -184,3 +184,17 @@ def test_decisions_are_this_threads():
         assert mine == []
         fastnn.functional.relu(torch.ones(2))
     assert [d.op.name for d in mine] == ["relu"]
+
+
+def test_warmup_leaves_no_trace(monkeypatch):
+    monkeypatch.setattr(_op, "_crossover", lambda name, architecture: (0, "the test"))
+    model = stock.Sequential(stock.BatchNorm1d(4), fastnn.Linear(4, 4), fastnn.ReLU())
+    twin = copy.deepcopy(model.state_dict())
+    x = torch.randn(8, 4, requires_grad=True)
+    state = torch.get_rng_state()
+    with fastnn.decisions() as heard:
+        fastnn.warmup(model, x)
+    assert {d.op.name for d in heard} >= {"linear", "relu"} and not any(d.why for d in heard)
+    assert x.grad is None and all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, twin[k]) for k, v in model.state_dict().items())
