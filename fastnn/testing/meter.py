@@ -304,7 +304,7 @@ def traffic(*, distinct: bool = True, races: bool = False) -> Iterator[Log]:
         try:
             stock(self, *args, **kwargs)
         except InterpreterError as error:
-            cause: BaseException | None = error
+            cause = error
             while cause is not None and not isinstance(cause, _OutOfBounds):
                 cause = cause.__cause__
             if cause is None:

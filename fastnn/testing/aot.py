@@ -1,0 +1,433 @@
+"""Compile what a program launches, for GPUs that need not be present, and judge the machine code.
+
+    with compile_only("cuda:90") as compiled:   # in a process without TRITON_INTERPRET
+        F.gelu(torch.randn(4096))
+    for record in compiled:
+        assert not check(record, streaming=True)
+    print(table(compiled))
+
+Inside the block a Triton driver for the target compiles each launch and launches nothing: whatever
+runs there, on CPU tensors, is compiled for the shapes, dtypes and alignments it really meets. The
+results hold whatever their memory held. Compiled kernels come from Triton's cache where they can.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import get_cache_manager
+
+from fastnn import _op
+
+
+class Target(NamedTuple):
+    """A GPU to compile for, and what one of its multiprocessors (compute units) has."""
+
+    gpu: GPUTarget
+    architecture: str
+    shared_per_block: int
+    shared_per_sm: int
+    shared_reserved: int  # of shared_per_sm, per block
+    warps_per_scheduler: int
+    registers_per_scheduler: int  # per lane of a warp; each of the four schedulers has its own
+    max_blocks: int = 32
+
+
+TARGETS = {
+    "cuda:80": Target(GPUTarget("cuda", 80, 32), "sm_80", 166912, 167936, 1024, 16, 512),
+    "cuda:90": Target(GPUTarget("cuda", 90, 32), "sm_90", 232448, 233472, 1024, 16, 512),
+    "cuda:100": Target(GPUTarget("cuda", 100, 32), "sm_100", 232448, 233472, 1024, 16, 512),
+    "hip:gfx942": Target(GPUTarget("hip", "gfx942", 64), "gfx942", 65536, 65536, 0, 8, 512),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One specialisation of a kernel, as machine code for one target."""
+
+    kernel: str
+    target: str
+    signature: dict[str, str]
+    """Type of each run-time parameter; ":16" after it where its value is known to divide by 16."""
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    registers: int
+    """Per thread."""
+    spills: int
+    """Instructions that move a register to memory of its thread, or back."""
+    stack: int
+    """Bytes per thread, spilled registers included."""
+    shared: int
+    """Bytes of shared memory per block."""
+    blocks: int
+    """Blocks that fit on a multiprocessor."""
+    occupancy: float
+    """Warps that fit on a multiprocessor, as a share of the most it can hold."""
+    loads: int
+    loads_wide: int
+    """Loads from global memory, and those of 128 bits or more."""
+    stores: int
+    stores_wide: int
+    async_copies: int
+    """cp.async and TMA: loads that bypass the registers."""
+    tensor_core: dict[str, int]
+    """Matrix instructions by kind: mma, wgmma, tcgen05, mfma."""
+    dots: int
+    """`tl.dot` whose operands a tensor core takes: 16 bits or fewer, or fp32 rounded to tf32."""
+    float_atomics: int
+    aligned: bool
+    """Whether wide accesses are allowed: all pointers and specialised integers divide by 16."""
+    load_tile: float
+    store_tile: float
+    """Bytes per thread of the largest tile loaded, and stored, in rows of 16 bytes or more."""
+
+
+class _Compiled(NamedTuple):
+    source: Any  # triton.compiler.ASTSource
+    metadata: Any
+
+
+# ---- the driver -------------------------------------------------------------------------------
+
+# Triton keeps a kernel's binaries per device, and so does `fastnn.kernels`: each driver is one of
+# its own, so that no driver meets what was compiled under another.
+_devices = itertools.count(1 << 16)
+
+
+class _Driver:
+    """The part of a Triton driver that a launch touches."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._device = next(_devices)
+        self.compiled: dict[str, _Compiled] = {}
+        self.utils = SimpleNamespace(
+            # No limit here: `check` reports an excess, and the other kernels are still compiled.
+            get_device_properties=lambda device: {"max_shared_mem": 1 << 40},
+            load_binary=lambda name, binary, shared, device: (None, 0, 0, 0, 1 << 20),
+            unload_module=lambda module: None,
+        )
+
+    def launcher_cls(self, src: Any, metadata: Any):
+        self.compiled[metadata.hash] = _Compiled(src, metadata)
+        return _launch_nothing
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target.gpu
+
+    def get_current_device(self) -> int:
+        return self._device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+
+def _launch_nothing(*launch) -> None:
+    pass
+
+
+@contextmanager
+def _active(target: str) -> Iterator[_Driver]:
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET=1: kernels of this process cannot be compiled")
+    if target not in TARGETS:
+        raise ValueError(f"target {target!r}: accepted are {', '.join(TARGETS)}")
+    config = triton.runtime.driver
+    # Asking the property would look for a GPU.
+    before = vars(config).get("_active", vars(config).get("active"))
+    driver = _Driver(TARGETS[target])
+    architecture = TARGETS[target].architecture
+    config.set_active(driver)
+    try:
+        with (
+            mock.patch.object(_op, "_KERNEL_DEVICES", {*_op._KERNEL_DEVICES, "cpu"}),
+            mock.patch.object(_op, "architecture", lambda device_index: architecture),
+        ):
+            yield driver
+    finally:
+        config.set_active(before)
+
+
+@contextmanager
+def launch_nothing(target: str = "cuda:90") -> Iterator[None]:
+    """Launches in the block cost what their host side costs: they are compiled once, never run.
+
+    For measuring that cost on any machine. Inside, fastnn's dispatch takes a CPU tensor for one on
+    `target`, one of `TARGETS`.
+    """
+    with _active(target):
+        yield
+
+
+@contextmanager
+def compile_only(target: str) -> Iterator[list[Record]]:
+    """Compiles for `target`, one of `TARGETS`, what the block launches; launches nothing.
+
+    The list is filled when the block ends: a record per specialisation, in order of first launch.
+    Raises what the compiler raises.
+    """
+    records: list[Record] = []
+    with _active(target) as driver:
+        yield records
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a disassembler
+        records += pool.map(functools.partial(_record, target), driver.compiled.values())
+
+
+# ---- machine code -------------------------------------------------------------------------------
+
+
+class _Code(NamedTuple):
+    registers: int
+    spills: int
+    stack: int
+    loads: list[str]
+    stores: list[str]
+    async_copies: int
+    tensor_core: dict[str, int]
+
+
+_WIDE_BYTES = 16
+_WIDE = re.compile(r"\.(128|256)\b|dwordx4")
+_NVIDIA_MATH = {
+    "mma": r"\b[HIQDO]MMA\b",
+    "wgmma": r"\b[HIQB]GMMA\b",
+    "tcgen05": r"\bUTC[A-Z]*MMA\b",
+}
+
+
+def _record(target: str, compiled: _Compiled) -> Record:
+    source, metadata = compiled
+    asm = _assembly(source.name, metadata.hash)
+    code = _sass(asm["cubin"]) if "cubin" in asm else _amdgcn(asm["amdgcn"])
+    threads = metadata.num_warps * metadata.target.warp_size
+    blocks, occupancy = _occupancy(
+        TARGETS[target], code.registers, metadata.shared, metadata.num_warps
+    )
+    signature, aligned = _signature(source)
+    names = source.fn.arg_names
+    return Record(
+        kernel=metadata.name,
+        target=target,
+        signature=signature,
+        constexprs={names[at[0]]: value for at, value in source.constants.items() if len(at) == 1},
+        num_warps=metadata.num_warps,
+        num_stages=metadata.num_stages,
+        registers=code.registers,
+        spills=code.spills,
+        stack=code.stack,
+        shared=metadata.shared,
+        blocks=blocks,
+        occupancy=occupancy,
+        loads=len(code.loads),
+        loads_wide=sum(bool(_WIDE.search(i)) for i in code.loads),
+        stores=len(code.stores),
+        stores_wide=sum(bool(_WIDE.search(i)) for i in code.stores),
+        async_copies=code.async_copies,
+        tensor_core=code.tensor_core,
+        dots=_tensor_core_dots(asm["ttir"]),
+        float_atomics=len(re.findall(r"tt\.atomic_rmw f\w+", asm["ttir"])),
+        aligned=aligned,
+        load_tile=_largest_tile("load", asm["ttir"]) / threads,
+        store_tile=_largest_tile("store", asm["ttir"]) / threads,
+    )
+
+
+def _assembly(kernel: str, key: str) -> dict[str, Any]:
+    """The stages of compilation that Triton's cache holds, by name."""
+    group = get_cache_manager(key).get_group(f"{kernel[:150]}.json") or {}
+    asm: dict[str, Any] = {}
+    for name, path in group.items():
+        stage = name.rpartition(".")[2]
+        if stage in ("ttir", "amdgcn"):
+            with open(path) as f:
+                asm[stage] = f.read()
+        elif stage == "cubin":
+            with open(path, "rb") as f:
+                asm[stage] = f.read()
+    return asm
+
+
+_ADDRESSES = re.compile(r"\*|[iu](8|16|32|64)$")  # types that go into an address
+
+
+def _signature(source: Any) -> tuple[dict[str, str], bool]:
+    signature = {}
+    aligned = True
+    for i, param in enumerate(source.fn.params):
+        ty = source.signature[param.name]
+        if ty == "constexpr":
+            continue
+        divisible = ["tt.divisibility", 16] in source.attrs.get((i,), [])
+        signature[param.name] = f"{ty}:16" if divisible else str(ty)
+        if not divisible and not param.do_not_specialize and _ADDRESSES.match(str(ty)):
+            aligned = False
+    return signature, aligned
+
+
+def _largest_tile(access: str, ttir: str) -> int:
+    tiles = re.findall(rf"tt\.{access} .*: tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)", ttir)
+    largest = 0
+    for shape, bits in tiles:
+        sizes = [int(size) for size in shape.split("x")]
+        if sizes[-1] * int(bits) >= 8 * _WIDE_BYTES:
+            largest = max(largest, math.prod(sizes) * int(bits) // 8)
+    return largest
+
+
+def _tensor_core_dots(ttir: str) -> int:
+    dots = re.findall(r"tt\.dot (.*): tensor<[\dx]+x(\w+)>", ttir)
+    return sum(
+        element in ("f16", "bf16", "i8") or element.startswith("f8") or "= tf32" in attributes
+        for attributes, element in dots
+    )
+
+
+def _tool(name: str) -> str:
+    return getattr(triton.knobs.nvidia, name).path
+
+
+@functools.cache
+def _sass(cubin: bytes) -> _Code:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        usage, sass = (
+            subprocess.run([*command, f.name], capture_output=True, text=True, check=True).stdout
+            for command in ((_tool("cuobjdump"), "-res-usage"), (_tool("nvdisasm"), "-c"))
+        )
+    resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert resources, usage
+    return _Code(
+        registers=int(resources[1]),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        stack=int(resources[2]),
+        loads=re.findall(r"\bLDG\.[\w.]+", sass),
+        stores=re.findall(r"\bSTG\.[\w.]+", sass),
+        async_copies=len(re.findall(r"\b(?:LDGSTS|UTMALDG|UBLKCP)\b", sass)),
+        tensor_core={k: n for k, p in _NVIDIA_MATH.items() if (n := len(re.findall(p, sass)))},
+    )
+
+
+@functools.cache
+def _amdgcn(asm: str) -> _Code:
+    def resource(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", asm)
+        return int(found[1]) if found else 0
+
+    mfma = len(re.findall(r"\bv_mfma_\w+", asm))
+    loads = re.findall(r"\b(?:global|buffer|flat)_load_\w+.*", asm)
+    return _Code(
+        registers=resource("vgpr_count"),  # accumulation registers included, as they are shared
+        spills=resource("vgpr_spill_count") + resource("sgpr_spill_count"),
+        stack=resource("private_segment_fixed_size"),
+        loads=loads,
+        stores=re.findall(r"\b(?:global|buffer|flat)_store_\w+", asm),
+        async_copies=sum("lds" in load.split() for load in loads),
+        tensor_core={"mfma": mfma} if mfma else {},
+    )
+
+
+def _occupancy(target: Target, registers: int, shared: int, num_warps: int) -> tuple[int, float]:
+    """Blocks that fit on a multiprocessor, and the share of its warps that they fill."""
+    granule = 8  # registers are given out to a warp in eights per lane
+    per_lane = granule * math.ceil(max(registers, 1) / granule)
+    warps = 4 * min(target.warps_per_scheduler, target.registers_per_scheduler // per_lane)
+    blocks = min(target.max_blocks, warps // num_warps)
+    if shared:
+        blocks = min(blocks, target.shared_per_sm // (shared + target.shared_reserved))
+    return blocks, blocks * num_warps / (4 * target.warps_per_scheduler)
+
+
+# ---- judgement ----------------------------------------------------------------------------------
+
+_MAX_THREADS = 1024
+
+
+def check(record: Record, *, streaming: bool = False) -> list[str]:
+    """What is wrong with the code of `record`, in words; nothing is an empty list.
+
+    With `streaming`, a kernel meant to run at the speed of memory must reach it 128 bits at a time,
+    wherever alignment allows that and a tile has as much for each thread.
+    """
+    target = TARGETS[record.target]
+    wrong = []
+    if record.spills or record.stack:
+        wrong.append(f"{record.spills} spills, {record.stack} bytes of stack per thread")
+    if record.shared > target.shared_per_block:
+        wrong.append(f"{record.shared} bytes of shared memory, of {target.shared_per_block}")
+    if record.num_warps * target.gpu.warp_size > _MAX_THREADS:
+        wrong.append(f"{record.num_warps * target.gpu.warp_size} threads, of {_MAX_THREADS}")
+    if not record.blocks and record.shared <= target.shared_per_block:
+        wrong.append(f"no room for {record.num_warps} warps of {record.registers} registers")
+    if record.dots and not record.tensor_core:
+        wrong.append(f"{record.dots} dots without a tensor core instruction")
+    if record.float_atomics:
+        wrong.append(f"{record.float_atomics} atomics on floats: equal inputs give unequal bits")
+    if streaming and record.aligned:
+        for tile, narrow, wide, name in (
+            (record.load_tile, record.loads, record.loads_wide + record.async_copies, "loads"),
+            (record.store_tile, record.stores, record.stores_wide, "stores"),
+        ):
+            if tile >= _WIDE_BYTES and not wide:
+                wrong.append(f"no {name} of 128 bits, of {narrow}; {tile:.0f} bytes per thread")
+    return wrong
+
+
+def table(records: Iterable[Record]) -> str:
+    """The records as aligned columns of text."""
+    rows: list[tuple[str, ...]] = [
+        (
+            *("kernel", "target", "arguments", "constexprs", "warps", "stages", "registers"),
+            *("spills", "stack", "shared", "blocks", "occupancy", "loads", "stores", "async"),
+            "tensor core",
+        )
+    ]
+    for r in records:
+        rows.append(
+            (
+                r.kernel,
+                r.target,
+                " ".join(r.signature.values()),
+                " ".join(f"{name}={_word(value)}" for name, value in r.constexprs.items()),
+                *map(str, (r.num_warps, r.num_stages, r.registers, r.spills, r.stack, r.shared)),
+                str(r.blocks),
+                f"{r.occupancy:.0%}",
+                f"{r.loads_wide}/{r.loads}",  # of which wide
+                f"{r.stores_wide}/{r.stores}",
+                str(r.async_copies),
+                " ".join(f"{n} {kind}" for kind, n in r.tensor_core.items()) or "-",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _word(value: Any) -> str:
+    return getattr(value, "__name__", None) or str(value)

@@ -1,0 +1,195 @@
+"""What the rows launch compiles for GPUs that are not here, into code without known faults.
+
+Kernels are compiled in processes of their own: `TRITON_INTERPRET`, which this one may have, forbids
+it. By hand: `python -m tests.test_aot cuda:90` prints the table and what is wrong.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from fastnn.kernels._launch import kernel
+
+from fastnn.testing import check as run
+from fastnn.testing.aot import TARGETS, check, compile_only, launch_nothing, table
+
+# Kernels that are not meant to run at the speed of memory: they gather, or they multiply matrices.
+NOT_STREAMING = ("embedding", "linear", "gemm", "matmul", "addmm")
+
+
+def compiling(code):
+    """Runs code in a process that compiles; returns what it printed."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, *code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+# ---- the rows ----------------------------------------------------------------------------------
+
+
+def compile_rows(target):
+    """(records, faults in words) of all rows, each run forward and backward once per dtype."""
+    from fastnn.testing.cases import CASES
+
+    faults = []
+    with compile_only(target) as records:
+        for case in CASES:
+            for dtype in case.dtypes:
+                # What the kernels would have written is missing, so only the path is a result.
+                result = run(case, dtype)
+                if (result.path == "kernel") != (case.stock is None):
+                    faults.append(f"{case} in {dtype}: {result.path}, {result.reason}")
+    for record in records:
+        streaming = not any(word in record.kernel for word in NOT_STREAMING)
+        faults += (f"{table([record])}\n{fault}" for fault in check(record, streaming=streaming))
+    return records, faults
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows(target):
+    print(compiling(["-m", "tests.test_aot", target]))
+
+
+# ---- the tool ----------------------------------------------------------------------------------
+
+
+@kernel(do_not_specialize=["n"])
+def _copy(X, Y, n, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    offs = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)) * STRIDE
+    tl.store(Y + offs, tl.load(X + offs))
+
+
+@triton.jit
+def _spill(X, Y, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(X + offs)
+    tl.store(Y + offs, x - tl.sum(x * x))
+
+
+@triton.jit
+def _dot(A, B, C, K, N: tl.constexpr, PRECISION: tl.constexpr):
+    at = tl.arange(0, N)
+    acc = tl.zeros((N, N), tl.float32)
+    for k in range(0, K, N):
+        a = tl.load(A + at[:, None] * K + k + at[None, :])
+        b = tl.load(B + (k + at[:, None]) * N + at[None, :])
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    tl.store(C + at[:, None] * N + at[None, :], acc)
+
+
+@triton.jit
+def _count(X, BLOCK: tl.constexpr):
+    tl.atomic_add(X + tl.arange(0, BLOCK), 1.0)
+
+
+def streams():
+    x, y = torch.ones(2, 4096)
+    with compile_only("cuda:90") as records:
+        for _ in range(2):  # the second launch is the same specialisation
+            _copy((4,), x, y, 4096, STRIDE=1, BLOCK=1024, num_warps=4)
+        _copy((2,), x, y, 4096, STRIDE=2, BLOCK=1024, num_warps=4)
+        _copy((4,), x[1:], y, 4095, STRIDE=1, BLOCK=1024, num_warps=4)
+        _copy((4,), x, y, 4096, STRIDE=1, BLOCK=128, num_warps=4)
+    wide, strided, unaligned, small = records
+    assert (wide.loads, wide.loads_wide, wide.stores_wide) == (2, 2, 2)
+    assert (wide.num_warps, wide.blocks, wide.occupancy) == (4, 16, 1.0)
+    assert (wide.load_tile, wide.store_tile) == (32, 32)
+    assert wide.signature == {"X": "*fp32:16", "Y": "*fp32:16", "n": "i32"}
+    assert wide.constexprs == {"STRIDE": 1, "BLOCK": 1024}
+    assert check(wide, streaming=True) == []
+    assert check(strided) == [] and check(strided, streaming=True) == [
+        "no loads of 128 bits, of 8; 32 bytes per thread",
+        "no stores of 128 bits, of 8; 32 bytes per thread",
+    ]
+    assert not unaligned.aligned and check(unaligned, streaming=True) == []
+    assert small.load_tile == 4 and check(small, streaming=True) == []
+    assert torch.equal(y, torch.ones(4096)), "launched"
+
+
+def spills():
+    x, y = torch.ones(2, 1 << 14)
+    with compile_only("cuda:90") as records:
+        _spill[(1,)](x, y, 1 << 14, num_warps=1)  # 512 values per thread
+    (record,) = records
+    assert record.spills and record.stack
+    (fault,) = check(record)
+    assert "spills" in fault
+
+
+def dots():
+    for target, kind in (("cuda:80", "mma"), ("cuda:90", "wgmma"), ("cuda:100", "tcgen05")):
+        with compile_only(target) as records:
+            for dtype, precision in ((torch.bfloat16, "ieee"), (torch.float32, "ieee")):
+                a, b, c = torch.ones(3, 64, 64)
+                args = a.to(dtype), b.to(dtype), c, 64, 64, precision
+                _dot[(1,)](*args, num_stages=1)
+        half, full = records
+        assert half.dots == 1 and list(half.tensor_core) == [kind] and check(half) == []
+        assert check(replace(half, tensor_core={})) == ["1 dots without a tensor core instruction"]
+        assert full.dots == 0 and full.tensor_core == {}
+
+
+def shared_memory():
+    a, b, c = torch.ones(3, 128, 128)
+    with compile_only("cuda:80") as records:
+        _dot[(1,)](a, b, c, 128, 128, "tf32", num_stages=4, num_warps=8)
+    (record,) = records
+    assert record.shared == 3 * 2 * 128 * 128 * 4
+    assert f"{record.shared} bytes of shared memory, of 166912" in check(record)
+
+
+def float_atomics():
+    with compile_only("cuda:90") as records:
+        _count[(1,)](torch.zeros(128), 128)
+        _count[(1,)](torch.zeros(128, dtype=torch.int32), 128)
+    floats, ints = records
+    assert check(floats) == ["1 atomics on floats: equal inputs give unequal bits"]
+    assert check(ints) == []
+
+
+def gfx942():
+    x, y = torch.ones(2, 4096)
+    with compile_only("hip:gfx942") as records:
+        _copy((2,), x, y, 4096, STRIDE=1, BLOCK=2048, num_warps=4)
+        _copy((1,), x, y, 4096, STRIDE=2, BLOCK=2048, num_warps=4)
+        _spill[(1,)](x, y, 1 << 15, num_warps=1)
+        _dot[(1,)](*torch.ones(2, 64, 64).bfloat16(), x, 64, 64, "ieee")
+    wide, strided, spilling, dot = records
+    assert wide.loads_wide and wide.stores_wide and check(wide, streaming=True) == []
+    assert check(strided, streaming=True)
+    assert "spills" in check(spilling)[0]
+    assert dot.tensor_core["mfma"] and check(dot) == []
+
+
+def nothing_runs():
+    x, y = torch.ones(4096), torch.zeros(4096)
+    with launch_nothing():
+        for _ in range(3):
+            _copy((4,), x, y, 4096, STRIDE=1, BLOCK=1024)
+    assert not y.any()
+
+
+TOOL = (streams, spills, dots, shared_memory, float_atomics, gfx942, nothing_runs)
+
+
+def test_the_tool():
+    compiling(["-c", "from tests.test_aot import *\nfor prove in TOOL: prove()"])
+
+
+def test_an_interpreting_process_is_refused():
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("kernels are compiled in this process")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), compile_only("cuda:90"):
+        pass
+
+
+if __name__ == "__main__":
+    found, faults = compile_rows(sys.argv[1])
+    print(table(found))
+    sys.exit("\n".join(faults))
