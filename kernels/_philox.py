@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-THREADS = 256  # of an ATen block; `blocks` of them make T threads
+THREADS = tl.constexpr(256)  # of an ATen block; `blocks` of them make T threads
 
 
 class Draw(NamedTuple):
@@ -53,9 +53,9 @@ def _float32(x):
 
 
 @functools.lru_cache(maxsize=256)
-def bound(p):
-    """How many of the 2**32 words keep an element that is dropped with probability p."""
-    keep = _float32(1.0 - p)
+def bound(keep):
+    """How many of the 2**32 words keep an element that is kept with probability `keep`."""
+    keep = _float32(keep)
     low, high = 0, 2**32
     while low < high:
         word = (low + high) // 2
@@ -109,7 +109,7 @@ def keep_mask(start, seed, offset, blocks, bound, VEC: tl.constexpr, BLOCK: tl.c
     """
     # Either T covers every element, or T is all the threads that the device can hold, thousands. So
     # a block passes the end of T at most once, and one scalar division serves all its lanes.
-    T = blocks.to(tl.int64) * 256
+    T = blocks.to(tl.int64) * THREADS
     base = start // VEC
     rnd = base // T
     first = (base - rnd * T).to(tl.int32)
@@ -147,7 +147,7 @@ def keep_mask_at(group, seed, offset, blocks, bound, VEC: tl.constexpr):
     """
     CALLS: tl.constexpr = VEC // 4
     q = group // CALLS
-    T = blocks * 256
+    T = blocks * THREADS
     rnd = q // T
     counter = offset // 4 + rnd.to(tl.int64) * CALLS + group % CALLS
     a, b, c, d = words(counter, (q - rnd * T).to(tl.int32), seed)

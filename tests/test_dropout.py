@@ -97,7 +97,7 @@ def ours(n, p, seed, offset, blocks, vec, block=512):
     if torch.cuda.is_available():
         out = out.cuda()
     _keep_kernel(
-        (grid,), out, seed, offset, blocks, _philox.bound(p), VEC=vec, BLOCK=block, num_warps=4
+        (grid,), out, seed, offset, blocks, _philox.bound(1 - p), VEC=vec, BLOCK=block, num_warps=4
     )
     return out[:n].cpu().numpy().astype(bool)
 
@@ -120,7 +120,7 @@ def test_philox_known_answers():
 
 @pytest.mark.parametrize("p", [0.0, 1e-9, 0.1, 0.3, 0.5, 0.9, 1 - 1e-7, 1.0])
 def test_bound_is_the_float_comparison(p):
-    bound = _philox.bound(p)
+    bound = _philox.bound(1 - p)
     near = np.clip(bound + np.arange(-600, 601), 0, 2**32 - 1).astype(np.uint32)
     kept = uniform(near) < np.float32(1 - p)
     assert (kept == (near < bound)).all()
@@ -146,6 +146,6 @@ def test_keep_mask_of_odd_sizes(n):
 def test_keep_mask_of_tiles(vec, device):
     M, N, blocks = 48, 256, 1  # 12 rounds of 1024 or 6 of 2048 elements
     out = torch.empty(M, N, dtype=torch.int8, device=device)
-    _keep_at_kernel((3,), out, 7, 20, blocks, _philox.bound(0.4), N=N, VEC=vec, num_warps=4)
+    _keep_at_kernel((3,), out, 7, 20, blocks, _philox.bound(0.6), N=N, VEC=vec, num_warps=4)
     want = aten_mask(M * N, 0.4, 7, 20, blocks, vec).reshape(M, N)
     assert (out.cpu().numpy() == want).all()

@@ -4,3 +4,4 @@ Files and their order mirror torch/nn/modules/.
 """
 
 from fastnn.layers.activation import *  # noqa: F403
+from fastnn.layers.dropout import *  # noqa: F403

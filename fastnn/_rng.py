@@ -1,0 +1,187 @@
+"""Random numbers out of torch's generators, reserved just as ATen's own kernels reserve them.
+
+So `torch.manual_seed`, `fork_rng` and `torch.utils.checkpoint` hold, and on CUDA a seed gives the
+very mask that stock gives. The layout of the bits is `kernels/_philox.py`'s subject; here are the
+launch geometry it follows from, the reservation, and the check that this build of torch agrees.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastnn import kernels
+from fastnn._op import Stock
+
+if TYPE_CHECKING:
+    from fastnn.kernels._philox import Draw
+
+_THREADS = 256  # of a block, in all of ATen's random kernels
+_ROUNDS_OF_PROBE = 2.5  # so that every thread draws several times, and some once less than others
+
+
+class Plan(NamedTuple):
+    """How ATen would launch a random kernel over some elements."""
+
+    blocks: int
+    vec: int
+    increment: int  # of the generator's offset
+
+
+def plan(n: int, most_blocks: int, vec: int = 1, pointer: int = 0, itemsize: int = 1) -> Plan:
+    """The launch over n > 0 elements, with accesses at most `vec` wide.
+
+    The width is halved until it divides n and the pointer is aligned to it; `bernoulli_` has 1.
+    """
+    blocks = min(-(-n // _THREADS), most_blocks)
+    while vec > 1 and (n % vec or pointer % (vec * itemsize)):
+        vec //= 2
+    return Plan(blocks, vec, ((n - 1) // (4 * _THREADS * blocks) + 1) * 4)
+
+
+@functools.cache
+def most_blocks(device: int) -> int:
+    """The largest grid that ATen gives a random kernel. The interpreter (-1) plays an H100."""
+    if device < 0:
+        return 132 * 8
+    p = torch.cuda.get_device_properties(device)
+    return p.multi_processor_count * (p.max_threads_per_multi_processor // _THREADS)
+
+
+# ---- Reserving --------------------------------------------------------------------------------
+
+_lock = threading.Lock()
+
+
+def _signed(value: int) -> int:
+    value &= 2**64 - 1
+    return value - (value >> 63 << 64)
+
+
+def _reserve(generator, increment: int):
+    """(seed, offset, SEED, OFFSET) of a `Draw`, the generator advanced; None if it cannot be."""
+    reserve = getattr(generator, "philox_state", None)
+    if reserve is None:
+        if not torch.cuda.is_current_stream_capturing():
+            with _lock:  # reading and advancing are two calls
+                offset = generator.get_offset()
+                generator.set_offset(offset + increment)
+            return _signed(generator.initial_seed()), offset, None, None
+        prims = torch.ops.inductor_prims
+        if not hasattr(prims, "inductor_reserve_rng_state"):
+            return None
+        reserve = functools.partial(prims.inductor_reserve_rng_state, generator)
+    seed, offset, within = reserve(increment)
+    if seed.is_cuda:  # capturing: replays refill the two, and this call's share lies `within`
+        return 0, int(within), seed, offset
+    return int(seed), int(offset) + int(within), None, None
+
+
+def _draw(device: int, launch: Plan) -> Draw | Stock:
+    if device < 0:
+        seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
+        return kernels._philox.Draw(seed, 0, None, None, launch.blocks, launch.vec)
+    reserved = _reserve(torch.cuda.default_generators[device], launch.increment)
+    if reserved is None:
+        return Stock("this torch cannot reserve random numbers under graph capture")
+    return kernels._philox.Draw(*reserved, launch.blocks, launch.vec)
+
+
+def draw_native(x: Tensor) -> Draw | Stock:
+    """What `torch.native_dropout(x)` draws, in storage order. x: dense, not empty.
+
+    With `vec` 1 the order is the logical one; a caller whose x is not contiguous checks for that
+    beforehand (`width`).
+    """
+    device = x.get_device()
+    widest = width_limit(device, x.element_size())
+    if isinstance(widest, Stock):
+        return widest
+    return _draw(device, _plan_native(x, widest))
+
+
+def draw_bernoulli(n: int, device: int) -> Draw | Stock:
+    """What `bernoulli_` draws for n > 0 elements, in storage order."""
+    agrees = _probe_bernoulli(device)
+    if isinstance(agrees, Stock):
+        return agrees
+    return _draw(device, plan(n, most_blocks(device)))
+
+
+def draw_nothing(n: int, device: int) -> Draw:
+    """For p = 1, where stock leaves the generator alone; good for any n with a bound of 0."""
+    return kernels._philox.Draw(0, 0, None, None, plan(n, most_blocks(device)).blocks, 4)
+
+
+def width(x: Tensor) -> int:
+    """How wide `native_dropout` accesses the dense tensor x; 1 stands for logical order."""
+    widest = width_limit(x.get_device(), x.element_size())
+    return 1 if isinstance(widest, Stock) else _plan_native(x, widest).vec
+
+
+def _plan_native(x: Tensor, widest: int) -> Plan:
+    blocks = most_blocks(x.get_device())
+    return plan(x.numel(), blocks, widest, x.data_ptr(), x.element_size())
+
+
+# ---- Does this build of torch do as we think? -------------------------------------------------
+#
+# Once per device and width, against the real thing. The generator is put back, so that the probe
+# cannot be noticed in the user's random numbers.
+
+
+def width_limit(device: int, itemsize: int) -> int | Stock:
+    """The widest access of this torch's `native_dropout`, or why its bits cannot be matched."""
+    return 16 // itemsize if device < 0 else _once(("native", device, itemsize), _probe_native)
+
+
+def _probe_bernoulli(device: int) -> int | Stock:
+    return 1 if device < 0 else _once(("bernoulli", device, 4), _probe_plain)
+
+
+_probed: dict[tuple, int | Stock] = {}
+
+
+def _once(key: tuple, probe) -> int | Stock:
+    known = _probed.get(key)
+    if known is None:
+        if torch.cuda.is_current_stream_capturing():
+            return Stock("first use under graph capture; call it once before")
+        known = _probed[key] = probe(*key[1:])
+    return known
+
+
+def _probe_native(device: int, itemsize: int) -> int | Stock:
+    dtype = torch.float32 if itemsize == 4 else torch.float16
+    for vec in (16 // itemsize, 4):  # 16-bit accesses became 8 wide in some release
+        n = int(_ROUNDS_OF_PROBE * most_blocks(device) * _THREADS) * vec
+        x = torch.ones(n, dtype=dtype, device=f"cuda:{device}")
+        if _agrees(device, x, vec, lambda x: torch.native_dropout(x, 0.5, True)[1]):
+            return vec
+    return Stock(f"this torch lays out its dropout mask in another way ({dtype})")
+
+
+def _probe_plain(device: int, itemsize: int) -> int | Stock:
+    n = int(_ROUNDS_OF_PROBE * most_blocks(device) * _THREADS) * 4 + 1
+    x = torch.ones(n, device=f"cuda:{device}")
+    if _agrees(device, x, 1, lambda x: torch.empty_like(x).bernoulli_(0.5)):
+        return 1
+    return Stock("this torch lays out the numbers of bernoulli_ in another way")
+
+
+def _agrees(device: int, x: Tensor, vec: int, native) -> bool:
+    generator = torch.cuda.default_generators[device]
+    launch = plan(x.numel(), most_blocks(device), vec, x.data_ptr(), x.element_size())
+    with torch.no_grad(), _lock:
+        before = generator.get_offset()
+        mask = native(x)
+        advanced = generator.get_offset() - before
+        generator.set_offset(before)
+        seed = _signed(generator.initial_seed())
+        draw = kernels._philox.Draw(seed, before, None, None, launch.blocks, launch.vec)
+        y = kernels.dropout.elements(x, draw, kernels._philox.bound(0.5), 1.0)
+        return advanced == launch.increment and torch.equal(y.bool(), mask.bool())

@@ -1,0 +1,203 @@
+"""Dropout of elements and of channels, and the alpha variants."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as stock
+
+from fastnn import _rng, kernels
+from fastnn._op import Invalid, Stock, op, run
+
+
+class Noise(NamedTuple):
+    """What an input is multiplied by, and how to draw it: all that the backward needs to know."""
+
+    draw: Any  # kernels._philox.Draw
+    launcher: str  # "elements" or "channels" of kernels/dropout.py
+    bound: int  # kept where the random word is below
+    scale: float  # of a kept element
+    grad_scale: float  # of its gradient: ATen computes the two in different ways
+    shift: tuple[float, float] | None = None  # added to kept and dropped elements
+
+
+class Dropout(torch.autograd.Function):
+    """y = x * noise (+ shift). Linear in x, so the backward is the same function of dy."""
+
+    @staticmethod
+    def forward(ctx, x, noise, inplace):
+        if inplace:
+            ctx.mark_dirty(x)
+            torch.autograd.graph.increment_version(x)
+        state = noise.draw.new_state(x)
+        out = x if inplace else None
+        launch = getattr(kernels.dropout, noise.launcher)
+        y = launch(x, noise.draw, noise.bound, noise.scale, noise.shift, state, out)
+        ctx.save_for_backward(state)
+        ctx.noise, ctx.layout = noise, y.stride()
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (state,) = ctx.saved_tensors
+        noise = ctx.noise
+        if dy.stride() != ctx.layout:  # the bits go by storage order
+            dy = dy.new_empty_strided(dy.shape, ctx.layout).copy_(dy)
+        draw = noise.draw.from_state(state)
+        back = noise._replace(draw=draw, scale=noise.grad_scale, shift=None)
+        return run(Dropout, dy, back, False), None, None
+
+
+# ---- The constants, rounded as ATen rounds them -------------------------------------------------
+
+
+def _rounded(value: float, dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float32, device="cpu").to(dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _native_scales(p: float) -> tuple[float, float]:
+    keep = torch.tensor(1.0 - p, dtype=torch.float32, device="cpu").item()
+    return 1.0 / keep, 1.0 / (1.0 - p)
+
+
+@functools.lru_cache(maxsize=256)
+def _bernoulli_scale(p: float, dtype: torch.dtype) -> float:
+    return (1.0 / _rounded(1.0 - p, torch.float32)).to(dtype).item()
+
+
+@functools.lru_cache(maxsize=256)
+def _alpha_constants(p: float, dtype: torch.dtype) -> tuple[float, tuple[float, float]]:
+    """(scale, (shift of a kept element, of a dropped one)), after a Bernoulli noise of 1 and 0."""
+    alpha = 1.7580993408473766
+    a = 1.0 / math.sqrt((alpha * alpha * p + 1.0) * (1.0 - p))
+    noise = torch.tensor([1.0, 0.0], dtype=dtype, device="cpu")
+    shift = noise.add(-1).mul_(alpha * a).add_(alpha * a * p)
+    return noise.mul_(a)[0].item(), (shift[0].item(), shift[1].item())
+
+
+# ---- The calls --------------------------------------------------------------------------------
+
+
+def _early(x, p, training, inplace):
+    """The answer where no kernel is needed: a refusal, or x itself where dropout does nothing."""
+    if type(p) is not float and type(p) is not int:
+        return Stock(f"p is a {type(p).__name__}")
+    if not 0 <= p <= 1:
+        return Invalid(f"p={p}")
+    if type(training) is not bool or type(inplace) is not bool:
+        return Stock(f"training={training!r}, inplace={inplace!r}")
+    if p == 0 or not training or not x.numel():
+        return x
+    if inplace and x.requires_grad and torch.is_grad_enabled():
+        if x.is_leaf:
+            return Invalid("a leaf that requires grad, in place")
+        if x._is_view():
+            return Stock("in place in a view that requires grad")
+    return None
+
+
+def _dense(x) -> bool:
+    return x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x)
+
+
+def _fused(x, p, launcher, n, inplace, alpha=False):
+    """Multiply by `bernoulli_` noise of n elements, and shift where it is alpha dropout."""
+    shift = None
+    if p == 1:  # stock multiplies by 0, and draws and shifts nothing
+        scale, draw = 0.0, _rng.draw_nothing(n, x.get_device())
+    else:
+        if n * x.element_size() >= 2**31:
+            return Stock(f"noise of {n} elements, more than 32 bits can index")
+        if alpha:
+            scale, shift = _alpha_constants(p, x.dtype)
+        else:
+            scale = _bernoulli_scale(p, x.dtype)
+        draw = _rng.draw_bernoulli(n, x.get_device())
+        if isinstance(draw, Stock):
+            return draw
+    bound = kernels._philox.bound(1.0 - p)
+    return run(Dropout, x, Noise(draw, launcher, bound, scale, scale, shift), inplace)
+
+
+@op(stock=stock.dropout)
+def dropout(input, p=0.5, training=True, inplace=False):
+    """Fused for dense layouts, in place too; the mask is drawn again in the backward."""
+    early = _early(input, p, training, inplace)
+    if early is not None:
+        return early
+    if not _dense(input):
+        return Stock(f"strides {input.stride()} with gaps or overlaps")
+    if inplace or p == 1:
+        return _fused(input, p, "elements", input.numel(), inplace)
+    if not input.is_contiguous() and _rng.width(input) == 1:
+        return Stock(f"strides {input.stride()} of an odd number of elements")
+    draw = _rng.draw_native(input)
+    if isinstance(draw, Stock):
+        return draw
+    noise = Noise(draw, "elements", kernels._philox.bound(1.0 - p), *_native_scales(p))
+    return run(Dropout, input, noise, False)
+
+
+@op(stock=stock.alpha_dropout, source="arXiv:1706.02515")
+def alpha_dropout(input, p=0.5, training=False, inplace=False):
+    """Fused for dense layouts, in place too; the noise is drawn again in the backward."""
+    early = _early(input, p, training, inplace)
+    if early is not None:
+        return early
+    if not _dense(input):
+        return Stock(f"strides {input.stride()} with gaps or overlaps")
+    return _fused(input, p, "elements", input.numel(), inplace, alpha=True)
+
+
+def _feature(input, p, training, inplace, alpha=False):
+    early = _early(input, p, training, inplace)
+    if early is not None:
+        return early
+    if input.dim() < 2:
+        return Invalid(f"{input.dim()} dimensions")
+    if not input.is_contiguous() and not input.movedim(1, -1).is_contiguous():
+        return Stock(f"strides {input.stride()}, neither contiguous nor channels last")
+    n = input.shape[0] * input.shape[1]
+    return _fused(input, p, "channels", n, inplace, alpha)
+
+
+def _unbatched(input, p, training, inplace, batched_dim):
+    """`_feature`, where an input of one dimension less has no batch. Keeps stock's identities."""
+    if input.dim() == batched_dim:
+        return _feature(input, p, training, inplace)
+    out = _feature(input.unsqueeze(0), p, training, inplace)
+    if isinstance(out, Stock):
+        return out
+    return input if inplace else out.squeeze(0)
+
+
+@op(stock=stock.dropout1d)
+def dropout1d(input, p=0.5, training=True, inplace=False):
+    """Fused for contiguous and channels-last layouts, in place too, without a noise tensor."""
+    if input.dim() not in (2, 3):
+        return Invalid(f"{input.dim()} dimensions")
+    return _unbatched(input, p, training, inplace, 3)
+
+
+@op(stock=stock.dropout2d)
+def dropout2d(input, p=0.5, training=True, inplace=False):
+    """Fused for contiguous and channels-last layouts, in place too, without a noise tensor."""
+    if input.dim() != 4:
+        return Stock(f"{input.dim()} dimensions, of which stock warns")
+    return _feature(input, p, training, inplace)
+
+
+@op(stock=stock.dropout3d)
+def dropout3d(input, p=0.5, training=True, inplace=False):
+    """Fused for contiguous and channels-last layouts, in place too, without a noise tensor."""
+    if input.dim() not in (4, 5):
+        return Stock(f"{input.dim()} dimensions, of which stock warns")
+    return _unbatched(input, p, training, inplace, 5)
+
+
+@op(stock=stock.feature_alpha_dropout, source="arXiv:1706.02515")
+def feature_alpha_dropout(input, p=0.5, training=False, inplace=False):
+    """Fused for contiguous and channels-last layouts, in place too, without a noise tensor."""
+    return _feature(input, p, training, inplace, alpha=True)
