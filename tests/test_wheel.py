@@ -19,7 +19,7 @@ def build(tmp_path_factory):
     """A wheel and what was said on its making: offline, in a copy, as setuptools leaves litter."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
     unbuilt = shutil.ignore_patterns("__pycache__")
-    for folder in ("fastnn", "kernels"):
+    for folder in ("fastnn", "kernels", "bench"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=unbuilt)
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, tree)
@@ -52,10 +52,12 @@ def test_holds_the_package_and_nothing_else(wheel):
 
 def test_holds_the_package_whole(wheel):
     shipped = {name for name in wheel.namelist() if name.startswith("fastnn/")}
-    files = [p.relative_to(ROOT) for f in ("fastnn", "kernels") for p in (ROOT / f).rglob("*")]
+    folders = ("fastnn", "kernels", "bench")
+    files = [p.relative_to(ROOT) for f in folders for p in (ROOT / f).rglob("*")]
     wanted = {p.as_posix() for p in files if p.suffix in (".py", ".pyi", ".json", ".typed")}
+    wanted = {name for name in wanted if not name.startswith("bench/results/")}
     assert {"kernels/__init__.py", "fastnn/py.typed", "fastnn/utils/rnn.pyi"} <= wanted
-    assert shipped == {re.sub(r"^kernels/", "fastnn/kernels/", name) for name in wanted}
+    assert shipped == {re.sub(r"^(kernels|bench)/", r"fastnn/\1/", name) for name in wanted}
 
 
 def test_requires_torch_and_triton_without_a_cap(wheel):
