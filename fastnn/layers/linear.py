@@ -1,0 +1,20 @@
+"""Linear layers. Mirrors torch/nn/modules/linear.py."""
+
+import torch.nn as stock
+
+import fastnn.functional as F
+from fastnn.layers._layer import Layer
+
+__all__ = ["LazyLinear", "Linear"]
+
+
+class Linear(stock.Linear, metaclass=Layer):
+    def forward(self, input):
+        return F.linear(input, self.weight, self.bias)
+
+
+class LazyLinear(stock.LazyLinear, metaclass=Layer):
+    cls_to_become = Linear  # type: ignore[assignment]
+
+    def forward(self, input):
+        return F.linear(input, self.weight, self.bias)
