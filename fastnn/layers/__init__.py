@@ -6,3 +6,4 @@ Files and their order mirror torch/nn/modules/.
 from fastnn.layers.activation import *  # noqa: F403
 from fastnn.layers.dropout import *  # noqa: F403
 from fastnn.layers.linear import *  # noqa: F403
+from fastnn.layers.sparse import *  # noqa: F403

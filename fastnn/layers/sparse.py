@@ -1,0 +1,21 @@
+"""Embedding. Mirrors torch/nn/modules/sparse.py; EmbeddingBag stays stock's."""
+
+import torch.nn as stock
+
+import fastnn.functional as F
+from fastnn.layers._layer import Layer
+
+__all__ = ["Embedding"]
+
+
+class Embedding(stock.Embedding, metaclass=Layer):
+    def forward(self, input):
+        return F.embedding(
+            input,
+            self.weight,
+            self.padding_idx,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.sparse,
+        )

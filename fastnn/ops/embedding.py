@@ -1,0 +1,76 @@
+"""Embedding."""
+
+import torch
+import torch.nn.functional as stock
+
+from fastnn._op import Invalid, Stock, current_mode, launcher, op, run
+
+_fwd = launcher(
+    "embedding",
+    "fwd",
+    "(Tensor weight, Tensor indices) -> Tensor",
+    lambda weight, indices: weight.new_empty((*indices.shape, weight.shape[1])),
+)
+_bwd = launcher(
+    "embedding",
+    "bwd",
+    "(Tensor dy, Tensor indices, SymInt num_embeddings, int padding_idx, bool by_freq) -> Tensor",
+    lambda dy, indices, num_embeddings, padding_idx, by_freq: dy.new_empty(
+        (num_embeddings, dy.shape[-1])
+    ),
+)
+
+_FEW = 3072  # indices up to which stock's backward does not sort them, but takes one launch
+
+
+class Embedding(torch.autograd.Function):
+    """weight (V, D), indices (*) -> (*, D). Saves the indices alone, as stock does."""
+
+    @staticmethod
+    def forward(ctx, weight, indices, padding_idx, scale_grad_by_freq, few):
+        ctx.save_for_backward(indices)
+        ctx.rest = weight.shape[0], padding_idx, scale_grad_by_freq, few
+        return _fwd(weight, indices)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (indices,) = ctx.saved_tensors
+        V, padding_idx, scale_grad_by_freq, few = ctx.rest
+        stocks = few or torch.is_grad_enabled()  # it is linear in dy: its formula has a derivative
+        backward = torch.ops.aten.embedding_dense_backward if stocks else _bwd
+        return backward(dy, indices, V, padding_idx, scale_grad_by_freq), None, None, None, None
+
+
+@op(
+    stock=stock.embedding,
+    integers=(torch.int64, torch.int32),
+    opaque=True,
+    size=lambda input, weight, *rest, **options: input.numel() * weight.shape[1],
+)
+def embedding(
+    input, weight, padding_idx=None, max_norm=None, norm_type=2.0,
+    scale_grad_by_freq=False, sparse=False,
+):  # fmt: skip
+    """Fused for dense gradients, which are deterministic: the same bits each time.
+
+    An index outside [0, V) gives a row of nan and is left out of the gradient; nothing outside the
+    weight is read. Stock stops the process's CUDA context there, or raises IndexError on a CPU;
+    with TRITON_DEBUG=1 the kernel asserts as well.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point() or input.is_floating_point():
+        return Invalid(f"weight {weight.dtype} {tuple(weight.shape)}, indices {input.dtype}")
+    V, D = weight.shape
+    if padding_idx is None:
+        padding_idx = -1
+    elif not -V <= padding_idx < max(V, 1):
+        return Invalid(f"padding_idx={padding_idx}")
+    elif padding_idx < 0:
+        padding_idx += V
+    if max_norm is not None:
+        return Stock(f"max_norm={max_norm} writes to the weight")
+    if sparse:
+        return Stock("sparse=True")
+    if weight.stride(1) != 1 and D > 1:
+        return Stock(f"a weight of strides {weight.stride()}")
+    few = weight.is_cuda and input.numel() <= _FEW and current_mode() == "auto"
+    return run(Embedding, weight, input, padding_idx, bool(scale_grad_by_freq), few)
