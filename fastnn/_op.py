@@ -472,7 +472,12 @@ class _NoGraph:
     def _ignore(self, *args):
         pass
 
-    save_for_backward = mark_non_differentiable = mark_dirty = set_materialize_grads = _ignore
+    save_for_backward = mark_non_differentiable = set_materialize_grads = _ignore
+
+    def mark_dirty(self, *tensors):
+        for t in tensors:
+            if not t.is_inference():  # those count no versions
+                torch.autograd.graph.increment_version(t)  # as `apply` does
 
 
 _NO_GRAPH = _NoGraph()
