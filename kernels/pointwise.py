@@ -1,28 +1,149 @@
 """Pointwise activations: one kernel per direction, with the formula as a constexpr function.
 
-    y[i] = f(x[i]; a, b)        dx[i] = dy[i] * f'(s[i]; a, b)
+    y[i] = f(x[i]; a, b)        dx[i] = f'(dy[i], s[i]; a, b)
 
-where s is what the formula's derivative is written in: the input x, or the output y.
-Memory-bound: forward 1R 1W, backward 2R 1W over the elements, as stock. Tensors are walked in
-storage order, so any dense layout goes through without a copy.
+where s is what the derivative is written in: the input x, or the output y. Each formula stands here
+once, beside its derivative; the op that names them says which parameters a and b are.
+Memory-bound: forward 1R 1W, backward 2R 1W over the elements, as stock. Tanhshrink and Softsign are
+chains of kernels in stock, 8R 5W and 13R 9W in all, and 3R 3W and 3R 2W here.
+Tensors are walked in storage order, so any dense layout goes through without a copy.
+
+A comparison has ATen's polarity (`x <= t`, or `x > t`), so that a nan takes ATen's branch. Where
+ATen selects a zero gradient, so do we: 0 * inf would be nan.
 """
 
-import torch
 import triton
 import triton.language as tl
 from fastnn.kernels._launch import kernel
-from fastnn.kernels._tl import dense_like
+from fastnn.kernels._tl import dense_like, empty_as
 from triton.language.extra import libdevice
+
+# ---- formulas ---------------------------------------------------------------------------------
+#
+# libdevice.exp, not tl.exp, whose relative error grows with |x| and shows in the tails. div_rn, not
+# "/", which is off by up to two units in the last place.
+
+
+@triton.jit
+def _sigmoid(x):
+    return tl.div_rn(1.0, 1.0 + libdevice.exp(-x))
+
+
+@triton.jit
+def _clamp(x, low, high):
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def relu(x, a, b):
-    return tl.where(x <= 0, 0.0, x)  # this way round, nan passes through
+    return tl.where(x <= 0, 0.0, x)
 
 
 @triton.jit
-def relu_grad(y, a, b):
-    return tl.where(y <= 0, 0.0, 1.0)
+def relu_grad(dy, y, a, b):
+    return tl.where(y <= 0, 0.0, dy)
+
+
+@triton.jit
+def threshold(x, a, b):
+    return tl.where(x <= a, b, x)
+
+
+@triton.jit
+def threshold_grad(dy, x, a, b):
+    return tl.where(x <= a, 0.0, dy)
+
+
+@triton.jit
+def leaky_relu(x, a, b):
+    return tl.where(x > 0, x, x * a)
+
+
+@triton.jit
+def leaky_relu_grad(dy, s, a, b):
+    return tl.where(s > 0, dy, dy * a)
+
+
+@triton.jit
+def elu(x, a, b):
+    return tl.where(x > 0, x, a * libdevice.expm1(x * b))
+
+
+@triton.jit
+def elu_grad(dy, x, a, b):
+    return tl.where(x <= 0, dy * b * a * libdevice.exp(x * b), dy)
+
+
+@triton.jit
+def elu_grad_of_y(dy, y, a, b):
+    return tl.where(y <= 0, dy * b * (y + a), dy)
+
+
+@triton.jit
+def selu(x, a, b):
+    return tl.where(x > 0, 1.0507009873554805 * x, 1.7580993408473766 * libdevice.expm1(x))
+
+
+@triton.jit
+def selu_grad(dy, x, a, b):
+    return dy * tl.where(x <= 0, 1.7580993408473766 * libdevice.exp(x), 1.0507009873554805)
+
+
+@triton.jit
+def selu_grad_of_y(dy, y, a, b):
+    return dy * tl.where(y <= 0, y + 1.7580993408473766, 1.0507009873554805)
+
+
+@triton.jit
+def hardtanh(x, a, b):
+    return _clamp(x, a, b)
+
+
+@triton.jit
+def hardtanh_grad(dy, x, a, b):
+    return tl.where((x <= a) | (x >= b), 0.0, dy)
+
+
+@triton.jit
+def hardsigmoid(x, a, b):
+    return tl.div_rn(_clamp(x + 3.0, 0.0, 6.0), 6.0)
+
+
+@triton.jit
+def hardsigmoid_grad(dy, x, a, b):
+    return tl.where((x > -3.0) & (x < 3.0), tl.div_rn(dy, 6.0), 0.0)
+
+
+@triton.jit
+def hardswish(x, a, b):
+    return tl.div_rn(x * _clamp(x + 3.0, 0.0, 6.0), 6.0)
+
+
+@triton.jit
+def hardswish_grad(dy, x, a, b):
+    middle = dy * (tl.div_rn(x, 3.0) + 0.5)
+    return tl.where(x <= -3.0, 0.0, tl.where(x < 3.0, middle, dy))
+
+
+@triton.jit
+def hardshrink(x, a, b):
+    return tl.where((x >= -a) & (x <= a), 0.0, x)
+
+
+@triton.jit
+def hardshrink_grad(dy, x, a, b):
+    return tl.where((x >= -a) & (x <= a), 0.0, dy)
+
+
+@triton.jit
+def softshrink(x, a, b):
+    return tl.where(x > a, x - a, tl.where(x < -a, x + a, x * 0.0))  # nan passes through
+
+
+@triton.jit
+def softshrink_grad(dy, x, a, b):
+    return tl.where((x >= -b) & (x <= b), 0.0, dy)
 
 
 @triton.jit
@@ -31,38 +152,142 @@ def gelu(x, a, b):
 
 
 @triton.jit
-def gelu_grad(x, a, b):
+def gelu_grad(dy, x, a, b):
     cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-    return cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    return dy * (cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x))
 
 
 @triton.jit
 def gelu_tanh(x, a, b):
-    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return 0.5 * x * (1.0 + libdevice.tanh(inner))
+    # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), which does not cancel where x is far below 0.
+    return tl.div_rn(x, 1.0 + libdevice.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
 
 
 @triton.jit
-def gelu_tanh_grad(x, a, b):
+def gelu_tanh_grad(dy, x, a, b):
     square = x * x
-    t = libdevice.tanh(0.7978845608028654 * (x + 0.044715 * x * square))
-    slope = 0.7978845608028654 * (1.0 + 0.134145 * square)
-    return 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * slope
+    e = libdevice.exp(-tl.abs(1.5957691216057308 * (x + 0.044715 * x * square)))
+    p = tl.div_rn(1.0, 1.0 + e)
+    q = e * p  # p and q are the sigmoid of 2 |u| and of -2 |u|
+    slope = 1.5957691216057308 * (1.0 + 0.134145 * square)
+    return dy * (tl.where(x < 0, q, p) + x * slope * p * q)
+
+
+@triton.jit
+def silu(x, a, b):
+    return tl.div_rn(x, 1.0 + libdevice.exp(-x))
+
+
+@triton.jit
+def silu_grad(dy, x, a, b):
+    s = _sigmoid(x)
+    return dy * s * (1.0 + x * (1.0 - s))
+
+
+@triton.jit
+def mish(x, a, b):
+    # tanh(log1p(e)) = e (e + 2) / (e (e + 2) + 2), exact to rounding in both tails; e * e overflows
+    # long after the quotient has become 1.
+    e = libdevice.exp(x)
+    n = e * (e + 2.0)
+    return x * tl.where(x > 20.0, 1.0, tl.div_rn(n, n + 2.0))
+
+
+@triton.jit
+def mish_grad(dy, x, a, b):
+    e = libdevice.exp(x)
+    n = e * (e + 2.0)
+    t = tl.where(x > 20.0, 1.0, tl.div_rn(n, n + 2.0))
+    return dy * (t + x * _sigmoid(x) * (1.0 - t) * (1.0 + t))
+
+
+@triton.jit
+def sigmoid(x, a, b):
+    return _sigmoid(x)
+
+
+@triton.jit
+def sigmoid_grad(dy, y, a, b):
+    return dy * (1.0 - y) * y
+
+
+@triton.jit
+def tanh(x, a, b):
+    return libdevice.tanh(x)
+
+
+@triton.jit
+def tanh_grad(dy, y, a, b):
+    return dy * (1.0 - y * y)
+
+
+@triton.jit
+def tanhshrink(x, a, b):
+    return x - libdevice.tanh(x)
+
+
+@triton.jit
+def tanhshrink_grad(dy, t, a, b):  # of t = tanh(x), which is what stock keeps
+    return dy * t * t
+
+
+@triton.jit
+def softsign(x, a, b):
+    return tl.div_rn(x, 1.0 + tl.abs(x))
+
+
+@triton.jit
+def softsign_grad(dy, x, a, b):
+    d = 1.0 + tl.abs(x)
+    return tl.where(d == float("inf"), float("nan"), tl.div_rn(dy, d * d))  # stock has inf / inf
+
+
+@triton.jit
+def softplus(x, a, b):
+    return tl.where(x * a > b, x, tl.div_rn(libdevice.log1p(libdevice.exp(x * a)), a))
+
+
+@triton.jit
+def softplus_grad(dy, x, a, b):
+    e = libdevice.exp(x * a)
+    return tl.where(x * a > b, dy, dy * tl.div_rn(e, e + 1.0))
+
+
+@triton.jit
+def logsigmoid(x, a, b):
+    low = tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return low - libdevice.log1p(libdevice.exp(-tl.abs(x)))
+
+
+@triton.jit
+def logsigmoid_grad(dy, x, a, b):
+    e = libdevice.exp(-tl.abs(x))
+    return dy * tl.div_rn(tl.where(x < 0, 1.0, e), 1.0 + e)
+
+
+# ---- kernels ----------------------------------------------------------------------------------
 
 
 @kernel(do_not_specialize=["n"])
-def _pointwise_fwd_kernel(X, Y, n: tl.int64, a, b, FORMULA: tl.constexpr, BLOCK: tl.constexpr):
+def _pointwise_fwd_kernel(
+    X, Y, KEPT, n: tl.int64, a, b, FORMULA: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr
+):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     X += start
     Y += start
+    KEPT += start
     offs = tl.arange(0, BLOCK)
     if start + BLOCK <= n:  # without a mask, so that accesses are 128 bits wide for every n
         x = tl.load(X + offs).to(tl.float32)
         tl.store(Y + offs, FORMULA(x, a, b).to(Y.dtype.element_ty))
+        if KEEP is not None:
+            tl.store(KEPT + offs, KEEP(x, a, b).to(KEPT.dtype.element_ty))
     else:
         mask = offs < n - start
         x = tl.load(X + offs, mask=mask, other=0.0).to(tl.float32)
         tl.store(Y + offs, FORMULA(x, a, b).to(Y.dtype.element_ty), mask=mask)
+        if KEEP is not None:
+            tl.store(KEPT + offs, KEEP(x, a, b).to(KEPT.dtype.element_ty), mask=mask)
 
 
 @kernel(do_not_specialize=["n"])
@@ -75,38 +300,60 @@ def _pointwise_bwd_kernel(DY, S, DX, n: tl.int64, a, b, FORMULA: tl.constexpr, B
     if start + BLOCK <= n:
         dy = tl.load(DY + offs).to(tl.float32)
         s = tl.load(S + offs).to(tl.float32)
-        tl.store(DX + offs, (dy * FORMULA(s, a, b)).to(DX.dtype.element_ty))
+        tl.store(DX + offs, FORMULA(dy, s, a, b).to(DX.dtype.element_ty))
     else:
         mask = offs < n - start
         dy = tl.load(DY + offs, mask=mask, other=0.0).to(tl.float32)
         s = tl.load(S + offs, mask=mask, other=0.0).to(tl.float32)
-        tl.store(DX + offs, (dy * FORMULA(s, a, b)).to(DX.dtype.element_ty), mask=mask)
+        tl.store(DX + offs, FORMULA(dy, s, a, b).to(DX.dtype.element_ty), mask=mask)
 
 
-BLOCK = 1024
+# ---- launchers --------------------------------------------------------------------------------
 
 
-def fwd(x, formula, a=0.0, b=0.0, out_dtype=None, inplace=False):
-    """x, any shape and strides -> y = formula(x; a, b), laid out as stock's; in x if `inplace`."""
-    y = torch.empty_like(x, dtype=out_dtype)
-    source = dense_like(x, y)
-    target = x if inplace and source is x else y
-    n = x.numel()
+def _config(itemsize):
+    # Two 16-byte accesses per lane and tensor, and one where warps are 64 lanes wide.
+    return {"BLOCK": 4096 // itemsize, "num_warps": 4}
+
+
+def _launch_fwd(source, target, kept, formula, keep, a, b):
+    n = source.numel()
+    config = _config(source.element_size())
     _pointwise_fwd_kernel(
-        (triton.cdiv(n, BLOCK),), source, target, n, float(a), float(b),
-        FORMULA=globals()[formula], BLOCK=BLOCK, num_warps=4,
+        (triton.cdiv(n, config["BLOCK"]),), source, target, kept, n, a, b,
+        FORMULA=globals()[formula], KEEP=keep and globals()[keep], **config,
     )  # fmt: skip
-    if inplace and target is not x:
-        return x.copy_(y)
-    return target
 
 
-def bwd(dy, saved, formula, a=0.0, b=0.0, out_dtype=None):
+def fwd(x, formula, a=0.0, b=0.0, out_dtype=None):
+    """x, any shape and strides -> y = formula(x; a, b), laid out as stock's."""
+    y = empty_as(x, out_dtype)
+    _launch_fwd(dense_like(x, y), y, y, formula, None, a, b)
+    return y
+
+
+def fwd_into(x, source, formula, a=0.0, b=0.0):
+    """x = formula(source; a, b), in place -> x. `source` is x itself, or a copy of it."""
+    if not x.is_contiguous() and x.stride() != empty_as(x, device="meta").stride():
+        return x.copy_(fwd(source, formula, a, b))
+    _launch_fwd(dense_like(source, x), x, x, formula, None, a, b)
+    return x
+
+
+def fwd_keep(x, formula, keep):
+    """x, any shape and strides -> formula(x), keep(x), both laid out as stock's."""
+    y, kept = empty_as(x), empty_as(x)
+    _launch_fwd(dense_like(x, y), y, kept, formula, keep, 0.0, 0.0)
+    return y, kept
+
+
+def bwd(dy, saved, gradient, a=0.0, b=0.0, out_dtype=None):
     """dy and the saved input or output, same shape -> dx in `out_dtype`, default dy's."""
-    dx = torch.empty_like(saved, dtype=out_dtype or dy.dtype)
+    dx = empty_as(saved, out_dtype or dy.dtype)
     n = dx.numel()
+    config = _config(dx.element_size())
     _pointwise_bwd_kernel(
-        (triton.cdiv(n, BLOCK),), dense_like(dy, dx), dense_like(saved, dx), dx, n,
-        float(a), float(b), FORMULA=globals()[formula + "_grad"], BLOCK=BLOCK, num_warps=4,
+        (triton.cdiv(n, config["BLOCK"]),), dense_like(dy, dx), dense_like(saved, dx), dx, n, a, b,
+        FORMULA=globals()[gradient], **config,
     )  # fmt: skip
     return dx

@@ -1,58 +1,235 @@
-"""Pointwise activations."""
+"""Pointwise activations of one tensor.
+
+A `Formula` says which device functions compute an activation and its gradient, and what is kept
+for the latter: what stock keeps, so that an edit in place after the call is caught, or not, as
+there.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as stock
+from torch import Tensor
+from torch._C._autograd import CreationMeta, _get_creation_meta  # type: ignore[attr-defined]
 
 from fastnn import kernels
 from fastnn._op import Invalid, Stock, op, run, second_order
 
+aten = torch.ops.aten
+_FLOAT_MAX = torch.finfo(torch.float32).max
+
+
+class Formula(NamedTuple):
+    """An activation and its gradient, by their names in kernels/pointwise.py."""
+
+    value: str
+    gradient: str
+    keeps: Literal["x", "y"]
+    stock: Callable[..., Any]
+    """If x is kept, stock's y of (x, a, b); if y, stock's dx of (dy, y, a, b). Differentiable."""
+
+
+def _of_x(value: str, reference: Callable) -> Formula:
+    return Formula(value, f"{value}_grad", "x", reference)
+
+
+RELU = Formula("relu", "relu_grad", "y", lambda dy, y, a, b: aten.threshold_backward(dy, y, 0))
+SIGMOID = Formula("sigmoid", "sigmoid_grad", "y", lambda dy, y, a, b: aten.sigmoid_backward(dy, y))
+TANH = Formula("tanh", "tanh_grad", "y", lambda dy, y, a, b: aten.tanh_backward(dy, y))
+THRESHOLD = _of_x("threshold", lambda x, a, b: stock.threshold(x, a, b))
+LEAKY_RELU = _of_x("leaky_relu", lambda x, a, b: stock.leaky_relu(x, a))
+ELU = _of_x("elu", lambda x, a, b: aten.elu(x, a, 1, b))
+SELU = _of_x("selu", lambda x, a, b: stock.selu(x))
+HARDTANH = _of_x("hardtanh", lambda x, a, b: stock.hardtanh(x, a, b))
+HARDSIGMOID = _of_x("hardsigmoid", lambda x, a, b: stock.hardsigmoid(x))
+HARDSWISH = _of_x("hardswish", lambda x, a, b: stock.hardswish(x))
+HARDSHRINK = _of_x("hardshrink", lambda x, a, b: stock.hardshrink(x, a))
+SOFTSHRINK = _of_x("softshrink", lambda x, a, b: stock.softshrink(x, a))
+GELU = _of_x("gelu", lambda x, a, b: stock.gelu(x))
+GELU_TANH = _of_x("gelu_tanh", lambda x, a, b: stock.gelu(x, approximate="tanh"))
+SILU = _of_x("silu", lambda x, a, b: stock.silu(x))
+MISH = _of_x("mish", lambda x, a, b: stock.mish(x))
+SOFTSIGN = _of_x("softsign", lambda x, a, b: stock.softsign(x))
+SOFTPLUS = _of_x("softplus", lambda x, a, b: stock.softplus(x, a, b))
+LOGSIGMOID = _of_x("logsigmoid", lambda x, a, b: stock.logsigmoid(x))
+
+# In place, stock keeps the output of those that can be undone and a copy of the input of the rest.
+_SELU = 1.6732632423543772, 1.0507009873554805
+IN_PLACE = {
+    LEAKY_RELU: Formula(
+        "leaky_relu",
+        "leaky_relu_grad",
+        "y",
+        lambda dy, y, a, b: aten.leaky_relu_backward(dy, y, a, True),
+    ),
+    ELU: Formula(
+        "elu", "elu_grad_of_y", "y", lambda dy, y, a, b: aten.elu_backward(dy, a, 1, b, True, y)
+    ),
+    SELU: Formula(
+        "selu",
+        "selu_grad_of_y",
+        "y",
+        lambda dy, y, a, b: aten.elu_backward(dy, *_SELU, 1, True, y),
+    ),
+}
+
 
 class Pointwise(torch.autograd.Function):
-    """y = formula(x; a, b), elementwise; `reference` is stock's function of x alone."""
+    """y = formula(x; a, b); in x itself if `inplace`, computed from `copy` if there is one."""
 
     @staticmethod
-    def forward(ctx, x, formula, reference, a, b, keeps, inplace, out_dtype):
+    def forward(ctx, x, copy, formula, a, b, inplace, out_dtype):
+        source = x if copy is None else copy
         if inplace:
+            y = kernels.pointwise.fwd_into(x, source, formula.value, a, b)
             ctx.mark_dirty(x)
-            torch.autograd.graph.increment_version(x)
-        y = kernels.pointwise.fwd(x, formula, a, b, out_dtype, inplace)
-        ctx.save_for_backward(x if keeps == "x" else y)
-        ctx.rest = formula, reference, a, b, keeps, x.dtype
+        else:
+            y = kernels.pointwise.fwd(x, formula.value, a, b, out_dtype)
+        ctx.save_for_backward(source if formula.keeps == "x" else y)
+        ctx.rest = formula, a, b, x.dtype, out_dtype
         return y
 
     @staticmethod
     def backward(ctx, dy):
         (saved,) = ctx.saved_tensors
-        formula, reference, a, b, keeps, dtype = ctx.rest
-        if torch.is_grad_enabled():
-            if keeps == "x":
-                (dx,) = second_order(reference, (saved,), dy, (True,))
-            else:
-                dx = reference(dy, saved)
+        formula, a, b, dtype, out_dtype = ctx.rest
+        if not torch.is_grad_enabled():
+            dx = kernels.pointwise.bwd(dy, saved, formula.gradient, a, b, dtype)
+        elif formula.keeps == "y":
+            dx = formula.stock(dy, saved, a, b)
         else:
-            dx = kernels.pointwise.bwd(dy, saved, formula, a, b, dtype)
-        return dx, None, None, None, None, None, None, None
+            (dx,) = second_order(
+                lambda x: formula.stock(x.to(out_dtype or dtype), a, b), (saved,), dy, (True,)
+            )
+        return dx, None, None, None, None, None, None
 
 
-def _pointwise(x, formula, reference, a=0.0, b=0.0, keeps="x", inplace=False, out_dtype=None):
-    if not x.is_floating_point():
-        return Stock(f"{x.dtype}")
+def _pointwise(x, formula, a=0.0, b=0.0, inplace=False, out_dtype=None):
+    for number in (a, b):
+        if isinstance(number, Tensor):
+            return Stock("a parameter that is a tensor")
+        if not isinstance(number, (int, float)) or _FLOAT_MAX < abs(number) < math.inf:
+            return Invalid(f"a parameter that is no float32 number: {number!r}")
+    copy = None
     if inplace:
-        if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
-            return Invalid("a leaf that requires grad, in place")
-        if keeps == "x":
-            return Stock("inplace=True")
-    return run(Pointwise, x, formula, reference, a, b, keeps, inplace, out_dtype)
+        why = _not_writable(x)
+        if why is not None:
+            return Invalid(why)
+        formula = IN_PLACE.get(formula, formula)
+        if formula.keeps == "x" and x.requires_grad and torch.is_grad_enabled():
+            copy = x.clone()  # recorded, so that second derivatives find their way through it
+    return run(Pointwise, x, copy, formula, float(a), float(b), bool(inplace), out_dtype)
 
 
-def _relu_grad(dy, y):
-    return torch.ops.aten.threshold_backward(dy, y, 0)
+def _not_writable(x) -> str | None:
+    """Why stock is going to refuse to write into `x`; asked before anything is written."""
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        return "an inference tensor, in place"
+    if torch._debug_has_internal_overlap(x) == 1:
+        return "a tensor that overlaps itself, in place"
+    if x.requires_grad and torch.is_grad_enabled():
+        if x.is_leaf:
+            return "a leaf that requires grad, in place"
+        if x._is_view():
+            if x._base.is_leaf and x._base.requires_grad:
+                return "a view of a leaf that requires grad, in place"
+            if _get_creation_meta(x) != CreationMeta.DEFAULT:
+                return "a view that autograd cannot follow, in place"
+    return None
+
+
+def _rounded(number, dtype):
+    """`number` as ATen sees it where it compares in `dtype`: None if it does not fit."""
+    return _round(float(number), dtype) if isinstance(number, (int, float)) else number
+
+
+@functools.lru_cache
+def _round(number, dtype):
+    rounded = torch.tensor(number, dtype=dtype, device="cpu").item()
+    return rounded if math.isinf(rounded) == math.isinf(number) else None
 
 
 @op(stock=stock.relu)
 def relu(input, inplace=False):
-    """Fused for every dense or strided floating tensor, in place too."""
-    return _pointwise(input, "relu", _relu_grad, keeps="y", inplace=inplace)
+    """Fused in place too."""
+    return _pointwise(input, RELU, inplace=inplace)
+
+
+@op(stock=stock.relu6)
+def relu6(input, inplace=False):
+    """Fused in place too."""
+    return _pointwise(input, HARDTANH, 0.0, 6.0, inplace)
+
+
+@op(stock=stock.leaky_relu)
+def leaky_relu(input, negative_slope=0.01, inplace=False):
+    """Fused in place too, where the slope is not negative."""
+    return _leaky_relu(input, negative_slope, inplace)
+
+
+def _leaky_relu(x, slope, inplace):
+    if inplace and isinstance(slope, (int, float)) and slope < 0:
+        return Stock(f"negative_slope={slope} in place")  # stock's backward refuses it
+    return _pointwise(x, LEAKY_RELU, slope, inplace=inplace)
+
+
+@op(stock=stock.rrelu, source="arXiv:1505.00853")
+def rrelu(input, lower=1.0 / 8, upper=1.0 / 3, training=False, inplace=False):
+    """Fused in eval mode, in place too; in training the slopes are random, and stock's."""
+    if training:
+        return Stock("training=True draws random slopes")
+    if not (isinstance(lower, (int, float)) and isinstance(upper, (int, float))):
+        return Stock(f"lower={lower!r}, upper={upper!r}")
+    if not (lower <= upper and math.isfinite(lower) and math.isfinite(upper)):
+        return Invalid(f"lower={lower}, upper={upper}")
+    return _leaky_relu(input, (lower + upper) / 2, inplace)
+
+
+@op(stock=stock.threshold)
+def threshold(input, threshold, value, inplace=False):
+    """Fused in place too."""
+    dtype = input.dtype
+    return _pointwise(input, THRESHOLD, _rounded(threshold, dtype), _rounded(value, dtype), inplace)
+
+
+@op(stock=stock.hardtanh)
+def hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False):
+    """Fused in place too."""
+    if isinstance(min_val, (int, float)) and isinstance(max_val, (int, float)):
+        if min_val > max_val:
+            return Invalid(f"min_val={min_val} above max_val={max_val}")
+    return _pointwise(input, HARDTANH, min_val, max_val, inplace)
+
+
+@op(stock=stock.elu, source="arXiv:1511.07289")
+def elu(input, alpha=1.0, inplace=False):
+    """Fused in place too, where alpha is not negative."""
+    return _elu(input, alpha, 1.0, inplace)
+
+
+def _elu(x, alpha, input_scale, inplace):
+    if inplace and isinstance(alpha, (int, float)) and alpha < 0:
+        return Stock(f"alpha={alpha} in place")  # stock's backward refuses it
+    return _pointwise(x, ELU, alpha, input_scale, inplace)
+
+
+@op(stock=stock.celu, source="arXiv:1704.07483")
+def celu(input, alpha=1.0, inplace=False):
+    """Fused in place too, where alpha is not negative."""
+    if not isinstance(alpha, (int, float)):
+        return _elu(input, alpha, 1.0, inplace)
+    if alpha == 0:
+        return Invalid("alpha=0")
+    return _elu(input, alpha, 1.0 / alpha, inplace)
+
+
+@op(stock=stock.selu, source="arXiv:1706.02515")
+def selu(input, inplace=False):
+    """Fused in place too."""
+    return _pointwise(input, SELU, inplace=inplace)
 
 
 @op(stock=stock.gelu, source="arXiv:1606.08415")
@@ -60,5 +237,104 @@ def gelu(input, *, approximate="none"):
     """Fused for both the erf and the tanh formula."""
     if approximate not in ("none", "tanh"):
         return Invalid(f"approximate={approximate!r}")
-    formula = "gelu" if approximate == "none" else "gelu_tanh"
-    return _pointwise(input, formula, lambda x: stock.gelu(x, approximate=approximate))
+    return _pointwise(input, GELU if approximate == "none" else GELU_TANH)
+
+
+@op(stock=stock.silu, source="arXiv:1702.03118")
+def silu(input, inplace=False):
+    """Fused in place too."""
+    return _pointwise(input, SILU, inplace=inplace)
+
+
+@op(stock=stock.mish, source="arXiv:1908.08681")
+def mish(input, inplace=False):
+    """Fused in place too."""
+    return _pointwise(input, MISH, inplace=inplace)
+
+
+@op(stock=stock.sigmoid)
+def sigmoid(input):
+    """Fused."""
+    return _pointwise(input, SIGMOID)
+
+
+@op(stock=stock.tanh)
+def tanh(input):
+    """Fused."""
+    return _pointwise(input, TANH)
+
+
+@op(stock=stock.logsigmoid)
+def logsigmoid(input):
+    """Fused."""
+    return _pointwise(input, LOGSIGMOID)
+
+
+@op(stock=stock.hardsigmoid)
+def hardsigmoid(input, inplace=False):
+    """Fused in place too."""
+    return _pointwise(input, HARDSIGMOID, inplace=inplace)
+
+
+@op(stock=stock.hardswish, source="arXiv:1905.02244")
+def hardswish(input, inplace=False):
+    """Fused in place too."""
+    return _pointwise(input, HARDSWISH, inplace=inplace)
+
+
+@op(stock=stock.hardshrink)
+def hardshrink(input, lambd=0.5):
+    """Fused."""
+    return _pointwise(input, HARDSHRINK, _rounded(lambd, input.dtype))
+
+
+@op(stock=stock.softshrink)
+def softshrink(input, lambd=0.5):
+    """Fused."""
+    if isinstance(lambd, (int, float)) and not 0 <= lambd <= torch.finfo(input.dtype).max:
+        return Invalid(f"lambd={lambd}")
+    return _pointwise(input, SOFTSHRINK, lambd, _rounded(lambd, input.dtype))
+
+
+@op(stock=stock.softplus, autocast="fp32")
+def softplus(input, beta=1, threshold=20, *, out_dtype=None):
+    """Fused, under autocast with the conversion to float32."""
+    return _pointwise(input, SOFTPLUS, beta, threshold, out_dtype=out_dtype)
+
+
+@op(stock=stock.softsign)
+def softsign(input):
+    """Fused: one kernel per direction for stock's three and nine."""
+    return _pointwise(input, SOFTSIGN)
+
+
+class Tanhshrink(torch.autograd.Function):
+    """x -> x - t, t = tanh(x). Stock keeps t alone, so t is an output here, with its own graph."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y, t = kernels.pointwise.fwd_keep(x, "tanhshrink", "tanh")
+        ctx.save_for_backward(t)
+        ctx.set_materialize_grads(False)
+        return y, t
+
+    @staticmethod
+    def backward(ctx, dy, dt):
+        (t,) = ctx.saved_tensors
+        dx = None
+        if dy is not None and torch.is_grad_enabled():
+            dx = dy - aten.tanh_backward(dy, t)
+        elif dy is not None:
+            dx = kernels.pointwise.bwd(dy, t, "tanhshrink_grad")
+        if dt is not None:  # from a second derivative
+            through_t = aten.tanh_backward(dt, t)
+            dx = through_t if dx is None else dx + through_t
+        return dx
+
+
+@op(stock=stock.tanhshrink)
+def tanhshrink(input):
+    """Fused: one kernel per direction for stock's two and three."""
+    if input.requires_grad and torch.is_grad_enabled():
+        return Tanhshrink.apply(input)[0]
+    return kernels.pointwise.fwd(input, "tanhshrink")

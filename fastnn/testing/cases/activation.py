@@ -1,26 +1,149 @@
-"""Activations: past a block, one element, empty, 0-d, layouts, special values."""
+"""Activations: past a block, one element, empty, 0-d, layouts, special values, in place."""
 
 import torch
 
 from fastnn.testing import Case, randn, values
 
+HALVES = (torch.float16, torch.bfloat16)
 SPECIAL = values(0.0, -0.0, 1e-6, -3.0, 3.0, 1e4, -1e4, float("inf"), -float("inf"), float("nan"))
+WIDE = randn(3, 1025, scale=4.0)  # past a block in float32; into the tails of every formula
+
+
+def fresh(x):
+    """Not a leaf, so that it may be written to."""
+    return x * 1
+
+
+def transposed(x):
+    return fresh(x).t()
+
+
+def strided(x):
+    return fresh(x)[:, ::2]
+
+
+def channels_last(x):
+    return fresh(x).contiguous(memory_format=torch.channels_last)
+
+
+IN_PLACE = [
+    ("ReLU", {}),
+    ("ReLU6", {}),
+    ("LeakyReLU", {"negative_slope": 0.3}),
+    ("RReLU", {}),
+    ("ELU", {"alpha": 0.7}),
+    ("CELU", {"alpha": 1.5}),
+    ("SELU", {}),
+    ("SiLU", {}),
+    ("Mish", {}),
+    ("Hardtanh", {"min_val": -0.7, "max_val": 1.3}),
+    ("Hardsigmoid", {}),
+    ("Hardswish", {}),
+    ("Threshold", {"threshold": 0.1, "value": -2.5}),
+]
+ALL = [
+    *IN_PLACE,
+    ("GELU", {}),
+    ("GELU", {"approximate": "tanh"}),
+    ("Sigmoid", {}),
+    ("Tanh", {}),
+    ("LogSigmoid", {}),
+    ("Hardshrink", {"lambd": 0.3}),
+    ("Softshrink", {"lambd": 0.3}),
+    ("Softplus", {}),
+    ("Softplus", {"beta": 2.5, "threshold": 4.0}),
+    ("Softsign", {}),
+    ("Tanhshrink", {}),
+]
 
 CASES: list[Case] = [
     *(
-        Case(name, (shape,), options)
-        for name, options in (
-            ("ReLU", {}),
-            ("ReLU", {"inplace": False}),
-            ("GELU", {}),
-            ("GELU", {"approximate": "tanh"}),
-        )
-        for shape in (randn(3, 1025), randn(1), randn(0, 4), randn(), SPECIAL)
+        Case(name, (shape,), options, train=False)
+        for name, options in ALL
+        for shape in (WIDE, randn(), SPECIAL)
     ),
-    Case("ReLU", (randn(5, 7),), view=lambda x: x.t()),
-    Case("GELU", (randn(5, 70),), view=lambda x: x[:, ::2]),
-    Case("gelu", (randn(5, 1),), view=lambda x: x.expand(5, 9)),
-    Case("GELU", (randn(2, 3, 4, 5),), view=lambda x: x.to(memory_format=torch.channels_last)),
-    Case("relu", (randn(3, 4),), {"inplace": True}, view=lambda x: x * 1),
+    *(
+        Case(name, (x,), {**options, "inplace": True}, view=view, train=False)
+        for name, options in IN_PLACE
+        for x, view in ((randn(3, 5), fresh), (SPECIAL, fresh), (randn(4, 6), strided))
+    ),
+    *(
+        Case(name, (x,), options, view=view)
+        for name, options in (("ReLU", {}), ("GELU", {}), ("Softsign", {}), ("Tanhshrink", {}))
+        for x, view in (
+            (randn(0, 4), None),
+            (randn(5, 7), transposed),
+            (randn(5, 70), strided),
+            (randn(2, 3, 4, 5), channels_last),
+            (randn(5, 1), lambda x: x.expand(5, 9)),
+        )
+    ),
+    Case("relu", (randn(2, 3, 4, 5),), {"inplace": True}, view=channels_last),
+    Case("silu", (randn(0, 3),), {"inplace": True}, view=fresh),
+    Case("mish", (randn(4, 6, 5),), {"inplace": True}, view=lambda x: fresh(x)[1]),
+    Case("relu", (randn(3, 4, grad=False),)),
+    # What compares in the tensor's dtype, where the rounded parameter is met exactly.
+    *(
+        Case(name, (values(0.2998046875, 0.30078125, -0.30078125, 0.30029296875),), dtypes=HALVES,
+             options={"lambd": 0.3})
+        for name in ("Hardshrink", "Softshrink")
+    ),
+    Case("softplus", (randn(3, 5),), autocast=torch.bfloat16),
+    Case("gelu", (randn(3, 5),), autocast=torch.float16),
     Case("GELU", (randn(3, 4),), dtypes=(torch.float64,), stock="float64"),
-]
+    Case("RReLU", (randn(3, 4),), stock="random"),
+    Case("leaky_relu", (randn(3, 4),), {"negative_slope": -0.1}),
+    Case("leaky_relu", (randn(3, 4, grad=False),), {"negative_slope": -0.1, "inplace": True},
+         stock="negative_slope=-0.1 in place"),
+    Case("elu", (randn(3, 4, grad=False),), {"alpha": -1.0, "inplace": True},
+         stock="alpha=-1.0 in place"),
+    # PReLU
+    *(
+        Case("PReLU", (x,), options, view=view)
+        for x, options, view in (
+            (WIDE, {}, None),
+            (WIDE, {"num_parameters": 1025}, None),
+            (SPECIAL, {}, None),
+            (randn(), {}, None),
+            (randn(7), {}, None),
+            (randn(0, 4), {"num_parameters": 4}, None),
+            (randn(0, 4), {}, None),
+            (randn(3, 2, 1100), {"num_parameters": 2}, None),
+            (randn(5, 3), {"num_parameters": 3}, None),
+            (randn(40, 3), {"num_parameters": 3}, lambda x: x.view(3, 40).t()),
+            (randn(3, 5, 7, 7), {"num_parameters": 5}, None),
+            (randn(2, 6, 4, 4), {"num_parameters": 6}, channels_last),
+            (randn(2, 6, 4), {"num_parameters": 6}, lambda x: x[:, :, ::2]),
+            (randn(4, 2, 3), {"num_parameters": 4}, lambda x: x.permute(2, 0, 1)),
+            (randn(5, 1), {}, lambda x: x.expand(5, 9)),
+        )
+    ),
+    Case("prelu", (randn(4, 3), randn(3))),
+    Case("prelu", (randn(4, 3), randn(3, grad=False))),
+    Case("prelu", (randn(4, 3, grad=False), randn(3))),
+    Case("prelu", (randn(4, 3), randn())),
+    Case("PReLU", (randn(4, 3),), {"num_parameters": 3}, autocast=torch.bfloat16),
+    # GLU
+    *(
+        Case("GLU", (x,), options, view=view)
+        for x, options, view in (
+            (randn(5, 34, scale=4.0), {}, None),
+            (randn(2, 4098), {}, None),
+            (randn(4, 6, 5), {"dim": 0}, None),
+            (randn(3, 6, 5), {"dim": 1}, None),
+            (randn(3, 2), {}, None),
+            (randn(8), {"dim": 0}, None),
+            (randn(0, 4), {}, None),
+            (randn(4, 0), {}, None),
+            (randn(2, 6, 4, 4), {"dim": 1}, channels_last),
+            (randn(2, 6, 4, 4), {"dim": 2}, channels_last),
+            (randn(6, 4), {}, lambda x: x.t()),
+            (randn(5, 40), {}, lambda x: x[:, 3:17]),
+            (randn(5, 40), {}, lambda x: x[:, ::2]),
+            (randn(5, 1), {}, lambda x: x.expand(5, 8)),
+            (randn(1, 6, 1), {"dim": 1}, None),
+        )
+    ),
+    Case("GLU", (values(1.0, 2.0, float("nan"), 3.0, 9.0, float("inf"), -float("inf"), 1.0,
+                        -90.0, 90.0),), {"dim": 0}),
+]  # fmt: skip

@@ -1,0 +1,34 @@
+"""PReLU."""
+
+import torch
+import torch.nn.functional as stock
+
+from fastnn import kernels
+from fastnn._op import Invalid, op, run, second_order
+
+
+class PReLU(torch.autograd.Function):
+    """x, w (1) or (x.shape[1]) -> y. Differentiable in both."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return kernels.prelu.fwd(x, w)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return second_order(stock.prelu, (x, w), dy, ctx.needs_input_grad)
+        return kernels.prelu.bwd(dy, x, w, *ctx.needs_input_grad)
+
+
+@op(stock=stock.prelu, autocast="lower", autocast_cpu="lower", source="arXiv:1502.01852")
+def prelu(input, weight):
+    """Fused, the weight's gradient summed in the pass that computes the input's."""
+    if weight.dtype != input.dtype or weight.dim() > 1:
+        return Invalid(f"a weight of {weight.dtype} and {weight.dim()} dimensions")
+    channels = input.shape[1] if input.dim() > 1 else 1
+    if weight.numel() not in (1, channels):
+        return Invalid(f"{weight.numel()} weights for {channels} channels")
+    return run(PReLU, input, weight)

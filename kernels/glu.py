@@ -1,0 +1,158 @@
+"""GLU: y = a * sigmoid(b), where a and b are the halves of x along a dimension.
+
+    da = dy * sigmoid(b)        db = dy * a * sigmoid(b) * (1 - sigmoid(b))
+
+Memory-bound, as stock: forward reads x and writes half as much, backward reads half as much again.
+Both halves are read where they lie, as R rows of L elements, and both gradients are written into
+their places in one tensor.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from fastnn.kernels._launch import kernel
+from fastnn.kernels._tl import empty_as
+from triton.language.extra import libdevice
+
+
+@triton.jit
+def _tile(R, L, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr):
+    """This program's first row and column, and the rows and columns of its tile."""
+    blocks = tl.cdiv(L, BLOCK_L)
+    r = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_R
+    first = tl.program_id(0) % blocks * BLOCK_L
+    rows = tl.arange(0, BLOCK_R)[:, None].to(tl.int64)
+    cols = tl.arange(0, BLOCK_L)[None, :]
+    return r, first, rows, cols
+
+
+@kernel(do_not_specialize=["R"])
+def _glu_fwd_kernel(X, Y, R, L, half, stride_xr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr):
+    r, first, rows, cols = _tile(R, L, BLOCK_R, BLOCK_L)
+    X += r * stride_xr + first + rows * stride_xr + cols
+    Y += r * L + first + rows * L + cols
+    if (r + BLOCK_R <= R) & (first + BLOCK_L <= L):  # without a mask, for 128-bit accesses
+        a = tl.load(X).to(tl.float32)
+        b = tl.load(X + half).to(tl.float32)
+        tl.store(Y, tl.div_rn(a, 1.0 + libdevice.exp(-b)).to(Y.dtype.element_ty))
+    else:
+        mask = (rows < R - r) & (cols < L - first)
+        a = tl.load(X, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(X + half, mask=mask, other=0.0).to(tl.float32)
+        y = tl.div_rn(a, 1.0 + libdevice.exp(-b))
+        tl.store(Y, y.to(Y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _grads(dy, a, b):
+    s = tl.div_rn(1.0, 1.0 + libdevice.exp(-b))
+    return dy * s, dy * a * s * (1.0 - s)
+
+
+@kernel(do_not_specialize=["R"])
+def _glu_bwd_kernel(DY, X, DX, R, L, half, stride_xr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr):
+    r, first, rows, cols = _tile(R, L, BLOCK_R, BLOCK_L)
+    X += r * stride_xr + first + rows * stride_xr + cols
+    DY += r * L + first + rows * L + cols
+    DX += r * L * 2 + first + rows * L * 2 + cols
+    if (r + BLOCK_R <= R) & (first + BLOCK_L <= L):
+        a = tl.load(X).to(tl.float32)
+        b = tl.load(X + half).to(tl.float32)
+        da, db = _grads(tl.load(DY).to(tl.float32), a, b)
+        tl.store(DX, da.to(DX.dtype.element_ty))
+        tl.store(DX + L, db.to(DX.dtype.element_ty))
+    else:
+        mask = (rows < R - r) & (cols < L - first)
+        a = tl.load(X, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(X + half, mask=mask, other=0.0).to(tl.float32)
+        da, db = _grads(tl.load(DY, mask=mask, other=0.0).to(tl.float32), a, b)
+        tl.store(DX, da.to(DX.dtype.element_ty), mask=mask)
+        tl.store(DX + L, db.to(DX.dtype.element_ty), mask=mask)
+
+
+def _config(L, itemsize):
+    tile = 4096 // itemsize  # of each half: 32 bytes per lane of 4 warps
+    block_l = min(triton.next_power_of_2(L), tile)
+    return {"BLOCK_R": tile // block_l, "BLOCK_L": block_l, "num_warps": 4}
+
+
+def _grid(R, L, config):
+    return (triton.cdiv(R, config["BLOCK_R"]) * triton.cdiv(L, config["BLOCK_L"]),)
+
+
+def _row_stride(x, order, at):
+    """The stride of the rows that dimensions `order[:at]` make; None where they or the dimensions
+    after them do not lie as one."""
+    expected = 1
+    for d in reversed(order[at + 1 :]):
+        if x.shape[d] != 1 and x.stride(d) != expected:
+            return None
+        expected *= x.shape[d]
+    if x.shape[order[at]] > 2 and x.stride(order[at]) != expected:
+        return None
+    stride = expected = None
+    for d in reversed(order[:at]):
+        if x.shape[d] == 1:
+            continue
+        if stride is None:
+            stride = x.stride(d)
+        elif x.stride(d) != expected:
+            return None
+        expected = x.stride(d) * x.shape[d]
+    return stride or 0
+
+
+def _plan(x, dim, y):
+    """How x is read: x or a copy; the order of dimensions in the memory of y, its dense result;
+    R, L; the distance between rows."""
+    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+    if not y.permute(order).is_contiguous():
+        order = sorted(range(x.dim()), key=lambda d: -y.stride(d))
+    at = order.index(dim)
+    R = math.prod(x.shape[d] for d in order[:at])
+    L = y.numel() // R
+    stride = _row_stride(x, order, at)
+    if stride is None:
+        x = _ordered(x, order).permute(_inverse(order))
+        stride = 2 * L
+    return x, order, R, L, stride
+
+
+def _ordered(t, order):
+    return t.permute(order).contiguous()
+
+
+def _inverse(order):
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def _empty_half(x, dim, device=None):
+    return empty_as(x.narrow(dim, 0, x.shape[dim] // 2), device=device)
+
+
+def fwd(x, dim):
+    """x, any strides, of even size along `dim` -> y, half as large there, laid out as stock's."""
+    y = _empty_half(x, dim)
+    if y.numel():
+        x, _, R, L, stride = _plan(x, dim, y)
+        half = x.stride(dim) * y.shape[dim]
+        config = _config(L, x.element_size())
+        _glu_fwd_kernel(_grid(R, L, config), x, y, R, L, half, stride, **config)
+    return y
+
+
+def bwd(dy, x, dim):
+    """dy shaped as y, x -> dx, dense."""
+    y = _empty_half(x, dim, "meta")
+    if not y.numel():
+        return torch.empty_like(x)
+    x, order, R, L, stride = _plan(x, dim, y)
+    dx = torch.empty([x.shape[d] for d in order], dtype=x.dtype, device=x.device)
+    half = x.stride(dim) * y.shape[dim]
+    config = _config(L, x.element_size())
+    _glu_bwd_kernel(
+        _grid(R, L, config), _ordered(dy, order), x, dx, R, L, half, stride, **config
+    )  # fmt: skip
+    return dx.permute(_inverse(order))
