@@ -206,7 +206,8 @@ def _show(console: Console, c: Comparison) -> None:
         table.add_column(column, justify="right" if column else "left")
     sides = ("stock", "fastnn")
     table.add_row("loss on held-out text", *(f"{c.validation[n]:.4f}" for n in sides))
-    table.add_row("time per step, median", *(f"{c.step_ms[n]:.1f} ms" for n in sides))
+    interpreted = " (interpreted)" if c.mode == "triton" and c.device == "cpu" else ""
+    table.add_row(f"time per step, median{interpreted}", *(f"{c.step_ms[n]:.1f} ms" for n in sides))
     table.add_row("peak memory of a step *", *(_bytes(c.step_bytes[n]) for n in sides))
     console.print(table)
     console.print("* beyond weights and optimizer state: activations, gradients, temporaries")
@@ -220,6 +221,10 @@ def _show(console: Console, c: Comparison) -> None:
         table.add_row("all", "", "stock", "nothing here could run a kernel")
     console.print(table)
 
+    if not c.size.dropout:
+        console.print(
+            "dropout is 0 (the float64 run would draw other masks): its layers do nothing"
+        )
     if c.samples:
         same = c.samples["stock"] == c.samples["fastnn"]
         shown = (

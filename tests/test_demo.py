@@ -62,9 +62,10 @@ class LosesBias(torch.nn.LayerNorm):
 
 def test_quick_demo(tmp_path):
     drop = ("TRITON_INTERPRET", "FASTNN_BACKEND")
+    environment = {k: v for k, v in os.environ.items() if k not in drop}
     done = subprocess.run(
         [sys.executable, "-m", "fastnn", "demo", "--quick", "--out", str(tmp_path)],
-        env={k: v for k, v in os.environ.items() if k not in drop},
+        env={**environment, "OMP_NUM_THREADS": "1"},  # the other test workers have the cores
         capture_output=True,
         text=True,
         timeout=300,
@@ -152,7 +153,7 @@ def test_a_broken_layer_makes_the_command_fail(monkeypatch, tmp_path, capsys):
     assert main(argv) == 0
 
 
-def test_a_worker_that_fails_is_one_sentence(monkeypatch, tmp_path, capsys):
+def test_a_worker_that_fails_is_one_sentence():
     broken = replace(_demo.INTERPRETED_QUICK, heads=3)
     with pytest.raises(_demo.DemoError, match=r"interpreted kernels failed: .*Error"):
         _demo.compare_interpreted(broken, 0, lambda step, losses: None)
