@@ -161,9 +161,11 @@ def _side(case: Case, namespace, dtype, device) -> Side:
 
 
 def _leaves(tree, dtype=None):
-    """The tree with each tensor a fresh leaf of the same layout and, given a dtype, in that one."""
+    """The tree with each tensor a fresh leaf of the same layout; in `dtype`, where that is given."""
 
     def fresh(v):
+        if isinstance(v, torch.dtype) and dtype is not None and v.is_floating_point:
+            return dtype  # an option such as softmax(dtype=...)
         if not isinstance(v, Tensor):
             return v
         new = v.detach().clone(memory_format=torch.preserve_format)
