@@ -162,7 +162,15 @@ def _repair_reductions() -> None:
         repaired = functools.partialmethod(on_values(reduce), stock=getattr(cls, name))
         setattr(cls, name, repaired)
 
-    patch(ReduceOps, "sum", lambda self, x: np.sum(x, axis=self.axis, keepdims=self.keep_dims))
+    def add_up(self, x: Array) -> Array:
+        # NumPy adds along an outer axis one by one; along the last one in a tree, as a GPU does.
+        if self.axis is None:
+            return np.sum(x, keepdims=self.keep_dims)
+        out = np.sum(np.ascontiguousarray(np.moveaxis(x, self.axis, -1)), axis=-1)
+        return np.expand_dims(out, self.axis) if self.keep_dims else out
+
+    ReduceOps.sum = lambda self, x: self.to_tensor(add_up(self, x.handle.data), x.dtype)
+    patch(ReduceOps, "sum", add_up)
     patch(ScanOps, "cumsum", lambda self, x: np.cumsum(x, axis=self.axis))
     patch(ScanOps, "cumprod", lambda self, x: np.cumprod(x, axis=self.axis))
 
