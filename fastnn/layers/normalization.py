@@ -1,0 +1,18 @@
+"""Normalisation. Mirrors torch/nn/modules/normalization.py."""
+
+import torch.nn as stock
+
+import fastnn.functional as F
+from fastnn.layers._layer import Layer
+
+__all__ = ["LayerNorm", "RMSNorm"]
+
+
+class LayerNorm(stock.LayerNorm, metaclass=Layer):
+    def forward(self, input):
+        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(stock.RMSNorm, metaclass=Layer):
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)

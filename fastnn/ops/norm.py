@@ -1,0 +1,129 @@
+"""Normalisation of rows: layer norm and RMS norm."""
+
+import math
+
+import torch
+import torch.nn.functional as stock
+
+from fastnn._op import Invalid, Stock, launcher, op, run, second_order
+
+FINFO_EPS = torch.finfo(torch.float32).eps  # stock's default for 16-bit inputs too
+
+
+def _fwd_fake(x, weight, bias, dims, eps, center, out_dtype):
+    y = torch.empty(x.shape, dtype=out_dtype or x.dtype, device=x.device)
+    rows = math.prod(x.shape[:-dims])
+    return [y, *(y.new_empty(rows, dtype=torch.float32) for _ in range(1 + center))]
+
+
+def _bwd_fake(dy, x, weight, mean, rstd, dims, need_dx, dw_dtype, db_dtype):
+    dx = [torch.empty(x.shape, dtype=x.dtype, device=x.device)] if need_dx else []
+    return dx + [x.new_empty(x.shape[-dims:], dtype=t) for t in (dw_dtype, db_dtype) if t]
+
+
+_fwd = launcher(
+    "norm",
+    "fwd",
+    "(Tensor x, Tensor? weight, Tensor? bias, int dims, float eps, bool center, "
+    "ScalarType? out_dtype) -> Tensor[]",
+    _fwd_fake,
+)
+_bwd = launcher(
+    "norm",
+    "bwd",
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor? mean, Tensor rstd, int dims, bool need_dx, "
+    "ScalarType? dw_dtype, ScalarType? db_dtype) -> Tensor[]",
+    _bwd_fake,
+)
+
+
+class Norm(torch.autograd.Function):
+    """Normalises over the last `dims` dimensions, about the mean if `center`, else about zero.
+
+    Saves what stock saves: x, weight, bias, mean, rstd.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, dims, eps, center, out_dtype):
+        y, *statistics = _fwd(x, weight, bias, dims, eps, center, out_dtype)
+        ctx.save_for_backward(x, weight, bias, *statistics)
+        ctx.rest = dims, eps, center, y.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias, *statistics = ctx.saved_tensors
+        dims, eps, center, out_dtype = ctx.rest
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+
+            def formula(*inputs):
+                x, weight, bias = (t if t is None else t.to(out_dtype) for t in inputs)
+                if center:
+                    return stock.layer_norm(x, x.shape[-dims:], weight, bias, eps)
+                return stock.rms_norm(x, x.shape[-dims:], weight, eps)
+
+            grads = second_order(formula, (x, weight, bias), dy, needs)
+            return *grads, None, None, None, None
+        found = iter(
+            _bwd(
+                dy,
+                x,
+                weight,
+                statistics[0] if center else None,
+                statistics[-1],
+                dims,
+                needs[0],
+                weight.dtype if needs[1] else None,
+                bias.dtype if needs[2] else None,
+            )
+        )
+        return *(next(found) if need else None for need in needs), None, None, None, None
+
+
+def _unfit(input, normalized_shape, eps, *parameters):
+    """Why stock would reject the call, or take it by a path that is not worth a kernel."""
+    if not isinstance(normalized_shape, (tuple, list)) or not normalized_shape:
+        return Invalid(f"normalized_shape={normalized_shape!r}")
+    shape = tuple(normalized_shape)
+    if tuple(input.shape[-len(shape) :]) != shape:
+        return Invalid(f"normalized_shape={shape}, input {tuple(input.shape)}")
+    if any(p is not None and tuple(p.shape) != shape for p in parameters):
+        return Invalid(f"normalized_shape={shape}, a parameter of another shape")
+    if type(eps) not in (float, int):
+        return Invalid(f"eps={eps!r}")
+    if math.prod(shape) >= 2**30:  # a kernel counts columns in 32 bits
+        return Stock(f"rows of {math.prod(shape)}")
+    return None
+
+
+@op(
+    stock=stock.layer_norm,
+    autocast="fp32",
+    opaque=True,
+    source="arXiv:1607.06450; statistics: Chan, Golub, LeVeque (1979)",
+)
+def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, out_dtype=None):
+    """Fused for every normalized_shape, weight and bias each or not; statistics in fp32."""
+    declined = _unfit(input, normalized_shape, eps, weight, bias)
+    if declined:
+        return declined
+    if out_dtype is None and any(p is not None and p.dtype != input.dtype for p in (weight, bias)):
+        # CUDA rejects every mixture. (The CPU takes float32 parameters with a 16-bit input, but
+        # there only the interpreter runs kernels.)
+        return Invalid("parameters in another dtype than the input")
+    return run(Norm, input, weight, bias, len(normalized_shape), eps, True, out_dtype)
+
+
+@op(stock=stock.rms_norm, autocast="fp32", opaque=True, source="arXiv:1910.07467")
+def rms_norm(input, normalized_shape, weight=None, eps=None, *, out_dtype=None):
+    """Fused for every normalized_shape and any mixture of dtypes; statistics in fp32."""
+    if eps is None:
+        eps = FINFO_EPS
+    declined = _unfit(input, normalized_shape, eps, weight)
+    if declined:
+        return declined
+    # Stock composes RMS norm for a channels_last input, and the result is channels_last then.
+    if input.dim() in (4, 5) and not input.is_contiguous() and input.stride(1) <= input.stride(-1):
+        return Stock("channels_last input")
+    return run(Norm, input, weight, None, len(normalized_shape), eps, False, out_dtype)

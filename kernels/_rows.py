@@ -1,0 +1,42 @@
+"""How kernels that reduce along rows cut them up: tiles of whole rows, or chunks of long ones."""
+
+import triton
+
+BLOCK = 2048  # the step through a row too long for registers
+PROGRAMS = 512  # enough to fill a GPU
+
+
+def as_rows(x, N):
+    """x as (M, N) rows of unit stride, and their stride; a copy only where no view has that."""
+    x = x.reshape(-1, N)
+    if N > 1 and x.stride(1) != 1:
+        x = x.contiguous()
+    return x, (x.stride(0) if x.shape[0] > 1 else N)
+
+
+def row_config(N, unit):
+    """One row in a tile, or several short ones; `unit`, at most 8, divides N and all row strides.
+
+    Up to 32 values for each thread of 16 warps, all there can be where a warp is 64 threads. Values
+    accessed one by one take more registers, for an address and a predicate each.
+    """
+    block = triton.next_power_of_2(N)
+    rows = max(1, 1024 // block)
+    return {
+        "BLOCK_M": rows,
+        "BLOCK_N": block,
+        "num_warps": min(max(rows * block // (256 if unit == 1 else 512), 4), 16),
+    }
+
+
+def fits(N, unit, most):
+    """Whether a row is short enough for `row_config`, where `most` is the limit for wide access."""
+    return N <= (most // 2 if unit == 1 else most)
+
+
+def split(M, N):
+    """(chunks of a row, blocks in each): as many programs as fill a GPU, of two blocks at least."""
+    blocks = triton.cdiv(N, BLOCK)
+    wanted = min(max(PROGRAMS // M, 1), triton.cdiv(blocks, 2))
+    chunk_blocks = triton.cdiv(blocks, wanted)
+    return triton.cdiv(blocks, chunk_blocks), chunk_blocks
