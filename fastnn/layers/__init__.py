@@ -7,4 +7,5 @@ from fastnn.layers.activation import *  # noqa: F403
 from fastnn.layers.dropout import *  # noqa: F403
 from fastnn.layers.linear import *  # noqa: F403
 from fastnn.layers.normalization import *  # noqa: F403
+from fastnn.layers.softmax import *  # noqa: F403
 from fastnn.layers.sparse import *  # noqa: F403

@@ -1,0 +1,30 @@
+"""Softmax and its kin, which torch/nn/modules/activation.py keeps among the activations."""
+
+import torch.nn as stock
+
+import fastnn.functional as F
+from fastnn.layers._layer import Layer
+
+__all__ = ["LogSoftmax", "Softmax", "Softmax2d", "Softmin"]
+
+
+class Softmin(stock.Softmin, metaclass=Layer):
+    def forward(self, input):
+        return F.softmin(input, self.dim, _stacklevel=5)
+
+
+class Softmax(stock.Softmax, metaclass=Layer):
+    def forward(self, input):
+        return F.softmax(input, self.dim, _stacklevel=5)
+
+
+class Softmax2d(stock.Softmax2d, metaclass=Layer):
+    def forward(self, input):
+        if input.dim() not in (3, 4):
+            return super().forward(input)  # which raises
+        return F.softmax(input, -3, _stacklevel=5)
+
+
+class LogSoftmax(stock.LogSoftmax, metaclass=Layer):
+    def forward(self, input):
+        return F.log_softmax(input, self.dim, _stacklevel=5)

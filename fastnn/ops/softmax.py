@@ -1,0 +1,82 @@
+"""Softmax, log-softmax and softmin."""
+
+import torch
+import torch.nn.functional as stock
+
+from fastnn._op import FLOATS, Invalid, Stock, launcher, op, run
+
+_fwd = launcher(
+    "softmax",
+    "fwd",
+    "(Tensor x, int dim, bool log, bool negate, ScalarType dtype) -> Tensor",
+    lambda x, dim, log, negate, dtype: torch.empty(x.shape, dtype=dtype, device=x.device),
+)
+_bwd = launcher(
+    "softmax",
+    "bwd",
+    "(Tensor dy, Tensor y, int dim, bool log, bool negate, ScalarType dtype) -> Tensor",
+    lambda dy, y, dim, log, negate, dtype: torch.empty(y.shape, dtype=dtype, device=y.device),
+)
+
+
+class Softmax(torch.autograd.Function):
+    """y = softmax of x, or of -x, or its logarithm, computed and returned in `dtype`. Saves y."""
+
+    @staticmethod
+    def forward(ctx, x, dim, log, negate, dtype):
+        y = _fwd(x, dim, log, negate, dtype)
+        ctx.save_for_backward(y)
+        ctx.rest = dim, log, negate, x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (y,) = ctx.saved_tensors
+        dim, log, negate, dtype = ctx.rest
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            aten = torch.ops.aten
+            formula = aten._log_softmax_backward_data if log else aten._softmax_backward_data
+            dx = formula(dy, y, dim, y.dtype).to(dtype)
+            dx = -dx if negate else dx
+        else:
+            dx = _bwd(dy, y, dim, log, negate, dtype)
+        return dx, None, None, None, None
+
+
+def _softmax(name, x, dim, stacklevel, dtype, out_dtype, log=False, negate=False):
+    if dim is None:
+        # Five frames lie between the warning and the user: this one, the fused function, dispatch.
+        dim = stock._get_softmax_dim(name, x.dim(), stacklevel + 3)
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        return Invalid(f"dim={dim!r}")
+    dims = max(x.dim(), 1)
+    if not -dims <= dim < dims:
+        return Invalid(f"dim={dim}, input {tuple(x.shape)}")
+    if dtype is None:
+        dtype = out_dtype or x.dtype  # autocast only sets a dtype where the caller has not
+    if dtype not in FLOATS:
+        return Stock(f"dtype={dtype}")
+    return run(Softmax, x, dim % dims, log, negate, dtype)
+
+
+@op(
+    stock=stock.softmax,
+    autocast="fp32",
+    opaque=True,
+    source="arXiv:1805.02867 (online normalizer, for long rows)",
+)
+def softmax(input, dim=None, _stacklevel=3, dtype=None, *, out_dtype=None):
+    """Fused over any dim, with the cast to dtype."""
+    return _softmax("softmax", input, dim, _stacklevel, dtype, out_dtype)
+
+
+@op(stock=stock.log_softmax, autocast="fp32", opaque=True, source="arXiv:1805.02867")
+def log_softmax(input, dim=None, _stacklevel=3, dtype=None, *, out_dtype=None):
+    """Fused over any dim, with the cast to dtype."""
+    return _softmax("log_softmax", input, dim, _stacklevel, dtype, out_dtype, log=True)
+
+
+@op(stock=stock.softmin, autocast="fp32", opaque=True, source="arXiv:1805.02867")
+def softmin(input, dim=None, _stacklevel=3, dtype=None, *, out_dtype=None):
+    """Fused over any dim, with the negation and the cast to dtype."""
+    return _softmax("softmin", input, dim, _stacklevel, dtype, out_dtype, negate=True)

@@ -1,0 +1,419 @@
+"""Softmax and log-softmax along one dimension of a contiguous tensor (outer, D, inner).
+
+    y = exp(x - max) / sum(exp(x - max))        dx = y * (dy - sum(dy * y))
+    log: y = x - max - log(sum(exp(x - max)))   dx = dy - exp(y) * sum(dy)
+
+Softmin (NEGATE) reads -x and returns -dx. Memory-bound; passes over the elements (R read, W write):
+    stock   forward 1R 1W where a row fits shared memory, else 3R 1W; backward 2R 1W, else 4R 1W;
+            with dtype= or under autocast a cast more, 1R 1W, both ways; softmin another
+    here    forward 1R 1W, backward 2R 1W; for longer rows 2R 1W and 4R 1W, the second time mostly
+            from L2; casts and signs within
+
+Rows (inner == 1) are one or several to a tile; beyond ROW they are walked twice, in S chunks over
+programs where the rows alone would not fill the GPU. With inner > 1 a tile is D by columns that are
+neighbours in memory, so nothing is transposed.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from fastnn.kernels._launch import kernel
+from triton.language.extra import libdevice
+
+from fastnn.kernels import _rows
+
+ROW = 16384  # the longest row that stays in registers
+COLUMN = 512  # the longest column that stays in registers
+
+
+@triton.jit
+def _read(X, mask, NEGATE: tl.constexpr, DTYPE: tl.constexpr):
+    """What stock's softmax would see of x: cast to DTYPE, sign changed; -inf outside the mask."""
+    x = tl.load(X, mask=mask, other=0.0).to(DTYPE).to(tl.float32)
+    if NEGATE:
+        x = -x
+    return tl.where(mask, x, -float("inf"))
+
+
+@triton.jit
+def _exp(x, DTYPE: tl.constexpr):
+    # The fast exponential is off by |x| ulps of fp32, which 16 bits do not show.
+    return libdevice.exp(x) if DTYPE == tl.float32 else tl.exp(x)
+
+
+@triton.jit
+def _normalise(x, peak, total, LOG: tl.constexpr, DTYPE: tl.constexpr):
+    """y, given the largest x and the sum of exp(x - peak). No guards: a row with nan or +inf, or of
+    -inf only, is nan, as stock's."""
+    if LOG:
+        y = x - peak - tl.log(total)
+    elif DTYPE == tl.float32:
+        y = tl.div_rn(libdevice.exp(x - peak), total)
+    else:
+        y = tl.exp(x - peak) * tl.div_rn(1.0, total)
+    return y.to(DTYPE)
+
+
+@triton.jit
+def _term(dy, y, LOG: tl.constexpr):
+    """What is summed along the row for the gradient."""
+    return dy if LOG else dy * y
+
+
+@triton.jit
+def _gradient(dy, y, total, NEGATE: tl.constexpr, LOG: tl.constexpr):
+    dx = dy - tl.exp(y) * total if LOG else y * (dy - total)
+    return -dx if NEGATE else dx
+
+
+@triton.jit
+def _online(peak, total, x):
+    """One step of the running maximum and the sum of exp(x - peak), in each lane."""
+    new = tl.maximum(peak, x, propagate_nan=tl.PropagateNan.ALL)
+    # A lane that has only seen -inf would otherwise take exp(-inf + inf), which is nan.
+    base = tl.where(new == -float("inf"), 0.0, new)
+    return new, total * tl.exp(peak - base) + tl.exp(x - base)
+
+
+@triton.jit
+def _merge(peak, total, AXIS: tl.constexpr):
+    """Running maxima and sums of parts -> those of the whole."""
+    top = tl.max(peak, AXIS)
+    base = tl.where(top == -float("inf"), 0.0, top)
+    if AXIS == 0 and len(peak.shape) == 2:
+        base = base[None, :]
+    return top, tl.sum(total * tl.exp(peak - base), AXIS)
+
+
+# ---- Rows -------------------------------------------------------------------------------------
+
+
+@kernel(do_not_specialize=["M", "N_units", "stride_units"])
+def _softmax_fwd_kernel(
+    X, Y, M: tl.int64, N_units, stride_units: tl.int64, UNIT: tl.constexpr, LOG: tl.constexpr,
+    NEGATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    N = N_units * UNIT  # so that the compiler sees the divisor, and accesses are as wide as it is
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    mask = (m < M)[:, None] & (cols < N)[None, :]
+    out = Y.dtype.element_ty
+    x = _read(X + m[:, None] * (stride_units * UNIT) + cols[None, :], mask, NEGATE, out)
+    z = x - tl.max(x, 1)[:, None]
+    e = _exp(z, out if not LOG else tl.float16)
+    total = tl.sum(e, 1)[:, None]
+    if LOG:
+        y = z - tl.log(total)
+    elif out == tl.float32:
+        y = tl.div_rn(e, tl.broadcast_to(total, e.shape))
+    else:
+        y = e * tl.div_rn(1.0, total)
+    tl.store(Y + m[:, None] * N + cols[None, :], y.to(out), mask=mask)
+
+
+@kernel(do_not_specialize=["M", "N_units"])
+def _softmax_bwd_kernel(
+    DY, Y, DX, M: tl.int64, N_units, UNIT: tl.constexpr, LOG: tl.constexpr,
+    NEGATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    N = N_units * UNIT
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    mask = (m < M)[:, None] & (cols < N)[None, :]
+    offs = m[:, None] * N + cols[None, :]
+    dy = tl.load(DY + offs, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(Y + offs, mask=mask, other=0.0).to(tl.float32)
+    dx = _gradient(dy, y, tl.sum(_term(dy, y, LOG), 1)[:, None], NEGATE, LOG)
+    tl.store(DX + offs, dx.to(DX.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _online_row(X, size, NEGATE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """Maximum and sum of exp(x - maximum) of `size` values."""
+    peak = tl.full((BLOCK,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for n in range(0, size, BLOCK):
+        cols = n + tl.arange(0, BLOCK)
+        peak, total = _online(peak, total, _read(X + cols, cols < size, NEGATE, DTYPE))
+    return _merge(peak, total, 0)
+
+
+@kernel(do_not_specialize=["N_units", "stride_units", "S", "chunk_blocks"])
+def _softmax_fwd_chunk_kernel(
+    X, Y, PEAK, TOTAL, N_units, stride_units: tl.int64, S, chunk_blocks, UNIT: tl.constexpr,
+    NEGATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    N = N_units * UNIT
+    pid = tl.program_id(0)
+    start = (pid % S) * chunk_blocks * BLOCK
+    X += (pid // S).to(tl.int64) * (stride_units * UNIT) + start
+    size = tl.minimum(chunk_blocks * BLOCK, N - start)
+    peak, total = _online_row(X, size, NEGATE, Y.dtype.element_ty, BLOCK)
+    tl.store(PEAK + pid, peak)
+    tl.store(TOTAL + pid, total)
+
+
+@kernel(do_not_specialize=["N_units", "stride_units", "S", "chunk_blocks"])
+def _softmax_fwd_long_kernel(
+    X, Y, PEAK, TOTAL, N_units, stride_units: tl.int64, S, chunk_blocks, UNIT: tl.constexpr,
+    LOG: tl.constexpr, NEGATE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    N = N_units * UNIT
+    pid = tl.program_id(0)
+    m = (pid // S).to(tl.int64)
+    start = (pid % S) * chunk_blocks * BLOCK
+    X += m * (stride_units * UNIT)
+    Y += m * N
+    out = Y.dtype.element_ty
+    if BLOCK_S == 1:
+        peak, total = _online_row(X, N, NEGATE, out, BLOCK)
+    else:
+        s = tl.arange(0, BLOCK_S)
+        peaks = tl.load(PEAK + m * S + s, mask=s < S, other=-float("inf"))
+        totals = tl.load(TOTAL + m * S + s, mask=s < S, other=0.0)
+        peak, total = _merge(peaks, totals, 0)
+    for n in range(start, tl.minimum(start + chunk_blocks * BLOCK, N), BLOCK):
+        cols = n + tl.arange(0, BLOCK)
+        x = _read(X + cols, cols < N, NEGATE, out)
+        tl.store(Y + cols, _normalise(x, peak, total, LOG, out), mask=cols < N)
+
+
+@triton.jit
+def _sum_row(DY, Y, size, LOG: tl.constexpr, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    for n in range(0, size, BLOCK):
+        cols = n + tl.arange(0, BLOCK)
+        dy = tl.load(DY + cols, mask=cols < size, other=0.0).to(tl.float32)
+        if LOG:
+            total += dy
+        else:
+            total += dy * tl.load(Y + cols, mask=cols < size, other=0.0).to(tl.float32)
+    return tl.sum(total, 0)
+
+
+@kernel(do_not_specialize=["N_units", "S", "chunk_blocks"])
+def _softmax_bwd_chunk_kernel(
+    DY, Y, TOTAL, N_units, S, chunk_blocks, UNIT: tl.constexpr, LOG: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    N = N_units * UNIT
+    pid = tl.program_id(0)
+    start = (pid % S) * chunk_blocks * BLOCK
+    offset = (pid // S).to(tl.int64) * N + start
+    size = tl.minimum(chunk_blocks * BLOCK, N - start)
+    tl.store(TOTAL + pid, _sum_row(DY + offset, Y + offset, size, LOG, BLOCK))
+
+
+@kernel(do_not_specialize=["N_units", "S", "chunk_blocks"])
+def _softmax_bwd_long_kernel(
+    DY, Y, DX, TOTAL, N_units, S, chunk_blocks, UNIT: tl.constexpr, LOG: tl.constexpr,
+    NEGATE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    N = N_units * UNIT
+    pid = tl.program_id(0)
+    m = (pid // S).to(tl.int64)
+    start = (pid % S) * chunk_blocks * BLOCK
+    DY += m * N
+    Y += m * N
+    DX += m * N
+    if BLOCK_S == 1:
+        total = _sum_row(DY, Y, N, LOG, BLOCK)
+    else:
+        s = tl.arange(0, BLOCK_S)
+        total = tl.sum(tl.load(TOTAL + m * S + s, mask=s < S, other=0.0), 0)
+    for n in range(start, tl.minimum(start + chunk_blocks * BLOCK, N), BLOCK):
+        cols = n + tl.arange(0, BLOCK)
+        mask = cols < N
+        dy = tl.load(DY + cols, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(Y + cols, mask=mask, other=0.0).to(tl.float32)
+        dx = _gradient(dy, y, total, NEGATE, LOG)
+        tl.store(DX + cols, dx.to(DX.dtype.element_ty), mask=mask)
+
+
+# ---- Columns ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _columns(outer, D, inner, INDEX: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Offsets of a block of columns, (1, BLOCK_C), and which of them exist.
+
+    A column's number is o * inner + i. Neighbours stay neighbours through the division as far as
+    inner's divisor reaches, so accesses are as wide as that.
+    """
+    c = tl.program_id(0).to(INDEX) * BLOCK_C + tl.arange(0, BLOCK_C)
+    base = (c // inner).to(tl.int64) * D * inner + c % inner
+    return base[None, :], (c < outer.to(INDEX) * inner)[None, :]
+
+
+@kernel(do_not_specialize=["outer", "D", "inner_units"])
+def _softmax_columns_fwd_kernel(
+    X, Y, outer, D, inner_units, UNIT: tl.constexpr, LOG: tl.constexpr, NEGATE: tl.constexpr,
+    INDEX: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    inner = inner_units.to(INDEX) * UNIT
+    base, live = _columns(outer, D, inner, INDEX, BLOCK_C)
+    rows = tl.arange(0, BLOCK_D)[:, None]
+    out = Y.dtype.element_ty
+    if ONE_PASS:
+        offs = base + rows * inner
+        mask = (rows < D) & live
+        x = _read(X + offs, mask, NEGATE, out)
+        peak = tl.max(x, 0)[None, :]
+        total = tl.sum(tl.exp(x - peak), 0)[None, :]
+        y = _normalise(x, peak, tl.broadcast_to(total, x.shape), LOG, out)
+        tl.store(Y + offs, y, mask=mask)
+    else:
+        peak = tl.full((BLOCK_D, BLOCK_C), -float("inf"), tl.float32)
+        total = tl.zeros((BLOCK_D, BLOCK_C), tl.float32)
+        for d in range(0, D, BLOCK_D):
+            mask = (d + rows < D) & live
+            x = _read(X + base + (d + rows) * inner, mask, NEGATE, out)
+            peak, total = _online(peak, total, x)
+        peak, total = _merge(peak, total, 0)
+        for d in range(0, D, BLOCK_D):
+            mask = (d + rows < D) & live
+            x = _read(X + base + (d + rows) * inner, mask, NEGATE, out)
+            y = _normalise(x, peak[None, :], tl.broadcast_to(total[None, :], x.shape), LOG, out)
+            tl.store(Y + base + (d + rows) * inner, y, mask=mask)
+
+
+@kernel(do_not_specialize=["outer", "D", "inner_units"])
+def _softmax_columns_bwd_kernel(
+    DY, Y, DX, outer, D, inner_units, UNIT: tl.constexpr, LOG: tl.constexpr, NEGATE: tl.constexpr,
+    INDEX: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    inner = inner_units.to(INDEX) * UNIT
+    base, live = _columns(outer, D, inner, INDEX, BLOCK_C)
+    rows = tl.arange(0, BLOCK_D)[:, None]
+    if ONE_PASS:
+        offs = base + rows * inner
+        mask = (rows < D) & live
+        dy = tl.load(DY + offs, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(Y + offs, mask=mask, other=0.0).to(tl.float32)
+        dx = _gradient(dy, y, tl.sum(_term(dy, y, LOG), 0)[None, :], NEGATE, LOG)
+        tl.store(DX + offs, dx.to(DX.dtype.element_ty), mask=mask)
+    else:
+        acc = tl.zeros((BLOCK_D, BLOCK_C), tl.float32)
+        for d in range(0, D, BLOCK_D):
+            offs = base + (d + rows) * inner
+            mask = (d + rows < D) & live
+            dy = tl.load(DY + offs, mask=mask, other=0.0).to(tl.float32)
+            if LOG:
+                acc += dy
+            else:
+                acc += dy * tl.load(Y + offs, mask=mask, other=0.0).to(tl.float32)
+        total = tl.sum(acc, 0)[None, :]
+        for d in range(0, D, BLOCK_D):
+            offs = base + (d + rows) * inner
+            mask = (d + rows < D) & live
+            dy = tl.load(DY + offs, mask=mask, other=0.0).to(tl.float32)
+            y = tl.load(Y + offs, mask=mask, other=0.0).to(tl.float32)
+            dx = _gradient(dy, y, total, NEGATE, LOG)
+            tl.store(DX + offs, dx.to(DX.dtype.element_ty), mask=mask)
+
+
+# ---- Launchers --------------------------------------------------------------------------------
+
+
+def _column_config(columns, D):
+    """A tile of whole columns, as broad as registers allow, or one to step down long columns."""
+    one_pass = D <= COLUMN
+    width = min(triton.next_power_of_2(columns), 64)
+    block_d = triton.next_power_of_2(D) if one_pass else 4096 // width
+    block_c = max(1, min(triton.next_power_of_2(columns), 4096 // block_d))
+    block_c = max(block_c, min(width, 32))
+    tile = block_d * block_c
+    return {
+        "ONE_PASS": one_pass,
+        "BLOCK_D": block_d,
+        "BLOCK_C": block_c,
+        "num_warps": min(max(tile // 512, 1), 16),
+    }
+
+
+def _extent(shape, dim):
+    """(outer, D, inner) of a shape seen along `dim`."""
+    return math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])
+
+
+def _column_arguments(outer, D, inner):
+    config = _column_config(outer * inner, D)
+    unit = math.gcd(inner, 8)
+    wide = outer * D * inner >= 2**31 - 2**16  # room for the last block to run over
+    config |= {"UNIT": unit, "INDEX": tl.int64 if wide else tl.int32}
+    grid = (triton.cdiv(outer * inner, config["BLOCK_C"]),)
+    return grid, (outer, D, inner // unit), config
+
+
+def fwd(x, dim, log, negate, dtype):
+    """x -> (log-)softmax of x or -x along `dim` (>= 0), contiguous, computed in `dtype`."""
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if not y.numel():
+        return y
+    outer, D, inner = _extent(x.shape or (1,), dim)
+    flags = {"LOG": log, "NEGATE": negate}
+    if inner > 1:
+        grid, sizes, config = _column_arguments(outer, D, inner)
+        _softmax_columns_fwd_kernel(grid, x.contiguous(), y, *sizes, **flags, **config)
+        return y
+    x, stride = _rows.as_rows(x, D)
+    unit = math.gcd(D, stride, 8)
+    if _rows.fits(D, unit, ROW):
+        config = _rows.row_config(D, unit)
+        _softmax_fwd_kernel(
+            (triton.cdiv(outer, config["BLOCK_M"]),), x, y, outer, D // unit, stride // unit,
+            UNIT=unit, **flags, **config,
+        )  # fmt: skip
+        return y
+    S, chunk_blocks = _rows.split(outer, D)
+    sizes = D // unit, stride // unit, S, chunk_blocks
+    peak = total = None
+    if S > 1:
+        peak = torch.empty(outer, S, dtype=torch.float32, device=x.device)
+        total = torch.empty_like(peak)
+        _softmax_fwd_chunk_kernel(
+            (outer * S,), x, y, peak, total, *sizes,
+            UNIT=unit, NEGATE=negate, BLOCK=_rows.BLOCK, num_warps=8,
+        )  # fmt: skip
+    _softmax_fwd_long_kernel(
+        (outer * S,), x, y, peak, total, *sizes,
+        UNIT=unit, **flags, BLOCK=_rows.BLOCK, BLOCK_S=triton.next_power_of_2(S), num_warps=8,
+    )  # fmt: skip
+    return y
+
+
+def bwd(dy, y, dim, log, negate, dtype):
+    """dy and fwd's y -> dx, contiguous, in `dtype`."""
+    dx = torch.empty(y.shape, dtype=dtype, device=y.device)
+    if not dx.numel():
+        return dx
+    dy, y = dy.contiguous(), y.contiguous()
+    outer, D, inner = _extent(y.shape or (1,), dim)
+    flags = {"LOG": log, "NEGATE": negate}
+    if inner > 1:
+        grid, sizes, config = _column_arguments(outer, D, inner)
+        _softmax_columns_bwd_kernel(grid, dy, y, dx, *sizes, **flags, **config)
+        return dx
+    unit = math.gcd(D, 8)
+    if _rows.fits(D, unit, ROW):
+        config = _rows.row_config(D, unit)
+        _softmax_bwd_kernel(
+            (triton.cdiv(outer, config["BLOCK_M"]),), dy, y, dx, outer, D // unit,
+            UNIT=unit, **flags, **config,
+        )  # fmt: skip
+        return dx
+    S, chunk_blocks = _rows.split(outer, D)
+    total = None
+    if S > 1:
+        total = torch.empty(outer, S, dtype=torch.float32, device=y.device)
+        _softmax_bwd_chunk_kernel(
+            (outer * S,), dy, y, total, D // unit, S, chunk_blocks,
+            UNIT=unit, LOG=log, BLOCK=_rows.BLOCK, num_warps=8,
+        )  # fmt: skip
+    _softmax_bwd_long_kernel(
+        (outer * S,), dy, y, dx, total, D // unit, S, chunk_blocks,
+        UNIT=unit, **flags, BLOCK=_rows.BLOCK, BLOCK_S=triton.next_power_of_2(S), num_warps=8,
+    )  # fmt: skip
+    return dx
