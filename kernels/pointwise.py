@@ -12,6 +12,7 @@ A comparison has ATen's polarity (`x <= t`, or `x > t`), so that a nan takes ATe
 ATen selects a zero gradient, so do we: 0 * inf would be nan.
 """
 
+import torch
 import triton
 import triton.language as tl
 from fastnn.kernels._launch import kernel
@@ -33,6 +34,12 @@ def _sigmoid(x):
 def _clamp(x, low, high):
     x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _nan_if_inf(value, x):
+    """`value`, but nan where x is infinite: there, stock's chain of kernels takes inf - inf."""
+    return tl.where(tl.abs(x) == float("inf"), float("nan"), value)
 
 
 @triton.jit
@@ -107,22 +114,22 @@ def hardtanh_grad(dy, x, a, b):
 
 @triton.jit
 def hardsigmoid(x, a, b):
-    return tl.div_rn(_clamp(x + 3.0, 0.0, 6.0), 6.0)
+    return _clamp(x + 3.0, 0.0, 6.0) * 0.16666666666666666
 
 
 @triton.jit
 def hardsigmoid_grad(dy, x, a, b):
-    return tl.where((x > -3.0) & (x < 3.0), tl.div_rn(dy, 6.0), 0.0)
+    return tl.where((x > -3.0) & (x < 3.0), dy * 0.16666666666666666, 0.0)
 
 
 @triton.jit
 def hardswish(x, a, b):
-    return tl.div_rn(x * _clamp(x + 3.0, 0.0, 6.0), 6.0)
+    return x * _clamp(x + 3.0, 0.0, 6.0) * 0.16666666666666666
 
 
 @triton.jit
 def hardswish_grad(dy, x, a, b):
-    middle = dy * (tl.div_rn(x, 3.0) + 0.5)
+    middle = dy * (x * 0.3333333333333333 + 0.5)
     return tl.where(x <= -3.0, 0.0, tl.where(x < 3.0, middle, dy))
 
 
@@ -228,7 +235,7 @@ def tanhshrink(x, a, b):
 
 @triton.jit
 def tanhshrink_grad(dy, t, a, b):  # of t = tanh(x), which is what stock keeps
-    return dy * t * t
+    return _nan_if_inf(dy * t * t, dy)
 
 
 @triton.jit
@@ -239,12 +246,12 @@ def softsign(x, a, b):
 @triton.jit
 def softsign_grad(dy, x, a, b):
     d = 1.0 + tl.abs(x)
-    return tl.where(d == float("inf"), float("nan"), tl.div_rn(dy, d * d))  # stock has inf / inf
+    return _nan_if_inf(_nan_if_inf(tl.div_rn(dy, d * d), dy), x)
 
 
 @triton.jit
 def softplus(x, a, b):
-    return tl.where(x * a > b, x, tl.div_rn(libdevice.log1p(libdevice.exp(x * a)), a))
+    return tl.where(x * a > b, x, libdevice.log1p(libdevice.exp(x * a)) * tl.div_rn(1.0, a))
 
 
 @triton.jit
@@ -311,9 +318,13 @@ def _pointwise_bwd_kernel(DY, S, DX, n: tl.int64, a, b, FORMULA: tl.constexpr, B
 # ---- launchers --------------------------------------------------------------------------------
 
 
+_WIDE_WARPS = torch.version.hip is not None  # 64 lanes, else 32
+
+
 def _config(itemsize):
-    # Two 16-byte accesses per lane and tensor, and one where warps are 64 lanes wide.
-    return {"BLOCK": 4096 // itemsize, "num_warps": 4}
+    # 8 elements per lane: with more, the divisions of a formula fill the registers. 16-bit ones are
+    # one 16-byte access.
+    return {"BLOCK": 1024, "num_warps": 2 if _WIDE_WARPS and itemsize == 2 else 4}
 
 
 def _launch_fwd(source, target, kept, formula, keep, a, b):

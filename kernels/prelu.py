@@ -127,7 +127,7 @@ def _prelu_bwd_kernel(
             tl.store(PARTIAL + r, tl.sum(dw, 1), mask=r < C - c)
 
 
-@kernel(do_not_specialize=["G", "C"])
+@kernel(do_not_specialize=["G"])
 def _prelu_dw_kernel(PARTIAL, DW, G, C, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     dw = tl.zeros((BLOCK_G, BLOCK_C), tl.float32)

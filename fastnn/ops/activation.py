@@ -134,7 +134,7 @@ def _not_writable(x) -> str | None:
         if x.is_leaf:
             return "a leaf that requires grad, in place"
         if x._is_view():
-            if x._base.is_leaf and x._base.requires_grad:
+            if x._base.is_leaf:
                 return "a view of a leaf that requires grad, in place"
             if _get_creation_meta(x) != CreationMeta.DEFAULT:
                 return "a view that autograd cannot follow, in place"
