@@ -3,6 +3,7 @@
 So `torch.manual_seed`, `fork_rng` and `torch.utils.checkpoint` hold, and on CUDA a seed gives the
 very mask that stock gives. The layout of the bits is `kernels/_philox.py`'s subject; here are the
 launch geometry it follows from, the reservation, and the check that this build of torch agrees.
+Where any of it fails, functions here return why, as a string.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ import torch
 from torch import Tensor
 
 from fastnn import kernels
-from fastnn._op import Stock
 
 if TYPE_CHECKING:
-    from fastnn.kernels._philox import Draw
+    from fastnn.kernels._philox import Draw  # type: ignore[import-not-found]
 
 _THREADS = 256  # of a block, in all of ATen's random kernels
 _ROUNDS_OF_PROBE = 2.5  # so that every thread draws several times, and some once less than others
@@ -63,7 +63,10 @@ def _signed(value: int) -> int:
 
 
 def _reserve(generator, increment: int):
-    """(seed, offset, SEED, OFFSET) of a `Draw`, the generator advanced; None if it cannot be."""
+    """(seed, offset, SEED, OFFSET) of a `Draw`, the generator advanced; None if it cannot be.
+
+    The two tensors are None where no graph is being captured.
+    """
     reserve = getattr(generator, "philox_state", None)
     if reserve is None:
         if not torch.cuda.is_current_stream_capturing():
@@ -76,22 +79,39 @@ def _reserve(generator, increment: int):
             return None
         reserve = functools.partial(prims.inductor_reserve_rng_state, generator)
     seed, offset, within = reserve(increment)
-    if seed.is_cuda:  # capturing: replays refill the two, and this call's share lies `within`
+    if seed.is_cuda:  # refilled for each replay, which this call enters `within` from the start
         return 0, int(within), seed, offset
     return int(seed), int(offset) + int(within), None, None
 
 
-def _draw(device: int, launch: Plan) -> Draw | Stock:
+@functools.cache
+def _no_state(device: int) -> tuple[Tensor, Tensor]:
+    """Where no graph is captured: zeros for kernels to read, and a place they may write to."""
+    where = f"cuda:{device}" if device >= 0 else "cpu"
+    zeros, scratch = torch.zeros((2, 4), dtype=torch.int64, device=where)
+    return zeros, scratch
+
+
+def _plain(device: int, seed: int, offset: int, launch: Plan) -> Draw:
+    zeros, scratch = _no_state(device)
+    Draw = kernels._philox.Draw
+    return Draw(seed, offset, zeros, zeros, launch.blocks, launch.vec, scratch)
+
+
+def _draw(device: int, launch: Plan) -> Draw | str:
     if device < 0:
         seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
-        return kernels._philox.Draw(seed, 0, None, None, launch.blocks, launch.vec)
+        return _plain(device, seed, 0, launch)
     reserved = _reserve(torch.cuda.default_generators[device], launch.increment)
     if reserved is None:
-        return Stock("this torch cannot reserve random numbers under graph capture")
-    return kernels._philox.Draw(*reserved, launch.blocks, launch.vec)
+        return "this torch cannot reserve random numbers under graph capture"
+    seed, offset, SEED, OFFSET = reserved
+    if SEED is None:
+        return _plain(device, seed, offset, launch)
+    return kernels._philox.Draw(seed, offset, SEED, OFFSET, launch.blocks, launch.vec)
 
 
-def draw_native(x: Tensor) -> Draw | Stock:
+def draw_native(x: Tensor) -> Draw | str:
     """What `torch.native_dropout(x)` draws, in storage order. x: dense, not empty.
 
     With `vec` 1 the order is the logical one; a caller whose x is not contiguous checks for that
@@ -99,28 +119,28 @@ def draw_native(x: Tensor) -> Draw | Stock:
     """
     device = x.get_device()
     widest = width_limit(device, x.element_size())
-    if isinstance(widest, Stock):
+    if isinstance(widest, str):
         return widest
     return _draw(device, _plan_native(x, widest))
 
 
-def draw_bernoulli(n: int, device: int) -> Draw | Stock:
+def draw_bernoulli(n: int, device: int) -> Draw | str:
     """What `bernoulli_` draws for n > 0 elements, in storage order."""
     agrees = _probe_bernoulli(device)
-    if isinstance(agrees, Stock):
+    if isinstance(agrees, str):
         return agrees
     return _draw(device, plan(n, most_blocks(device)))
 
 
 def draw_nothing(n: int, device: int) -> Draw:
     """For p = 1, where stock leaves the generator alone; good for any n with a bound of 0."""
-    return kernels._philox.Draw(0, 0, None, None, plan(n, most_blocks(device)).blocks, 4)
+    return _plain(device, 0, 0, plan(n, most_blocks(device))._replace(vec=4))
 
 
 def width(x: Tensor) -> int:
     """How wide `native_dropout` accesses the dense tensor x; 1 stands for logical order."""
     widest = width_limit(x.get_device(), x.element_size())
-    return 1 if isinstance(widest, Stock) else _plan_native(x, widest).vec
+    return 1 if isinstance(widest, str) else _plan_native(x, widest).vec
 
 
 def _plan_native(x: Tensor, widest: int) -> Plan:
@@ -134,47 +154,52 @@ def _plan_native(x: Tensor, widest: int) -> Plan:
 # cannot be noticed in the user's random numbers.
 
 
-def width_limit(device: int, itemsize: int) -> int | Stock:
+def width_limit(device: int, itemsize: int) -> int | str:
     """The widest access of this torch's `native_dropout`, or why its bits cannot be matched."""
     return 16 // itemsize if device < 0 else _once(("native", device, itemsize), _probe_native)
 
 
-def _probe_bernoulli(device: int) -> int | Stock:
+def _probe_bernoulli(device: int) -> int | str:
     return 1 if device < 0 else _once(("bernoulli", device, 4), _probe_plain)
 
 
-_probed: dict[tuple, int | Stock] = {}
+_probed: dict[tuple, int | str] = {}
 
 
-def _once(key: tuple, probe) -> int | Stock:
+def _once(key: tuple, probe) -> int | str:
     known = _probed.get(key)
     if known is None:
         if torch.cuda.is_current_stream_capturing():
-            return Stock("first use under graph capture; call it once before")
+            return "first use under graph capture; call it once before"
         known = _probed[key] = probe(*key[1:])
     return known
 
 
-def _probe_native(device: int, itemsize: int) -> int | Stock:
+def _home(device: int):
+    """Where the probe runs, and the generator it must leave as it was."""
+    return f"cuda:{device}", torch.cuda.default_generators[device]
+
+
+def _probe_native(device: int, itemsize: int) -> int | str:
     dtype = torch.float32 if itemsize == 4 else torch.float16
     for vec in (16 // itemsize, 4):  # 16-bit accesses became 8 wide in some release
         n = int(_ROUNDS_OF_PROBE * most_blocks(device) * _THREADS) * vec
-        x = torch.ones(n, dtype=dtype, device=f"cuda:{device}")
+        x = torch.ones(n, dtype=dtype, device=_home(device)[0])
         if _agrees(device, x, vec, lambda x: torch.native_dropout(x, 0.5, True)[1]):
             return vec
-    return Stock(f"this torch lays out its dropout mask in another way ({dtype})")
+    return f"this torch lays out its dropout mask in another way ({dtype})"
 
 
-def _probe_plain(device: int, itemsize: int) -> int | Stock:
+def _probe_plain(device: int, itemsize: int) -> int | str:
     n = int(_ROUNDS_OF_PROBE * most_blocks(device) * _THREADS) * 4 + 1
-    x = torch.ones(n, device=f"cuda:{device}")
+    x = torch.ones(n, device=_home(device)[0])
     if _agrees(device, x, 1, lambda x: torch.empty_like(x).bernoulli_(0.5)):
         return 1
-    return Stock("this torch lays out the numbers of bernoulli_ in another way")
+    return "this torch lays out the numbers of bernoulli_ in another way"
 
 
 def _agrees(device: int, x: Tensor, vec: int, native) -> bool:
-    generator = torch.cuda.default_generators[device]
+    _, generator = _home(device)
     launch = plan(x.numel(), most_blocks(device), vec, x.data_ptr(), x.element_size())
     with torch.no_grad(), _lock:
         before = generator.get_offset()
@@ -182,6 +207,6 @@ def _agrees(device: int, x: Tensor, vec: int, native) -> bool:
         advanced = generator.get_offset() - before
         generator.set_offset(before)
         seed = _signed(generator.initial_seed())
-        draw = kernels._philox.Draw(seed, before, None, None, launch.blocks, launch.vec)
+        draw = _plain(x.get_device(), seed, before, launch)
         y = kernels.dropout.elements(x, draw, kernels._philox.bound(0.5), 1.0)
         return advanced == launch.increment and torch.equal(y.bool(), mask.bool())

@@ -26,26 +26,31 @@ THREADS = tl.constexpr(256)  # of an ATen block; `blocks` of them make T threads
 class Draw(NamedTuple):
     """Random numbers reserved from a generator, and which element gets which.
 
-    Under CUDA graph capture `SEED` and `OFFSET` are int64 tensors that each replay refills, and
-    `offset` is what this call adds to the latter. Otherwise they are None and the ints are it all.
+    The kernel's seed is `seed` plus what `SEED` holds, its offset `offset` plus what `OFFSET`
+    holds. Each replay of a captured CUDA graph refills the two tensors; elsewhere they hold 0, so
+    that a call before the capture compiles just what the capture needs.
     """
 
     seed: int
     offset: int
-    SEED: torch.Tensor | None
-    OFFSET: torch.Tensor | None
+    SEED: torch.Tensor
+    OFFSET: torch.Tensor
     blocks: int
     vec: int
+    scratch: torch.Tensor | None = None  # None under capture
 
     def new_state(self, like):
-        """int64[2] for the forward kernel's `save_state`, or None where the ints say it all."""
-        return None if self.SEED is None else like.new_empty(2, dtype=torch.int64)
+        """int64 (4,), where the forward kernel keeps what it used (`save_state`).
+
+        Under capture the backward needs it, for it may belong to another graph.
+        """
+        return like.new_empty(4, dtype=torch.int64) if self.scratch is None else self.scratch
 
     def from_state(self, STATE):
-        """The draw of the backward, from the state that the forward kernel saved."""
-        if STATE is None:
+        """The draw of the backward, given the state of the forward."""
+        if self.scratch is not None:
             return self
-        return self._replace(offset=0, SEED=STATE[:1], OFFSET=STATE[1:])
+        return self._replace(seed=0, offset=0, SEED=STATE, OFFSET=STATE[2:])
 
 
 def _float32(x):
@@ -68,20 +73,20 @@ def bound(keep):
 
 @triton.jit
 def load_state(seed, offset, SEED, OFFSET):
-    """(seed, offset) of a `Draw`, given as integers or, under capture, on the device."""
+    """The seed and offset of a `Draw`."""
     if SEED is not None:
-        seed = tl.load(SEED)
+        seed += tl.load(SEED)
         offset += tl.load(OFFSET)
     return seed, offset
 
 
 @triton.jit
 def save_state(STATE, seed, offset):
-    """Keep what the forward used: its backward may belong to another graph."""
+    """Keep, for `Draw.from_state`, what the forward used."""
     if STATE is not None:
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             tl.store(STATE, seed)
-            tl.store(STATE + 1, offset)
+            tl.store(STATE + 2, offset)  # not + 1: as an argument it is aligned to 16 bytes
 
 
 @triton.jit

@@ -13,8 +13,9 @@ Alpha dropout adds to each element one of two constants, for a kept or for a dro
 import torch
 import triton
 import triton.language as tl
-from fastnn.kernels import _philox
 from fastnn.kernels._launch import kernel
+
+from fastnn.kernels import _philox
 
 _RUNTIME = ["n", "seed", "offset", "blocks", "bound", "tiles"]
 
@@ -32,8 +33,8 @@ def _drop(x, keep, scale, kept, dropped, dtype: tl.constexpr, SHIFT: tl.constexp
 
 @kernel(do_not_specialize=_RUNTIME)
 def _dropout_kernel(
-    X, Y, n: tl.int64, scale, seed: tl.int64, offset: tl.int64, SEED, OFFSET, STATE, blocks,
-    bound: tl.uint32, VEC: tl.constexpr, BLOCK: tl.constexpr,
+    X, Y, n: tl.int64, scale, seed: tl.int64, offset: tl.int64, SEED, OFFSET, STATE,
+    blocks, bound: tl.uint32, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     seed, offset = _philox.load_state(seed, offset, SEED, OFFSET)
     _philox.save_state(STATE, seed, offset)
@@ -53,8 +54,8 @@ def _dropout_kernel(
 
 @kernel(do_not_specialize=_RUNTIME)
 def _strided_dropout_kernel(
-    X, Y, n: tl.int64, scale, kept, dropped, seed: tl.int64, offset: tl.int64, SEED, OFFSET, STATE,
-    blocks, bound: tl.uint32, tiles, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    X, Y, n: tl.int64, scale, kept, dropped, seed: tl.int64, offset: tl.int64, SEED,
+    OFFSET, STATE, blocks, bound: tl.uint32, tiles, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # With VEC 1 the four words of a call belong to elements T apart: a program takes four runs.
     seed, offset = _philox.load_state(seed, offset, SEED, OFFSET)
@@ -83,8 +84,8 @@ def _strided_dropout_kernel(
 
 @kernel(do_not_specialize=[*_RUNTIME, "rows", "row_tiles", "col_tiles"])
 def _feature_dropout_kernel(
-    X, Y, rows: tl.int64, cols, scale, kept, dropped, seed: tl.int64, offset: tl.int64, SEED,
-    OFFSET, STATE, blocks, bound: tl.uint32, row_tiles, col_tiles, SHIFT: tl.constexpr,
+    X, Y, rows: tl.int64, cols, scale, kept, dropped, seed: tl.int64, offset: tl.int64,
+    SEED, OFFSET, STATE, blocks, bound: tl.uint32, row_tiles, col_tiles, SHIFT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     # X is (outer, rows, cols): (1, N * C, positions), or channels last (N, positions, C).
@@ -114,12 +115,20 @@ def _config(cols, channels_last):
     return {"ROWS": 4096 // COLS if channels_last else 2048 // COLS, "COLS": COLS, "num_warps": 4}
 
 
+def _like_product(x, same_shape):
+    # A product with a contiguous noise of x's own shape forgets odd strides in dimensions of 1.
+    contiguous = same_shape and x.is_contiguous()
+    return torch.empty_like(
+        x, memory_format=torch.contiguous_format if contiguous else torch.preserve_format
+    )
+
+
 def elements(x, draw, bound, scale, shift=None, state=None, out=None):
     """x dense -> y, laid out as x, each element of which is dropped by itself; in `out` if given.
 
     `bound` as of `_philox.bound`; `shift` the constants added to a kept and to a dropped element.
     """
-    y = torch.empty_like(x) if out is None else out
+    y = _like_product(x, shift is not None) if out is None else out
     n = x.numel()
     random = (draw.seed, draw.offset, draw.SEED, draw.OFFSET, state, draw.blocks, bound)
     if draw.vec > 1:
@@ -142,10 +151,8 @@ def elements(x, draw, bound, scale, shift=None, state=None, out=None):
 
 def channels(x, draw, bound, scale, shift=None, state=None, out=None):
     """x (N, C, ...), contiguous or channels last -> y, laid out alike; drops whole channels."""
-    y = torch.empty_like(x) if out is None else out
-    if not x.numel():
-        return y
     N, C = x.shape[:2]
+    y = _like_product(x, x.numel() == N * C) if out is None else out
     positions = x.numel() // (N * C)
     channels_last = not x.is_contiguous()
     outer, rows, cols = (N, positions, C) if channels_last else (1, N * C, positions)
@@ -158,4 +165,11 @@ def channels(x, draw, bound, scale, shift=None, state=None, out=None):
         row_tiles, col_tiles, SHIFT=shift is not None, CHANNELS_LAST=channels_last,
         **config, enable_fp_fusion=False,
     )  # fmt: skip
+    return y
+
+
+def unbatched(x, draw, bound, scale, shift=None, state=None, out=None):
+    """`channels` of x (C, ...)."""
+    y = torch.empty_like(x) if out is None else out
+    channels(x.unsqueeze(0), draw, bound, scale, shift, state, y.unsqueeze(0))
     return y

@@ -109,7 +109,7 @@ def fwd(weight, indices):
 def _config(D):
     COLS = min(triton.next_power_of_2(D), 1024)
     num_warps = max(1, COLS // 256)
-    return {"ROWS": min(16, 1024 * num_warps // COLS), "COLS": COLS, "num_warps": num_warps}
+    return {"ROWS": min(16, 512 * num_warps // COLS), "COLS": COLS, "num_warps": num_warps}
 
 
 def bwd(dy, indices, num_embeddings, padding_idx, scale_grad_by_freq):

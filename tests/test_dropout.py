@@ -1,16 +1,20 @@
 """Dropout: the bits are ATen's, element for element; masks, gradients and generators as stock."""
 
-import os
+import math
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as stock
 import triton.language as tl
 from fastnn.kernels._launch import kernel
+from torch.utils.checkpoint import checkpoint
 
+import fastnn
+import fastnn.functional as F
+from fastnn import _rng, kernels
 from fastnn.kernels import _philox
-
-interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+from fastnn.testing.noise import recording
 
 # ---- Which bits: the closed form against ATen's kernels, run literally ---------------------------
 
@@ -149,3 +153,458 @@ def test_keep_mask_of_tiles(vec, device):
     _keep_at_kernel((3,), out, 7, 20, blocks, _philox.bound(0.6), N=N, VEC=vec, num_warps=4)
     want = aten_mask(M * N, 0.4, 7, 20, blocks, vec).reshape(M, N)
     assert (out.cpu().numpy() == want).all()
+
+
+# ---- Which launch: geometry, width, the generator's increment ------------------------------------
+
+
+@pytest.mark.parametrize("vec", [1, 4])
+@pytest.mark.parametrize("n", [1, 4, 256, 1000, 4096, 50_000])
+def test_increment_covers_what_the_threads_draw(n, vec):
+    """The offset advances by the most words that any thread draws, by whole calls."""
+    launch = _rng.plan(n * vec, 3)
+    blocks = launch.blocks
+    assert blocks == min(-(-n * vec // 256), 3)
+    most = -(-n // (blocks * 256)) if vec == 4 else -(-n // (4 * blocks * 256))
+    assert launch.increment == 4 * most
+
+
+@pytest.mark.parametrize(
+    ("n", "itemsize", "pointer", "vec"),
+    [
+        (1024, 4, 0, 4), (1024, 2, 0, 8), (1020, 2, 0, 4), (1026, 4, 0, 2), (1023, 4, 0, 1),
+        (1024, 4, 8, 2), (1024, 4, 4, 1), (1024, 2, 8, 4), (1024, 2, 2, 1), (1026, 2, 16, 2),
+    ],
+)  # fmt: skip
+def test_width_divides_the_size_and_the_pointer(n, itemsize, pointer, vec):
+    assert _rng.plan(n, 1056, 16 // itemsize, pointer, itemsize).vec == vec
+
+
+class Generator:
+    """A CUDA generator's Python side."""
+
+    def __init__(self, seed, offset):
+        self.seed, self.offset = seed, offset
+
+    def get_offset(self):
+        return self.offset
+
+    def set_offset(self, offset):
+        assert offset % 4 == 0
+        self.offset = offset
+
+    def initial_seed(self):
+        return self.seed
+
+
+class NewGenerator(Generator):
+    """One that reserves by itself, on the CPU outside of capture."""
+
+    def philox_state(self, increment):
+        self.offset += increment
+        return tuple(torch.tensor([v]) for v in (self.seed, self.offset - increment, 0))
+
+
+@pytest.mark.parametrize("kind", [Generator, NewGenerator])
+def test_reserving_advances_the_generator(kind, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    generator = kind(7, 40)
+    assert _rng._reserve(generator, 12) == (7, 40, None, None)
+    assert _rng._reserve(generator, 4) == (7, 52, None, None)
+    assert generator.offset == 56
+
+
+def test_reserving_takes_seeds_of_64_bits(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert _rng._reserve(Generator(2**64 - 1, 0), 4)[0] == -1
+
+
+class OnDevice:
+    """Stands for a CUDA tensor, where there is none."""
+
+    is_cuda = True
+
+
+def test_reserving_under_capture(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    seed, offset = OnDevice(), OnDevice()
+
+    class Prims:
+        @staticmethod
+        def inductor_reserve_rng_state(generator, increment):
+            return seed, offset, torch.tensor([8])
+
+    monkeypatch.setattr(torch.ops, "inductor_prims", Prims)
+    assert _rng._reserve(Generator(7, 40), 12) == (0, 8, seed, offset)
+    monkeypatch.setattr(torch.ops, "inductor_prims", object())
+    assert _rng._reserve(Generator(7, 40), 12) is None
+
+
+def test_state_on_the_device_draws_the_same(device):
+    """Under capture the kernel reads seed and offset from tensors, and keeps what it used."""
+    x = torch.randn(3, 700, device=device)
+    for launch, vec in (("elements", 4), ("elements", 1), ("channels", 1)):
+        launch = getattr(kernels.dropout, launch)
+        plain = _rng._plain(x.get_device(), -5, 24, _rng.Plan(3, vec, 4))
+        args = (_philox.bound(0.7), 2.0, None)
+        SEED, OFFSET = (torch.tensor([v], device=device) for v in (-5, 16))
+        captured = _philox.Draw(0, 8, SEED, OFFSET, 3, vec)
+        state = captured.new_state(x)
+        y = launch(x, plain, *args, plain.new_state(x))
+        assert 0 < (y == 0).float().mean() < 1
+        assert torch.equal(launch(x, captured, *args, state), y)
+        assert state[::2].tolist() == [-5, 24]
+        OFFSET.fill_(96)  # the next replay; a backward of this one still finds its own
+        again = captured.from_state(state)
+        assert torch.equal(launch(x, again, *args, again.new_state(x)), y)
+
+
+def test_gradient_under_capture(device, monkeypatch):
+    """Forward and backward through autograd with the state on the device."""
+    at = [torch.tensor([v], device=device) for v in (11, 400)]
+    monkeypatch.setattr(_rng, "_draw", lambda _, p: _philox.Draw(0, 4, *at, p.blocks, p.vec))
+    x = torch.ones(1000, device=device, requires_grad=True)
+    y = F.dropout(x, 0.5)
+    at[1].add_(4096)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)
+    assert torch.equal(dx, y)
+
+
+# ---- Whether this torch agrees: the probe --------------------------------------------------------
+
+
+@pytest.fixture
+def probed(monkeypatch):
+    """The probe with ATen's kernels emulated: a device of one block, a generator, `native(vec)`."""
+    generator = Generator(3, 80)
+    monkeypatch.setattr(_rng, "most_blocks", lambda device: 1)
+    monkeypatch.setattr(_rng, "_home", lambda device: ("cpu", generator))
+    monkeypatch.setattr(_rng, "_probed", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def native(widest, seed=3, extra=0):
+        def draw(x, p, train=True):
+            n = x.numel()
+            launch = _rng.plan(n, 1, min(widest, 16 // x.element_size()), 0, x.element_size())
+            mask = aten_mask(n, p, seed, generator.offset, launch.blocks, launch.vec)
+            generator.offset += launch.increment + extra
+            return x, torch.from_numpy(mask)
+
+        monkeypatch.setattr(torch, "native_dropout", draw)
+        monkeypatch.setattr(torch.Tensor, "bernoulli_", lambda x, p: draw(x, 1 - p)[1].to(x))
+
+    yield native
+    assert generator.offset == 80  # it leaves no trace
+
+
+def test_probe_finds_the_width(probed):
+    probed(8)
+    assert (_rng.width_limit(0, 4), _rng.width_limit(0, 2)) == (4, 8)
+    assert _rng._probe_bernoulli(0) == 1
+    probed(4)
+    assert _rng.width_limit(0, 2) == 8  # asked once
+    _rng._probed.clear()
+    assert (_rng.width_limit(0, 4), _rng.width_limit(0, 2)) == (4, 4)
+
+
+@pytest.mark.parametrize("difference", [{"seed": 4}, {"extra": 4}])
+def test_probe_declines_another_layout_and_another_increment(probed, difference):
+    probed(8, **difference)
+    for answer in (_rng.width_limit(0, 4), _rng.width_limit(0, 2), _rng._probe_bernoulli(0)):
+        assert "another way" in answer
+
+
+def test_probe_does_not_run_under_capture(probed, monkeypatch):
+    probed(8)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "capture" in _rng.width_limit(0, 4)
+    assert not _rng._probed
+
+
+# ---- Values: the arithmetic of ATen, rounding by rounding ----------------------------------------
+
+CALLS = {
+    "dropout": lambda x, p: F.dropout(x, p),
+    "dropout in place": lambda x, p: F.dropout(x * 1, p, True, True),
+    "dropout2d": lambda x, p: F.dropout2d(x.view(20, 5, 4, 5), p).view(-1),
+    "alpha_dropout": lambda x, p: F.alpha_dropout(x, p, True),
+    "feature_alpha_dropout": lambda x, p: F.feature_alpha_dropout(x.view(500, 4), p, True).view(-1),
+}
+
+
+@pytest.fixture(autouse=True)
+def on_kernels():
+    with fastnn.backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.77])
+def test_values_and_gradients_to_the_bit(name, p, dtype, device):
+    with recording() as draws:
+        x = torch.randn(2000, device=device).to(dtype)
+        x[:4] = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0])
+        x.requires_grad_()
+        dy = torch.randn(2000, device=device).to(dtype)
+        y = CALLS[name](x, p)
+        (dx,) = torch.autograd.grad(y, x, dy)
+    (draw,) = draws
+    shape = {"dropout2d": (20, 5, 1), "feature_alpha_dropout": (500, 4, 1)}.get(name, (2000,))
+    n = np.prod(shape)
+    mask = torch.from_numpy(aten_mask(n, p, draw.seed, draw.offset, draw.blocks, draw.vec))
+    mask = mask.view(shape).expand(*shape[:-1], 2000 // n).reshape(-1) if n < 2000 else mask
+    x, y, dy, dx = (t.detach().cpu() for t in (x, y, dy, dx))
+    if name == "dropout":
+        keep = torch.tensor(1 - p)
+        want = (x.float() * mask * (1 / keep.double()).float()).to(dtype)
+        grad = (dy.float() * mask * torch.tensor(1 / (1 - p))).to(dtype)
+    else:
+        noise = mask.to(dtype)
+        if "alpha" in name:
+            alpha = 1.7580993408473766
+            a = 1 / math.sqrt((alpha * alpha * p + 1) * (1 - p))
+            b = noise.add(-1).mul_(alpha * a).add_(alpha * a * p)
+            noise.mul_(a)
+            want = (x * noise).add_(b)
+        else:
+            noise.div_(1 - p)
+            want = x * noise
+        grad = dy * noise
+    assert torch.equal(y.nan_to_num(9e4), want.nan_to_num(9e4))
+    assert torch.equal(dx, grad)
+    assert torch.equal(dx.signbit(), grad.signbit())
+
+
+def test_dropped_inf_becomes_nan(device):
+    x = torch.full((4000,), float("inf"), device=device)
+    y = F.dropout(x, 0.5)
+    assert ((y == float("inf")) | y.isnan()).all()
+    assert 0.45 < y.isnan().float().mean() < 0.55
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_fraction_kept_and_mean(p, device):
+    y = F.dropout(torch.ones(40_000, device=device), p)
+    kept = (y != 0).float().mean().item()
+    assert abs(kept - (1 - p)) < 5 * math.sqrt(p * (1 - p) / 40_000)
+    assert y.mean().item() == pytest.approx(kept / (1 - p), rel=1e-5)
+    y = F.alpha_dropout(torch.randn(40_000, device=device), p, True)
+    assert abs(y.mean().item()) < 0.1
+    assert y.std().item() == pytest.approx(1, abs=0.1)
+
+
+# ---- Generators, checkpoints, graphs -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_seed_decides_the_mask(name, device):
+    x = torch.randn(2000, device=device)
+    torch.manual_seed(5)
+    first, second = CALLS[name](x, 0.5), CALLS[name](x, 0.5)
+    torch.manual_seed(5)
+    assert torch.equal(first, CALLS[name](x, 0.5))
+    assert not torch.equal(first, second)
+    with torch.random.fork_rng():
+        forked = CALLS[name](x, 0.5)
+    assert torch.equal(forked, second)
+    assert torch.equal(forked, CALLS[name](x, 0.5))
+
+
+def _state(device):
+    return torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_generator_advances_only_when_something_is_drawn(name, device):
+    x = torch.randn(2000, device=device)
+    before = _state(device)
+    for p in (0, 1, 0.0, 1.0):
+        CALLS[name](x, p)
+        assert torch.equal(_state(device), before)
+    CALLS[name](x, 0.5)
+    assert not torch.equal(_state(device), before)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint_recomputes_the_mask(reentrant, device):
+    layer = fastnn.Sequential(fastnn.Dropout(0.5), fastnn.Dropout(0.3))
+    x = torch.ones(1000, device=device, requires_grad=True)
+    y = checkpoint(layer, x, use_reentrant=reentrant)
+    F.dropout(x)  # moves the generator on
+    (dx,) = torch.autograd.grad(y.sum(), x) if not reentrant else (None,)
+    if reentrant:
+        y.sum().backward()
+        dx = x.grad
+    torch.testing.assert_close(dx, y.detach())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_second_derivatives(name, device):
+    """dx is linear in dy, with the forward's noise: so is its gradient, however often."""
+    x = torch.randn(2000, device=device, requires_grad=True)
+    dy = torch.randn(2000, device=device, requires_grad=True)
+    y = CALLS[name](x, 0.5)
+    (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+    noise = (dx / dy).detach()
+    assert len(noise.unique()) >= 2
+    (ddy,) = torch.autograd.grad(dx.square().sum(), dy, create_graph=True)
+    torch.testing.assert_close(ddy, 2 * noise.square() * dy)
+    (dddy,) = torch.autograd.grad(ddy.sum(), dy)
+    torch.testing.assert_close(dddy, 2 * noise.square())
+
+
+@pytest.mark.parametrize("layout", ["expanded", "transposed"])
+def test_upstream_gradient_of_another_layout(layout, device):
+    x = torch.ones(40, 30, device=device, requires_grad=True)
+    y = F.dropout(x, 0.5)
+    dy = torch.ones(1, 1, device=device).expand(40, 30)
+    if layout == "transposed":
+        dy = torch.ones(30, 40, device=device).t()
+    assert torch.equal(torch.autograd.grad(y, x, dy)[0], y)
+
+
+@pytest.mark.parametrize("name", ["dropout", "dropout1d", "alpha_dropout", "feature_alpha_dropout"])
+def test_in_place(name, device):
+    """The tensor itself comes back, changed, its version counted, and the gradient passes."""
+    leaf = torch.ones(30, 40, device=device, requires_grad=True)
+    x = leaf * 2
+    ours = getattr(F, name)
+    version = x._version
+    assert ours(x, 0.5, True, True) is x
+    assert x._version > version
+    (grad,) = torch.autograd.grad(x, leaf, torch.ones_like(x))
+    if "alpha" not in name:
+        assert torch.equal(grad, x)
+    assert 0 < (grad == 0).float().mean() < 1
+    plain = torch.ones(30, 40, device=device)
+    assert ours(plain, 0.5, True, True) is plain
+    assert plain._version >= 1
+    assert not torch.equal(plain, torch.ones_like(plain))
+    with pytest.raises(RuntimeError, match=r"leaf Variable .*that requires grad"):
+        ours(leaf, 0.5, True, True)
+    with torch.inference_mode():
+        ours(torch.ones(30, 40, device=device), 0.5, True, True)
+
+
+def test_saves_no_mask(device):
+    x = torch.ones(1000, device=device, requires_grad=True)
+    for name, call in CALLS.items():
+        if name != "dropout in place":
+            y = call(x.expand(2, 1000).reshape(-1), 0.5)
+            saved, todo = [], [y.grad_fn]
+            while todo:
+                node = todo.pop()
+                saved += [t for t in getattr(node, "saved_tensors", ()) if t is not None]
+                todo += [f for f, _ in node.next_functions if f is not None]
+            assert all(t.numel() <= 4 for t in saved), name
+
+
+# ---- What stock does without noise ---------------------------------------------------------------
+
+FUNCTIONS = ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"]
+FUNCTIONS += ["feature_alpha_dropout"]
+
+
+def _input(name, device, **options):
+    shape = {"dropout1d": (2, 3, 4), "dropout3d": (2, 3, 4, 5, 6)}.get(name, (2, 3, 4, 5))
+    return torch.randn(shape, device=device, **options)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("options", [(0.0, True), (0, True), (0.5, False), (1.0, False)])
+def test_nothing_to_drop_returns_the_input(name, options, inplace, device):
+    x = _input(name, device, requires_grad=True)
+    assert getattr(F, name)(x, *options, inplace) is x
+    assert getattr(stock, name)(x, *options, inplace) is x
+    empty = x.detach()[:0]
+    assert getattr(F, name)(empty, 0.5, True, inplace) is empty
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("training", [True, False])
+def test_p_out_of_range_is_stocks_error(name, p, training, device):
+    x = _input(name, device)
+    with pytest.raises((ValueError, RuntimeError)) as theirs:
+        getattr(stock, name)(x, p, training)
+    with pytest.raises(theirs.type) as ours:
+        getattr(F, name)(x, p, training)
+    assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "dims"), [("dropout1d", 1), ("dropout1d", 4), ("feature_alpha_dropout", 1)]
+)
+def test_wrong_dimensions_are_stocks_error(name, dims, device):
+    x = torch.randn([2] * dims, device=device)
+    with pytest.raises(RuntimeError) as theirs:
+        getattr(stock, name)(x, 0.5, True)
+    with pytest.raises(RuntimeError) as ours:
+        getattr(F, name)(x, 0.5, True)
+    assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize(("name", "dims"), [("dropout2d", 3), ("dropout2d", 2), ("dropout3d", 3)])
+def test_dimensions_that_stock_warns_of_are_left_to_it(name, dims, device):
+    with fastnn.backend("auto"), pytest.warns(UserWarning, match="Received a"):
+        getattr(F, name)(torch.randn([2] * dims, device=device))
+
+
+# ---- On a GPU: stock itself ----------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares with stock's CUDA kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["dropout", "alpha_dropout"])
+def test_same_bits_as_stock_on_cuda(name, dtype):
+    for n in (8, 1000, 1002, 1001, 300_007, 5_000_000):
+        leaf = torch.randn(n, device="cuda", dtype=dtype, requires_grad=True)
+        dy = torch.randn(n, device="cuda", dtype=dtype)
+        for inplace in (False, True):
+            results = []
+            for functional in (F, stock):
+                torch.manual_seed(17)
+                y = getattr(functional, name)(leaf * 1, 0.3, True, inplace)
+                results.append((y, *torch.autograd.grad(y, leaf, dy), torch.cuda.get_rng_state()))
+            for ours, theirs in zip(*results, strict=True):
+                assert torch.equal(ours, theirs), (n, inplace)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares with stock's CUDA kernels")
+@pytest.mark.parametrize("name", FUNCTIONS[1:4] + FUNCTIONS[5:])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_same_channels_as_stock_on_cuda(name, channels_last):
+    x = _input(name, "cuda")
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    results = []
+    for functional in (F, stock):
+        torch.manual_seed(17)
+        results.append((getattr(functional, name)(x, 0.3, True), torch.cuda.get_rng_state()))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
+def test_replays_draw_anew_and_as_stock():
+    x = torch.ones(2**20, device="cuda", requires_grad=True)
+    masks = []
+    for functional in (F, stock):
+        functional.dropout(x, 0.5).sum().backward()  # compiles, and probes
+        torch.manual_seed(17)
+        x.grad = None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = functional.dropout(x, 0.5)
+            y.sum().backward()
+        torch.manual_seed(17)
+        for _ in range(2):
+            x.grad.zero_()
+            graph.replay()
+            masks.append((y.detach().clone(), x.grad.clone()))
+    assert not torch.equal(masks[0][0], masks[1][0])
+    for ours, theirs in zip(masks[:2], masks[2:], strict=True):
+        assert torch.equal(ours[0], ours[1])
+        assert torch.equal(ours[0], theirs[0])

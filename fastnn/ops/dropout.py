@@ -15,7 +15,7 @@ class Noise(NamedTuple):
     """What an input is multiplied by, and how to draw it: all that the backward needs to know."""
 
     draw: Any  # kernels._philox.Draw
-    launcher: str  # "elements" or "channels" of kernels/dropout.py
+    launcher: str  # "elements", "channels" or "unbatched" of kernels/dropout.py
     bound: int  # kept where the random word is below
     scale: float  # of a kept element
     grad_scale: float  # of its gradient: ATen computes the two in different ways
@@ -115,8 +115,8 @@ def _fused(x, p, launcher, n, inplace, alpha=False):
         else:
             scale = _bernoulli_scale(p, x.dtype)
         draw = _rng.draw_bernoulli(n, x.get_device())
-        if isinstance(draw, Stock):
-            return draw
+        if isinstance(draw, str):
+            return Stock(draw)
     bound = kernels._philox.bound(1.0 - p)
     return run(Dropout, x, Noise(draw, launcher, bound, scale, scale, shift), inplace)
 
@@ -132,10 +132,10 @@ def dropout(input, p=0.5, training=True, inplace=False):
     if inplace or p == 1:
         return _fused(input, p, "elements", input.numel(), inplace)
     if not input.is_contiguous() and _rng.width(input) == 1:
-        return Stock(f"strides {input.stride()} of an odd number of elements")
+        return Stock(f"strides {input.stride()}, which stock does not walk in order of storage")
     draw = _rng.draw_native(input)
-    if isinstance(draw, Stock):
-        return draw
+    if isinstance(draw, str):
+        return Stock(draw)
     noise = Noise(draw, "elements", kernels._philox.bound(1.0 - p), *_native_scales(p))
     return run(Dropout, input, noise, False)
 
@@ -151,26 +151,18 @@ def alpha_dropout(input, p=0.5, training=False, inplace=False):
     return _fused(input, p, "elements", input.numel(), inplace, alpha=True)
 
 
-def _feature(input, p, training, inplace, alpha=False):
+def _feature(input, p, training, inplace, alpha=False, unbatched=False):
     early = _early(input, p, training, inplace)
     if early is not None:
-        return early
-    if input.dim() < 2:
+        # Stock adds a batch dimension and takes it off again, which makes a view, but not in place.
+        return early.view_as(early) if unbatched and early is input and not inplace else early
+    channel_dim = 0 if unbatched else 1
+    if input.dim() <= channel_dim:
         return Invalid(f"{input.dim()} dimensions")
-    if not input.is_contiguous() and not input.movedim(1, -1).is_contiguous():
+    if not input.is_contiguous() and not input.movedim(channel_dim, -1).is_contiguous():
         return Stock(f"strides {input.stride()}, neither contiguous nor channels last")
-    n = input.shape[0] * input.shape[1]
-    return _fused(input, p, "channels", n, inplace, alpha)
-
-
-def _unbatched(input, p, training, inplace, batched_dim):
-    """`_feature`, where an input of one dimension less has no batch. Keeps stock's identities."""
-    if input.dim() == batched_dim:
-        return _feature(input, p, training, inplace)
-    out = _feature(input.unsqueeze(0), p, training, inplace)
-    if isinstance(out, Stock):
-        return out
-    return input if inplace else out.squeeze(0)
+    n = input.shape[: channel_dim + 1].numel()
+    return _fused(input, p, "unbatched" if unbatched else "channels", n, inplace, alpha)
 
 
 @op(stock=stock.dropout1d)
@@ -178,7 +170,7 @@ def dropout1d(input, p=0.5, training=True, inplace=False):
     """Fused for contiguous and channels-last layouts, in place too, without a noise tensor."""
     if input.dim() not in (2, 3):
         return Invalid(f"{input.dim()} dimensions")
-    return _unbatched(input, p, training, inplace, 3)
+    return _feature(input, p, training, inplace, unbatched=input.dim() == 2)
 
 
 @op(stock=stock.dropout2d)
@@ -194,7 +186,7 @@ def dropout3d(input, p=0.5, training=True, inplace=False):
     """Fused for contiguous and channels-last layouts, in place too, without a noise tensor."""
     if input.dim() not in (4, 5):
         return Stock(f"{input.dim()} dimensions, of which stock warns")
-    return _unbatched(input, p, training, inplace, 5)
+    return _feature(input, p, training, inplace, unbatched=input.dim() == 4)
 
 
 @op(stock=stock.feature_alpha_dropout, source="arXiv:1706.02515")

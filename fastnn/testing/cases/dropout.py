@@ -34,7 +34,7 @@ CASES: list[Case] = [
     Case("Dropout", (randn(65),), view=lambda x: x[1:]),  # a pointer that is not aligned
     Case("Dropout", (randn(4, 6),), view=lambda x: x[:, ::2], stock="gaps"),
     Case("Dropout", (randn(4, 1),), view=lambda x: x.expand(4, 6), stock="gaps"),
-    Case("Dropout", (randn(5, 3),), view=lambda x: x.t(), stock="odd"),
+    Case("Dropout", (randn(5, 3),), view=lambda x: x.t(), stock="in order of storage"),
     Case("Dropout", (randn(4, 6),), autocast=torch.bfloat16),
     Case("Dropout", (randn(4, 6),), dtypes=(torch.float64,), stock="float64"),
     Case("dropout", (randn(3, 350),), {"p": 0.6, "inplace": True}, view=lambda x: x * 1),
