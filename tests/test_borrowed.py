@@ -16,10 +16,12 @@ from fastnn import _op
 from fastnn.layers._layer import OURS
 from fastnn.ops import FUNCTIONS
 from fastnn.testing import FLOATS, Side, compare_sides
+from fastnn.testing.noise import recording, replaying
 
-# Random in training: their values are compared in the test files of these ops.
-RANDOM = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "rrelu"}
-RANDOM |= {"feature_alpha_dropout"}
+RANDOM = {"rrelu"}  # whose values in training are compared in its own test file
+
+# Two samples of it have 3 dimensions, of which stock warns.
+pytestmark = pytest.mark.filterwarnings("ignore:dropout2d. Received a 3D input:UserWarning")
 
 MODULES = [m for m in module_db if m.module_cls in OURS]
 ALIASES = {"softmax": "softmax", "log_softmax": "log_softmax", "sigmoid": "sigmoid", "tanh": "tanh"}
@@ -29,6 +31,12 @@ FUNCTION_SAMPLES = [
     for name in [ALIASES.get(o.name, o.name.removeprefix("nn.functional."))]
     if name in FUNCTIONS and (o.name.startswith("nn.functional.") or o.name in ALIASES)
 ]
+
+
+def arguments(name, sample):
+    """A sample's positional arguments, in the order of `torch.nn.functional`."""
+    args = (sample.input, *sample.args)
+    return args[1::-1] if name == "embedding" else args
 
 
 def op_id(pair):
@@ -102,7 +110,7 @@ def test_function_samples(pair, dtype, mode, device, account):
             Side(function),
             Side(function.op.stock),
             Side(function.op.stock),
-            (sample.input, *sample.args),
+            arguments(name, sample),
             sample.kwargs,
             device=device,
             mode=mode,
@@ -120,9 +128,9 @@ def test_function_errors(pair, mode, device):
     for error in info.error_inputs(device):
         sample = error.sample_input
         with pytest.raises(Exception) as theirs:
-            function.op.stock(sample.input, *sample.args, **sample.kwargs)
+            function.op.stock(*arguments(name, sample), **sample.kwargs)
         with pytest.raises(theirs.type) as ours, fastnn.backend(mode):
-            function(sample.input, *sample.args, **sample.kwargs)
+            function(*arguments(name, sample), **sample.kwargs)
         assert str(ours.value) == str(theirs.value)
 
 
@@ -132,13 +140,18 @@ def test_function_samples_survive_second_derivatives(device):
         if name in RANDOM or not info.supports_gradgrad:
             continue
         for sample in list(info.sample_inputs(device, torch.float32, requires_grad=True))[:6]:
-            seconds = []
+            seconds: list = []
+            draws: list = []
             for call in (FUNCTIONS[name], FUNCTIONS[name].op.stock):
-                given = (sample.input, *sample.args, *sample.kwargs.values())
+                args = arguments(name, sample)
+                given = (*args, *sample.kwargs.values())
                 tensors = [t for t in given if isinstance(t, torch.Tensor) and t.requires_grad]
-                with warnings.catch_warnings():
+                torch.manual_seed(0)
+                same_noise = replaying(draws) if draws and device == "cpu" else recording()
+                with warnings.catch_warnings(), same_noise as noted:
                     warnings.simplefilter("ignore")
-                    out = call(sample.input, *sample.args, **sample.kwargs)
+                    out = call(*args, **sample.kwargs)
+                draws = draws or noted
                 if not out.requires_grad or not out.numel():
                     break
                 weights = torch.linspace(0.5, 1.5, out.numel()).view(out.shape).requires_grad_()
@@ -168,7 +181,7 @@ def test_most_samples_run_on_kernels(device):
             for sample in info.sample_inputs(device, dtype):
                 try:
                     with fastnn.backend("triton"), torch.no_grad():
-                        FUNCTIONS[name](sample.input, *sample.args, **sample.kwargs)
+                        FUNCTIONS[name](*arguments(name, sample), **sample.kwargs)
                     taken.append(True)
                 except fastnn.BackendError:
                     taken.append(False)
