@@ -254,6 +254,8 @@ def _survey(op: Op, args: tuple, kwargs: dict) -> str | tuple[Tensor, int]:
         return "triton is not installed"
     if torch._C._are_functorch_transforms_active():
         return "inside a functorch transform (vmap, grad, jacrev, ...)"
+    if torch._C._get_tracing_state() is not None:
+        return "inside torch.jit.trace"
     if forward_ad._current_level >= 0:
         return "forward-mode automatic differentiation"
     if torch._C._len_torch_dispatch_stack():
