@@ -85,6 +85,7 @@ class Case:
     dtypes: what it is run in.
     autocast: run under autocast to this dtype.
     train: the layer's mode.
+    members: of a container: makers that are given the namespace to take their class from.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = FLOATS
     autocast: torch.dtype | None = None
     train: bool = True
+    members: tuple[Callable[[Any], torch.nn.Module], ...] = ()
 
     @property
     def is_layer(self) -> bool:
@@ -106,6 +108,7 @@ class Case:
             "x".join(map(str, v.shape)) if isinstance(v, Tensor) else repr(v)
             for v in self.make(torch.float32, "cpu")
         ]
+        shapes += [str(member(torch.nn)) for member in self.members]
         torch.random.set_rng_state(made)
         options = [f"{k}={v}" for k, v in self.options.items()]
         notes = [f"autocast={self.autocast}"] if self.autocast else []
@@ -156,7 +159,8 @@ def _side(case: Case, namespace, dtype, device) -> Side:
     if not case.is_layer:
         return Side(getattr(namespace.functional, case.name))
     options = {k: v(dtype, device) if callable(v) else v for k, v in case.options.items()}
-    layer = getattr(namespace, case.name)(**options).to(device, dtype).train(case.train)
+    members = [member(namespace) for member in case.members]
+    layer = getattr(namespace, case.name)(*members, **options).to(device, dtype).train(case.train)
     return Side(layer, dict(layer.named_parameters()))
 
 
