@@ -13,6 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from fastnn.kernels._launch import kernel
+from fastnn.kernels.epilogue import keep_tile, width
+
+from fastnn.kernels import _philox, epilogue, pointwise
 
 
 @triton.jit
@@ -58,13 +61,17 @@ def _product(
     return acc
 
 
-@kernel(do_not_specialize=["m", "n", "k", "lda", "ldb", "k_split"])
+_RUNTIME = ["m", "n", "k", "lda", "ldb", "k_split", "seed", "offset", "blocks", "bound"]
+
+
+@kernel(do_not_specialize=_RUNTIME)
 def _gemm_kernel(
-    A, B, C, BIAS, Z, m, n, k, lda, ldb, k_split, a, b,
+    A, B, C, BIAS, Z, m, n, k, lda, ldb, k_split, a, b, scale, seed: tl.int64, offset: tl.int64,
+    SEED, OFFSET, STATE, blocks, bound: tl.uint32,
     M_VEC: tl.constexpr, N_VEC: tl.constexpr, K_VEC: tl.constexpr, A_VEC: tl.constexpr,
     B_VEC: tl.constexpr, A_KMAJOR: tl.constexpr, B_KMAJOR: tl.constexpr, EVEN_K: tl.constexpr,
-    FORMULA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    FORMULA: tl.constexpr, VEC: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # Sizes come divided by what divides them, so that the compiler sees the factor and makes
     # accesses 128 bits wide; its own test, for 16, would miss every width such as 1000 or 72.
@@ -100,45 +107,12 @@ def _gemm_kernel(
         tl.store(Z + start + offs, acc.to(Z.dtype.element_ty), mask=mask)
     if FORMULA is not None:
         acc = FORMULA(acc, a, b)
+    if VEC:
+        seed, offset = _philox.load_state(seed, offset, SEED, OFFSET)
+        _philox.save_state(STATE, seed, offset)
+        keep = keep_tile(m0, n0, N, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N)
+        acc *= tl.where(keep, scale, 0.0)
     tl.store(C + start + offs, acc.to(C.dtype.element_ty), mask=mask)
-
-
-@kernel(do_not_specialize=["g"])
-def _sum_partials_kernel(PARTIALS, OUT, g, n, BLOCK: tl.constexpr):
-    """out[n] = sum over g of partials[g, n], in the order of g."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < n
-    PARTIALS += offs
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(g):
-        acc += tl.load(PARTIALS, mask=mask, other=0.0)
-        PARTIALS += n
-    tl.store(OUT + offs, acc.to(OUT.dtype.element_ty), mask=mask)
-
-
-@kernel(do_not_specialize=["m", "n", "ld", "rows_each"])
-def _column_sum_kernel(
-    X, PARTIALS, m, n, ld, rows_each,
-    N_VEC: tl.constexpr, LD_VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """partials[g, n] = sum of x[m, n] over the rows of part g."""
-    N = n * N_VEC
-    ld = ld.to(tl.int64) * LD_VEC
-    part = tl.program_id(1)
-    n0 = tl.program_id(0) * BLOCK_N
-    m0 = part * rows_each
-    m1 = tl.minimum(m, m0 + rows_each)
-    cols = tl.arange(0, BLOCK_N)
-    rows = tl.arange(0, BLOCK_M)
-    mask = cols < N - n0
-    X += m0.to(tl.int64) * ld + n0
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i in range(m0, m1, BLOCK_M):
-        inside = (rows[:, None] < m1 - i) & mask[None, :]
-        x = tl.load(X + rows[:, None] * ld + cols[None, :], mask=inside, other=0.0)
-        acc += x.to(tl.float32)
-        X += BLOCK_M * ld
-    tl.store(PARTIALS + part.to(tl.int64) * N + n0 + cols, tl.sum(acc, 0), mask=mask)
 
 
 # ---- Configurations ------------------------------------------------------------------------------
@@ -146,34 +120,44 @@ def _column_sum_kernel(
 # Per architecture: (BLOCK_M, BLOCK_N, BLOCK_K of 16-bit inputs, num_warps, num_stages), largest
 # first. None spills, and all fit in shared memory: compiled, not yet timed.
 _TILES = {
-    "sm_80": ((128, 256, 32, 8, 3), (128, 128, 32, 4, 4), (64, 64, 64, 4, 4)),
+    "sm_80": ((128, 256, 32, 8, 3), (128, 128, 32, 8, 4), (64, 64, 64, 4, 4)),
     "sm_90": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 64, 64, 4, 5)),
     "sm_100": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 64, 64, 4, 5)),
     "gfx942": ((256, 128, 32, 8, 2), (128, 128, 32, 4, 2), (64, 64, 64, 4, 2)),
 }
 _TILES_ELSEWHERE = ((128, 128, 32, 8, 3), (64, 64, 32, 4, 3))
 _PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
-_PROCESSORS_ELSEWHERE = 100
 
 
-def _tile(M, N, itemsize, precision, arch, aligned):
+def processors(arch):
+    """Multiprocessors (compute units) of the usual GPU of that architecture."""
+    return _PROCESSORS.get(arch, 100)
+
+
+def _tile(M, N, itemsize, precision, arch, aligned, epilogue):
     """The largest tile that still gives every multiprocessor one."""
     if itemsize == 4 and precision == "ieee":  # no tensor cores: operands sit in registers
-        return (64, 64, 32, 8, 2) if aligned else (64, 64, 32, 4, 3)
+        return (64, 64, 32, 8, 2) if aligned or epilogue else (64, 64, 32, 4, 3)
     if not aligned:  # loads of one element each, which no copy to shared memory can take over
-        return 64, 64, 32, 4, 2
+        return 64, 64, 32, 8 if epilogue else 4, 2
     tiles = _TILES.get(arch, _TILES_ELSEWHERE)
-    least = _PROCESSORS.get(arch, _PROCESSORS_ELSEWHERE)
+    # Formulas, and random words more so, spill beside many accumulators. So do tf32 operands that
+    # do not run along K, which pass through registers.
+    most = 128 * 128 if epilogue or itemsize == 4 else 128 * 256
+    if epilogue == "noise":
+        most = 64 * 64
     for tile in tiles:
-        if itemsize == 4 and tile[0] * tile[1] > 128 * 128:
-            continue  # tf32 operands that do not run along K pass through registers, and spill
-        if triton.cdiv(M, tile[0]) * triton.cdiv(N, tile[1]) >= least:
+        if tile[0] * tile[1] > most:
+            continue
+        if triton.cdiv(M, tile[0]) * triton.cdiv(N, tile[1]) >= processors(arch):
             return tile
     return tiles[-1]
 
 
-def _config(M, N, itemsize, precision, arch, aligned):
-    block_m, block_n, block_k, warps, stages = _tile(M, N, itemsize, precision, arch, aligned)
+def _config(M, N, itemsize, precision, arch, aligned, epilogue):
+    block_m, block_n, block_k, warps, stages = _tile(
+        M, N, itemsize, precision, arch, aligned, epilogue
+    )
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
@@ -184,10 +168,10 @@ def _config(M, N, itemsize, precision, arch, aligned):
     }
 
 
-def _splits(tiles, K, block_k, arch):
-    """How many programs share one tile's K: enough to fill the GPU, each at least 8 steps long."""
-    wanted = _PROCESSORS.get(arch, _PROCESSORS_ELSEWHERE) // max(tiles, 1)
-    return max(1, min(wanted, triton.cdiv(K, 8 * block_k), 32))
+def _splits(tiles, steps, arch):
+    """How many programs share one tile's sum: enough to fill the GPU, each about 8 steps long."""
+    wanted = processors(arch) // max(tiles, 1)
+    return max(1, min(wanted, triton.cdiv(steps, 8), 32))
 
 
 # ---- Launchers -----------------------------------------------------------------------------------
@@ -203,17 +187,13 @@ def _matrix(t):
     return t.contiguous(), cols, True
 
 
-def _width(v, *sizes):
-    """v if every size is a multiple of it, else 1."""
-    return v if not any(size % v for size in sizes) else 1
-
-
-def _gemm(a, b, precision, arch, bias=None, z=None, formula=None, fa=0.0, fb=0.0, split=False):
+def _gemm(a, b, precision, arch, split=False, bias=None, y=None, z=None, act=None, noise=None):
+    """a (M, K), b (K, N), any strides -> a b (M, N), contiguous; with what `fwd` says."""
     (M, K), N = a.shape, b.shape[1]
     a, lda, a_kmajor = _matrix(a)
     b, ldb, b_nmajor = _matrix(b)
     v = 16 // a.element_size()
-    a_vec, b_vec = _width(v, lda), _width(v, ldb)
+    a_vec, b_vec = width(v, lda), width(v, ldb)
     aligned = (
         a_vec == b_vec == v
         and (K if a_kmajor else M) % v == 0
@@ -221,42 +201,41 @@ def _gemm(a, b, precision, arch, bias=None, z=None, formula=None, fa=0.0, fb=0.0
         and a.data_ptr() % 16 == 0
         and b.data_ptr() % 16 == 0
     )
-    config = _config(M, N, a.element_size(), precision, arch, aligned)
-    k_major = a_kmajor or not b_nmajor  # else k runs along strides, and its divisor is no matter
-    m_vec = 1 if a_kmajor else _width(v, M)
-    n_vec = _width(v, N)
-    k_vec = _width(v, K) if k_major else 1
+    follows = "noise" if noise else "act" if act else None
+    config = _config(M, N, a.element_size(), precision, arch, aligned, follows)
+    # Where no operand runs along K, what divides K does not matter.
+    k_vec = width(v, K) if a_kmajor or not b_nmajor else 1
+    m_vec = 1 if a_kmajor else width(v, M)
+    n_vec = width(v, N)
     block_k = config["BLOCK_K"]
-    tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
-    splits = _splits(tiles, K, block_k, arch) if split else 1
     steps = triton.cdiv(K, block_k)
-    k_split = triton.cdiv(steps, splits)
-    splits = triton.cdiv(steps, k_split) if K else 1
-    c = a.new_empty((M, N))
-    out = a.new_empty((splits, M, N), dtype=torch.float32) if splits > 1 else c
+    tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
+    each = triton.cdiv(steps, _splits(tiles, steps, arch)) if split and K else steps
+    splits = triton.cdiv(steps, each) if K else 1
+    if y is None:
+        y = a.new_empty((M, N))
+    out = a.new_empty((splits, M, N), dtype=torch.float32) if splits > 1 else y
+    formula, fa, fb = act or (None, 0.0, 0.0)
+    draw, bound, scale, state = noise or (None, 0, 1.0, None)
+    seed, offset, SEED, OFFSET, blocks, bound = epilogue.random_arguments(draw, bound)
     _gemm_kernel(
         (tiles, splits), a, b, out, bias, z, M // m_vec, N // n_vec, K // k_vec, lda // a_vec,
-        ldb // b_vec, k_split, fa, fb, M_VEC=m_vec, N_VEC=n_vec, K_VEC=k_vec, A_VEC=a_vec,
-        B_VEC=b_vec, A_KMAJOR=a_kmajor, B_KMAJOR=not b_nmajor, EVEN_K=K % block_k == 0,
-        FORMULA=formula, PRECISION=precision, **config,
+        ldb // b_vec, each, fa, fb, scale, seed, offset, SEED, OFFSET, state, blocks, bound,
+        M_VEC=m_vec, N_VEC=n_vec, K_VEC=k_vec, A_VEC=a_vec, B_VEC=b_vec, A_KMAJOR=a_kmajor,
+        B_KMAJOR=not b_nmajor, EVEN_K=K % block_k == 0,
+        FORMULA=formula and getattr(pointwise, formula), VEC=draw.vec if draw else 0,
+        BY_FOUR=epilogue.by_four(N, draw), PRECISION=precision, **config,
     )  # fmt: skip
-    if splits > 1:
-        sum_partials(out, c)
-    return c
+    return epilogue.sum_partials(out, y) if splits > 1 else y
 
 
-def sum_partials(partials, out):
-    """partials (G, ...) fp32 contiguous, summed over G in order into out (...) contiguous."""
-    n = out.numel()
-    _sum_partials_kernel(
-        (triton.cdiv(n, 256),), partials, out, partials.shape[0], n, BLOCK=256, num_warps=4
-    )
-    return out
+def fwd(x, weight, bias, precision, arch, y=None, z=None, act=None, noise=None):
+    """x (M, K), weight (N, K), bias (N,) or None, any strides -> y (M, N), in `y` if given.
 
-
-def fwd(x, weight, bias, precision, arch):
-    """x (M, K), weight (N, K), bias (N,) or None, any strides -> y (M, N) contiguous."""
-    return _gemm(x, weight.t(), precision, arch, bias)
+    act: (formula, a, b), applied to the sum z, which is stored too where `z` is given.
+    noise: (draw, bound, scale, state) of the dropout that follows.
+    """
+    return _gemm(x, weight.t(), precision, arch, bias=bias, y=y, z=z, act=act, noise=noise)
 
 
 def bwd_dx(dy, weight, precision, arch):
@@ -267,22 +246,3 @@ def bwd_dx(dy, weight, precision, arch):
 def bwd_dw(dy, x, precision, arch):
     """dy (M, N), x (M, K) -> dW (N, K)."""
     return _gemm(dy.t(), x, precision, arch, split=True)
-
-
-def bwd_db(dy, arch):
-    """dy (M, N) with unit stride in N -> db (N,), summed in fp32 and in one order."""
-    M, N = dy.shape
-    v = 16 // dy.element_size()
-    n_vec, ld_vec = _width(v, N), _width(v, dy.stride(0))
-    block_m, block_n = 32, 128
-    columns = triton.cdiv(N, block_n)
-    parts = 4 * _PROCESSORS.get(arch, _PROCESSORS_ELSEWHERE) // max(columns, 1)
-    parts = max(1, min(parts, triton.cdiv(M, 4 * block_m)))
-    rows_each = triton.cdiv(triton.cdiv(M, parts), block_m) * block_m
-    parts = max(1, triton.cdiv(M, rows_each)) if M else 1
-    partials = dy.new_empty((parts, N), dtype=torch.float32)
-    _column_sum_kernel(
-        (columns, parts), dy, partials, M, N // n_vec, dy.stride(0) // ld_vec, rows_each,
-        N_VEC=n_vec, LD_VEC=ld_vec, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
-    )  # fmt: skip
-    return sum_partials(partials, dy.new_empty(N))

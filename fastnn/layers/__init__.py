@@ -4,6 +4,7 @@ Files and their order mirror torch/nn/modules/.
 """
 
 from fastnn.layers.activation import *  # noqa: F403
+from fastnn.layers.container import *  # noqa: F403
 from fastnn.layers.dropout import *  # noqa: F403
 from fastnn.layers.linear import *  # noqa: F403
 from fastnn.layers.normalization import *  # noqa: F403

@@ -1,10 +1,19 @@
 """Linear, and Linear with the activation and dropout that follow it."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as stock
+from torch import Tensor
 
-from fastnn import _op, kernels
-from fastnn._op import Invalid, op, run
+from fastnn import _op, _rng, kernels
+from fastnn._op import Invalid, Stock, op, run, second_order
+from fastnn.ops import activation as acts
+from fastnn.ops.activation import Formula
+from fastnn.ops.dropout import Dropout, Noise, _native_scales
 
 
 def matmul_precision() -> str:
@@ -24,43 +33,81 @@ def _matrix(x):
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
+def _rows(dy):
+    """dy (..., N) -> (M, N) with unit stride in N."""
+    dy = _matrix(dy)
+    return dy if dy.stride(1) == 1 else dy.contiguous()
+
+
+class How(NamedTuple):
+    """Who multiplies, and how: by our kernel or by ATen, on which architecture."""
+
+    ours: bool
+    precision: str
+    arch: str
+
+
+def _gradients_of_product(dz, x, weight, shape, needs, how):
+    """dz (M, N) -> the gradients of x, of that shape, and of the weight; None if not needed."""
+    dx = dw = None
+    if how.ours:
+        if needs[0]:
+            dx = kernels.linear.bwd_dx(dz, weight, how.precision, how.arch).view(shape)
+        if needs[1]:
+            dw = kernels.linear.bwd_dw(dz, _matrix(x), how.precision, how.arch)
+        return dx, dw
+    with torch.autocast(dz.device.type, enabled=False):
+        if needs[0]:
+            dx = (dz @ weight).view(shape)
+        if needs[1]:
+            dw = dz.t() @ _matrix(x)
+    return dx, dw
+
+
+def _differentiable_gradients(dz, x, weight, needs):
+    """dz (..., N) -> the gradients of x, weight and bias, with graphs of their own."""
+    return (
+        dz @ weight if needs[0] else None,
+        _matrix(dz).t() @ _matrix(x) if needs[1] else None,
+        _matrix(dz).sum(0) if needs[2] else None,
+    )
+
+
+# ---- Linear --------------------------------------------------------------------------------------
+
+
 class Linear(torch.autograd.Function):
     """x (..., K), weight (N, K), bias (N,) or None -> y (..., N)."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, precision, arch):
+    def forward(ctx, x, weight, bias, how):
         ctx.save_for_backward(
             x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
         )
-        ctx.rest = x.shape, precision, arch
-        y = kernels.linear.fwd(_matrix(x), weight, bias, precision, arch)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        ctx.rest = x.shape, how
+        # Made in its shape: a view of what was made here could not be edited in place later.
+        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        kernels.linear.fwd(_matrix(x), weight, bias, how.precision, how.arch, y)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        shape, precision, arch = ctx.rest
-        need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        dx = dw = db = None
+        shape, how = ctx.rest
+        needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True: a kernel's gradient would carry no graph
-            dx = dy @ weight if need_x else None
-            dw = _matrix(dy).t() @ _matrix(x) if need_w else None
-            db = _matrix(dy).sum(0) if need_b else None
-        else:
-            dy = _matrix(dy)
-            if dy.stride(-1) != 1:
-                dy = dy.contiguous()
-            if need_x:
-                dx = kernels.linear.bwd_dx(dy, weight, precision, arch).view(shape)
-            if need_w:
-                dw = kernels.linear.bwd_dw(dy, _matrix(x), precision, arch)
-            if need_b:
-                db = kernels.linear.bwd_db(dy, arch)
-        return dx, dw, db, None, None
+            return *_differentiable_gradients(dy, x, weight, needs), None
+        dy = _rows(dy)
+        dx, dw = _gradients_of_product(dy, x, weight, shape, needs, how)
+        db = None
+        if needs[2]:
+            processors = kernels.linear.processors(how.arch)
+            _, db = kernels.epilogue.bwd(dy, want_dz=False, processors=processors)
+        return dx, dw, db, None
 
 
 def _declined(input, weight, bias):
-    """Why kernels do not take these operands of `linear`, if they do not."""
+    """Why kernels do not take these operands, if they do not."""
     if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         return Invalid(f"input {tuple(input.shape)}, weight {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -76,5 +123,249 @@ def linear(input, weight, bias=None):
     why = _declined(input, weight, bias)
     if why is not None:
         return why
+    how = How(True, matmul_precision(), _op.architecture(input.get_device()))
+    return run(Linear, input, weight, bias, how)
+
+
+# ---- Linear, activation, dropout -----------------------------------------------------------------
+
+_ACTIVATIONS: dict[str, Formula] = {
+    "relu": acts.RELU,
+    "leaky_relu": acts.LEAKY_RELU,
+    "elu": acts.ELU,
+    "selu": acts.SELU,
+    "gelu": acts.GELU,
+    "gelu_tanh": acts.GELU_TANH,
+    "silu": acts.SILU,
+    "mish": acts.MISH,
+    "sigmoid": acts.SIGMOID,
+    "tanh": acts.TANH,
+    "hardtanh": acts.HARDTANH,
+    "hardsigmoid": acts.HARDSIGMOID,
+    "hardswish": acts.HARDSWISH,
+}
+# The formulas that keep y name stock's gradient, and not stock's function.
+_OF_X: dict[str, Callable[..., Tensor]] = {
+    "relu": lambda x, a, b: torch.relu(x),
+    "sigmoid": lambda x, a, b: torch.sigmoid(x),
+    "tanh": lambda x, a, b: torch.tanh(x),
+}
+
+
+def _activate(activation: str) -> Callable[..., Tensor]:
+    """Stock's activation, as a function of (x, a, b)."""
+    if activation not in _ACTIVATIONS:
+        accepted = ", ".join(_ACTIVATIONS)
+        raise ValueError(f"linear_act: activation {activation!r}; accepted are {accepted}")
+    return _OF_X.get(activation) or _ACTIVATIONS[activation].stock
+
+
+class Neighbours(NamedTuple):
+    """What follows the product, and which way it is computed."""
+
+    activation: str
+    a: float
+    b: float
+    plan: str
+    noise: Noise | None
+    y: Tensor | None
+    """Where the result goes, if there is noise: its layout was part of the draw."""
+    how: How
+
+    @property
+    def formula(self) -> Formula:
+        return _ACTIVATIONS[self.activation]
+
+    @property
+    def keeps_y(self) -> bool:
+        # Never the result of a dropout: users edit that in place, as stock lets them.
+        return self.formula.keeps == "y" and self.noise is None
+
+
+class LinearAct(torch.autograd.Function):
+    """x, weight, bias as for `Linear` -> y = noise * act(z), and z = x W^T + b where it is kept.
+
+    z is an output, so that a second derivative finds its way through it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, rest):
+        wanted = any(ctx.needs_input_grad)
+        noise = state = None
+        if rest.noise is not None:
+            n = rest.noise
+            state = n.draw.new_state(x)
+            noise = n.draw, n.bound, n.scale, state
+        keeps_z = wanted and not rest.keeps_y
+        y, z = _forward(x, weight, bias, rest, noise, keeps_z)
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] else None,
+            weight if ctx.needs_input_grad[0] else None,
+            z if keeps_z else y,
+            state,
+        )
+        ctx.rest = x.shape, rest
+        ctx.set_materialize_grads(False)
+        return y, z
+
+    @staticmethod
+    def backward(ctx, dy, dz_of_second):
+        x, weight, s, state = ctx.saved_tensors
+        shape, rest = ctx.rest
+        needs = ctx.needs_input_grad
+        noise = rest.noise
+        if noise is not None:
+            draw = noise.draw.from_state(state)
+            noise = noise._replace(draw=draw, scale=noise.grad_scale)
+        if torch.is_grad_enabled():
+            dz = dz_of_second
+            if dy is not None:
+                through_y = _differentiable_dz(dy, s, rest, noise)
+                dz = through_y if dz is None else through_y + dz
+            return *_differentiable_gradients(dz, x, weight, needs), None
+        processors = kernels.linear.processors(rest.how.arch)
+        dz = db = None
+        if dy is not None:
+            formula = rest.formula
+            recompute = formula.keeps == "y" and not rest.keeps_y
+            dz, db = kernels.epilogue.bwd(
+                _rows(dy), _matrix(s), formula.gradient, formula.value if recompute else None,
+                rest.a, rest.b, *((noise.draw, noise.bound, noise.scale) if noise else ()),
+                want_dz=needs[0] or needs[1] or dz_of_second is not None,
+                want_db=needs[2] and dz_of_second is None, processors=processors,
+            )  # fmt: skip
+        if dz_of_second is not None:
+            more = _rows(dz_of_second)
+            dz = more if dz is None else dz + more
+            if needs[2]:
+                _, db = kernels.epilogue.bwd(dz, want_dz=False, processors=processors)
+        dx, dw = _gradients_of_product(dz, x, weight, shape, needs, rest.how)
+        return dx, dw, db, None
+
+
+def _forward(x, weight, bias, rest, noise, keeps_z):
+    formula, how = rest.formula, rest.how
+    y, z = rest.y, None
+    if rest.plan == "epilogue":
+        z = stock.linear(x, weight, bias)
+        if y is None:
+            y = torch.empty_like(z) if keeps_z else z
+        kernels.epilogue.fwd(z, y, formula.value, rest.a, rest.b, *(noise or (None, 0, 1.0)))
+        return y, z if keeps_z else None
+    if y is None:
+        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    if rest.plan == "gemm":
+        if keeps_z:
+            z = torch.empty_like(y)
+        act = formula.value, rest.a, rest.b
+        kernels.linear.fwd(
+            _matrix(x), weight, bias, how.precision, how.arch, y=y, z=z, act=act, noise=noise
+        )
+    else:
+        # relu alone: its gelu is the tanh formula on CUDA, and the other one on the CPU.
+        torch._addmm_activation(bias, _matrix(x), weight.t(), out=y.view(-1, y.shape[-1]))
+    return y, z
+
+
+def _differentiable_dz(dy, s, rest, noise):
+    if noise is not None:
+        dy = run(Dropout, dy.contiguous(), noise, False)
+    if rest.keeps_y:
+        return rest.formula.stock(dy, s, rest.a, rest.b)
+    act = _activate(rest.activation)
+    (dz,) = second_order(lambda z: act(z, rest.a, rest.b), (s,), dy, (True,))
+    return dz
+
+
+def _composed(
+    input, weight, bias=None, activation="relu", a=0.0, b=0.0, p=0.0, training=False
+):  # fmt: skip
+    y = _activate(activation)(stock.linear(input, weight, bias), a, b)
+    return stock.dropout(y, p, training)
+
+
+# Estimates from bytes and FLOPs, not timed: our GEMM at 0.7 of cuBLAS pays for itself by the pass
+# it saves where K is below about 1000, and at half of that where it must write z too.
+_GEMM_ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+_LEAST_GEMM = 128 * 128 * 66
+
+
+def _plan(M, N, K, itemsize, arch, activation, bias, training, drops) -> str | Stock:
+    """How `linear_act` runs where cuBLAS may be used.
+
+    "gemm": our GEMM with the rest in its epilogue; "addmm": cuBLASLt with bias and relu in its
+    epilogue; "epilogue": cuBLAS, then one pass for all the rest.
+    """
+    if activation == "relu" and bias and not drops and M * N:
+        return "addmm"
+    if (
+        K <= (256 if training else 512)
+        and K % 8 == N % 8 == 0
+        and itemsize == 2
+        and M * N >= _LEAST_GEMM
+        and arch in _GEMM_ARCHITECTURES
+    ):
+        return "gemm"
+    if drops or (training and M * N >= 2**24):
+        return "epilogue"
+    return Stock("no dropout to fuse, and no bias gradient large enough")
+
+
+def _outputs(input, weight, *rest, **options):
+    """Elements of the result, which the size gate goes by."""
+    if weight.dim() != 2 or not input.dim():
+        return 0
+    return input.shape[:-1].numel() * weight.shape[0]
+
+
+@op(stock=_composed, autocast="lower", autocast_cpu="lower", size=_outputs)
+def linear_act(
+    input, weight, bias=None, activation="relu", a=0.0, b=0.0, p=0.0, training=False
+):  # fmt: skip
+    """`dropout(activation(linear(input, weight, bias), a, b), p, training)`.
+
+    What `Sequential` calls for a Linear and its neighbours. The activation is one of `relu`,
+    `leaky_relu` (a: slope), `elu` (a: alpha, b: 1), `selu`, `gelu`, `gelu_tanh`, `silu`, `mish`,
+    `sigmoid`, `tanh`, `hardtanh` (a, b: the limits), `hardsigmoid` and `hardswish`. Fused into the
+    GEMM, or into one pass after it; the backward through dropout, activation and bias is one pass.
+
+    Raises ValueError for any other activation.
+    """
+    why = _declined(input, weight, bias)
+    if why is not None:
+        return why
+    if activation not in _ACTIVATIONS:
+        return Invalid(f"activation={activation!r}")
+    if not 0 <= p <= 1:
+        return Invalid(f"p={p}")
+    N, K = weight.shape
+    M = input.shape[:-1].numel()
+    drops = training and p > 0 and M * N > 0
+    if drops and M * N >= 2**31:
+        return Stock(f"dropout of {M * N} elements, more than 32 bits can index")
     arch = _op.architecture(input.get_device())
-    return run(Linear, input, weight, bias, matmul_precision(), arch)
+    forced = _op.current_mode() == "triton"
+    tracked = (input, weight) if bias is None else (input, weight, bias)
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in tracked)
+    plan: Any = "gemm"
+    if not forced:
+        plan = _plan(
+            M, N, K, input.element_size(), arch, activation, bias is not None, training, drops
+        )
+        if isinstance(plan, Stock):
+            return plan
+    noise = y = None
+    if drops:
+        y = input.new_empty((*input.shape[:-1], N))
+        bound = kernels._philox.bound(1.0 - p)
+        if p == 1:
+            draw: Any = _rng.draw_nothing(M * N, input.get_device())
+            noise = Noise(draw, "elements", bound, 0.0, 0.0)
+        else:
+            draw = _rng.draw_native(y)
+            if isinstance(draw, str):
+                return Stock(draw)
+            noise = Noise(draw, "elements", bound, *_native_scales(p))
+    how = How(forced, matmul_precision(), arch)
+    rest = Neighbours(activation, float(a), float(b), plan, noise, y, how)
+    return run(LinearAct, input, weight, bias, rest)[0]

@@ -53,4 +53,55 @@ LINEAR = [
     ),
 ]
 
-CASES: list[Case] = LINEAR
+
+def sequence(shape, *members, **fields):
+    return Case("Sequential", (randn(*shape),), members=members, **fields)
+
+
+def linear(k, n, bias=True):
+    return lambda nn: nn.Linear(k, n, bias)
+
+
+ACTIVATIONS = (
+    lambda nn: nn.ReLU(),
+    lambda nn: nn.ReLU(inplace=True),
+    lambda nn: nn.ReLU6(),
+    lambda nn: nn.Hardtanh(-0.5, 0.25),
+    lambda nn: nn.LeakyReLU(0.2),
+    lambda nn: nn.ELU(0.7),
+    lambda nn: nn.SELU(),
+    lambda nn: nn.GELU(),
+    lambda nn: nn.GELU("tanh"),
+    lambda nn: nn.SiLU(),
+    lambda nn: nn.Mish(),
+    lambda nn: nn.Sigmoid(),
+    lambda nn: nn.Tanh(),
+    lambda nn: nn.Hardsigmoid(),
+    lambda nn: nn.Hardswish(),
+)
+RELU, GELU, TANH = (lambda nn: nn.ReLU()), (lambda nn: nn.GELU()), (lambda nn: nn.Tanh())
+
+# Dropout's own values are compared in tests/test_sequential.py: off a GPU, stock draws others.
+SEQUENTIAL = [
+    *(sequence((5, 17), linear(17, 33), act) for act in ACTIVATIONS),
+    sequence((130, 16), linear(16, 40), GELU, linear(40, 3)),
+    sequence((65, 64), linear(64, 72), RELU),
+    sequence((70, 7), linear(7, 20), TANH),  # the bias gradient in several parts
+    sequence((2, 3, 17), linear(17, 5, bias=False), GELU),
+    sequence((17,), linear(17, 5), GELU),
+    sequence((0, 17), linear(17, 5), GELU),
+    sequence((7, 17), linear(17, 5), RELU, view=lambda x: x[::2]),
+    *(
+        sequence((9, 17), linear(17, 12), act, lambda nn, p=p: nn.Dropout(p), train=train)
+        for act in (RELU, GELU, TANH)
+        for p, train in ((0.0, True), (1.0, True), (0.5, False))
+    ),
+    *(
+        sequence((9, 24), linear(24, 10), act, autocast=low, dtypes=(torch.float32,))
+        for act in (RELU, GELU)
+        for low in (torch.bfloat16, torch.float16)
+    ),
+    sequence((4, 5), linear(5, 3), GELU, dtypes=(torch.float64,), stock="float64"),
+]
+
+CASES: list[Case] = [*LINEAR, *SEQUENTIAL]

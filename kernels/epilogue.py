@@ -1,0 +1,203 @@
+"""What follows a product: y = noise * act(z), with noise the scale of dropout or 0, and backwards
+
+    dz[m, n] = act'(z[m, n]) * noise[m, n] * dy[m, n]        db[n] = sum over m of dz[m, n]
+
+Memory-bound. Passes over the M*N elements (R read, W write; a mask is a byte each):
+    stock   act 1R 1W, dropout 1R 1W + mask; dropout 1R 1W + mask, act 2R 1W, db 1R     11 + 2 masks
+    here    1R 1W; 2R 1W                                                                 5
+The random words are drawn again in the backward (`_philox`), so there is no mask to keep.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from fastnn.kernels._launch import kernel
+
+from fastnn.kernels import _philox, pointwise
+
+_RANDOM = ["seed", "offset", "blocks", "bound"]
+
+
+@triton.jit
+def keep_tile(
+    m0, n0, N, seed, offset, blocks, bound,
+    VEC: tl.constexpr, BY_FOUR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Which elements of a tile of a contiguous (M, N) matrix are kept: int1 (BLOCK_M, BLOCK_N).
+
+    BY_FOUR says that N divides by 4 and VEC is at least 4: then a call of Philox serves 4 elements.
+    M * N stays below 2**31.
+    """
+    rows = m0 + tl.arange(0, BLOCK_M)[:, None]
+    if BY_FOUR:
+        runs = rows * (N // 4) + n0 // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+        keep = _philox.keep_mask_at(runs, seed, offset, blocks, bound, VEC)
+    else:
+        e = rows * N + n0 + tl.arange(0, BLOCK_N)[None, :]
+        T = blocks * _philox.THREADS
+        q = e // VEC
+        round = q // T
+        if VEC == 1:
+            call = round // 4
+            w = round % 4
+        elif VEC == 2:
+            call = round
+            w = e % 2
+        else:
+            call = round * (VEC // 4) + e % VEC // 4
+            w = e % 4
+        a, b, c, d = _philox.words(offset // 4 + call.to(tl.int64), q - round * T, seed)
+        keep = tl.where(w < 2, tl.where(w == 0, a, b), tl.where(w == 2, c, d)) < bound
+    return keep
+
+
+@kernel(do_not_specialize=["n", *_RANDOM])
+def _epilogue_fwd_kernel(
+    Z, Y, n: tl.int64, a, b, scale, seed: tl.int64, offset: tl.int64, SEED, OFFSET, STATE, blocks,
+    bound: tl.uint32, FORMULA: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    seed, offset = _philox.load_state(seed, offset, SEED, OFFSET)
+    _philox.save_state(STATE, seed, offset)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    keep = _philox.keep_mask(start, seed, offset, blocks, bound, VEC, BLOCK)
+    Z += start
+    Y += start
+    offs = tl.arange(0, BLOCK)
+    # A product with the noise and not a select: a dropped inf becomes nan, as in stock.
+    if start + BLOCK <= n:  # without a mask, so that accesses are 128 bits wide for every n
+        y = FORMULA(tl.load(Z + offs).to(tl.float32), a, b) * tl.where(keep, scale, 0.0)
+        tl.store(Y + offs, y.to(Y.dtype.element_ty))
+    else:
+        mask = offs < n - start
+        z = tl.load(Z + offs, mask=mask, other=0.0).to(tl.float32)
+        y = FORMULA(z, a, b) * tl.where(keep, scale, 0.0)
+        tl.store(Y + offs, y.to(Y.dtype.element_ty), mask=mask)
+
+
+@kernel(do_not_specialize=["m", "n", "ld", "rows_each", *_RANDOM])
+def _epilogue_bwd_kernel(
+    DY, S, DZ, PARTIALS, m, n, ld, rows_each, a, b, scale, seed: tl.int64, offset: tl.int64, SEED,
+    OFFSET, blocks, bound: tl.uint32, N_VEC: tl.constexpr, LD_VEC: tl.constexpr,
+    FORMULA: tl.constexpr, GRADIENT: tl.constexpr, VEC: tl.constexpr, BY_FOUR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # n comes divided by what divides it, so that the compiler sees the factor: see linear.py.
+    N = n * N_VEC
+    ld = ld.to(tl.int64) * LD_VEC
+    part = tl.program_id(1)
+    n0 = tl.program_id(0) * BLOCK_N
+    m0 = part * rows_each
+    m1 = tl.minimum(m, m0 + rows_each)
+    rows = tl.arange(0, BLOCK_M)[:, None]
+    cols = tl.arange(0, BLOCK_N)[None, :]
+    start = m0.to(tl.int64) * N + n0
+    DY += m0.to(tl.int64) * ld + n0
+    if VEC:
+        seed, offset = _philox.load_state(seed, offset, SEED, OFFSET)
+    if GRADIENT is not None:
+        S += start
+    if DZ is not None:
+        DZ += start
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i in range(m0, m1, BLOCK_M):
+        mask = (rows < m1 - i) & (cols < N - n0)
+        dz = tl.load(DY + rows * ld + cols, mask=mask, other=0.0).to(tl.float32)
+        if VEC:
+            keep = keep_tile(i, n0, N, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N)
+            dz *= tl.where(keep, scale, 0.0)
+        if GRADIENT is not None:
+            s = tl.load(S + rows * N + cols, mask=mask, other=0.0).to(tl.float32)
+            if FORMULA is not None:  # the gradient is written in y, and only z was kept
+                s = FORMULA(s, a, b)
+            dz = GRADIENT(dz, s, a, b)
+            S += BLOCK_M * N
+        if DZ is not None:
+            tl.store(DZ + rows * N + cols, dz.to(DZ.dtype.element_ty), mask=mask)
+            DZ += BLOCK_M * N
+        if PARTIALS is not None:
+            acc += tl.where(mask, dz, 0.0)  # a nan beyond the edge: act'(0) may be one
+        DY += BLOCK_M * ld
+    if PARTIALS is not None:
+        offs = n0 + tl.arange(0, BLOCK_N)
+        tl.store(PARTIALS + part.to(tl.int64) * N + offs, tl.sum(acc, 0), mask=offs < N)
+
+
+@kernel(do_not_specialize=["g", "n"])
+def _sum_partials_kernel(PARTIALS, OUT, g, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < n
+    PARTIALS += offs
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(g):
+        acc += tl.load(PARTIALS, mask=mask, other=0.0)
+        PARTIALS += n
+    tl.store(OUT + offs, acc.to(OUT.dtype.element_ty), mask=mask)
+
+
+def width(v, *sizes):
+    """v if every size is a multiple of it, else 1."""
+    return v if not any(size % v for size in sizes) else 1
+
+
+def by_four(N, draw):
+    """`BY_FOUR` of a matrix of N columns."""
+    return draw is not None and draw.vec >= 4 and N % 4 == 0
+
+
+def random_arguments(draw, bound):
+    """What kernels take for a `_philox.Draw`; for None, whatever is cheap to pass."""
+    if draw is None:
+        return 0, 0, None, None, 1, 0
+    return draw.seed, draw.offset, draw.SEED, draw.OFFSET, draw.blocks, bound
+
+
+def sum_partials(partials, out):
+    """partials (G, ...) fp32 contiguous, summed over G in order into out (...) contiguous."""
+    n = out.numel()
+    _sum_partials_kernel(
+        (triton.cdiv(n, 256),), partials, out, partials.shape[0], n, BLOCK=256, num_warps=4
+    )
+    return out
+
+
+def fwd(z, y, formula, a, b, draw, bound, scale, state=None):
+    """z contiguous -> y = noise * formula(z; a, b), in `y`; a draw of None is no dropout."""
+    n = z.numel()
+    if draw is None:
+        return pointwise.fwd_into(y, z, formula, a, b)
+    seed, offset, SEED, OFFSET, blocks, bound = random_arguments(draw, bound)
+    _epilogue_fwd_kernel(
+        (triton.cdiv(n, 1024),), z, y, n, a, b, scale, seed, offset, SEED, OFFSET, state, blocks,
+        bound, FORMULA=getattr(pointwise, formula), VEC=draw.vec, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def bwd(
+    dy, s=None, gradient=None, formula=None, a=0.0, b=0.0, draw=None, bound=0, scale=1.0,
+    want_dz=True, want_db=True, processors=132,
+):  # fmt: skip
+    """dy (M, N) with unit stride in N -> (dz, db), each None unless wanted; db in fp32 partials.
+
+    s is what `gradient` is written in, contiguous; or z, from which `formula` makes it.
+    """
+    M, N = dy.shape
+    v = 16 // dy.element_size()
+    n_vec, ld_vec = width(v, N), width(v, dy.stride(0))
+    block_n = min(128, max(16, triton.next_power_of_2(N)))
+    block_m = (2048 if n_vec > 1 else 1024) // block_n  # more would spill
+    columns = triton.cdiv(N, block_n)
+    parts = max(1, min(4 * processors // max(columns, 1), triton.cdiv(M, 2 * block_m)))
+    rows_each = max(block_m, triton.cdiv(triton.cdiv(M, parts), block_m) * block_m)
+    parts = max(1, triton.cdiv(M, rows_each))
+    dz = dy.new_empty((M, N)) if want_dz else None
+    partials = dy.new_empty((parts, N), dtype=torch.float32) if want_db else None
+    _epilogue_bwd_kernel(
+        (columns, parts), dy, s, dz, partials, M, N // n_vec, dy.stride(0) // ld_vec, rows_each,
+        a, b, scale, *random_arguments(draw, bound), N_VEC=n_vec, LD_VEC=ld_vec,
+        FORMULA=formula and getattr(pointwise, formula),
+        GRADIENT=gradient and getattr(pointwise, gradient),
+        VEC=draw.vec if draw else 0, BY_FOUR=by_four(N, draw),
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+    )  # fmt: skip
+    return dz, sum_partials(partials, dy.new_empty(N)) if want_db else None
