@@ -66,7 +66,8 @@ def cpu_name() -> str:
     except OSError:
         names = []
     name = names[0].strip() if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def device_name(device: torch.device) -> str:

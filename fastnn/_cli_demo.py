@@ -188,10 +188,10 @@ def _show(console: Console, c: Comparison) -> None:
     console.rule(f'{c.title} on {c.device}, fastnn in mode "{c.mode}"')
     s = c.size
     console.print(
-        f"{s.layers} layers, width {s.width}, {s.heads} heads, context {s.context} bytes, "
+        f"{s.layers} layers, width {s.width}, {s.heads} heads, context {s.context}, "
         f"batch {s.batch}, dropout {s.dropout:g}, {s.steps} steps of AdamW"
     )
-    table = Table(title="training loss, nats per byte")
+    table = Table(title="training loss, nats per character")
     for column in ("step", "torch.nn", "fastnn", "difference"):
         table.add_column(column, justify="right")
     for i in _rows(s.steps):
@@ -301,7 +301,7 @@ def _curves(axis, c: Comparison) -> None:
     axis.plot(stock, **thick, label=label("torch.nn", c.validation["stock"]))
     axis.plot(ours, color=_OURS, linewidth=1.2, label=label("fastnn", c.validation["fastnn"]))
     axis.set_title(f'{c.title} on {c.device}, fastnn in mode "{c.mode}"', fontsize=11)
-    axis.set_ylabel("training loss (nats per byte)")
+    axis.set_ylabel("training loss (nats per character)")
     axis.grid(alpha=0.25)
     axis.legend(loc="upper right", frameon=False, title="held-out loss after it", alignment="left")
 
