@@ -192,6 +192,21 @@ def test_a_gradient_that_is_not_finite_passes_as_in_stock(row, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["hardshrink", "softshrink"])
+def test_a_threshold_is_rounded_to_the_dtype_as_in_stock(name, dtype, device):
+    # Farther from float64 than no rounding, so that no parity row would tell.
+    edge = torch.tensor(0.3).to(device, dtype)
+    x = torch.stack([edge, -edge, edge * 0.99, edge * 1.01])
+    seen = []
+    for functions in (stock, F):
+        leaf = x.clone().requires_grad_()
+        y = getattr(functions, name)(leaf, 0.3)
+        y.backward(torch.ones_like(y))
+        seen.append((leaf.grad, y.detach() if name == "hardshrink" else y.detach() * 0))
+    torch.testing.assert_close(*seen, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_softplus_to_float32_as_under_cuda_autocast(dtype, device):
     x = torch.randn(5, 7, device=device).to(dtype).requires_grad_()
     y = F.softplus.op.fused(x, out_dtype=torch.float32)

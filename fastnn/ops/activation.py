@@ -304,7 +304,7 @@ def softplus(input, beta=1, threshold=20, *, out_dtype=None):
 
 @op(stock=stock.softsign)
 def softsign(input):
-    """Fused: one kernel per direction for stock's three and nine."""
+    """Fused: one kernel per direction for stock's three and eight."""
     return _pointwise(input, SOFTSIGN)
 
 
