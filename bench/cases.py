@@ -1,0 +1,322 @@
+"""What is timed, one row each: shapes that models have, odd ones, and ones about a crossover."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastnn._op import FLOATS
+from fastnn.testing import Case, Maker
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class BenchCase(Case):
+    """A `Case` that is timed; its first dimension can be changed with `at`.
+
+    model: where the shape is from.
+    rows: the size of the first dimension.
+    shaped: rows -> makers of the inputs.
+    build: namespace -> module, where one layer of that namespace is not all.
+    flops: of a forward, for a row that matrix products bound; None for one that memory bounds.
+    rereads: the backward needs an input, or the output, again.
+    gathers: of its parameters, only the rows that the indices name are read.
+    """
+
+    model: str = ""
+    rows: int = 1
+    shaped: Callable[[int], tuple[Maker, ...]] = lambda rows: ()
+    build: Callable[[Any], nn.Module] | None = None
+    flops: Callable[[int], int] | None = None
+    rereads: bool = True
+    gathers: bool = False
+
+    def at(self, rows: int) -> BenchCase:
+        """The same row with another first dimension."""
+        return dataclasses.replace(self, rows=rows, inputs=self.shaped(rows))
+
+    @property
+    def shape(self) -> str:
+        """Shapes of the inputs, as "8192x768, 8192"."""
+        made = self.make(FP32, "meta")
+        return ", ".join("x".join(map(str, t.shape)) for t in made if isinstance(t, Tensor))
+
+    def __str__(self) -> str:
+        options = [f"{k}={v}" for k, v in self.options.items()]
+        options += [] if self.train else ["eval"]
+        return f"{self.name}({', '.join([self.shape, *options])})"
+
+    def key(self, dtype: torch.dtype) -> str:
+        """What a result is filed under."""
+        return f"{self} {str(dtype).removeprefix('torch.')}"
+
+    def side(self, namespace: Any, dtype: torch.dtype, device: str) -> Callable:
+        """The layer, or the function with its options, from `torch.nn` or from `fastnn`."""
+        if self.build is None and not self.is_layer:
+            function = getattr(namespace.functional, self.name)
+            return lambda *inputs: function(*inputs, **self.options)
+        with torch.device(device):
+            options = {k: v(FP32, device) if callable(v) else v for k, v in self.options.items()}
+            layer = self.build or (lambda n: getattr(n, self.name)(**options))
+            return layer(namespace).to(dtype=dtype).train(self.train)
+
+
+def normal(*shape: int) -> Maker:
+    """As `fastnn.testing.randn`, made where it is needed: these are large, and may be on "meta"."""
+
+    def make(dtype, device):
+        return torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
+
+    return make
+
+
+def indices(*shape: int, high: int, ignored: float = 0.0) -> Maker:
+    """Class indices below `high`; about a share `ignored` of them is -100."""
+
+    def make(dtype, device):
+        t = torch.randint(high, shape, device=device)
+        if ignored and device != "meta":
+            t[torch.rand(shape, device=device) < ignored] = -100
+        return t
+
+    return make
+
+
+def probabilities(*shape: int) -> Maker:
+    def make(dtype, device):
+        return torch.randn(shape, dtype=dtype, device=device).softmax(1)
+
+    return make
+
+
+def row(name: str, model: str, rows: int, shaped: Any, dtypes=(BF16,), **fields) -> BenchCase:
+    """A row of one input (rows, *shaped), or of the inputs that the function `shaped` makes."""
+    if not callable(shaped):
+        rest = shaped if isinstance(shaped, tuple) else (shaped,)
+        shaped = lambda n: (normal(n, *rest),)  # noqa: E731
+    inputs = shaped(rows)
+    return BenchCase(
+        name, inputs, model=model, rows=rows, shaped=shaped, dtypes=tuple(dtypes), **fields
+    )
+
+
+# ---- Activations ------------------------------------------------------------------------------
+
+WIDE = "MLP of width 4096, 8k tokens"
+ACTIVATIONS = [
+    row("GELU", "BERT-base, 16 x 512", 8192, 3072, FLOATS),
+    row("GELU", "ViT-B/16, 64 images", 64 * 197, 3072),
+    row("GELU", "GPT-2 XL, 8 x 1024", 8192, 6400, options={"approximate": "tanh"}),
+    row("GELU", "GPT-2, eval", 8192, 3072, train=False),
+    row("GELU", "one sentence", 16, 3072),
+    row("GELU", "odd", 1021, 4099),
+    row("SiLU", "Llama 3 8B, 4k tokens", 4096, 14336, (BF16, FP32)),
+    row("SiLU", "Llama 3 70B, 1k tokens", 1024, 28672),
+    row("ReLU", "ResNet-50, 64 images", 64, (256, 56, 56), (BF16, FP32)),
+    row("ReLU", "ResNet-50, 1 image", 1, (256, 56, 56)),
+    row("ReLU6", "MobileNetV2, 64 images", 64, (144, 56, 56)),
+    row("relu6", "MobileNetV2, 64 images", 64, (144, 56, 56)),
+    row("Hardswish", "MobileNetV3, 64 images", 64, (240, 28, 28)),
+    row("Hardsigmoid", "MobileNetV3, 64 images", 64, (240, 28, 28)),
+    row("LeakyReLU", "DCGAN, 128 images", 128, (128, 32, 32)),
+    row("Mish", "YOLOv4, 16 images", 16, (64, 152, 152)),
+    row("PReLU", "ESRGAN-like, 16 images", 16, (64, 128, 128), (BF16, FP32),
+        options={"num_parameters": 64}),
+    row("GLU", "Conformer, 32 x 400", 32 * 400, 1024, (BF16, FP32)),
+    row("GLU", "over channels", 32, (1024, 400), options={"dim": 1}),
+    *(row(name, WIDE, 8192, 4096) for name in (
+        "ELU", "CELU", "SELU", "Sigmoid", "Tanh", "LogSigmoid", "Hardtanh", "Hardshrink",
+        "Softshrink", "Softplus",
+    )),
+    row("Softsign", WIDE, 8192, 4096, FLOATS),
+    row("Tanhshrink", WIDE, 8192, 4096, FLOATS),
+    row("Threshold", WIDE, 8192, 4096, options={"threshold": 0.1, "value": 0.0}),
+    row("RReLU", WIDE, 8192, 4096, train=False),
+]  # fmt: skip
+
+# ---- Normalisation ----------------------------------------------------------------------------
+
+
+def layer_norm(model: str, rows: int, n: int, dtypes=(BF16,), **fields) -> BenchCase:
+    return row("LayerNorm", model, rows, n, dtypes, options={"normalized_shape": n}, **fields)
+
+
+def rms_norm(model: str, rows: int, n: int, dtypes=(BF16,)) -> BenchCase:
+    return row("RMSNorm", model, rows, n, dtypes, options={"normalized_shape": n})
+
+
+NORMS = [
+    layer_norm("BERT-base, 16 x 512", 8192, 768, FLOATS),
+    layer_norm("BERT-large, 16 x 512", 8192, 1024),
+    layer_norm("GPT-2 XL, 8 x 1024", 8192, 1600, (BF16, FP32)),
+    layer_norm("ViT-B/16, 64 images", 64 * 197, 768),
+    layer_norm("GPT-3, 4k tokens", 4096, 12288),
+    layer_norm("GPT-2, eval", 8192, 768, train=False),
+    layer_norm("one sentence", 16, 768),
+    layer_norm("odd", 1021, 4099),
+    layer_norm("few huge rows", 16, 1 << 20),
+    row("LayerNorm", "ConvNeXt-like, last three dims", 64, (64, 56, 56),
+        options={"normalized_shape": (64, 56, 56)}),
+    rms_norm("Llama 3 8B, 8k tokens", 8192, 4096, FLOATS),
+    rms_norm("Llama 3 70B, 4k tokens", 4096, 8192),
+    rms_norm("QK norm, 32 heads x 2k tokens", 32 * 2048, 128),
+    rms_norm("one sentence", 16, 4096),
+]  # fmt: skip
+
+# ---- Softmax ----------------------------------------------------------------------------------
+
+SOFTMAX = [
+    row("Softmax", "BERT-base attention, 8 x 512", 8 * 12, (512, 512), (BF16, FP32),
+        options={"dim": -1}),
+    row("Softmax", "Llama attention, 2k x 2k", 32, (2048, 2048), options={"dim": -1}),
+    row("Softmax", "sampling, vocabulary of Llama 2", 256, 32000, options={"dim": -1}),
+    row("Softmax", "sampling, vocabulary of Llama 3", 256, 128256, (BF16, FP32),
+        options={"dim": -1}, train=False),
+    row("Softmax", "odd", 1021, 4099, options={"dim": -1}),
+    row("Softmax", "over the first of two", 4096, 4096, options={"dim": 0}),
+    row("Softmax", "rows of 262144", 64, 262144, options={"dim": -1}),
+    row("Softmax", "router of 64 experts", 8192, 64, options={"dim": -1}),
+    row("LogSoftmax", "vocabulary of GPT-2", 2048, 50257, (BF16, FP32), options={"dim": -1}),
+    row("LogSoftmax", "ImageNet, 256 images", 256, 1000, options={"dim": -1}),
+    row("Softmin", "distances", 2048, 4096, options={"dim": -1}),
+    row("Softmax2d", "segmentation, 21 classes", 16, (21, 128, 128)),
+]  # fmt: skip
+
+# ---- Dropout ----------------------------------------------------------------------------------
+
+
+def dropout(name: str, model: str, rows: int, shaped, dtypes=(BF16,), p=0.1) -> BenchCase:
+    return row(name, model, rows, shaped, dtypes, options={"p": p}, rereads=False)
+
+
+DROPOUT = [
+    dropout("Dropout", "BERT-base, 16 x 512", 8192, 768, (BF16, FP32)),
+    dropout("Dropout", "BERT-base attention, 8 x 512", 8 * 12, (512, 512), FLOATS),
+    dropout("Dropout", "AlexNet head", 256, 4096, p=0.5),
+    dropout("Dropout", "odd", 1021, 4099),
+    dropout("Dropout1d", "speech, 32 x 512 channels", 32, (512, 400), p=0.2),
+    dropout("Dropout2d", "ENet, 16 images", 16, (128, 128, 128), p=0.1),
+    dropout("Dropout3d", "video, 4 clips", 4, (64, 16, 56, 56), p=0.2),
+    dropout("AlphaDropout", "SELU network", 8192, 1024),
+    dropout("FeatureAlphaDropout", "SELU network, images", 32, (128, 56, 56)),
+]
+
+# ---- Embedding --------------------------------------------------------------------------------
+
+
+def embedding(model: str, batch: int, length: int, v: int, d: int, dtypes=(BF16,)) -> BenchCase:
+    return row(
+        "Embedding", model, batch, lambda n: (indices(n, length, high=v),), dtypes,
+        options={"num_embeddings": v, "embedding_dim": d}, rereads=False, gathers=True,
+    )  # fmt: skip
+
+
+EMBEDDING = [
+    embedding("BERT-base, 16 x 512", 16, 512, 30522, 768, (BF16, FP32)),
+    embedding("GPT-2 XL, 8 x 1024", 8, 1024, 50257, 1600),
+    embedding("Llama 2 7B, 4 x 2048", 4, 2048, 32000, 4096),
+    embedding("Llama 3 8B, 4 x 2048", 4, 2048, 128256, 4096),
+    embedding("one sentence", 1, 16, 50257, 768),
+    embedding("few rows, many indices", 64, 4096, 512, 256),
+]
+
+# ---- Losses -----------------------------------------------------------------------------------
+
+
+def cross_entropy(model, rows, classes, dtypes=(BF16,), ignored=0.0, **options) -> BenchCase:
+    def shaped(n):
+        return normal(n, classes), indices(n, high=classes, ignored=ignored)
+
+    return row("CrossEntropyLoss", model, rows, shaped, dtypes, options=options)
+
+
+def image(*shape: int):
+    """Logits (n, C, ...) and class indices (n, ...)."""
+    return lambda n: (normal(n, *shape), indices(n, *shape[1:], high=shape[0]))
+
+
+LOSSES = [
+    cross_entropy("Llama 2, 8k tokens", 8192, 32000, FLOATS),
+    cross_entropy("GPT-2, 8k tokens", 8192, 50257, (BF16, FP32)),
+    cross_entropy("Llama 3, 4k tokens", 4096, 128256),
+    cross_entropy("BERT, masked, 15 % kept", 8192, 30522, ignored=0.85),
+    cross_entropy("label smoothing", 8192, 32000, label_smoothing=0.1),
+    cross_entropy("ImageNet, 256 images", 256, 1000, (BF16, FP32)),
+    cross_entropy("two classes", 32, 2),
+    row("CrossEntropyLoss", "soft targets, 256 images", 4096, lambda n: (
+        normal(n, 1000), probabilities(n, 1000))),
+    row("CrossEntropyLoss", "segmentation, 21 classes", 16, image(21, 128, 128)),
+    row("NLLLoss", "vocabulary of Llama 2", 8192, lambda n: (
+        normal(n, 32000), indices(n, high=32000)), rereads=False),
+    row("NLLLoss", "segmentation, 21 classes", 16, image(21, 128, 128), rereads=False),
+]  # fmt: skip
+
+# ---- Linear, and what follows it --------------------------------------------------------------
+
+
+def linear(model: str, rows: int, k: int, n: int, dtypes=(BF16,)) -> BenchCase:
+    return row(
+        "Linear", model, rows, k, dtypes, options={"in_features": k, "out_features": n},
+        flops=lambda m: 2 * m * n * k,
+    )  # fmt: skip
+
+
+def sequential(model: str, rows: int, k: int, n: int, activation: str, p: float = 0.0, **fields):
+    """Linear, an activation, and dropout where p is not 0; named by what it holds."""
+
+    def build(namespace):
+        tail = [namespace.Dropout(p)] if p else []
+        return namespace.Sequential(namespace.Linear(k, n), getattr(namespace, activation)(), *tail)
+
+    name = f"Sequential[Linear {n}, {activation}{', Dropout' if p else ''}]"
+    return row(name, model, rows, k, build=build, flops=lambda m: 2 * m * n * k, **fields)
+
+
+LINEAR = [
+    linear("BERT-base MLP, 16 x 512", 8192, 768, 3072, (BF16, FP32)),
+    linear("GPT-2 XL, 8 x 1024", 8192, 1600, 6400),
+    linear("Llama 3 8B, 4k tokens", 4096, 4096, 14336),
+    linear("small K", 16384, 128, 512),
+    linear("one sentence", 16, 768, 3072),
+    linear("odd", 1021, 515, 1023),
+    sequential("BERT-base MLP, 16 x 512", 8192, 768, 3072, "GELU", dtypes=(BF16, FP32)),
+    sequential("BERT-base MLP, eval", 8192, 768, 3072, "GELU", train=False),
+    sequential("OPT 1.3B MLP, 4 x 2048", 8192, 2048, 8192, "ReLU"),
+    sequential("transformer MLP with dropout", 8192, 1024, 4096, "ReLU", p=0.1),
+    sequential("small K", 16384, 128, 512, "SiLU"),
+]
+
+CASES = [*ACTIVATIONS, *NORMS, *SOFTMAX, *DROPOUT, *EMBEDDING, *LOSSES, *LINEAR]
+
+# Rows whose results are independent: on a GPU the ends of one beyond 2**31 elements are compared.
+HUGE = [
+    row("GELU", "huge", (2**31 >> 12) + 3, 4096),
+    row("LayerNorm", "huge", (2**31 >> 12) + 3, 4096, options={"normalized_shape": 4096}),
+    row("RMSNorm", "huge", (2**31 >> 12) + 3, 4096, options={"normalized_shape": 4096}),
+    row("Softmax", "huge", (2**31 >> 12) + 3, 4096, options={"dim": -1}),
+    row("LogSoftmax", "huge", 2**31 // 32000 + 3, 32000, options={"dim": -1}),
+    row("GLU", "huge", (2**31 >> 12) + 3, 4096),
+    row("CrossEntropyLoss", "huge", 2**31 // 32000 + 3, lambda n: (
+        normal(n, 32000), indices(n, high=32000)), options={"reduction": "none"}),
+    row("Embedding", "huge", (2**31 >> 12) + 3, lambda n: (indices(n, high=512),),
+        options={"num_embeddings": 512, "embedding_dim": 4096}),
+]  # fmt: skip
+
+
+def matching(
+    only: list[str] | None = None, dtypes: list[torch.dtype] | None = None, rows=None
+) -> list[tuple[BenchCase, torch.dtype]]:
+    """(row, dtype) of the rows whose name or model contains one of `only`, whatever its case."""
+    return [
+        (case, dtype)
+        for case in (CASES if rows is None else rows)
+        if not only or any(o.lower() in f"{case.name} {case.model}".lower() for o in only)
+        for dtype in case.dtypes
+        if not dtypes or dtype in dtypes
+    ]

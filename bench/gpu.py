@@ -1,0 +1,561 @@
+"""Everything that needs a GPU, in one command: `python -m bench.gpu --out DIR --budget 20m`.
+
+Stages, in order: parity of every row forced onto kernels; ceilings; bench; crossover sizes; bench
+again by the new table; whole training steps; determinism; more than 2**31 elements; a memory
+checker where one is installed. Every finding is a line of DIR/results.jsonl the moment it is there;
+the same command goes on where it stopped. DIR/summary.md says what was found, and is rewritten
+after each stage. Exit code 0: all right; 1: something is wrong or unfinished; 2: not started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def _minutes(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: give it as 90s, 20m or 1h")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--budget", type=_minutes, default="20m", help="default: %(default)s")
+    parser.add_argument("--stage", action="append", choices=list(STAGES), help="default: all")
+    parser.add_argument("--pytest", action="store_true", help="the test suite as well, on the GPU")
+    parser.add_argument("--no-compile", action="store_true", help="do not time torch.compile")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
+    parser.add_argument(
+        "--tiny", action="store_true",
+        help="every stage on the CPU at toy sizes, interpreted: proves the command, times nothing",
+    )  # fmt: skip
+    return parser.parse_args(argv)
+
+
+@dataclasses.dataclass
+class Work:
+    """What a run does, and what it does it with."""
+
+    results: Any
+    clock: Any
+    out: Path
+    bench: list  # (BenchCase, dtype)
+    sweeps: list
+    parity: list  # (Case, dtype)
+    steps: list
+    huge: list
+    repeats: int
+    compiled: bool
+    deadline: float
+
+    def out_of_time(self) -> bool:
+        return time.monotonic() > self.deadline
+
+
+# ---- Stages: True when complete, False when the time ran out ------------------------------------
+
+
+def parity(work: Work) -> bool:
+    """Every parity row in every dtype: values, gradients, bits, the path."""
+    from fastnn.testing import check
+
+    for case, dtype in work.parity:
+        key = f"{case} {str(dtype).removeprefix('torch.')}"
+        if work.results.has("parity", key):
+            continue
+        if work.out_of_time():
+            return False
+        line: dict = {"kind": "parity", "key": key, "name": case.name, "path": "error"}
+        try:
+            with _uninitialised_memory_is_nan():
+                found = check(case, dtype, work.clock.name)
+            line |= {"path": found.path, "failures": found.failures}
+            line["ratio"] = max((c.ratio for c in found.comparisons), default=1.0)
+        except Exception as e:
+            line["failures"] = [f"{type(e).__name__}: {e}"[:500]]
+        work.results.add(line)
+    return True
+
+
+@contextlib.contextmanager
+def _uninitialised_memory_is_nan():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def ceilings(work: Work) -> bool:
+    from fastnn.bench.measure import Cpu, ceilings
+
+    if not work.results.of("ceilings"):
+        size = (1 << 16, 32) if isinstance(work.clock, Cpu) else ()
+        work.results.add({"kind": "ceilings", **ceilings(work.clock, *size)})
+    return True
+
+
+def bench(work: Work) -> bool:
+    from fastnn.bench.run import run_rows
+
+    return run_rows(
+        work.bench, work.results, work.clock, repeats=work.repeats, out_of_time=work.out_of_time,
+        compiled=work.compiled,
+    )  # fmt: skip
+
+
+def tune(work: Work) -> bool:
+    from fastnn.bench import tune
+
+    done = tune.run(
+        work.sweeps, work.results, work.clock, repeats=work.repeats, out_of_time=work.out_of_time
+    )
+    if done:
+        tune.write(work.out / "crossover.json", _architecture(work), tune.entry(work.results))
+    return done
+
+
+def again(work: Work) -> bool:
+    """The rows once more, auto by the table just measured."""
+    from fastnn.bench.run import run_rows
+
+    with _table(work.out / "crossover.json"):
+        return run_rows(
+            work.bench, work.results, work.clock, repeats=work.repeats, prefix="tuned-",
+            out_of_time=work.out_of_time, compiled=False, checked=False,
+        )  # fmt: skip
+
+
+def _architecture(work: Work) -> str:
+    from fastnn import _op
+
+    return _op.architecture(0 if work.clock.name == "cuda" else -1)
+
+
+@contextlib.contextmanager
+def _table(path: Path):
+    """The size gate follows the table at `path` in the block, and the shipped one for the rest."""
+    from fastnn import _op
+
+    shipped = _op._crossovers
+    if path.exists():
+        table = {**shipped(), **json.loads(path.read_text())}
+        _op._crossovers = lambda: table  # type: ignore[assignment]
+    _op._crossover.cache_clear()
+    try:
+        yield
+    finally:
+        _op._crossovers = shipped
+        _op._crossover.cache_clear()
+
+
+def steps(work: Work) -> bool:
+    """Training steps of whole models under bf16 autocast: stock, compiled, ours forced and auto."""
+    import fastnn
+
+    device = work.clock.name
+    with _table(work.out / "crossover.json"):
+        for step in work.steps:
+            if work.results.has("step", step.name):
+                continue
+            if work.out_of_time():
+                return False
+            line: dict = {"kind": "step", "key": step.name, "sides": {}}
+            torch.manual_seed(0)
+            start = step.build(torch.nn).state_dict()
+            data = step.data(device)
+            sides: dict[str, tuple[Any, Any]] = {
+                "stock": (torch.nn, "torch"), "auto": (fastnn, "auto"), "ours": (fastnn, "triton")
+            }  # fmt: skip
+            if work.compiled:
+                sides["compiled"] = (torch.nn, "torch")
+            for name, (namespace, mode) in sides.items():
+                try:
+                    line["sides"][name] = _train(
+                        step, namespace, mode, start, data, work, name == "compiled"
+                    )
+                except Exception as e:
+                    line["sides"][name] = {"error": f"{type(e).__name__}: {e}"[:300]}
+                work.clock.clear()
+            work.results.add(line)
+    return True
+
+
+def _train(step, namespace, mode, start, data, work: Work, compiled: bool) -> dict:
+    from fastnn.bench.measure import summary
+
+    import fastnn
+
+    device = work.clock.name
+    model = step.build(namespace)
+    model.load_state_dict(start)
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")
+    call = torch.compile(model) if compiled else model
+    torch.manual_seed(1)
+    losses, times = [], []
+
+    def one():
+        with torch.autocast(device, torch.bfloat16):
+            loss = call(*data)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    with fastnn.backend(mode):
+        losses = [one().item() for _ in range(3)]
+        peak = work.clock.peak(lambda: losses.append(one()))
+        losses[-1] = losses[-1].item()
+        for _ in range(work.repeats // 2):
+            work.clock.synchronize()
+            begun = time.perf_counter()
+            one()
+            work.clock.synchronize()
+            times.append(1e6 * (time.perf_counter() - begun))
+    return {"step": summary(times), "peak_bytes": peak, "losses": losses}
+
+
+def determinism(work: Work) -> bool:
+    """Gradients twice on one stream and at once on two others: the same bits."""
+    from fastnn.bench.run import _both, _sides
+
+    import fastnn
+
+    seen = set()
+    for case, dtype in work.bench:
+        if case.name in seen or work.results.has("determinism", case.key(dtype)):
+            continue
+        seen.add(case.name)
+        if work.out_of_time():
+            return False
+        small = case.at(min(case.rows, 256))
+        line: dict = {"kind": "determinism", "key": case.key(dtype), "failures": []}
+        try:
+            _, ours = _sides(small, dtype, work.clock.name)
+            inputs = small.make(dtype, work.clock.name)
+            with fastnn.backend("triton"):
+                both = _both(small, ours, inputs)
+                runs = [_seeded(both) for _ in range(2)] + _on_two_streams(both, work.clock)
+            for what, run in zip(("second run", "stream 1", "stream 2"), runs[1:], strict=False):
+                if not all(map(torch.equal, run, runs[0])):
+                    line["failures"].append(f"{what}: other bits")
+        except Exception as e:
+            line["failures"].append(f"{type(e).__name__}: {e}"[:300])
+        work.results.add(line)
+    return True
+
+
+def _seeded(both: Callable) -> list:
+    torch.manual_seed(0)
+    return [t.nan_to_num() for t in both()]
+
+
+def _on_two_streams(both: Callable, clock) -> list[list]:
+    if clock.name != "cuda":
+        return []
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    found = []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(1_000_000)  # so that both are in flight together
+            found.append(_seeded(both))
+    torch.cuda.synchronize()
+    return found
+
+
+def huge(work: Work) -> bool:
+    """Beyond 2**31 elements: rows at both ends and about the boundary as in a small call."""
+    for case, dtype in work.huge:
+        if work.results.has("huge", case.key(dtype)):
+            continue
+        if work.out_of_time():
+            return False
+        line: dict = {"kind": "huge", "key": case.key(dtype), "failures": []}
+        try:
+            line["failures"] = _huge(case, dtype, work.clock.name)
+        except torch.OutOfMemoryError as e:
+            line["skipped"] = str(e).splitlines()[0]
+        except Exception as e:
+            line["failures"] = [f"{type(e).__name__}: {e}"[:300]]
+        work.clock.clear()
+        work.results.add(line)
+    return True
+
+
+def _huge(case, dtype, device: str) -> list[str]:
+    from fastnn.bench.run import _leaves, _sides
+
+    import fastnn
+
+    _, ours = _sides(case, dtype, device)
+    inputs = case.make(dtype, device)
+    each = 8
+    middle = case.rows - case.rows // 64
+    parts = [slice(0, each), slice(middle, middle + each), slice(case.rows - each, case.rows)]
+    failures = []
+    with fastnn.backend("triton"):
+        out = ours(*inputs)
+        upstream = torch.ones_like(out)
+        wanted = [t for t in _leaves(ours, inputs) if any(t is x for x in inputs)]
+        grads = torch.autograd.grad(out, wanted, upstream) if wanted else ()
+        for part in parts:
+            some = [t[part].detach().requires_grad_(t.requires_grad) for t in inputs]
+            expected = ours(*some)
+            if not torch.equal(out[part], expected):
+                failures.append(f"output rows {part.start} to {part.stop} differ")
+            if wanted:
+                leaves = [t for t in some if t.requires_grad]
+                small = torch.autograd.grad(expected, leaves, upstream[part])
+                if not all(torch.equal(g[part], s) for g, s in zip(grads, small, strict=True)):
+                    failures.append(f"gradient rows {part.start} to {part.stop} differ")
+    return failures
+
+
+_SANITIZED = """
+import sys
+from fastnn.testing import check
+from fastnn.testing.cases import CASES
+import torch
+names = set()
+for case in CASES:
+    if case.stock is None and case.name not in names and torch.bfloat16 in case.dtypes:
+        names.add(case.name)
+        check(case, torch.bfloat16, "cuda")
+print(len(names), "rows")
+"""
+
+
+def sanitizer(work: Work) -> bool:
+    """compute-sanitizer's memcheck over a row of each layer."""
+    if work.results.of("sanitizer"):
+        return True
+    tool = shutil.which("compute-sanitizer")
+    line: dict = {"kind": "sanitizer", "key": "memcheck", "failures": []}
+    left = work.deadline - time.monotonic()
+    if tool is None or work.clock.name != "cuda":
+        line["skipped"] = "compute-sanitizer is not installed, or there is no GPU"
+    elif left < 60:
+        return False
+    else:
+        command = [tool, "--tool", "memcheck", "--error-exitcode", "99", sys.executable, "-c"]
+        try:
+            done = subprocess.run(
+                [*command, _SANITIZED], capture_output=True, text=True, timeout=left
+            )
+        except subprocess.TimeoutExpired:
+            return False
+        line["tail"] = (done.stdout + done.stderr)[-2000:]
+        if done.returncode:
+            line["failures"] = [f"exit code {done.returncode}"]
+    work.results.add(line)
+    return True
+
+
+# Each with the share of the budget after which it is left for the next run.
+STAGES: dict[str, tuple[Callable[[Work], bool], float]] = {
+    "parity": (parity, 0.2),
+    "ceilings": (ceilings, 0.05),
+    "bench": (bench, 0.3),
+    "tune": (tune, 0.2),
+    "again": (again, 0.1),
+    "steps": (steps, 0.15),
+    "determinism": (determinism, 0.1),
+    "huge": (huge, 0.1),
+    "sanitizer": (sanitizer, 0.1),
+}
+
+
+# ---- The summary ------------------------------------------------------------------------------
+
+
+def failures(results) -> list[str]:
+    """Whatever is wrong in any line."""
+    found = []
+    for line in results.lines:
+        said = list(line.get("failures") or ())
+        if "error" in line:
+            said.append(line["error"])
+        said += [f"{n}: {s['error']}" for n, s in line.get("sides", {}).items() if "error" in s]
+        found += [f"{line['kind']} `{line['key']}`: {s}" for s in said]
+    return found
+
+
+def summarise(work: Work, state: dict[str, str]) -> None:
+    """Rewrite summary.md and the plots."""
+    from fastnn.bench import report
+
+    results = work.results
+    tuned = "tuned-" if results.of("tuned-row") else ""
+    report.write(results, work.out)
+    path = work.out / "summary.md"
+    text = [path.read_text(), "## Stages\n"]
+    text += [f"- {name}: {said}" for name, said in state.items()]
+    if rows := results.of("parity"):
+        ratios = [x["ratio"] for x in rows if "ratio" in x]
+        text.append(
+            f"\n{len(rows)} parity rows, {sum(x['path'] == 'kernel' for x in rows)} on kernels, "
+            f"{sum(bool(x['failures']) for x in rows)} failed"
+            + (f"; median error ratio to stock {statistics.median(ratios):.2f}" if ratios else "")
+        )
+    for prefix in dict.fromkeys(("", tuned)):
+        if results.of(prefix + "row"):
+            title = "by the table just measured" if prefix else "by the shipped table"
+            summary = json.dumps(report.verdict(results.lines, prefix), indent=1)
+            text.append(f"\n## Rows, auto {title}\n\n```json\n{summary}\n```")
+    if found := results.of("step"):
+        text.append("\n## Training steps, ms\n")
+        for line in found:
+            told = [
+                f"{name} {s['step']['median'] / 1e3:.2f}" if "step" in s else f"{name} failed"
+                for name, s in line["sides"].items()
+            ]
+            text.append(f"- {line['key']}: {', '.join(told)}")
+    if wrong := failures(results):
+        text.append("\n## Wrong\n\n" + "\n".join(f"- {w}" for w in wrong))
+    path.write_text("\n".join(text) + "\n")
+
+
+# ---- Running ----------------------------------------------------------------------------------
+
+
+def _work(args: argparse.Namespace, deadline: float, results=None) -> Work:
+    from fastnn.bench.measure import Cpu, Cuda
+
+    from fastnn.bench import cases, models, tune
+    from fastnn.testing.cases import CASES
+
+    if args.tiny:
+        rows = [
+            cases.row("GELU", "tiny", 3, 40),
+            cases.layer_norm("tiny", 4, 48),
+            cases.cross_entropy("tiny", 4, 33),
+        ]
+        small = tune.Sweep("gelu", rows[0], torch.float32, most=200)
+        huge = [cases.row("GELU", "tiny", 24, 16)]
+        chosen = [c for c in CASES if c.name == "GELU"][:2]
+    else:
+        rows, huge, chosen, small = cases.CASES, cases.HUGE, CASES, None
+    return Work(
+        results=results,
+        clock=None if args.dry_run else Cpu() if args.tiny else Cuda(),
+        out=args.out,
+        bench=cases.matching(rows=rows),
+        sweeps=[small] if small else tune.plan(),
+        # A dtype after the other, so that every layer has been seen when the time runs out.
+        parity=sorted(((c, d) for c in chosen for d in c.dtypes), key=lambda row: str(row[1])),
+        steps=models.TINY[:1] if args.tiny else models.STEPS,
+        huge=cases.matching(rows=huge),
+        repeats=4 if args.tiny else 36,
+        compiled=not (args.no_compile or args.tiny),
+        deadline=deadline,
+    )
+
+
+def _plan(args: argparse.Namespace, work: Work) -> list[str]:
+    counts = {
+        "parity": f"{len(work.parity)} rows",
+        "ceilings": "a copy, three matrix products",
+        "bench": f"{len(work.bench)} rows" + (", then compiled" if work.compiled else ""),
+        "tune": f"{len(work.sweeps)} sweeps, {sum(len(s.points()) for s in work.sweeps)} points",
+        "again": f"{len(work.bench)} rows",
+        "steps": ", ".join(s.name for s in work.steps),
+        "determinism": f"{len({c.name for c, _ in work.bench})} rows",
+        "huge": f"{len(work.huge)} rows",
+        "sanitizer": shutil.which("compute-sanitizer") or "compute-sanitizer is not installed",
+    }
+    return [
+        f"{name:12} at most {STAGES[name][1]:4.0%} of {args.budget:.0f} s: {counts[name]}"
+        for name in args.stage or STAGES
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _arguments(argv)
+    if args.tiny and not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when fastnn is imported
+    if importlib.util.find_spec("fastnn") is None:
+        return _refuse("fastnn is not installed: pip install --no-deps --no-build-isolation -e .")
+    from fastnn.bench.run import Mismatch, Results
+
+    from fastnn import _op
+
+    if args.dry_run:
+        print(*_plan(args, _work(args, 0.0)), sep="\n")
+        return 0
+    if args.tiny:
+        if not _op.INTERPRET:
+            return _refuse("--tiny interprets kernels: set TRITON_INTERPRET=1 before Python starts")
+        from fastnn.testing import interpreter
+
+        interpreter.install()
+    elif not torch.cuda.is_available() or _op.INTERPRET:
+        return _refuse("no GPU here, or TRITON_INTERPRET=1; --dry-run shows the plan")
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        results = Results(args.out / "results.jsonl")
+    except Mismatch as e:
+        return _refuse(str(e))
+    begun = time.monotonic()
+    work = _work(args, begun + args.budget, results)
+    state = {}
+    for name in args.stage or STAGES:
+        stage, share = STAGES[name]
+        start = time.monotonic()
+        work.deadline = min(begun + args.budget, start + share * args.budget)
+        done = start < begun + args.budget and stage(work)
+        state[name] = f"{'done' if done else 'unfinished'}, {time.monotonic() - start:.0f} s"
+        print(f"{name}: {state[name]}", flush=True)
+        summarise(work, state)
+    if args.pytest:
+        state["pytest"] = _pytest(begun + args.budget)
+        print(state["pytest"], flush=True)
+        summarise(work, state)
+    wrong = failures(results)
+    print(*wrong, f"wrote {args.out}/summary.md", sep="\n")
+    unfinished = [n for n, said in state.items() if not said.startswith("done")]
+    if unfinished:
+        print(f"unfinished: {', '.join(unfinished)}; the same command goes on")
+    return 1 if wrong or unfinished else 0
+
+
+def _pytest(deadline: float) -> str:
+    command = [sys.executable, "-m", "pytest", "tests", "-n", "0", "-q"]
+    left = max(1.0, deadline - time.monotonic())
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=left)
+    except subprocess.TimeoutExpired:
+        return "unfinished: pytest ran out of time"
+    last = (done.stdout.strip().splitlines() or ["printed nothing"])[-1]
+    return f"{'done' if not done.returncode else 'failed'}: {last}"
+
+
+def _refuse(why: str) -> int:
+    print(f"bench.gpu: {why}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

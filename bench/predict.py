@@ -1,0 +1,259 @@
+"""What a row moves and launches on either side, counted without a GPU, and the speedup it implies.
+
+Stock runs on "meta" tensors of the row's real shapes: nothing is computed, `AtenTraffic` counts
+every operator. Ours runs in Triton's interpreter with the launches of the real shapes, grids and
+configurations included. A few programs, spread over the grid, are executed, and in a second run
+more; the difference is what a program moves alone, and with that the count is carried on to the
+whole grid. Operators of PyTorch that our side runs between launches count too.
+
+Memory is allocated and never filled, so results are garbage and only addresses count. Hence no
+figure where addresses depend on data (gathers), nor where matrix products bound the time.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from fastnn.bench.cases import BenchCase
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from triton.runtime import interpreter
+
+import fastnn
+from fastnn import _op, _rng, kernels
+from fastnn.testing.meter import AtenTraffic, Cost, predict, traffic
+
+BANDWIDTH = 3.35e12  # of an H100 SXM, by its data sheet
+ARCHITECTURE = "sm_90"
+FORMULA = (
+    "max(bytes of stock / BW, launches of stock * 4 us) / "
+    "max(bytes of ours / (0.9 * BW), launches of ours * 5 us)"
+)
+FEW = 2  # programs executed at first; then as many as make _ACCESSES loads and stores
+_ACCESSES = 150
+PROCESSORS = 132
+_MOST_BYTES = 3 << 30  # of one tensor: virtual memory, but some operators do fill theirs
+
+
+@contextmanager
+def _as_on_cuda() -> Iterator[None]:
+    """Functions that PyTorch composes of several operators on "meta", where CUDA has one."""
+    stock = torch.nn.functional
+
+    def dropout(input, p=0.5, training=True, inplace=False):
+        return torch.native_dropout(input, p, training)[0]
+
+    def rms_norm(input, normalized_shape, weight=None, eps=None):  # one operator since torch 2.9
+        return stock.layer_norm(input, normalized_shape, weight)
+
+    with mock.patch.multiple(stock, dropout=dropout, rms_norm=rms_norm):
+        yield
+
+
+@contextmanager
+def _sampled(programs: Callable[[int], int], grids: list[tuple[int, int]]) -> Iterator[None]:
+    """The n-th launch in the block executes `programs(n)` of its programs, spread over the grid.
+
+    Fills `grids` with (executed, whole) for each launch.
+    """
+    executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
+    stock_call, set_dim, set_idx = executor.__call__, builder.set_grid_dim, builder.set_grid_idx
+    state: dict[str, Any] = {}
+
+    def call(self, *args, **kwargs):
+        grid = tuple(self.grid) + (1,) * (3 - len(self.grid))
+        whole = grid[0] * grid[1] * grid[2]
+        executed = min(programs(len(grids)), whole)
+        state["grid"] = grid
+        # One of each of `executed` equal parts, elsewhere in each: grids repeat themselves.
+        state["chosen"] = [
+            int((i + (0.3 + 0.618034 * i) % 1) * whole / executed) for i in range(executed)
+        ]
+        grids.append((executed, whole))
+        self.grid = (executed,)
+        with _disable_current_modes():  # the interpreter's own operators are not ours
+            stock_call(self, *args, **kwargs)
+
+    def set_grid_dim(self, nx, ny, nz):
+        set_dim(self, *state["grid"])
+
+    def set_grid_idx(self, x, y, z):
+        _, ny, nz = state["grid"]
+        at = state["chosen"][x]
+        set_idx(self, at // (ny * nz), at // nz % ny, at % nz)
+
+    with (
+        mock.patch.object(executor, "__call__", call),
+        mock.patch.object(builder, "set_grid_dim", set_grid_dim),
+        mock.patch.object(builder, "set_grid_idx", set_grid_idx),
+    ):
+        yield
+
+
+@contextmanager
+def _as_on_the_gpu() -> Iterator[None]:
+    """Kernel files choose their grids as on the GPU predicted for."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(_op, "architecture", lambda index: ARCHITECTURE))
+        for file in pkgutil.iter_modules(kernels.__path__):
+            module = getattr(kernels, file.name)
+            if hasattr(module, "_processors"):
+                stack.enter_context(
+                    mock.patch.object(module, "_processors", lambda index: PROCESSORS)
+                )
+        for name in ("draw_native", "draw_bernoulli"):  # on CUDA these make no tensor
+            draw = mock.patch.object(_rng, name, _uncounted(getattr(_rng, name)))
+            stack.enter_context(draw)
+        yield
+
+
+def _uncounted(function: Callable) -> Callable:
+    def call(*args):
+        with _disable_current_modes():
+            return function(*args)
+
+    return call
+
+
+def _unfilled(t: Any) -> Any:
+    if not isinstance(t, Tensor):
+        return t
+    if t.is_floating_point():
+        return torch.empty(t.shape, dtype=t.dtype, requires_grad=t.requires_grad)
+    return torch.zeros(t.shape, dtype=t.dtype)
+
+
+def _passes(case: BenchCase, call: Callable, inputs: list) -> list[Callable]:
+    """[forward, backward], to be called in turn, or [forward] of a row in eval mode."""
+    kept: list = []
+
+    def forward():
+        out = call(*inputs)
+        kept.extend(t for t in tree_leaves(out) if isinstance(t, Tensor))
+
+    def backward():
+        parameters = call.parameters() if isinstance(call, torch.nn.Module) else ()
+        leaves = [t for t in (*inputs, *parameters) if isinstance(t, Tensor) and t.requires_grad]
+        torch.autograd.grad(kept, leaves, [torch.empty_like(t) for t in kept])
+
+    return [forward, backward] if case.train else [forward]
+
+
+def stock_costs(case: BenchCase, dtype: torch.dtype) -> list[Cost]:
+    """[forward, backward], or [forward] of a row in eval mode, by stock's operators on CUDA."""
+    with _as_on_cuda():
+        inputs = case.make(dtype, "meta")
+        passes = _passes(case, case.side(torch.nn, dtype, "meta"), inputs)
+        costs = []
+        with torch.set_grad_enabled(case.train):
+            for run in passes:
+                with AtenTraffic() as counted:
+                    run()
+                costs.append(counted.cost)
+    return costs
+
+
+@dataclass
+class _Count:
+    """One pass of ours: per launch the bytes and (executed, whole) programs; and ATen's share."""
+
+    kernels: list[str]
+    bytes: list[int]
+    accesses: list[int]
+    grids: list[tuple[int, int]]
+    aten: Cost
+
+
+def _our_counts(case: BenchCase, dtype: torch.dtype, programs: list[Callable]) -> list[_Count]:
+    inputs = [_unfilled(t) for t in case.make(dtype, "meta")]
+    call = case.side(fastnn, dtype, "cpu")
+    counts = []
+    for run, sample in zip(_passes(case, call, inputs), programs, strict=False):
+        grids: list[tuple[int, int]] = []
+        with (
+            traffic() as log,
+            _sampled(sample, grids),
+            # Dispatch declines under a dispatch mode, and this one only looks.
+            mock.patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0),
+            AtenTraffic() as aten,
+            fastnn.backend("triton"),
+            torch.set_grad_enabled(case.train),
+        ):
+            run()
+        counts.append(
+            _Count(
+                [launch.kernel for launch in log],
+                [launch.distinct.total() for launch in log],
+                [launch.accesses.total() for launch in log],
+                grids,
+                aten.cost,
+            )
+        )
+    return counts
+
+
+def our_costs(case: BenchCase, dtype: torch.dtype) -> tuple[list[Cost], list[list[str]]]:
+    """As `stock_costs`, by our kernels; and the names of the kernels of each pass."""
+    few = _our_counts(case, dtype, [lambda n: FEW] * 2)
+
+    def enough(count: _Count) -> Callable[[int], int]:
+        return lambda n: max(2 * FEW, min(32, _ACCESSES * count.grids[n][0] // count.accesses[n]))
+
+    more = _our_counts(case, dtype, [enough(count) for count in few])
+    costs = []
+    for a, b in zip(few, more, strict=True):
+        total = b.aten
+        for first, second, (n, _), (m, whole) in zip(
+            a.bytes, b.bytes, a.grids, b.grids, strict=True
+        ):
+            each = (second - first) / (m - n) if m > n else 0.0
+            total += Cost(round(second + (whole - m) * each), 1)
+        costs.append(total)
+    return costs, [b.kernels for b in more]
+
+
+def why_not(case: BenchCase, dtype: torch.dtype) -> str | None:
+    """Why no figure can be had of this row; None if one can."""
+    if case.flops is not None:
+        return "matrix products bound it, not bytes"
+    if case.gathers:
+        return "its traffic depends on the indices"
+    sizes = [t.numel() * t.element_size() for t in case.make(dtype, "meta")]
+    if max(sizes) > _MOST_BYTES:
+        return f"a tensor of {max(sizes) / 2**30:.1f} GiB"
+    return None
+
+
+def predicted(case: BenchCase, dtype: torch.dtype, bandwidth: float = BANDWIDTH) -> dict:
+    """The record of one row. "speedup" is None where there is none to be had; "why" says why."""
+    record: dict[str, Any] = {
+        "kind": "prediction",
+        "key": case.key(dtype),
+        "name": case.name,
+        "shape": case.shape,
+        "model": case.model,
+        "dtype": str(dtype).removeprefix("torch."),
+        "train": case.train,
+        "bandwidth": bandwidth,
+        "why": why_not(case, dtype),
+        "speedup": None,
+    }
+    if record["why"] is not None:
+        return record
+    stock = stock_costs(case, dtype)
+    with _as_on_the_gpu():
+        ours, names = our_costs(case, dtype)
+    for name, costs in (("stock", stock), ("ours", ours)):
+        record[name] = [{"bytes": c.bytes, "launches": c.launches} for c in costs]
+    record["kernels"] = names
+    whole = [sum(costs, Cost(0, 0)) for costs in (stock, ours)]
+    p = predict(*whole, bandwidth)
+    record |= {"stock_us": p.stock_us, "ours_us": p.ours_us, "speedup": p.speedup}
+    return record
