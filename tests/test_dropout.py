@@ -141,6 +141,15 @@ def test_keep_mask_is_atens(n, blocks, vec, seed, offset):
     assert (ours(n, 0.3, seed, offset, blocks, vec) == want).all()
 
 
+@pytest.mark.parametrize("vec", [1, 4])
+def test_a_word_equal_to_the_bound_is_dropped(vec, device):
+    word = int(philox(9, 0, 0)[0])
+    out = torch.empty(512, dtype=torch.int8, device=device)
+    for bound, kept in ((word, 0), (word + 1, 1)):
+        _keep_kernel((1,), out, 9, 0, 2, bound, VEC=vec, BLOCK=512, num_warps=4)
+        assert out[0] == kept
+
+
 @pytest.mark.parametrize("n", [1, 7, 257, 9999])
 def test_keep_mask_of_odd_sizes(n):
     assert (ours(n, 0.5, 3, 8, -(-n // 256), 1) == aten_mask(n, 0.5, 3, 8, -(-n // 256), 1)).all()
