@@ -240,6 +240,7 @@ def plain(cls):
 
 
 @quiet
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # stock's own
 @each_layer
 def test_functorch_transforms(cls):
     ours, its, inputs, floating = plain(cls)
