@@ -165,10 +165,11 @@ def fwd(z, y, formula, a, b, draw, bound, scale, state=None):
     n = z.numel()
     if draw is None:
         return pointwise.fwd_into(y, z, formula, a, b)
+    BLOCK = 4096 // z.element_size()
     seed, offset, SEED, OFFSET, blocks, bound = random_arguments(draw, bound)
     _epilogue_fwd_kernel(
-        (triton.cdiv(n, 1024),), z, y, n, a, b, scale, seed, offset, SEED, OFFSET, state, blocks,
-        bound, FORMULA=getattr(pointwise, formula), VEC=draw.vec, BLOCK=1024, num_warps=4,
+        (triton.cdiv(n, BLOCK),), z, y, n, a, b, scale, seed, offset, SEED, OFFSET, state, blocks,
+        bound, FORMULA=getattr(pointwise, formula), VEC=draw.vec, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return y
 

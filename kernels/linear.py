@@ -141,10 +141,10 @@ def _tile(M, N, itemsize, precision, arch, aligned, epilogue):
     if not aligned:  # loads of one element each, which no copy to shared memory can take over
         return 64, 64, 32, 8 if epilogue else 4, 2
     tiles = _TILES.get(arch, _TILES_ELSEWHERE)
-    # Formulas, and random words more so, spill beside many accumulators. So do tf32 operands that
-    # do not run along K, which pass through registers.
+    # Formulas, and random words more so, spill beside many accumulators, first of all where these
+    # are the operands' neighbours in registers too. So do tf32 operands that do not run along K.
     most = 128 * 128 if epilogue or itemsize == 4 else 128 * 256
-    if epilogue == "noise":
+    if epilogue == "noise" or (epilogue and arch not in ("sm_90", "sm_100", "gfx942")):
         most = 64 * 64
     for tile in tiles:
         if tile[0] * tile[1] > most:

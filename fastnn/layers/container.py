@@ -13,13 +13,14 @@ import torch.nn as stock
 from torch import Tensor
 from torch.nn.modules import module as _module
 
-import fastnn.functional as F
 from fastnn import _op
 from fastnn._op import Decision, current_mode, idle
 from fastnn.layers import activation as acts
 from fastnn.layers._layer import Layer
 from fastnn.layers.dropout import Dropout
 from fastnn.layers.linear import Linear
+from fastnn.ops import REGISTRY
+from fastnn.ops.linear import linear_act
 
 __all__ = ["Sequential"]
 
@@ -125,7 +126,7 @@ def _run_neighbours(members, i: int, fuses, input):
     why = _watched(linear, activation)
     if why is not None:
         for heard in _op._heard.get():
-            heard.append(Decision(F.linear_act.op, f"not fused: {why}"))
+            heard.append(Decision(REGISTRY["linear_act"], f"not fused: {why}"))
         return i, input
     end = i + 2
     p, training = 0.0, False
@@ -135,4 +136,4 @@ def _run_neighbours(members, i: int, fuses, input):
         if not (dropout.inplace and dropout.training) and _watched(dropout) is None:
             p, training = dropout.p, dropout.training
             end += 1
-    return end, F.linear_act(input, linear.weight, linear.bias, *told, p, training)
+    return end, linear_act(input, linear.weight, linear.bias, *told, p, training)
