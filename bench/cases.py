@@ -249,7 +249,7 @@ LOSSES = [
     cross_entropy("label smoothing", 8192, 32000, label_smoothing=0.1),
     cross_entropy("ImageNet, 256 images", 256, 1000, (BF16, FP32)),
     cross_entropy("two classes", 32, 2),
-    row("CrossEntropyLoss", "soft targets, 256 images", 4096, lambda n: (
+    row("CrossEntropyLoss", "soft targets, 4096 images", 4096, lambda n: (
         normal(n, 1000), probabilities(n, 1000))),
     row("CrossEntropyLoss", "segmentation, 21 classes", 16, image(21, 128, 128)),
     row("NLLLoss", "vocabulary of Llama 2", 8192, lambda n: (

@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 from fastnn.bench.cases import BenchCase
+from fastnn.bench.tune import gate_sizes
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -28,6 +29,7 @@ from triton.runtime import interpreter
 
 import fastnn
 from fastnn import _op, _rng, kernels
+from fastnn.testing import meter
 from fastnn.testing.meter import AtenTraffic, Cost, predict, traffic
 
 BANDWIDTH = 3.35e12  # of an H100 SXM, by its data sheet
@@ -44,8 +46,9 @@ _MOST_BYTES = 3 << 30  # of one tensor: virtual memory, but some operators do fi
 
 @contextmanager
 def _as_on_cuda() -> Iterator[None]:
-    """Functions that PyTorch composes of several operators on "meta", where CUDA has one."""
+    """Functions whose operators on CUDA are fewer than on "meta", and read off ATen's sources."""
     stock = torch.nn.functional
+    silu = stock.silu  # x -> y, and dy and x -> dx, each by one kernel
 
     def dropout(input, p=0.5, training=True, inplace=False):
         return torch.native_dropout(input, p, training)[0]
@@ -53,7 +56,16 @@ def _as_on_cuda() -> Iterator[None]:
     def rms_norm(input, normalized_shape, weight=None, eps=None):  # one operator since torch 2.9
         return stock.layer_norm(input, normalized_shape, weight)
 
-    with mock.patch.multiple(stock, dropout=dropout, rms_norm=rms_norm):
+    def rrelu(input, lower=1.0 / 8, upper=1.0 / 3, training=False, inplace=False):
+        return silu(input)  # in eval mode its noise is allocated and not touched
+
+    def one_kernel(input, inplace=False):  # not so elsewhere
+        return silu(input)
+
+    replaced = {"dropout": dropout, "rms_norm": rms_norm, "rrelu": rrelu}
+    replaced |= {"mish": one_kernel, "logsigmoid": one_kernel}
+    gathers = meter._GATHERS | {"nll_loss2d_forward"}
+    with mock.patch.multiple(stock, **replaced), mock.patch.object(meter, "_GATHERS", gathers):
         yield
 
 
@@ -231,6 +243,12 @@ def why_not(case: BenchCase, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _gate_opens(case: BenchCase) -> bool:
+    """Whether auto would run kernels, by the size gate of that architecture."""
+    sizes = gate_sizes(case)
+    return all(size >= _op._crossover(name, ARCHITECTURE)[0] for name, size in sizes.items())
+
+
 def predicted(case: BenchCase, dtype: torch.dtype, bandwidth: float = BANDWIDTH) -> dict:
     """The record of one row. "speedup" is None where there is none to be had; "why" says why."""
     record: dict[str, Any] = {
@@ -255,5 +273,6 @@ def predicted(case: BenchCase, dtype: torch.dtype, bandwidth: float = BANDWIDTH)
     record["kernels"] = names
     whole = [sum(costs, Cost(0, 0)) for costs in (stock, ours)]
     p = predict(*whole, bandwidth)
+    record["auto"] = "kernel" if _gate_opens(case) else "stock"
     record |= {"stock_us": p.stock_us, "ours_us": p.ours_us, "speedup": p.speedup}
     return record

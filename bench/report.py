@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def measured_table(lines: list[dict], ceilings: dict[str, float], prefix: str = 
 
 def predicted_table(lines: list[dict]) -> str:
     """Markdown: a line per row that has a prediction; the rest are listed after it."""
-    head = ["row", "from", "stock MB", "ours MB", "stock launches", "ours", "predicted speedup"]
+    head = ["row", "from", "stock MB", "ours MB", "stock launches", "ours", "predicted"]
+    head += ["auto runs"]
     rows, without = [], []
     for line in lines:
         if line["speedup"] is None:
@@ -111,6 +113,7 @@ def predicted_table(lines: list[dict]) -> str:
                 str(total["stock", "launches"]),
                 str(total["ours", "launches"]),
                 f"{line['speedup']:.2f}",
+                line["auto"],
             ]
         )
     return _markdown(head, rows) + ("\nNot predicted:\n\n" + "\n".join(without) if without else "")
@@ -164,13 +167,16 @@ def plot_speedups(lines: list[dict], path: Path, title: str, prefix: str = "") -
     for i, side in enumerate(sides):
         values = [x["speedup"] if predicted else (speedup(x, side) or 0.0) for x in rows]
         longest = max(longest, *values)
-        colours = _PREDICTED if predicted else _COLOURS[side]
+        colours = _COLOURS.get(side, "")
+        if predicted:
+            colours = [_COLOURS[AUTO] if x["auto"] == "kernel" else _PREDICTED for x in rows]
         at = [n + (i - (len(sides) - 1) / 2) * height for n in range(len(rows))]
         bars = axis.barh(at, values, height, color=colours, hatch="///" if predicted else None,
                          edgecolor="white", linewidth=0.3,
-                         label="predicted" if predicted else _NAMES[side])  # fmt: skip
+                         label=None if predicted else _NAMES[side])  # fmt: skip
         if len(sides) == 1:
-            axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=6)
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+            axis.bar_label(bars, fmt="%.2f", padding=4, fontsize=6, bbox=box)
     axis.axvline(1, color="black", lw=0.8)
     axis.set_yticks(range(len(rows)), [_label(x) for x in rows], fontsize=6)
     axis.set_ylim(len(rows) - 0.5, -0.5)
@@ -179,8 +185,13 @@ def plot_speedups(lines: list[dict], path: Path, title: str, prefix: str = "") -
     axis.tick_params(axis="x", top=True, labeltop=True)
     axis.grid(axis="x", alpha=0.25)
     figure.suptitle(title, fontsize=9)
-    if not predicted:
-        axis.legend(loc="lower right", fontsize=8)
+    if predicted:
+        for colour, label in (
+            (_COLOURS[AUTO], "auto runs the kernel"),
+            (_PREDICTED, "auto: stock"),
+        ):
+            axis.bar(0, 0, color=colour, hatch="///", edgecolor="white", label=label)
+    axis.legend(loc="upper right", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -240,8 +251,9 @@ def where(environment: dict) -> str:
     return ", ".join([*parts, environment["time"][:10]])
 
 
-def write(results: Results, folder: Path, prefix: str = "") -> list[Path]:
+def write(results: Results, folder: Path, prefix: str = "", plots=True) -> list[Path]:
     """`summary.md` and the plots of what a file of results holds so far."""
+    plots = plots and can_plot()
     environment = results.environment or {}
     at = where(environment)
     ceilings = next(iter(results.of("ceilings")), {})
@@ -251,12 +263,12 @@ def write(results: Results, folder: Path, prefix: str = "") -> list[Path]:
         note = f"PREDICTED from bytes and launches, not measured. {at}"
         text.append("Predicted from bytes and launches. Nothing here was measured.\n")
         text.append(predicted_table(results.of("prediction")))
-        if can_plot():
+        if plots:
             plot_speedups(results.of("prediction"), folder / "predicted.png", note)
             written.append(folder / "predicted.png")
     if results.of(prefix + "row"):
         text.append(measured_table(results.lines, ceilings, prefix))
-        if can_plot() and any(took(x, STOCK) for x in results.of(prefix + "row")):
+        if plots and any(took(x, STOCK) for x in results.of(prefix + "row")):
             plot_speedups(results.lines, folder / "speedup.png", at, prefix)
             written.append(folder / "speedup.png")
             if ceilings:
@@ -267,9 +279,28 @@ def write(results: Results, folder: Path, prefix: str = "") -> list[Path]:
     return [summary, *written]
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).exists():
-        sys.exit("usage: python -m bench.report FILE.jsonl")
-    file = Path(sys.argv[1])
-    for path in write(Results(file, reading=True), file.parent):
+_MARKED = re.compile(r"(<!-- results -->\n).*(<!-- /results -->\n)", re.S)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("file", type=Path, metavar="FILE.jsonl")
+    parser.add_argument(
+        "--into", type=Path, metavar="PAGE.md", help="put the tables between this page's markers"
+    )
+    args = parser.parse_args()
+    if not args.file.exists():
+        parser.error(f"{args.file}: no such file")
+    results = Results(args.file, reading=True)
+    for path in write(results, args.file.parent):
         print(path)
+    if args.into:
+        # The page has its own title.
+        tables = (args.file.parent / "summary.md").read_text().split("\n", 2)[2]
+        page = _MARKED.sub(lambda m: m[1] + "\n" + tables + m[2], args.into.read_text())
+        args.into.write_text(page)
+        print(args.into)
+
+
+if __name__ == "__main__":
+    main()

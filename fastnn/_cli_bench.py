@@ -139,8 +139,8 @@ def _predicted(results, rows):
     from rich.table import Table
 
     table = Table(title="PREDICTED from bytes and launches, nothing was measured")
-    for column in ("row", "from", "stock MB", "ours MB", "launches", "predicted"):
-        left = column in ("row", "from")
+    for column in ("row", "from", "stock MB", "ours MB", "launches", "predicted", "auto"):
+        left = column in ("row", "from", "auto")
         table.add_column(column, justify="left" if left else "right", overflow="fold")
     for x in _chosen(results, "prediction", rows):
         if x["speedup"] is None:
@@ -148,7 +148,7 @@ def _predicted(results, rows):
             continue
         mb = [f"{sum(p['bytes'] for p in x[s]) / 1e6:.1f}" for s in ("stock", "ours")]
         launches = "/".join(str(sum(p["launches"] for p in x[s])) for s in ("stock", "ours"))
-        table.add_row(x["key"], x["model"], *mb, launches, f"{x['speedup']:.2f}x")
+        table.add_row(x["key"], x["model"], *mb, launches, f"{x['speedup']:.2f}x", x["auto"])
     return table
 
 

@@ -1,0 +1,350 @@
+"""Benchmarks: predictions, results and their resumption, the tuning plan, the one GPU command.
+
+No figure is asserted that only a GPU can give: what is timed here is the interpreter.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn as stock
+
+import fastnn
+from fastnn import _op
+from fastnn.__main__ import main
+from fastnn.bench import cases, gpu, measure, models, predict, report, run, tune
+from fastnn.ops import REGISTRY
+from fastnn.testing.meter import AtenTraffic, Cost, nbytes, traffic
+
+pytestmark = pytest.mark.skipif(not _op.INTERPRET, reason="kernels are compiled in this process")
+BF16, FP32 = torch.bfloat16, torch.float32
+
+GELU = cases.row("GELU", "tiny", 3, 40)
+NORM = cases.layer_norm("tiny", 4, 48)
+LOSS = cases.cross_entropy("tiny", 4, 33)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small operators do not wait for a second core that others use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- Rows -------------------------------------------------------------------------------------
+
+
+def test_every_op_has_a_row_and_a_sweep():
+    held = set()
+    for case in cases.CASES:
+        held |= tune.gate_sizes(case.at(1)).keys()
+    assert held == set(REGISTRY)
+    assert tune.without_rows() == []
+
+
+def test_a_row_at_another_size_is_the_same_row():
+    for case in cases.CASES:
+        small = case.at(2)
+        assert [t.shape[1:] for t in small.make(FP32, "meta")] == [
+            t.shape[1:] for t in case.make(FP32, "meta")
+        ]
+        assert all(t.shape[0] == 2 for t in small.make(FP32, "meta"))
+
+
+def test_least_bytes_are_those_of_a_copy_for_a_streaming_row():
+    x = GELU.make(BF16, "cpu")
+    found = run.least_bytes(GELU, GELU.side(stock, BF16, "cpu"), x)
+    assert found == {"forward": 2 * nbytes(*x), "forward+backward": 5 * nbytes(*x)}
+
+
+# ---- Predictions --------------------------------------------------------------------------------
+
+
+def metered(case, dtype):
+    """Bytes of our kernels, forward and backward, every program executed."""
+    call = case.side(fastnn, dtype, "cpu")
+    with traffic() as log, fastnn.backend("triton"):
+        run._both(case, call, case.make(dtype, "cpu"))()
+    return log
+
+
+@pytest.mark.parametrize(
+    ("case", "slack"),
+    [(cases.row("GELU", "", 300, 200), 0.02), (cases.cross_entropy("", 64, 33), 0.02)],
+    ids=str,
+)
+def test_sampled_programs_account_for_the_whole_grid(case, slack):
+    with predict._as_on_the_gpu():
+        log = metered(case, BF16)
+        forward = (
+            len(log) // 3
+        )  # `_both` calls it once to shape its gradient, before the two passes
+        whole = log.cost + Cost(-sum(x.distinct.total() for x in log[:forward]), -forward)
+        costs, _ = predict.our_costs(case, BF16)
+    counted = sum(costs, Cost(0, 0))
+    assert counted.bytes == pytest.approx(whole.bytes, rel=slack)
+
+
+def test_stock_is_counted_at_the_real_size_without_computing():
+    case = cases.row("GELU", "", 1 << 20, 1 << 14)  # 32 GiB
+    forward, backward = predict.stock_costs(case, BF16)
+    size = 2 << 34
+    assert (forward, backward) == (Cost(2 * size, 1), Cost(3 * size, 1))
+
+
+def test_stock_is_counted_as_on_cuda():
+    dropout = predict.stock_costs(cases.dropout("Dropout", "", 64, 64), FP32)
+    e, mask = 64 * 64 * 4, 64 * 64
+    assert dropout == [Cost(2 * e + mask, 1), Cost(2 * e + mask, 1)]
+    assert [c.launches for c in predict.stock_costs(cases.rms_norm("", 64, 64), FP32)] == [1, 2]
+    for name in ("Mish", "LogSigmoid"):
+        assert predict.stock_costs(cases.row(name, "", 64, 64), FP32) == [
+            Cost(2 * e, 1),
+            Cost(3 * e, 1),
+        ]
+    with AtenTraffic() as counted:  # and the function itself is as it was
+        stock.functional.dropout(torch.ones(4), 0.5)
+    assert len(counted.ops) > 1
+
+
+def test_prediction_of_two_rows(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cases, "CASES", [GELU, cases.linear("tiny", 4, 8, 8)])
+    out = tmp_path / "out"
+    assert main(["bench", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "PREDICTED" in printed and "No GPU here" in printed
+    lines = [json.loads(s) for s in (out / "bench.jsonl").read_text().splitlines()]
+    assert [x["kind"] for x in lines] == ["environment", "prediction", "prediction"]
+    environment, gelu, linear = lines
+    assert {"device", "commit", "torch", "triton", "python", "time"} <= environment.keys()
+    size = 3 * 40 * 2
+    assert gelu["stock"] == [
+        {"bytes": 2 * size, "launches": 1},
+        {"bytes": 3 * size, "launches": 1},
+    ]
+    assert gelu["ours"] == gelu["stock"]
+    assert gelu["kernels"] == [["_pointwise_fwd_kernel"], ["_pointwise_bwd_kernel"]]
+    assert gelu["speedup"] == pytest.approx(0.8)  # launches: 2 * 4 us over 2 * 5 us
+    assert linear["speedup"] is None and "matrix products" in linear["why"]
+    assert "Nothing here was measured" in (out / "summary.md").read_text()
+    assert (out / "predicted.png").read_bytes().startswith(b"\x89PNG")
+
+    written = (out / "bench.jsonl").read_text()  # and again: nothing is done twice
+    monkeypatch.setattr(predict, "predicted", None)
+    assert main(["bench", "--out", str(out)]) == 0
+    assert (out / "bench.jsonl").read_text() == written
+
+
+def test_unknown_row_and_other_results(tmp_path, capsys, monkeypatch):
+    assert main(["bench", "--only", "nonsense"]) == 2
+    assert "no rows" in capsys.readouterr().err
+    (tmp_path / "bench.jsonl").write_text(
+        json.dumps({"kind": "environment", **dict.fromkeys(run.IDENTITY, "other")}) + "\n"
+    )
+    assert main(["bench", "--only", "GELU", "--out", str(tmp_path)]) == 2
+    assert "choose another folder" in capsys.readouterr().err
+
+
+# ---- Timing, by the CPU's clock -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory):
+    results = run.Results(tmp_path_factory.mktemp("bench") / "bench.jsonl")
+    rows = cases.matching(rows=[GELU, LOSS])
+    results.add({"kind": "ceilings", **measure.ceilings(measure.Cpu(), 1 << 12, 8)})
+    assert run.run_rows(rows, results, measure.Cpu(), compiled=False, repeats=3)
+    return results
+
+
+def test_a_timed_row_says_all(timed):
+    gelu, loss = timed.of("row")
+    assert (gelu["path"], gelu["failures"], gelu["ops"]) == ("kernel", [], ["gelu"])
+    assert gelu["auto"]["gelu"] != "kernel" and gelu["error_ratio"] <= 2
+    assert set(gelu["sides"]) == {"stock", "ours", "auto"}
+    for line in (gelu, loss):
+        for side in line["sides"].values():
+            assert list(side) == ["forward", "forward+backward"]
+            for times in side.values():
+                assert times["executed"]["n"] >= 3
+                low, mid, high = (times["executed"][k] for k in ("q25", "median", "q75"))
+                assert 0 < low <= mid <= high
+    assert run.speedup(gelu, "ours") == run.took(gelu, "stock") / run.took(gelu, "ours")
+
+
+def test_results_go_on_where_they_stopped(timed, tmp_path):
+    path = tmp_path / "bench.jsonl"
+    text = timed.path.read_text()
+    lines = text.splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]) + lines[-1][:20])  # killed while it wrote the last line
+    results = run.Results(path)
+    assert [x["key"] for x in results.of("row")] == [GELU.key(BF16)]
+    seen = []
+    rows = cases.matching(rows=[GELU, LOSS])
+    left = iter([False, True])
+    done = run.run_rows(
+        [*rows, *cases.matching(rows=[NORM])], results, measure.Cpu(), compiled=False, repeats=3,
+        on_row=seen.append, out_of_time=lambda: next(left),
+    )  # fmt: skip
+    assert not done and [x["key"] for x in seen] == [LOSS.key(BF16)]
+    assert len(run.Results(path).of("row")) == 2
+
+
+def test_a_wrong_row_has_no_speedup(monkeypatch):
+    record = vars(REGISTRY["gelu"])
+    fused = record["fused"]
+    monkeypatch.setitem(record, "fused", lambda x, **k: fused(x, **k) * 1.5)
+    line = run.run_row(GELU, BF16, measure.Cpu(), 3)
+    assert line["failures"] and run.speedup(line, "ours") is None
+    assert "ours" not in line["sides"]
+    monkeypatch.setitem(record, "fused", lambda x, **k: _op.Stock("not today"))
+    line = run.run_row(GELU, BF16, measure.Cpu(), 3)
+    assert line["path"] == "stock" and run.speedup(line, "ours") is None
+    assert "not today" in report.measured_table([line], {})
+
+
+def test_a_row_that_raises_does_not_end_the_run(tmp_path, monkeypatch):
+    results = run.Results(tmp_path / "bench.jsonl")
+    monkeypatch.setattr(run, "check", lambda case, *rest: 1 / 0)
+    run.run_rows(cases.matching(rows=[GELU]), results, measure.Cpu(), compiled=False, repeats=3)
+    (line,) = results.of("row")
+    assert "ZeroDivisionError" in line["error"] and "wrong" in report.measured_table([line], {})
+
+
+def test_compiled_side_joins_its_row(timed, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda call, **options: call)  # no compiler is needed
+    line = run.run_compiled(GELU, BF16, measure.Cpu(), 3)
+    (row,) = [x for x in run.with_compiled([*timed.lines, line]) if x["key"] == line["key"]]
+    assert run.speedup(row, "compiled") > 0
+
+
+def test_plots_and_tables(timed, tmp_path):
+    written = report.write(timed, tmp_path)
+    assert [p.name for p in written] == ["summary.md", "speedup.png", "roofline.png"]
+    assert "GELU(3x40) bfloat16" in written[0].read_text()
+    summary = report.verdict(timed.lines)
+    assert summary["rows"] == 2 and not summary["wrong"]
+    assert summary["compiled"]["geometric_mean"] is None
+
+
+# ---- Tuning -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([(1, 10, 9), (2, 10, 9), (4, 10, 9)], 1),
+        ([(1, 10, 20), (2, 10, 9), (4, 10, 9)], 2),
+        ([(1, 10, 9), (2, 10, 11), (4, 10, 9)], 4),  # must keep winning
+        ([(1, 10, 9), (2, 10, 9.9), (4, 10, 9)], 4),  # by the margin
+        ([(1, 10, 9), (2, 10, 9), (4, 10, 9.9)], None),
+        ([], None),
+    ],
+)
+def test_threshold(points, expected):
+    assert tune.threshold(points) == expected
+
+
+def test_sweep_writes_the_entry_that_the_gate_reads(tmp_path, monkeypatch):
+    results = run.Results(tmp_path / "tune.jsonl")
+    sweeps = [tune.Sweep("gelu", GELU, dtype, most=700) for dtype in (BF16, FP32)]
+    assert [case.rows for case in sweeps[0].points()] == [1, 4, 16]
+    times = iter([(9.0, 10.0), *[(10.0, 9.0)] * 5])
+    monkeypatch.setattr(tune, "contest", lambda *args: next(times))
+    assert tune.run(sweeps, results, measure.Cpu())
+    assert tune.run(sweeps, results, measure.Cpu())  # `times` has run out: nothing is done twice
+    entry = tune.entry(results)
+    assert entry["least"] == {"gelu": 160}
+    assert entry["source"].startswith("measured on cpu")
+    table = tmp_path / "crossover.json"
+    table.write_text(json.dumps({"cpu": {"source": "before", "least": {"relu": 7, "gelu": 1}}}))
+    tune.write(table, "cpu", entry)
+    with gpu._table(table):
+        assert _op._crossover("gelu", "cpu") == (160, f"{entry['source']}; other functions before")
+        assert _op._crossover("relu", "cpu")[0] == 7
+    assert _op._crossover("gelu", "cpu")[0] == math.inf
+
+
+def test_contest_times_both_sides():
+    stock_us, ours_us = tune.contest(GELU, FP32, measure.Cpu(), 3)
+    assert 0 < stock_us < ours_us  # the interpreter
+
+
+def test_tune_without_a_gpu(tmp_path, capsys):
+    table = tmp_path / "table.json"
+    assert main(["tune", "--only", "gelu", "--out", str(table)]) == 2
+    said = capsys.readouterr()
+    assert "measures on a GPU" in said.err and "--dry-run" in said.err and not table.exists()
+    assert main(["tune", "--only", "nonsense"]) == 2
+    assert "no such op" in capsys.readouterr().err
+
+
+def test_tune_dry_run_prints_the_plan(capsys):
+    assert main(["tune", "--dry-run", "--only", "layer_norm"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("6 sweeps of 1 ops")
+    assert sum(line.startswith("layer_norm: LayerNorm 1x768") for line in lines) == 2
+
+
+# ---- The one command for a GPU ------------------------------------------------------------------
+
+
+def test_gpu_without_one(tmp_path, capsys):
+    assert gpu.main(["--out", str(tmp_path / "out"), "--budget", "1m"]) == 2
+    assert "no GPU here" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--budget", "soon"])
+
+
+def test_gpu_dry_run(tmp_path, capsys):
+    assert gpu.main(["--out", str(tmp_path / "out"), "--dry-run", "--budget", "2h"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(gpu.STAGES)
+    assert "7200 s" in lines[0] and not (tmp_path / "out").exists()
+
+
+def test_gpu_every_stage_at_toy_sizes(tmp_path, capsys):
+    argv = ["--out", str(tmp_path), "--tiny", "--budget", "1h"]
+    assert gpu.main(argv) == 0, capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(f"{name}: done" in printed for name in gpu.STAGES)
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    kinds = {json.loads(line)["kind"] for line in lines}
+    wanted = {"environment", "parity", "ceilings", "row", "sweep", "tuned-row", "step", "huge"}
+    assert wanted | {"determinism", "sanitizer"} == kinds
+    # What comes back from a lent machine: few files, none large, none deep.
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert len(files) <= 8 and all(p.parent == tmp_path for p in files)
+    assert gpu.main(argv) == 0  # goes on where it stopped: nothing was left
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_gpu_out_of_budget_is_unfinished(tmp_path, capsys):
+    argv = ["--out", str(tmp_path), "--tiny", "--stage", "bench"]
+    assert gpu.main([*argv, "--budget", "0s"]) == 1
+    assert "unfinished: bench; the same command goes on" in capsys.readouterr().out
+
+
+def test_gpu_names_what_is_wrong(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "_huge", lambda *args: ["output rows 0 to 8 differ"])
+    assert gpu.main(["--out", str(tmp_path), "--tiny", "--stage", "huge"]) == 1
+    assert "output rows 0 to 8 differ" in capsys.readouterr().out
+    assert "output rows 0 to 8 differ" in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.parametrize("step", models.TINY, ids=lambda s: s.name)
+def test_models_are_the_same_from_both_namespaces(step):
+    torch.manual_seed(0)
+    theirs, ours = step.build(stock), step.build(fastnn)
+    ours.load_state_dict(theirs.state_dict())
+    data = step.data("cpu")
+    losses = []
+    for model in (theirs, ours):
+        torch.manual_seed(1)
+        with fastnn.backend("torch"):
+            losses.append(model(*data))
+        losses[-1].backward()
+    assert torch.equal(*losses)
