@@ -251,9 +251,16 @@ def test_functorch_transforms(cls):
         got, want = (transform(lambda v, m=m: m(v, *rest).sum())(x) for m in (ours, its))
         torch.testing.assert_close(got, want)
     if not rest and x.dim():
-        stacked = torch.stack([x, x + 1])
-        got, want = (torch.func.vmap(m, randomness="different")(stacked) for m in (ours, its))
-        torch.testing.assert_close(got, want)
+        stacked, results = torch.stack([x, x + 1]), []
+        for m in (ours, its):
+            try:
+                results.append(torch.func.vmap(m, randomness="different")(stacked))
+            except RuntimeError as e:  # stock has no rule for it
+                results.append(str(e).partition(":")[0])
+        if isinstance(results[0], str):
+            assert results[0] == results[1]
+        else:
+            torch.testing.assert_close(*results)
     got, want = (
         torch.func.functional_call(m, dict(m.named_parameters()), (x, *rest)) for m in (ours, its)
     )

@@ -20,8 +20,10 @@ class Softmax(stock.Softmax, metaclass=Layer):
 
 class Softmax2d(stock.Softmax2d, metaclass=Layer):
     def forward(self, input):
-        if input.dim() not in (3, 4):
-            return super().forward(input)  # which raises
+        if input.dim() not in (3, 4):  # in stock's words
+            raise ValueError(
+                f"Softmax2d: expected input to be 3D or 4D, got {input.dim()}D instead"
+            )
         return F.softmax(input, -3, _stacklevel=5)
 
 
