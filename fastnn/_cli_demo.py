@@ -249,8 +249,9 @@ def _conclude(console: Console, comparisons: list[Comparison], skipped: str | No
         table.add_row(sign, what, Text(finding))
 
     for c in comparisons:
-        add(c.verdict.coincide, f"curves, {c.title}", c.verdict.finding)
-        table.add_row("", "", Text(f"rule: {c.verdict.rule}", "dim"))
+        add(c.loss_verdict.coincide, f"losses, {c.title}", c.loss_verdict.finding)
+        add(c.gradient_verdict.coincide, f"gradients, {c.title}", c.gradient_verdict.finding)
+        table.add_row("", "", Text(f"rule: {c.loss_verdict.rule}", "dim"))
         for m in c.moves:
             add(m.moved, f"checkpoint, {m.name}", m.finding)
     if skipped:
@@ -310,7 +311,7 @@ def _difference(axis, c: Comparison) -> None:
     axis.grid(alpha=0.25)
     axis.set_xlabel("step")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    v = c.verdict
+    v = c.loss_verdict
     if v.allowed:
         # A distance of zero has no place on a logarithmic axis: it is drawn at the bottom.
         floor = min(v.allowed) / 300
@@ -325,7 +326,7 @@ def _difference(axis, c: Comparison) -> None:
     stock, ours = c.losses["stock"], c.losses["fastnn"]
     axis.plot([b - a for a, b in zip(stock, ours, strict=True)], color=_OURS, lw=1.2)
     axis.set_ylabel("fastnn minus\ntorch.nn (nats)")
-    if c.verdict.coincide:
+    if c.loss_verdict.coincide:
         axis.set_ylim(-1, 1)
         axis.set_yticks([0])
         axis.annotate(

@@ -80,6 +80,7 @@ def test_quick_demo(tmp_path):
     full, kernels = report["comparisons"]
     assert report["passed"] and full["passed"] and kernels["passed"]
     for run in (full, kernels):
+        assert run["loss_verdict"]["coincide"] and run["gradient_verdict"]["coincide"]
         for losses in run["losses"].values():
             assert losses[-1] < losses[0] - 0.5
         assert run["step_ms"]["stock"] > 0 and run["step_bytes"]["stock"] > 0
@@ -110,7 +111,30 @@ def test_a_wrong_layer_parts_the_curves(layers):
 def test_a_wrong_layer_is_beyond_rounding(layers, coincide):
     """The criterion for kernels tells other rounding from another formula, however near."""
     result = _compare(KERNELS, SimpleNamespace(**{**_ours(), **layers}), mode="triton")
-    assert result.verdict.coincide is coincide, result.verdict.finding
+    assert result.coincide is coincide, (result.loss_verdict, result.gradient_verdict)
+
+
+@pytest.mark.skipif(not _op.INTERPRET, reason="needs kernels that run on CPU tensors")
+def test_a_gradient_that_adamw_hides():
+    """Off by a constant factor, it trains the very same model; only its norm tells."""
+
+    class ScaledGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, dx):
+            return dx * 1.001
+
+    class Norm(fastnn.LayerNorm):
+        def forward(self, x):
+            weight = ScaledGradient.apply(self.weight)
+            return fastnn.functional.layer_norm(x, (x.shape[-1],), weight, self.bias, self.eps)
+
+    result = _compare(KERNELS, SimpleNamespace(**{**_ours(), "LayerNorm": Norm}), mode="triton")
+    assert result.loss_verdict.coincide
+    assert not result.gradient_verdict.coincide and not result.passed
 
 
 def _ours():
@@ -130,7 +154,7 @@ def test_kernels_and_dropout_are_not_compared():
 )
 def test_a_checkpoint_that_does_not_move(layer, moved, word, tmp_path):
     result = _compare(TINY, _with(LayerNorm=layer), out=tmp_path)
-    assert result.verdict.coincide and not result.passed
+    assert result.coincide and not result.passed
     assert [m.moved for m in result.moves] == moved
     assert word in result.moves[moved.index(False)].finding
 
@@ -165,12 +189,16 @@ def test_missing_text_is_one_sentence(monkeypatch, tmp_path, capsys):
     assert "pydoc_data.topics, which this Python lacks" in capsys.readouterr().err
 
 
+def _bits(stock, ours):
+    return _demo.judge_bits({"stock": stock, "fastnn": ours})
+
+
 def test_bits():
-    assert _demo.judge_bits([1.0, 2.0], [1.0, 2.0]).coincide
-    apart = _demo.judge_bits([1.0, 2.0, 3.0], [1.0, 2.0000002, 3.0])
+    assert _bits([1.0, 2.0], [1.0, 2.0]).coincide
+    apart = _bits([1.0, 2.0, 3.0], [1.0, 2.0000002, 3.0])
     assert not apart.coincide and "first at step 1" in apart.finding
     nan = float("nan")
-    assert not _demo.judge_bits([1.0, nan], [1.0, nan]).coincide
+    assert not _bits([1.0, nan], [1.0, nan]).coincide
 
 
 def test_rounding():
@@ -179,7 +207,8 @@ def test_rounding():
     twin = [5.0, 4.0, 3.0 - 4e-6, 2.0]
 
     def judge(ours):
-        return _demo.judge_rounding(stock, ours, exact, [twin]).coincide
+        curves = {"stock": stock, "fastnn": ours, "float64": exact, "twin 1": twin}
+        return _demo.judge_rounding(curves).coincide
 
     assert judge(exact) and judge(stock) and judge(twin)
     assert judge([5.0, 4.0, 3.0, 2.0 + 7.9e-6])  # reached by the twin at an earlier step
