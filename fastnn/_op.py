@@ -403,12 +403,16 @@ def _front(record: Op) -> Callable:
             defaults[f"_{p.name}"] = p.default
         declared.append(p.name if p.default is p.empty else f"{p.name}=_{p.name}")
     passed = ", ".join(positional + keyword)
+    dispatched = ", ".join(positional)
+    # A warning's stack level counts the frames that lie between: this function, then dispatch.
+    passed = passed.replace("_stacklevel", "_stacklevel + 1")
+    dispatched = dispatched.replace("_stacklevel", "_stacklevel + 2")
     lines = [
         f"def make(stock, record, {', '.join(defaults)}):",
         f"    def {name}({', '.join(declared)}):",
         "        if _idle:",
         f"            return stock({passed})",
-        f"        return dispatch(record, ({', '.join(positional)},), "
+        f"        return dispatch(record, ({dispatched},), "
         + (f"dict({', '.join(keyword)}))" if keyword else "_NO_KEYWORDS)"),
         f"    return {name}",
     ]
