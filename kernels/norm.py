@@ -25,7 +25,7 @@ from fastnn.kernels._launch import kernel
 from fastnn.kernels import _rows
 
 ROW = 16384  # the widest row that stays in registers from load to store, forward
-ROW_BWD = 8192  # and backward, which also holds dy and the sums for dw and db
+ROW_BWD = 8192  # and backward, which also holds dy; half of it for float32 with dw and db
 
 
 @triton.jit
@@ -179,10 +179,10 @@ def _norm_bwd_kernel(
             db += dy
         if W is not None:
             dy *= tl.load(W + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-        dx = dy - x_hat * tl.div_rn(tl.sum(dy * x_hat, 1), N.to(tl.float32))[:, None]
+        pull = x_hat * tl.div_rn(tl.sum(dy * x_hat, 1), N.to(tl.float32))[:, None]
         if CENTER:
-            dx -= tl.div_rn(tl.sum(dy, 1), N.to(tl.float32))[:, None]
-        tl.store(DX + row + cols[None, :], (dx * rstd).to(DX.dtype.element_ty), mask=mask)
+            pull += tl.div_rn(tl.sum(dy, 1), N.to(tl.float32))[:, None]
+        tl.store(DX + row + cols[None, :], ((dy - pull) * rstd).to(DX.dtype.element_ty), mask=mask)
     offs = tl.program_id(0).to(tl.int64) * N + cols
     if DW is not None:
         tl.store(DW + offs, tl.sum(dw, 0).to(DW.dtype.element_ty), mask=cols < N)
@@ -403,7 +403,8 @@ def bwd(dy, x, weight, mean, rstd, dims, need_dx, dw_dtype, db_dtype):
         parts = rstd.new_empty(len(params), G, N)
         return parts, None if dw is None else parts[0], None if db is None else parts[-1]
 
-    if need_dx and M and not _rows.fits(N, unit, ROW_BWD):
+    most = ROW_BWD // 2 if params and x.dtype == torch.float32 else ROW_BWD
+    if need_dx and M and not _rows.fits(N, unit, most):
         _bwd_dx_wide(dy, x, weight, mean, rstd, dx, sizes, flags)
     elif need_dx:
         config = _rows.row_config(N, unit)
