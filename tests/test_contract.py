@@ -304,6 +304,7 @@ def test_a_dispatch_mode_sees_what_it_sees_of_stock(cls):
     assert seen[0] == seen[1]
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # stock's
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @each_layer
 def test_autocast_result_dtype(cls, dtype, monkeypatch):

@@ -45,8 +45,8 @@ class Softmax(torch.autograd.Function):
 
 def _softmax(name, x, dim, stacklevel, dtype, out_dtype, log=False, negate=False):
     if dim is None:
-        # Five frames lie between the warning and the user: this one, the fused function, dispatch.
-        dim = stock._get_softmax_dim(name, x.dim(), stacklevel + 3)
+        # Dispatch counted its own frames; the function above this one stands where stock's does.
+        dim = stock._get_softmax_dim(name, x.dim(), stacklevel + 1)
     if not isinstance(dim, int) or isinstance(dim, bool):
         return Invalid(f"dim={dim!r}")
     dims = max(x.dim(), 1)
