@@ -7,6 +7,7 @@ from fastnn.layers.activation import *  # noqa: F403
 from fastnn.layers.container import *  # noqa: F403
 from fastnn.layers.dropout import *  # noqa: F403
 from fastnn.layers.linear import *  # noqa: F403
+from fastnn.layers.loss import *  # noqa: F403
 from fastnn.layers.normalization import *  # noqa: F403
 from fastnn.layers.softmax import *  # noqa: F403
 from fastnn.layers.sparse import *  # noqa: F403

@@ -1,0 +1,131 @@
+"""Cross entropy of logits with class indices or class probabilities."""
+
+import torch
+import torch.nn.functional as stock
+
+from fastnn._op import Invalid, Stock, launcher, op, run, second_order
+from fastnn.ops.nll_loss import INDICES, refuse_indices, refuse_options, resolve_reduction
+
+
+def _fake_fwd(x, target, weight, ignore_index, smoothing, reduction, dtype):
+    shape = (*x.shape[:1], *x.shape[2:]) if reduction == "none" and x.dim() > 1 else ()
+    M = x.numel() // x.shape[min(x.dim() - 1, 1)]
+    rows = 3 if target.is_floating_point() or smoothing > 0.0 else 2
+    return x.new_empty(shape, dtype=dtype), x.new_empty(rows * M + 1, dtype=torch.float32)
+
+
+def _fake_bwd(dloss, x, target, *options):
+    *_, need_x, need_target = options
+    return [torch.empty_like(t) for t, need in ((x, need_x), (target, need_target)) if need]
+
+
+_fwd = launcher(
+    "cross_entropy",
+    "fwd",
+    "(Tensor x, Tensor target, Tensor? weight, int ignore_index, float smoothing, str reduction, "
+    "ScalarType dtype) -> (Tensor, Tensor)",
+    _fake_fwd,
+)
+_bwd = launcher(
+    "cross_entropy",
+    "bwd",
+    "(Tensor dloss, Tensor x, Tensor target, Tensor? weight, Tensor stats, int ignore_index, "
+    "float smoothing, str reduction, bool need_x, bool need_target) -> Tensor[]",
+    _fake_bwd,
+)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Cross entropy, reduced. Differentiable in input and probabilities, as often as stock."""
+
+    @staticmethod
+    def forward(ctx, x, target, weight, ignore_index, smoothing, reduction, dtype):
+        loss, stats = _fwd(x, target, weight, ignore_index, smoothing, reduction, dtype)
+        ctx.save_for_backward(x, target, weight, stats)
+        ctx.options = ignore_index, smoothing, reduction
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        x, target, weight, stats = ctx.saved_tensors
+        ignore_index, smoothing, reduction = ctx.options
+        need_x, need_target = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():
+            dtype = dloss.dtype
+
+            def formula(x, target):
+                return stock.cross_entropy(
+                    x.to(dtype),
+                    target.to(dtype) if target.is_floating_point() else target,
+                    None if weight is None else weight.to(dtype),
+                    ignore_index=ignore_index,
+                    reduction=reduction,
+                    label_smoothing=smoothing,
+                )
+
+            dx, dt = second_order(formula, (x, target), dloss, (need_x, need_target))
+        else:
+            grads = _bwd(
+                dloss, x, target, weight, stats, ignore_index, smoothing, reduction, need_x,
+                need_target,
+            )  # fmt: skip
+            dx = grads[0] if need_x else None
+            dt = grads[-1] if need_target else None
+        return dx, dt, None, None, None, None, None
+
+
+def _refuse(input, target, weight, ignore_index, smoothing, reduction, out_dtype):
+    why = refuse_options(input, weight, ignore_index, reduction, out_dtype)
+    if why is not None:
+        return why
+    if not isinstance(smoothing, (int, float)) or smoothing > 1.0:
+        return Invalid(f"label_smoothing={smoothing!r}")
+    if isinstance(target, torch.Tensor) and target.shape == input.shape:
+        if not target.is_floating_point():
+            return Invalid("a target of the input's shape that is not floating")
+        if ignore_index >= 0:
+            return Invalid("ignore_index with class probabilities")
+        return None
+    if smoothing > 0.0 and isinstance(target, torch.Tensor) and target.dtype is torch.uint8:
+        return Stock("uint8 targets with label smoothing")
+    return refuse_indices(input, target, weight, out_dtype)
+
+
+@op(
+    stock=stock.cross_entropy,
+    integers=INDICES,
+    autocast="fp32",
+    autocast_cpu="fp32",
+    opaque=True,
+    source="arXiv:1805.02867 (online softmax)",
+)
+def cross_entropy(
+    input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
+    reduction="mean", label_smoothing=0.0, *, out_dtype=None,
+):  # fmt: skip
+    """Fused for class indices and class probabilities, every shape and option, and deterministic.
+
+    What differs from stock:
+    - A target outside [0, C) that is not `ignore_index` makes the loss nan, and its gradients;
+      nothing outside the input is read. There stock fails an assertion that ends all use of CUDA
+      in the process, or raises IndexError on a CPU; with TRITON_DEBUG=1 the kernels assert as well.
+    - Logits of an ignored position are not used, nor read where classes are contiguous: a nan
+      there stays out of the gradient, where stock's becomes nan.
+    - Backward reads the logits, where stock keeps a table of log-probabilities as large. So logits
+      edited in place between forward and backward raise autograd's error; with stock they do not.
+      The error is all that changes: a gradient from edited logits is never computed.
+    - 16-bit logits are not rounded to 16-bit log-probabilities on the way to the loss.
+    """
+    why = _refuse(input, target, weight, ignore_index, label_smoothing, reduction, out_dtype)
+    if why is not None:
+        return why
+    dtype = out_dtype
+    if dtype is None:
+        dtype = input.dtype
+        if target.is_floating_point():
+            dtype = torch.promote_types(dtype, target.dtype)
+            if weight is not None:
+                dtype = torch.promote_types(dtype, weight.dtype)
+    reduction = resolve_reduction(size_average, reduce, reduction)
+    smoothing = max(float(label_smoothing), 0.0)
+    return run(CrossEntropy, input, target, weight, ignore_index, smoothing, reduction, dtype)

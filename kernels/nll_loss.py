@@ -1,0 +1,275 @@
+"""Negative log likelihood of log-probabilities x (B, C, S) at class indices t (B, S):
+
+    loss[b, s] = -weight[t] * x[b, t, s]        dx[b, c, s] = -weight[t] * g  where c == t, else 0
+
+and what it shares with cross entropy: how logits are laid out, how partial sums become a loss.
+Forward reads one element per position, and adds up in fp64: a loss per position is little work.
+Backward writes each element once, where stock fills with zeros, then scatters; no atomics anywhere.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from fastnn.kernels._launch import kernel
+from fastnn.kernels._tl import dense_like
+
+# ---- (N, C, d1, ...) as (B, C, S) ---------------------------------------------------------------
+
+
+def split(x):
+    """Sizes (B, C, S) of x (C,), (N, C) or (N, C, d1, ...), and their strides; S are the positions.
+
+    None where d1, ... do not share a stride. (N, C) is one batch entry of N positions.
+    """
+    shape, strides = x.shape, x.stride()
+    if len(shape) == 1:
+        return (1, shape[0], 1), (0, strides[0], 0)
+    S, stride_s = 1, 0
+    for size, stride in zip(shape[:1:-1], strides[:1:-1], strict=True):
+        if size == 1:
+            continue
+        if S == 1:
+            stride_s = stride
+        elif stride != S * stride_s:
+            return None
+        S *= size
+    if S == 1:
+        return (1, shape[1], shape[0]), (0, strides[1], strides[0])
+    return (shape[0], shape[1], S), (strides[0], strides[1], stride_s)
+
+
+def common(*tensors):
+    """(B, C, S), whether classes are contiguous, else positions, (batch, other) strides of each.
+
+    None where the tensors agree on neither: a tile's lanes run along what is contiguous.
+    """
+    views = [split(t) for t in tensors]
+    if None in views:
+        return None
+    (B, C, S), _ = views[0]
+    strides = [strides for _, strides in views]
+    if all(b == S * s for b, _, s in strides):
+        B, S, strides = 1, B * S, [(0, c, s) for _, c, s in strides]
+    if all(s == 1 for *_, s in strides) and (S > 1 or C == 1):
+        return (B, C, S), False, [(b, c) for b, c, _ in strides]
+    if all(c == 1 for _, c, _ in strides):
+        return (B, C, S), True, [(b, s) for b, _, s in strides]
+    return None
+
+
+def unit(sizes, classes_last, strides, *tensors):
+    """Elements in 128 bits of the narrowest tensor, if they divide every count and stride; or 1."""
+    wide = 16 // min(t.element_size() for t in tensors)
+    counts = (sizes[1 if classes_last else 2], *(v for pair in strides for v in pair))
+    return wide if all(v % wide == 0 for v in counts) else 1
+
+
+def tiles(sizes, classes_last, itemsize, values=32):
+    """{ROWS, LANES, GROUP, num_warps}: ROWS positions by LANES * GROUP classes.
+
+    A thread gets up to `values`. A lane is a running statistic; its GROUP classes lie LANES apart,
+    so that they end up in one thread. Small rows share a program, each within a warp.
+    """
+    B, C, S = sizes
+    vector = 32 * 16 // itemsize  # elements of one 128-bit access of a warp
+    if not classes_last:
+        num_warps = 4 if B * S >= 1 << 18 else 1
+        rows = min(triton.next_power_of_2(S), vector * num_warps)
+        group = min(triton.next_power_of_2(C), 32 * values * num_warps // rows)
+        return {"ROWS": rows, "LANES": 1, "GROUP": group, "num_warps": num_warps}
+    num_warps = 4 if C <= 4096 else 8
+    block = min(triton.next_power_of_2(C), 32 * values * num_warps)
+    # Small rows: a quarter of the values, for a thread then has the statistics of several rows.
+    rows = min(max(1024 // block, min(4, 128 * values // block), 1), 64)
+    lanes = min(block, vector * num_warps // min(rows, num_warps))
+    return {"ROWS": rows, "LANES": lanes, "GROUP": block // lanes, "num_warps": num_warps}
+
+
+def class_programs(C, cols, classes_last):
+    """Programs that share a block of rows in backward.
+
+    One where positions are contiguous: there a tile has few classes, and what is known of each
+    position would be read again for each tile.
+    """
+    return triton.cdiv(C, cols) if classes_last else 1
+
+
+# ---- kernels ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def multiple(n, UNIT: tl.constexpr):
+    """n, which UNIT divides, in a form that tells the compiler so: what 128-bit access takes."""
+    return n // UNIT * UNIT
+
+
+@triton.jit
+def checked(target, keep, C):
+    """Which kept targets are classes. Others end in a nan; with TRITON_DEBUG=1 in an assert."""
+    valid = keep & (target >= 0) & (target < C)
+    tl.device_assert(valid | (keep == 0), "cross_entropy, nll_loss: target out of range")
+    return valid
+
+
+@kernel(do_not_specialize=["G"])
+def _finish_kernel(PARTIAL, LOSS, COUNT, G, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    loss = tl.zeros((BLOCK,), tl.float64)
+    count = tl.zeros((BLOCK,), tl.float64)
+    for g in range(0, G, BLOCK):
+        mask = g + offs < G
+        loss += tl.load(PARTIAL + g + offs, mask=mask, other=0.0)
+        count += tl.load(PARTIAL + G + g + offs, mask=mask, other=0.0)
+    total = tl.sum(loss, 0)
+    if MEAN:
+        divisor = tl.sum(count, 0)
+        total /= divisor
+        tl.store(COUNT, divisor.to(tl.float32))
+    tl.store(LOSS, total.to(tl.float32).to(LOSS.dtype.element_ty))
+
+
+def finish(partial, loss, count, reduction):
+    """partial (2, G) fp64, sums of losses and of weights -> loss, and the divisor of a mean."""
+    G = partial.shape[1]
+    block = min(max(triton.next_power_of_2(G), 32), 4096)
+    num_warps = min(max(block // 256, 1), 8)
+    _finish_kernel(
+        (1,), partial, loss, count, G, MEAN=reduction == "mean", BLOCK=block, num_warps=num_warps
+    )
+
+
+@kernel(
+    do_not_specialize=[
+        "C", "S", "M", "stride_xb", "stride_xc", "stride_xs", "blocks", "ignore_index",
+    ]
+)  # fmt: skip
+def _nll_loss_fwd_kernel(
+    X, TARGET, WEIGHT, LOSS, PARTIAL, C, S: tl.int64, M: tl.int64, stride_xb: tl.int64,
+    stride_xc: tl.int64, stride_xs: tl.int64, blocks, ignore_index: tl.int64,
+    REDUCE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    losses = tl.zeros((BLOCK,), tl.float64)
+    counts = tl.zeros((BLOCK,), tl.float64)
+    for i in range(blocks):
+        m = (pid.to(tl.int64) * blocks + i) * BLOCK + tl.arange(0, BLOCK)
+        live = m < M
+        target = tl.load(TARGET + m, mask=live, other=0).to(tl.int64)
+        keep = live & (target != ignore_index)
+        valid = checked(target, keep, C)
+        offs = m // S * stride_xb + target * stride_xc + m % S * stride_xs
+        x = tl.load(X + offs, mask=valid, other=0.0).to(tl.float32)
+        w = tl.where(valid, 1.0, float("nan"))
+        if WEIGHT is not None:
+            w *= tl.load(WEIGHT + target, mask=valid, other=0.0).to(tl.float32)
+        if REDUCE:
+            losses += tl.where(keep, -w.to(tl.float64) * x, 0.0)
+            counts += tl.where(keep, w, 0.0)
+        else:
+            loss = tl.where(keep, -w * x, 0.0)
+            tl.store(LOSS + m, loss.to(LOSS.dtype.element_ty), mask=live)
+    if REDUCE:
+        tl.store(PARTIAL + pid, tl.sum(losses, 0))
+        tl.store(PARTIAL + tl.num_programs(0) + pid, tl.sum(counts, 0))
+
+
+BLOCK = 256
+PARTIALS = 4096  # about as many sums as one program adds up in a few microseconds
+
+
+def _blocks(M):
+    """Blocks of positions, one after another in each program, and programs."""
+    blocks = triton.cdiv(triton.cdiv(M, BLOCK), PARTIALS)
+    return max(blocks, 1), triton.cdiv(M, BLOCK * max(blocks, 1))
+
+
+def loss_like(x, reduction, dtype):
+    """The uninitialised loss of log-probabilities or logits x: (N, d1, ...), or 0-d if reduced."""
+    shape = (*x.shape[:1], *x.shape[2:]) if reduction == "none" and x.dim() > 1 else ()
+    return x.new_empty(shape, dtype=dtype)
+
+
+def fwd(x, target, weight, ignore_index, reduction, dtype):
+    """x (C,) or (N, C, ...), target (N, ...) ints -> loss in `dtype`, its divisor (0-d fp32)."""
+    loss = loss_like(x, reduction, dtype)
+    count = x.new_empty((), dtype=torch.float32)
+    view = split(x)
+    if view is None:
+        x = x.contiguous()
+        view = split(x)
+    (_, C, S), strides = view
+    M = target.numel()
+    blocks, programs = _blocks(M)
+    reduce = reduction != "none"
+    partial = x.new_empty((2, programs), dtype=torch.float64) if reduce else None
+    _nll_loss_fwd_kernel(
+        (programs,), x, target.contiguous(), weight, loss, partial, C, S, M, *strides, blocks,
+        ignore_index, REDUCE=reduce, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    if reduce:
+        finish(partial, loss, count, reduction)
+    return loss, count
+
+
+@kernel(do_not_specialize=["C", "S", "stride_dxb", "row_blocks", "class_blocks", "ignore_index"])
+def _nll_loss_bwd_kernel(
+    DLOSS, TARGET, WEIGHT, COUNT, DX, C, S: tl.int64, stride_dxb: tl.int64, stride_dx, row_blocks,
+    class_blocks, ignore_index: tl.int64, REDUCTION: tl.constexpr, CLASSES_LAST: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    b = (pid // class_blocks // row_blocks).to(tl.int64)
+    rows = (pid // class_blocks % row_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    DX += b * multiple(stride_dxb, UNIT)
+    if CLASSES_LAST:
+        C = multiple(C, UNIT)
+        stride_dxc, stride_dxs = 1, multiple(stride_dx, UNIT)
+    else:
+        S = multiple(S, UNIT)
+        stride_dxc, stride_dxs = multiple(stride_dx, UNIT), 1
+    live = rows < S
+    m = b * S + rows
+    target = tl.load(TARGET + m, mask=live, other=0).to(tl.int64)
+    keep = live & (target != ignore_index)
+    valid = checked(target, keep, C)
+    if REDUCTION == "none":
+        g = tl.load(DLOSS + m, mask=live, other=0.0).to(tl.float32)
+    else:
+        g = tl.load(DLOSS).to(tl.float32)
+    if REDUCTION == "mean":
+        g = tl.div_rn(g, tl.load(COUNT))
+    if WEIGHT is not None:
+        g = g * tl.load(WEIGHT + target, mask=valid, other=0.0).to(tl.float32)
+    at_target = tl.where(keep, -g, 0.0)[None, :]
+    elsewhere = tl.where(keep & (valid == 0), float("nan"), 0.0)[None, :]
+    target = tl.where(valid, target, -1).to(tl.int32)[None, :]
+
+    span = tl.cdiv(tl.cdiv(C, COLS), class_blocks) * COLS
+    first = pid % class_blocks * span
+    for c in range(first, tl.minimum(first + span, C), COLS):
+        cols = c + tl.arange(0, COLS)[:, None]
+        offs = cols.to(tl.int64) * stride_dxc + (rows * stride_dxs)[None, :]
+        dx = tl.where(cols == target, at_target, elsewhere)
+        tl.store(DX + offs, dx.to(DX.dtype.element_ty), mask=live[None, :] & (cols < C))
+
+
+def bwd(dloss, x, target, weight, count, ignore_index, reduction):
+    """dloss, the inputs and the count of `fwd` -> dx, as x in dtype and layout."""
+    wanted = torch.empty_like(x)
+    dx = wanted
+    view = common(dx)
+    if view is None:
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        view = common(dx)
+    sizes, classes_last, strides = view
+    B, C, S = sizes
+    config = tiles(sizes, classes_last, dx.element_size())
+    rows, cols = config["ROWS"], config["LANES"] * config["GROUP"]
+    row_blocks, class_blocks = triton.cdiv(S, rows), class_programs(C, cols, classes_last)
+    _nll_loss_bwd_kernel(
+        (B * row_blocks * class_blocks,), dloss.contiguous(), target.contiguous(), weight, count,
+        dx, C, S, *strides[0], row_blocks, class_blocks, ignore_index, REDUCTION=reduction,
+        CLASSES_LAST=classes_last, UNIT=unit(sizes, classes_last, strides, dx), ROWS=rows,
+        COLS=cols, num_warps=config["num_warps"],
+    )  # fmt: skip
+    return dense_like(dx, wanted)
