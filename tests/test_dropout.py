@@ -388,7 +388,7 @@ def test_values_and_gradients_to_the_bit(name, p, dtype, device):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the meter reads the interpreter")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("n", [8192, 8193])
+@pytest.mark.parametrize("n", [8192, 8193, 8196])
 def test_traffic(n, dtype):
     """Each byte once and nothing beyond, forward and backward, with no mask among the bytes."""
     x = torch.randn(n, dtype=dtype, requires_grad=True)
