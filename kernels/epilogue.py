@@ -186,7 +186,8 @@ def bwd(
     v = 16 // dy.element_size()
     n_vec, ld_vec = width(v, N), width(v, dy.stride(0))
     block_n = min(128, max(16, triton.next_power_of_2(N)))
-    block_m = (2048 if n_vec > 1 else 1024) // block_n  # more would spill
+    # Narrow accesses want many small programs in flight; a larger tile of either kind would spill.
+    block_m = max(1, (2048 if n_vec > 1 else 1024 // dy.element_size()) // block_n)
     columns = triton.cdiv(N, block_n)
     parts = max(1, min(4 * processors // max(columns, 1), triton.cdiv(M, 2 * block_m)))
     rows_each = max(block_m, triton.cdiv(triton.cdiv(M, parts), block_m) * block_m)
