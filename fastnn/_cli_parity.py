@@ -211,8 +211,8 @@ def _html(facts: dict[str, str], lines: list[dict], outcomes: list[Outcome]) -> 
 <p class="verdict {"broken" if bad else "passed"}">{verdict}</p><table>{told}</table>
 <p>Errors are the largest absolute ones against float64, over outputs and gradients of all rows.
 A row passes where ours is at most twice stock's in the same dtype plus one unit in the last place,
-with the same dtypes, shapes, strides, nan and inf, the same bits on a second run, nothing written to
-inputs, and state_dict loading both ways.</p>
+with the same dtypes, shapes, strides, nan and inf, the same bits on a second run, nothing written
+to inputs, and state_dict loading both ways.</p>
 <table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
 {"<h2>Failures</h2>" + failures if bad else ""}
 <h2>Declined, as the rows state</h2><ul>{declined}</ul></html>

@@ -316,7 +316,7 @@ def _forced_onto_stock(name: str, why: str) -> NoReturn:
     raise BackendError(f"{name}: backend('triton'), but stock: {why}")
 
 
-# Dynamo then runs it as it is while tracing, and the user meets the error, not Dynamo's words for it.
+# Dynamo then runs it as it is while tracing: the user meets the error, not Dynamo's words for it.
 _forced_onto_stock._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -407,7 +407,7 @@ def test_libdevice(op):
 
 def test_libdevice_refuses_what_a_gpu_refuses():
     x = torch.zeros(BLOCK, dtype=torch.bfloat16)
-    with pytest.raises(Exception, match="bfloat16|bf16"):
+    with pytest.raises(Exception, match=r"bfloat16|bf16"):
         _libdevice[(1,)](x, x, x, "tanh", BLOCK)
 
 

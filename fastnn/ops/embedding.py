@@ -45,7 +45,9 @@ class Embedding(torch.autograd.Function):
     stock=stock.embedding,
     integers=(torch.int64, torch.int32),
     opaque=True,
-    size=lambda input, weight, *rest, **options: input.numel() * weight.shape[-1] if weight.dim() else 0,
+    size=lambda input, weight, *rest, **options: (
+        input.numel() * weight.shape[-1] if weight.dim() else 0
+    ),
 )
 def embedding(
     input, weight, padding_idx=None, max_norm=None, norm_type=2.0,

@@ -165,7 +165,7 @@ def _side(case: Case, namespace, dtype, device) -> Side:
 
 
 def _leaves(tree, dtype=None):
-    """The tree with each tensor a fresh leaf of the same layout; in `dtype`, where that is given."""
+    """The tree with each tensor a fresh leaf of the same layout; in `dtype`, if that is given."""
 
     def fresh(v):
         if isinstance(v, torch.dtype) and dtype is not None and v.is_floating_point:

@@ -1,5 +1,7 @@
 """Activations: past a block, one element, empty, 0-d, layouts, special values, in place."""
 
+from typing import Any
+
 import torch
 
 from fastnn.testing import Case, randn, values
@@ -25,7 +27,7 @@ def channels_last(x):
     return fresh(x).contiguous(memory_format=torch.channels_last)
 
 
-IN_PLACE = [
+IN_PLACE: list[tuple[str, dict[str, Any]]] = [
     ("ReLU", {}),
     ("ReLU6", {}),
     ("LeakyReLU", {"negative_slope": 0.3}),
@@ -40,7 +42,7 @@ IN_PLACE = [
     ("Hardswish", {}),
     ("Threshold", {"threshold": 0.1, "value": -2.5}),
 ]
-ALL = [
+ALL: list[tuple[str, dict[str, Any]]] = [
     *IN_PLACE,
     ("GELU", {}),
     ("GELU", {"approximate": "tanh"}),
