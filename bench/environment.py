@@ -69,7 +69,7 @@ def environment() -> dict:
         "rocm": torch.version.hip,
     }
     if torch.cuda.is_available():
-        p = torch.cuda.get_device_properties()
+        p = torch.cuda.get_device_properties(0)
         found["architecture"] = fastnn._op.architecture(0)
         found["multiprocessors"] = p.multi_processor_count
         found["memory_bytes"] = p.total_memory

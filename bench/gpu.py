@@ -287,7 +287,7 @@ def _on_two_streams(both: Callable, clock) -> list[list]:
 
 
 def huge(work: Work) -> bool:
-    """Beyond 2**31 elements: rows at both ends and about the boundary as in a small call."""
+    """Beyond 2**31 elements: rows at both ends and the middle as in a small call."""
     for case, dtype in work.huge:
         if work.results.has("huge", case.key(dtype)):
             continue
@@ -313,7 +313,7 @@ def _huge(case, dtype, device: str) -> list[str]:
     _, ours = _sides(case, dtype, device)
     inputs = case.make(dtype, device)
     each = 8
-    middle = case.rows - case.rows // 64
+    middle = case.rows // 2  # 2**30 elements in: 2**31 bytes of 16-bit ones
     parts = [slice(0, each), slice(middle, middle + each), slice(case.rows - each, case.rows)]
     failures = []
     with fastnn.backend("triton"):
@@ -324,14 +324,20 @@ def _huge(case, dtype, device: str) -> list[str]:
         for part in parts:
             some = [t[part].detach().requires_grad_(t.requires_grad) for t in inputs]
             expected = ours(*some)
-            if not torch.equal(out[part], expected):
+            if not _agree(out[part], expected):
                 failures.append(f"output rows {part.start} to {part.stop} differ")
             if wanted:
                 leaves = [t for t in some if t.requires_grad]
                 small = torch.autograd.grad(expected, leaves, upstream[part])
-                if not all(torch.equal(g[part], s) for g, s in zip(grads, small, strict=True)):
+                if not all(_agree(g[part], s) for g, s in zip(grads, small, strict=True)):
                     failures.append(f"gradient rows {part.start} to {part.stop} differ")
     return failures
+
+
+def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Up to the order of sums, which a launch may choose by the number of rows."""
+    apart = (a.double() - b.double()).abs().max().item()
+    return apart <= 2 * torch.finfo(a.dtype).eps * b.double().abs().max().item()
 
 
 _SANITIZED = """

@@ -67,10 +67,13 @@ class Cuda:
     graphs = True
 
     def __init__(self) -> None:
-        l2 = getattr(torch.cuda.get_device_properties(), "L2_cache_size", 64 << 20)
+        l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
         # Written whole between two calls; twice the cache, so that nothing of the last is left.
         self._flush = torch.empty(max(2 * l2, 64 << 20), dtype=torch.int8, device="cuda")
         self._cycles = 2_000_000  # about a millisecond: longer than launching takes
+
+    def flush(self) -> None:
+        self._flush.zero_()
 
     def executed(self, call: Call, repeats: int) -> list[float]:
         pairs = [
@@ -78,7 +81,7 @@ class Cuda:
             for _ in range(repeats)
         ]
         for start, end in pairs:
-            self._flush.zero_()
+            self.flush()
             torch.cuda._sleep(self._cycles)  # the host gets ahead, so that only the device is timed
             start.record()
             call()

@@ -151,8 +151,8 @@ def _figure(width: float, height: float):
 
 
 def _label(line: dict) -> str:
-    dtype = line["dtype"].replace("float", "fp").replace("bfp", "bf")
-    return f"{line['name']}({line['shape']}{'' if line['train'] else ', eval'}) {dtype}"
+    key = re.sub(r", normalized_shape=(\d+|\(.*?\))", "", line["key"])
+    return key.replace("bfloat", "bf").replace("float", "fp")
 
 
 def plot_speedups(lines: list[dict], path: Path, title: str, prefix: str = "") -> None:
@@ -185,13 +185,15 @@ def plot_speedups(lines: list[dict], path: Path, title: str, prefix: str = "") -
     axis.tick_params(axis="x", top=True, labeltop=True)
     axis.grid(axis="x", alpha=0.25)
     figure.suptitle(title, fontsize=9)
+    handles = None
     if predicted:
-        for colour, label in (
-            (_COLOURS[AUTO], "auto runs the kernel"),
-            (_PREDICTED, "auto: stock"),
-        ):
-            axis.bar(0, 0, color=colour, hatch="///", edgecolor="white", label=label)
-    axis.legend(loc="upper right", fontsize=8)
+        from matplotlib.patches import Patch
+
+        handles = [
+            Patch(facecolor=colour, hatch="///", edgecolor="white", label=label)
+            for colour, label in ((_COLOURS[AUTO], "auto: kernel"), (_PREDICTED, "auto: stock"))
+        ]
+    axis.legend(handles=handles, loc="upper right", fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -273,8 +273,6 @@ def run_compiled(case: BenchCase, dtype: torch.dtype, clock: Clock, repeats: int
     torch._dynamo.reset()
     stock, _ = _sides(case, dtype, clock.name)
     compiled = torch.compile(stock, dynamic=False)
-    if isinstance(stock, nn.Module):
-        compiled.parameters = stock.parameters
     inputs = case.make(dtype, clock.name)
     line = {"kind": "compiled", **describe(case, dtype)}
     try:
