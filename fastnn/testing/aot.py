@@ -20,9 +20,9 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
+from triton.runtime.jit import JITFunction
 
 from fastnn import _op
 
@@ -185,18 +186,58 @@ def launch_nothing(target: str = "cuda:90") -> Iterator[None]:
         yield
 
 
+class Specialisation(NamedTuple):
+    """What a launch is about to compile."""
+
+    kernel: str
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
 @contextmanager
-def compile_only(target: str) -> Iterator[list[Record]]:
+def compile_only(
+    target: str, wanted: Callable[[Specialisation], bool] | None = None
+) -> Iterator[list[Record]]:
     """Compiles for `target`, one of `TARGETS`, what the block launches; launches nothing.
 
     The list is filled when the block ends: a record per specialisation, in order of first launch.
+    Given `wanted`, what it refuses is passed over (it may be asked again; not before Triton 3.5).
     Raises what the compiler raises.
     """
     records: list[Record] = []
-    with _active(target) as driver:
+    with _active(target) as driver, _only(wanted) if wanted else nullcontext():
         yield records
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a disassembler
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a tool
         records += pool.map(functools.partial(_record, target), driver.compiled.values())
+
+
+@contextmanager
+def _only(wanted: Callable[[Specialisation], bool]) -> Iterator[None]:
+    stock = getattr(JITFunction, "_do_compile", None)
+    if stock is None:
+        yield
+        return
+
+    def compile_if_wanted(self, key, signature, device, constants, options, *rest):
+        what = Specialisation(
+            self.fn.__name__,
+            {name: str(ty) for name, ty in signature.items() if ty != "constexpr"},
+            _named(self, constants),
+            options.num_warps,
+            options.num_stages,
+        )
+        if wanted(what):
+            return stock(self, key, signature, device, constants, options, *rest)
+        return None  # as where a compilation hook declines: the launch returns None
+
+    with mock.patch.object(JITFunction, "_do_compile", compile_if_wanted):
+        yield
+
+
+def _named(fn: Any, constants: dict[tuple[int, ...], Any]) -> dict[str, Any]:
+    return {fn.arg_names[at[0]]: value for at, value in constants.items() if len(at) == 1}
 
 
 # ---- machine code -------------------------------------------------------------------------------
@@ -206,36 +247,36 @@ class _Code(NamedTuple):
     registers: int
     spills: int
     stack: int
-    loads: list[str]
-    stores: list[str]
+    loads: int
+    loads_wide: int
+    stores: int
+    stores_wide: int
     async_copies: int
     tensor_core: dict[str, int]
 
 
 _WIDE_BYTES = 16
-_WIDE = re.compile(r"\.(128|256)\b|dwordx4")
 _NVIDIA_MATH = {
-    "mma": r"\b[HIQDO]MMA\b",
-    "wgmma": r"\b[HIQB]GMMA\b",
-    "tcgen05": r"\bUTC[A-Z]*MMA\b",
+    "mma": r"\bmma\.sync\b",
+    "wgmma": r"\bwgmma\.mma_async\b",
+    "tcgen05": r"\btcgen05\.mma\b",
 }
 
 
 def _record(target: str, compiled: _Compiled) -> Record:
     source, metadata = compiled
     asm = _assembly(source.name, metadata.hash)
-    code = _sass(asm["cubin"]) if "cubin" in asm else _amdgcn(asm["amdgcn"])
+    code = _nvidia(asm["cubin"], asm["ptx"]) if "cubin" in asm else _amd(asm["amdgcn"])
     threads = metadata.num_warps * metadata.target.warp_size
     blocks, occupancy = _occupancy(
         TARGETS[target], code.registers, metadata.shared, metadata.num_warps
     )
     signature, aligned = _signature(source)
-    names = source.fn.arg_names
     return Record(
         kernel=metadata.name,
         target=target,
         signature=signature,
-        constexprs={names[at[0]]: value for at, value in source.constants.items() if len(at) == 1},
+        constexprs=_named(source.fn, source.constants),
         num_warps=metadata.num_warps,
         num_stages=metadata.num_stages,
         registers=code.registers,
@@ -244,10 +285,10 @@ def _record(target: str, compiled: _Compiled) -> Record:
         shared=metadata.shared,
         blocks=blocks,
         occupancy=occupancy,
-        loads=len(code.loads),
-        loads_wide=sum(bool(_WIDE.search(i)) for i in code.loads),
-        stores=len(code.stores),
-        stores_wide=sum(bool(_WIDE.search(i)) for i in code.stores),
+        loads=code.loads,
+        loads_wide=code.loads_wide,
+        stores=code.stores,
+        stores_wide=code.stores_wide,
         async_copies=code.async_copies,
         tensor_core=code.tensor_core,
         dots=_tensor_core_dots(asm["ttir"]),
@@ -264,7 +305,7 @@ def _assembly(kernel: str, key: str) -> dict[str, Any]:
     asm: dict[str, Any] = {}
     for name, path in group.items():
         stage = name.rpartition(".")[2]
-        if stage in ("ttir", "amdgcn"):
+        if stage in ("ttir", "ptx", "amdgcn"):
             with open(path) as f:
                 asm[stage] = f.read()
         elif stage == "cubin":
@@ -308,46 +349,66 @@ def _tensor_core_dots(ttir: str) -> int:
     )
 
 
-def _tool(name: str) -> str:
-    return getattr(triton.knobs.nvidia, name).path
+def _run(tool: str, *arguments: str) -> str:
+    command = [getattr(triton.knobs.nvidia, tool).path, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @functools.cache
-def _sass(cubin: bytes) -> _Code:
+def _nvidia(cubin: bytes, ptx: str) -> _Code:
+    # The assembler keeps the width of an access and the kind of a matrix instruction, and a
+    # disassembly costs more than the compile; only it counts spills, which always have a stack.
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        usage, sass = (
-            subprocess.run([*command, f.name], capture_output=True, text=True, check=True).stdout
-            for command in ((_tool("cuobjdump"), "-res-usage"), (_tool("nvdisasm"), "-c"))
-        )
-    resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert resources, usage
+        usage = _run("cuobjdump", "-res-usage", f.name)
+        resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        assert resources, usage
+        sass = _run("nvdisasm", "-ndf", "-c", f.name) if int(resources[2]) else ""
+    loads, loads_wide = _ptx_accesses("ld", ptx)
+    stores, stores_wide = _ptx_accesses("st", ptx)
     return _Code(
         registers=int(resources[1]),
         spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         stack=int(resources[2]),
-        loads=re.findall(r"\bLDG\.[\w.]+", sass),
-        stores=re.findall(r"\bSTG\.[\w.]+", sass),
-        async_copies=len(re.findall(r"\b(?:LDGSTS|UTMALDG|UBLKCP)\b", sass)),
-        tensor_core={k: n for k, p in _NVIDIA_MATH.items() if (n := len(re.findall(p, sass)))},
+        loads=loads,
+        loads_wide=loads_wide,
+        stores=stores,
+        stores_wide=stores_wide,
+        async_copies=len(re.findall(r"\bcp\.async\.(?:c[ag]|bulk)\.(?!commit|wait)", ptx)),
+        tensor_core={k: n for k, p in _NVIDIA_MATH.items() if (n := len(re.findall(p, ptx)))},
     )
 
 
+def _ptx_accesses(op: str, ptx: str) -> tuple[int, int]:
+    """Accesses to global memory, and how many of them are wide."""
+    count = wide = 0
+    for modifiers in re.findall(rf"\b{op}\.(?:[\w:]+\.)*?global([\w.:]*)", ptx):
+        vector = re.search(r"\.v(\d+)", modifiers)
+        bits = re.search(r"\.[bfsu](\d+)\b", modifiers)
+        if bits:
+            count += 1
+            wide += int(bits[1]) * (int(vector[1]) if vector else 1) >= 8 * _WIDE_BYTES
+    return count, wide
+
+
 @functools.cache
-def _amdgcn(asm: str) -> _Code:
+def _amd(asm: str) -> _Code:
     def resource(name: str) -> int:
         found = re.search(rf"\.{name}:\s*(\d+)", asm)
         return int(found[1]) if found else 0
 
-    mfma = len(re.findall(r"\bv_mfma_\w+", asm))
     loads = re.findall(r"\b(?:global|buffer|flat)_load_\w+.*", asm)
+    stores = re.findall(r"\b(?:global|buffer|flat)_store_\w+", asm)
+    mfma = len(re.findall(r"\bv_mfma_\w+", asm))
     return _Code(
         registers=resource("vgpr_count"),  # accumulation registers included, as they are shared
         spills=resource("vgpr_spill_count") + resource("sgpr_spill_count"),
         stack=resource("private_segment_fixed_size"),
-        loads=loads,
-        stores=re.findall(r"\b(?:global|buffer|flat)_store_\w+", asm),
+        loads=len(loads),
+        loads_wide=sum("dwordx4" in load for load in loads),
+        stores=len(stores),
+        stores_wide=sum("dwordx4" in store for store in stores),
         async_copies=sum("lds" in load.split() for load in loads),
         tensor_core={"mfma": mfma} if mfma else {},
     )
