@@ -189,7 +189,9 @@ def bwd(
     # Narrow accesses want many small programs in flight; a larger tile of either kind would spill.
     block_m = max(1, (2048 if n_vec > 1 else 1024 // dy.element_size()) // block_n)
     columns = triton.cdiv(N, block_n)
-    parts = max(1, min(4 * processors // max(columns, 1), triton.cdiv(M, 2 * block_m)))
+    parts = max(
+        1, min(4 * processors // max(columns, 1), triton.cdiv(M, 64))
+    )  # partials: 1/64 of what is read
     rows_each = max(block_m, triton.cdiv(triton.cdiv(M, parts), block_m) * block_m)
     parts = max(1, triton.cdiv(M, rows_each))
     dz = dy.new_empty((M, N)) if want_dz else None

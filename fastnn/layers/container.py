@@ -74,8 +74,8 @@ def _watched(*members) -> str | None:
 def _plainly() -> bool:
     """Whether the members must be called one by one: no kernel can run, or somebody looks on."""
     return bool(
-        torch.compiler.is_compiling()
-        or idle()
+        idle()
+        or torch.compiler.is_compiling()
         or _module._global_forward_hooks
         or _module._global_forward_pre_hooks
         or _module._global_backward_hooks
