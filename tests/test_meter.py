@@ -103,6 +103,21 @@ def test_a_column_walk_moves_a_sector_per_element():
     assert log.sectors.total() == 8 * nbytes(x, y)
 
 
+@triton.jit
+def _copy_even(X, Y, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(Y + offs, tl.load(X + 2 * offs))
+
+
+@interpreted
+def test_lanes_of_one_sector_move_it_once():
+    x, y = torch.randn(512), torch.empty(256)
+    with traffic() as log:
+        _copy_even[(1,)](x, y, 256)
+    assert log.requested["load"] == nbytes(x) / 2
+    assert log.sectors["load"] == nbytes(x)
+
+
 @interpreted
 def test_a_tile_counts_whatever_order_it_is_touched_in():
     x, y = torch.randn(2, 32, 32)
