@@ -328,6 +328,41 @@ def test_autocast_result_dtype(cls, dtype, monkeypatch):
         assert results[0] == results[1]
 
 
+def edited_outcome(layer, inputs):
+    """What editing the result in place gives: values and gradients, or the kind of error."""
+    x = [v.detach().clone() if isinstance(v, torch.Tensor) else v for v in inputs]
+    x[0].requires_grad_(x[0].is_floating_point())
+    torch.manual_seed(0)
+    out = layer(*x)
+    try:
+        out.add_(1)
+        out.sum().backward()
+    except RuntimeError as e:
+        return type(e)
+    return [out.detach(), x[0].grad, *(p.grad for p in layer.parameters())]
+
+
+@each_layer
+def test_results_may_be_edited_in_place_where_stocks_may(cls):
+    ours, its, inputs = build(cls)
+    if "Lazy" in cls.__name__:
+        ours(*inputs), its(*inputs)
+    its.load_state_dict(ours.state_dict())
+    if isinstance(ours, stock.RReLU):
+        ours.eval(), its.eval()  # in training it is stock's
+    shapes = [inputs]
+    if isinstance(ours, stock.Linear):
+        shapes.append((torch.randn(2, 3, ours.in_features),))
+    for args in shapes:
+        with fastnn.backend("triton"):
+            got = edited_outcome(ours, args)
+        want = edited_outcome(its, args)
+        if isinstance(want, type) or isinstance(got, type):
+            assert got == want
+        elif "Dropout" not in cls.__name__:  # which draws otherwise on a CPU
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 # ---- hooks, threads, modes -----------------------------------------------------------------------
 
 
