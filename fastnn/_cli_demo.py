@@ -65,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     try:
-        comparisons, skipped = _compare(args, console)
+        with _demo.one_thread():
+            device = _cli.device_name(_device())
+            comparisons, skipped = _compare(args, console)
     except DemoError as error:
         raise _cli.CliError(str(error)) from error
     for comparison in comparisons:
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     report = {
         "passed": passed,
         "versions": _cli.versions(),
-        "device": _cli.device_name(_device()),
+        "device": device,
         "seed": args.seed,
         "seconds": time.perf_counter() - began,
         "comparisons": [c.as_dict() for c in comparisons],
