@@ -8,6 +8,8 @@ if not torch.cuda.is_available():
 
 import pytest
 
+torch.set_num_threads(1)  # pytest-xdist fills the cores with processes
+
 
 @pytest.fixture(scope="session")
 def device():

@@ -44,6 +44,14 @@ def op_id(pair):
     return f"{name}-{info.variant_test_name}" if info.variant_test_name else name
 
 
+# In auto the same kernels run: one dtype shows that it chooses them.
+each_mode = pytest.mark.parametrize(
+    ("dtype", "mode"),
+    [*((d, "triton") for d in FLOATS), (torch.float32, "auto")],
+    ids=lambda v: str(v).removeprefix("torch."),
+)
+
+
 @pytest.fixture(autouse=True)
 def no_size_gate(monkeypatch):
     monkeypatch.setattr(_op, "_crossover", lambda name, architecture: (0, "the test"))
@@ -67,8 +75,7 @@ def test_there_are_samples():
     assert len(FUNCTION_SAMPLES) >= 2
 
 
-@pytest.mark.parametrize("mode", ["triton", "auto"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
+@each_mode
 @pytest.mark.parametrize("info", MODULES, ids=lambda m: m.module_cls.__name__)
 def test_module_samples(info, dtype, mode, device, account):
     for training in (True, False) if info.train_and_eval_differ else (True,):
@@ -95,8 +102,7 @@ def test_module_samples(info, dtype, mode, device, account):
             account(info.module_cls.__name__, result)
 
 
-@pytest.mark.parametrize("mode", ["triton", "auto"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
+@each_mode
 @pytest.mark.parametrize("pair", FUNCTION_SAMPLES, ids=op_id)
 def test_function_samples(pair, dtype, mode, device, account):
     info, name = pair
