@@ -19,7 +19,6 @@ import triton.language as tl
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._tl import dense_like
 from fastnn.kernels.nll_loss import (
-    PARTIALS,
     checked,
     class_programs,
     common,
@@ -32,21 +31,27 @@ from fastnn.kernels.nll_loss import (
 from triton.language.extra import libdevice
 
 
+@triton.jit
+def finite(top):
+    """The base of a lane's exponentials. One that has only seen -inf would take exp(-inf + inf)."""
+    return tl.where(top == -float("inf"), 0.0, top)
+
+
 @kernel(
     do_not_specialize=[
-        "C", "S", "M", "stride_xb", "stride_tb", "stride_t", "programs", "blocks", "ignore_index",
+        "C", "S", "M", "stride_xb", "stride_tb", "stride_t", "row_blocks", "ignore_index",
     ]
 )  # fmt: skip
 def _cross_entropy_fwd_kernel(
     X, TARGET, WEIGHT, LOSS, STATS, PARTIAL, C, S: tl.int64, M: tl.int64, stride_xb: tl.int64,
-    stride_x, stride_tb: tl.int64, stride_t: tl.int64, programs, blocks, ignore_index: tl.int64,
+    stride_x, stride_tb: tl.int64, stride_t: tl.int64, row_blocks, ignore_index: tl.int64,
     kept, uniform, PROBABILITIES: tl.constexpr, SMOOTH: tl.constexpr, REDUCE: tl.constexpr,
     CLASSES_LAST: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
     SOFT: tl.constexpr = PROBABILITIES or SMOOTH
     pid = tl.program_id(0)
-    b = (pid // programs).to(tl.int64)
+    b = (pid // row_blocks).to(tl.int64)
     X += b * multiple(stride_xb, UNIT)
     if CLASSES_LAST:
         C = multiple(C, UNIT)
@@ -58,89 +63,83 @@ def _cross_entropy_fwd_kernel(
         stride_tc, stride_ts = multiple(stride_t, UNIT), 1
     # Axes: group, lane, row. Classes of a group are LANES apart, so that one thread has them all.
     offs = tl.arange(0, GROUP)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
-    losses = tl.zeros((ROWS,), tl.float64)
-    counts = tl.zeros((ROWS,), tl.float64)
-    for i in range(blocks):
-        rows = ((pid % programs).to(tl.int64) * blocks + i) * ROWS + tl.arange(0, ROWS)
-        live = rows < S
-        m = b * S + rows
-        reads = live
-        stop = C
-        if not PROBABILITIES:
-            target = tl.load(TARGET + m, mask=live, other=0).to(tl.int64)
-            keep = live & (target != ignore_index)
-            valid = checked(target, keep, C)
-            stop = tl.max(keep.to(tl.int32), 0) * C
-            x_t = tl.zeros((ROWS,), tl.float32)
-            if CLASSES_LAST:
-                # Where positions are contiguous, a mask per position would end wide loads.
-                reads = keep
-                x_t = tl.load(X + rows * stride_xs + target, mask=valid, other=0.0).to(tl.float32)
-            w_t = tl.where(valid, 1.0, float("nan"))
-            if WEIGHT is not None:
-                w_t *= tl.load(WEIGHT + target, mask=valid, other=0.0).to(tl.float32)
-            target = tl.where(valid, target, -1).to(tl.int32)
+    rows = (pid % row_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = rows < S
+    m = b * S + rows
+    reads = live
+    stop = C
+    if not PROBABILITIES:
+        target = tl.load(TARGET + m, mask=live, other=0).to(tl.int64)
+        keep = live & (target != ignore_index)
+        valid = checked(target, keep, C)
+        stop = tl.max(keep.to(tl.int32), 0) * C
+        x_t = tl.zeros((ROWS,), tl.float32)
+        if CLASSES_LAST:
+            # Where positions are contiguous, a mask per position would end wide loads.
+            reads = keep
+            x_t = tl.load(X + rows * stride_xs + target, mask=valid, other=0.0).to(tl.float32)
+        w_t = tl.where(valid, 1.0, float("nan"))
+        if WEIGHT is not None:
+            w_t *= tl.load(WEIGHT + target, mask=valid, other=0.0).to(tl.float32)
+        target = tl.where(valid, target, -1).to(tl.int32)
 
-        top = tl.full((LANES, ROWS), -float("inf"), tl.float32)
-        acc = tl.zeros((LANES, ROWS), tl.float32)
-        base = tl.zeros((LANES, ROWS), tl.float32)
-        mass = tl.zeros((LANES, ROWS), tl.float32)  # sum of u
-        cross = tl.zeros((LANES, ROWS), tl.float32)  # sum of u * (x - base)
-        for c in range(0, stop, GROUP * LANES):
-            cols = c + offs
-            inside = reads[None, None, :] & (cols < C)
-            at = cols.to(tl.int64) * stride_xc + (rows * stride_xs)[None, None, :]
-            x = tl.load(X + at, mask=inside, other=-float("inf")).to(tl.float32)
-            new = tl.maximum(top, tl.max(x, 0), propagate_nan=tl.PropagateNan.ALL)
-            # A lane that has only seen -inf would otherwise take exp(-inf + inf), which is nan.
-            new_base = tl.where(new == -float("inf"), 0.0, new)
-            acc = acc * tl.exp(top - new_base) + tl.sum(tl.exp(x - new_base[None, :, :]), 0)
-            if SOFT:
-                u = tl.where(inside, 1.0, 0.0)
-                if PROBABILITIES:
-                    at = cols.to(tl.int64) * stride_tc + (rows * stride_ts)[None, None, :]
-                    T = TARGET + b * multiple(stride_tb, UNIT)
-                    u = tl.load(T + at, mask=inside, other=0.0).to(tl.float32)
-                    if SMOOTH:
-                        u = tl.where(inside, u * kept + uniform, 0.0)
-                if WEIGHT is not None:
-                    u *= tl.load(WEIGHT + cols, mask=cols < C, other=0.0).to(tl.float32)
-                gap = tl.where(inside, x - new_base[None, :, :], 0.0)
-                cross += mass * (base - new_base) + tl.sum(u * gap, 0)
-                mass += tl.sum(u, 0)
-                base = new_base
-            if not PROBABILITIES and not CLASSES_LAST:
-                x_t += tl.sum(tl.sum(tl.where(cols == target[None, None, :], x, 0.0), 0), 0)
-            top = new
-
-        peak = tl.max(top, 0)
-        # The largest term is 1, and in fp32 a small rest would drown in it. Here and below fp64
-        # costs a few operations per lane, not per element.
-        rest = tl.sum((acc * tl.exp(top - peak[None, :])).to(tl.float64), 0) - 1.0
-        log_sum = libdevice.log1p(rest.to(tl.float32))
-        tl.store(STATS + m, peak, mask=live)
-        tl.store(STATS + M + m, log_sum, mask=live)
+    top = tl.full((LANES, ROWS), -float("inf"), tl.float32)
+    acc = tl.zeros((LANES, ROWS), tl.float32)
+    mass = tl.zeros((LANES, ROWS), tl.float32)  # sum of u
+    cross = tl.zeros((LANES, ROWS), tl.float32)  # sum of u * (x - top)
+    for c in range(0, stop, GROUP * LANES):
+        cols = c + offs
+        inside = reads[None, None, :] & (cols < C)
+        at = cols.to(tl.int64) * stride_xc + (rows * stride_xs)[None, None, :]
+        x = tl.load(X + at, mask=inside, other=-float("inf")).to(tl.float32)
+        new = tl.maximum(top, tl.max(x, 0), propagate_nan=tl.PropagateNan.ALL)
+        base = finite(new)
+        acc = acc * tl.exp(top - base) + tl.sum(tl.exp(x - base[None, :, :]), 0)
         if SOFT:
-            far = base.to(tl.float64) - peak[None, :] - log_sum[None, :]
-            soft = -tl.sum(cross + mass * far, 0)
-            tl.store(STATS + 2 * M + m, tl.sum(mass, 0), mask=live)
-        if PROBABILITIES:
-            loss = tl.where(live, soft, 0.0)
-            count = tl.where(live, 1.0, 0.0)
-        else:
-            loss = (peak.to(tl.float64) - x_t + log_sum) * w_t
-            if SMOOTH:
-                loss = loss * kept + uniform * soft
-            loss = tl.where(keep, loss, 0.0)
-            count = tl.where(keep, w_t, 0.0)
-        if REDUCE:
-            losses += loss
-            counts += count
-        else:
-            tl.store(LOSS + m, loss.to(tl.float32).to(LOSS.dtype.element_ty), mask=live)
+            u = tl.where(inside, 1.0, 0.0)
+            if PROBABILITIES:
+                at = cols.to(tl.int64) * stride_tc + (rows * stride_ts)[None, None, :]
+                T = TARGET + b * multiple(stride_tb, UNIT)
+                u = tl.load(T + at, mask=inside, other=0.0).to(tl.float32)
+                if SMOOTH:
+                    u = tl.where(inside, u * kept + uniform, 0.0)
+            if WEIGHT is not None:
+                W = WEIGHT + cols
+                if CLASSES_LAST:  # for each row anew: else weights go through shared memory
+                    W = tl.broadcast_to(W, (GROUP, LANES, ROWS))
+                u *= tl.load(W, mask=cols < C, other=0.0).to(tl.float32)
+            gap = tl.where(inside, x - base[None, :, :], 0.0)
+            cross += mass * (finite(top) - base) + tl.sum(u * gap, 0)
+            mass += tl.sum(u, 0)
+        if not PROBABILITIES and not CLASSES_LAST:
+            x_t += tl.sum(tl.sum(tl.where(cols == target[None, None, :], x, 0.0), 0), 0)
+        top = new
+
+    peak = tl.max(top, 0)
+    # The largest term is 1, and in fp32 a small rest would drown in it. Here and below fp64
+    # costs a few operations per lane, not per element.
+    rest = tl.sum((acc * tl.exp(top - peak[None, :])).to(tl.float64), 0) - 1.0
+    log_sum = libdevice.log1p(rest.to(tl.float32))
+    tl.store(STATS + m, peak, mask=live)
+    tl.store(STATS + M + m, log_sum, mask=live)
+    if SOFT:
+        far = finite(top).to(tl.float64) - peak[None, :] - log_sum[None, :]
+        soft = -tl.sum(cross + mass * far, 0)
+        tl.store(STATS + 2 * M + m, tl.sum(mass, 0), mask=live)
+    if PROBABILITIES:
+        loss = tl.where(live, soft, 0.0)
+        count = tl.where(live, 1.0, 0.0)
+    else:
+        loss = (peak.to(tl.float64) - x_t + log_sum) * w_t
+        if SMOOTH:
+            loss = loss * kept + uniform * soft
+        loss = tl.where(keep, loss, 0.0)
+        count = tl.where(keep, w_t, 0.0)
     if REDUCE:
-        tl.store(PARTIAL + pid, tl.sum(losses, 0))
-        tl.store(PARTIAL + tl.num_programs(0) + pid, tl.sum(counts, 0))
+        tl.store(PARTIAL + pid, tl.sum(loss, 0))
+        tl.store(PARTIAL + tl.num_programs(0) + pid, tl.sum(count.to(tl.float64), 0))
+    else:
+        tl.store(LOSS + m, loss.to(tl.float32).to(LOSS.dtype.element_ty), mask=live)
 
 
 @kernel(
@@ -269,17 +268,16 @@ def fwd(x, target, weight, ignore_index, smoothing, reduction, dtype):
     B, C, S = sizes
     narrow = (x, target) if probabilities else (x,)
     itemsize = min(t.element_size() for t in narrow)
-    config = tiles(sizes, classes_last, itemsize, values=16 if soft else 32)
+    wide = unit(sizes, classes_last, strides, *narrow)
+    config = tiles(sizes, classes_last, wide, itemsize, light=not soft)
     row_blocks = triton.cdiv(S, config["ROWS"])
-    blocks = triton.cdiv(B * row_blocks, PARTIALS) or 1
-    programs = triton.cdiv(row_blocks, blocks)
     reduce = reduction != "none"
-    partial = x.new_empty((2, B * programs), dtype=torch.float64) if reduce else None
+    partial = x.new_empty((2, B * row_blocks), dtype=torch.float64) if reduce else None
     _cross_entropy_fwd_kernel(
-        (B * programs,), x, target, weight, loss, stats, partial, C, S, M, *strides[0],
-        *strides[-1], programs, blocks, ignore_index, 1.0 - smoothing, smoothing / C,
+        (B * row_blocks,), x, target, weight, loss, stats, partial, C, S, M, *strides[0],
+        *strides[-1], row_blocks, ignore_index, 1.0 - smoothing, smoothing / C,
         PROBABILITIES=probabilities, SMOOTH=smoothing > 0.0, REDUCE=reduce,
-        CLASSES_LAST=classes_last, UNIT=unit(sizes, classes_last, strides, *narrow), **config,
+        CLASSES_LAST=classes_last, UNIT=wide, **config,
     )  # fmt: skip
     if reduce:
         finish(partial, loss, stats[-1:], reduction)
@@ -305,7 +303,8 @@ def bwd(dloss, x, target, weight, stats, ignore_index, smoothing, reduction, nee
     narrow = (*read, *made)
     itemsize = min(t.element_size() for t in narrow)
     soft = probabilities or smoothing > 0.0
-    config = tiles(sizes, classes_last, itemsize, values=16 if soft else 32)
+    wide = unit(sizes, classes_last, strides, *narrow)
+    config = tiles(sizes, classes_last, wide, itemsize, light=not soft)
     rows, cols = config["ROWS"], config["LANES"] * config["GROUP"]
     row_blocks, class_blocks = triton.cdiv(S, rows), class_programs(C, cols, classes_last)
     _cross_entropy_bwd_kernel(
@@ -314,7 +313,7 @@ def bwd(dloss, x, target, weight, stats, ignore_index, smoothing, reduction, nee
         *strides[0], *strides[len(read) - 1], *strides[len(read)], *strides[-1], row_blocks,
         class_blocks, ignore_index, 1.0 - smoothing, smoothing / C, PROBABILITIES=probabilities,
         SMOOTH=smoothing > 0.0, REDUCTION=reduction, CLASSES_LAST=classes_last,
-        UNIT=unit(sizes, classes_last, strides, *narrow), ROWS=rows, COLS=cols,
+        UNIT=wide, ROWS=rows, COLS=cols,
         num_warps=config["num_warps"],
     )  # fmt: skip
     return [dense_like(d, like) for d, like in zip(made, wanted, strict=True)]

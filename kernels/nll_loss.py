@@ -64,13 +64,14 @@ def unit(sizes, classes_last, strides, *tensors):
     return wide if all(v % wide == 0 for v in counts) else 1
 
 
-def tiles(sizes, classes_last, itemsize, values=32):
+def tiles(sizes, classes_last, unit, itemsize, light=True):
     """{ROWS, LANES, GROUP, num_warps}: ROWS positions by LANES * GROUP classes.
 
-    A thread gets up to `values`. A lane is a running statistic; its GROUP classes lie LANES apart,
-    so that they end up in one thread. Small rows share a program, each within a warp.
+    A lane is a running statistic; its GROUP classes lie LANES apart, so that they end up in one
+    thread. Small rows share a program, each within a warp. `light`: one tensor is read.
     """
     B, C, S = sizes
+    values = 32 if light and unit == 8 else 16  # per thread; more spill
     vector = 32 * 16 // itemsize  # elements of one 128-bit access of a warp
     if not classes_last:
         num_warps = 4 if B * S >= 1 << 18 else 1
@@ -131,8 +132,8 @@ def _finish_kernel(PARTIAL, LOSS, COUNT, G, MEAN: tl.constexpr, BLOCK: tl.conste
 def finish(partial, loss, count, reduction):
     """partial (2, G) fp64, sums of losses and of weights -> loss, and the divisor of a mean."""
     G = partial.shape[1]
-    block = min(max(triton.next_power_of_2(G), 32), 4096)
-    num_warps = min(max(block // 256, 1), 8)
+    block = min(max(triton.next_power_of_2(G), 32), 8192)
+    num_warps = min(max(block // 256, 1), 16)
     _finish_kernel(
         (1,), partial, loss, count, G, MEAN=reduction == "mean", BLOCK=block, num_warps=num_warps
     )
@@ -263,13 +264,14 @@ def bwd(dloss, x, target, weight, count, ignore_index, reduction):
         view = common(dx)
     sizes, classes_last, strides = view
     B, C, S = sizes
-    config = tiles(sizes, classes_last, dx.element_size())
+    wide = unit(sizes, classes_last, strides, dx)
+    config = tiles(sizes, classes_last, wide, dx.element_size())
     rows, cols = config["ROWS"], config["LANES"] * config["GROUP"]
     row_blocks, class_blocks = triton.cdiv(S, rows), class_programs(C, cols, classes_last)
     _nll_loss_bwd_kernel(
         (B * row_blocks * class_blocks,), dloss.contiguous(), target.contiguous(), weight, count,
         dx, C, S, *strides[0], row_blocks, class_blocks, ignore_index, REDUCTION=reduction,
-        CLASSES_LAST=classes_last, UNIT=unit(sizes, classes_last, strides, dx), ROWS=rows,
+        CLASSES_LAST=classes_last, UNIT=wide, ROWS=rows,
         COLS=cols, num_warps=config["num_warps"],
     )  # fmt: skip
     return dense_like(dx, wanted)
