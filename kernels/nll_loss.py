@@ -71,7 +71,9 @@ def tiles(sizes, classes_last, unit, itemsize, light=True):
     thread. Small rows share a program, each within a warp. `light`: one tensor is read.
     """
     B, C, S = sizes
-    values = 32 if light and unit == 8 else 16  # per thread; more spill
+    values = 16 if light or unit > 1 else 8  # per thread; more spill
+    if light and unit == 8:
+        values = 32
     vector = 32 * 16 // itemsize  # elements of one 128-bit access of a warp
     if not classes_last:
         num_warps = 4 if B * S >= 1 << 18 else 1
