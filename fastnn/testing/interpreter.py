@@ -42,6 +42,7 @@ def install() -> None:
         _repair_nan_dropping()
         _repair_libdevice()
         _repair_launch()
+        _repair_scalars()
 
 
 # ---- bfloat16 ---------------------------------------------------------------------------------
@@ -274,6 +275,21 @@ def _repair_libdevice() -> None:
     for name, function in vars(cuda_libdevice).items():
         if tl.core.is_builtin(function) and hasattr(libdevice, name):
             setattr(libdevice, name, interpreted(function))
+
+
+# ---- scalars ----------------------------------------------------------------------------------
+
+
+def _repair_scalars() -> None:
+    # A scalar is an array of one element, which Triton up to 3.6 hands to int(); NumPy from 2.4 on
+    # takes only those without dimensions.
+    stock_patch = stock._patch_lang_tensor
+
+    def patch(tensor, *scope):
+        stock_patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    stock._patch_lang_tensor = patch
 
 
 # ---- launches ---------------------------------------------------------------------------------
