@@ -4,6 +4,7 @@ What was not accelerated is counted, with its reason, in the summary at the end 
 """
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -59,14 +60,27 @@ def no_size_gate(monkeypatch):
 
 @pytest.fixture
 def account(record_property):
-    """Adds up the paths taken, and fails at the end with every disagreement."""
-    failures = []
+    """Adds up the paths taken, and fails at the end with every disagreement.
+
+    Many samples are a handful of numbers, on which stock may be exact by luck. So what counts as
+    stock's own error is its worst over all tensors compared in the test, in units in the last
+    place at the scale of each; the rule is the rows': ours may be twice that, plus one.
+    """
+    failures, ours, stock = [], [], []
 
     def add(what, result):
         record_property("path", (what, result.path, result.reason))
-        failures.extend(f"{what}: {f}" for f in result.failures)
+        for c in result.comparisons:
+            unit = c.bound - 2 * c.stock
+            if unit > 0 and c.ours < float("inf"):
+                ours.append((c.ours / unit, what, c.what))
+                stock.append(c.stock / unit)
+        failures.extend(f"{what}: {f}" for f in result.failures if " from float64, bound " not in f)
 
+    add.enough = lambda: len(ours) >= 60
     yield add
+    if ours and max(ours)[0] > 2 * max(stock) + 1:
+        failures.append(f"{max(ours)} units in the last place from float64; stock {max(stock)}")
     assert not failures, "\n".join(failures)
 
 
@@ -78,8 +92,11 @@ def test_there_are_samples():
 @each_mode
 @pytest.mark.parametrize("info", MODULES, ids=lambda m: m.module_cls.__name__)
 def test_module_samples(info, dtype, mode, device, account):
-    for training in (True, False) if info.train_and_eval_differ else (True,):
-        torch.manual_seed(0)
+    modes = (True, False) if info.train_and_eval_differ else (True,)
+    for seed, training in itertools.product(range(8), modes):
+        if seed and account.enough():
+            break
+        torch.manual_seed(seed)
         samples = info.module_inputs_func(
             info, device=device, dtype=dtype, requires_grad=True, training=training
         )
