@@ -212,8 +212,7 @@ class Op:
     autocast_cpu: Literal["fp32", "lower", None] = None
     compiled: Literal["stock", "opaque"] = "stock"  # who runs it under torch.compile
     opaque: bool = False  # whether its launches are registered, so that a graph can hold them
-    size: Callable[..., int] | None = None  # what the gate compares; default: elements of the
-    flops: Callable[..., int] | None = None  # largest tensor. FLOPs, where compute-bound
+    size: Callable[..., int] | None = None  # what the gate compares; default: most elements
     source: str = ""
 
     def __repr__(self):
