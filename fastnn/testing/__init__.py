@@ -157,7 +157,8 @@ class Side:
 
 def _side(case: Case, namespace, dtype, device) -> Side:
     if not case.is_layer:
-        return Side(getattr(namespace.functional, case.name))
+        ours = getattr(fastnn.functional, case.name)  # stock need not have it under a name
+        return Side(ours if namespace is fastnn else ours.op.stock)
     options = {k: v(dtype, device) if callable(v) else v for k, v in case.options.items()}
     members = [member(namespace) for member in case.members]
     layer = getattr(namespace, case.name)(*members, **options).to(device, dtype).train(case.train)

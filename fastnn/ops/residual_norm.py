@@ -1,0 +1,233 @@
+"""Dropout of a branch, its addition to the residual, and the normalisation of the sum."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as stock
+
+from fastnn import _rng, kernels
+from fastnn._op import Invalid, Stock, op, run, second_order
+from fastnn.ops.dropout import Dropout, Noise, _native_scales
+from fastnn.ops.norm import FINFO_EPS, _unfit
+
+
+class How(NamedTuple):
+    """What is done with the sum, and how the branch is dropped."""
+
+    normalises: bool
+    returns_sum: bool
+    noise: Noise | None
+    swapped: bool
+    """The branch has its two leading dimensions swapped in memory, and the noise goes by that."""
+    eps: float = 0.0
+    center: bool = True
+    out_dtype: torch.dtype | None = None
+
+
+def _random(noise: Noise | None):
+    return (None, 0, 1.0) if noise is None else (noise.draw, noise.bound, noise.scale)
+
+
+class ResidualNorm(torch.autograd.Function):
+    """z, x -> s = x + noise * z, y = norm(s); y is None where there is no norm.
+
+    s is an output even where only y is asked for, so that a second derivative finds its way.
+    """
+
+    @staticmethod
+    def forward(ctx, z, x, weight, bias, how):
+        wanted = any(ctx.needs_input_grad)
+        state = None if how.noise is None else how.noise.draw.new_state(z)
+        s, y, mean, rstd = kernels.residual_norm.fwd(
+            z, x, weight, bias, how.eps, how.center, how.out_dtype, *_random(how.noise), state,
+            how.swapped, wanted or how.returns_sum, how.normalises, wanted,
+        )  # fmt: skip
+        ctx.save_for_backward(s if how.normalises else None, weight, bias, mean, rstd, state)
+        ctx.rest = how, z.dtype, x.dtype, None if y is None else y.dtype
+        ctx.set_materialize_grads(False)
+        if s is not None and not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(s)
+        return s, y
+
+    @staticmethod
+    def backward(ctx, ds, dy):
+        s, weight, bias, mean, rstd, state = ctx.saved_tensors
+        how, z_dtype, x_dtype, y_dtype = ctx.rest
+        needs = ctx.needs_input_grad[:4]
+        noise = how.noise
+        if noise is not None:
+            noise = noise._replace(draw=noise.draw.from_state(state), scale=noise.grad_scale)
+        if dy is not None and not torch.is_grad_enabled():
+            grads = kernels.residual_norm.bwd(
+                dy, ds, s, weight, mean, rstd, *_random(noise), how.swapped,
+                z_dtype if needs[0] else None, x_dtype if needs[1] else None,
+                weight.dtype if needs[2] else None, bias.dtype if needs[3] else None,
+            )  # fmt: skip
+            return *grads, None
+        dw = db = None
+        if dy is not None:
+
+            def formula(*inputs):
+                s, weight, bias = (t if t is None else t.to(y_dtype) for t in inputs)
+                if how.center:
+                    return stock.layer_norm(s, s.shape[-1:], weight, bias, how.eps)
+                return stock.rms_norm(s, s.shape[-1:], weight, how.eps)
+
+            through_y, dw, db = second_order(
+                formula, (s, weight, bias), dy, (needs[0] or needs[1], *needs[2:])
+            )
+            if through_y is not None:
+                ds = through_y if ds is None else through_y + ds
+        dz = _dropped(ds.to(z_dtype), noise, how.swapped) if needs[0] else None
+        return dz, ds.to(x_dtype) if needs[1] else None, dw, db, None
+
+
+def _dropped(g, noise, swapped):
+    if noise is None:
+        return g
+    g = run(Dropout, (g.transpose(0, 1) if swapped else g).contiguous(), noise, False)
+    return g.transpose(0, 1) if swapped else g
+
+
+# ---- The calls ----------------------------------------------------------------------------------
+
+
+def _residual(x, keeps_layout):
+    """x as the kernel takes it, or why it does not."""
+    if x.is_contiguous():
+        return x
+    like = torch.empty_like(x)  # laid out as stock's sum is
+    if x.dim() == 3 and x.stride(-1) == 1 and like.stride() == x.stride():
+        return x
+    if like.is_contiguous() or not keeps_layout:
+        return x.contiguous()
+    return Stock(f"a residual with strides {x.stride()}")
+
+
+def _fused(z, x, weight, bias, p, training, normalises, returns_sum, **norm):
+    """(s, y) or a refusal; each of the two None if not asked for."""
+    if z.shape != x.shape:
+        return Stock(f"a branch {tuple(z.shape)} and a residual {tuple(x.shape)}")
+    if type(p) not in (float, int) or type(training) is not bool:
+        return Stock(f"p={p!r}, training={training!r}")
+    if not 0 <= p <= 1:
+        return Invalid(f"p={p}")
+    if not z.numel() or not z.dim():
+        return Stock("no elements" if z.dim() else "0 dimensions")
+    dtype = torch.promote_types(z.dtype, x.dtype)
+    if not kernels.residual_norm.fits(z.shape[-1], dtype.itemsize):
+        return Stock(f"rows of {z.shape[-1]}")
+    if z.numel() // z.shape[-1] >= 2**30:  # a kernel counts rows in 32 bits
+        return Stock(f"{z.numel() // z.shape[-1]} rows")
+    swapped = not z.is_contiguous()
+    if swapped and (z.dim() != 3 or not z.transpose(0, 1).is_contiguous()):
+        return Stock(f"a branch with strides {z.stride()}")
+    x = _residual(x, returns_sum)
+    if isinstance(x, Stock):
+        return x
+    noise = None
+    if training and p > 0:
+        if z.numel() >= 2**31:
+            return Stock(f"dropout of {z.numel()} elements, more than 32 bits can index")
+        bound = kernels._philox.bound(1.0 - p)
+        if p == 1:
+            noise = Noise(_rng.draw_nothing(z.numel(), z.get_device()), "elements", bound, 0.0, 0.0)
+        else:
+            if swapped and _rng.width(z) == 1:
+                return Stock(
+                    f"strides {z.stride()}, which stock's dropout does not walk in order of storage"
+                )
+            draw = _rng.draw_native(z)
+            if isinstance(draw, str):
+                return Stock(draw)
+            noise = Noise(draw, "elements", bound, *_native_scales(p))
+    how = How(normalises, returns_sum, noise, swapped, **norm)
+    return run(ResidualNorm, z, x, weight, bias, how)
+
+
+def _normalised(z, x, normalized_shape, weight, bias, eps, p, training, prenorm, center, out_dtype):
+    why = _unfit(z, normalized_shape, eps, weight, bias)
+    if why is not None:
+        return why
+    if len(normalized_shape) > 1:
+        return Stock(f"normalized_shape={tuple(normalized_shape)}")
+    dtype = out_dtype or torch.promote_types(z.dtype, x.dtype)
+    if any(t is not None and t.dtype != dtype for t in (weight, bias)):
+        if out_dtype is None:
+            return Invalid("parameters in another dtype than the sum")
+    if weight is not None:
+        weight = weight.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    out = _fused(
+        z, x, weight, bias, p, training, True, bool(prenorm),
+        eps=eps, center=center, out_dtype=out_dtype,
+    )  # fmt: skip
+    return out if isinstance(out, Stock) or prenorm else out[1]
+
+
+def _dropout_add(input, residual, p=0.5, training=True):
+    return residual + stock.dropout(input, p, training)
+
+
+@op(stock=_dropout_add)
+def dropout_add(input, residual, p=0.5, training=True):
+    """`residual + dropout(input, p, training)`, for two tensors of one shape.
+
+    One pass, in which the mask is not stored; where nothing is dropped, an addition.
+    """
+    if p == 0 or not training:
+        return residual + input
+    out = _fused(input, residual, None, None, p, training, False, True)
+    return out if isinstance(out, Stock) else out[0]
+
+
+def _dropout_add_layer_norm(
+    input, residual, normalized_shape, weight=None, bias=None, eps=1e-5, p=0.0, training=False,
+    prenorm=False,
+):  # fmt: skip
+    s = residual + stock.dropout(input, p, training)
+    y = stock.layer_norm(s, normalized_shape, weight, bias, eps)
+    return (s, y) if prenorm else y
+
+
+@op(
+    stock=_dropout_add_layer_norm,
+    autocast="fp32",
+    source="arXiv:1706.03762, section 3.1; arXiv:2002.04745, figure 1",
+)
+def dropout_add_layer_norm(
+    input, residual, normalized_shape, weight=None, bias=None, eps=1e-5, p=0.0, training=False,
+    prenorm=False, *, out_dtype=None,
+):  # fmt: skip
+    """y = `layer_norm(s, ...)`, s = `residual + dropout(input, p, training)`; `prenorm`: (s, y).
+
+    The end of a transformer's branch, and the beginning of the next: one kernel each way, in which
+    the mask is not stored, for a norm over the last dimension of two tensors of one shape.
+    """
+    return _normalised(
+        input, residual, normalized_shape, weight, bias, eps, p, training, prenorm, True, out_dtype
+    )
+
+
+def _dropout_add_rms_norm(
+    input, residual, normalized_shape, weight=None, eps=None, p=0.0, training=False, prenorm=False
+):
+    s = residual + stock.dropout(input, p, training)
+    y = stock.rms_norm(s, normalized_shape, weight, eps)
+    return (s, y) if prenorm else y
+
+
+@op(stock=_dropout_add_rms_norm, autocast="fp32", source="arXiv:1910.07467")
+def dropout_add_rms_norm(
+    input, residual, normalized_shape, weight=None, eps=None, p=0.0, training=False, prenorm=False,
+    *, out_dtype=None,
+):  # fmt: skip
+    """`dropout_add_layer_norm` with an RMS norm in the place of the layer norm."""
+    if eps is None:
+        eps = FINFO_EPS
+    return _normalised(
+        input, residual, normalized_shape, weight, None, eps, p, training, prenorm, False, out_dtype
+    )

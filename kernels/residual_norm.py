@@ -1,0 +1,232 @@
+"""The end of a transformer's branch: s = x + noise * z, and y = norm(s) where a norm follows.
+
+    dz = noise * ds,  dx = ds,  ds = (gradient of the norm at s) + (gradient of s where it is used)
+
+z is the branch's result and x the residual, (M, N) rows; noise is the scale of dropout or 0. The
+norm is a layer norm, or an RMS norm (not CENTER); its formulas are in norm.py. Memory-bound; passes
+over the M*N elements (R read, W write; a mask is a byte each):
+
+    stock   dropout 1R 1W + mask, add 2R 1W, norm 1R 1W; norm 4R 1W, (add 2R 1W,) dropout 1R 1W
+            + mask                                                                14 (17) + 2 masks
+    here    2R 2W; 2R (3R) 2W                                                     8 (9)
+
+Without gradients s is not written where only y is wanted. The random words are drawn again in the
+backward (`_philox`). Rows are walked in the order in which z lies in memory, since the words follow
+it; x, s and y may have their rows in the other order of the two leading dimensions.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from fastnn.kernels._launch import kernel
+from fastnn.kernels.epilogue import by_four, keep_tile, random_arguments
+
+from fastnn.kernels import _philox, _rows, _tl, norm
+
+_RANDOM = ["seed", "offset", "blocks", "bound"]
+_ROWS = ["M", "N_units", "J", "x_i", "x_j", "y_i", "y_j"]
+
+
+@triton.jit
+def _row_starts(m, J, i_units, j_units, UNIT: tl.constexpr):
+    """Where rows m = i * J + j begin."""
+    i = m // J
+    return ((i * i_units + (m - i * J) * j_units) * UNIT)[:, None]
+
+
+@kernel(do_not_specialize=[*_ROWS, *_RANDOM])
+def _residual_norm_fwd_kernel(
+    Z, X, W, B, S, Y, MEAN, RSTD, M, N_units, J: tl.int64, x_i: tl.int64, x_j: tl.int64,
+    y_i: tl.int64, y_j: tl.int64, eps, scale, seed: tl.int64, offset: tl.int64, SEED, OFFSET, STATE,
+    blocks, bound: tl.uint32, UNIT: tl.constexpr, CENTER: tl.constexpr, VEC: tl.constexpr,
+    BY_FOUR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    N = N_units * UNIT  # so that the compiler sees the divisor, and accesses are as wide as it is
+    m0 = tl.program_id(0) * BLOCK_M
+    m = m0.to(tl.int64) + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    mask = (m < M)[:, None] & (cols < N)[None, :]
+    s = tl.load(Z + m[:, None] * N + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    if VEC:
+        seed, offset = _philox.load_state(seed, offset, SEED, OFFSET)
+        _philox.save_state(STATE, seed, offset)
+        # A product and not a select: a dropped inf becomes nan, as in stock.
+        keep = keep_tile(m0, 0, N, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N)
+        s *= tl.where(keep, scale, 0.0)
+    offs = _row_starts(m, J, x_i, x_j, UNIT) + cols[None, :]
+    s += tl.load(X + offs, mask=mask, other=0.0).to(tl.float32)
+    if X.dtype.element_ty == Z.dtype.element_ty:  # else their sum is float32
+        # Statistics of what is stored, and the same y whether or not it is.
+        s = s.to(X.dtype.element_ty).to(tl.float32)
+    if S is not None:
+        tl.store(S + offs, s.to(S.dtype.element_ty), mask=mask)
+    if Y is not None:
+        if CENTER:
+            mean = tl.div_rn(tl.sum(s, 1), N.to(tl.float32))
+            s = tl.where(mask, s - mean[:, None], 0.0)
+            if MEAN is not None:
+                tl.store(MEAN + m, mean, mask=m < M)
+        rstd = norm._rstd(tl.sum(s * s, 1), N, eps)
+        if RSTD is not None:
+            tl.store(RSTD + m, rstd, mask=m < M)
+        s *= rstd[:, None]
+        if W is not None:
+            s *= tl.load(W + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        if B is not None:
+            s += tl.load(B + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        offs = _row_starts(m, J, y_i, y_j, UNIT) + cols[None, :]
+        tl.store(Y + offs, s.to(Y.dtype.element_ty), mask=mask)
+
+
+@kernel(do_not_specialize=[*_ROWS, *_RANDOM])
+def _residual_norm_bwd_kernel(
+    DY, S, W, MEAN, RSTD, DS, DX, DZ, DW, DB, M, N_units, J: tl.int64, x_i: tl.int64,
+    x_j: tl.int64, y_i: tl.int64, y_j: tl.int64, scale, seed: tl.int64, offset: tl.int64, SEED,
+    OFFSET, blocks, bound: tl.uint32, UNIT: tl.constexpr, CENTER: tl.constexpr, VEC: tl.constexpr,
+    BY_FOUR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    N = N_units * UNIT
+    cols = tl.arange(0, BLOCK_N)
+    if VEC:
+        seed, offset = _philox.load_state(seed, offset, SEED, OFFSET)
+    if DW is not None:
+        dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if DB is not None:
+        db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Each program walks every G-th tile of rows; without dw and db there is one tile for each.
+    for start in range(tl.program_id(0) * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
+        m = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+        mask = (m < M)[:, None] & (cols < N)[None, :]
+        x_offs = _row_starts(m, J, x_i, x_j, UNIT) + cols[None, :]
+        y_offs = _row_starts(m, J, y_i, y_j, UNIT) + cols[None, :]
+        dy = tl.load(DY + y_offs, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(S + x_offs, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(RSTD + m, mask=m < M, other=0.0)[:, None]
+        if CENTER:
+            s -= tl.load(MEAN + m, mask=m < M, other=0.0)[:, None]
+        s *= rstd
+        if DW is not None:
+            dw += dy * s
+        if DB is not None:
+            db += dy
+        if W is not None:
+            dy *= tl.load(W + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        pull = s * tl.div_rn(tl.sum(dy * s, 1), N.to(tl.float32))[:, None]
+        if CENTER:
+            pull += tl.div_rn(tl.sum(dy, 1), N.to(tl.float32))[:, None]
+        ds = (dy - pull) * rstd
+        if DS is not None:
+            ds += tl.load(DS + x_offs, mask=mask, other=0.0).to(tl.float32)
+        if DX is not None:
+            tl.store(DX + x_offs, ds.to(DX.dtype.element_ty), mask=mask)
+        if DZ is not None:
+            if VEC:
+                keep = keep_tile(
+                    start, 0, N, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N
+                )  # fmt: skip
+                ds *= tl.where(keep, scale, 0.0)
+            offs = m[:, None] * N + cols[None, :]
+            tl.store(DZ + offs, ds.to(DZ.dtype.element_ty), mask=mask)
+    offs = tl.program_id(0).to(tl.int64) * N + cols
+    if DW is not None:
+        tl.store(DW + offs, tl.sum(dw, 0).to(DW.dtype.element_ty), mask=cols < N)
+    if DB is not None:
+        tl.store(DB + offs, tl.sum(db, 0).to(DB.dtype.element_ty), mask=cols < N)
+
+
+def fits(N, itemsize):
+    """Whether rows of N elements stay in registers, forward and backward."""
+    most = norm.ROW_BWD // 2 if itemsize == 4 else norm.ROW_BWD
+    return _rows.fits(N, math.gcd(N, 8), most)
+
+
+def _walk(swapped, x, y):
+    """(M, N_units, J, x_i, x_j, y_i, y_j), UNIT: where rows of x and y are, in the order of z's."""
+    N = x.shape[-1]
+    J, strides = 1, (N, 0, N, 0)
+    if swapped or not (x.is_contiguous() and y.is_contiguous()):
+        if swapped:
+            x, y = x.transpose(0, 1), y.transpose(0, 1)
+        J, strides = x.shape[1], (*x.stride()[:2], *y.stride()[:2])
+    unit = math.gcd(N, *strides, 8)
+    return (x.numel() // N, N // unit, J, *(stride // unit for stride in strides)), unit
+
+
+def fwd(
+    z, x, weight, bias, eps, center, out_dtype, draw, bound, scale, state, swapped,
+    want_s=True, want_y=True, want_statistics=True,
+):  # fmt: skip
+    """z, x of one shape, weight and bias (N,) or None -> (s, y, mean, rstd), None if not wanted.
+
+    z is contiguous, or if `swapped`, it is with its two leading dimensions swapped; x is dense with
+    unit stride in the last dimension, and contiguous unless there are three. s is laid out as x; y
+    is contiguous, of dtype `out_dtype` or else of s's; mean (None unless `center`) and rstd are
+    (M,) in fp32, in the order of z's memory. A draw of None is no dropout.
+    """
+    dtype = torch.promote_types(z.dtype, x.dtype)
+    s = _tl.empty_as(x, dtype) if want_s else None
+    y = mean = rstd = None
+    if want_y:
+        y = torch.empty(x.shape, dtype=out_dtype or dtype, device=x.device)
+    sizes, unit = _walk(swapped, x, x if y is None else y)
+    if want_y and want_statistics:
+        rstd = torch.empty(sizes[0], dtype=torch.float32, device=x.device)
+        mean = torch.empty_like(rstd) if center else None
+    seed, offset, SEED, OFFSET, blocks, bound = random_arguments(draw, bound)
+    config = _rows.row_config(x.shape[-1], unit)
+    _residual_norm_fwd_kernel(
+        (triton.cdiv(sizes[0], config["BLOCK_M"]),),
+        z, x, weight, bias, s, y, mean, rstd, *sizes, float(eps), scale, seed, offset, SEED, OFFSET,
+        state, blocks, bound, UNIT=unit, CENTER=center, VEC=draw.vec if draw else 0,
+        BY_FOUR=by_four(x.shape[-1], draw), **config,
+    )  # fmt: skip
+    return s, y, mean, rstd
+
+
+def bwd(
+    dy, ds, s, weight, mean, rstd, draw, bound, scale, swapped, dz_dtype, dx_dtype, dw_dtype,
+    db_dtype,
+):  # fmt: skip
+    """dy, ds or None (s's shape), and fwd's arguments and results -> [dz, dx, dw, db].
+
+    Each is None where its dtype is. dz is laid out as z was, dx as s; where they would be equal in
+    dtype and layout too, they are one tensor.
+    """
+    N = s.shape[-1]
+    dy = dy.contiguous()
+    if ds is not None and ds.stride() != s.stride():
+        ds = torch.empty_like(s).copy_(ds)
+    sizes, unit = _walk(swapped, s, dy)
+    dz = dx = None
+    if dx_dtype is not None:
+        dx = _tl.empty_as(s, dx_dtype)
+    in_order = s.is_contiguous() and not swapped
+    shared = draw is None and dx_dtype is not None and dx_dtype == dz_dtype and in_order
+    if dz_dtype is not None and not shared:
+        lead = s.transpose(0, 1) if swapped else s
+        dz = torch.empty(lead.shape, dtype=dz_dtype, device=s.device)
+        dz = dz.transpose(0, 1) if swapped else dz
+    dw = None if dw_dtype is None else torch.empty(N, dtype=dw_dtype, device=s.device)
+    db = None if db_dtype is None else torch.empty(N, dtype=db_dtype, device=s.device)
+    params = [t for t in (dw, db) if t is not None]
+    config = _rows.row_config(N, unit)
+    G = triton.cdiv(sizes[0], config["BLOCK_M"])
+    dw_part, db_part, parts = dw, db, None
+    if params:  # at least 4 tiles for each program, for the partials are traffic too
+        most = norm._processors(s.get_device()) * 16 // config["num_warps"]
+        G = max(1, min(triton.cdiv(G, 4), most))
+        if G > 1:
+            parts = rstd.new_empty(len(params), G, N)
+            dw_part = None if dw is None else parts[0]
+            db_part = None if db is None else parts[-1]
+    seed, offset, SEED, OFFSET, blocks, bound = random_arguments(draw, bound)
+    _residual_norm_bwd_kernel(
+        (G,), dy, s, weight, mean, rstd, ds, dx, dz, dw_part, db_part, *sizes, scale, seed, offset,
+        SEED, OFFSET, blocks, bound, UNIT=unit, CENTER=mean is not None,
+        VEC=draw.vec if draw else 0, BY_FOUR=by_four(N, draw), **config,
+    )  # fmt: skip
+    if parts is not None:
+        norm._sum(parts, dw, db, G, N, unit)
+    return [dx if shared else dz, dx, dw, db]
