@@ -424,7 +424,8 @@ def _dkdv_loop(
     scale, noise_scale, w_scale, seed, offset, blocks, bound,
     KEEP: tl.constexpr, BY_ROW: tl.constexpr, BY_COL: tl.constexpr, CAUSAL: tl.constexpr,
     EXACT: tl.constexpr, EDGE: tl.constexpr, VEC: tl.constexpr, BY_FOUR: tl.constexpr,
-    FITS: tl.constexpr, SAFE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    FITS: tl.constexpr, SAFE: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_M)[None, :]
@@ -464,8 +465,9 @@ def _attention_bwd_dkdv_kernel(
     stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     KEEP: tl.constexpr, BY_ROW: tl.constexpr, BY_COL: tl.constexpr, CAUSAL: tl.constexpr,
     EXACT: tl.constexpr, EVEN_S: tl.constexpr, FITS: tl.constexpr, SAFE: tl.constexpr,
-    VEC: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, MASK_UNIT: tl.constexpr,
-    D: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    VEC: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, MASK_UNIT: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     blocks_n = tl.cdiv(S, BLOCK_N)
@@ -487,11 +489,7 @@ def _attention_bwd_dkdv_kernel(
     v = _row_tile(V, stride_vn, S - n0, E, BLOCK_N, BLOCK_E)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-    begin = n0 * 0
-    inner = begin
-    if CAUSAL:  # the first query that sees any of these keys, and the first that sees all
-        begin = n0 // BLOCK_M * BLOCK_M
-        inner = tl.minimum(tl.cdiv(n0 + BLOCK_N - 1, BLOCK_M) * BLOCK_M, tl.maximum(L, begin))
+    begin = n0 // BLOCK_M * BLOCK_M if CAUSAL else n0 * 0
     batch_heads = (tl.num_programs(0) // blocks_n * G).to(tl.int64)
     for g in range(G):
         h = h_k * G + g
@@ -507,19 +505,11 @@ def _attention_bwd_dkdv_kernel(
         delta_ptr = DELTA if FITS else DELTA + i.to(tl.int64) * L
         top_ptr = STATS + i.to(tl.int64) * L
         rest_ptr = top_ptr + batch_heads * L
-        if CAUSAL:
-            dk, dv = _dkdv_loop(
-                dk, dv, k, v, q_ptr, do_ptr, mask_ptr, top_ptr, rest_ptr, delta_ptr, dw_ptr, i,
-                begin, inner, n0, L, S, stride_qm, stride_dm, stride_mm, stride_mn, stride_wm,
-                stride_wn, scale, noise_scale, w_scale, seed, offset, blocks, bound, KEEP, BY_ROW,
-                BY_COL, True, EXACT, True, VEC, BY_FOUR, FITS, SAFE, PRECISION, D, E, BLOCK_M, BLOCK_N,
-                BLOCK_D, BLOCK_E,
-            )  # fmt: skip
         dk, dv = _dkdv_loop(
             dk, dv, k, v, q_ptr, do_ptr, mask_ptr, top_ptr, rest_ptr, delta_ptr, dw_ptr, i,
-            inner, L, n0, L, S, stride_qm, stride_dm, stride_mm, stride_mn, stride_wm,
+            begin, L, n0, L, S, stride_qm, stride_dm, stride_mm, stride_mn, stride_wm,
             stride_wn, scale, noise_scale, w_scale, seed, offset, blocks, bound, KEEP, BY_ROW,
-            BY_COL, False, EXACT, not EVEN_S, VEC, BY_FOUR, FITS, SAFE, PRECISION, D, E,
+            BY_COL, CAUSAL, EXACT, CAUSAL or not EVEN_S, VEC, BY_FOUR, FITS, SAFE, PRECISION, D, E,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
         )  # fmt: skip
     if DK is not None:
@@ -537,7 +527,8 @@ def _dq_loop(
     scale, noise_scale, w_scale, seed, offset, blocks, bound,
     KEEP: tl.constexpr, BY_ROW: tl.constexpr, BY_COL: tl.constexpr, CAUSAL: tl.constexpr,
     EXACT: tl.constexpr, EDGE: tl.constexpr, VEC: tl.constexpr, BY_FOUR: tl.constexpr,
-    FITS: tl.constexpr, SAFE: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    FITS: tl.constexpr, SAFE: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_M)[:, None]
@@ -575,8 +566,9 @@ def _attention_bwd_dq_kernel(
     stride_dqb, stride_dqh, stride_dqm,
     KEEP: tl.constexpr, BY_ROW: tl.constexpr, BY_COL: tl.constexpr, CAUSAL: tl.constexpr,
     EXACT: tl.constexpr, EVEN_S: tl.constexpr, FITS: tl.constexpr, SAFE: tl.constexpr,
-    VEC: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, MASK_UNIT: tl.constexpr,
-    D: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    VEC: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, MASK_UNIT: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     blocks_m = tl.cdiv(L, BLOCK_M)
@@ -642,8 +634,9 @@ def _attention_bwd_dmask_kernel(
     over_b, over_h, stride_gb, stride_gh, stride_gm, stride_gn,
     KEEP: tl.constexpr, BY_ROW: tl.constexpr, BY_COL: tl.constexpr, CAUSAL: tl.constexpr,
     EXACT: tl.constexpr, EVEN_S: tl.constexpr, FITS: tl.constexpr, SAFE: tl.constexpr,
-    VEC: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, MASK_UNIT: tl.constexpr,
-    D: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    VEC: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, MASK_UNIT: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """A tile of dmask, summed over the batches and heads (and rows) that share the mask.
