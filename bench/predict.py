@@ -3,8 +3,8 @@
 Stock runs on "meta" tensors of the row's real shapes: nothing is computed, `AtenTraffic` counts
 every operator. Ours runs in Triton's interpreter with the launches of the real shapes, grids and
 configurations included. A few programs, spread over the grid, are executed, and in a second run
-more; the difference is what a program moves alone, and with that the count is carried on to the
-whole grid. Operators of PyTorch that our side runs between launches count too.
+more; the difference is what programs move alone, and with that the count is carried on to the whole
+grid. Operators of PyTorch that our side runs between launches count too.
 
 Memory is allocated and never filled, so results are garbage and only addresses count. Hence no
 figure where addresses depend on data (gathers), nor where matrix products bound the time.
@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 from fastnn.bench.cases import BenchCase
+from fastnn.bench.run import describe, least_bytes
 from fastnn.bench.tune import gate_sizes
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -29,8 +30,7 @@ from triton.runtime import interpreter
 
 import fastnn
 from fastnn import _op, _rng, kernels
-from fastnn.testing import meter
-from fastnn.testing.meter import AtenTraffic, Cost, predict, traffic
+from fastnn.testing.meter import AtenTraffic, Cost, as_on_cuda, predict, traffic
 
 BANDWIDTH = 3.35e12  # of an H100 SXM, by its data sheet
 ARCHITECTURE = "sm_90"
@@ -42,31 +42,6 @@ FEW = 2  # programs executed at first; then as many as make _ACCESSES loads and 
 _ACCESSES = 150
 PROCESSORS = 132
 _MOST_BYTES = 3 << 30  # of one tensor: virtual memory, but some operators do fill theirs
-
-
-@contextmanager
-def _as_on_cuda() -> Iterator[None]:
-    """Functions whose operators on CUDA are fewer than on "meta", and read off ATen's sources."""
-    stock = torch.nn.functional
-    silu = stock.silu  # x -> y, and dy and x -> dx, each by one kernel
-
-    def dropout(input, p=0.5, training=True, inplace=False):
-        return torch.native_dropout(input, p, training)[0]
-
-    def rms_norm(input, normalized_shape, weight=None, eps=None):  # one operator since torch 2.9
-        return stock.layer_norm(input, normalized_shape, weight)
-
-    def rrelu(input, lower=1.0 / 8, upper=1.0 / 3, training=False, inplace=False):
-        return silu(input)  # in eval mode its noise is allocated and not touched
-
-    def one_kernel(input, inplace=False):  # not so elsewhere
-        return silu(input)
-
-    replaced = {"dropout": dropout, "rms_norm": rms_norm, "rrelu": rrelu}
-    replaced |= {"mish": one_kernel, "logsigmoid": one_kernel}
-    gathers = meter._GATHERS | {"nll_loss2d_forward"}
-    with mock.patch.multiple(stock, **replaced), mock.patch.object(meter, "_GATHERS", gathers):
-        yield
 
 
 @contextmanager
@@ -160,7 +135,7 @@ def _passes(case: BenchCase, call: Callable, inputs: list) -> list[Callable]:
 
 def stock_costs(case: BenchCase, dtype: torch.dtype) -> list[Cost]:
     """[forward, backward], or [forward] of a row in eval mode, by stock's operators on CUDA."""
-    with _as_on_cuda():
+    with as_on_cuda():
         inputs = case.make(dtype, "meta")
         passes = _passes(case, case.side(torch.nn, dtype, "meta"), inputs)
         costs = []
@@ -179,6 +154,7 @@ class _Count:
     kernels: list[str]
     bytes: list[int]
     accesses: list[int]
+    extents: list[int]
     grids: list[tuple[int, int]]
     aten: Cost
 
@@ -204,6 +180,7 @@ def _our_counts(case: BenchCase, dtype: torch.dtype, programs: list[Callable]) -
                 [launch.kernel for launch in log],
                 [launch.distinct.total() for launch in log],
                 [launch.accesses.total() for launch in log],
+                [launch.extent for launch in log],
                 grids,
                 aten.cost,
             )
@@ -222,13 +199,22 @@ def our_costs(case: BenchCase, dtype: torch.dtype) -> tuple[list[Cost], list[lis
     costs = []
     for a, b in zip(few, more, strict=True):
         total = b.aten
-        for first, second, (n, _), (m, whole) in zip(
-            a.bytes, b.bytes, a.grids, b.grids, strict=True
-        ):
-            each = (second - first) / (m - n) if m > n else 0.0
-            total += Cost(round(second + (whole - m) * each), 1)
+        for at, (executed, whole) in enumerate(b.grids):
+            # By access, not by program: of programs that loop, some take a turn more than others.
+            moved, accesses = b.bytes[at] - a.bytes[at], b.accesses[at] - a.accesses[at]
+            left = b.accesses[at] * (whole / executed - 1)
+            bytes_ = b.bytes[at] + (left * moved / accesses if accesses else 0)
+            # The programs of other rows may share a weight, which these few did not show.
+            total += Cost(round(min(bytes_, b.extents[at])), 1)
         costs.append(total)
     return costs, [b.kernels for b in more]
+
+
+def least(case: BenchCase, dtype: torch.dtype) -> list[int]:
+    """The bytes that [forward, backward], or [forward], cannot do without."""
+    found = least_bytes(case, case.side(torch.nn, dtype, "meta"), case.make(dtype, "meta"))
+    forward, *both = found.values()
+    return [forward, *(x - forward for x in both)]
 
 
 def why_not(case: BenchCase, dtype: torch.dtype) -> str | None:
@@ -251,18 +237,8 @@ def _gate_opens(case: BenchCase) -> bool:
 
 def predicted(case: BenchCase, dtype: torch.dtype, bandwidth: float = BANDWIDTH) -> dict:
     """The record of one row. "speedup" is None where there is none to be had; "why" says why."""
-    record: dict[str, Any] = {
-        "kind": "prediction",
-        "key": case.key(dtype),
-        "name": case.name,
-        "shape": case.shape,
-        "model": case.model,
-        "dtype": str(dtype).removeprefix("torch."),
-        "train": case.train,
-        "bandwidth": bandwidth,
-        "why": why_not(case, dtype),
-        "speedup": None,
-    }
+    record: dict[str, Any] = {"kind": "prediction", **describe(case, dtype)}
+    record |= {"bandwidth": bandwidth, "why": why_not(case, dtype), "speedup": None}
     if record["why"] is not None:
         return record
     stock = stock_costs(case, dtype)
@@ -271,6 +247,7 @@ def predicted(case: BenchCase, dtype: torch.dtype, bandwidth: float = BANDWIDTH)
     for name, costs in (("stock", stock), ("ours", ours)):
         record[name] = [{"bytes": c.bytes, "launches": c.launches} for c in costs]
     record["kernels"] = names
+    record["least_bytes"] = least(case, dtype)
     whole = [sum(costs, Cost(0, 0)) for costs in (stock, ours)]
     p = predict(*whole, bandwidth)
     record["auto"] = "kernel" if _gate_opens(case) else "stock"

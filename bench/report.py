@@ -92,8 +92,8 @@ def measured_table(lines: list[dict], ceilings: dict[str, float], prefix: str = 
 
 def predicted_table(lines: list[dict]) -> str:
     """Markdown: a line per row that has a prediction; the rest are listed after it."""
-    head = ["row", "from", "stock MB", "ours MB", "stock launches", "ours", "predicted"]
-    head += ["auto runs"]
+    head = ["row", "from", "stock MB", "ours MB", "ours / least", "stock launches", "ours"]
+    head += ["predicted", "auto runs"]
     rows, without = [], []
     for line in lines:
         if line["speedup"] is None:
@@ -110,6 +110,7 @@ def predicted_table(lines: list[dict]) -> str:
                 line["model"],
                 f"{total['stock', 'bytes'] / 1e6:.1f}",
                 f"{total['ours', 'bytes'] / 1e6:.1f}",
+                f"{total['ours', 'bytes'] / sum(line['least_bytes']):.2f}",
                 str(total["stock", "launches"]),
                 str(total["ours", "launches"]),
                 f"{line['speedup']:.2f}",

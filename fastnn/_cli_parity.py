@@ -44,7 +44,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclasses.dataclass
 class Outcome:
-    """What one row gave in one dtype. Errors are the largest against float64, over its tensors."""
+    """What one row gave in one dtype. Errors are the largest against float64, over its tensors.
+
+    Bytes and launches are those of forward and backward, as `fastnn.testing.Traffic`; None where
+    kernels are compiled, or the row declined.
+    """
 
     name: str
     case: str
@@ -58,6 +62,16 @@ class Outcome:
     gradients: int
     seconds: float
     failures: list[str]
+    bytes: int | None = None
+    least_bytes: int | None = None
+    stock_bytes: int | None = None
+    launches: int | None = None
+    stock_launches: int | None = None
+
+    def passes(self, of: str) -> float | None:
+        """Bytes moved, by "ours" or "stock", over the least there can be."""
+        moved = self.bytes if of == "ours" else self.stock_bytes
+        return moved / self.least_bytes if moved is not None and self.least_bytes else None
 
 
 def _interpret() -> None:
@@ -83,7 +97,7 @@ def _uninitialised_memory_is_nan():
 
 
 def _outcome(case: Case, dtype: torch.dtype, device: str) -> Outcome:
-    from fastnn.testing import check
+    from fastnn.testing import check, count
 
     start = time.perf_counter()
     try:
@@ -93,7 +107,7 @@ def _outcome(case: Case, dtype: torch.dtype, device: str) -> Outcome:
     except Exception as e:
         failures, path, reason, compared = [f"{type(e).__name__}: {e}"], "error", None, []
     worst = max(compared, key=lambda c: c.ratio, default=None)
-    return Outcome(
+    outcome = Outcome(
         case.name,
         str(case),
         str(dtype).removeprefix("torch."),
@@ -107,6 +121,12 @@ def _outcome(case: Case, dtype: torch.dtype, device: str) -> Outcome:
         time.perf_counter() - start,
         failures,
     )
+    if path == "kernel" and device == "cpu":
+        moved = count(case, dtype)
+        outcome.bytes, outcome.launches = moved.ours.bytes, moved.ours.launches
+        outcome.stock_bytes, outcome.stock_launches = moved.stock.bytes, moved.stock.launches
+        outcome.least_bytes = moved.least
+    return outcome
 
 
 def _summary(outcomes: list[Outcome]) -> list[dict]:
@@ -117,6 +137,7 @@ def _summary(outcomes: list[Outcome]) -> list[dict]:
     lines = []
     for (name, dtype), rows in sorted(groups.items()):
         worst = max(rows, key=lambda o: o.ratio)
+        largest = max(rows, key=lambda o: o.least_bytes or 0)
         lines.append(
             {
                 "name": name,
@@ -129,6 +150,8 @@ def _summary(outcomes: list[Outcome]) -> list[dict]:
                 "stock_error": worst.stock_error,
                 "ratio": worst.ratio,
                 "median_ratio": statistics.median(o.ratio for o in rows),
+                "bytes": largest.passes("ours"),
+                "stock_bytes": largest.passes("stock"),
                 "failed": sum(bool(o.failures) for o in rows),
             }
         )
@@ -137,6 +160,14 @@ def _summary(outcomes: list[Outcome]) -> list[dict]:
 
 def _figure(x: float) -> str:
     return "inf" if math.isinf(x) else f"{x:.2g}"
+
+
+def _cell(key: str, value) -> str:
+    if value is None:
+        return ""
+    if key in ("bytes", "stock_bytes"):
+        return f"{value:.2f}"
+    return _figure(value) if isinstance(value, float) else str(value)
 
 
 COLUMNS = {
@@ -150,18 +181,23 @@ COLUMNS = {
     "stock_error": "stock's",
     "ratio": "worst ratio",
     "median_ratio": "median ratio",
+    "bytes": "bytes / least",
+    "stock_bytes": "stock's",
     "failed": "failed",
 }
 
 
 def _cells(line: dict) -> list[str]:
-    return [_figure(v) if isinstance(v, float) else str(v) for v in (line[k] for k in COLUMNS)]
+    return [_cell(key, line[key]) for key in COLUMNS]
 
 
 def _table(lines: list[dict]) -> Table:
     from rich.table import Table
 
-    table = Table(title="largest error against float64 (outputs, gradients)")
+    table = Table(
+        title="largest error against float64 (outputs, gradients); bytes moved over the least "
+        "possible, forward and backward of the largest row"
+    )
     for key, title in COLUMNS.items():
         table.add_column(title, justify="left" if key in ("name", "dtype") else "right")
     for line in lines:
@@ -213,6 +249,10 @@ def _html(facts: dict[str, str], lines: list[dict], outcomes: list[Outcome]) -> 
 A row passes where ours is at most twice stock's in the same dtype plus one unit in the last place,
 with the same dtypes, shapes, strides, nan and inf, the same bits on a second run, nothing written
 to inputs, and state_dict loading both ways.</p>
+<p>Bytes are counted in the interpreter, forward and backward of the largest row: what kernels load
+and store, each byte once per launch, over inputs, outputs and gradients once in each pass that
+needs them. Stock's are an estimate from the operators it runs. Small rows carry the overhead of
+partial sums.</p>
 <table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
 {"<h2>Failures</h2>" + failures if bad else ""}
 <h2>Declined, as the rows state</h2><ul>{declined}</ul></html>

@@ -5,6 +5,7 @@ No figure is asserted that only a GPU can give: what is timed here is the interp
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -108,6 +109,32 @@ def test_stock_is_counted_as_on_cuda():
     with AtenTraffic() as counted:  # and the function itself is as it was
         stock.functional.dropout(torch.ones(4), 0.5)
     assert len(counted.ops) > 1
+
+
+# Rows that move more than 1.05 of the least, large enough that bytes are what they cost, and why.
+# A pattern for each kind; the test fails where one of them no longer holds.
+MOVES_MORE = {
+    r"Tanhshrink": "stock keeps tanh(x), so that x may be written to before the backward; so do we",
+    r"LayerNorm\(.*(12288|4099|1048576|56\))": "rows that no registers hold are read again",
+    r"Softmax\(.*(32000|128256|262144)": "rows that no registers hold are read again",
+    r"CrossEntropyLoss\(16x21x": "lse in fp32 beside only 21 classes",
+}
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in cases.CASES if predict.why_not(c, c.dtypes[0]) is None], ids=str
+)
+def test_kernels_move_hardly_more_than_they_must(case):
+    dtype = min(case.dtypes, key=lambda t: t.itemsize)  # beside it fp32 partial sums weigh most
+    with predict._as_on_the_gpu():
+        ours, _ = predict.our_costs(case, dtype)
+    least = predict.least(case, dtype)
+    ratio = sum(c.bytes for c in ours) / sum(least)
+    more = next((why for row, why in MOVES_MORE.items() if re.match(row, str(case))), None)
+    if more is not None:
+        assert ratio > 1.05, f"no longer so: {more}"
+    elif sum(least) > 16e6:  # a smaller row costs its launches
+        assert ratio <= 1.05
 
 
 def test_prediction_of_two_rows(tmp_path, capsys, monkeypatch):

@@ -9,6 +9,8 @@ import torch.nn.functional as stock
 import triton
 import triton.language as tl
 
+from fastnn._op import BackendError
+from fastnn.testing import Case, Traffic, count, randn
 from fastnn.testing.meter import AtenTraffic, Cost, nbytes, predict, traffic
 
 interpreted = pytest.mark.skipif(
@@ -276,6 +278,30 @@ def test_kernels_inside_one_operator():
     scalar = counted(lambda: stock.mse_loss(a, b))
     assert (scalar.read, scalar.launches) == (4 * E, 2)
     assert counted(lambda: stock.mse_loss(a, b, reduction="none")).cost == Cost(3 * E, 1)
+
+
+# ---- a row ------------------------------------------------------------------------------------
+
+
+@interpreted
+def test_what_a_row_moves():
+    e = 8 * 1024 * 4
+    gelu = count(Case("GELU", (randn(8, 1024),)), torch.float32)
+    assert gelu == Traffic(ours=Cost(5 * e, 2), stock=Cost(5 * e, 2), least=5 * e)
+    # Of what dropout keeps for its backward, the mask is not among the least.
+    dropout = count(Case("Dropout", (randn(8, 1024),)), torch.float32)
+    assert (dropout.ours.bytes, dropout.least) == (pytest.approx(4 * e, rel=0.01), 4 * e)
+    assert dropout.stock == Cost(4 * e + 2 * e // 4, 2)
+    n = 1024 * 4
+    norm = count(Case("LayerNorm", (randn(8, 1024),), {"normalized_shape": 1024}), torch.float32)
+    # forward x, w, b -> y; backward dy, x, w, b -> dx, dw, db
+    assert norm.least == 2 * e + 2 * n + 3 * e + 4 * n
+
+
+@interpreted
+def test_the_count_of_a_row_that_goes_to_stock_raises():
+    with pytest.raises(BackendError):
+        count(Case("ReLU", (randn(3),)), torch.float64)
 
 
 # ---- prediction --------------------------------------------------------------------------------

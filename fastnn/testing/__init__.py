@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,16 +25,21 @@ import fastnn.functional
 from fastnn._op import FLOATS, BackendError, Mode, backend, decisions
 from fastnn.testing.noise import recording, replaying
 
+if TYPE_CHECKING:
+    from fastnn.testing import meter
+
 __all__ = [
     "FLOATS",
     "Case",
     "Comparison",
     "Result",
     "Side",
+    "Traffic",
     "assert_parity",
     "check",
     "classes",
     "compare_sides",
+    "count",
     "randn",
     "values",
 ]
@@ -345,6 +350,74 @@ def check(case: Case, dtype: torch.dtype, device: str = "cpu", mode: Mode = "tri
     if case.stock is None and result.path == "stock" and mode == "triton":
         result.failures.append(f"expected a kernel; got stock ({result.reason})")
     return result
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a row moves and launches, forward and backward together, counted without a GPU.
+
+    ours: our kernels, and PyTorch's operators between them.
+    stock: the operators that stock runs on CUDA, an estimate (see `meter.AtenTraffic`).
+    least: bytes of inputs, parameters, outputs and gradients, once in each pass that needs them;
+        of saved tensors only those that are among these. An op that gathers can stay below it.
+    """
+
+    ours: meter.Cost
+    stock: meter.Cost
+    least: int
+
+
+def count(case: Case, dtype: torch.dtype) -> Traffic:
+    """The traffic of a row on kernels, which must run in Triton's interpreter; else RuntimeError.
+
+    Raises `BackendError` where the row goes to stock.
+    """
+    from fastnn.testing import meter  # which needs Triton
+
+    with backend("triton"), meter.all_traffic() as ours:
+        least = _counted_run(case, fastnn, dtype)
+    with meter.as_on_cuda(), meter.AtenTraffic() as stock:
+        _counted_run(case, torch.nn, dtype)
+    return Traffic(ours(), stock.cost, least)
+
+
+def _counted_run(case: Case, namespace, dtype: torch.dtype) -> int:
+    """Runs the row forward and backward; returns the bytes it could not do without."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    from fastnn.testing.meter import nbytes
+
+    torch.manual_seed(0)
+    with _disable_current_modes():  # only what the call itself does counts
+        side = _side(case, namespace, dtype, "cpu")
+        inputs = case.make(dtype, "cpu")
+        options = {k: v(dtype, "cpu") if callable(v) else v for k, v in case.options.items()}
+        first, *rest = inputs
+        arguments = [first if case.view is None else case.view(first), *rest]
+    saved: list[Tensor] = []
+
+    def pack(t):
+        saved.append(t)
+        return t
+
+    with (
+        torch.autocast("cpu", dtype=case.autocast, enabled=case.autocast is not None),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+    ):
+        outs = _tensors(side.call(*arguments, **({} if case.is_layer else options)))
+    given = [*_tensors(arguments), *side.parameters.values()]
+    given += [] if case.is_layer else _tensors(options)
+    least = nbytes(*given, *outs)
+    wanting = [t for t in outs if t.requires_grad]
+    leaves = [t for t in (*_tensors(inputs), *side.parameters.values()) if t.requires_grad]
+    if wanting and leaves:
+        with _disable_current_modes():
+            upstream = [torch.ones_like(t) for t in wanting]
+        grads = torch.autograd.grad(wanting, leaves, upstream, allow_unused=True)
+        known = {t.data_ptr() for t in (*given, *outs)}
+        again = {t.data_ptr(): t for t in saved if t.data_ptr() in known}
+        least += nbytes(*upstream, *again.values(), *(g for g in grads if g is not None))
+    return least
 
 
 def _viewing(view, call):

@@ -20,11 +20,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import torch
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
@@ -117,6 +119,9 @@ class Launch:
     """The 32-byte sectors that hold it, anew for each access: what an uncached GPU would move."""
     distinct: Counter[str] = field(default_factory=Counter)
     """Each byte once in the launch: what a GPU with a perfect cache would move."""
+    extent: int = 0
+    """Bytes from the first to the last element of each tensor given, which `distinct` of a kernel
+    that reads or writes each cannot pass."""
     shared_writes: int | None = None
     """Bytes that one program stores and another touches, or None unless metered with `races=True`.
 
@@ -182,6 +187,7 @@ class _Meter:
                     elements = 1 + sum((size - 1) * stride for size, stride in dims)
                     start = tensor.data_ptr()
                     self.spans.append((start, start + elements * tensor.element_size(), name))
+        self.launch.extent = sum(end - start for start, end, _ in self.spans)
         self.spans.sort()
         starts: list[int] = []
         ends: list[int] = []
@@ -343,7 +349,8 @@ def traffic(*, distinct: bool = True, races: bool = False) -> Iterator[Log]:
 _FREE = {"device", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_"}
 _OVERWRITES = {"zero_", "fill_", "copy_", "normal_", "uniform_", "bernoulli_", "exponential_"}
 # Operators that read of their first tensor only what they return, an element per index.
-_GATHERS = {"embedding", "index_select", "index", "gather", "nll_loss_forward", "take"}
+_GATHERS = {"embedding", "index_select", "index", "gather", "take"}
+_GATHERS |= {"nll_loss_forward", "nll_loss2d_forward"}
 _UNREAD = {
     "nll_loss_backward": 1,
     "nll_loss2d_backward": 1,
@@ -436,6 +443,54 @@ def _gathered(name: str, read: list[Tensor], results: list[Tensor]) -> int:
     if name.startswith("nll_loss"):
         return read[1].numel() * read[0].element_size()
     return nbytes(results[0])
+
+
+@contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """Gives functions of torch.nn.functional the operators they have on CUDA, for `AtenTraffic` to
+    count: elsewhere they are more. Read off ATen's sources. The results are not theirs."""
+    stock = torch.nn.functional
+    silu = stock.silu  # x -> y, and dy and x -> dx, each by one kernel
+
+    def dropout(input, p=0.5, training=True, inplace=False):
+        return torch.native_dropout(input, p, training)[0]
+
+    def rms_norm(input, normalized_shape, weight=None, eps=None):  # one operator since torch 2.9
+        return stock.layer_norm(input, normalized_shape, weight)
+
+    def rrelu(input, lower=1.0 / 8, upper=1.0 / 3, training=False, inplace=False):
+        return silu(input)  # in eval mode its noise is allocated and not touched
+
+    def one_kernel(input, inplace=False):  # not so elsewhere
+        return silu(input)
+
+    replaced = {"dropout": dropout, "rms_norm": rms_norm, "rrelu": rrelu}
+    replaced |= {"mish": one_kernel, "logsigmoid": one_kernel}
+    with mock.patch.multiple(stock, **replaced):
+        yield
+
+
+@contextmanager
+def all_traffic() -> Iterator[Callable[[], Cost]]:
+    """Counts what our calls in the block cost: kernels, and PyTorch's operators between them.
+
+    Yields a function that returns the `Cost` so far. Kernels must be interpreted, as in `traffic`.
+    """
+    executor = interpreter.GridExecutor
+    run = executor.__call__
+
+    def call(self, *args, **kwargs):
+        with _disable_current_modes():  # the interpreter's own operators are not ours
+            return run(self, *args, **kwargs)
+
+    with (
+        mock.patch.object(executor, "__call__", call),
+        traffic() as log,
+        # Dispatch declines under a dispatch mode; this one only looks.
+        mock.patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0),
+        AtenTraffic() as aten,
+    ):
+        yield lambda: log.cost + aten.cost
 
 
 # ---- prediction ---------------------------------------------------------------------------------
