@@ -14,19 +14,31 @@ def as_rows(x, N):
     return x, (x.stride(0) if x.shape[0] > 1 else N)
 
 
-def row_config(N, unit):
+def row_config(N, unit, least_warps=4):
     """One row in a tile, or several short ones; `unit`, at most 8, divides N and all row strides.
 
     Up to 32 values for each thread of 16 warps, all there can be where a warp is 64 threads. Values
     accessed one by one take more registers, for an address and a predicate each.
     """
     block = triton.next_power_of_2(N)
-    rows = max(1, 1024 // block)
+    rows = max(1, 256 * least_warps // block)
     return {
         "BLOCK_M": rows,
         "BLOCK_N": block,
-        "num_warps": min(max(rows * block // (256 if unit == 1 else 512), 4), 16),
+        "num_warps": min(max(rows * block // (256 if unit == 1 else 512), least_warps), 16),
     }
+
+
+def summing_programs(M, config, processors):
+    """How many programs share M rows, where each then writes its own partial sum of every column.
+
+    Two for each processor if they have 8 warps, and 36 rows for each: two partial sums in fp32,
+    written and read, are then under a twentieth of the traffic of a norm in 16 bits. Few rows are
+    no traffic to speak of, and are spread over all processors.
+    """
+    tiles = triton.cdiv(M, config["BLOCK_M"])
+    wanted = min(processors * 16 // config["num_warps"], max(M // 36, processors))
+    return max(1, min(wanted, triton.cdiv(tiles, 4)))
 
 
 def fits(N, unit, most):

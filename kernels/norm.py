@@ -407,10 +407,10 @@ def bwd(dy, x, weight, mean, rstd, dims, need_dx, dw_dtype, db_dtype):
     if need_dx and M and not _rows.fits(N, unit, most):
         _bwd_dx_wide(dy, x, weight, mean, rstd, dx, sizes, flags)
     elif need_dx:
-        config = _rows.row_config(N, unit)
+        config = _rows.row_config(N, unit, least_warps=8 if params else 4)
         G = triton.cdiv(M, config["BLOCK_M"])
-        if params:  # at least 4 tiles for each program, for the partials are traffic too
-            G = max(1, min(triton.cdiv(G, 4), processors * 16 // config["num_warps"]))
+        if params:
+            G = _rows.summing_programs(M, config, processors)
         parts, dw_part, db_part = partials(G)
         _norm_bwd_kernel(
             (G,), dy, x, weight, mean, rstd, dx, dw_part, db_part, *sizes, **flags, **config
