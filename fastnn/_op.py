@@ -289,7 +289,10 @@ def _gate(op: Op, device_index: int, most: int, args, kwargs) -> str | None:
     least, source = _crossover(op.name, architecture(device_index))
     if least == float("inf"):
         return f"stock is as fast at every size ({source})"
-    size = op.size(*args, **kwargs) if op.size else most
+    try:
+        size = op.size(*args, **kwargs) if op.size else most
+    except Exception:  # arguments of the wrong kinds, which stock is going to reject in its words
+        return "arguments without a size"
     if size < least:
         return f"size gate: {size} is below {least} ({source})"
     return None

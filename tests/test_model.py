@@ -198,3 +198,12 @@ def test_warmup_leaves_no_trace(monkeypatch):
     assert x.grad is None and all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, twin[k]) for k, v in model.state_dict().items())
+
+
+def test_a_wrong_argument_meets_stocks_error_before_the_size_gate(monkeypatch):
+    """The gate sees arguments that nothing has checked yet."""
+    monkeypatch.setattr(_op, "_crossover", lambda name, architecture: (1, "the test"))
+    index = torch.tensor([0, 1])
+    for mode in ("auto", "torch"):
+        with fastnn.backend(mode), pytest.raises(TypeError, match="NoneType"):
+            fastnn.functional.embedding(index, None)
