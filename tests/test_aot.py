@@ -34,6 +34,8 @@ def streams(record):
     element = int(re.search(r"\d+", next(iter(record.signature.values())))[0]) // 8
     divisors = [v for k, v in record.constexprs.items() if k == "UNIT" or k.endswith("_VEC")]
     gathers = any(word in record.kernel for word in NOT_STREAMING)
+    if record.constexprs.get("C") == record.constexprs.get("S") == 1:  # a PReLU of one element
+        return False
     return not gathers and all(divisor * element >= 16 for divisor in divisors)
 
 
