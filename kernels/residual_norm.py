@@ -26,36 +26,48 @@ from fastnn.kernels.epilogue import by_four, keep_tile, random_arguments
 from fastnn.kernels import _philox, _rows, _tl, norm
 
 _RANDOM = ["seed", "offset", "blocks", "bound"]
-_ROWS = ["M", "N_units", "J", "x_i", "x_j", "y_i", "y_j"]
+_ROWS = ["M", "N_units", "J", "x_i", "x_j"]
 
 
 @triton.jit
-def _row_starts(m, J, i_units, j_units, UNIT: tl.constexpr):
-    """Where rows m = i * J + j begin."""
+def _row_starts(
+    m, M, N, J, x_i, x_j, UNIT: tl.constexpr, SWAPPED: tl.constexpr, STRIDED: tl.constexpr
+):
+    """Where rows m = i * J + j of z's memory begin in those of x and s, and of y."""
     i = m // J
-    return ((i * i_units + (m - i * J) * j_units) * UNIT)[:, None]
+    j = m - i * J
+    y = m
+    if SWAPPED:
+        y = j * (M // J) + i
+    y = (y.to(tl.int64) * N)[:, None]
+    x = y
+    if STRIDED:
+        x = ((i.to(tl.int64) * x_i + j.to(tl.int64) * x_j) * UNIT)[:, None]
+    return x, y
 
 
 @kernel(do_not_specialize=[*_ROWS, *_RANDOM])
 def _residual_norm_fwd_kernel(
-    Z, X, W, B, S, Y, MEAN, RSTD, M, N_units, J: tl.int64, x_i: tl.int64, x_j: tl.int64,
-    y_i: tl.int64, y_j: tl.int64, eps, scale, seed: tl.int64, offset: tl.int64, SEED, OFFSET, STATE,
-    blocks, bound: tl.uint32, UNIT: tl.constexpr, CENTER: tl.constexpr, VEC: tl.constexpr,
+    Z, X, W, B, S, Y, MEAN, RSTD, M, N_units, J, x_i, x_j, eps, scale, seed: tl.int64,
+    offset: tl.int64, SEED, OFFSET, STATE, blocks, bound: tl.uint32, UNIT: tl.constexpr,
+    SWAPPED: tl.constexpr, STRIDED: tl.constexpr, CENTER: tl.constexpr, VEC: tl.constexpr,
     BY_FOUR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     N = N_units * UNIT  # so that the compiler sees the divisor, and accesses are as wide as it is
     m0 = tl.program_id(0) * BLOCK_M
-    m = m0.to(tl.int64) + tl.arange(0, BLOCK_M)
+    m = m0 + tl.arange(0, BLOCK_M)
+    row = m.to(tl.int64)[:, None] * N
     cols = tl.arange(0, BLOCK_N)
     mask = (m < M)[:, None] & (cols < N)[None, :]
-    s = tl.load(Z + m[:, None] * N + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(Z + row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     if VEC:
         seed, offset = _philox.load_state(seed, offset, SEED, OFFSET)
         _philox.save_state(STATE, seed, offset)
         # A product and not a select: a dropped inf becomes nan, as in stock.
         keep = keep_tile(m0, 0, N, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N)
         s *= tl.where(keep, scale, 0.0)
-    offs = _row_starts(m, J, x_i, x_j, UNIT) + cols[None, :]
+    x_row, y_row = _row_starts(m, M, N, J, x_i, x_j, UNIT, SWAPPED, STRIDED)
+    offs = x_row + cols[None, :]
     s += tl.load(X + offs, mask=mask, other=0.0).to(tl.float32)
     if X.dtype.element_ty == Z.dtype.element_ty:  # else their sum is float32
         # Statistics of what is stored, and the same y whether or not it is.
@@ -76,15 +88,14 @@ def _residual_norm_fwd_kernel(
             s *= tl.load(W + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
         if B is not None:
             s += tl.load(B + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-        offs = _row_starts(m, J, y_i, y_j, UNIT) + cols[None, :]
-        tl.store(Y + offs, s.to(Y.dtype.element_ty), mask=mask)
+        tl.store(Y + y_row + cols[None, :], s.to(Y.dtype.element_ty), mask=mask)
 
 
 @kernel(do_not_specialize=[*_ROWS, *_RANDOM])
 def _residual_norm_bwd_kernel(
-    DY, S, W, MEAN, RSTD, DS, DX, DZ, DW, DB, M, N_units, J: tl.int64, x_i: tl.int64,
-    x_j: tl.int64, y_i: tl.int64, y_j: tl.int64, scale, seed: tl.int64, offset: tl.int64, SEED,
-    OFFSET, blocks, bound: tl.uint32, UNIT: tl.constexpr, CENTER: tl.constexpr, VEC: tl.constexpr,
+    DY, S, W, MEAN, RSTD, DS, DX, DZ, DW, DB, M, N_units, J, x_i, x_j, scale, seed: tl.int64,
+    offset: tl.int64, SEED, OFFSET, blocks, bound: tl.uint32, UNIT: tl.constexpr,
+    SWAPPED: tl.constexpr, STRIDED: tl.constexpr, CENTER: tl.constexpr, VEC: tl.constexpr,
     BY_FOUR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     N = N_units * UNIT
@@ -97,10 +108,11 @@ def _residual_norm_bwd_kernel(
         db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # Each program walks every G-th tile of rows; without dw and db there is one tile for each.
     for start in range(tl.program_id(0) * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
-        m = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+        m = start + tl.arange(0, BLOCK_M)
         mask = (m < M)[:, None] & (cols < N)[None, :]
-        x_offs = _row_starts(m, J, x_i, x_j, UNIT) + cols[None, :]
-        y_offs = _row_starts(m, J, y_i, y_j, UNIT) + cols[None, :]
+        x_row, y_row = _row_starts(m, M, N, J, x_i, x_j, UNIT, SWAPPED, STRIDED)
+        x_offs = x_row + cols[None, :]
+        y_offs = y_row + cols[None, :]
         dy = tl.load(DY + y_offs, mask=mask, other=0.0).to(tl.float32)
         s = tl.load(S + x_offs, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(RSTD + m, mask=m < M, other=0.0)[:, None]
@@ -127,7 +139,7 @@ def _residual_norm_bwd_kernel(
                     start, 0, N, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N
                 )  # fmt: skip
                 ds *= tl.where(keep, scale, 0.0)
-            offs = m[:, None] * N + cols[None, :]
+            offs = m.to(tl.int64)[:, None] * N + cols[None, :]
             tl.store(DZ + offs, ds.to(DZ.dtype.element_ty), mask=mask)
     offs = tl.program_id(0).to(tl.int64) * N + cols
     if DW is not None:
@@ -142,16 +154,17 @@ def fits(N, itemsize):
     return _rows.fits(N, math.gcd(N, 8), most)
 
 
-def _walk(swapped, x, y):
-    """(M, N_units, J, x_i, x_j, y_i, y_j), UNIT: where rows of x and y are, in the order of z's."""
+def _walk(swapped, x):
+    """(M, N_units, J, x_i, x_j), and the constexprs that say how rows are found."""
     N = x.shape[-1]
-    J, strides = 1, (N, 0, N, 0)
-    if swapped or not (x.is_contiguous() and y.is_contiguous()):
-        if swapped:
-            x, y = x.transpose(0, 1), y.transpose(0, 1)
-        J, strides = x.shape[1], (*x.stride()[:2], *y.stride()[:2])
+    J, strides, strided = 1, (N, 0), not x.is_contiguous()
+    if swapped or strided:
+        lead = x.transpose(0, 1) if swapped else x
+        J = lead.shape[1]
+        strides = lead.stride()[:2] if strided else strides
     unit = math.gcd(N, *strides, 8)
-    return (x.numel() // N, N // unit, J, *(stride // unit for stride in strides)), unit
+    sizes = x.numel() // N, N // unit, J, *(stride // unit for stride in strides)
+    return sizes, {"UNIT": unit, "SWAPPED": swapped, "STRIDED": strided}
 
 
 def fwd(
@@ -170,16 +183,16 @@ def fwd(
     y = mean = rstd = None
     if want_y:
         y = torch.empty(x.shape, dtype=out_dtype or dtype, device=x.device)
-    sizes, unit = _walk(swapped, x, x if y is None else y)
+    sizes, flags = _walk(swapped, x)
     if want_y and want_statistics:
         rstd = torch.empty(sizes[0], dtype=torch.float32, device=x.device)
         mean = torch.empty_like(rstd) if center else None
     seed, offset, SEED, OFFSET, blocks, bound = random_arguments(draw, bound)
-    config = _rows.row_config(x.shape[-1], unit)
+    config = _rows.row_config(x.shape[-1], flags["UNIT"])
     _residual_norm_fwd_kernel(
         (triton.cdiv(sizes[0], config["BLOCK_M"]),),
         z, x, weight, bias, s, y, mean, rstd, *sizes, float(eps), scale, seed, offset, SEED, OFFSET,
-        state, blocks, bound, UNIT=unit, CENTER=center, VEC=draw.vec if draw else 0,
+        state, blocks, bound, **flags, CENTER=center, VEC=draw.vec if draw else 0,
         BY_FOUR=by_four(x.shape[-1], draw), **config,
     )  # fmt: skip
     return s, y, mean, rstd
@@ -198,7 +211,7 @@ def bwd(
     dy = dy.contiguous()
     if ds is not None and ds.stride() != s.stride():
         ds = torch.empty_like(s).copy_(ds)
-    sizes, unit = _walk(swapped, s, dy)
+    sizes, flags = _walk(swapped, s)
     dz = dx = None
     if dx_dtype is not None:
         dx = _tl.empty_as(s, dx_dtype)
@@ -211,7 +224,7 @@ def bwd(
     dw = None if dw_dtype is None else torch.empty(N, dtype=dw_dtype, device=s.device)
     db = None if db_dtype is None else torch.empty(N, dtype=db_dtype, device=s.device)
     params = [t for t in (dw, db) if t is not None]
-    config = _rows.row_config(N, unit)
+    config = _rows.row_config(N, flags["UNIT"])
     G = triton.cdiv(sizes[0], config["BLOCK_M"])
     dw_part, db_part, parts = dw, db, None
     if params:  # at least 4 tiles for each program, for the partials are traffic too
@@ -224,9 +237,9 @@ def bwd(
     seed, offset, SEED, OFFSET, blocks, bound = random_arguments(draw, bound)
     _residual_norm_bwd_kernel(
         (G,), dy, s, weight, mean, rstd, ds, dx, dz, dw_part, db_part, *sizes, scale, seed, offset,
-        SEED, OFFSET, blocks, bound, UNIT=unit, CENTER=mean is not None,
+        SEED, OFFSET, blocks, bound, **flags, CENTER=mean is not None,
         VEC=draw.vec if draw else 0, BY_FOUR=by_four(N, draw), **config,
     )  # fmt: skip
     if parts is not None:
-        norm._sum(parts, dw, db, G, N, unit)
+        norm._sum(parts, dw, db, G, N, flags["UNIT"])
     return [dx if shared else dz, dx, dw, db]
