@@ -36,6 +36,10 @@ def streams(record):
     gathers = any(word in record.kernel for word in NOT_STREAMING)
     if record.constexprs.get("C") == record.constexprs.get("S") == 1:  # a PReLU of one element
         return False
+    if record.kernel in ("_loss_fwd_kernel", "_loss_bwd_kernel"):
+        # Tensors all read through strides: each is broadcast against the others, or has gaps.
+        there = [t for t in "ABCW" if t in record.signature]
+        gathers = all(f"{t.lower()}2" in record.signature for t in there)
     return not gathers and all(divisor * element >= 16 for divisor in divisors)
 
 

@@ -21,8 +21,15 @@ from fastnn.testing.noise import recording, replaying
 
 RANDOM = {"rrelu"}  # whose values in training are compared in its own test file
 
-# Two samples of it have 3 dimensions, of which stock warns.
-pytestmark = pytest.mark.filterwarnings("ignore:dropout2d. Received a 3D input:UserWarning")
+# Stock warns of what some of the samples are.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{text}:UserWarning")
+    for text in (
+        "dropout2d. Received a 3D input",
+        "Using a target size",
+        "reduction. .mean. divides the total loss",
+    )
+]
 
 MODULES = [m for m in module_db if m.module_cls in OURS]
 ALIASES = {"softmax": "softmax", "log_softmax": "log_softmax", "sigmoid": "sigmoid", "tanh": "tanh"}

@@ -8,7 +8,28 @@ from typing_extensions import deprecated  # torch depends on it
 import fastnn.functional as F
 from fastnn.layers._layer import Layer
 
-__all__ = ["CrossEntropyLoss", "NLLLoss", "NLLLoss2d"]
+__all__ = [
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "GaussianNLLLoss",
+    "HingeEmbeddingLoss",
+    "HuberLoss",
+    "KLDivLoss",
+    "L1Loss",
+    "MSELoss",
+    "MarginRankingLoss",
+    "NLLLoss",
+    "NLLLoss2d",
+    "PoissonNLLLoss",
+    "SmoothL1Loss",
+    "SoftMarginLoss",
+]
+
+
+class L1Loss(stock.L1Loss, metaclass=Layer):
+    def forward(self, input, target):
+        return F.l1_loss(input, target, reduction=self.reduction)
 
 
 class NLLLoss(stock.NLLLoss, metaclass=Layer):
@@ -30,6 +51,67 @@ with warnings.catch_warnings():
         forward = NLLLoss.forward
 
 
+class PoissonNLLLoss(stock.PoissonNLLLoss, metaclass=Layer):
+    def forward(self, log_input, target):
+        return F.poisson_nll_loss(
+            log_input,
+            target,
+            log_input=self.log_input,
+            full=self.full,
+            eps=self.eps,
+            reduction=self.reduction,
+        )
+
+
+class GaussianNLLLoss(stock.GaussianNLLLoss, metaclass=Layer):
+    def forward(self, input, target, var):
+        return F.gaussian_nll_loss(
+            input, target, var, full=self.full, eps=self.eps, reduction=self.reduction
+        )
+
+
+class KLDivLoss(stock.KLDivLoss, metaclass=Layer):
+    def forward(self, input, target):
+        return F.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
+
+
+class MSELoss(stock.MSELoss, metaclass=Layer):
+    def forward(self, input, target):
+        return F.mse_loss(input, target, reduction=self.reduction)
+
+
+class BCELoss(stock.BCELoss, metaclass=Layer):
+    def forward(self, input, target):
+        return F.binary_cross_entropy(input, target, weight=self.weight, reduction=self.reduction)
+
+
+class BCEWithLogitsLoss(stock.BCEWithLogitsLoss, metaclass=Layer):
+    def forward(self, input, target):
+        return F.binary_cross_entropy_with_logits(
+            input, target, self.weight, pos_weight=self.pos_weight, reduction=self.reduction
+        )
+
+
+class HingeEmbeddingLoss(stock.HingeEmbeddingLoss, metaclass=Layer):
+    def forward(self, input, target):
+        return F.hinge_embedding_loss(input, target, margin=self.margin, reduction=self.reduction)
+
+
+class SmoothL1Loss(stock.SmoothL1Loss, metaclass=Layer):
+    def forward(self, input, target):
+        return F.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
+
+
+class HuberLoss(stock.HuberLoss, metaclass=Layer):
+    def forward(self, input, target):
+        return F.huber_loss(input, target, reduction=self.reduction, delta=self.delta)
+
+
+class SoftMarginLoss(stock.SoftMarginLoss, metaclass=Layer):
+    def forward(self, input, target):
+        return F.soft_margin_loss(input, target, reduction=self.reduction)
+
+
 class CrossEntropyLoss(stock.CrossEntropyLoss, metaclass=Layer):
     def forward(self, input, target):
         return F.cross_entropy(
@@ -39,4 +121,11 @@ class CrossEntropyLoss(stock.CrossEntropyLoss, metaclass=Layer):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+        )
+
+
+class MarginRankingLoss(stock.MarginRankingLoss, metaclass=Layer):
+    def forward(self, input1, input2, target):
+        return F.margin_ranking_loss(
+            input1, input2, target, margin=self.margin, reduction=self.reduction
         )

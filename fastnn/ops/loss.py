@@ -1,0 +1,480 @@
+"""Losses computed element by element, then reduced.
+
+A `Loss` says which device functions compute a loss and its gradients, and which formula of stock
+they stand for. An op below says what its tensors and numbers are, and what it declines.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as stock
+from torch import Tensor
+
+from fastnn import kernels
+from fastnn._op import Invalid, Stock, op, run, second_order
+from fastnn.ops.nll_loss import resolve_reduction
+
+aten = torch.ops.aten
+INTEGERS = (torch.int64, torch.int32)
+
+
+class Loss(NamedTuple):
+    """A loss and its gradients, by their names in kernels/loss.py."""
+
+    value: str
+    stock: Callable[..., Tensor]
+    """The losses of (a, b, c, p, q), not reduced. Differentiable, as often as stock."""
+
+    @property
+    def gradient(self):
+        return f"{self.value}_grad"
+
+
+def _gaussian(a, b, v):
+    return 0.5 * (torch.log(v) + (a - b) ** 2 / v)
+
+
+MSE = Loss("square", lambda a, b, c, p, q: aten.mse_loss(a, b, 0))
+L1 = Loss("absolute", lambda a, b, c, p, q: (a - b).abs())
+SMOOTH_L1 = Loss("smooth_l1", lambda a, b, c, p, q: aten.smooth_l1_loss(a, b, 0, p))
+HUBER = Loss("huber", lambda a, b, c, p, q: aten.huber_loss(a, b, 0, p))
+BCE = Loss("bce", lambda a, b, c, p, q: aten.binary_cross_entropy(a, b, None, 0))
+BCE_WITH_LOGITS = Loss(
+    "bce_with_logits",
+    lambda a, b, c, p, q: aten.binary_cross_entropy_with_logits(a, b, None, c, 0),
+)
+KL_DIV = Loss("kl_div", lambda a, b, c, p, q: torch.kl_div(a, b, 0))
+KL_DIV_LOG = Loss("kl_div_log", lambda a, b, c, p, q: torch.kl_div(a, b, 0, log_target=True))
+POISSON = {
+    (log_input, full): Loss(
+        f"poisson{'_log' if log_input else ''}{'_full' if full else ''}",
+        lambda a, b, c, p, q, log_input=log_input, full=full: torch.poisson_nll_loss(
+            a, b, log_input, full, p, 0
+        ),
+    )
+    for log_input in (False, True)
+    for full in (False, True)
+}
+GAUSSIAN = Loss(
+    "gaussian", lambda a, b, c, p, q: _gaussian(a, b, c + (c.clamp(p) - c).detach()) + q
+)
+GAUSSIAN_SCALAR = Loss("gaussian_scalar", lambda a, b, c, p, q: 0.5 * (a - b) ** 2 / p + q)
+HINGE_EMBEDDING = Loss(
+    "hinge_embedding", lambda a, b, c, p, q: torch.hinge_embedding_loss(a, b, p, 0)
+)
+SOFT_MARGIN = Loss("soft_margin", lambda a, b, c, p, q: aten.soft_margin_loss(a, b, 0))
+MARGIN_RANKING = Loss(
+    "margin_ranking", lambda a, b, c, p, q: torch.margin_ranking_loss(a, b, c, p, 0)
+)
+MULTILABEL_SOFT_MARGIN = Loss(
+    "multilabel_soft_margin",
+    lambda a, b, c, p, q: -(b * stock.logsigmoid(a) + (1 - b) * stock.logsigmoid(-a)),
+)
+
+
+class Elementwise(torch.autograd.Function):
+    """weight * loss(a, b, c; p, q) in `dtype`, reduced if `divisor` is not None.
+
+    The divisor is a number, or with `by_weight` the sum of the weights.
+    """
+
+    @staticmethod
+    def forward(ctx, a, b, c, weight, loss, p, q, divisor, by_weight, dtype):
+        inputs = (a, b, c, weight)
+        result = _result(loss, inputs, p, q, divisor, dtype)
+        result, count = kernels.loss.fwd(inputs, loss.value, p, q, result, divisor, by_weight)
+        ctx.save_for_backward(a, b, c, weight, count)
+        ctx.rest = loss, p, q, divisor, dtype
+        return result
+
+    @staticmethod
+    def backward(ctx, dloss):
+        a, b, c, weight, count = ctx.saved_tensors
+        loss, p, q, divisor, dtype = ctx.rest
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+
+            def formula(a, b, c):
+                a, b, c, w = (t if t is None else t.to(dtype) for t in (a, b, c, weight))
+                losses = loss.stock(a, b, c, p, q)
+                losses = losses if w is None else losses * w
+                if divisor is None:
+                    return losses
+                return losses.sum() / (divisor if count is None else w.sum())
+
+            grads = second_order(formula, (a, b, c), dloss, needs)
+        else:
+            inputs = (a, b, c, weight)
+            grads = kernels.loss.bwd(dloss, inputs, needs, loss.gradient, p, q, divisor, count)
+        return *grads, None, None, None, None, None, None, None
+
+
+def _result(loss, inputs, p, q, divisor, dtype):
+    """Uninitialised: 0-d, or losses laid out as stock's."""
+    first = inputs[0]
+    if divisor is not None:
+        return first.new_empty((), dtype=dtype)
+    present = [t for t in inputs if t is not None]
+    if all(t.is_contiguous() and t.shape == first.shape for t in present):
+        return first.new_empty(first.shape, dtype=dtype)
+    # Stock, of these layouts without their memory.
+    *metas, w = (
+        t if t is None else torch.empty_strided(t.shape, t.stride(), device="meta") for t in inputs
+    )
+    with torch.no_grad():
+        losses = loss.stock(*metas, p, q)
+        losses = losses if w is None else losses * w
+    return torch.empty_strided(losses.shape, losses.stride(), dtype=dtype, device=first.device)
+
+
+def _common_dtype(*tensors):
+    """What stock's chain of operators computes in; or a reason not to follow it."""
+    floating = [t for t in tensors if t is not None and t.is_floating_point()]
+    dtype = floating[0].dtype
+    for t in floating[1:]:
+        if t.dtype != dtype:
+            if not all(t.dim() for t in floating):
+                return Stock("mixed dtypes, and a tensor without dimensions")
+            dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+def _refuse(tensors, reduction):
+    """Why no loss of these tensors can be computed, else None; the first is the input."""
+    for t in tensors:
+        if t is not None and not isinstance(t, Tensor):
+            return Invalid(f"an argument that is no tensor: {type(t).__name__}")
+    if not tensors[0].is_floating_point():
+        return Stock(f"an input in {tensors[0].dtype}")
+    for t in tensors[1:]:
+        if t is not None and t.requires_grad and not t.is_floating_point():
+            return Invalid("an integer tensor that requires grad")
+    if reduction not in ("none", "mean", "sum"):
+        return Invalid(f"reduction={reduction!r}")
+    return None
+
+
+def _broadcast(*tensors):
+    """The broadcast shape, or None."""
+    shapes = [t.shape for t in tensors if t is not None]
+    if all(s == shapes[0] for s in shapes):
+        return shapes[0]
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        return None
+
+
+def _number(value):
+    return isinstance(value, (int, float)) and abs(value) < 3e38
+
+
+def _loss(loss, a, b, c, w, p, q, shape, reduction, dtype, by_weight=False):
+    divisor = {"none": None, "sum": 1, "mean": shape.numel()}[reduction]
+    by_weight = by_weight and w is not None and reduction == "mean"
+    return run(Elementwise, a, b, c, w, loss, float(p), float(q), divisor, by_weight, dtype)
+
+
+def _regression(loss, input, target, weight, p, legacy, reduction, out_dtype, by_weight=True):
+    """The losses that warn of broadcasting, as they broadcast before they compute."""
+    why = _refuse((input, target, weight), reduction)
+    if why is not None:
+        return why
+    shape = _broadcast(input, target)
+    if shape is None:
+        return Invalid("an input and a target that do not broadcast")
+    if not _number(p):
+        return Invalid(f"a threshold of {p!r}")
+    if weight is not None:
+        if weight.shape != input.shape:
+            return Invalid("a weight that has not the input's shape")
+        if target.shape != input.shape:
+            return Stock("a weight together with broadcasting")
+        if weight.requires_grad and torch.is_grad_enabled():
+            return Stock("a weight that requires grad")
+        if out_dtype is not None and by_weight:
+            return Stock("a weight under autocast")  # where stock's chain leaves float32
+    dtype = out_dtype or _common_dtype(input, target, weight)
+    if isinstance(dtype, Stock):
+        return dtype
+    if target.shape != input.shape:
+        _warn_of_broadcasting(input, target)
+    if legacy != (None, None):
+        reduction = resolve_reduction(*legacy, reduction)
+    return _loss(loss, input, target, None, weight, p, 0.0, shape, reduction, dtype, by_weight)
+
+
+def _warn_of_broadcasting(input, target):
+    warnings.warn(
+        f"Using a target size ({target.size()}) that is different to the input size "
+        f"({input.size()}). This will likely lead to incorrect results due to broadcasting. "
+        "Please ensure they have the same size.",
+        stacklevel=6,  # the caller of fastnn.functional, past dispatch
+    )
+
+
+@op(stock=stock.mse_loss, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32")
+def mse_loss(
+    input, target, size_average=None, reduce=None, reduction="mean", weight=None, *, out_dtype=None
+):  # fmt: skip
+    """Fused with its reduction, with weights and broadcasting."""
+    legacy = size_average, reduce
+    return _regression(MSE, input, target, weight, 0.0, legacy, reduction, out_dtype)
+
+
+@op(stock=stock.l1_loss, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32")
+def l1_loss(
+    input, target, size_average=None, reduce=None, reduction="mean", weight=None, *, out_dtype=None
+):  # fmt: skip
+    """Fused with its reduction, with weights and broadcasting."""
+    legacy = size_average, reduce
+    return _regression(L1, input, target, weight, 0.0, legacy, reduction, out_dtype)
+
+
+@op(stock=stock.smooth_l1_loss, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32",
+    source="arXiv:1504.08083")  # fmt: skip
+def smooth_l1_loss(
+    input, target, size_average=None, reduce=None, reduction="mean", beta=1.0, *, out_dtype=None
+):  # fmt: skip
+    """Fused with its reduction and with broadcasting."""
+    if not isinstance(beta, (int, float)) or not beta >= 0:
+        return Invalid(f"beta={beta!r}")
+    legacy = size_average, reduce
+    loss = SMOOTH_L1 if beta else L1
+    return _regression(loss, input, target, None, beta, legacy, reduction, out_dtype)
+
+
+@op(stock=stock.huber_loss, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32",
+    source="doi:10.1214/aoms/1177703732")  # fmt: skip
+def huber_loss(input, target, reduction="mean", delta=1.0, weight=None, *, out_dtype=None):
+    """Fused with its reduction, with weights and broadcasting."""
+    if not isinstance(delta, (int, float)) or not delta > 0:
+        return Invalid(f"delta={delta!r}")
+    if isinstance(target, Tensor) and target.dtype != input.dtype and out_dtype is None:
+        return Stock(f"a target in {target.dtype}")  # with which stock's backward fails
+    legacy = None, None
+    return _regression(HUBER, input, target, weight, delta, legacy, reduction, out_dtype, False)
+
+
+def _refuse_binary(input, target, weights, reduction, out_dtype):
+    """Why neither binary cross entropy can be computed, else None."""
+    why = _refuse((input, target, *weights), reduction)
+    if why is not None:
+        return why
+    if target.shape != input.shape:
+        return Invalid("a target that has not the input's shape")
+    if target.dtype != input.dtype and (out_dtype is None or not target.is_floating_point()):
+        return Invalid(f"a target in {target.dtype}")
+    for w in weights:
+        if w is not None:
+            if _broadcast(input, w) != input.shape:
+                return Invalid("a weight that does not broadcast to the input's shape")
+            if w.requires_grad and torch.is_grad_enabled():
+                return Invalid("a weight that requires grad")
+    return None
+
+
+@op(stock=stock.binary_cross_entropy, autocast_cpu="fp32")
+def binary_cross_entropy(
+    input, target, weight=None, size_average=None, reduce=None, reduction="mean", *, out_dtype=None
+):  # fmt: skip
+    """Fused with its reduction and a weight that broadcasts.
+
+    An input or target outside [0, 1] makes the loss nan. There stock fails an assertion that ends
+    all use of CUDA in the process, or raises RuntimeError on a CPU; with TRITON_DEBUG=1 the kernel
+    asserts as well.
+    """
+    why = _refuse_binary(input, target, (weight,), reduction, out_dtype)
+    if why is not None:
+        return why
+    if input.is_cuda and torch.is_autocast_enabled("cuda"):
+        return Invalid("binary_cross_entropy under autocast")
+    reduction = resolve_reduction(size_average, reduce, reduction)
+    dtype = out_dtype or input.dtype
+    return _loss(BCE, input, target, None, weight, 0.0, 0.0, input.shape, reduction, dtype)
+
+
+@op(stock=stock.binary_cross_entropy_with_logits, autocast="fp32", autocast_cpu="fp32")
+def binary_cross_entropy_with_logits(
+    input, target, weight=None, size_average=None, reduce=None, reduction="mean", pos_weight=None,
+    *, out_dtype=None,
+):  # fmt: skip
+    """Fused with its reduction, and with weights that broadcast."""
+    if isinstance(target, Tensor) and target.dtype != input.dtype and out_dtype is None:
+        if target.is_floating_point():
+            return Stock(f"a target in {target.dtype}")
+    why = _refuse_binary(input, target, (weight, pos_weight), reduction, out_dtype)
+    if why is not None:
+        return why
+    reduction = resolve_reduction(size_average, reduce, reduction)
+    dtype = out_dtype or input.dtype
+    loss = BCE_WITH_LOGITS
+    return _loss(loss, input, target, pos_weight, weight, 0.0, 0.0, input.shape, reduction, dtype)
+
+
+@op(stock=stock.kl_div, autocast="fp32", autocast_cpu="fp32")
+def kl_div(
+    input, target, size_average=None, reduce=None, reduction="mean", log_target=False, *,
+    out_dtype=None,
+):  # fmt: skip
+    """Fused with every reduction, for probabilities and log-probabilities as targets."""
+    batchmean = reduction == "batchmean"
+    why = _refuse((input, target), "sum" if batchmean else reduction)
+    if why is not None:
+        return why
+    shape = _broadcast(input, target)
+    if shape is None:
+        return Invalid("an input and a target that do not broadcast")
+    dtype = out_dtype or _common_dtype(input, target)
+    if isinstance(dtype, Stock):
+        return dtype
+    if size_average is not None or reduce is not None:
+        if batchmean:
+            return Stock("reduction='batchmean' with deprecated arguments")
+        reduction = resolve_reduction(size_average, reduce, reduction)
+    elif reduction == "mean":
+        _warn_of_mean()
+    loss = KL_DIV_LOG if log_target else KL_DIV
+    divisor = None
+    if reduction != "none":
+        divisor = shape.numel() if reduction == "mean" else 1
+        if batchmean and input.dim():
+            divisor = input.shape[0]
+    return run(Elementwise, input, target, None, None, loss, 0.0, 0.0, divisor, False, dtype)
+
+
+def _warn_of_mean():
+    warnings.warn(
+        "reduction: 'mean' divides the total loss by both the batch size and the support size."
+        "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+        "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
+        stacklevel=5,
+    )
+
+
+@op(stock=stock.poisson_nll_loss, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32")
+def poisson_nll_loss(
+    input, target, log_input=True, full=False, size_average=None, eps=1e-8, reduce=None,
+    reduction="mean", *, out_dtype=None,
+):  # fmt: skip
+    """Fused with its reduction, with broadcasting, and with Stirling's term."""
+    if not _number(eps):
+        return Invalid(f"eps={eps!r}")
+    loss = POISSON[bool(log_input), bool(full)]
+    legacy = size_average, reduce
+    return _chain(loss, (input, target, None), None, eps, 0.0, legacy, reduction, out_dtype)
+
+
+def _chain(loss, inputs, weight, p, q, legacy, reduction, out_dtype):
+    """The losses that are a chain of operators in stock: they broadcast, and promote dtypes."""
+    why = _refuse((*inputs, weight), reduction)
+    if why is not None:
+        return why
+    shape = _broadcast(*inputs)
+    if shape is None:
+        return Invalid("tensors that do not broadcast")
+    dtype = out_dtype or _common_dtype(*inputs, weight)
+    if isinstance(dtype, Stock):
+        return dtype
+    if legacy != (None, None):
+        reduction = resolve_reduction(*legacy, reduction)
+    return _loss(loss, *inputs, weight, p, q, shape, reduction, dtype)
+
+
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+@op(stock=stock.gaussian_nll_loss, integers=INTEGERS, autocast="fp32",
+    source="doi:10.1109/ICNN.1994.374138")  # fmt: skip
+def gaussian_nll_loss(
+    input, target, var, full=False, eps=1e-6, reduction="mean", *, out_dtype=None
+):
+    """Fused with its reduction, for a variance that is a tensor or a float.
+
+    A negative variance in a tensor makes the loss nan. To raise ValueError, as stock does, the host
+    would have to wait for the device.
+    """
+    if not _number(eps):
+        return Invalid(f"eps={eps!r}")
+    constant = _HALF_LOG_2PI if full else 0.0
+    if isinstance(var, float):
+        if not 0 <= var < 3e38:
+            return Invalid(f"var={var}")
+        var = max(var, eps)
+        if var <= 0:
+            return Stock(f"var={var}")
+        constant += 0.5 * math.log(var)
+        inputs, loss, p = (input, target, None), GAUSSIAN_SCALAR, var
+    else:
+        why = _refuse((input, target, var), reduction)
+        if why is not None:
+            return why
+        if not var.is_floating_point():
+            return Stock(f"a variance in {var.dtype}")
+        if var.shape != input.shape:
+            if var.shape == input.shape[:-1]:
+                var = var.unsqueeze(-1)
+            elif var.dim() != input.dim() or (
+                sum(v for x, v in zip(input.shape, var.shape, strict=True) if x != v) != 1
+            ):
+                return Invalid("a variance of incorrect size")
+        inputs, loss, p = (input, target, var), GAUSSIAN, eps
+    return _chain(loss, inputs, None, p, constant, (None, None), reduction, out_dtype)
+
+
+@op(stock=stock.hinge_embedding_loss, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32")
+def hinge_embedding_loss(
+    input, target, margin=1.0, size_average=None, reduce=None, reduction="mean", *, out_dtype=None
+):  # fmt: skip
+    """Fused with its reduction and with broadcasting."""
+    if not _number(margin):
+        return Invalid(f"margin={margin!r}")
+    why = _refuse((input, target), reduction)
+    if why is not None:
+        return why
+    target = target.detach()  # only compared
+    legacy = size_average, reduce
+    out_dtype = out_dtype or input.dtype
+    inputs = input, target, None
+    return _chain(HINGE_EMBEDDING, inputs, None, margin, 0.0, legacy, reduction, out_dtype)
+
+
+@op(stock=stock.soft_margin_loss, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32")
+def soft_margin_loss(
+    input, target, size_average=None, reduce=None, reduction="mean", *, out_dtype=None
+):
+    """Fused with its reduction and with a target that broadcasts."""
+    why = _refuse((input, target), reduction)
+    if why is not None:
+        return why
+    if target.requires_grad and torch.is_grad_enabled():
+        return Invalid("a target that requires grad")
+    if _broadcast(input, target) != input.shape:
+        return Invalid("a target that does not broadcast to the input's shape")
+    legacy = size_average, reduce
+    out_dtype = out_dtype or input.dtype
+    inputs = input, target, None
+    return _chain(SOFT_MARGIN, inputs, None, 0.0, 0.0, legacy, reduction, out_dtype)
+
+
+@op(stock=stock.margin_ranking_loss, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32")
+def margin_ranking_loss(
+    input1, input2, target, margin=0, size_average=None, reduce=None, reduction="mean", *,
+    out_dtype=None,
+):  # fmt: skip
+    """Fused with its reduction and with broadcasting."""
+    if not _number(margin):
+        return Invalid(f"margin={margin!r}")
+    why = _refuse((input1, input2, target), reduction)
+    if why is not None:
+        return why
+    if not input2.is_floating_point():
+        return Stock(f"an input in {input2.dtype}")
+    if not input1.dim() == input2.dim() == target.dim():
+        return Invalid("tensors of different dimensions")
+    inputs = input1, input2, target
+    legacy = size_average, reduce
+    return _chain(MARGIN_RANKING, inputs, None, margin, 0.0, legacy, reduction, out_dtype)

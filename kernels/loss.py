@@ -1,0 +1,634 @@
+"""Elementwise losses: one kernel per direction, with the formula as a constexpr function.
+
+    loss[i] = w[i] * f(a[i], b[i], c[i]; p, q)           kept, summed, or summed and divided
+    da, db, dc [i] = g[i] * w[i] * f'(...)               those that are wanted, in one pass
+
+Each formula stands here once, beside its derivatives; the op that names it says what a, b, c, p and
+q are. Memory-bound, so count passes over E elements (R read, W write): a reduced loss reads each
+input once and writes a few partial sums, where stock writes the losses and reads them again; the
+gradients read the inputs once more, and write one E for each input that wants it.
+
+Tensors that are dense in the order of the walk are addressed by its index, 128 bits at a time.
+What is broadcast, or not dense, is read in place through strides: its index is taken apart into at
+most three dimensions. Sums are fp32 in each lane, fp64 across lanes and programs, in fixed order.
+
+A comparison has ATen's polarity, so that a nan takes ATen's branch.
+"""
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from fastnn.kernels._launch import kernel
+from triton.language.extra import libdevice
+
+# ---- formulas -----------------------------------------------------------------------------------
+#
+# A gradient gets the incoming gradient g and returns those of a, b and c, as many as it has.
+
+
+@triton.jit
+def _at_least(x, low):
+    return tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def square(a, b, c, p, q):
+    return (a - b) * (a - b)
+
+
+@triton.jit
+def square_grad(g, a, b, c, p, q):
+    d = 2.0 * (a - b) * g
+    return d, -d
+
+
+@triton.jit
+def absolute(a, b, c, p, q):
+    return tl.abs(a - b)
+
+
+@triton.jit
+def absolute_grad(g, a, b, c, p, q):
+    d = tl.where(a > b, g, tl.where(a < b, -g, 0.0 * g))
+    return d, -d
+
+
+@triton.jit
+def smooth_l1(a, b, c, p, q):
+    z = tl.abs(a - b)
+    return tl.where(z < p, tl.div_rn(0.5 * z * z, p), z - 0.5 * p)
+
+
+@triton.jit
+def smooth_l1_grad(g, a, b, c, p, q):
+    x = a - b
+    d = tl.where(x <= -p, -g, tl.where(x >= p, g, tl.div_rn(x * g, p)))
+    return d, -d
+
+
+@triton.jit
+def huber(a, b, c, p, q):
+    z = tl.abs(a - b)
+    return tl.where(z <= p, 0.5 * z * z, p * (z - 0.5 * p))
+
+
+@triton.jit
+def huber_grad(g, a, b, c, p, q):
+    x = a - b
+    d = tl.where(x < -p, -g * p, tl.where(x > p, g * p, x * g))
+    return d, -d
+
+
+@triton.jit
+def bce(a, b, c, p, q):
+    # Outside [0, 1] stock fails an assertion; here the loss is a nan.
+    inside = (a >= 0) & (a <= 1) & (b >= 0) & (b <= 1)
+    tl.device_assert(inside, "binary_cross_entropy: a value outside [0, 1]")
+    low = _at_least(tl.log(a), -100.0)
+    high = _at_least(libdevice.log1p(-a), -100.0)
+    return tl.where(inside, (b - 1.0) * high - b * low, float("nan"))
+
+
+@triton.jit
+def bce_grad(g, a, b, c, p, q):
+    da = tl.div_rn(g * (a - b), _at_least((1.0 - a) * a, 1e-12))
+    db = g * (libdevice.log1p(-a) - tl.log(a))
+    return da, db
+
+
+@triton.jit
+def _sigmoids(x):
+    """sigmoid(x) and sigmoid(-x), neither of them by cancellation."""
+    e = libdevice.exp(-tl.abs(x))
+    large = tl.div_rn(1.0, 1.0 + e)
+    small = tl.div_rn(e, 1.0 + e)
+    return tl.where(x < 0, small, large), tl.where(x < 0, large, small)
+
+
+@triton.jit
+def bce_with_logits(a, b, c, p, q):  # c weighs what is positive
+    # (1 - b) a + v softplus(-a), v = 1 + (c - 1) b, without the difference of two large terms.
+    rest = ((c - 1.0) * b + 1.0) * libdevice.log1p(libdevice.exp(-tl.abs(a)))
+    loss = tl.where(a >= 0, (1.0 - b) * a, -c * b * a) + rest
+    return tl.where(a == -float("inf"), float("nan"), loss)  # as stock, which has inf - inf there
+
+
+@triton.jit
+def bce_with_logits_grad(g, a, b, c, p, q):
+    s, _ = _sigmoids(a)
+    da = ((c * b + 1.0 - b) * s - c * b) * g
+    log_s = tl.minimum(a, 0.0, propagate_nan=tl.PropagateNan.ALL) - libdevice.log1p(
+        libdevice.exp(-tl.abs(a))
+    )
+    db = ((1.0 - c) * log_s - a) * g
+    return da, db
+
+
+@triton.jit
+def kl_div(a, b, c, p, q):
+    return tl.where(b == 0, 0.0, b * tl.log(b)) - b * a
+
+
+@triton.jit
+def kl_div_grad(g, a, b, c, p, q):
+    # b / b is 1, and nan at 0, as what stock's chain has there.
+    return -b * g, (tl.log(b) + b / b - a) * g
+
+
+@triton.jit
+def kl_div_log(a, b, c, p, q):
+    return libdevice.exp(b) * (b - a)
+
+
+@triton.jit
+def kl_div_log_grad(g, a, b, c, p, q):
+    e = libdevice.exp(b)
+    return -e * g, (e * (b - a) + e) * g
+
+
+@triton.jit
+def _stirling(b):
+    value = b * tl.log(b) - b + 0.5 * tl.log(6.283185307179586 * b)
+    return tl.where(b <= 1, 0.0, value)
+
+
+@triton.jit
+def _stirling_grad(b):
+    log = tl.log(b)
+    # Nan from 0 down and at inf, as what stock's chain has there.
+    return tl.where(b <= 1, 0.0 * log, log + (b / b - 1.0) + tl.div_rn(0.5, b))
+
+
+@triton.jit
+def poisson_log(a, b, c, p, q):
+    return libdevice.exp(a) - b * a
+
+
+@triton.jit
+def poisson_log_grad(g, a, b, c, p, q):
+    return (libdevice.exp(a) - b) * g, -a * g
+
+
+@triton.jit
+def poisson_log_full(a, b, c, p, q):
+    return poisson_log(a, b, c, p, q) + _stirling(b)
+
+
+@triton.jit
+def poisson_log_full_grad(g, a, b, c, p, q):
+    return (libdevice.exp(a) - b) * g, (_stirling_grad(b) - a) * g
+
+
+@triton.jit
+def poisson(a, b, c, p, q):
+    return a - b * tl.log(a + p)
+
+
+@triton.jit
+def poisson_grad(g, a, b, c, p, q):
+    return g - tl.div_rn(b * g, a + p), -tl.log(a + p) * g
+
+
+@triton.jit
+def poisson_full(a, b, c, p, q):
+    return poisson(a, b, c, p, q) + _stirling(b)
+
+
+@triton.jit
+def poisson_full_grad(g, a, b, c, p, q):
+    return g - tl.div_rn(b * g, a + p), (_stirling_grad(b) - tl.log(a + p)) * g
+
+
+@triton.jit
+def gaussian(a, b, c, p, q):  # c is the variance, p its least value, q a constant
+    # Of a negative variance stock raises, at the cost of waiting for the device; here it is a nan.
+    v = tl.where(c < 0, float("nan"), _at_least(c, p))
+    return 0.5 * (tl.log(v) + tl.div_rn((a - b) * (a - b), v)) + q
+
+
+@triton.jit
+def gaussian_grad(g, a, b, c, p, q):
+    v = tl.where(c < 0, float("nan"), _at_least(c, p))
+    da = tl.div_rn(a - b, v) * g
+    return da, -da, tl.div_rn(0.5 - tl.div_rn(0.5 * (a - b) * (a - b), v), v) * g
+
+
+@triton.jit
+def gaussian_scalar(a, b, c, p, q):  # p is the variance, q a constant
+    return tl.div_rn(0.5 * (a - b) * (a - b), p) + q
+
+
+@triton.jit
+def gaussian_scalar_grad(g, a, b, c, p, q):
+    d = tl.div_rn(a - b, p) * g
+    return d, -d
+
+
+@triton.jit
+def hinge_embedding(a, b, c, p, q):
+    return tl.where(b != 1, _at_least(p - a, 0.0), 0.0) + tl.where(b != -1, a, 0.0)
+
+
+@triton.jit
+def hinge_embedding_grad(g, a, b, c, p, q):
+    away = tl.where(b != 1, tl.where(p - a >= 0, g, 0.0), 0.0)
+    return (tl.where(b != -1, g, 0.0) - away,)
+
+
+@triton.jit
+def soft_margin(a, b, c, p, q):
+    return libdevice.log1p(libdevice.exp(-a * b))
+
+
+@triton.jit
+def soft_margin_grad(g, a, b, c, p, q):
+    z = libdevice.exp(-b * a)
+    return (-tl.div_rn(b * z, 1.0 + z) * g,)
+
+
+@triton.jit
+def margin_ranking(a, b, c, p, q):
+    return _at_least(-c * (a - b) + p, 0.0)
+
+
+@triton.jit
+def margin_ranking_grad(g, a, b, c, p, q):
+    g = tl.where(-c * (a - b) + p >= 0, g, 0.0)
+    return -c * g, c * g, (b - a) * g
+
+
+@triton.jit
+def multilabel_soft_margin(a, b, c, p, q):
+    rest = libdevice.log1p(libdevice.exp(-tl.abs(a)))
+    return b * (_at_least(-a, 0.0) + rest) + (1.0 - b) * (_at_least(a, 0.0) + rest)
+
+
+@triton.jit
+def multilabel_soft_margin_grad(g, a, b, c, p, q):
+    s, r = _sigmoids(a)
+    return ((1.0 - b) * s - b * r) * g, -a * g
+
+
+# ---- walks --------------------------------------------------------------------------------------
+
+
+class Walk:
+    """An order in which to visit the elements of tensors broadcast together."""
+
+    __slots__ = ("inverse", "n", "order", "permuted", "sizes", "strides", "wide")
+
+    def like(self, dtype, device):
+        """Uninitialised, in the broadcast shape and dense in the order of the walk."""
+        return torch.empty(self.permuted, dtype=dtype, device=device).permute(self.inverse)
+
+
+@functools.lru_cache(maxsize=4096)
+def _walk(shape, layouts):
+    """The `Walk` of tensors of (shape, strides) `layouts`; None among them stays.
+
+    It follows the first tensor that is not broadcast. `strides` holds for each tensor "dense"
+    or its strides along `sizes`; there is no walk, None, where these would be more than three.
+    """
+    whole = len(shape)
+    expanded = []
+    for layout in layouts:
+        if layout is None:
+            expanded.append(None)
+            continue
+        own, strides = layout
+        missing = whole - len(own)
+        steps = (*((0,) * missing), *strides)
+        sizes = (*((1,) * missing), *own)
+        expanded.append([0 if size == 1 else step for size, step in zip(sizes, steps, strict=True)])
+    axes = [d for d in range(whole) if shape[d] != 1]
+    full = [s for s in expanded if s is not None and all(s[d] for d in axes)]
+    if full:
+        axes.sort(key=lambda d: -full[0][d])
+
+    walk = Walk()
+    walk.n = math.prod(shape)
+    walk.order = [d for d in range(whole) if shape[d] == 1] + axes
+    walk.permuted = [shape[d] for d in walk.order]
+    walk.inverse = [walk.order.index(d) for d in range(whole)]
+    present = [s for s in expanded if s is not None]
+    merged = []  # (size, steps of the tensors present), outermost first
+    for d in axes:
+        steps = [s[d] for s in present]
+        if merged and all(a == b * shape[d] for a, b in zip(merged[-1][1], steps, strict=True)):
+            merged[-1] = merged[-1][0] * shape[d], steps
+        else:
+            merged.append((shape[d], steps))
+    if len(merged) > 3:
+        walk.sizes = None
+        return walk
+    walk.sizes = [size for size, _ in merged]
+    dense = [math.prod(walk.sizes[i + 1 :]) for i in range(len(merged))]
+    walk.strides = []
+    walk.wide = walk.n >= 2**31
+    at = 0
+    for s in expanded:
+        if s is None:
+            walk.strides.append(None)
+            continue
+        steps = [steps[at] for _, steps in merged]
+        at += 1
+        walk.strides.append("dense" if steps == dense else steps)
+        span = sum((size - 1) * step for size, step in zip(walk.sizes, steps, strict=True))
+        walk.wide = walk.wide or span >= 2**31
+    return walk
+
+
+def walk(*tensors):
+    """(the walk, the tensors) of tensors broadcast together, or None; some copied if need be."""
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors if t is not None))
+    layouts = tuple(None if t is None else (t.shape, t.stride()) for t in tensors)
+    found = _walk(shape, layouts)
+    if found.sizes is None:
+        order, inverse = found.order, found.inverse
+        tensors = tuple(
+            None if t is None else t.expand(shape).permute(order).contiguous().permute(inverse)
+            for t in tensors
+        )
+        layouts = tuple(None if t is None else (t.shape, t.stride()) for t in tensors)
+        found = _walk(shape, layouts)
+    return found, tensors
+
+
+def _addressing(found, count):
+    """Arguments D1, D2 and the strides of `count` tensors; (None, None, None) of dense ones."""
+    sizes = found.sizes
+    D1 = sizes[-2] if len(sizes) > 2 else None
+    D2 = sizes[-1] if len(sizes) > 1 else None
+    steps = []
+    for s in found.strides[:count]:
+        if s is None or s == "dense":
+            steps += (None, None, None)
+        else:
+            steps += (*((None,) * (3 - len(s))), *s)
+    return D1, D2, *steps
+
+
+# ---- kernels ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _read(T, start, i, mask, D1, D2, s0, s1, s2, MASKED: tl.constexpr, WIDE: tl.constexpr):
+    """Elements start + i of a walk, in fp32, of a tensor that may be None: then 1."""
+    if T is None:
+        x = 1.0
+    else:
+        if s2 is None:
+            at = T + start + i
+        else:
+            e = start + i
+            if not WIDE:
+                e = e.to(tl.int32)
+            if D2 is None:
+                at = T + e * s2
+            elif D1 is None:
+                at = T + (e // D2 * s1 + e % D2 * s2)
+            else:
+                outer = e // D2
+                at = T + (outer // D1 * s0 + outer % D1 * s1 + e % D2 * s2)
+        if MASKED:
+            x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        else:
+            x = tl.load(at).to(tl.float32)
+    return x
+
+
+_SIZES = [
+    "n", "blocks", "D1", "D2", "a0", "a1", "a2", "b0", "b1", "b2", "c0", "c1", "c2", "w0", "w1",
+    "w2",
+]  # fmt: skip
+
+
+@triton.jit
+def _loss_tile(
+    A, B, C, W, LOSS, n, start, D1, D2, a0, a1, a2, b0, b1, b2, c0, c1, c2, w0, w1, w2, p, q,
+    FORMULA: tl.constexpr, REDUCE: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, BLOCK)
+    mask = i < n - start
+    a = _read(A, start, i, mask, D1, D2, a0, a1, a2, MASKED, WIDE)
+    b = _read(B, start, i, mask, D1, D2, b0, b1, b2, MASKED, WIDE)
+    c = _read(C, start, i, mask, D1, D2, c0, c1, c2, MASKED, WIDE)
+    w = _read(W, start, i, mask, D1, D2, w0, w1, w2, MASKED, WIDE)
+    loss = FORMULA(a, b, c, p, q)
+    if W is not None:
+        loss *= w
+    if REDUCE:
+        if MASKED:
+            loss = tl.where(mask, loss, 0.0)
+        if W is not None and MASKED:
+            w = tl.where(mask, w, 0.0)
+    elif MASKED:
+        tl.store(LOSS + start + i, loss.to(LOSS.dtype.element_ty), mask=mask)
+    else:
+        tl.store(LOSS + start + i, loss.to(LOSS.dtype.element_ty))
+    return loss, w
+
+
+@kernel(do_not_specialize=_SIZES)
+def _loss_fwd_kernel(
+    A, B, C, W, LOSS, PARTIAL, n: tl.int64, blocks, D1, D2, a0, a1, a2, b0, b1, b2, c0, c1, c2, w0,
+    w1, w2, p, q, FORMULA: tl.constexpr, REDUCE: tl.constexpr, WIDE: tl.constexpr,
+    WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    losses = tl.zeros((BLOCK,), tl.float32)
+    weights = tl.zeros((BLOCK,), tl.float32)
+    for k in range(blocks):
+        start = (pid.to(tl.int64) * blocks + k) * BLOCK
+        if start + BLOCK <= n:  # without a mask, so that accesses are 128 bits wide for every n
+            loss, w = _loss_tile(
+                A, B, C, W, LOSS, n, start, D1, D2, a0, a1, a2, b0, b1, b2, c0, c1, c2, w0, w1, w2,
+                p, q, FORMULA, REDUCE, WIDE, False, BLOCK,
+            )  # fmt: skip
+            losses += loss
+            if WEIGHTS:
+                weights += w
+        else:
+            loss, w = _loss_tile(
+                A, B, C, W, LOSS, n, start, D1, D2, a0, a1, a2, b0, b1, b2, c0, c1, c2, w0, w1, w2,
+                p, q, FORMULA, REDUCE, WIDE, True, BLOCK,
+            )  # fmt: skip
+            losses += loss
+            if WEIGHTS:
+                weights += w
+    if REDUCE:
+        tl.store(PARTIAL + pid, tl.sum(losses.to(tl.float64), 0))
+        if WEIGHTS:
+            tl.store(PARTIAL + tl.num_programs(0) + pid, tl.sum(weights.to(tl.float64), 0))
+
+
+@kernel(do_not_specialize=["G", "divisor"])
+def _loss_finish_kernel(
+    PARTIAL, LOSS, COUNT, G, divisor: tl.int64, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    offs = tl.arange(0, BLOCK)
+    loss = tl.zeros((BLOCK,), tl.float64)
+    count = tl.zeros((BLOCK,), tl.float64)
+    for g in range(0, G, BLOCK):
+        mask = g + offs < G
+        loss += tl.load(PARTIAL + g + offs, mask=mask, other=0.0)
+        if WEIGHTS:
+            count += tl.load(PARTIAL + G + g + offs, mask=mask, other=0.0)
+    total = tl.sum(loss, 0)
+    if WEIGHTS:
+        by = tl.sum(count, 0)
+        tl.store(COUNT, by.to(tl.float32))
+    else:
+        by = divisor.to(tl.float64)
+    total /= by
+    tl.store(LOSS, total.to(tl.float32).to(LOSS.dtype.element_ty))
+
+
+@triton.jit
+def _grad_tile(
+    G, A, B, C, W, DA, DB, DC, scale, n, start, D1, D2, g0, g1, g2, a0, a1, a2, b0, b1, b2, c0, c1,
+    c2, w0, w1, w2, p, q, FORMULA: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, BLOCK)
+    mask = i < n - start
+    g = scale
+    if G is not None:
+        g = _read(G, start, i, mask, D1, D2, g0, g1, g2, MASKED, WIDE)
+    a = _read(A, start, i, mask, D1, D2, a0, a1, a2, MASKED, WIDE)
+    b = _read(B, start, i, mask, D1, D2, b0, b1, b2, MASKED, WIDE)
+    c = _read(C, start, i, mask, D1, D2, c0, c1, c2, MASKED, WIDE)
+    if W is not None:
+        g *= _read(W, start, i, mask, D1, D2, w0, w1, w2, MASKED, WIDE)
+    grads = FORMULA(g, a, b, c, p, q)
+    if DA is not None:
+        da = grads[0].to(DA.dtype.element_ty)
+        if MASKED:
+            tl.store(DA + start + i, da, mask=mask)
+        else:
+            tl.store(DA + start + i, da)
+    if DB is not None:
+        db = grads[1].to(DB.dtype.element_ty)
+        if MASKED:
+            tl.store(DB + start + i, db, mask=mask)
+        else:
+            tl.store(DB + start + i, db)
+    if DC is not None:
+        dc = grads[2].to(DC.dtype.element_ty)
+        if MASKED:
+            tl.store(DC + start + i, dc, mask=mask)
+        else:
+            tl.store(DC + start + i, dc)
+
+
+@kernel(do_not_specialize=[*_SIZES[:1], *_SIZES[2:], "divisor", "g0", "g1", "g2"])
+def _loss_bwd_kernel(
+    DLOSS, A, B, C, W, COUNT, DA, DB, DC, n: tl.int64, divisor: tl.int64, D1, D2, g0, g1, g2, a0,
+    a1, a2, b0, b1, b2, c0, c1, c2, w0, w1, w2, p, q, FORMULA: tl.constexpr, REDUCE: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    scale = 1.0
+    G = DLOSS
+    if REDUCE:
+        G = None
+        scale = tl.load(DLOSS).to(tl.float32)
+        if COUNT is not None:
+            scale = tl.div_rn(scale, tl.load(COUNT))
+        else:
+            scale = tl.div_rn(scale, divisor.to(tl.float32))
+    if start + BLOCK <= n:
+        _grad_tile(
+            G, A, B, C, W, DA, DB, DC, scale, n, start, D1, D2, g0, g1, g2, a0, a1, a2, b0, b1, b2,
+            c0, c1, c2, w0, w1, w2, p, q, FORMULA, WIDE, False, BLOCK,
+        )  # fmt: skip
+    else:
+        _grad_tile(
+            G, A, B, C, W, DA, DB, DC, scale, n, start, D1, D2, g0, g1, g2, a0, a1, a2, b0, b1, b2,
+            c0, c1, c2, w0, w1, w2, p, q, FORMULA, WIDE, True, BLOCK,
+        )  # fmt: skip
+
+
+# ---- launchers ----------------------------------------------------------------------------------
+
+
+BLOCK = 1024
+PARTIALS = 2048  # programs that a large GPU holds at once, and sums that one program soon adds up
+
+_WIDE_WARPS = torch.version.hip is not None  # 64 lanes, else 32
+
+
+def _warps(tensors):
+    """8 elements per lane: those of 16 bits are one 16-byte access."""
+    narrow = min(t.element_size() for t in tensors if t is not None)
+    return 2 if _WIDE_WARPS and narrow == 2 else 4
+
+
+def finish(partial, loss, count, divisor):
+    """partial (1 or 2, G) fp64, sums of losses, and of weights -> loss / divisor.
+
+    With `count` (0-d fp32) the divisor is the sum of the weights, and is left there.
+    """
+    G = partial.shape[1]
+    block = min(max(triton.next_power_of_2(G), 32), 8192)
+    _loss_finish_kernel(
+        (1,), partial, loss, count, G, divisor, WEIGHTS=count is not None, BLOCK=block,
+        num_warps=min(max(block // 256, 1), 16),
+    )  # fmt: skip
+
+
+def fwd(inputs, formula, p, q, loss, divisor, weights):
+    """inputs (a, b, c, w), broadcast together, those absent None -> loss, filled in, and count.
+
+    `loss` is 0-d, and then divided by `divisor`, or with `weights` by the sum of the weights, which
+    is `count` (0-d fp32, else None); or it has the broadcast shape, in any dense layout.
+    """
+    reduce = divisor is not None
+    # First the result, whose layout is given.
+    found, (out, *inputs) = walk(None if reduce else loss, *inputs)
+    a = next(t for t in inputs if t is not None)
+    tiles = triton.cdiv(found.n, BLOCK)
+    blocks = max(triton.cdiv(tiles, PARTIALS), 1) if reduce else 1
+    programs = triton.cdiv(tiles, blocks)
+    partial = count = None
+    if reduce:
+        partial = a.new_empty((2 if weights else 1, programs), dtype=torch.float64)
+        count = a.new_empty((), dtype=torch.float32) if weights else None
+    D1, D2, _, _, _, *steps = _addressing(found, 5)
+    _loss_fwd_kernel(
+        (programs,), *inputs, out, partial, found.n, blocks, D1, D2, *steps, p, q,
+        FORMULA=globals()[formula], REDUCE=reduce, WIDE=found.wide, WEIGHTS=weights, BLOCK=BLOCK,
+        num_warps=_warps(inputs),
+    )  # fmt: skip
+    if reduce:
+        finish(partial, loss, count, divisor)
+    return loss, count
+
+
+def bwd(dloss, inputs, needs, formula, p, q, divisor, count):
+    """dloss, the inputs and the count of `fwd` -> (da, db, dc), None where not in `needs`.
+
+    A gradient of a broadcast input comes in its own shape, summed; others in the input's dtype.
+    """
+    reduce = divisor is not None
+    found, (g, *read) = walk(None if reduce else dloss, *inputs)
+    device = dloss.device
+    shape = tuple(found.permuted[d] for d in found.inverse)
+    grads = [
+        found.like(t.dtype if t.shape == shape else torch.float32, device) if need else None
+        for t, need in zip(inputs[:3], needs, strict=True)
+    ]
+    D1, D2, *steps = _addressing(found, 5)
+    _loss_bwd_kernel(
+        (triton.cdiv(found.n, BLOCK),), dloss if reduce else g, *read, count, *grads, found.n,
+        divisor or 1, D1, D2, *steps, p, q, FORMULA=globals()[formula], REDUCE=reduce,
+        WIDE=found.wide, BLOCK=BLOCK, num_warps=_warps((*read, *grads)),
+    )  # fmt: skip
+    return [
+        d if d is None or d.shape == t.shape else d.sum_to_size(t.shape).to(t.dtype)
+        for d, t in zip(grads, inputs[:3], strict=True)
+    ]
