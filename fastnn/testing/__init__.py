@@ -266,8 +266,9 @@ def compare_sides(
     """Call the three on the same inputs, `exact` in float64, and say where ours differs from stock.
 
     Compares values, gradients, nan and inf, dtypes, shapes, strides, whether a graph is attached;
-    runs ours twice and wants the same bits; wants inputs (but for `inplace`) and incoming gradients
-    left as they were. Under `mode="triton"` a call that goes to stock ends it: `path` is "stock".
+    runs ours twice and wants the same bits; wants incoming gradients left as they were, and inputs,
+    unless stock writes to them: then what they hold is compared too, but for `inplace`. Under
+    `mode="triton"` a call that goes to stock ends it: `path` is "stock".
     """
     inputs = (tuple(args), kwargs or {})
     result = Result("kernel", None)
@@ -283,18 +284,27 @@ def compare_sides(
         return result
     # On CUDA, stock of the same dtype must come to the same noise by itself.
     with replaying(draws) if draws and device == "cpu" else nullcontext():
-        want = _run(stock, _leaves(inputs), device, autocast, got.upstream)
+        theirs = _leaves(inputs)
+        want = _run(stock, theirs, device, autocast, got.upstream)
     wide = [u.double() for u in got.upstream]
     with replaying(draws) if draws else nullcontext():
-        truth = _run(exact, _leaves(inputs, torch.float64), device, None, wide)
+        exactly = _leaves(inputs, torch.float64)
+        truth = _run(exact, exactly, device, None, wide)
     whys = [why for _, why in heard if why is not None]
     if whys:
         result.path, result.reason = "stock", whys[0]
     if not heard:
         fail("nothing was dispatched")
-    for x, before in zip(_tensors(mine), _tensors(inputs), strict=True):
-        if not inplace and not torch.equal(x.nan_to_num(), before.nan_to_num()):
-            fail("an input was written to")
+    sides = (_tensors(tree) for tree in (inputs, mine, theirs, exactly))
+    for i, (before, x, its, true) in enumerate(zip(*sides, strict=True)):
+        if torch.equal(its.nan_to_num(), before.nan_to_num()):
+            if not torch.equal(x.nan_to_num(), before.nan_to_num()):
+                fail("an input was written to")
+        elif not inplace:  # running statistics: as good as a result
+            comparison, failure = _compare(f"input {i} afterwards", x, its, true)
+            result.comparisons.append(comparison)
+            if failure:
+                fail(failure)
     if got.layouts != want.layouts:
         fail(f"(dtype, shape, strides, requires_grad) {got.layouts}; stock {want.layouts}")
     if got.named.keys() != want.named.keys():
