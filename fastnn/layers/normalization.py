@@ -5,12 +5,17 @@ import torch.nn as stock
 import fastnn.functional as F
 from fastnn.layers._layer import Layer
 
-__all__ = ["LayerNorm", "RMSNorm"]
+__all__ = ["GroupNorm", "LayerNorm", "RMSNorm"]
 
 
 class LayerNorm(stock.LayerNorm, metaclass=Layer):
     def forward(self, input):
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class GroupNorm(stock.GroupNorm, metaclass=Layer):
+    def forward(self, input):
+        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(stock.RMSNorm, metaclass=Layer):

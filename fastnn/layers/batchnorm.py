@@ -1,0 +1,77 @@
+"""Batch norm. Mirrors torch/nn/modules/batchnorm.py."""
+
+import torch
+import torch.nn as stock
+
+import fastnn.functional as F
+from fastnn.layers._layer import Layer
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "SyncBatchNorm",
+]
+
+
+def _forward(self, input):
+    self._check_input_dim(input)
+    factor = 0.0 if self.momentum is None else self.momentum
+    if self.training and self.track_running_stats:
+        if self.num_batches_tracked is not None:  # TorchScript looks for this test by itself
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # the average over all batches
+                factor = 1.0 / float(self.num_batches_tracked)
+    used = not self.training or self.track_running_stats
+    return F.batch_norm(
+        input,
+        self.running_mean if used else None,
+        self.running_var if used else None,
+        self.weight,
+        self.bias,
+        self.training or (self.running_mean is None and self.running_var is None),
+        factor,
+        self.eps,
+    )
+
+
+class BatchNorm1d(stock.BatchNorm1d, metaclass=Layer):
+    forward = _forward
+
+
+class LazyBatchNorm1d(stock.LazyBatchNorm1d, metaclass=Layer):
+    cls_to_become = BatchNorm1d  # type: ignore[assignment]
+    forward = _forward
+
+
+class BatchNorm2d(stock.BatchNorm2d, metaclass=Layer):
+    forward = _forward
+
+
+class LazyBatchNorm2d(stock.LazyBatchNorm2d, metaclass=Layer):
+    cls_to_become = BatchNorm2d  # type: ignore[assignment]
+    forward = _forward
+
+
+class BatchNorm3d(stock.BatchNorm3d, metaclass=Layer):
+    forward = _forward
+
+
+class LazyBatchNorm3d(stock.LazyBatchNorm3d, metaclass=Layer):
+    cls_to_become = BatchNorm3d  # type: ignore[assignment]
+    forward = _forward
+
+
+class SyncBatchNorm(stock.SyncBatchNorm, metaclass=Layer):
+    def forward(self, input):
+        tracks = self.training and self.track_running_stats
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        # What is left to stock: its collectives, and its error for a buffer that is missing.
+        if (self.training and distributed) or (tracks and self.num_batches_tracked is None):
+            return super().forward(input)
+        self._check_input_dim(input)
+        self._check_non_zero_input_channels(input)
+        return _forward(self, input)

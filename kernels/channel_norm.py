@@ -1,0 +1,735 @@
+"""Norms with a scale per channel: batch, group and instance norm, with the activation that follows.
+
+    y = f((x - mean) * rstd * w + b),  rstd = 1 / sqrt(var + eps)      x_hat = (x - mean) * rstd
+    dz = f'(dy);  g = dz * w;  dx = (g - x_hat * avg(g * x_hat) - avg(g)) * rstd
+    dw = sum of dz * x_hat, db = sum of dz, over all but the channel
+
+Memory-bound; passes over the elements (R read, W write):
+    stock   statistics 1R, y 1R 1W, f 1R 1W; f' 2R 1W, sums 2R, dx 2R 1W                13
+    here    statistics 1R, y 1R 1W; sums 2R, dx 2R 1W                                    8
+    where a statistic's elements fit in registers: 1R 1W; 2R 1W                          5
+f' is computed from x and the statistics: no mask, and no result of f, is read.
+
+An input (N, C, *) is seen as O x C x J: for each of O outer indices and C channels, J elements that
+a kernel walks. Batch norm has O = 1, and J runs over samples and positions. Group norm has O = N, J
+runs over positions, and there are statistics for every D = C / groups channels. The layout says
+where an element lies, S being the positions of a plane:
+
+    planes     o * C * S + c * S + j               contiguous, one sample for each o
+    samples    j // S * C * S + c * S + j % S      contiguous, J runs through the samples
+    last       o * J * C + j * C + c               channels last
+
+Statistics of more elements than fit: each program takes a chunk of J by Welford's recurrence, and a
+second kernel pools the chunks in a fixed order. Sums across programs likewise go through partials.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from fastnn.kernels._launch import kernel
+
+from fastnn.kernels import norm, pointwise
+
+WHOLE = 16384  # the most elements of statistics that stay in registers from load to store, forward
+WHOLE_BWD = 8192  # and backward, which also holds dy
+TILE = 2048
+PROGRAMS = 1024  # enough to fill a GPU with tiles
+
+
+# ---- device functions ---------------------------------------------------------------------------
+
+
+@triton.jit
+def _sizes(C, S, N, LAYOUT: tl.constexpr, UNIT: tl.constexpr):
+    """(C, S, how many vectors J has). The size that neighbours in memory run along comes divided by
+    UNIT: so the compiler sees the divisor, and accesses are as wide as it is."""
+    V = S * N
+    if LAYOUT == "last":
+        C *= UNIT
+    else:
+        S *= UNIT
+    return C, S, V
+
+
+@triton.jit
+def _offsets(o, c, v0, C, S, V, LAYOUT: tl.constexpr, U: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Where the elements (c, v0 + v, u) lie: a 64-bit base, and offsets from it."""
+    v = tl.arange(0, BLOCK_V)
+    u = tl.arange(0, U)[None, None, :]
+    rows = c[:, None, None]
+    if LAYOUT == "last":
+        base = (o * V + v0) * C
+        offs = v[None, :, None] * C + rows + u
+    elif LAYOUT == "samples":
+        base = o * U  # 0, but the compiler has to see that it is aligned
+        n = (v0 + v) // (S // U)
+        start = n.to(tl.int64) * C * S + (v0 + v - n * (S // U)) * U
+        offs = start[None, :, None] + (rows * S + u)
+    else:
+        base = o * C * S + v0 * U
+        offs = rows * S + (v[None, :, None] * U + u)
+    return base, offs
+
+
+@triton.jit
+def _sum(x):
+    """Over all but the first axis."""
+    return tl.sum(tl.sum(x, 2), 1)
+
+
+@triton.jit
+def _per_channel(P, c, C):
+    """Parameters or statistics, as float32 over a tile's first axis."""
+    return tl.load(P + c, mask=c < C, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _at_program(C, BLOCK_C: tl.constexpr):
+    """(outer index, first channel) of a program."""
+    blocks = tl.cdiv(C, BLOCK_C)
+    pid = tl.program_id(0)
+    return (pid // blocks).to(tl.int64), pid % blocks * BLOCK_C
+
+
+@triton.jit
+def _normalised(x, mean, rstd, w, b):
+    x_hat = (x - mean[:, None, None]) * rstd[:, None, None]
+    return x_hat, x_hat * w[:, None, None] + b[:, None, None]
+
+
+@triton.jit
+def _rstd_of(var, eps):
+    return tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+
+
+@triton.jit
+def _loaded(MEAN, RSTD, W, B, st, c, C, eps, VARIANCE: tl.constexpr):
+    """Mean, rstd, weight and bias of channels c; their statistics are at st."""
+    mean = tl.load(MEAN + st, mask=c < C, other=0.0).to(tl.float32)
+    rstd = tl.load(RSTD + st, mask=c < C, other=1.0).to(tl.float32)
+    if VARIANCE:
+        rstd = _rstd_of(rstd, eps)
+    w = tl.full(c.shape, 1.0, tl.float32)
+    b = tl.zeros(c.shape, tl.float32)
+    if W is not None:
+        w = _per_channel(W, c, C)
+    if B is not None:
+        b = _per_channel(B, c, C)
+    return mean, rstd, w, b
+
+
+@triton.jit
+def _track(RUNNING_MEAN, RUNNING_VAR, at, mask, mean, var, count, momentum):
+    """Move running statistics by `momentum` towards these; the variance as of a sample."""
+    unbiased = tl.div_rn(var * count, count - 1.0)
+    if RUNNING_MEAN is not None:
+        old = tl.load(RUNNING_MEAN + at, mask=mask, other=0.0).to(tl.float32)
+        new = momentum * mean + (1.0 - momentum) * old
+        tl.store(RUNNING_MEAN + at, new.to(RUNNING_MEAN.dtype.element_ty), mask=mask)
+    if RUNNING_VAR is not None:
+        old = tl.load(RUNNING_VAR + at, mask=mask, other=0.0).to(tl.float32)
+        new = momentum * unbiased + (1.0 - momentum) * old
+        tl.store(RUNNING_VAR + at, new.to(RUNNING_VAR.dtype.element_ty), mask=mask)
+
+
+# ---- statistics that fit in registers -----------------------------------------------------------
+
+
+@triton.jit
+def _members(C, D, D_UNIT: tl.constexpr, GROUPED: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(outer index, channels, their limit, where their statistics lie) of a program that has all
+    of a group, or of some channels that are their own groups."""
+    if GROUPED:
+        D = D * D_UNIT
+        groups = C // D
+        pid = tl.program_id(0)
+        o = (pid // groups).to(tl.int64)
+        first = pid % groups * D
+        c = first + tl.arange(0, BLOCK_C)
+        limit = first + D
+        st = o * groups + pid % groups + tl.zeros((BLOCK_C,), tl.int32)
+    else:
+        o, first = _at_program(C, BLOCK_C)
+        c = first + tl.arange(0, BLOCK_C)
+        limit = C
+        st = o * C + c
+    return o, c, limit, st
+
+
+@triton.jit
+def _shared(x, GROUPED: tl.constexpr):
+    """The sum that each channel's statistics take part in, for each channel."""
+    if GROUPED:
+        x = tl.zeros_like(x) + tl.sum(x, 0)
+    return x
+
+
+@kernel(do_not_specialize=["C", "S", "N", "D"])
+def _channel_fwd_kernel(
+    X, W, B, Y, MEAN, RSTD, RUNNING_MEAN, RUNNING_VAR, C, S, N, D, eps, momentum, a, b,
+    LAYOUT: tl.constexpr, UNIT: tl.constexpr, D_UNIT: tl.constexpr, GROUPED: tl.constexpr,
+    FORMULA: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
+    U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
+    o, c, limit, st = _members(C, D, D_UNIT, GROUPED, BLOCK_C)
+    base, offs = _offsets(o, c, 0, C, S, V, LAYOUT, U, BLOCK_V)
+    mask = (c < limit)[:, None, None] & (tl.arange(0, BLOCK_V) < V)[None, :, None]
+    x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
+    count = (V * U).to(tl.float32)
+    if GROUPED:
+        count *= (D * D_UNIT).to(tl.float32)
+    mean = tl.div_rn(_shared(_sum(x), GROUPED), count)
+    d = tl.where(mask, x - mean[:, None, None], 0.0)
+    # Of |mean| >> std the sum has kept too few digits for the mean: that of d has the rest.
+    rest = tl.div_rn(_shared(_sum(d), GROUPED), count)
+    mean += rest
+    d = tl.where(mask, d - rest[:, None, None], 0.0)
+    var = tl.div_rn(_shared(_sum(d * d), GROUPED), count)
+    rstd = _rstd_of(var, eps)
+    one = c < limit
+    if GROUPED:
+        one = c == limit - D * D_UNIT
+    tl.store(MEAN + st, mean, mask=one)
+    tl.store(RSTD + st, rstd, mask=one)
+    if RUNNING_MEAN is not None or RUNNING_VAR is not None:
+        _track(RUNNING_MEAN, RUNNING_VAR, c, c < limit, mean, var, count, momentum)
+    y = d * rstd[:, None, None]
+    if W is not None:
+        y *= _per_channel(W, c, limit)[:, None, None]
+    if B is not None:
+        y += _per_channel(B, c, limit)[:, None, None]
+    if FORMULA is not None:
+        y = FORMULA(y, a, b)
+    tl.store(Y + base + offs, y.to(Y.dtype.element_ty), mask=mask)
+
+
+@kernel(do_not_specialize=["C", "S", "N", "D"])
+def _channel_bwd_kernel(
+    DY, X, W, B, MEAN, RSTD, DX, DW, DB, C, S, N, D, a, b,
+    LAYOUT: tl.constexpr, UNIT: tl.constexpr, D_UNIT: tl.constexpr, GROUPED: tl.constexpr,
+    FORMULA: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
+    U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
+    o, c, limit, st = _members(C, D, D_UNIT, GROUPED, BLOCK_C)
+    base, offs = _offsets(o, c, 0, C, S, V, LAYOUT, U, BLOCK_V)
+    mask = (c < limit)[:, None, None] & (tl.arange(0, BLOCK_V) < V)[None, :, None]
+    dz = tl.load(DY + base + offs, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
+    mean, rstd, w, bias = _loaded(MEAN, RSTD, W, B, st, c, limit, 0.0, False)
+    x_hat, z = _normalised(x, mean, rstd, w, bias)
+    if GRADIENT is not None:
+        if FORMULA is not None:  # the gradient is written in y
+            z = FORMULA(z, a, b)
+        dz = GRADIENT(dz, z, a, b)
+    dz = tl.where(mask, dz, 0.0)
+    x_hat = tl.where(mask, x_hat, 0.0)
+    along = _sum(dz * x_hat)
+    total = _sum(dz)
+    at = o * C + c
+    if DW is not None:
+        tl.store(DW + at, along.to(DW.dtype.element_ty), mask=c < limit)
+    if DB is not None:
+        tl.store(DB + at, total.to(DB.dtype.element_ty), mask=c < limit)
+    count = (V * U).to(tl.float32)
+    if GROUPED:
+        count *= (D * D_UNIT).to(tl.float32)
+    along = tl.div_rn(_shared(along * w, GROUPED), count)
+    total = tl.div_rn(_shared(total * w, GROUPED), count)
+    dx = dz * w[:, None, None] - x_hat * along[:, None, None] - total[:, None, None]
+    dx *= rstd[:, None, None]
+    tl.store(DX + base + offs, dx.to(DX.dtype.element_ty), mask=mask)
+
+
+# ---- statistics that do not ---------------------------------------------------------------------
+
+
+@kernel(do_not_specialize=["C", "S", "N", "span", "K"])
+def _channel_moments_kernel(
+    X, MEAN, M2, C, S, N, span, K,
+    LAYOUT: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
+    U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
+    o, first = _at_program(C, BLOCK_C)
+    k = tl.program_id(1)
+    c = first + tl.arange(0, BLOCK_C)
+    start = k * span
+    stop = tl.minimum(start + span, V)
+    v = tl.arange(0, BLOCK_V)
+    mean = tl.zeros((BLOCK_C, BLOCK_V, U), tl.float32)
+    m2 = tl.zeros((BLOCK_C, BLOCK_V, U), tl.float32)
+    step = 0.0
+    for v0 in range(start, stop, BLOCK_V):
+        base, offs = _offsets(o, c, v0, C, S, V, LAYOUT, U, BLOCK_V)
+        mask = (c < C)[:, None, None] & (v0 + v < stop)[None, :, None]
+        x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
+        step += 1.0
+        d = tl.where(mask, x - mean, 0.0)
+        mean += d * tl.div_rn(1.0, step)
+        m2 += d * (x - mean)
+    # Each lane has the moments of its own elements: pool them, relative to the first one's mean,
+    # for of |mean| >> std a sum of means would keep too few digits.
+    count = tl.maximum((stop - start - v + BLOCK_V - 1) // BLOCK_V, 0).to(tl.float32)[None, :, None]
+    is_first = (v == 0)[None, :, None] & (tl.arange(0, U) == 0)[None, None, :]
+    origin = _sum(tl.where(is_first, mean, 0.0))
+    d = tl.where(count > 0, mean - origin[:, None, None], 0.0)
+    pooled = origin + tl.div_rn(_sum(d * count), ((stop - start) * U).to(tl.float32))
+    d = tl.where(count > 0, mean - pooled[:, None, None], 0.0)
+    m2 = _sum(m2 + count * d * d)
+    at = (o * K + k) * C + c
+    tl.store(MEAN + at, pooled, mask=c < C)
+    tl.store(M2 + at, m2, mask=c < C)
+
+
+@triton.jit
+def _parts(e, g, o, K, D, groups):
+    """Of a group's part e: whether there is one, its chunk, and where it is among the partials."""
+    k = e // D
+    there = (e < K * D)[:, None] & (g < groups)[None, :]
+    at = ((o * K + k) * (groups * D) + (e - k * D))[:, None] + (g * D)[None, :]
+    return there, k, at
+
+
+@kernel(do_not_specialize=["V", "span", "K", "D", "groups", "outer"])
+def _channel_pool_kernel(
+    PART_MEAN, PART_M2, MEAN, RSTD, RUNNING_MEAN, RUNNING_VAR, V, span, K, D, groups, outer, eps,
+    momentum, U: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
+    total = (V * U).to(tl.float32) * D.to(tl.float32)
+    sum_mean = tl.zeros((BLOCK_G,), tl.float32)
+    sum_var = tl.zeros((BLOCK_G,), tl.float32)
+    # A program has every outer index where their statistics go into the running ones together.
+    for o in range(tl.program_id(1).to(tl.int64), outer, tl.num_programs(1)):
+        origin = tl.load(PART_MEAN + o * K * (groups * D) + g * D, mask=g < groups, other=0.0)
+        acc = tl.zeros((BLOCK_E, BLOCK_G), tl.float32)
+        for start in range(0, K * D, BLOCK_E):
+            there, k, at = _parts(start + tl.arange(0, BLOCK_E), g, o, K, D, groups)
+            count = (tl.minimum(span, V - k * span) * U).to(tl.float32)[:, None]
+            part = tl.load(PART_MEAN + at, mask=there, other=0.0)
+            acc += tl.where(there, (part - origin[None, :]) * count, 0.0)
+        mean = origin + tl.div_rn(tl.sum(acc, 0), total)
+        acc = tl.zeros((BLOCK_E, BLOCK_G), tl.float32)
+        for start in range(0, K * D, BLOCK_E):
+            there, k, at = _parts(start + tl.arange(0, BLOCK_E), g, o, K, D, groups)
+            count = (tl.minimum(span, V - k * span) * U).to(tl.float32)[:, None]
+            d = tl.load(PART_MEAN + at, mask=there, other=0.0) - mean[None, :]
+            m2 = tl.load(PART_M2 + at, mask=there, other=0.0)
+            acc += tl.where(there, m2 + count * d * d, 0.0)
+        var = tl.div_rn(tl.sum(acc, 0), total)
+        tl.store(MEAN + o * groups + g, mean, mask=g < groups)
+        tl.store(RSTD + o * groups + g, _rstd_of(var, eps), mask=g < groups)
+        sum_mean += mean
+        sum_var += var
+    if RUNNING_MEAN is not None or RUNNING_VAR is not None:
+        mean = tl.div_rn(sum_mean, outer.to(tl.float32))
+        var = tl.div_rn(sum_var, outer.to(tl.float32))
+        _track(RUNNING_MEAN, RUNNING_VAR, g, g < groups, mean, var, total, momentum)
+
+
+@kernel(do_not_specialize=["C", "S", "N", "D", "span"])
+def _channel_apply_kernel(
+    X, W, B, Y, MEAN, RSTD, C, S, N, D, span, eps, a, b,
+    LAYOUT: tl.constexpr, UNIT: tl.constexpr, VARIANCE: tl.constexpr, FORMULA: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
+    U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
+    o, first = _at_program(C, BLOCK_C)
+    c = first + tl.arange(0, BLOCK_C)
+    mean, rstd, w, bias = _loaded(
+        MEAN, RSTD, W, B, o * (C // D) + c // D, c, C, eps, VARIANCE
+    )  # fmt: skip
+    start = tl.program_id(1) * span
+    stop = tl.minimum(start + span, V)
+    for v0 in range(start, stop, BLOCK_V):
+        base, offs = _offsets(o, c, v0, C, S, V, LAYOUT, U, BLOCK_V)
+        mask = (c < C)[:, None, None] & (v0 + tl.arange(0, BLOCK_V) < stop)[None, :, None]
+        x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
+        _, y = _normalised(x, mean, rstd, w, bias)
+        if FORMULA is not None:
+            y = FORMULA(y, a, b)
+        tl.store(Y + base + offs, y.to(Y.dtype.element_ty), mask=mask)
+
+
+@kernel(do_not_specialize=["C", "S", "N", "D", "span", "K"])
+def _channel_sums_kernel(
+    DY, X, W, B, MEAN, RSTD, ALONG, TOTAL, C, S, N, D, span, K, eps, a, b,
+    LAYOUT: tl.constexpr, UNIT: tl.constexpr, VARIANCE: tl.constexpr, FORMULA: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
+    U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
+    o, first = _at_program(C, BLOCK_C)
+    k = tl.program_id(1)
+    c = first + tl.arange(0, BLOCK_C)
+    mean, rstd, w, bias = _loaded(
+        MEAN, RSTD, W, B, o * (C // D) + c // D, c, C, eps, VARIANCE
+    )  # fmt: skip
+    along = tl.zeros((BLOCK_C, BLOCK_V, U), tl.float32)
+    total = tl.zeros((BLOCK_C, BLOCK_V, U), tl.float32)
+    start = k * span
+    stop = tl.minimum(start + span, V)
+    for v0 in range(start, stop, BLOCK_V):
+        base, offs = _offsets(o, c, v0, C, S, V, LAYOUT, U, BLOCK_V)
+        mask = (c < C)[:, None, None] & (v0 + tl.arange(0, BLOCK_V) < stop)[None, :, None]
+        dz = tl.load(DY + base + offs, mask=mask, other=0.0).to(tl.float32)
+        if ALONG is not None or GRADIENT is not None:
+            x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
+            x_hat, z = _normalised(x, mean, rstd, w, bias)
+            if GRADIENT is not None:
+                if FORMULA is not None:
+                    z = FORMULA(z, a, b)
+                dz = tl.where(mask, GRADIENT(dz, z, a, b), 0.0)
+            along += tl.where(mask, dz * x_hat, 0.0)
+        total += dz
+    at = (o * K + k) * C + c
+    if ALONG is not None:
+        tl.store(ALONG + at, _sum(along), mask=c < C)
+    if TOTAL is not None:
+        tl.store(TOTAL + at, _sum(total), mask=c < C)
+
+
+@kernel(do_not_specialize=["K", "D", "groups"])
+def _channel_totals_kernel(
+    ALONG, TOTAL, W, SUM_ALONG, SUM_TOTAL, DW, DB, K, D, groups,
+    BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
+    o = tl.program_id(1).to(tl.int64)
+    along = tl.zeros((BLOCK_E, BLOCK_G), tl.float32)
+    total = tl.zeros((BLOCK_E, BLOCK_G), tl.float32)
+    for start in range(0, K * D, BLOCK_E):
+        e = start + tl.arange(0, BLOCK_E)
+        there, k, at = _parts(e, g, o, K, D, groups)
+        w = 1.0
+        if W is not None and DW is None and DB is None:
+            c = (e - k * D)[:, None] + (g * D)[None, :]
+            w = tl.load(W + c, mask=there, other=0.0).to(tl.float32)
+        along += w * tl.load(ALONG + at, mask=there, other=0.0)
+        total += w * tl.load(TOTAL + at, mask=there, other=0.0)
+    along = tl.sum(along, 0)
+    total = tl.sum(total, 0)
+    if DW is not None or DB is not None:  # channels by themselves
+        if DW is not None:
+            tl.store(DW + g, along.to(DW.dtype.element_ty), mask=g < groups)
+        if DB is not None:
+            tl.store(DB + g, total.to(DB.dtype.element_ty), mask=g < groups)
+        if W is not None:
+            w = _per_channel(W, g, groups)
+            along *= w
+            total *= w
+    if SUM_ALONG is not None:
+        tl.store(SUM_ALONG + o * groups + g, along, mask=g < groups)
+        tl.store(SUM_TOTAL + o * groups + g, total, mask=g < groups)
+
+
+@kernel(do_not_specialize=["C", "S", "N", "D", "span"])
+def _channel_dx_kernel(
+    DY, X, W, B, MEAN, RSTD, SUM_ALONG, SUM_TOTAL, DX, C, S, N, D, span, eps, a, b,
+    LAYOUT: tl.constexpr, UNIT: tl.constexpr, VARIANCE: tl.constexpr, FORMULA: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
+    U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
+    o, first = _at_program(C, BLOCK_C)
+    c = first + tl.arange(0, BLOCK_C)
+    st = o * (C // D) + c // D
+    mean, rstd, w, bias = _loaded(MEAN, RSTD, W, B, st, c, C, eps, VARIANCE)
+    if SUM_ALONG is not None:
+        count = (V * U).to(tl.float32) * D.to(tl.float32)
+        along = tl.div_rn(tl.load(SUM_ALONG + st, mask=c < C, other=0.0), count)[:, None, None]
+        total = tl.div_rn(tl.load(SUM_TOTAL + st, mask=c < C, other=0.0), count)[:, None, None]
+    start = tl.program_id(1) * span
+    stop = tl.minimum(start + span, V)
+    for v0 in range(start, stop, BLOCK_V):
+        base, offs = _offsets(o, c, v0, C, S, V, LAYOUT, U, BLOCK_V)
+        mask = (c < C)[:, None, None] & (v0 + tl.arange(0, BLOCK_V) < stop)[None, :, None]
+        dz = tl.load(DY + base + offs, mask=mask, other=0.0).to(tl.float32)
+        if SUM_ALONG is not None or GRADIENT is not None:
+            x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
+            x_hat, z = _normalised(x, mean, rstd, w, bias)
+            if GRADIENT is not None:
+                if FORMULA is not None:
+                    z = FORMULA(z, a, b)
+                dz = GRADIENT(dz, z, a, b)
+        dx = dz * w[:, None, None]
+        if SUM_ALONG is not None:
+            dx -= x_hat * along + total
+        dx *= rstd[:, None, None]
+        tl.store(DX + base + offs, dx.to(DX.dtype.element_ty), mask=mask)
+
+
+# ---- launchers ----------------------------------------------------------------------------------
+
+
+class _View(NamedTuple):
+    """An input as O x C x J, with J = N * S; statistics for every D channels."""
+
+    layout: str
+    outer: int
+    C: int
+    S: int
+    N: int
+    D: int
+
+    @property
+    def unit(self):
+        return math.gcd(self.C if self.layout == "last" else self.S, 8)
+
+    @property
+    def vector(self):
+        return 1 if self.layout == "last" else self.unit
+
+    @property
+    def V(self):
+        return self.N * self.S // self.vector
+
+    def arguments(self, unit):
+        """C, S and N, as kernels take them."""
+        if self.layout == "last":
+            return self.C // unit, self.S, self.N
+        return self.C, self.S // unit, self.N
+
+
+def _view(x, groups, last):
+    N, C = x.shape[:2]
+    S = math.prod(x.shape[2:])
+    last = last or S == 1
+    if groups:
+        return _View("last" if last else "planes", N, C, S, 1, C // groups)
+    if last:
+        return _View("last", 1, C, N * S, 1, 1)
+    return _View("planes" if N == 1 else "samples", 1, C, S, N, 1)
+
+
+def _ceil(n):
+    return triton.next_power_of_2(n)
+
+
+def _whole_config(view, itemsize, most):
+    """How a program holds all elements of its statistics in registers; None if they do not fit."""
+    layout, D = view.layout, view.D
+    wide = layout == "last"
+    unit = math.gcd(D, 8) if wide and D > 1 else view.unit
+    block_v = _ceil(view.V)
+    block_j = block_v * view.vector
+    if D > 1:
+        block_c = _ceil(D)
+        if wide and view.S > 1 and D * itemsize < 32:
+            return None  # of a sector, only a part
+    elif wide:
+        block_c = min(_ceil(view.C), 64 // itemsize)
+        while block_c * block_j > most // 2 and block_c * itemsize > 32:
+            block_c //= 2
+    else:
+        block_c = max(1, min(_ceil(view.C), 1024 // block_j))
+    elements = block_c * block_j
+    if elements > (most // 2 if unit == 1 else most):
+        return None
+    each = 256 if unit == 1 else 1024 if wide and D == 1 else 512  # for a warp
+    return {
+        "LAYOUT": layout,
+        "UNIT": unit,
+        "D_UNIT": unit if wide and D > 1 else 1,
+        "GROUPED": D > 1,
+        "BLOCK_C": block_c,
+        "BLOCK_V": block_v,
+        "num_warps": min(max(elements // each, 4), 16),
+    }
+
+
+def _whole_launch(view, config):
+    """(programs, arguments C, S, N and D) of a `_whole_config`."""
+    blocks = triton.cdiv(view.C, view.D if view.D > 1 else config["BLOCK_C"])
+    return view.outer * blocks, (*view.arguments(config["UNIT"]), view.D // config["D_UNIT"])
+
+
+def _tile(view, itemsize):
+    if view.layout == "last":
+        block_c = min(_ceil(view.C), 128 // itemsize)
+        block_v = min(_ceil(view.V), TILE // block_c)
+    else:
+        block_j = min(_ceil(view.V) * view.unit, TILE)
+        if view.layout == "samples" and view.S < 256:
+            block_j = min(block_j, 256)  # several channels, which are neighbours in memory
+        block_c = min(_ceil(view.C), 8) if view.layout == "samples" else _ceil(view.C)
+        block_c = min(block_c, max(1, TILE // 2 // block_j))
+        block_v = block_j // view.unit
+    return {
+        "LAYOUT": view.layout,
+        "UNIT": view.unit,
+        "BLOCK_C": block_c,
+        "BLOCK_V": block_v,
+        "num_warps": 4,
+    }
+
+
+def _split(view, config, tiles_each):
+    """((programs, chunks of J), vectors in a chunk): of at least so many tiles, unless that would
+    leave a GPU idle."""
+    blocks = view.outer * triton.cdiv(view.C, config["BLOCK_C"])
+    tiles = triton.cdiv(view.V, config["BLOCK_V"])
+    each = max(1, min(tiles_each, tiles * blocks // PROGRAMS), triton.cdiv(tiles, 65535))
+    span = each * config["BLOCK_V"]
+    return (blocks, triton.cdiv(view.V, span)), span
+
+
+def _chunks(view, config):
+    """As `_split`, for sums: no more chunks than it takes to fill a GPU."""
+    blocks = view.outer * triton.cdiv(view.C, config["BLOCK_C"])
+    tiles = triton.cdiv(view.V, config["BLOCK_V"])
+    each = max(triton.cdiv(tiles * blocks, PROGRAMS), min(tiles, 2), triton.cdiv(tiles, 65535))
+    span = each * config["BLOCK_V"]
+    return (blocks, triton.cdiv(view.V, span)), span
+
+
+def _pool_tile(parts, D):
+    if D == 1:
+        return {"BLOCK_E": 32, "BLOCK_G": 32, "num_warps": 4}
+    return {"BLOCK_E": min(_ceil(parts * D), 1024), "BLOCK_G": 1, "num_warps": 4}
+
+
+def _formulas(formula, gradient):
+    return {
+        "FORMULA": formula and getattr(pointwise, formula),
+        "GRADIENT": gradient and getattr(pointwise, gradient),
+    }
+
+
+def _add_up(parts, dw, db):
+    """parts (1 or 2, G, C) -> their sums over G: dw, then db, or one of them."""
+    norm._sum(parts, dw, db, parts.shape[1], parts.shape[2], math.gcd(parts.shape[2], 8))
+
+
+def apply(x, weight, bias, mean, rstd, y, groups, eps=None, formula=None, a=0.0, b=0.0, last=False):
+    """x (N, C, *) normalised by given statistics, into y; with eps, `rstd` holds the variance."""
+    view = _view(x, groups, last)
+    config = _tile(view, x.element_size())
+    grid, span = _split(view, config, 4)
+    _channel_apply_kernel(
+        grid, x, weight, bias, y, mean, rstd, *view.arguments(config["UNIT"]), view.D, span,
+        0.0 if eps is None else eps, a, b,
+        VARIANCE=eps is not None, FORMULA=formula and getattr(pointwise, formula), **config,
+    )  # fmt: skip
+
+
+def fwd(
+    x, weight, bias, running_mean, running_var, y, groups, eps, momentum=0.0, formula=None, a=0.0,
+    b=0.0, last=False,
+):  # fmt: skip
+    """x (N, C, *), not empty, contiguous or, if `last`, channels last; weight, bias (C,) or None
+    -> mean and rstd in fp32, each (N, groups), or (C,) if groups is 0 (batch norm); y, laid out as
+    x, is filled.
+
+    Running statistics (C,), where given, are moved by `momentum` in place.
+    """
+    shape = (x.shape[0], groups) if groups else x.shape[1:2]
+    mean = torch.empty(shape, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    view = _view(x, groups, last)
+    tracked = running_mean is not None or running_var is not None
+    whole = None
+    if not (tracked and groups):
+        whole = _whole_config(view, x.element_size(), WHOLE)
+    if whole is not None:
+        programs, sizes = _whole_launch(view, whole)
+        _channel_fwd_kernel(
+            (programs,), x, weight, bias, y, mean, rstd, running_mean, running_var, *sizes, eps,
+            momentum, a, b, FORMULA=formula and getattr(pointwise, formula), **whole,
+        )  # fmt: skip
+        return mean, rstd
+    config = _tile(view, x.element_size())
+    grid, span = _chunks(view, config)
+    K = grid[1]
+    parts = mean.new_empty((2, view.outer * K * view.C))
+    _channel_moments_kernel(
+        grid, x, parts[0], parts[1], *view.arguments(config["UNIT"]), span, K, **config
+    )
+    pool = _pool_tile(K, view.D)
+    G = view.C // view.D
+    _channel_pool_kernel(
+        (triton.cdiv(G, pool["BLOCK_G"]), 1 if tracked else min(view.outer, 65535)),
+        parts[0], parts[1], mean, rstd, running_mean, running_var, view.V, span, K, view.D, G,
+        view.outer, eps, momentum, U=view.vector, **pool,
+    )  # fmt: skip
+    apply(x, weight, bias, mean, rstd, y, groups, None, formula, a, b, last)
+    return mean, rstd
+
+
+def bwd(
+    dy, x, weight, bias, mean, rstd, groups, need_dx, dw_dtype, db_dtype, eps=None, formula=None,
+    gradient=None, a=0.0, b=0.0, last=False,
+):  # fmt: skip
+    """dy, laid out as x, and fwd's arguments and results -> dx, dw, db; None for each not wanted.
+
+    dx has x's dtype and layout; dw and db (C,) are left out where their dtype is None. With eps the
+    statistics were given, `rstd` being the variance, and no gradient goes through them. `gradient`
+    is f', written in what `formula` makes of z if that is not None, else in z.
+    """
+    view = _view(x, groups, last)
+    C = view.C
+    dx = torch.empty_like(dy, dtype=x.dtype) if need_dx else None
+    dw = None if dw_dtype is None else torch.empty(C, dtype=dw_dtype, device=x.device)
+    db = None if db_dtype is None else torch.empty(C, dtype=db_dtype, device=x.device)
+    params = [t for t in (dw, db) if t is not None]
+    formulas = _formulas(formula, gradient)
+
+    def partials(count):
+        """Where `count` programs put their shares of dw and db: in partials, or at once there."""
+        if count == 1 or not params:
+            return None, dw, db
+        made = torch.empty((len(params), count, C), dtype=torch.float32, device=x.device)
+        return made, None if dw is None else made[0], None if db is None else made[-1]
+
+    whole = None
+    if need_dx and eps is None:
+        most = WHOLE_BWD // 2 if x.dtype == torch.float32 else WHOLE_BWD
+        whole = _whole_config(view, x.element_size(), most)
+    if whole is not None:
+        programs, sizes = _whole_launch(view, whole)
+        parts, dw_part, db_part = partials(view.outer)
+        _channel_bwd_kernel(
+            (programs,), dy, x, weight, bias, mean, rstd, dx, dw_part, db_part, *sizes, a, b,
+            **formulas, **whole,
+        )  # fmt: skip
+        if parts is not None:
+            _add_up(parts, dw, db)
+        return dx, dw, db
+    config = _tile(view, x.element_size())
+    sizes = view.arguments(config["UNIT"])
+    along = total = sum_along = sum_total = None
+    if params or eps is None:
+        grid, span = _chunks(view, config)
+        K = grid[1]
+        through = need_dx and eps is None
+        parts = torch.empty((2, view.outer * K, C), dtype=torch.float32, device=x.device)
+        along = parts[0] if through or dw is not None else None
+        total = parts[1] if through or db is not None else None
+        _channel_sums_kernel(
+            grid, dy, x, weight, bias, mean, rstd, along, total, *sizes, view.D, span, K,
+            0.0 if eps is None else eps, a, b, VARIANCE=eps is not None, **formulas, **config,
+        )  # fmt: skip
+        apart = groups > 0  # then dw and db also sum over the samples
+        if through:
+            sum_along, sum_total = torch.empty_like(mean), torch.empty_like(mean)
+            tile = _pool_tile(K, view.D)
+            G = C // view.D
+            _channel_totals_kernel(
+                (triton.cdiv(G, tile["BLOCK_G"]), view.outer), along, total, weight, sum_along,
+                sum_total, None if apart else dw, None if apart else db, K, view.D, G, **tile,
+            )  # fmt: skip
+        if params and (apart or not through):
+            _add_up(parts if dw is not None else parts[1:], dw, db)
+    if need_dx:
+        grid, span = _split(view, config, 4)
+        _channel_dx_kernel(
+            grid, dy, x, weight, bias, mean, rstd, sum_along, sum_total, dx, *sizes, view.D, span,
+            0.0 if eps is None else eps, a, b, VARIANCE=eps is not None, **formulas, **config,
+        )  # fmt: skip
+    return dx, dw, db
