@@ -97,7 +97,7 @@ def fwd(weight, indices):
     if not y.numel():
         return y
     COLS = min(triton.next_power_of_2(D), 1024)
-    ROWS = 2048 // COLS
+    ROWS = min(2048 // COLS, 256)  # of 64-bit addresses; those of 512 spill on sm_80
     col_tiles = triton.cdiv(D, COLS)
     _embedding_fwd_kernel(
         (triton.cdiv(N, ROWS) * col_tiles,), weight, indices.reshape(-1), y, N, V, D,
