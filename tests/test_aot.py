@@ -19,10 +19,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastnn.kernels._launch import kernel
+from torch.utils._pytree import tree_leaves
 
 import fastnn
 import fastnn.functional
+from fastnn.kernels._launch import kernel
 from fastnn.testing.aot import TARGETS, check, compile_only, launch_nothing, table
 
 # Kernels that gather or multiply matrices, and so are not meant to run at the speed of memory.
@@ -96,8 +97,8 @@ def launch(case, dtype):
         first = case.view(first)
     with torch.autocast("cpu", case.autocast, enabled=case.autocast is not None):
         out = call(first, *rest, **given)
-    if out.requires_grad:
-        out.backward(torch.ones_like(out))
+    outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
+    torch.autograd.backward(outs, [torch.ones_like(t) for t in outs])
 
 
 def compile_rows(target, wanted=None):
