@@ -1,6 +1,7 @@
 """How kernels that reduce along rows cut them up: tiles of whole rows, or chunks of long ones."""
 
 import triton
+from fastnn.kernels._config import tunable
 
 BLOCK = 2048  # the step through a row too long for registers
 PROGRAMS = 512  # enough to fill a GPU
@@ -14,6 +15,7 @@ def as_rows(x, N):
     return x, (x.stride(0) if x.shape[0] > 1 else N)
 
 
+@tunable("BLOCK_M")
 def row_config(N, unit, least_warps=4):
     """One row in a tile, or several short ones; `unit`, at most 8, divides N and all row strides.
 
@@ -25,7 +27,7 @@ def row_config(N, unit, least_warps=4):
     return {
         "BLOCK_M": rows,
         "BLOCK_N": block,
-        "num_warps": min(max(rows * block // (256 if unit == 1 else 512), least_warps), 16),
+        "num_warps": min(max(rows * block // (128 if unit == 1 else 512), least_warps), 16),
     }
 
 
