@@ -52,6 +52,11 @@ def cpu() -> str:
 IDENTITY = ("device", "fastnn", "commit", "torch", "triton")
 
 
+def measured(e: dict) -> str:
+    """What a table says of where it comes from, given the environment of its run."""
+    return f"measured on {e['device']}, {e['time'][:10]}, torch {e['torch']}, triton {e['triton']}"
+
+
 def environment() -> dict:
     """Device, driver, clocks, versions, commit and time."""
     found: dict = {

@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one command: `python -m bench.gpu --out DIR --budget 20m`.
 
-Stages, in order: parity of every row forced onto kernels; ceilings; bench; crossover sizes; bench
-again by the new table; whole training steps; determinism; more than 2**31 elements; a memory
+Stages, in order: parity of every row forced onto kernels; ceilings; bench; launch configurations;
+crossover sizes; bench again by the new tables; whole training steps; determinism; more than 2**31 elements; a memory
 checker where one is installed. Every finding is a line of DIR/results.jsonl the moment it is there;
 the same command goes on where it stopped. DIR/summary.md says what was found, and is rewritten
 after each stage. Exit code 0: all right; 1: something is wrong or unfinished; 2: not started.
@@ -125,22 +125,41 @@ def bench(work: Work) -> bool:
     )  # fmt: skip
 
 
+def configs(work: Work) -> bool:
+    from fastnn.bench import configs
+
+    questions = configs.plan(work.bench, configs.on(work.clock))
+    try:
+        return configs.run(
+            questions, work.results, work.clock, repeats=min(work.repeats, configs.REPEATS),
+            out_of_time=work.out_of_time,
+        )  # fmt: skip
+    finally:
+        configs.write(_configs(work), work.results)
+
+
+def _configs(work: Work) -> Path:
+    return work.out / f"configs-{_architecture(work)}.json"
+
+
 def tune(work: Work) -> bool:
     from fastnn.bench import tune
 
-    done = tune.run(
-        work.sweeps, work.results, work.clock, repeats=work.repeats, out_of_time=work.out_of_time
-    )
+    with _tables(work):
+        done = tune.run(
+            work.sweeps, work.results, work.clock, repeats=work.repeats,
+            out_of_time=work.out_of_time,
+        )  # fmt: skip
     if done:
         tune.write(work.out / "crossover.json", _architecture(work), tune.entry(work.results))
     return done
 
 
 def again(work: Work) -> bool:
-    """The rows once more, auto by the table just measured."""
+    """The rows once more, by the tables just measured."""
     from fastnn.bench.run import run_rows
 
-    with _table(work.out / "crossover.json"):
+    with _tables(work):
         return run_rows(
             work.bench, work.results, work.clock, repeats=work.repeats, prefix="tuned-",
             out_of_time=work.out_of_time, compiled=False, checked=False,
@@ -170,12 +189,26 @@ def _table(path: Path):
         _op._crossover.cache_clear()
 
 
+@contextlib.contextmanager
+def _tables(work: Work):
+    """Crossover sizes and launch configurations as measured so far in this run."""
+    from fastnn.bench import configs
+
+    from fastnn import kernels
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_table(work.out / "crossover.json"))
+        if _configs(work).exists():
+            stack.enter_context(kernels._config.trying(configs.read(_configs(work))))
+        yield
+
+
 def steps(work: Work) -> bool:
     """Training steps of whole models under bf16 autocast: stock, compiled, ours forced and auto."""
     import fastnn
 
     device = work.clock.name
-    with _table(work.out / "crossover.json"):
+    with _tables(work):
         for step in work.steps:
             if work.results.has("step", step.name):
                 continue
@@ -384,8 +417,9 @@ def sanitizer(work: Work) -> bool:
 STAGES: dict[str, tuple[Callable[[Work], bool], float]] = {
     "parity": (parity, 0.2),
     "ceilings": (ceilings, 0.05),
-    "bench": (bench, 0.3),
-    "tune": (tune, 0.2),
+    "bench": (bench, 0.25),
+    "configs": (configs, 0.15),
+    "tune": (tune, 0.15),
     "again": (again, 0.1),
     "steps": (steps, 0.15),
     "determinism": (determinism, 0.1),
@@ -484,6 +518,7 @@ def _plan(args: argparse.Namespace, work: Work) -> list[str]:
         "parity": f"{len(work.parity)} rows",
         "ceilings": "a copy, three matrix products",
         "bench": f"{len(work.bench)} rows" + (", then compiled" if work.compiled else ""),
+        "configs": "whatever launch configuration the rows ask for",
         "tune": f"{len(work.sweeps)} sweeps, {sum(len(s.points()) for s in work.sweeps)} points",
         "again": f"{len(work.bench)} rows",
         "steps": ", ".join(s.name for s in work.steps),

@@ -89,6 +89,8 @@ def _as_on_the_gpu() -> Iterator[None]:
     """Kernel files choose their grids as on the GPU predicted for."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(_op, "architecture", lambda index: ARCHITECTURE))
+        shipped = kernels._config.shipped(ARCHITECTURE)
+        stack.enter_context(kernels._config.trying(shipped))
         for file in pkgutil.iter_modules(kernels.__path__):
             module = getattr(kernels, file.name)
             if hasattr(module, "_processors"):
@@ -223,10 +225,13 @@ def why_not(case: BenchCase, dtype: torch.dtype) -> str | None:
         return "matrix products bound it, not bytes"
     if case.gathers:
         return "its traffic depends on the indices"
-    sizes = [t.numel() * t.element_size() for t in case.make(dtype, "meta")]
-    if max(sizes) > _MOST_BYTES:
-        return f"a tensor of {max(sizes) / 2**30:.1f} GiB"
-    return None
+    return too_large(case, dtype)
+
+
+def too_large(case: BenchCase, dtype: torch.dtype) -> str | None:
+    """Why the row cannot be held here, be it unfilled; None if it can."""
+    size = max(t.numel() * t.element_size() for t in case.make(dtype, "meta"))
+    return f"a tensor of {size / 2**30:.1f} GiB" if size > _MOST_BYTES else None
 
 
 def _gate_opens(case: BenchCase) -> bool:

@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 from fastnn.bench.cases import BF16, CASES, FP32, BenchCase
-from fastnn.bench.environment import environment
+from fastnn.bench.environment import environment, measured
 from fastnn.bench.measure import Clock, interleaved
 from fastnn.bench.run import FORCED, STOCK, Results, _around, _both, _sides
 
@@ -163,11 +163,7 @@ def entry(results: Results) -> dict:
         old = least.get(line["op"], 0)
         new = line["least"]
         least[line["op"]] = None if old is None or new is None else max(old, new)
-    e = results.environment or environment()
-    source = (
-        f"measured on {e['device']}, {e['time'][:10]}, torch {e['torch']}, triton {e['triton']}"
-    )
-    return {"source": source, "least": least}
+    return {"source": measured(results.environment or environment()), "least": least}
 
 
 def write(path: Path, architecture: str, new: dict) -> None:

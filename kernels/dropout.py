@@ -13,6 +13,7 @@ Alpha dropout adds to each element one of two constants, for a kept or for a dro
 import torch
 import triton
 import triton.language as tl
+from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 
 from fastnn.kernels import _philox
@@ -109,6 +110,12 @@ def _feature_dropout_kernel(
     tl.store(Y + start + r * cols + c, y, mask=mask)
 
 
+@tunable("BLOCK")
+def _element_config(itemsize):
+    return {"BLOCK": 1024, "num_warps": 4}
+
+
+@tunable("ROWS", "COLS")
 def _config(cols, channels_last):
     # A channel's bits are drawn once per thread that holds some of it, so threads hold several.
     COLS = min(triton.next_power_of_2(cols), 128 if channels_last else 2048)
@@ -132,10 +139,9 @@ def elements(x, draw, bound, scale, shift=None, state=None, out=None):
     n = x.numel()
     random = (draw.seed, draw.offset, draw.SEED, draw.OFFSET, state, draw.blocks, bound)
     if draw.vec > 1:
-        BLOCK = 1024
+        config = _element_config(x.element_size())
         _dropout_kernel(
-            (triton.cdiv(n, BLOCK),), x, y, n, scale, *random,
-            VEC=draw.vec, BLOCK=BLOCK, num_warps=4,
+            (triton.cdiv(n, config["BLOCK"]),), x, y, n, scale, *random, VEC=draw.vec, **config
         )  # fmt: skip
         return y
     BLOCK = 2048 // x.element_size()

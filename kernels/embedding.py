@@ -13,6 +13,7 @@ An index outside [0, V) reads nothing: its output is nan, and its gradient goes 
 import torch
 import triton
 import triton.language as tl
+from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 
 _RUN = tl.constexpr(64)  # sorted indices that make a block
@@ -89,6 +90,13 @@ def _embedding_bwd_dw_kernel(
     tl.store(DW + v * D + c, dw.to(DW.dtype.element_ty), mask=c < D)
 
 
+@tunable("ROWS")
+def _gather_config(D):
+    COLS = min(triton.next_power_of_2(D), 1024)
+    # Of 64-bit addresses; those of 512 rows spill on sm_80.
+    return {"ROWS": min(2048 // COLS, 256), "COLS": COLS, "num_warps": 4}
+
+
 def fwd(weight, indices):
     """weight (V, D) with unit stride in D, indices of any shape -> (*indices.shape, D)."""
     V, D = weight.shape
@@ -96,16 +104,17 @@ def fwd(weight, indices):
     y = weight.new_empty((*indices.shape, D))
     if not y.numel():
         return y
-    COLS = min(triton.next_power_of_2(D), 1024)
-    ROWS = min(2048 // COLS, 256)  # of 64-bit addresses; those of 512 spill on sm_80
-    col_tiles = triton.cdiv(D, COLS)
+    config = _gather_config(D)
+    ROWS = config["ROWS"]
+    col_tiles = triton.cdiv(D, config["COLS"])
     _embedding_fwd_kernel(
         (triton.cdiv(N, ROWS) * col_tiles,), weight, indices.reshape(-1), y, N, V, D,
-        weight.stride(0), col_tiles, ROWS=ROWS, COLS=COLS, num_warps=4,
+        weight.stride(0), col_tiles, **config,
     )  # fmt: skip
     return y
 
 
+@tunable("ROWS")
 def _config(D):
     COLS = min(triton.next_power_of_2(D), 1024)
     num_warps = max(1, COLS // 256)

@@ -12,6 +12,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._tl import empty_as
 from triton.language.extra import libdevice
@@ -72,6 +73,7 @@ def _glu_bwd_kernel(DY, X, DX, R, L, half, stride_xr, BLOCK_R: tl.constexpr, BLO
         tl.store(DX + L, db.to(DX.dtype.element_ty), mask=mask)
 
 
+@tunable("BLOCK_R")
 def _config(L, itemsize):
     tile = 4096 // itemsize  # of each half: 32 bytes per lane of 4 warps
     block_l = min(triton.next_power_of_2(L), tile)

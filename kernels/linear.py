@@ -12,6 +12,7 @@ W stays [N, K]: a transpose is only another stride. Products accumulate in fp32 
 import torch
 import triton
 import triton.language as tl
+from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels.epilogue import keep_tile, width
 
@@ -154,6 +155,7 @@ def _tile(M, N, itemsize, precision, arch, aligned, epilogue):
     return tiles[-1]
 
 
+@tunable("BLOCK_M", "BLOCK_N", "BLOCK_K")
 def _config(M, N, itemsize, precision, arch, aligned, epilogue):
     block_m, block_n, block_k, warps, stages = _tile(
         M, N, itemsize, precision, arch, aligned, epilogue

@@ -10,6 +10,7 @@ Backward writes each element once, where stock fills with zeros, then scatters; 
 import torch
 import triton
 import triton.language as tl
+from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._tl import dense_like
 
@@ -64,6 +65,7 @@ def unit(sizes, classes_last, strides, *tensors):
     return wide if all(v % wide == 0 for v in counts) else 1
 
 
+@tunable("ROWS", "GROUP")
 def tiles(sizes, classes_last, unit, itemsize, light=True):
     """{ROWS, LANES, GROUP, num_warps}: ROWS positions by LANES * GROUP classes.
 

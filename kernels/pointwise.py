@@ -15,6 +15,7 @@ ATen selects a zero gradient, so do we: 0 * inf would be nan.
 import torch
 import triton
 import triton.language as tl
+from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._tl import dense_like, empty_as
 from triton.language.extra import libdevice
@@ -321,6 +322,7 @@ def _pointwise_bwd_kernel(DY, S, DX, n: tl.int64, a, b, FORMULA: tl.constexpr, B
 _WIDE_WARPS = torch.version.hip is not None  # 64 lanes, else 32
 
 
+@tunable("BLOCK")
 def _config(itemsize):
     # 8 elements per lane: with more, the divisions of a formula fill the registers. 16-bit ones are
     # one 16-byte access.

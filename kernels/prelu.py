@@ -12,6 +12,7 @@ last. With one weight for all, it is one channel of everything.
 import torch
 import triton
 import triton.language as tl
+from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._tl import dense_like
 
@@ -142,6 +143,7 @@ def _prelu_dw_kernel(PARTIAL, DW, G, C, BLOCK_G: tl.constexpr, BLOCK_C: tl.const
 PROGRAMS = 1024  # of a backward: several per multiprocessor, and few partial sums
 
 
+@tunable("BLOCK_R", "BLOCK_K")
 def _config(N, C, S, itemsize):
     tile = 4096 // itemsize  # 32 bytes per lane of 4 warps
     if C == 1:

@@ -19,6 +19,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from triton.language.extra import libdevice
 
@@ -318,6 +319,7 @@ def _softmax_columns_bwd_kernel(
 # ---- Launchers --------------------------------------------------------------------------------
 
 
+@tunable("BLOCK_C")
 def _column_config(columns, D):
     """A tile of whole columns, as broad as registers allow, or one to step down long columns."""
     one_pass = D <= COLUMN

@@ -340,8 +340,8 @@ def test_gpu_every_stage_at_toy_sizes(tmp_path, capsys):
     assert all(f"{name}: done" in printed for name in gpu.STAGES)
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     kinds = {json.loads(line)["kind"] for line in lines}
-    wanted = {"environment", "parity", "ceilings", "row", "sweep", "tuned-row", "step", "huge"}
-    assert wanted | {"determinism", "sanitizer"} == kinds
+    wanted = {"environment", "parity", "ceilings", "row", "config", "sweep", "tuned-row", "step"}
+    assert wanted | {"huge", "determinism", "sanitizer"} == kinds
     # What comes back from a lent machine: few files, none large, none deep.
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert len(files) <= 8 and all(p.parent == tmp_path for p in files)

@@ -1,0 +1,233 @@
+"""Finds launch configurations that beat the formulas on the present GPU: `fastnn tune`.
+
+Each question a row asks of a configuration function is answered by climbing: from the formula's
+answer to the best of its neighbours, as long as one is faster by a margin over all rows that ask
+the same, and slower for none of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastnn.bench import predict
+from fastnn.bench.cases import BenchCase
+from fastnn.bench.environment import environment, measured
+from fastnn.bench.measure import Clock, interleaved
+from fastnn.bench.run import FORCED, Results, _around, _both, _sides, check, geometric_mean
+
+import fastnn
+from fastnn import kernels
+
+MARGIN = 0.03
+MOST_STEPS = 4
+MOST_ROWS = 4  # that a question is judged by
+REPEATS = 15
+
+Row = tuple[BenchCase, torch.dtype]
+
+
+@dataclass
+class Question:
+    """A function of `kernels`, the arguments it is asked with, and the rows that ask."""
+
+    function: Any  # kernels._config.Tunable
+    arguments: str
+    formula: dict
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        return f"{self.function.name}({self.arguments})"
+
+
+def plan(rows: Iterable[Row], make: Callable[[BenchCase, torch.dtype], Callable]) -> list[Question]:
+    """The questions that the rows ask; `make` gives what runs one of them."""
+    found: dict[str, Question] = {}
+    for case, dtype in rows:
+        with kernels._config.trying({}), kernels._config.heard() as heard:
+            make(case, dtype)()
+        for function, arguments, formula in heard:
+            if not any(True for _ in function.neighbours(formula)):
+                continue
+            question = Question(function, arguments, formula)
+            question = found.setdefault(question.key, question)
+            if (case, dtype) not in question.rows:
+                question.rows.append((case, dtype))
+    return list(found.values())
+
+
+@contextmanager
+def without_a_gpu(target: str = "cuda:90") -> Iterator[Callable]:
+    """Yields the `make` of a plan as on `target`: rows are launched, and nothing compiled or run."""
+    from fastnn.testing.aot import compile_only
+
+    def make(case, dtype):
+        def run():
+            if predict.too_large(case, dtype) is None:
+                inputs = [predict._unfilled(t) for t in case.make(dtype, "meta")]
+                call = case.side(fastnn, dtype, "cpu")
+                with _around(FORCED), torch.set_grad_enabled(case.train):
+                    for each in predict._passes(case, call, inputs):
+                        each()
+
+        return run
+
+    with compile_only(target, wanted=lambda what: False):
+        yield make
+
+
+def on(clock: Clock) -> Callable:
+    """The `make` of a plan on the present GPU."""
+
+    def make(case, dtype):
+        _, ours = _sides(case, dtype, clock.name)
+
+        def run():
+            with _around(FORCED):
+                _both(case, ours, case.make(dtype, clock.name))()
+            clock.clear()
+
+        return run
+
+    return make
+
+
+def _faster(question: Question, ahead: dict, behind: dict, clock: Clock, repeats: int) -> float:
+    """How many times faster `ahead` is than `behind` over the rows; 0 if it fails or loses one."""
+    ratios = []
+    for case, dtype in question.rows[:MOST_ROWS]:
+        _, ours = _sides(case, dtype, clock.name)
+        inputs = case.make(dtype, clock.name)
+        calls = {}
+        for name, config in (("ahead", ahead), ("behind", behind)):
+            with _as(question, config), _around(FORCED):
+                calls[name] = _both(case, ours, inputs)
+                calls[name]()
+        configs = {"ahead": ahead, "behind": behind}
+
+        @contextmanager
+        def around(name, configs=configs):
+            with _as(question, configs[name]), _around(FORCED):
+                yield
+
+        times = interleaved(clock.executed, calls, repeats, around)
+        ratios.append(times["behind"]["median"] / times["ahead"]["median"])
+        del calls, inputs
+        clock.clear()
+        if ratios[-1] < 1 - MARGIN / 2:
+            return 0.0
+    return geometric_mean(ratios) or 0.0
+
+
+def _as(question: Question, config: dict):
+    changes = question.function.changes(config, question.formula)
+    return kernels._config.trying({question.function.name: {question.arguments: changes}})
+
+
+def answer(question: Question, clock: Clock, repeats: int = REPEATS) -> dict:
+    """Climb: {"changes", "gain", "tried"}; "changes" is empty where the formula stands."""
+    best, tried = question.formula, []
+    gain = 1.0
+    seen = [best]
+    for _ in range(MOST_STEPS):
+        step: tuple[float, dict | None] = (1 + MARGIN, None)
+        for config in question.function.neighbours(best):
+            if config in seen:
+                continue
+            seen.append(config)
+            try:
+                ratio = _faster(question, config, best, clock, repeats)
+            except Exception as e:  # out of shared memory or registers, or no such tile
+                tried.append({"config": config, "error": f"{type(e).__name__}: {e}"[:120]})
+                clock.clear()
+                continue
+            tried.append({"config": config, "over_the_best": ratio})
+            step = max(step, (ratio, config), key=lambda s: s[0])
+        if step[1] is None or not _right(question, step[1], clock):
+            break
+        gain, best = gain * step[0], step[1]
+    changes = question.function.changes(best, question.formula)
+    return {"changes": changes, "gain": gain, "tried": tried}
+
+
+def _right(question: Question, config: dict, clock: Clock) -> bool:
+    """Whether the rows are still in parity."""
+    with _as(question, config):
+        found = [check(case, dtype, clock) for case, dtype in question.rows[:1]]
+    return not any(f["failures"] for f in found)
+
+
+def run(
+    questions: list[Question],
+    results: Results,
+    clock: Clock,
+    *,
+    repeats: int = REPEATS,
+    out_of_time: Callable[[], bool] = lambda: False,
+    on_question: Callable[[Question], None] = lambda question: None,
+) -> bool:
+    """Answer what `results` lacks, a line of kind "config" each. False if time ran out."""
+    # Those that most rows ask first: if the time runs out, the others keep their formula.
+    for question in sorted(questions, key=lambda q: -len(q.rows)):
+        if not results.has("config", question.key):
+            if out_of_time():
+                return False
+            line = {"kind": "config", "key": question.key, "function": question.function.name}
+            line |= {"arguments": question.arguments, "formula": question.formula}
+            line["rows"] = [case.key(dtype) for case, dtype in question.rows]
+            try:
+                line |= answer(question, clock, repeats)
+            except Exception as e:
+                line |= {"changes": {}, "error": f"{type(e).__name__}: {e}"[:300]}
+                clock.clear()
+            results.add(line)
+        on_question(question)
+    return True
+
+
+def table(results: Results) -> dict[str, dict[str, dict]]:
+    """{function: {arguments: what it changes}} of all that was found."""
+    found: dict[str, dict[str, dict]] = {}
+    for line in results.of("config"):
+        if line["changes"]:
+            found.setdefault(line["function"], {})[line["arguments"]] = line["changes"]
+    return found
+
+
+def read(path: Path) -> dict[str, dict[str, dict]]:
+    """The table at `path`; an empty one where there is no file."""
+    return json.loads(path.read_text())["configs"] if path.exists() else {}
+
+
+def write(path: Path, results: Results) -> None:
+    """Put what was found in the table at `path`; of an older one stays what was not asked now."""
+    new, source = table(results), measured(results.environment or environment())
+    old = json.loads(path.read_text()) if path.exists() else {"source": "", "configs": {}}
+    asked = {(line["function"], line["arguments"]) for line in results.of("config")}
+    merged = {
+        function: {k: v for k, v in entries.items() if (function, k) not in asked}
+        for function, entries in old["configs"].items()
+    }
+    kept = any(merged.values())
+    for function, entries in new.items():
+        merged.setdefault(function, {}).update(entries)
+    merged = {f: dict(sorted(e.items())) for f, e in sorted(merged.items()) if e}
+    if kept:
+        source = f"{source}; other entries {old['source']}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"source": source, "configs": merged}, indent=1) + "\n")
+    kernels._config.shipped.cache_clear()
+    kernels._config._forget()
+
+
+def describe(questions: list[Question]) -> Iterator[str]:
+    """The plan, a line per question."""
+    for q in questions:
+        near = sum(1 for _ in q.function.neighbours(q.formula))
+        yield f"{q.key}: {q.formula}, {near} neighbours, {len(q.rows)} rows"
