@@ -132,6 +132,14 @@ def draw_bernoulli(n: int, device: int) -> Draw | str:
     return _draw(device, plan(n, most_blocks(device)))
 
 
+def draw_own(increment: int, device: int) -> Draw | str:
+    """The next `increment` numbers of each thread, for a kernel that lays them out itself.
+
+    A multiple of 4. The draw has a `vec` of 0, as no layout of ATen's is meant.
+    """
+    return _draw(device, Plan(1, 0, increment))
+
+
 def draw_nothing(n: int, device: int) -> Draw:
     """For p = 1, where stock leaves the generator alone; good for any n with a bound of 0."""
     return _plain(device, 0, 0, plan(n, most_blocks(device))._replace(vec=4))

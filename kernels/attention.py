@@ -632,8 +632,9 @@ def _attention_bwd_dmask_kernel(
     stride_mb, stride_mh, stride_mm, stride_mn, stride_wb, stride_wh, stride_wm, stride_wn,
     scale, noise_scale, w_scale, seed: tl.int64, offset: tl.int64, blocks, bound: tl.uint32,
     over_b, over_h, stride_gb, stride_gh, stride_gm, stride_gn,
-    KEEP: tl.constexpr, BY_ROW: tl.constexpr, BY_COL: tl.constexpr, CAUSAL: tl.constexpr,
-    EXACT: tl.constexpr, EVEN_S: tl.constexpr, FITS: tl.constexpr, SAFE: tl.constexpr,
+    SUM_ROWS: tl.constexpr, KEEP: tl.constexpr, BY_ROW: tl.constexpr, BY_COL: tl.constexpr,
+    CAUSAL: tl.constexpr, EXACT: tl.constexpr, EVEN_S: tl.constexpr,
+    FITS: tl.constexpr, SAFE: tl.constexpr,
     VEC: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr,
     UNIT: tl.constexpr, MASK_UNIT: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -644,7 +645,7 @@ def _attention_bwd_dmask_kernel(
     The mask has B // over_b batches and H // over_h heads, where `over` is all of them or 1.
     """
     blocks_n = tl.cdiv(S, BLOCK_N)
-    blocks_m = tl.cdiv(L, BLOCK_M) if BY_ROW else 1
+    blocks_m = 1 if SUM_ROWS else tl.cdiv(L, BLOCK_M)
     n0 = tl.program_id(0) % blocks_n * BLOCK_N
     m_first = tl.program_id(0) // blocks_n % blocks_m * BLOCK_M
     which = tl.program_id(0) // blocks_n // blocks_m
@@ -661,7 +662,7 @@ def _attention_bwd_dmask_kernel(
     rows = tl.arange(0, BLOCK_M)[:, None]
     cols = tl.arange(0, BLOCK_N)[None, :]
     REST = STATS + (B * H).to(tl.int64) * L
-    m_end = m_first + 1 if BY_ROW else L
+    m_end = L if SUM_ROWS else m_first + 1
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for z in range(over_b * over_h):
         b = (b_first + z // over_h).to(tl.int64)
@@ -699,14 +700,14 @@ def _attention_bwd_dmask_kernel(
             acc += ds
     DMASK += b_first.to(tl.int64) * stride_gb + h_first.to(tl.int64) * stride_gh
     DMASK += m_first.to(tl.int64) * stride_gm + n0.to(tl.int64) * stride_gn
-    if BY_ROW:
-        at = rows * stride_gm + cols * stride_gn
-        there = (rows < L - m_first) & (cols < S - n0)
-        tl.store(DMASK + at, acc.to(DMASK.dtype.element_ty), mask=there)
-    else:
+    if SUM_ROWS:
         n = tl.arange(0, BLOCK_N)
         total = tl.sum(acc, 0).to(DMASK.dtype.element_ty)
         tl.store(DMASK + n * stride_gn, total, mask=n < S - n0)
+    else:
+        at = rows * stride_gm + cols * stride_gn
+        there = (rows < L - m_first) & (cols < S - n0)
+        tl.store(DMASK + at, acc.to(DMASK.dtype.element_ty), mask=there)
 
 
 @kernel(do_not_specialize=["L", "S", "seed", "offset", "blocks", "bound"])
@@ -768,6 +769,21 @@ def _like_rows(q, E):
     return q.new_empty_strided((B, H, L, E), (H * L * E, E, H * E, 1))
 
 
+def _like(x):
+    """Uninitialised, laid out as x, its last dim with unit stride."""
+    y = torch.empty_like(x)
+    return y if y.stride(3) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _backward_configs(*shape):
+    return {kind: _config(kind, *shape) for kind in ("dkdv", "dq", "dmask")}
+
+
+def fits(S, *shape):
+    """Whether a backward tile has all keys, so that `bwd` needs no out. shape: as of `_config`."""
+    return min(config["BLOCK_N"] for config in _backward_configs(*shape).values()) >= S
+
+
 class _Call(NamedTuple):
     """What all kernels of a call are given."""
 
@@ -787,7 +803,7 @@ def _prepare(tensors, mask, causal, scale, noise, safe, precision):
     v = 16 // tensors[0].element_size()
     unit = width(v, *(s for t in tensors for s in _strides(t)))
     strides, mask_unit, keep, by_row, by_col = (0, 0, 0, 0), 1, False, 0, 0
-    exact = not 0.0 < scale < float("inf")
+    exact = v == 4 or not 0.0 < scale < float("inf")
     if mask is not None:
         keep = mask.dtype == torch.bool
         exact = exact or not keep
@@ -860,22 +876,22 @@ def bwd(
 ):  # fmt: skip
     """Gradients for what `fwd` was given and gave: (dq, dk, dv), None for those not in `want`.
 
-    dout: as out, any strides. dq, dk and dv are written where given (any strides but a unit one
-    in the last dim), else in memory order (B, L, H, D). dmask: fp32 or of any float dtype, 4-D, of
-    size 1 or stride 0 in the dims that are to be summed over; at least S of it is not.
+    dout: as out, any strides. dq, dk and dv are written where given (any dtype and strides, but a
+    unit one in the last dim), else laid out as q, k and v. dmask: any float dtype, 4-D, of size 1
+    in the dims that are to be summed over, which may not be the last one. out may be None where
+    `fits(S, ...)`, or delta is given.
     dweights: the gradient of weights that were returned, (B, L, S) for weights averaged over heads
     or (B, H, L, S), any strides; times `weights_scale` it is added to dp of each head. delta:
     (B, H, L) fp32, if it is known already; it includes what dweights add. noise: as of `fwd`, with
     the scale of the gradient.
     """
-    q, k, v, out, dout = _rows(q), _rows(k), _rows(v), _rows(out), _rows(dout)
+    q, k, v, dout = _rows(q), _rows(k), _rows(v), _rows(dout)
+    out = dout if out is None else _rows(out)
     (B, H, L, D), (H_k, S, E) = q.shape, v.shape[1:]
     G = H // max(H_k, 1)
     c = _prepare((q, k, v, out, dout), mask, causal, scale, noise, safe, precision)
-    configs = {
-        kind: _config(kind, L, D, E, q.element_size(), arch) for kind in ("dkdv", "dq", "dmask")
-    }
-    fits = min(config["BLOCK_N"] for config in configs.values()) >= S and delta is None
+    configs = _backward_configs(L, D, E, q.element_size(), arch)
+    in_one_tile = fits(S, L, D, E, q.element_size(), arch) and delta is None
     w_strides = (0, 0, 0, 0)
     if dweights is not None:
         if dweights.dim() == 3:
@@ -886,8 +902,8 @@ def bwd(
     heads = H, G, L, S
     strides = {"q": q, "k": k, "v": v, "o": out, "d": dout}
     strides = {name: _strides(t, c.unit) for name, t in strides.items()}
-    exact = {"EXACT": c.exact or fits}
-    if not fits and delta is None:
+    exact = {"EXACT": c.exact or in_one_tile}
+    if not in_one_tile and delta is None:
         config = configs["dq"]
         delta = stats.new_empty((B, H, L))
         _attention_delta_kernel(
@@ -899,12 +915,12 @@ def bwd(
         *strides["q"], *strides["k"], *strides["v"], *strides["d"], *c.mask_strides, *w_strides,
         *scales, *numbers,
     )  # fmt: skip
-    same = c.constexprs | exact | {"FITS": fits, "SAFE": safe or not fits}
+    same = c.constexprs | exact | {"FITS": in_one_tile, "SAFE": safe or not in_one_tile}
     tensors = q, k, v, c.mask, dout, stats, delta, dweights
     if want[1] or want[2]:
         config = configs["dkdv"]
-        dk = (_like_rows(k, D) if dk is None else dk) if want[1] else None
-        dv = (_like_rows(v, E) if dv is None else dv) if want[2] else None
+        dk = (_like(k) if dk is None else dk) if want[1] else None
+        dv = (_like(v) if dv is None else dv) if want[2] else None
         _attention_bwd_dkdv_kernel(
             (triton.cdiv(S, config["BLOCK_N"]) * B * H_k,), *tensors, dk, dv, *random, *heads,
             *given, *_strides(dk if want[1] else dv), *_strides(dv if want[2] else dk), **same,
@@ -912,22 +928,22 @@ def bwd(
         )  # fmt: skip
     if want[0]:
         config = configs["dq"]
-        dq = _like_rows(q, D) if dq is None else dq
+        dq = _like(q) if dq is None else dq
         _attention_bwd_dq_kernel(
             (triton.cdiv(L, config["BLOCK_M"]) * B * H,), *tensors, dq, *random, *heads, *given,
             *_strides(dq), **same, EVEN_S=S % config["BLOCK_N"] == 0, **config,
         )  # fmt: skip
     if dmask is not None:
         config = configs["dmask"]
-        sizes, g = dmask.shape, dmask.stride()
-        once = [n > 1 and s != 0 for n, s in zip(sizes, g, strict=True)]
+        g = dmask.stride()
+        once = [n > 1 for n in dmask.shape]
         over_b, over_h = (1 if one else n for one, n in zip(once, (B, H), strict=False))
         tiles = triton.cdiv(S, config["BLOCK_N"])
-        tiles *= triton.cdiv(L, config["BLOCK_M"]) if c.constexprs["BY_ROW"] else 1
+        tiles *= triton.cdiv(L, config["BLOCK_M"]) if once[2] else 1
         _attention_bwd_dmask_kernel(
             (tiles * (B // over_b) * (H // over_h),), *tensors, dmask, *random, B, *heads, *given,
             over_b, over_h, *(s if one else 0 for s, one in zip(g, once, strict=True)), **same,
-            EVEN_S=S % config["BLOCK_N"] == 0, **config,
+            SUM_ROWS=not once[2], EVEN_S=S % config["BLOCK_N"] == 0, **config,
         )  # fmt: skip
     return dq if want[0] else None, dk if want[1] else None, dv if want[2] else None
 

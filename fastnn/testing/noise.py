@@ -54,5 +54,9 @@ class replaying(TorchDispatchMode):
 
     def _mask(self, like: Tensor, keep: float) -> Tensor:
         """0 and 1 for the elements of `like`, in storage order."""
+        draw, bound = next(self.draws), kernels._philox.bound(keep)
+        if draw.vec == 0:  # attention's own layout
+            kept = kernels.attention.keep(like, kernels.attention.Noise(draw, bound, 1.0))
+            return kept.view(-1).to(like.dtype)
         ones = torch.ones(like.numel(), device=like.device)
-        return kernels.dropout.elements(ones, next(self.draws), kernels._philox.bound(keep), 1.0)
+        return kernels.dropout.elements(ones, draw, bound, 1.0)

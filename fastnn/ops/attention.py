@@ -1,0 +1,301 @@
+"""Scaled dot product attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as stock
+from torch import Tensor
+
+from fastnn import _op, _rng, kernels
+from fastnn._op import Invalid, Stock, op, run, second_order
+from fastnn.ops.dropout import _native_scales
+from fastnn.ops.linear import matmul_precision
+
+# What stock's choice of a backend means, `torch.nn.attention.SDPBackend`.
+_MATH, _EFFICIENT, _ERROR = 0, 2, -1
+
+
+class Plan(NamedTuple):
+    """How a call is computed: what its tensors do not say."""
+
+    lead: tuple[int, ...]
+    """The dims of the result before the last two; the last of them is the heads."""
+    scale: float
+    causal: bool
+    gqa: bool
+    p: float
+    noise: Any  # kernels.attention.Noise, its state None
+    grad_scale: float
+    backend: int
+    precision: str
+    arch: str
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return self.lead[:-1]
+
+    @property
+    def heads(self) -> int:
+        return self.lead[-1] if self.lead else 1
+
+
+def _four(x: Tensor, plan: Plan, heads: int) -> Tensor:
+    """x (..., N, D), broadcast to the batch -> (B, heads, N, D); a view where there is one."""
+    N, D = x.shape[-2:]
+    batch = plan.batch
+    if x.dim() == 4 and len(batch) == 1 and x.shape[0] == batch[0] and x.shape[1] == heads:
+        return x
+    return x.expand(*batch, heads, N, D).reshape(math.prod(batch), heads, N, D)
+
+
+def _heads_of_keys(k: Tensor, v: Tensor, plan: Plan) -> int:
+    """As many as there are: a single one that broadcasts is a group, and is not expanded."""
+    if plan.gqa or (k.shape[-3:-2] in ((), (1,)) and v.shape[-3:-2] in ((), (1,))):
+        return k.shape[-3] if k.dim() > 2 else 1
+    return plan.heads
+
+
+def _four_of_mask(mask: Tensor, batch: tuple[int, ...]) -> Tensor | None:
+    """mask (..., L, S) -> 4-D, with sizes of 1 where it broadcasts; None if no 4-D tensor is it."""
+    shape = (1,) * max(0, 3 - mask.dim()) + mask.shape
+    lead = shape[:-3]
+    if math.prod(lead) == 1:
+        return mask.view(1, *shape[-3:])
+    if lead == batch:
+        return mask if len(lead) == 1 else mask.reshape(math.prod(lead), *shape[-3:])
+    return None
+
+
+def _output(q: Tensor, L: int, E: int, plan: Plan) -> Tensor:
+    """Uninitialised, laid out as by the backend that stock would choose."""
+    shape = (*plan.lead, L, E)
+    if plan.backend == _EFFICIENT:
+        H = shape[1]
+        return q.new_empty_strided(shape, (H * L * E, E, H * E, 1))
+    if plan.backend != _MATH and shape == q.shape:
+        out = torch.empty_like(q)
+        if E == 1 or out.stride(-1) == 1:
+            return out
+    return q.new_empty(shape)
+
+
+def _fits(q: Tensor, S: int, E: int, plan: Plan) -> bool:
+    L, D = q.shape[-2:]
+    return kernels.attention.fits(S, L, D, E, q.element_size(), plan.arch)
+
+
+class Attention(torch.autograd.Function):
+    """q (..., L, D), k (..., S, D), v (..., S, E), mask (..., L, S) or None -> out (..., L, E)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, plan):
+        heads = _heads_of_keys(k, v, plan)
+        out = _output(q, q.shape[-2], v.shape[-1], plan)
+        noise, state = plan.noise, None
+        if noise is not None:
+            state = noise.draw.new_state(q)
+            noise = noise._replace(state=state)
+        _, stats = kernels.attention.fwd(
+            _four(q, plan, plan.heads), _four(k, plan, heads), _four(v, plan, heads),
+            None if mask is None else _four_of_mask(mask, plan.batch), scale=plan.scale,
+            causal=plan.causal, noise=noise, out=_four(out, plan, plan.heads),
+            precision=plan.precision, arch=plan.arch,
+        )  # fmt: skip
+        # Without `out` it may be edited in place, as stock's may that does not keep it.
+        keeps_out = not _fits(q, v.shape[-2], v.shape[-1], plan)
+        ctx.save_for_backward(q, k, v, mask, out if keeps_out else None, stats, state)
+        ctx.plan = plan
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, mask, out, stats, state = ctx.saved_tensors
+        plan = ctx.plan
+        needs = ctx.needs_input_grad
+        noise = plan.noise
+        if noise is not None:
+            noise = noise._replace(draw=noise.draw.from_state(state), scale=plan.grad_scale)
+        if torch.is_grad_enabled():  # create_graph=True: a kernel's gradient would carry no graph
+
+            def formula(q, k, v, mask):
+                return _math(q, k, v, mask, plan, noise)
+
+            return *second_order(formula, (q, k, v, mask), dout, needs[:4]), None
+        heads = _heads_of_keys(k, v, plan)
+        fours = _four(q, plan, plan.heads), _four(k, plan, heads), _four(v, plan, heads)
+        # Where a batch shares them, their gradients are summed in fp32.
+        grads = [
+            x4.new_empty(x4.shape, dtype=torch.float32)
+            if need and x4.numel() != x.numel()
+            else None
+            for x, x4, need in zip((q, k, v), fours, needs, strict=False)
+        ]
+        mask4 = dmask = dmask4 = None
+        if mask is not None:
+            mask4 = _four_of_mask(mask, plan.batch)
+            if needs[3]:
+                dmask = torch.empty_like(mask, memory_format=torch.contiguous_format)
+                dmask4 = dmask.view(mask4.shape)
+        grads = kernels.attention.bwd(
+            _four(dout, plan, plan.heads), *fours, mask4,
+            None if out is None else _four(out, plan, plan.heads), stats, scale=plan.scale,
+            causal=plan.causal, noise=noise, dq=grads[0], dk=grads[1], dv=grads[2], dmask=dmask4,
+            want=needs[:3], precision=plan.precision, arch=plan.arch,
+        )  # fmt: skip
+        return *(
+            None if dx is None else _sum_to(dx, x, plan)
+            for dx, x in zip(grads, (q, k, v), strict=True)
+        ), dmask, None  # fmt: skip
+
+
+def _sum_to(dx: Tensor, x: Tensor, plan: Plan) -> Tensor:
+    """dx (B, heads, N, D) -> the gradient of x, of its shape and dtype."""
+    if dx.shape == x.shape:
+        return dx
+    if dx.numel() == x.numel():
+        return dx.view(x.shape)
+    return dx.view(*plan.batch, *dx.shape[1:]).sum_to_size(x.shape).to(x.dtype)
+
+
+def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: Plan, noise) -> Tensor:
+    """Stock's formula over this call's noise."""
+    dtype = q.dtype
+    q, k, v = q.float(), k.float(), v.float()
+    if plan.gqa:
+        k = k.repeat_interleave(plan.heads // k.shape[-3], -3)
+        v = v.repeat_interleave(plan.heads // v.shape[-3], -3)
+    t = (q * plan.scale) @ k.transpose(-2, -1)
+    if plan.causal:
+        t = t.masked_fill(torch.ones_like(t, dtype=torch.bool).triu(1), -math.inf)
+    if mask is not None and mask.dtype == torch.bool:
+        t = t.masked_fill(~mask, -math.inf)
+    elif mask is not None:
+        t = t + mask
+    p = torch.ops.aten._safe_softmax(t, -1)
+    if noise is not None:
+        p = p * (kernels.attention.keep(p, noise) * noise.scale)
+    return (p @ v).to(dtype)
+
+
+def _shapes(q, k, v, mask, gqa: bool) -> tuple[int, ...] | Stock:
+    """The dims of the result before its last two, or what is wrong with the shapes."""
+    shapes = f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+    if min(q.dim(), k.dim(), v.dim()) < (3 if gqa else 2):
+        return Invalid(shapes)
+    if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+        return Invalid(shapes)
+    lead: tuple[int, ...]
+    try:
+        if gqa:
+            H = q.shape[-3]
+            if not k.shape[-3] or not v.shape[-3] or H % k.shape[-3] or H % v.shape[-3]:
+                return Invalid(shapes)
+            if k.shape[-3] != v.shape[-3]:
+                return Stock(f"{k.shape[-3]} heads of keys, {v.shape[-3]} of values")
+            lead = (*torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3]), H)
+        else:
+            lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+        if mask is not None:
+            # Stock adds the mask in place, to products that only q and k make.
+            scores = lead if gqa else torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+            scores = (*scores, q.shape[-2], k.shape[-2])
+            if mask.dim() < 2 or mask.dim() > len(scores):
+                return Invalid(f"mask {tuple(mask.shape)} for {scores}")
+            if torch.broadcast_shapes(scores, mask.shape) != scores:
+                return Invalid(f"mask {tuple(mask.shape)} for {scores}")
+    except RuntimeError:
+        return Invalid(shapes)
+    return lead
+
+
+def _noise(q: Tensor, S: int, p: float) -> tuple[Any, float] | str:
+    """(a `kernels.attention.Noise`, the scale of the gradient), or why there is none."""
+    bound = kernels._philox.bound(1.0 - p)
+    if p == 1:  # nothing is drawn
+        return kernels.attention.Noise(_rng.draw_nothing(1, q.get_device()), bound, 0.0), 0.0
+    draw = _rng.draw_own(kernels.attention.increment(S), q.get_device())
+    if isinstance(draw, str):
+        return draw
+    scale, grad_scale = _native_scales(p)
+    return kernels.attention.Noise(draw, bound, scale), grad_scale
+
+
+def _weights(query, key, *rest, **options) -> int:
+    """Elements that stock's formula makes of the weights, which the size gate goes by."""
+    return query.shape[:-1].numel() * key.shape[-2] if min(query.dim(), key.dim()) > 1 else 0
+
+
+_BESIDE_FUSED = "scaled_dot_product_attention beside a fused kernel"
+
+
+def _why_not_worth_it(q: Tensor, backend: int, precision: str, arch: str) -> Stock | None:
+    """In auto: stock, where it has a fused kernel of its own, or was told what to use."""
+    cuda = torch.backends.cuda
+    if not (cuda.flash_sdp_enabled() and cuda.mem_efficient_sdp_enabled()):
+        return Stock("a choice of backends by the user (sdpa_kernel)")
+    if backend != _MATH:
+        least, source = _op._crossover(_BESIDE_FUSED, arch)
+        if least > 0:
+            return Stock(f"its own fused kernel takes this call ({source})")
+    elif q.dtype == torch.float32 and precision == "ieee" and q.is_cuda:
+        return Stock("products of float32 without tensor cores, where cuBLAS is faster")
+    return None
+
+
+@op(
+    stock=stock.scaled_dot_product_attention,
+    integers=(torch.bool,),
+    autocast="lower",
+    autocast_cpu="lower",
+    size=_weights,
+    source="arXiv:2307.08691 (FlashAttention-2)",
+)
+def scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,
+    enable_gqa=False,
+):  # fmt: skip
+    """Fused, with any mask read as it is, broadcast batches and grouped heads, both ways."""
+    q, k, v, mask = query, key, value, attn_mask
+    if q.dtype != k.dtype or q.dtype != v.dtype or q.dtype == torch.bool:
+        return Invalid(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}")
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        return Invalid(f"mask of {mask.dtype} for {q.dtype}")
+    if type(dropout_p) not in (float, int) or not isinstance(scale, (float, int, type(None))):
+        return Stock(f"dropout_p={dropout_p!r}, scale={scale!r}")
+    if not 0 <= dropout_p <= 1:
+        return Invalid(f"dropout_p={dropout_p}")
+    gqa, causal = bool(enable_gqa), bool(is_causal)
+    lead = _shapes(q, k, v, mask, gqa)
+    if isinstance(lead, Stock):
+        return lead
+    D, (S, E) = q.shape[-1], v.shape[-2:]
+    if not 0 < D <= 256 or not 0 < E <= 256:
+        return Stock(f"head size {max(D, E)}")
+    if mask is not None:
+        if _four_of_mask(mask, lead[:-1]) is None:
+            return Stock(f"mask {tuple(mask.shape)}, constant in some of the dims of the batch")
+        if mask.requires_grad and mask.shape[-1] < S:
+            return Stock("the gradient of a mask that is one column")
+    # Also says which layout the result has.
+    backend = torch._fused_sdp_choice(q, k, v, mask, dropout_p, causal, scale=scale, enable_gqa=gqa)
+    if backend == _ERROR or (backend == _MATH and causal and mask is not None):
+        return Invalid("no backend of stock takes this call")
+    precision, arch = matmul_precision(), _op.architecture(q.get_device())
+    if _op.current_mode() == "auto":
+        why = _why_not_worth_it(q, backend, precision, arch)
+        if why is not None:
+            return why
+    noise, grad_scale = None, 1.0
+    if dropout_p > 0:
+        drawn = _noise(q, S, dropout_p)
+        if isinstance(drawn, str):
+            return Stock(drawn)
+        noise, grad_scale = drawn
+    plan = Plan(
+        lead, 1 / math.sqrt(D) if scale is None else float(scale), causal, gqa,
+        float(dropout_p), noise, grad_scale, backend, precision, arch,
+    )  # fmt: skip
+    return run(Attention, q, k, v, mask, plan)
