@@ -29,6 +29,8 @@ OTHERS = {
     "RReLU": lambda x: ((), x(2, 4)),
     "Hardsigmoid": lambda x: ((), x(2, 4)),
     "KLDivLoss": lambda x: ((None, None, "batchmean"), x(4, 3), x(4, 3).detach().softmax(1)),
+    **{n: lambda x: ((), x(3, 4), x(3, 4)) for n in ("CosineSimilarity", "PairwiseDistance")},
+    "TripletMarginLoss": lambda x: ((), x(3, 4), x(3, 4), x(3, 4)),
     "NLLLoss2d": None,  # deprecated: constructing it warns
     **{n: lambda x: ((0.4,), x(2, 4)) for n in ("Dropout", "AlphaDropout", "FeatureAlphaDropout")},
     "Dropout1d": lambda x: ((0.4,), x(2, 4, 3)),

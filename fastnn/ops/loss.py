@@ -130,7 +130,7 @@ def _result(loss, inputs, p, q, divisor, dtype):
     return torch.empty_strided(losses.shape, losses.stride(), dtype=dtype, device=first.device)
 
 
-def _common_dtype(*tensors):
+def common_dtype(*tensors):
     """What stock's chain of operators computes in; or a reason not to follow it."""
     floating = [t for t in tensors if t is not None and t.is_floating_point()]
     dtype = floating[0].dtype
@@ -142,7 +142,7 @@ def _common_dtype(*tensors):
     return dtype
 
 
-def _refuse(tensors, reduction):
+def refuse(tensors, reduction):
     """Why no loss of these tensors can be computed, else None; the first is the input."""
     for t in tensors:
         if t is not None and not isinstance(t, Tensor):
@@ -157,7 +157,7 @@ def _refuse(tensors, reduction):
     return None
 
 
-def _broadcast(*tensors):
+def broadcast(*tensors):
     """The broadcast shape, or None."""
     shapes = [t.shape for t in tensors if t is not None]
     if all(s == shapes[0] for s in shapes):
@@ -168,7 +168,7 @@ def _broadcast(*tensors):
         return None
 
 
-def _number(value):
+def number(value):
     return isinstance(value, (int, float)) and abs(value) < 3e38
 
 
@@ -180,13 +180,13 @@ def _loss(loss, a, b, c, w, p, q, shape, reduction, dtype, by_weight=False):
 
 def _regression(loss, input, target, weight, p, legacy, reduction, out_dtype, by_weight=True):
     """The losses that warn of broadcasting, as they broadcast before they compute."""
-    why = _refuse((input, target, weight), reduction)
+    why = refuse((input, target, weight), reduction)
     if why is not None:
         return why
-    shape = _broadcast(input, target)
+    shape = broadcast(input, target)
     if shape is None:
         return Invalid("an input and a target that do not broadcast")
-    if not _number(p):
+    if not number(p):
         return Invalid(f"a threshold of {p!r}")
     if weight is not None:
         if weight.shape != input.shape:
@@ -197,7 +197,7 @@ def _regression(loss, input, target, weight, p, legacy, reduction, out_dtype, by
             return Stock("a weight that requires grad")
         if out_dtype is not None and by_weight:
             return Stock("a weight under autocast")  # where stock's chain leaves float32
-    dtype = out_dtype or _common_dtype(input, target, weight)
+    dtype = out_dtype or common_dtype(input, target, weight)
     if isinstance(dtype, Stock):
         return dtype
     if target.shape != input.shape:
@@ -261,7 +261,7 @@ def huber_loss(input, target, reduction="mean", delta=1.0, weight=None, *, out_d
 
 def _refuse_binary(input, target, weights, reduction, out_dtype):
     """Why neither binary cross entropy can be computed, else None."""
-    why = _refuse((input, target, *weights), reduction)
+    why = refuse((input, target, *weights), reduction)
     if why is not None:
         return why
     if target.shape != input.shape:
@@ -270,7 +270,7 @@ def _refuse_binary(input, target, weights, reduction, out_dtype):
         return Invalid(f"a target in {target.dtype}")
     for w in weights:
         if w is not None:
-            if _broadcast(input, w) != input.shape:
+            if broadcast(input, w) != input.shape:
                 return Invalid("a weight that does not broadcast to the input's shape")
             if w.requires_grad and torch.is_grad_enabled():
                 return Invalid("a weight that requires grad")
@@ -322,13 +322,13 @@ def kl_div(
 ):  # fmt: skip
     """Fused with every reduction, for probabilities and log-probabilities as targets."""
     batchmean = reduction == "batchmean"
-    why = _refuse((input, target), "sum" if batchmean else reduction)
+    why = refuse((input, target), "sum" if batchmean else reduction)
     if why is not None:
         return why
-    shape = _broadcast(input, target)
+    shape = broadcast(input, target)
     if shape is None:
         return Invalid("an input and a target that do not broadcast")
-    dtype = out_dtype or _common_dtype(input, target)
+    dtype = out_dtype or common_dtype(input, target)
     if isinstance(dtype, Stock):
         return dtype
     if size_average is not None or reduce is not None:
@@ -361,22 +361,28 @@ def poisson_nll_loss(
     reduction="mean", *, out_dtype=None,
 ):  # fmt: skip
     """Fused with its reduction, with broadcasting, and with Stirling's term."""
-    if not _number(eps):
+    if not number(eps):
         return Invalid(f"eps={eps!r}")
     loss = POISSON[bool(log_input), bool(full)]
     legacy = size_average, reduce
     return _chain(loss, (input, target, None), None, eps, 0.0, legacy, reduction, out_dtype)
 
 
+def multilabel(input, target, weight, divisor, dtype):
+    """multilabel_soft_margin_loss, summed and divided: over all elements, whatever their row."""
+    inputs = input, target, None, weight
+    return run(Elementwise, *inputs, MULTILABEL_SOFT_MARGIN, 0.0, 0.0, divisor, False, dtype)
+
+
 def _chain(loss, inputs, weight, p, q, legacy, reduction, out_dtype):
     """The losses that are a chain of operators in stock: they broadcast, and promote dtypes."""
-    why = _refuse((*inputs, weight), reduction)
+    why = refuse((*inputs, weight), reduction)
     if why is not None:
         return why
-    shape = _broadcast(*inputs)
+    shape = broadcast(*inputs)
     if shape is None:
         return Invalid("tensors that do not broadcast")
-    dtype = out_dtype or _common_dtype(*inputs, weight)
+    dtype = out_dtype or common_dtype(*inputs, weight)
     if isinstance(dtype, Stock):
         return dtype
     if legacy != (None, None):
@@ -397,7 +403,7 @@ def gaussian_nll_loss(
     A negative variance in a tensor makes the loss nan. To raise ValueError, as stock does, the host
     would have to wait for the device.
     """
-    if not _number(eps):
+    if not number(eps):
         return Invalid(f"eps={eps!r}")
     constant = _HALF_LOG_2PI if full else 0.0
     if isinstance(var, float):
@@ -409,7 +415,7 @@ def gaussian_nll_loss(
         constant += 0.5 * math.log(var)
         inputs, loss, p = (input, target, None), GAUSSIAN_SCALAR, var
     else:
-        why = _refuse((input, target, var), reduction)
+        why = refuse((input, target, var), reduction)
         if why is not None:
             return why
         if not var.is_floating_point():
@@ -430,9 +436,9 @@ def hinge_embedding_loss(
     input, target, margin=1.0, size_average=None, reduce=None, reduction="mean", *, out_dtype=None
 ):  # fmt: skip
     """Fused with its reduction and with broadcasting."""
-    if not _number(margin):
+    if not number(margin):
         return Invalid(f"margin={margin!r}")
-    why = _refuse((input, target), reduction)
+    why = refuse((input, target), reduction)
     if why is not None:
         return why
     target = target.detach()  # only compared
@@ -447,12 +453,12 @@ def soft_margin_loss(
     input, target, size_average=None, reduce=None, reduction="mean", *, out_dtype=None
 ):
     """Fused with its reduction and with a target that broadcasts."""
-    why = _refuse((input, target), reduction)
+    why = refuse((input, target), reduction)
     if why is not None:
         return why
     if target.requires_grad and torch.is_grad_enabled():
         return Invalid("a target that requires grad")
-    if _broadcast(input, target) != input.shape:
+    if broadcast(input, target) != input.shape:
         return Invalid("a target that does not broadcast to the input's shape")
     legacy = size_average, reduce
     out_dtype = out_dtype or input.dtype
@@ -466,9 +472,9 @@ def margin_ranking_loss(
     out_dtype=None,
 ):  # fmt: skip
     """Fused with its reduction and with broadcasting."""
-    if not _number(margin):
+    if not number(margin):
         return Invalid(f"margin={margin!r}")
-    why = _refuse((input1, input2, target), reduction)
+    why = refuse((input1, input2, target), reduction)
     if why is not None:
         return why
     if not input2.is_floating_point():

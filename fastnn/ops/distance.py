@@ -1,0 +1,359 @@
+"""Distances, similarities, and losses that are made of one number for each row.
+
+A `RowOp` says which device functions compute it, and which function of stock it stands for. An op
+below says what its tensors and numbers are, and what it declines.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as stock
+from torch import Tensor
+
+from fastnn import kernels
+from fastnn._op import Invalid, Stock, op, run, second_order
+from fastnn.ops.loss import INTEGERS, broadcast, common_dtype, multilabel, number, refuse
+from fastnn.ops.nll_loss import resolve_reduction
+
+
+class RowOp(NamedTuple):
+    """An op of rows, by the names of its functions in kernels/distance.py."""
+
+    name: str
+    step: str
+    sums: int
+    stock: Callable[..., Tensor]
+    """y of (x1, x2, x3, target, weight), given the numbers and flags. Differentiable."""
+    index: bool = False
+    """Whether the target is the index of a class."""
+    keeps_y: bool = False
+    """Whether stock keeps y, so that editing it in place before the backward is an error."""
+
+
+def _multi_margin(x, x2, x3, target, weight, dim, p, eps, margin, norm, swap):
+    return stock.multi_margin_loss(x, target, norm, margin, weight, reduction="none")
+
+
+def _multilabel(x, target, weight, t, w, dim, *numbers):
+    return stock.multilabel_soft_margin_loss(x, target, weight, reduction="none")
+
+
+PAIRWISE = RowOp(
+    "pairwise", "pairwise_step", 1,
+    lambda a, b, c, t, w, dim, p, eps, *rest: torch.pairwise_distance(a, b, p, eps),
+    keeps_y=True,
+)  # fmt: skip
+COSINE = RowOp(
+    "cosine", "products_step", 3,
+    lambda a, b, c, t, w, dim, p, eps, *rest: stock.cosine_similarity(a, b, dim, eps),
+)  # fmt: skip
+COSINE_EMBEDDING = RowOp(
+    "cosine_embedding", "products_step", 3,
+    lambda a, b, c, t, w, dim, p, eps, margin, *rest: torch.cosine_embedding_loss(
+        a, b, t, margin, 0
+    ),
+)  # fmt: skip
+TRIPLET = RowOp(
+    "triplet", "triplet_step", 2,
+    lambda a, b, c, t, w, dim, p, eps, margin, norm, swap: torch.triplet_margin_loss(
+        a, b, c, margin, p, eps, swap, 0
+    ),
+)  # fmt: skip
+MULTI_MARGIN = RowOp("multi_margin", "multi_margin_step", 2, _multi_margin, index=True)
+MULTILABEL_SOFT = RowOp("multilabel_soft", "multilabel_soft_step", 1, _multilabel)
+
+
+class Rows(torch.autograd.Function):
+    """One number for each row along `dim` of up to three tensors; reduced if there is a divisor."""
+
+    @staticmethod
+    def forward(ctx, x1, x2, x3, target, weight, rows, dim, numbers, norm, swap, divisor, dtype):
+        xs = (x1, x2, x3)
+        shape = broadcast(*xs)
+        views = [x if x is None else _classes_second(x.expand(shape), dim) for x in xs]
+        flags = rows.index, norm, swap
+        sums = rows.sums + swap
+        rest = () if divisor is not None else (*shape[:dim], *shape[dim + 1 :])
+        y = torch.empty(rest, dtype=dtype, device=x1.device)
+        stats = kernels.distance.fwd(
+            views, target, weight, rows.step, rows.name, sums, numbers, flags, divisor, y
+        )
+        if divisor is None:
+            y = _laid_out_as_stocks(y, shape, dim, xs)
+        kept = y if rows.keeps_y else None
+        ctx.save_for_backward(x1, x2, x3, target, weight, stats, kept)
+        ctx.rest = rows, dim, shape, numbers, norm, swap, divisor, dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x1, x2, x3, target, weight, stats, _ = ctx.saved_tensors
+        rows, dim, _, numbers, norm, swap, divisor, dtype = ctx.rest
+        xs = (x1, x2, x3)
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+
+            def formula(*xs):
+                xs = [x if x is None else x.to(dtype) for x in xs]
+                w = weight if weight is None else weight.to(dtype)
+                y = rows.stock(*xs, target, w, dim, *numbers, norm, swap)
+                return y if divisor is None else y.sum() / divisor
+
+            grads = second_order(formula, xs, dy, needs)
+        else:
+            grads = _gradients(ctx, dy, xs, target, weight, stats, needs)
+        return *grads, *(None,) * 9
+
+
+def _gradients(ctx, dy, xs, target, weight, stats, needs):
+    rows, dim, shape, numbers, norm, swap, divisor, _ = ctx.rest
+    wanted = [None, None, None]
+    for k, (x, need) in enumerate(zip(xs, needs, strict=True)):
+        if need and x.shape == shape:
+            wanted[k] = torch.empty_like(x)
+        elif need:
+            wanted[k] = torch.empty(shape, dtype=torch.float32, device=x.device)
+    made = kernels.distance.bwd(
+        dy,
+        [x if x is None else _classes_second(x.expand(shape), dim) for x in xs],
+        [w if w is None else _classes_second(w, dim) for w in wanted],
+        target, weight, stats, f"{rows.name}_grad", numbers, (rows.index, norm, swap), divisor,
+    )  # fmt: skip
+    grads = []
+    for x, d in zip(xs, made, strict=True):
+        if d is not None:
+            d = _classes_back(d, dim)
+            d = d if x.shape == shape else d.sum_to_size(x.shape).to(x.dtype)
+        grads.append(d)
+    return grads
+
+
+def _classes_second(x, dim):
+    """(N, C, ...) with `dim` as C; (C,) stays."""
+    if x.dim() == 1:
+        return x
+    return x.unsqueeze(0) if dim == 0 else x.movedim(dim, 1)
+
+
+def _classes_back(x, dim):
+    if x.dim() == 1:
+        return x
+    return x.squeeze(0) if dim == 0 else x.movedim(1, dim)
+
+
+def _laid_out_as_stocks(y, shape, dim, xs):
+    present = [x for x in xs if x is not None]
+    if all(x.is_contiguous() and x.shape == shape for x in present):
+        return y
+    # A sum over a dimension of what a chain of operators makes of these layouts.
+    metas = [torch.empty_strided(x.shape, x.stride(), device="meta") for x in present]
+    like = sum(metas[1:], metas[0]).sum(dim)
+    if like.stride() == y.stride():
+        return y
+    return torch.empty_strided(like.shape, like.stride(), dtype=y.dtype, device=y.device).copy_(y)
+
+
+def _rows(rows, xs, dim, numbers, norm, swap, divisor, dtype, target=None, weight=None):
+    return run(Rows, *xs, target, weight, rows, dim, numbers, norm, swap, divisor, dtype)
+
+
+def _norm(p):
+    """How kernels call the exponent; None if they have no such norm."""
+    if p in (1, 2):
+        return int(p)
+    return 0 if number(p) and 0 < p <= 64 else None
+
+
+def _row_shape(dim, *xs):
+    """The common shape of `xs`, and `dim` in it from 0 on; or why there are no rows."""
+    shape = broadcast(*xs)
+    if shape is None:
+        return Invalid("tensors that do not broadcast")
+    if not shape:
+        return Stock("tensors without dimensions")
+    if isinstance(dim, bool) or not isinstance(dim, int) or not -len(shape) <= dim < len(shape):
+        return Invalid(f"dim={dim!r}")
+    if shape[dim] == 0:
+        return Stock("rows without elements")
+    return shape, dim % len(shape)
+
+
+@op(stock=stock.cosine_similarity, autocast="fp32")
+def cosine_similarity(x1, x2, dim=1, eps=1e-8, *, out_dtype=None):
+    """Fused: one kernel per direction for the 35 of stock's chain."""
+    why = refuse((x1, x2), "none")
+    if why is not None:
+        return why
+    found = _row_shape(dim, x1, x2)
+    if isinstance(found, Stock):
+        return found
+    if not number(eps):
+        return Invalid(f"eps={eps!r}")
+    dtype = out_dtype or common_dtype(x1, x2)
+    if isinstance(dtype, Stock):
+        return dtype
+    return _rows(COSINE, (x1, x2, None), found[1], (2.0, float(eps), 0.0), 2, False, None, dtype)
+
+
+@op(stock=stock.pairwise_distance, autocast="fp32")
+def pairwise_distance(x1, x2, p=2.0, eps=1e-6, keepdim=False, *, out_dtype=None):
+    """Fused for positive exponents up to 64."""
+    why = refuse((x1, x2), "none")
+    if why is not None:
+        return why
+    found = _row_shape(-1, x1, x2)
+    if isinstance(found, Stock):
+        return found
+    norm = _norm(p)
+    if norm is None:
+        return Stock(f"p={p!r}")
+    if not number(eps):
+        return Invalid(f"eps={eps!r}")
+    dtype = out_dtype or common_dtype(x1, x2)
+    if isinstance(dtype, Stock):
+        return dtype
+    numbers = float(p), float(eps), 0.0
+    y = _rows(PAIRWISE, (x1, x2, None), found[1], numbers, norm, False, None, dtype)
+    return y.unsqueeze(-1) if keepdim else y
+
+
+@op(stock=stock.triplet_margin_loss, autocast="fp32", autocast_cpu="fp32",
+    source="doi:10.5244/C.30.119")  # fmt: skip
+def triplet_margin_loss(
+    anchor, positive, negative, margin=1.0, p=2, eps=1e-6, swap=False, size_average=None,
+    reduce=None, reduction="mean", *, out_dtype=None,
+):  # fmt: skip
+    """Fused with the distances, the swap and the reduction, for positive exponents up to 64."""
+    why = refuse((anchor, positive, negative), reduction)
+    if why is not None:
+        return why
+    if not number(margin) or margin <= 0 or not number(eps):
+        return Invalid(f"margin={margin!r}, eps={eps!r}")
+    if not anchor.dim() == positive.dim() == negative.dim():
+        return Invalid("tensors of different dimensions")
+    xs = anchor, positive, negative
+    found = _row_shape(-1, *xs)
+    if isinstance(found, Stock):
+        return found
+    norm = _norm(p)
+    if norm is None:
+        return Stock(f"p={p!r}")
+    dtype = out_dtype or common_dtype(*xs)
+    if isinstance(dtype, Stock):
+        return dtype
+    if size_average is not None or reduce is not None:
+        reduction = resolve_reduction(size_average, reduce, reduction)
+    shape, dim = found
+    numbers = float(p), float(eps), float(margin)
+    divisor = _divisor(reduction, shape[:-1].numel())
+    return _rows(TRIPLET, xs, dim, numbers, norm, bool(swap), divisor, dtype)
+
+
+def _divisor(reduction, rows):
+    return {"none": None, "sum": 1, "mean": rows}[reduction]
+
+
+@op(stock=stock.cosine_embedding_loss, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32")
+def cosine_embedding_loss(
+    input1, input2, target, margin=0, size_average=None, reduce=None, reduction="mean", *,
+    out_dtype=None,
+):  # fmt: skip
+    """Fused with the similarity and the reduction."""
+    why = refuse((input1, input2, target), reduction)
+    if why is not None:
+        return why
+    if not number(margin):
+        return Invalid(f"margin={margin!r}")
+    if not input2.is_floating_point():
+        return Stock(f"an input in {input2.dtype}")
+    if target.dim() > 1 or not input1.dim() == input2.dim() == target.dim() + 1:
+        return Invalid("a target that has not one number for each row")
+    found = _row_shape(-1, input1, input2)
+    if isinstance(found, Stock):
+        return found
+    shape, dim = found
+    if target.shape != shape[:-1]:
+        return Stock(f"a target of shape {tuple(target.shape)}")
+    dtype = out_dtype or common_dtype(input1, input2)
+    if isinstance(dtype, Stock):
+        return dtype
+    if size_average is not None or reduce is not None:
+        reduction = resolve_reduction(size_average, reduce, reduction)
+    xs = input1, input2, None
+    numbers = 2.0, 0.0, float(margin)
+    divisor = _divisor(reduction, target.numel())
+    target = target.detach().contiguous()
+    return _rows(COSINE_EMBEDDING, xs, dim, numbers, 2, False, divisor, dtype, target)
+
+
+@op(stock=stock.multi_margin_loss, integers=(torch.int64,), autocast="fp32", autocast_cpu="fp32")
+def multi_margin_loss(
+    input, target, p=1, margin=1.0, weight=None, size_average=None, reduce=None, reduction="mean",
+    *, out_dtype=None,
+):  # fmt: skip
+    """Fused with its reduction; deterministic.
+
+    A target outside [0, C) makes the loss nan, and its gradients. There stock fails an assertion
+    that ends all use of CUDA in the process, or raises RuntimeError on a CPU; with TRITON_DEBUG=1
+    the kernel asserts as well.
+    """
+    why = refuse((input, target, weight), reduction)
+    if why is not None:
+        return why
+    if p not in (1, 2) or not number(margin):
+        return Invalid(f"p={p!r}, margin={margin!r}")
+    if not 1 <= input.dim() <= 2 or target.dtype != torch.int64:
+        return Invalid("an input that is not (N, C) or (C,), or a target that is not int64")
+    shape = input.shape[:-1]
+    if input.shape[-1] == 0:
+        return Stock("no classes")
+    if target.shape != shape and not (not shape and target.shape == (1,)):
+        return Invalid(f"a target of shape {tuple(target.shape)}")
+    if target.shape != shape:
+        return Stock("a 1-d target of a 1-d input")
+    if weight is not None:
+        if weight.shape != input.shape[-1:]:
+            return Invalid("a weight that is not one value per class")
+        if weight.requires_grad and torch.is_grad_enabled():
+            return Invalid("a weight that requires grad")
+        if weight.dtype != input.dtype and out_dtype is None:
+            return Invalid(f"a weight in {weight.dtype}")
+        weight = weight.contiguous()
+    if size_average is not None or reduce is not None:
+        reduction = resolve_reduction(size_average, reduce, reduction)
+    xs = input, None, None
+    numbers = float(p), 0.0, float(margin)
+    dtype = out_dtype or input.dtype
+    divisor = _divisor(reduction, target.numel())
+    dim = input.dim() - 1
+    target = target.contiguous()
+    return _rows(MULTI_MARGIN, xs, dim, numbers, int(p), False, divisor, dtype, target, weight)
+
+
+@op(stock=stock.multilabel_soft_margin_loss, integers=INTEGERS, autocast="fp32")
+def multilabel_soft_margin_loss(
+    input, target, weight=None, size_average=None, reduce=None, reduction="mean", *, out_dtype=None
+):
+    """Fused with its reduction, with weights and broadcasting."""
+    why = refuse((input, target, weight), reduction)
+    if why is not None:
+        return why
+    found = _row_shape(-1, input, target, weight)
+    if isinstance(found, Stock):
+        return found
+    shape, dim = found
+    if input.dim() != len(shape) or input.shape[-1] != shape[-1]:
+        return Stock("an input that is broadcast")
+    dtype = out_dtype or common_dtype(input, target, weight)
+    if isinstance(dtype, Stock):
+        return dtype
+    if size_average is not None or reduce is not None:
+        reduction = resolve_reduction(size_average, reduce, reduction)
+    C = shape[-1]
+    if reduction == "none":
+        xs = input, target, weight
+        return _rows(MULTILABEL_SOFT, xs, dim, (0.0, 0.0, 0.0), 2, False, None, dtype)
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        return Stock("a weight that requires grad")
+    return multilabel(input, target, weight, C if reduction == "sum" else shape.numel(), dtype)

@@ -1,0 +1,507 @@
+"""Distances, similarities and losses of rows: one kernel per direction, formulas as constexprs.
+
+    s[k] = sum_c step(x1[c], x2[c], x3[c])[k]      up to three sums over each row
+    y = value(s)                                   kept, summed, or summed and divided
+    d1, d2, d3 [c] = grad(g, s, x1[c], ...)        those that are wanted, in one pass
+
+A row is a class dimension C of tensors (B, C, S), as in kernels/nll_loss.py; x2, x3 may be absent.
+Memory-bound: forward reads each tensor once, backward reads them once more and writes one gradient
+for each tensor that wants it; between them a float per sum and row is kept. Stock has a kernel for
+each of the chain's operators: 35 of them in cosine similarity, 56 passes over a tensor, for 6 here.
+
+Sums are fp32 in each lane, fp64 across lanes and rows, in fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from fastnn.kernels._launch import kernel
+from fastnn.kernels._tl import dense_like
+from fastnn.kernels.loss import finish, multilabel_soft_margin, multilabel_soft_margin_grad
+from fastnn.kernels.nll_loss import class_programs, common, multiple, tiles, unit
+from triton.language.extra import libdevice
+
+# ---- formulas -----------------------------------------------------------------------------------
+#
+# step   (x1, x2, x3, r, at, p, eps, margin, NORM, SWAP) -> what to add to the sums
+# value  (s0, s1, s2, C, t, p, eps, margin, NORM, SWAP) -> y
+# grad   (g, s0, s1, s2, C, x1, x2, x3, r, at, t, p, eps, margin, NORM, SWAP) -> gradients of x1...
+#
+# t is a number of the row, r the element of x1 at the row's index, and `at` says which element that
+# is; 0 where an op has none. NORM is 1, 2, or 0 for the exponent p.
+
+
+@triton.jit
+def _power(d, p, NORM: tl.constexpr):
+    if NORM == 2:
+        return d * d
+    elif NORM == 1:
+        return tl.abs(d)
+    else:
+        return libdevice.pow(tl.abs(d), p)
+
+
+@triton.jit
+def _root(s, p, NORM: tl.constexpr):
+    if NORM == 2:
+        return tl.sqrt_rn(s)
+    elif NORM == 1:
+        return s
+    else:
+        return libdevice.pow(s, tl.div_rn(1.0, p))
+
+
+@triton.jit
+def _norm_grad(d, y, p, NORM: tl.constexpr):
+    """The derivative of y = |d| by an element of d; 0 where ATen selects that."""
+    if NORM == 2:
+        slope = tl.where(y == 0, 0.0, tl.div_rn(d, y))
+    else:
+        slope = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0))
+        if NORM == 0:
+            ratio = tl.div_rn(libdevice.pow(tl.abs(d), p - 1.0), libdevice.pow(y, p - 1.0))
+            slope = tl.where((y == 0) | (d == 0), 0.0, slope * ratio)
+    return slope
+
+
+@triton.jit
+def pairwise_step(x1, x2, x3, r, at, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr):
+    return (_power(x1 - x2 + eps, p, NORM),)
+
+
+@triton.jit
+def pairwise(s0, s1, s2, C, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr):
+    return _root(s0, p, NORM)
+
+
+@triton.jit
+def pairwise_grad(
+    g, s0, s1, s2, C, x1, x2, x3, r, at, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr
+):
+    d = g * _norm_grad(x1 - x2 + eps, _root(s0, p, NORM), p, NORM)
+    return d, -d
+
+
+@triton.jit
+def triplet_step(x1, x2, x3, r, at, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr):
+    near = _power(x1 - x2 + eps, p, NORM)
+    far = _power(x1 - x3 + eps, p, NORM)
+    if SWAP:
+        return near, far, _power(x2 - x3 + eps, p, NORM)
+    else:
+        return near, far
+
+
+@triton.jit
+def triplet(s0, s1, s2, C, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr):
+    far = _root(s1, p, NORM)
+    if SWAP:
+        far = tl.minimum(far, _root(s2, p, NORM), propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(margin + _root(s0, p, NORM) - far, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def triplet_grad(
+    g, s0, s1, s2, C, x1, x2, x3, r, at, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr
+):
+    near = _root(s0, p, NORM)
+    far = _root(s1, p, NORM)
+    other = far
+    of_far = 1.0
+    if SWAP:
+        other = _root(s2, p, NORM)
+        of_far = tl.where(far < other, 1.0, tl.where(far == other, 0.5, 0.0))
+    least = tl.minimum(far, other, propagate_nan=tl.PropagateNan.ALL)
+    g = tl.where(margin + near - least >= 0, g, 0.0)
+    to_near = g * _norm_grad(x1 - x2 + eps, near, p, NORM)
+    to_far = g * of_far * _norm_grad(x1 - x3 + eps, far, p, NORM)
+    d1 = to_near - to_far
+    d2 = -to_near
+    d3 = to_far
+    if SWAP:
+        swapped = g * (1.0 - of_far) * _norm_grad(x2 - x3 + eps, other, p, NORM)
+        d2 -= swapped
+        d3 += swapped
+    return d1, d2, d3
+
+
+@triton.jit
+def products_step(x1, x2, x3, r, at, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr):
+    return x1 * x2, x1 * x1, x2 * x2
+
+
+@triton.jit
+def cosine(s0, s1, s2, C, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr):
+    n1 = tl.maximum(tl.sqrt_rn(s1), eps, propagate_nan=tl.PropagateNan.ALL)
+    n2 = tl.maximum(tl.sqrt_rn(s2), eps, propagate_nan=tl.PropagateNan.ALL)
+    return tl.div_rn(tl.div_rn(s0, n1), n2)
+
+
+@triton.jit
+def cosine_grad(
+    g, s0, s1, s2, C, x1, x2, x3, r, at, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr
+):
+    # Stock's derivative of a norm at its lower limit eps is that of the norm itself.
+    norm1 = tl.sqrt_rn(s1)
+    norm2 = tl.sqrt_rn(s2)
+    n1 = tl.maximum(norm1, eps, propagate_nan=tl.PropagateNan.ALL)
+    n2 = tl.maximum(norm2, eps, propagate_nan=tl.PropagateNan.ALL)
+    across = tl.div_rn(tl.div_rn(g, n1), n2)
+    along1 = tl.where(norm1 == 0, 0.0, tl.div_rn(tl.div_rn(across * s0, n1), norm1))
+    along2 = tl.where(norm2 == 0, 0.0, tl.div_rn(tl.div_rn(across * s0, n2), norm2))
+    return across * x2 - along1 * x1, across * x1 - along2 * x2
+
+
+@triton.jit
+def _embedding_cosine(s0, s1, s2):
+    return tl.div_rn(s0, tl.sqrt_rn((s1 + 1e-12) * (s2 + 1e-12)))
+
+
+@triton.jit
+def cosine_embedding(s0, s1, s2, C, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr):
+    c = _embedding_cosine(s0, s1, s2)
+    apart = tl.maximum(c - margin, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(t == 1, 1.0 - c, tl.where(t == -1, apart, 0.0))
+
+
+@triton.jit
+def cosine_embedding_grad(
+    g, s0, s1, s2, C, x1, x2, x3, r, at, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr
+):
+    c = _embedding_cosine(s0, s1, s2)
+    g = tl.where(t == 1, -g, tl.where((t == -1) & (c - margin >= 0), g, 0.0))
+    across = tl.div_rn(g, tl.sqrt_rn((s1 + 1e-12) * (s2 + 1e-12)))
+    along1 = tl.div_rn(g * c, s1 + 1e-12)
+    along2 = tl.div_rn(g * c, s2 + 1e-12)
+    return across * x2 - along1 * x1, across * x1 - along2 * x2
+
+
+@triton.jit
+def multi_margin_step(x1, x2, x3, r, at, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr):
+    z = margin - r + x1
+    counts = (z > 0) & (at == 0)
+    if NORM == 1:
+        return tl.where(counts, z, 0.0), tl.where(counts, 1.0, 0.0)
+    else:
+        return tl.where(counts, z * z, 0.0), tl.where(counts, 2.0 * z, 0.0)
+
+
+@triton.jit
+def multi_margin(s0, s1, s2, C, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr):
+    return tl.div_rn(t * s0, C.to(tl.float32))
+
+
+@triton.jit
+def multi_margin_grad(
+    g, s0, s1, s2, C, x1, x2, x3, r, at, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr
+):
+    z = margin - r + x1
+    if NORM == 1:
+        slope = tl.where(z > 0, 1.0, 0.0)
+    else:
+        slope = tl.where(z > 0, 2.0 * z, 0.0)
+    g = tl.div_rn(g * t, C.to(tl.float32))
+    return (g * tl.where(at, -s1, slope),)
+
+
+@triton.jit
+def multilabel_soft_step(x1, x2, x3, r, at, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr):
+    return (multilabel_soft_margin(x1, x2, 1.0, 0.0, 0.0) * x3,)
+
+
+@triton.jit
+def multilabel_soft(s0, s1, s2, C, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr):
+    return tl.div_rn(s0, C.to(tl.float32))
+
+
+@triton.jit
+def multilabel_soft_grad(
+    g, s0, s1, s2, C, x1, x2, x3, r, at, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr
+):
+    g = tl.div_rn(g, C.to(tl.float32))
+    d1, d2 = multilabel_soft_margin_grad(g * x3, x1, x2, 1.0, 0.0, 0.0)
+    return d1, d2, g * multilabel_soft_margin(x1, x2, 1.0, 0.0, 0.0)
+
+
+# ---- kernels ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _row_strides(other, CLASSES_LAST: tl.constexpr, UNIT: tl.constexpr):
+    """(stride of classes, stride of rows); one of them is 1."""
+    if CLASSES_LAST:
+        return 1, multiple(other, UNIT)
+    else:
+        return multiple(other, UNIT), 1
+
+
+@triton.jit
+def _row_load(X, cols, rows, inside, other, CLASSES_LAST: tl.constexpr, UNIT: tl.constexpr):
+    """Elements (cols, rows) in fp32, 0 outside, of a tensor that may be None: then 1."""
+    if X is None:
+        return 1.0
+    else:
+        stride_c, stride_s = _row_strides(other, CLASSES_LAST, UNIT)
+        at = cols.to(tl.int64) * stride_c + rows * stride_s
+        return tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _row_target(X1, T, WEIGHT, b, rows, m, live, C, stride_c, stride_s, INDEX: tl.constexpr):
+    """(the row's number t, its index or -1, x1 at the index)."""
+    t = 0.0
+    index = -1
+    r = 0.0
+    if T is not None:
+        if INDEX:
+            target = tl.load(T + m, mask=live, other=0).to(tl.int64)
+            valid = live & (target >= 0) & (target < C)
+            tl.device_assert(valid | (live == 0), "multi_margin_loss: target out of range")
+            r = tl.load(X1 + target * stride_c + rows * stride_s, mask=valid, other=0.0)
+            r = r.to(tl.float32)
+            t = tl.where(valid, 1.0, float("nan"))
+            if WEIGHT is not None:
+                t *= tl.load(WEIGHT + target, mask=valid, other=0.0).to(tl.float32)
+            index = tl.where(valid, target, -1).to(tl.int32)
+        else:
+            t = tl.load(T + m, mask=live, other=0).to(tl.float32)
+    return t, index, r
+
+
+_COUNTS = [
+    "C", "S", "M", "stride_1b", "stride_2b", "stride_3b", "row_blocks", "class_blocks", "divisor",
+    "stride_d1b", "stride_d2b", "stride_d3b",
+]  # fmt: skip
+
+
+@kernel(do_not_specialize=_COUNTS[:7])
+def _rows_fwd_kernel(
+    X1, X2, X3, T, WEIGHT, Y, STATS, PARTIAL, C, S: tl.int64, M: tl.int64, stride_1b: tl.int64,
+    stride_1, stride_2b: tl.int64, stride_2, stride_3b: tl.int64, stride_3, row_blocks, p, eps,
+    margin, STEP: tl.constexpr, VALUE: tl.constexpr, SUMS: tl.constexpr, INDEX: tl.constexpr,
+    NORM: tl.constexpr, SWAP: tl.constexpr, REDUCE: tl.constexpr, CLASSES_LAST: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    b = (pid // row_blocks).to(tl.int64)
+    X1 += b * multiple(stride_1b, UNIT)
+    if X2 is not None:
+        X2 += b * multiple(stride_2b, UNIT)
+    if X3 is not None:
+        X3 += b * multiple(stride_3b, UNIT)
+    if CLASSES_LAST:
+        C = multiple(C, UNIT)
+    else:
+        S = multiple(S, UNIT)
+    # Axes: group, lane, row. Classes of a group are LANES apart, so that one thread has them all.
+    offs = tl.arange(0, GROUP)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
+    rows = (pid % row_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = rows < S
+    m = b * S + rows
+    stride_c, stride_s = _row_strides(stride_1, CLASSES_LAST, UNIT)
+    t, index, r = _row_target(X1, T, WEIGHT, b, rows, m, live, C, stride_c, stride_s, INDEX)
+    if INDEX:
+        index = index[None, None, :]
+        r = r[None, None, :]
+    place = rows[None, None, :]
+    acc0 = tl.zeros((LANES, ROWS), tl.float32)
+    acc1 = tl.zeros((LANES, ROWS), tl.float32)
+    acc2 = tl.zeros((LANES, ROWS), tl.float32)
+    for c in range(0, C, GROUP * LANES):
+        cols = c + offs
+        inside = live[None, None, :] & (cols < C)
+        x1 = _row_load(X1, cols, place, inside, stride_1, CLASSES_LAST, UNIT)
+        x2 = _row_load(X2, cols, place, inside, stride_2, CLASSES_LAST, UNIT)
+        x3 = _row_load(X3, cols, place, inside, stride_3, CLASSES_LAST, UNIT)
+        terms = STEP(x1, x2, x3, r, cols == index, p, eps, margin, NORM, SWAP)
+        acc0 += tl.sum(tl.where(inside, terms[0], 0.0), 0)
+        if SUMS > 1:
+            acc1 += tl.sum(tl.where(inside, terms[1], 0.0), 0)
+        if SUMS > 2:
+            acc2 += tl.sum(tl.where(inside, terms[2], 0.0), 0)
+
+    s0 = tl.sum(acc0.to(tl.float64), 0).to(tl.float32)
+    s1 = 0.0
+    s2 = 0.0
+    tl.store(STATS + m, s0, mask=live)
+    if SUMS > 1:
+        s1 = tl.sum(acc1.to(tl.float64), 0).to(tl.float32)
+        tl.store(STATS + M + m, s1, mask=live)
+    if SUMS > 2:
+        s2 = tl.sum(acc2.to(tl.float64), 0).to(tl.float32)
+        tl.store(STATS + 2 * M + m, s2, mask=live)
+    y = VALUE(s0, s1, s2, C, t, p, eps, margin, NORM, SWAP)
+    if REDUCE:
+        tl.store(PARTIAL + pid, tl.sum(tl.where(live, y, 0.0).to(tl.float64), 0))
+    else:
+        tl.store(Y + m, y.to(Y.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _row_store(D, d, b, batch, other, cols, rows, inside, CLASSES_LAST: tl.constexpr,
+               UNIT: tl.constexpr):  # fmt: skip
+    stride_c, stride_s = _row_strides(other, CLASSES_LAST, UNIT)
+    D += b * multiple(batch, UNIT)
+    tl.store(
+        D + (cols.to(tl.int64) * stride_c + rows * stride_s), d.to(D.dtype.element_ty), mask=inside
+    )
+
+
+@kernel(do_not_specialize=_COUNTS)
+def _rows_bwd_kernel(
+    DY, X1, X2, X3, T, WEIGHT, STATS, D1, D2, D3, C, S: tl.int64, M: tl.int64, stride_1b: tl.int64,
+    stride_1, stride_2b: tl.int64, stride_2, stride_3b: tl.int64, stride_3, stride_d1b: tl.int64,
+    stride_d1, stride_d2b: tl.int64, stride_d2, stride_d3b: tl.int64, stride_d3, row_blocks,
+    class_blocks, divisor: tl.int64, p, eps, margin, GRAD: tl.constexpr, SUMS: tl.constexpr,
+    INDEX: tl.constexpr, NORM: tl.constexpr, SWAP: tl.constexpr, REDUCE: tl.constexpr,
+    CLASSES_LAST: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    b = (pid // class_blocks // row_blocks).to(tl.int64)
+    rows = (pid // class_blocks % row_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    X1 += b * multiple(stride_1b, UNIT)
+    if X2 is not None:
+        X2 += b * multiple(stride_2b, UNIT)
+    if X3 is not None:
+        X3 += b * multiple(stride_3b, UNIT)
+    if CLASSES_LAST:
+        C = multiple(C, UNIT)
+    else:
+        S = multiple(S, UNIT)
+    live = rows < S
+    m = b * S + rows
+    stride_c, stride_s = _row_strides(stride_1, CLASSES_LAST, UNIT)
+    t, index, r = _row_target(X1, T, WEIGHT, b, rows, m, live, C, stride_c, stride_s, INDEX)
+    if T is not None:
+        t = t[None, :]
+    if INDEX:
+        index = index[None, :]
+        r = r[None, :]
+    if REDUCE:
+        g = tl.div_rn(tl.load(DY).to(tl.float32), divisor.to(tl.float32))
+    else:
+        g = tl.load(DY + m, mask=live, other=0.0).to(tl.float32)[None, :]
+    s0 = tl.load(STATS + m, mask=live, other=0.0)[None, :]
+    s1 = 0.0
+    s2 = 0.0
+    if SUMS > 1:
+        s1 = tl.load(STATS + M + m, mask=live, other=0.0)[None, :]
+    if SUMS > 2:
+        s2 = tl.load(STATS + 2 * M + m, mask=live, other=0.0)[None, :]
+    live = live[None, :]
+    rows = rows[None, :]
+    span = tl.cdiv(tl.cdiv(C, COLS), class_blocks) * COLS
+    first = pid % class_blocks * span
+    for c in range(first, tl.minimum(first + span, C), COLS):
+        cols = c + tl.arange(0, COLS)[:, None]
+        inside = live & (cols < C)
+        x1 = _row_load(X1, cols, rows, inside, stride_1, CLASSES_LAST, UNIT)
+        x2 = _row_load(X2, cols, rows, inside, stride_2, CLASSES_LAST, UNIT)
+        x3 = _row_load(X3, cols, rows, inside, stride_3, CLASSES_LAST, UNIT)
+        grads = GRAD(g, s0, s1, s2, C, x1, x2, x3, r, cols == index, t, p, eps, margin, NORM, SWAP)
+        if D1 is not None:
+            _row_store(
+                D1, grads[0], b, stride_d1b, stride_d1, cols, rows, inside, CLASSES_LAST, UNIT
+            )
+        if D2 is not None:
+            _row_store(
+                D2, grads[1], b, stride_d2b, stride_d2, cols, rows, inside, CLASSES_LAST, UNIT
+            )
+        if D3 is not None:
+            _row_store(
+                D3, grads[2], b, stride_d3b, stride_d3, cols, rows, inside, CLASSES_LAST, UNIT
+            )
+
+
+# ---- launchers ----------------------------------------------------------------------------------
+
+
+def _laid_out(tensors):
+    """The tensors, copied only if their layouts do not go together, and `common` of them."""
+    view = common(*tensors)
+    if view is None:
+        tensors = [t.contiguous() for t in tensors]
+        view = common(*tensors)
+    return tensors, view
+
+
+def _tiling(view, tensors, made):
+    sizes, classes_last, strides = view
+    narrow = (*tensors, *made)
+    wide = unit(sizes, classes_last, strides, *narrow)
+    itemsize = min(t.element_size() for t in narrow)
+    return wide, tiles(sizes, classes_last, wide, itemsize, light=False)
+
+
+def _placed(given, present, values, absent):
+    """`values` of the tensors that are there, in the places of `given`, `absent` in the others."""
+    values = iter(values)
+    return [next(values) if there else absent for there in present]
+
+
+def fwd(xs, target, weight, step, value, sums, numbers, flags, divisor, y):
+    """xs, 3 tensors (C,) or (N, C, ...) of one shape, or None -> fills y; stats for `bwd`.
+
+    y is contiguous, of as many elements as there are rows, or 0-d and divided by `divisor`.
+    `target` has a number for each row, or if `flags` says so, the index of a class, and `weight`
+    (C,) then weighs rows by it. `numbers` are (p, eps, margin), `flags` (INDEX, NORM, SWAP). stats
+    (sums, rows) fp32.
+    """
+    present = [x is not None for x in xs]
+    x = xs[0]
+    C = x.shape[min(x.dim() - 1, 1)]
+    M = x.numel() // C
+    reduce = divisor is not None
+    stats = x.new_empty((sums, M), dtype=torch.float32)
+    tensors, view = _laid_out([t for t in xs if t is not None])
+    (B, C, S), classes_last, strides = view
+    wide, config = _tiling(view, tensors, ())
+    row_blocks = triton.cdiv(S, config["ROWS"])
+    programs = B * row_blocks
+    partial = x.new_empty((1, programs), dtype=torch.float64) if reduce else None
+    index, norm, swap = flags
+    steps = [s for pair in _placed(xs, present, strides, (0, 0)) for s in pair]
+    _rows_fwd_kernel(
+        (programs,), *_placed(xs, present, tensors, None), target, weight, None if reduce else y,
+        stats, partial, C, S, M, *steps, row_blocks, *numbers, STEP=globals()[step],
+        VALUE=globals()[value], SUMS=sums, INDEX=index, NORM=norm, SWAP=swap, REDUCE=reduce,
+        CLASSES_LAST=classes_last, UNIT=wide, **config,
+    )  # fmt: skip
+    if reduce:
+        finish(partial, y, None, divisor)
+    return stats
+
+
+def bwd(dy, xs, wanted, target, weight, stats, gradient, numbers, flags, divisor):
+    """dy, the tensors and stats of `fwd` -> the gradients, written to the tensors `wanted`.
+
+    `wanted` has 3 tensors of the shape of xs, None for those that are not. Returns them, or copies
+    where layouts do not go together.
+    """
+    present = [x is not None for x in xs]
+    asked = [w is not None for w in wanted]
+    tensors = [t for t in xs if t is not None]
+    wants = [w for w in wanted if w is not None]
+    made = wants
+    view = common(*tensors, *wants)
+    if view is None:
+        tensors = [t.contiguous() for t in tensors]
+        made = [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in wants]
+        view = common(*tensors, *made)
+    (B, C, S), classes_last, strides = view
+    wide, config = _tiling(view, tensors, made)
+    rows, cols = config["ROWS"], config["LANES"] * config["GROUP"]
+    row_blocks, class_blocks = triton.cdiv(S, rows), class_programs(C, cols, classes_last)
+    index, norm, swap = flags
+    reads = _placed(xs, present, strides, (0, 0))
+    writes = _placed(wanted, asked, strides[len(tensors) :], (0, 0))
+    _rows_bwd_kernel(
+        (B * row_blocks * class_blocks,), dy.contiguous(), *_placed(xs, present, tensors, None),
+        target, weight, stats, *_placed(wanted, asked, made, None), C, S, B * S,
+        *(s for pair in (*reads, *writes) for s in pair), row_blocks, class_blocks, divisor or 1,
+        *numbers, GRAD=globals()[gradient], SUMS=stats.shape[0], INDEX=index, NORM=norm, SWAP=swap,
+        REDUCE=divisor is not None, CLASSES_LAST=classes_last, UNIT=wide, ROWS=rows, COLS=cols,
+        num_warps=config["num_warps"],
+    )  # fmt: skip
+    done = [dense_like(d, like) for d, like in zip(made, wants, strict=True)]
+    return _placed(wanted, asked, done, None)
