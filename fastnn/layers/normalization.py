@@ -5,7 +5,12 @@ import torch.nn as stock
 import fastnn.functional as F
 from fastnn.layers._layer import Layer
 
-__all__ = ["GroupNorm", "LayerNorm", "RMSNorm"]
+__all__ = ["GroupNorm", "LayerNorm", "LocalResponseNorm", "RMSNorm"]
+
+
+class LocalResponseNorm(stock.LocalResponseNorm, metaclass=Layer):
+    def forward(self, input):
+        return F.local_response_norm(input, self.size, self.alpha, self.beta, self.k)
 
 
 class LayerNorm(stock.LayerNorm, metaclass=Layer):

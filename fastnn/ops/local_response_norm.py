@@ -1,0 +1,62 @@
+"""Local response norm."""
+
+import torch
+import torch.nn.functional as stock
+
+from fastnn import kernels
+from fastnn._op import Invalid, Stock, op, run, second_order
+
+_WIDEST = 8  # the most channels of a window that registers hold
+
+
+class LocalResponseNorm(torch.autograd.Function):
+    """x (N, C, *) contiguous -> y. Keeps x alone, from which the backward makes all the rest."""
+
+    @staticmethod
+    def forward(ctx, x, size, alpha, beta, k, out_dtype):
+        ctx.save_for_backward(x)
+        ctx.rest = (size, alpha, beta, k), out_dtype
+        return kernels.local_response_norm.fwd(x, size, alpha, beta, k, out_dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        options, out_dtype = ctx.rest
+        if torch.is_grad_enabled():  # create_graph=True: a kernel's gradient would carry no graph
+
+            def formula(x):
+                return stock.local_response_norm(x.to(out_dtype or x.dtype), *options)
+
+            (dx,) = second_order(formula, (x,), dy, (True,))
+        else:
+            dx = kernels.local_response_norm.bwd(dy.contiguous(), x, *options)
+        return dx, None, None, None, None, None
+
+
+@op(
+    stock=stock.local_response_norm,
+    autocast="fp32",
+    autocast_cpu="fp32",
+    source="Krizhevsky, Sutskever, Hinton (2012), section 3.3",
+)
+def local_response_norm(input, size, alpha=1e-4, beta=0.75, k=1.0, *, out_dtype=None):
+    """Fused for contiguous input and windows of up to 8 channels, one pass each way."""
+    if input.dim() < 3:
+        return Invalid(f"{input.dim()} dimensions")
+    if type(size) is not int or size <= 0:
+        return Invalid(f"size={size!r}")
+    if any(type(v) not in (int, float) for v in (alpha, beta, k)):
+        return Stock(f"alpha={alpha!r}, beta={beta!r}, k={k!r}")
+    if not input.numel():
+        return Stock("no elements")
+    if input.numel() >= 2**31:
+        return Stock(f"{input.numel()} elements")  # more than 32 bits can index
+    if size > _WIDEST:
+        return Stock(f"size={size}, of more than {_WIDEST} channels")
+    if not input.is_contiguous():
+        return Stock("input that is not contiguous")
+    if input.dim() == 3 and input.device.type == "cpu":
+        out_dtype = None  # there, autocast lists the pooling that stock uses for more dimensions
+    return run(
+        LocalResponseNorm, input, size, float(alpha), float(beta), float(k), out_dtype
+    )  # fmt: skip
