@@ -3,18 +3,24 @@
 README.md    each ```python block is run, in order and in one process, and what it prints becomes
              the ```text block after it; the layer table stands between its two markers.
 docs/ops.md  the whole file, from the record of each op.
+
+docs/commands.md is written by `python docs/generate.py --commands` alone, since that takes minutes:
+each ```sh line is run, and what it prints becomes the ```text block after it.
 """
 
 import contextlib
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.S)
+COMMAND = re.compile(r"```sh\n(fastnn [^\n]*)\n```\n\n```text\n(?:(?!```)[^\n]*\n)*```\n")
 TABLE = re.compile(r"(<!-- layers -->\n).*?(<!-- /layers -->\n)", re.S)
 
 
@@ -87,7 +93,30 @@ def run_blocks(text: str) -> str:
     return BLOCK.sub(replace, text)
 
 
+def commands_page() -> None:
+    """Run every command of docs/commands.md and write down what it printed."""
+    page = ROOT / "docs" / "commands.md"
+    environment = {**os.environ, "COLUMNS": "140", "NO_COLOR": "1"}
+    environment.pop("TRITON_INTERPRET", None)  # a user's shell has it not
+    with tempfile.TemporaryDirectory() as folder:
+
+        def replace(match):
+            command = [sys.executable, "-m", *shlex.split(match[1])]
+            done = subprocess.run(
+                command, cwd=folder, env=environment, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            lines = [line.rstrip() for line in done.stdout.strip("\n").splitlines()]
+            lines += [f"(exit code {done.returncode})"] if done.returncode else []
+            return f"```sh\n{match[1]}\n```\n\n```text\n" + "\n".join(lines) + "\n```\n"
+
+        page.write_text(COMMAND.sub(replace, page.read_text()))
+
+
 def main() -> int:
+    if "--commands" in sys.argv:
+        commands_page()
+        return 0
     readme = ROOT / "README.md"
     text = run_blocks(readme.read_text())
     text = TABLE.sub(lambda m: m.group(1) + layer_table() + m.group(2), text)

@@ -16,7 +16,7 @@ COMMANDS = {
     "demo": ("fastnn._cli_demo", "train a small GPT with torch.nn and with fastnn, and compare"),
     "parity": ("fastnn._cli_parity", "every function with kernels against stock and float64, here"),
     "bench": ("fastnn._cli_bench", "layers of real models timed; without a GPU, predicted"),
-    "tune": ("fastnn._cli_tune", "from which size each kernel wins on this GPU, for auto"),
+    "tune": ("fastnn._cli_tune", "launch configurations, and from which size kernels win, here"),
     "info": ("fastnn._cli_info", "versions, devices, and which ops can run on kernels here"),
 }
 

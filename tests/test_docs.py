@@ -1,6 +1,8 @@
 """The documents say what the code does: examples are run, tables are made."""
 
+import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,17 @@ def test_links_lead_somewhere():
         prose = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.S)
         for target in re.findall(r"\]\(([^)#:]+)\)", prose):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_documented_commands_are_ones_that_exist():
+    """Their output is real but not made anew here: that takes minutes."""
+    ran = []
+    parser = importlib.import_module("fastnn.__main__")._parser()
+    text = (ROOT / "docs" / "commands.md").read_text()
+    for line in re.findall(r"^fastnn .*", re.sub(r"```text.*?```", "", text, flags=re.S), re.M):
+        ran.append(parser.parse_args(shlex.split(line)[1:]).run.__module__)
+    assert {"fastnn._cli_info", "fastnn._cli_parity", "fastnn._cli_bench"} < set(ran)
+    assert "```text\n```" not in text, "python docs/generate.py --commands"
 
 
 def test_readme_has_the_test_command_that_ci_runs():
