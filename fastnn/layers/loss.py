@@ -20,6 +20,7 @@ __all__ = [
     "L1Loss",
     "MSELoss",
     "MarginRankingLoss",
+    "MultiLabelMarginLoss",
     "MultiLabelSoftMarginLoss",
     "MultiMarginLoss",
     "NLLLoss",
@@ -99,6 +100,11 @@ class BCEWithLogitsLoss(stock.BCEWithLogitsLoss, metaclass=Layer):
 class HingeEmbeddingLoss(stock.HingeEmbeddingLoss, metaclass=Layer):
     def forward(self, input, target):
         return F.hinge_embedding_loss(input, target, margin=self.margin, reduction=self.reduction)
+
+
+class MultiLabelMarginLoss(stock.MultiLabelMarginLoss, metaclass=Layer):
+    def forward(self, input, target):
+        return F.multilabel_margin_loss(input, target, reduction=self.reduction)
 
 
 class SmoothL1Loss(stock.SmoothL1Loss, metaclass=Layer):

@@ -246,11 +246,11 @@ def triplet_margin_loss(
         reduction = resolve_reduction(size_average, reduce, reduction)
     shape, dim = found
     numbers = float(p), float(eps), float(margin)
-    divisor = _divisor(reduction, shape[:-1].numel())
+    divisor = row_divisor(reduction, shape[:-1].numel())
     return _rows(TRIPLET, xs, dim, numbers, norm, bool(swap), divisor, dtype)
 
 
-def _divisor(reduction, rows):
+def row_divisor(reduction, rows):
     return {"none": None, "sum": 1, "mean": rows}[reduction]
 
 
@@ -282,7 +282,7 @@ def cosine_embedding_loss(
         reduction = resolve_reduction(size_average, reduce, reduction)
     xs = input1, input2, None
     numbers = 2.0, 0.0, float(margin)
-    divisor = _divisor(reduction, target.numel())
+    divisor = row_divisor(reduction, target.numel())
     target = target.detach().contiguous()
     return _rows(COSINE_EMBEDDING, xs, dim, numbers, 2, False, divisor, dtype, target)
 
@@ -325,7 +325,7 @@ def multi_margin_loss(
     xs = input, None, None
     numbers = float(p), 0.0, float(margin)
     dtype = out_dtype or input.dtype
-    divisor = _divisor(reduction, target.numel())
+    divisor = row_divisor(reduction, target.numel())
     dim = input.dim() - 1
     target = target.contiguous()
     return _rows(MULTI_MARGIN, xs, dim, numbers, int(p), False, divisor, dtype, target, weight)
