@@ -28,6 +28,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # the width that `native_dropout` has over the contiguous (B * H, L, S).
 ROWS = tl.constexpr(-1)
 
+# What a tile may reach over, as the constexpr EDGE: nothing (0), the diagonal, the last key too.
+DIAGONAL = tl.constexpr(1)
+PAST_END = tl.constexpr(2)
+
 
 class Noise(NamedTuple):
     """Dropout of the weights.
@@ -91,7 +95,7 @@ def _broadcast_tile(
         else:
             X += n0 * stride_n.to(tl.int64)
             X += cols * stride_n
-        if EDGE:
+        if EDGE == PAST_END:
             x = tl.load(X, mask=cols < S - n0, other=0.0)
         else:
             x = tl.load(X)
@@ -117,11 +121,10 @@ def _logits(
             s += tl.where(mask != 0, 0.0, -float("inf"))
         else:
             s += mask.to(tl.float32)
-    if EDGE:
-        seen = cols < S - n0
-        if CAUSAL:
-            seen = seen & (rows + m0 >= cols + n0)
-        s = tl.where(seen, s, -float("inf"))
+    if EDGE == PAST_END:
+        s = tl.where(cols < S - n0, s, -float("inf"))
+    if EDGE and CAUSAL:
+        s = tl.where(rows + m0 >= cols + n0, s, -float("inf"))
     return s
 
 
@@ -174,7 +177,7 @@ def _fwd_loop(
     K += start.to(tl.int64) * stride_kn
     V += start.to(tl.int64) * stride_vn
     for n0 in range(start, end, BLOCK_N):
-        left = S - n0 if EDGE else BLOCK_N
+        left = S - n0 if EDGE == PAST_END else BLOCK_N
         k = _row_tile(K, stride_kn, left, D, BLOCK_N, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         t = _logits(
@@ -230,7 +233,7 @@ def _attention_fwd_kernel(
     stride_mb, stride_mh, stride_mm, stride_mn,
     scale, noise_scale, seed: tl.int64, offset: tl.int64, blocks, bound: tl.uint32,
     KEEP: tl.constexpr, BY_ROW: tl.constexpr, BY_COL: tl.constexpr, CAUSAL: tl.constexpr,
-    EXACT: tl.constexpr, SAFE: tl.constexpr, EVEN_S: tl.constexpr, VEC: tl.constexpr,
+    EXACT: tl.constexpr, SAFE: tl.constexpr, LAST: tl.constexpr, VEC: tl.constexpr,
     BY_FOUR: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, MASK_UNIT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -270,13 +273,13 @@ def _attention_fwd_kernel(
     acc, top, total = _fwd_loop(
         acc, top, total, q, K, V, MASK, i, m0, inner * 0, inner, L, S, stride_kn, stride_vn,
         stride_mm, stride_mn, scale, seed, offset, blocks, bound, KEEP, BY_ROW, BY_COL, CAUSAL,
-        EXACT, False, VEC, BY_FOUR, PRECISION, D, E, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+        EXACT, 0, VEC, BY_FOUR, PRECISION, D, E, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
     )  # fmt: skip
-    if CAUSAL or not EVEN_S:
+    if LAST:
         acc, top, total = _fwd_loop(
             acc, top, total, q, K, V, MASK, i, m0, inner, end, L, S, stride_kn, stride_vn,
             stride_mm, stride_mn, scale, seed, offset, blocks, bound, KEEP, BY_ROW, BY_COL, CAUSAL,
-            EXACT, True, VEC, BY_FOUR, PRECISION, D, E, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+            EXACT, LAST, VEC, BY_FOUR, PRECISION, D, E, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
         )  # fmt: skip
     if not EXACT:
         top *= scale
@@ -308,7 +311,8 @@ def _attention_delta_kernel(
     scale, noise_scale, w_scale, seed: tl.int64, offset: tl.int64, blocks, bound: tl.uint32,
     KEEP: tl.constexpr, BY_ROW: tl.constexpr, BY_COL: tl.constexpr, CAUSAL: tl.constexpr,
     EXACT: tl.constexpr, VEC: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr, MASK_UNIT: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    UNIT: tl.constexpr, MASK_UNIT: tl.constexpr, W_UNIT: tl.constexpr, W_COL: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     blocks_m = tl.cdiv(L, BLOCK_M)
@@ -331,9 +335,10 @@ def _attention_delta_kernel(
         stride_qm *= UNIT
         stride_kn *= UNIT
         stride_mm *= MASK_UNIT
+        stride_wm *= W_UNIT
         Q += (b * stride_qb + h * stride_qh) * UNIT + m0 * stride_qm.to(tl.int64)
         K += (b * stride_kb + h // G * stride_kh) * UNIT
-        DW += b * stride_wb + h * stride_wh
+        DW += (b * stride_wb + h * stride_wh) * W_UNIT
         if MASK is not None:
             MASK += (b * stride_mb + h * stride_mh) * MASK_UNIT
         if VEC:
@@ -349,10 +354,10 @@ def _attention_delta_kernel(
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             t = _logits(
                 s, m0, n0, rows, cols, L, S, MASK, stride_mm, stride_mn, scale,
-                KEEP, BY_ROW, BY_COL, CAUSAL, EXACT, True,
+                KEEP, BY_ROW, BY_COL, CAUSAL, EXACT, PAST_END,
             )  # fmt: skip
             p = _weights(t, top[:, None], rest[:, None], scale, EXACT)
-            dw = _broadcast_tile(DW, m0, n0, rows, cols, L, S, stride_wm, stride_wn, 1, 2, True)
+            dw = _broadcast_tile(DW, m0, n0, rows, cols, L, S, stride_wm, stride_wn, 1, W_COL, True)
             dp = dw.to(tl.float32) * w_scale
             if VEC:
                 keep = _kept(
@@ -383,9 +388,10 @@ def _dscores(
     t, dp, top, rest, delta, i, m0, n0, rows, cols, L, S, DW, stride_wm, stride_wn, scale,
     noise_scale, w_scale, seed, offset, blocks, bound,
     EXACT: tl.constexpr, VEC: tl.constexpr, BY_FOUR: tl.constexpr, FITS: tl.constexpr,
-    SAFE: tl.constexpr, KEYS_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SAFE: tl.constexpr, W_COL: tl.constexpr, EDGE: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(p * noise, ds) of a tile, of which `dp` is dout v^T.
+    """(p * noise / noise_scale, ds) of a tile, of which `dp` is dout v^T.
 
     FITS: the tile has all keys there are. Then p and delta come of its own sums: as in stock, a
     row that sees but one key gets a weight of 1 and a ds of 0 to the bit.
@@ -403,15 +409,14 @@ def _dscores(
         p = _weights(t, top, rest, scale, EXACT)
     kept = p
     if DW is not None:
-        dw = _broadcast_tile(DW, m0, n0, rows, cols, L, S, stride_wm, stride_wn, 1, 2, True)
+        dw = _broadcast_tile(DW, m0, n0, rows, cols, L, S, stride_wm, stride_wn, 1, W_COL, EDGE)
         dp += dw.to(tl.float32) * w_scale
     if VEC:
         keep = _kept(i, m0, n0, L, S, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N)
         if KEYS_FIRST:
             keep = tl.trans(keep)
-        noise = tl.where(keep, noise_scale, 0.0)
-        dp *= noise
-        kept *= noise
+        dp *= tl.where(keep, noise_scale, 0.0)  # a product, as in stock: a dropped inf is nan
+        kept = tl.where(keep, p, 0.0)
     if FITS:
         delta = tl.sum(p * dp, AXIS, keep_dims=True)
     return kept, p * (dp - delta)
@@ -424,7 +429,7 @@ def _dkdv_loop(
     scale, noise_scale, w_scale, seed, offset, blocks, bound,
     KEEP: tl.constexpr, BY_ROW: tl.constexpr, BY_COL: tl.constexpr, CAUSAL: tl.constexpr,
     EXACT: tl.constexpr, EDGE: tl.constexpr, VEC: tl.constexpr, BY_FOUR: tl.constexpr,
-    FITS: tl.constexpr, SAFE: tl.constexpr, PRECISION: tl.constexpr,
+    FITS: tl.constexpr, SAFE: tl.constexpr, W_COL: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -446,7 +451,7 @@ def _dkdv_loop(
         p, ds = _dscores(
             t, dp, top[None, :], rest[None, :], delta[None, :], i, m0, n0, rows, cols, L, S,
             DW, stride_wm, stride_wn, scale, noise_scale, w_scale, seed, offset, blocks, bound,
-            EXACT, VEC, BY_FOUR, FITS, SAFE, True, BLOCK_M, BLOCK_N,
+            EXACT, VEC, BY_FOUR, FITS, SAFE, W_COL, EDGE, True, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -464,11 +469,11 @@ def _attention_bwd_dkdv_kernel(
     scale, noise_scale, w_scale, seed: tl.int64, offset: tl.int64, blocks, bound: tl.uint32,
     stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     KEEP: tl.constexpr, BY_ROW: tl.constexpr, BY_COL: tl.constexpr, CAUSAL: tl.constexpr,
-    EXACT: tl.constexpr, EVEN_S: tl.constexpr, FITS: tl.constexpr, SAFE: tl.constexpr,
+    EXACT: tl.constexpr, LAST: tl.constexpr, FITS: tl.constexpr, SAFE: tl.constexpr,
     VEC: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr, MASK_UNIT: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    UNIT: tl.constexpr, MASK_UNIT: tl.constexpr, W_UNIT: tl.constexpr, W_COL: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     blocks_n = tl.cdiv(S, BLOCK_N)
     j = tl.program_id(0) // blocks_n
@@ -481,6 +486,7 @@ def _attention_bwd_dkdv_kernel(
     stride_vn *= UNIT
     stride_dm *= UNIT
     stride_mm *= MASK_UNIT
+    stride_wm *= W_UNIT
     K += (b * stride_kb + h_k * stride_kh) * UNIT + n0.to(tl.int64) * stride_kn
     V += (b * stride_vb + h_k * stride_vh) * UNIT + n0.to(tl.int64) * stride_vn
     if VEC:
@@ -501,7 +507,7 @@ def _attention_bwd_dkdv_kernel(
             mask_ptr = MASK + (b * stride_mb + h * stride_mh) * MASK_UNIT
         dw_ptr = DW
         if DW is not None:
-            dw_ptr = DW + b * stride_wb + h * stride_wh
+            dw_ptr = DW + (b * stride_wb + h * stride_wh) * W_UNIT
         delta_ptr = DELTA if FITS else DELTA + i.to(tl.int64) * L
         top_ptr = STATS + i.to(tl.int64) * L
         rest_ptr = top_ptr + batch_heads * L
@@ -509,15 +515,15 @@ def _attention_bwd_dkdv_kernel(
             dk, dv, k, v, q_ptr, do_ptr, mask_ptr, top_ptr, rest_ptr, delta_ptr, dw_ptr, i,
             begin, L, n0, L, S, stride_qm, stride_dm, stride_mm, stride_mn, stride_wm,
             stride_wn, scale, noise_scale, w_scale, seed, offset, blocks, bound, KEEP, BY_ROW,
-            BY_COL, CAUSAL, EXACT, CAUSAL or not EVEN_S, VEC, BY_FOUR, FITS, SAFE, PRECISION, D, E,
-            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+            BY_COL, CAUSAL, EXACT, LAST, VEC, BY_FOUR, FITS, SAFE, W_COL,
+            PRECISION, D, E, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
         )  # fmt: skip
     if DK is not None:
         DK += b * stride_dkb + h_k * stride_dkh + n0.to(tl.int64) * stride_dkn
         _store_rows(DK, dk * scale, stride_dkn, S - n0, D, BLOCK_N, BLOCK_D)
     if DV is not None:
         DV += b * stride_dvb + h_k * stride_dvh + n0.to(tl.int64) * stride_dvn
-        _store_rows(DV, dv, stride_dvn, S - n0, E, BLOCK_N, BLOCK_E)
+        _store_rows(DV, dv * noise_scale, stride_dvn, S - n0, E, BLOCK_N, BLOCK_E)
 
 
 @triton.jit
@@ -527,7 +533,7 @@ def _dq_loop(
     scale, noise_scale, w_scale, seed, offset, blocks, bound,
     KEEP: tl.constexpr, BY_ROW: tl.constexpr, BY_COL: tl.constexpr, CAUSAL: tl.constexpr,
     EXACT: tl.constexpr, EDGE: tl.constexpr, VEC: tl.constexpr, BY_FOUR: tl.constexpr,
-    FITS: tl.constexpr, SAFE: tl.constexpr, PRECISION: tl.constexpr,
+    FITS: tl.constexpr, SAFE: tl.constexpr, W_COL: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -536,7 +542,7 @@ def _dq_loop(
     K += start.to(tl.int64) * stride_kn
     V += start.to(tl.int64) * stride_vn
     for n0 in range(start, end, BLOCK_N):
-        left = S - n0 if EDGE else BLOCK_N
+        left = S - n0 if EDGE == PAST_END else BLOCK_N
         k = _row_tile(K, stride_kn, left, D, BLOCK_N, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         t = _logits(
@@ -548,7 +554,7 @@ def _dq_loop(
         _, ds = _dscores(
             t, dp, top[:, None], rest[:, None], delta[:, None], i, m0, n0, rows, cols, L, S,
             DW, stride_wm, stride_wn, scale, noise_scale, w_scale, seed, offset, blocks, bound,
-            EXACT, VEC, BY_FOUR, FITS, SAFE, False, BLOCK_M, BLOCK_N,
+            EXACT, VEC, BY_FOUR, FITS, SAFE, W_COL, EDGE, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         K += BLOCK_N * stride_kn
@@ -565,11 +571,11 @@ def _attention_bwd_dq_kernel(
     scale, noise_scale, w_scale, seed: tl.int64, offset: tl.int64, blocks, bound: tl.uint32,
     stride_dqb, stride_dqh, stride_dqm,
     KEEP: tl.constexpr, BY_ROW: tl.constexpr, BY_COL: tl.constexpr, CAUSAL: tl.constexpr,
-    EXACT: tl.constexpr, EVEN_S: tl.constexpr, FITS: tl.constexpr, SAFE: tl.constexpr,
+    EXACT: tl.constexpr, LAST: tl.constexpr, FITS: tl.constexpr, SAFE: tl.constexpr,
     VEC: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr, MASK_UNIT: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    UNIT: tl.constexpr, MASK_UNIT: tl.constexpr, W_UNIT: tl.constexpr, W_COL: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     blocks_m = tl.cdiv(L, BLOCK_M)
     i = tl.program_id(0) // blocks_m
@@ -584,6 +590,7 @@ def _attention_bwd_dq_kernel(
     stride_vn *= UNIT
     stride_dm *= UNIT
     stride_mm *= MASK_UNIT
+    stride_wm *= W_UNIT
     Q += (b * stride_qb + h * stride_qh) * UNIT + m0 * stride_qm.to(tl.int64)
     K += (b * stride_kb + h // G * stride_kh) * UNIT
     V += (b * stride_vb + h // G * stride_vh) * UNIT
@@ -591,7 +598,7 @@ def _attention_bwd_dq_kernel(
     if MASK is not None:
         MASK += (b * stride_mb + h * stride_mh) * MASK_UNIT
     if DW is not None:
-        DW += b * stride_wb + h * stride_wh
+        DW += (b * stride_wb + h * stride_wh) * W_UNIT
     if VEC:
         seed, offset = _philox.load_state(seed, offset, SEED, OFFSET)
     q = _row_tile(Q, stride_qm, L - m0, D, BLOCK_M, BLOCK_D)
@@ -610,15 +617,15 @@ def _attention_bwd_dq_kernel(
     dq = _dq_loop(
         dq, q, dout, top, rest, delta, K, V, MASK, DW, i, m0, inner * 0, inner, L, S,
         stride_kn, stride_vn, stride_mm, stride_mn, stride_wm, stride_wn, scale, noise_scale,
-        w_scale, seed, offset, blocks, bound, KEEP, BY_ROW, BY_COL, CAUSAL, EXACT, False, VEC,
-        BY_FOUR, FITS, SAFE, PRECISION, D, E, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+        w_scale, seed, offset, blocks, bound, KEEP, BY_ROW, BY_COL, CAUSAL, EXACT, 0, VEC,
+        BY_FOUR, FITS, SAFE, W_COL, PRECISION, D, E, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
     )  # fmt: skip
-    if CAUSAL or not EVEN_S:
+    if LAST:
         dq = _dq_loop(
             dq, q, dout, top, rest, delta, K, V, MASK, DW, i, m0, inner, end, L, S,
             stride_kn, stride_vn, stride_mm, stride_mn, stride_wm, stride_wn, scale, noise_scale,
-            w_scale, seed, offset, blocks, bound, KEEP, BY_ROW, BY_COL, CAUSAL, EXACT, True, VEC,
-            BY_FOUR, FITS, SAFE, PRECISION, D, E, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+            w_scale, seed, offset, blocks, bound, KEEP, BY_ROW, BY_COL, CAUSAL, EXACT, LAST, VEC,
+            BY_FOUR, FITS, SAFE, W_COL, PRECISION, D, E, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
         )  # fmt: skip
     DQ += b * stride_dqb + h * stride_dqh + m0.to(tl.int64) * stride_dqm
     _store_rows(DQ, dq * scale, stride_dqm, L - m0, D, BLOCK_M, BLOCK_D)
@@ -633,12 +640,12 @@ def _attention_bwd_dmask_kernel(
     scale, noise_scale, w_scale, seed: tl.int64, offset: tl.int64, blocks, bound: tl.uint32,
     over_b, over_h, stride_gb, stride_gh, stride_gm, stride_gn,
     SUM_ROWS: tl.constexpr, KEEP: tl.constexpr, BY_ROW: tl.constexpr, BY_COL: tl.constexpr,
-    CAUSAL: tl.constexpr, EXACT: tl.constexpr, EVEN_S: tl.constexpr,
+    CAUSAL: tl.constexpr, EXACT: tl.constexpr, LAST: tl.constexpr,
     FITS: tl.constexpr, SAFE: tl.constexpr,
     VEC: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr, MASK_UNIT: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    UNIT: tl.constexpr, MASK_UNIT: tl.constexpr, W_UNIT: tl.constexpr, W_COL: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """A tile of dmask, summed over the batches and heads (and rows) that share the mask.
 
@@ -657,6 +664,7 @@ def _attention_bwd_dmask_kernel(
     stride_vn *= UNIT
     stride_dm *= UNIT
     stride_mm *= MASK_UNIT
+    stride_wm *= W_UNIT
     if VEC:
         seed, offset = _philox.load_state(seed, offset, SEED, OFFSET)
     rows = tl.arange(0, BLOCK_M)[:, None]
@@ -675,7 +683,7 @@ def _attention_bwd_dmask_kernel(
         mask_ptr = MASK + (b * stride_mb + h * stride_mh) * MASK_UNIT
         dw_ptr = DW
         if DW is not None:
-            dw_ptr = DW + b * stride_wb + h * stride_wh
+            dw_ptr = DW + (b * stride_wb + h * stride_wh) * W_UNIT
         for m0 in range(m_first, m_end, BLOCK_M):
             q_ptr = Q + (b * stride_qb + h * stride_qh) * UNIT + m0 * stride_qm.to(tl.int64)
             do_ptr = DOUT + (b * stride_db + h * stride_dh) * UNIT + m0 * stride_dm.to(tl.int64)
@@ -683,7 +691,7 @@ def _attention_bwd_dmask_kernel(
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             t = _logits(
                 s, m0, n0, rows, cols, L, S, mask_ptr, stride_mm, stride_mn, scale,
-                KEEP, BY_ROW, BY_COL, CAUSAL, EXACT, True,
+                KEEP, BY_ROW, BY_COL, CAUSAL, EXACT, LAST,
             )  # fmt: skip
             at = i.to(tl.int64) * L
             top, rest, delta = _row_statistics(
@@ -695,7 +703,7 @@ def _attention_bwd_dmask_kernel(
             _, ds = _dscores(
                 t, dp, top[:, None], rest[:, None], delta[:, None], i, m0, n0, rows, cols, L, S,
                 dw_ptr, stride_wm, stride_wn, scale, noise_scale, w_scale, seed, offset, blocks,
-                bound, EXACT, VEC, BY_FOUR, FITS, SAFE, False, BLOCK_M, BLOCK_N,
+                bound, EXACT, VEC, BY_FOUR, FITS, SAFE, W_COL, LAST, False, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             acc += ds
     DMASK += b_first.to(tl.int64) * stride_gb + h_first.to(tl.int64) * stride_gh
@@ -747,6 +755,13 @@ def _config(kind, L, D, E, itemsize, arch):
     else:
         m, n, warps, stages = (128, 64, 8, 2) if d <= 64 else (64, 64, 8, 2)
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+
+
+def _last(S, causal, config):
+    """`EDGE` of the last tiles of a row."""
+    if S % config["BLOCK_N"]:
+        return PAST_END.value
+    return DIAGONAL.value if causal else 0
 
 
 # ---- Launchers -----------------------------------------------------------------------------------
@@ -864,7 +879,7 @@ def fwd(
         noise.state if noise else None, H, H // max(H_k, 1), L, S, *_strides(q, c.unit),
         *_strides(k, c.unit), *_strides(v, c.unit), *_strides(out, c.unit), *c.mask_strides,
         scale, noise.scale if noise else 1.0, *numbers, **c.constexprs, EXACT=c.exact, SAFE=safe,
-        EVEN_S=S % config["BLOCK_N"] == 0, **config,
+        LAST=_last(S, causal, config), **config,
     )  # fmt: skip
     return out, stats
 
@@ -892,17 +907,20 @@ def bwd(
     c = _prepare((q, k, v, out, dout), mask, causal, scale, noise, safe, precision)
     configs = _backward_configs(L, D, E, q.element_size(), arch)
     in_one_tile = fits(S, L, D, E, q.element_size(), arch) and delta is None
-    w_strides = (0, 0, 0, 0)
+    w_strides, w_unit, w_col = (0, 0, 0, 0), 1, 1
     if dweights is not None:
         if dweights.dim() == 3:
             dweights = dweights.unsqueeze(1)
-        w_strides = dweights.expand(B, H, L, S).stride()
+        wb, wh, wm, wn = dweights.expand(B, H, L, S).stride()
+        w_unit = width(16 // dweights.element_size(), wb, wh, wm)
+        w_strides = wb // w_unit, wh // w_unit, wm // w_unit, wn
+        w_col = 1 if wn == 1 else 2
     random, numbers = c.random
     scales = scale, noise.scale if noise else 1.0, weights_scale
     heads = H, G, L, S
     strides = {"q": q, "k": k, "v": v, "o": out, "d": dout}
     strides = {name: _strides(t, c.unit) for name, t in strides.items()}
-    exact = {"EXACT": c.exact or in_one_tile}
+    exact = {"EXACT": c.exact or in_one_tile, "W_UNIT": w_unit, "W_COL": w_col}
     if not in_one_tile and delta is None:
         config = configs["dq"]
         delta = stats.new_empty((B, H, L))
@@ -924,14 +942,14 @@ def bwd(
         _attention_bwd_dkdv_kernel(
             (triton.cdiv(S, config["BLOCK_N"]) * B * H_k,), *tensors, dk, dv, *random, *heads,
             *given, *_strides(dk if want[1] else dv), *_strides(dv if want[2] else dk), **same,
-            EVEN_S=S % config["BLOCK_N"] == 0, **config,
+            LAST=_last(S, causal, config), **config,
         )  # fmt: skip
     if want[0]:
         config = configs["dq"]
         dq = _like(q) if dq is None else dq
         _attention_bwd_dq_kernel(
             (triton.cdiv(L, config["BLOCK_M"]) * B * H,), *tensors, dq, *random, *heads, *given,
-            *_strides(dq), **same, EVEN_S=S % config["BLOCK_N"] == 0, **config,
+            *_strides(dq), **same, LAST=_last(S, causal, config), **config,
         )  # fmt: skip
     if dmask is not None:
         config = configs["dmask"]
@@ -943,7 +961,7 @@ def bwd(
         _attention_bwd_dmask_kernel(
             (tiles * (B // over_b) * (H // over_h),), *tensors, dmask, *random, B, *heads, *given,
             over_b, over_h, *(s if one else 0 for s, one in zip(g, once, strict=True)), **same,
-            SUM_ROWS=not once[2], EVEN_S=S % config["BLOCK_N"] == 0, **config,
+            SUM_ROWS=not once[2], LAST=_last(S, causal, config), **config,
         )  # fmt: skip
     return dq if want[0] else None, dk if want[1] else None, dv if want[2] else None
 
