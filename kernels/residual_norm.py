@@ -224,12 +224,11 @@ def bwd(
     dw = None if dw_dtype is None else torch.empty(N, dtype=dw_dtype, device=s.device)
     db = None if db_dtype is None else torch.empty(N, dtype=db_dtype, device=s.device)
     params = [t for t in (dw, db) if t is not None]
-    config = _rows.row_config(N, flags["UNIT"])
+    config = _rows.row_config(N, flags["UNIT"], least_warps=8 if params else 4)
     G = triton.cdiv(sizes[0], config["BLOCK_M"])
     dw_part, db_part, parts = dw, db, None
-    if params:  # at least 4 tiles for each program, for the partials are traffic too
-        most = norm._processors(s.get_device()) * 16 // config["num_warps"]
-        G = max(1, min(triton.cdiv(G, 4), most))
+    if params:
+        G = _rows.summing_programs(sizes[0], config, norm._processors(s.get_device()))
         if G > 1:
             parts = rstd.new_empty(len(params), G, N)
             dw_part = None if dw is None else parts[0]

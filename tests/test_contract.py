@@ -42,6 +42,21 @@ OTHERS = {
         for d in (1, 2, 3)
     },
     "SyncBatchNorm": lambda x: ((4,), x(2, 4, 3)),
+    "MultiheadAttention": lambda x: ((8, 2), x(3, 2, 8), x(4, 2, 8), x(4, 2, 8)),
+    "TransformerEncoderLayer": lambda x: ((8, 2, 12, 0.0), x(3, 2, 8)),
+    "TransformerDecoderLayer": lambda x: ((8, 2, 12, 0.0), x(3, 2, 8), x(4, 2, 8)),
+    "TransformerEncoder": lambda x: (
+        (stock.TransformerEncoderLayer(8, 2, 12, 0.0), 2, None, False),
+        x(3, 2, 8),
+    ),
+    "TransformerDecoder": lambda x: (
+        (stock.TransformerDecoderLayer(8, 2, 12, 0.0), 2),
+        *(x(3, 2, 8), x(4, 2, 8)),
+    ),
+    "Transformer": lambda x: (
+        (8, 2, 1, 1, 12, 0.0, stock.functional.relu, None, None, 1e-5, True),  # batch_first
+        *(x(2, 3, 8), x(2, 4, 8)),
+    ),
 }
 
 
@@ -61,6 +76,11 @@ def sample(cls, dtype=torch.float32):
             made = s.constructor_input
             return made.args, made.kwargs, s.forward_input.args
     raise AssertionError(cls)
+
+
+def first(out):
+    """The result, or the first of several."""
+    return out[0] if isinstance(out, tuple) else out
 
 
 def build(cls):
@@ -93,7 +113,8 @@ def test_class_adds_a_forward_and_nothing_else(cls):
     allowed = {"forward"} | ({"cls_to_become"} if "Lazy" in cls.__name__ else set())
     assert {k for k in own if not k.startswith("_")} <= allowed
     assert inspect.signature(cls) == inspect.signature(its)
-    assert cls.__init__ is its.__init__ and cls.extra_repr is its.extra_repr
+    # A layer that builds others builds ours, by stock's code.
+    assert cls.__init__.__code__ is its.__init__.__code__ and cls.extra_repr is its.extra_repr
     assert inspect.getdoc(cls) == inspect.getdoc(its)
     names = [list(inspect.signature(c.forward).parameters) for c in (cls, its)]
     assert names[0] == names[1]
@@ -206,7 +227,7 @@ def test_compile_has_no_graph_break(cls, dynamic):
             if isinstance(x, torch.Tensor):
                 x.grad = None
         torch.manual_seed(3)
-        out = layer(*inputs)
+        out = first(layer(*inputs))
         if out.requires_grad:
             out.sum().backward()
         outs.append([out, *(x.grad for x in inputs if isinstance(x, torch.Tensor))])
@@ -274,8 +295,8 @@ def test_functorch_transforms(cls):
             return str(e).partition(":")[0]
 
     transforms = [
-        lambda m: torch.func.jacrev(lambda v: m(v, *rest).sum())(x),
-        lambda m: torch.func.jacfwd(lambda v: m(v, *rest).sum())(x),
+        lambda m: torch.func.jacrev(lambda v: first(m(v, *rest)).sum())(x),
+        lambda m: torch.func.jacfwd(lambda v: first(m(v, *rest)).sum())(x),
     ]
     if not rest and x.dim():
         transforms.append(
@@ -304,9 +325,16 @@ def test_forward_mode(cls):
     for layer in (ours, its):
         with torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-            results.append(torch.autograd.forward_ad.unpack_dual(layer(dual, *inputs[1:])))
-    torch.testing.assert_close(results[0].primal, results[1].primal)
-    torch.testing.assert_close(results[0].tangent, results[1].tangent)
+            try:
+                out = first(layer(dual, *inputs[1:]))
+                results.append(torch.autograd.forward_ad.unpack_dual(out))
+            except NotImplementedError as e:  # stock has no rule for it
+                results.append(str(e))
+    if isinstance(results[1], str):
+        assert results[0] == results[1]
+    else:
+        torch.testing.assert_close(results[0].primal, results[1].primal)
+        torch.testing.assert_close(results[0].tangent, results[1].tangent)
 
 
 class Seen(TorchDispatchMode):
@@ -348,7 +376,7 @@ def test_autocast_result_dtype(cls, dtype, monkeypatch):
         for layer in (ours, its):
             try:
                 with torch.autocast("cpu", dtype=dtype):
-                    results.append(layer(*args).dtype)
+                    results.append(first(layer(*args)).dtype)
             except RuntimeError as e:
                 results.append(str(e))
         assert results[0] == results[1]
@@ -359,7 +387,7 @@ def edited_outcome(layer, inputs):
     x = [v.detach().clone() if isinstance(v, torch.Tensor) else v for v in inputs]
     x[0].requires_grad_(x[0].is_floating_point())
     torch.manual_seed(0)
-    out = layer(*x)
+    out = first(layer(*x))
     try:
         out.add_(1)
         out.sum().backward()

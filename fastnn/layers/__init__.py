@@ -14,3 +14,4 @@ from fastnn.layers.loss import *  # noqa: F403
 from fastnn.layers.normalization import *  # noqa: F403
 from fastnn.layers.softmax import *  # noqa: F403
 from fastnn.layers.sparse import *  # noqa: F403
+from fastnn.layers.transformer import *  # noqa: F403

@@ -8,6 +8,7 @@ whether torch.fx may step into it.
 from __future__ import annotations
 
 from abc import ABCMeta
+from types import FunctionType
 from typing import Any
 
 import torch.fx
@@ -42,6 +43,24 @@ class Layer(ABCMeta):
         if cls in STOCK:
             return issubclass(subclass, STOCK[cls])
         return super().__subclasscheck__(subclass)
+
+
+def rebound(function: Any, called: str | None = None, /, **names: Any) -> Any:
+    """The code of `function`, with `names` in place of what its globals have under these names.
+
+    So that a method of stock's calls our functions, or builds our layers, and remains stock's in
+    all else, whatever the version of torch. `called`: the new function's own name, by which
+    TorchScript files it.
+    """
+    scope = {**function.__globals__, **names}
+    del scope["__name__"]  # by which Dynamo would look the names up in stock's module
+    name, closure = called or function.__name__, function.__closure__
+    twin = FunctionType(function.__code__, scope, name, function.__defaults__, closure)
+    twin.__module__ = function.__module__
+    twin.__kwdefaults__ = function.__kwdefaults__
+    twin.__annotations__ = function.__annotations__
+    twin.__doc__ = function.__doc__
+    return twin
 
 
 _fx_is_leaf = torch.fx.Tracer.is_leaf_module

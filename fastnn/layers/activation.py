@@ -3,7 +3,7 @@
 import torch.nn as stock
 
 import fastnn.functional as F
-from fastnn.layers._layer import Layer
+from fastnn.layers._layer import Layer, rebound
 
 __all__ = [
     "CELU",
@@ -18,6 +18,7 @@ __all__ = [
     "LeakyReLU",
     "LogSigmoid",
     "Mish",
+    "MultiheadAttention",
     "PReLU",
     "RReLU",
     "ReLU",
@@ -136,6 +137,11 @@ class Softplus(stock.Softplus, metaclass=Layer):
 class Softshrink(stock.Softshrink, metaclass=Layer):
     def forward(self, input):
         return F.softshrink(input, self.lambd)
+
+
+class MultiheadAttention(stock.MultiheadAttention, metaclass=Layer):
+    # Stock's to the letter, so that its inference kernel and nested tensors stay where they are.
+    forward = rebound(stock.MultiheadAttention.forward, F=F)
 
 
 class PReLU(stock.PReLU, metaclass=Layer):

@@ -1,0 +1,121 @@
+"""The weights of attention that a layer returns: of each head, or their average over the heads
+
+    w[b, h, l, s] = noise * exp(t - lse[b, h, l])        a[b, l, s] = sum over h of w / H
+
+with t the scores and noise the scale of dropout or 0, as in attention.py, which computes lse.
+
+Of B*H*L*S elements (E) and B*L*S (A), with dropout, passes (R read, W write; a mask is a byte):
+    stock   scores W (and R W for a mask), softmax R W, dropout R W + mask, product with v R,
+            mean R, A W; backward R W (mean), 2R W (product), 2R W, dropout 2R W, softmax 2R W
+    here    A W, or with the weights of each head E W; backward A R or E R, by attention.py
+The scores are multiplied out once more: 2 of attention's 4 L S D operations per head. q and k come
+from L2, for the tiles that share them run side by side.
+"""
+
+import triton
+import triton.language as tl
+from fastnn.kernels._launch import kernel
+from fastnn.kernels.attention import _kept, _logits, _row_tile, _weights
+
+from fastnn.kernels import _philox, attention
+
+_STRIDES = ["qb", "qh", "qm", "kb", "kh", "kn", "mb", "mh", "mm", "mn"]
+
+
+@kernel(
+    do_not_specialize=[
+        *("H", "heads", "L", "S", "S_units", "seed", "offset", "blocks", "bound"),
+        *(f"stride_{name}" for name in _STRIDES),
+    ]
+)
+def _attention_weights_kernel(
+    Q, K, MASK, STATS, WEIGHTS, SEED, OFFSET, H, heads, L, S, S_units,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
+    stride_mb, stride_mh, stride_mm, stride_mn, scale, noise_scale,
+    seed: tl.int64, offset: tl.int64, blocks, bound: tl.uint32, batch_heads: tl.int64,
+    KEEP: tl.constexpr, BY_ROW: tl.constexpr, BY_COL: tl.constexpr, VEC: tl.constexpr,
+    BY_FOUR: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, MASK_UNIT: tl.constexpr,
+    S_UNIT: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A tile of the average over `heads` heads: over all H, or over one."""
+    blocks_n = tl.cdiv(S, BLOCK_N)
+    blocks_m = tl.cdiv(L, BLOCK_M)
+    n0 = tl.program_id(0) % blocks_n * BLOCK_N
+    m0 = tl.program_id(0) // blocks_n % blocks_m * BLOCK_M
+    which = tl.program_id(0) // blocks_n // blocks_m
+    stride_qm *= UNIT
+    stride_kn *= UNIT
+    stride_mm *= MASK_UNIT
+    if VEC:
+        seed, offset = _philox.load_state(seed, offset, SEED, OFFSET)
+    rows = tl.arange(0, BLOCK_M)[:, None]
+    cols = tl.arange(0, BLOCK_N)[None, :]
+    stats = tl.arange(0, BLOCK_M)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for head in range(heads):
+        i = which * heads + head
+        b = (i // H).to(tl.int64)
+        h = (i % H).to(tl.int64)
+        q_ptr = Q + (b * stride_qb + h * stride_qh) * UNIT + m0 * stride_qm.to(tl.int64)
+        k_ptr = K + (b * stride_kb + h * stride_kh) * UNIT + n0 * stride_kn.to(tl.int64)
+        q = _row_tile(q_ptr, stride_qm, L - m0, D, BLOCK_M, BLOCK_D)
+        k = _row_tile(k_ptr, stride_kn, S - n0, D, BLOCK_N, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        mask_ptr = MASK
+        if MASK is not None:
+            mask_ptr = MASK + (b * stride_mb + h * stride_mh) * MASK_UNIT
+        t = _logits(
+            s, m0, n0, rows, cols, L, S, mask_ptr, stride_mm, stride_mn, scale,
+            KEEP, BY_ROW, BY_COL, False, True, True,
+        )  # fmt: skip
+        at = STATS + i.to(tl.int64) * L + m0
+        top = tl.load(at + stats, mask=stats < L - m0, other=float("inf"))
+        rest = tl.load(at + batch_heads * L + stats, mask=stats < L - m0, other=0.0)
+        p = _weights(t, top[:, None], rest[:, None], scale, True)
+        if VEC:  # a product, as in stock: what is nan stays so
+            keep = _kept(
+                i, m0, n0, L, S, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N
+            )
+            p *= tl.where(keep, noise_scale, 0.0)
+        acc += p
+    stride_wm = S_units * S_UNIT  # S, where the compiler sees what divides it
+    WEIGHTS += (which.to(tl.int64) * L + m0) * stride_wm + n0
+    w = tl.div_rn(acc, heads.to(tl.float32)).to(WEIGHTS.dtype.element_ty)
+    there = (rows < L - m0) & (cols < stride_wm - n0)
+    tl.store(WEIGHTS + rows * stride_wm.to(tl.int64) + cols, w, mask=there)
+
+
+def _config(D, itemsize, narrow):
+    """`narrow`: of noise whose words are drawn one by one, which takes registers."""
+    if itemsize == 4:
+        block = 32 if D <= 64 else 16
+        return {
+            "BLOCK_M": block, "BLOCK_N": block, "num_warps": 4 if D <= 64 else 8, "num_stages": 1
+        }  # fmt: skip
+    m = 128 if D <= 64 and not narrow else 64
+    return {"BLOCK_M": m, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2 if D <= 128 else 1}
+
+
+def fwd(q, k, mask, stats, dtype, *, scale, average, noise=None, precision="ieee"):
+    """What attention.fwd was given, and its stats -> (B, L, S), or (B, H, L, S) unless `average`.
+
+    The result is of `dtype`, contiguous. As many key heads as query heads; not causal.
+    """
+    q, k = attention._rows(q), attention._rows(k)
+    (B, H, L, D), S = q.shape, k.shape[2]
+    out = q.new_empty((B, L, S) if average else (B, H, L, S), dtype=dtype)
+    c = attention._prepare((q, k, k), mask, False, scale, noise, False, precision)
+    config = _config(D, q.element_size(), noise is not None and not c.constexprs["BY_FOUR"])
+    heads = H if average else 1
+    tiles = triton.cdiv(L, config["BLOCK_M"]) * triton.cdiv(S, config["BLOCK_N"])
+    constexprs = {n: v for n, v in c.constexprs.items() if n not in ("CAUSAL", "E", "BLOCK_E")}
+    (SEED, OFFSET), numbers = c.random
+    unit = 8 if S % 8 == 0 else 1
+    _attention_weights_kernel(
+        (tiles * (B * H // heads),), q, k, c.mask, stats, out, SEED, OFFSET, H, heads, L, S,
+        S // unit, *attention._strides(q, c.unit), *attention._strides(k, c.unit),
+        *c.mask_strides, scale, noise.scale if noise else 1.0, *numbers, B * H, **constexprs,
+        S_UNIT=unit, **config,
+    )  # fmt: skip
+    return out
