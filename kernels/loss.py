@@ -609,18 +609,18 @@ def fwd(inputs, formula, p, q, loss, divisor, weights):
     return loss, count
 
 
-def bwd(dloss, inputs, needs, formula, p, q, divisor, count):
-    """dloss, the inputs and the count of `fwd` -> (da, db, dc), None where not in `needs`.
+def bwd(dloss, inputs, wanted, formula, p, q, divisor, count):
+    """dloss, the inputs and the count of `fwd` -> gradients of a, b and c, None if not wanted.
 
-    A gradient of a broadcast input comes in its own shape, summed; others in the input's dtype.
+    `wanted` has their shapes and dtypes, or None. An input that the gradients do not read may be
+    None. What was broadcast gets the sum of its gradients.
     """
     reduce = divisor is not None
     found, (g, *read) = walk(None if reduce else dloss, *inputs)
-    device = dloss.device
     shape = tuple(found.permuted[d] for d in found.inverse)
     grads = [
-        found.like(t.dtype if t.shape == shape else torch.float32, device) if need else None
-        for t, need in zip(inputs[:3], needs, strict=True)
+        w if w is None else found.like(w[1] if w[0] == shape else torch.float32, dloss.device)
+        for w in wanted
     ]
     D1, D2, *steps = _addressing(found, 5)
     _loss_bwd_kernel(
@@ -629,6 +629,6 @@ def bwd(dloss, inputs, needs, formula, p, q, divisor, count):
         WIDE=found.wide, BLOCK=BLOCK, num_warps=_warps((*read, *grads)),
     )  # fmt: skip
     return [
-        d if d is None or d.shape == t.shape else d.sum_to_size(t.shape).to(t.dtype)
-        for d, t in zip(grads, inputs[:3], strict=True)
+        d if d is None or d.shape == w[0] else d.sum_to_size(w[0]).to(w[1])
+        for d, w in zip(grads, wanted, strict=True)
     ]

@@ -298,7 +298,7 @@ def multi_margin_loss(
     that ends all use of CUDA in the process, or raises RuntimeError on a CPU; with TRITON_DEBUG=1
     the kernel asserts as well.
     """
-    why = refuse((input, target, weight), reduction)
+    why = refuse((input, target), reduction, (weight,))
     if why is not None:
         return why
     if p not in (1, 2) or not number(margin):
@@ -336,7 +336,7 @@ def multilabel_soft_margin_loss(
     input, target, weight=None, size_average=None, reduce=None, reduction="mean", *, out_dtype=None
 ):
     """Fused with its reduction, with weights and broadcasting."""
-    why = refuse((input, target, weight), reduction)
+    why = refuse((input, target), reduction, (weight,))
     if why is not None:
         return why
     found = _row_shape(-1, input, target, weight)

@@ -27,6 +27,8 @@ class Loss(NamedTuple):
     value: str
     stock: Callable[..., Tensor]
     """The losses of (a, b, c, p, q), not reduced. Differentiable, as often as stock."""
+    reads_a: bool = True
+    """Whether the gradient of a reads a; else a is not kept for it."""
 
     @property
     def gradient(self):
@@ -46,8 +48,10 @@ BCE_WITH_LOGITS = Loss(
     "bce_with_logits",
     lambda a, b, c, p, q: aten.binary_cross_entropy_with_logits(a, b, None, c, 0),
 )
-KL_DIV = Loss("kl_div", lambda a, b, c, p, q: torch.kl_div(a, b, 0))
-KL_DIV_LOG = Loss("kl_div_log", lambda a, b, c, p, q: torch.kl_div(a, b, 0, log_target=True))
+KL_DIV = Loss("kl_div", lambda a, b, c, p, q: torch.kl_div(a, b, 0), reads_a=False)
+KL_DIV_LOG = Loss(
+    "kl_div_log", lambda a, b, c, p, q: torch.kl_div(a, b, 0, log_target=True), reads_a=False
+)
 POISSON = {
     (log_input, full): Loss(
         f"poisson{'_log' if log_input else ''}{'_full' if full else ''}",
@@ -86,30 +90,37 @@ class Elementwise(torch.autograd.Function):
         inputs = (a, b, c, weight)
         result = _result(loss, inputs, p, q, divisor, dtype)
         result, count = kernels.loss.fwd(inputs, loss.value, p, q, result, divisor, by_weight)
-        ctx.save_for_backward(a, b, c, weight, count)
-        ctx.rest = loss, p, q, divisor, dtype
+        keeps_a = loss.reads_a or a.shape != b.shape or any(ctx.needs_input_grad[1:3])
+        ctx.save_for_backward(a if keeps_a else None, b, c, weight, count)
+        kinds = [t if t is None else (t.shape, t.dtype) for t in (a, b, c)]
+        ctx.rest = loss, p, q, divisor, dtype, kinds
         return result
 
     @staticmethod
     def backward(ctx, dloss):
-        a, b, c, weight, count = ctx.saved_tensors
-        loss, p, q, divisor, dtype = ctx.rest
+        *inputs, weight, count = ctx.saved_tensors
+        loss, p, q, divisor, dtype, kinds = ctx.rest
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
+            if inputs[0] is None:  # whatever its values, these are its derivatives
+                inputs[0] = torch.zeros(kinds[0][0], dtype=kinds[0][1], device=dloss.device)
+                inputs[0].requires_grad_()
 
-            def formula(a, b, c):
-                a, b, c, w = (t if t is None else t.to(dtype) for t in (a, b, c, weight))
+            def formula(*inputs):
+                a, b, c, w = (t if t is None else t.to(dtype) for t in (*inputs, weight))
                 losses = loss.stock(a, b, c, p, q)
                 losses = losses if w is None else losses * w
                 if divisor is None:
                     return losses
                 return losses.sum() / (divisor if count is None else w.sum())
 
-            grads = second_order(formula, (a, b, c), dloss, needs)
+            grads = second_order(formula, tuple(inputs), dloss, needs)
         else:
-            inputs = (a, b, c, weight)
-            grads = kernels.loss.bwd(dloss, inputs, needs, loss.gradient, p, q, divisor, count)
-        return *grads, None, None, None, None, None, None, None
+            wanted = [kind if need else None for kind, need in zip(kinds, needs, strict=True)]
+            grads = kernels.loss.bwd(
+                dloss, (*inputs, weight), wanted, loss.gradient, p, q, divisor, count
+            )
+        return *grads, *(None,) * 7
 
 
 def _result(loss, inputs, p, q, divisor, dtype):
@@ -142,16 +153,14 @@ def common_dtype(*tensors):
     return dtype
 
 
-def refuse(tensors, reduction):
+def refuse(tensors, reduction, optional=()):
     """Why no loss of these tensors can be computed, else None; the first is the input."""
-    for t in tensors:
-        if t is not None and not isinstance(t, Tensor):
+    given = [*tensors, *(t for t in optional if t is not None)]
+    for t in given:
+        if not isinstance(t, Tensor):
             return Invalid(f"an argument that is no tensor: {type(t).__name__}")
     if not tensors[0].is_floating_point():
         return Stock(f"an input in {tensors[0].dtype}")
-    for t in tensors[1:]:
-        if t is not None and t.requires_grad and not t.is_floating_point():
-            return Invalid("an integer tensor that requires grad")
     if reduction not in ("none", "mean", "sum"):
         return Invalid(f"reduction={reduction!r}")
     return None
@@ -180,7 +189,7 @@ def _loss(loss, a, b, c, w, p, q, shape, reduction, dtype, by_weight=False):
 
 def _regression(loss, input, target, weight, p, legacy, reduction, out_dtype, by_weight=True):
     """The losses that warn of broadcasting, as they broadcast before they compute."""
-    why = refuse((input, target, weight), reduction)
+    why = refuse((input, target), reduction, (weight,))
     if why is not None:
         return why
     shape = broadcast(input, target)
@@ -261,7 +270,7 @@ def huber_loss(input, target, reduction="mean", delta=1.0, weight=None, *, out_d
 
 def _refuse_binary(input, target, weights, reduction, out_dtype):
     """Why neither binary cross entropy can be computed, else None."""
-    why = refuse((input, target, *weights), reduction)
+    why = refuse((input, target), reduction, weights)
     if why is not None:
         return why
     if target.shape != input.shape:
@@ -270,6 +279,8 @@ def _refuse_binary(input, target, weights, reduction, out_dtype):
         return Invalid(f"a target in {target.dtype}")
     for w in weights:
         if w is not None:
+            if not w.is_floating_point():
+                return Stock(f"a weight in {w.dtype}")
             if broadcast(input, w) != input.shape:
                 return Invalid("a weight that does not broadcast to the input's shape")
             if w.requires_grad and torch.is_grad_enabled():
@@ -277,7 +288,7 @@ def _refuse_binary(input, target, weights, reduction, out_dtype):
     return None
 
 
-@op(stock=stock.binary_cross_entropy, autocast_cpu="fp32")
+@op(stock=stock.binary_cross_entropy, integers=INTEGERS, autocast_cpu="fp32")
 def binary_cross_entropy(
     input, target, weight=None, size_average=None, reduce=None, reduction="mean", *, out_dtype=None
 ):  # fmt: skip
@@ -297,7 +308,8 @@ def binary_cross_entropy(
     return _loss(BCE, input, target, None, weight, 0.0, 0.0, input.shape, reduction, dtype)
 
 
-@op(stock=stock.binary_cross_entropy_with_logits, autocast="fp32", autocast_cpu="fp32")
+@op(stock=stock.binary_cross_entropy_with_logits, integers=INTEGERS, autocast="fp32",
+    autocast_cpu="fp32")  # fmt: skip
 def binary_cross_entropy_with_logits(
     input, target, weight=None, size_average=None, reduce=None, reduction="mean", pos_weight=None,
     *, out_dtype=None,
@@ -315,7 +327,7 @@ def binary_cross_entropy_with_logits(
     return _loss(loss, input, target, pos_weight, weight, 0.0, 0.0, input.shape, reduction, dtype)
 
 
-@op(stock=stock.kl_div, autocast="fp32", autocast_cpu="fp32")
+@op(stock=stock.kl_div, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32")
 def kl_div(
     input, target, size_average=None, reduce=None, reduction="mean", log_target=False, *,
     out_dtype=None,
@@ -325,6 +337,8 @@ def kl_div(
     why = refuse((input, target), "sum" if batchmean else reduction)
     if why is not None:
         return why
+    if not target.is_floating_point():
+        return Invalid(f"a target in {target.dtype}")
     shape = broadcast(input, target)
     if shape is None:
         return Invalid("an input and a target that do not broadcast")
@@ -376,7 +390,7 @@ def multilabel(input, target, weight, divisor, dtype):
 
 def _chain(loss, inputs, weight, p, q, legacy, reduction, out_dtype):
     """The losses that are a chain of operators in stock: they broadcast, and promote dtypes."""
-    why = refuse((*inputs, weight), reduction)
+    why = refuse(inputs[:2], reduction, (*inputs[2:], weight))
     if why is not None:
         return why
     shape = broadcast(*inputs)

@@ -1,0 +1,506 @@
+"""Elementwise losses and losses of rows beyond their rows: warnings, walks, bytes, graphs."""
+
+import itertools
+import math
+import random
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as stock
+import triton
+
+import fastnn
+import fastnn.functional as F
+from fastnn import kernels
+from fastnn.testing import Case, assert_parity, randn
+from fastnn.testing.cases.distance import lists
+from fastnn.testing.cases.loss import counts, signs, uniform
+
+interpreted = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="kernels are compiled in this process"
+)
+
+
+@pytest.fixture(autouse=True)
+def on_kernels():
+    with fastnn.backend("triton"):
+        yield
+
+
+def indices(rows, classes):
+    return lambda dtype, device: (torch.arange(rows) % classes).to(device)
+
+
+N, C = 16, 512
+SHAPE = (N, C)
+X, P = randn(*SHAPE), uniform(*SHAPE)
+# For each function: its tensors, and keyword arguments. All but targets want their gradients.
+CALLS = {
+    "mse_loss": ((X, randn(*SHAPE)), {}),
+    "l1_loss": ((X, randn(*SHAPE)), {}),
+    "smooth_l1_loss": ((X, randn(*SHAPE)), {}),
+    "huber_loss": ((X, randn(*SHAPE)), {}),
+    "binary_cross_entropy": ((P, P), {}),
+    "binary_cross_entropy_with_logits": ((X, P), {}),
+    "kl_div": ((X, P), {"reduction": "batchmean"}),
+    "poisson_nll_loss": ((X, counts(*SHAPE)), {}),
+    "gaussian_nll_loss": ((X, randn(*SHAPE), P), {}),
+    "hinge_embedding_loss": ((X, signs(*SHAPE)), {}),
+    "soft_margin_loss": ((X, signs(*SHAPE)), {}),
+    "margin_ranking_loss": ((X, randn(*SHAPE), signs(*SHAPE)), {}),
+    "cosine_similarity": ((X, randn(*SHAPE)), {}),
+    "pairwise_distance": ((X, randn(*SHAPE)), {}),
+    "triplet_margin_loss": ((X, randn(*SHAPE), randn(*SHAPE)), {"swap": True}),
+    "cosine_embedding_loss": ((X, randn(*SHAPE), signs(N)), {}),
+    "multi_margin_loss": ((X, indices(N, C)), {}),
+    "multilabel_soft_margin_loss": ((X, P), {}),
+    "multilabel_margin_loss": ((randn(5, 7), lists(5, 7)), {}),
+}
+each = pytest.mark.parametrize("name", CALLS)
+
+
+def made(name, device, dtype=torch.float32):
+    torch.manual_seed(0)
+    tensors, options = CALLS[name]
+    return [make(dtype, device) for make in tensors], options
+
+
+def gradients(y, tensors, **options):
+    wanting = [t for t in tensors if t.requires_grad]
+    dy = torch.linspace(0.5, 1.5, y.numel(), device=y.device, dtype=y.dtype).view_as(y)
+    return torch.autograd.grad(y, wanting, dy, **options)
+
+
+# ---- bytes and launches -------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", [n for n in CALLS if n != "multilabel_margin_loss"])
+def test_each_input_is_read_once(name, dtype, device):
+    """Forward reads each input once; backward what it needs, once, and writes the gradients. No
+    operator of PyTorch's runs beside the kernels, none that waits for the device least of all."""
+    from fastnn.testing.meter import AtenTraffic, nbytes, traffic
+
+    tensors, options = made(name, device, dtype)
+    with traffic() as forward, not_seen(AtenTraffic()) as between:
+        y = getattr(F, name)(*tensors, **options)
+    rows = 4 * 4 * N
+    assert len(forward) <= 2 and not between.ops
+    assert forward.sectors.total() <= 1.05 * (nbytes(*tensors) + rows)
+    wanting = [t for t in tensors if t.requires_grad]
+    seed = torch.ones_like(y)
+    with traffic() as backward, not_seen(AtenTraffic()) as between:
+        torch.autograd.grad(y, wanting, seed)
+    assert len(backward) == 1 and not between.ops
+    assert backward.sectors.total() <= 1.05 * (nbytes(*tensors, *wanting) + rows)
+
+
+class not_seen:
+    """A dispatch mode that fastnn's dispatch does not decline to work under."""
+
+    def __init__(self, mode):
+        self.mode = mode
+        self.patch = pytest.MonkeyPatch()
+
+    def __enter__(self):
+        from torch.utils._python_dispatch import _disable_current_modes
+        from triton.runtime import interpreter
+
+        run = interpreter.GridExecutor.__call__
+
+        def call(*args, **kwargs):
+            with _disable_current_modes():  # the interpreter's own operators
+                return run(*args, **kwargs)
+
+        self.patch.setattr(interpreter.GridExecutor, "__call__", call)
+        self.patch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+        return self.mode.__enter__()
+
+    def __exit__(self, *exc):
+        self.mode.__exit__(*exc)
+        self.patch.undo()
+
+
+@interpreted
+def test_kl_div_neither_keeps_nor_reads_its_input_in_the_backward(device):
+    from fastnn.testing.meter import nbytes, traffic
+
+    (x, t), _ = made("kl_div", device)
+    t = t.detach()
+    for log in (False, True):
+        y = F.kl_div(x, t, reduction="sum", log_target=log)
+        kept = [s for s in y.grad_fn.saved_tensors if s is not None]
+        assert [s.data_ptr() for s in kept] == [t.data_ptr()]
+        with traffic() as backward:
+            (dx,) = torch.autograd.grad(y, x)
+        assert backward.sectors.total() <= 1.05 * nbytes(t, dx)
+
+
+# ---- walks --------------------------------------------------------------------------------------
+
+
+def random_view(shape, rng, device):
+    """A tensor that broadcasts to `shape`: permuted in memory, with gaps, expanded or reduced."""
+    order = list(range(len(shape)))
+    rng.shuffle(order)
+    sizes = [shape[d] for d in order]
+    gaps = [rng.choice((1, 1, 2)) for _ in sizes]
+    x = torch.randn([n * gap for n, gap in zip(sizes, gaps, strict=True)], device=device)
+    x = x[tuple(slice(None, None, gap) for gap in gaps)]
+    x = x.permute([order.index(d) for d in range(len(shape))])
+    for d in range(len(shape)):
+        kind = rng.choice(("whole", "whole", "one", "expanded"))
+        if kind != "whole":
+            x = x.narrow(d, 0, 1)
+        if kind == "expanded":
+            x = x.expand(*(shape[d] if i == d else -1 for i in range(len(shape))))
+    while x.dim() and x.shape[0] == 1 and rng.random() < 0.5:
+        x = x[0]
+    return x
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_layouts_broadcast_together(seed, device):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    shape = [rng.choice((1, 2, 3, 5)) for _ in range(rng.randint(1, 5))]
+    a, b, c = (random_view(shape, rng, device) for _ in range(3))
+    if not a.dim() == b.dim() == c.dim():
+        a, b, c = (t.expand(torch.broadcast_shapes(t.shape, shape)) for t in (a, b, c))
+    for reduction in ("none", "sum"):
+        results = []
+        for namespace in (F, stock):
+            leaves = [t.detach().requires_grad_() for t in (a, b, c)]
+            y = namespace.margin_ranking_loss(*leaves, margin=0.1, reduction=reduction)
+            results.append([y, *gradients(y, leaves)])
+        torch.testing.assert_close(*results)
+        assert results[0][0].stride() == results[1][0].stride()
+
+
+def test_a_walk_is_as_flat_as_the_tensors_allow():
+    def walked(*tensors):
+        found, _ = kernels.loss.walk(*tensors)
+        return found.sizes, found.strides
+
+    x = torch.empty(4, 3, 8, 8)
+    assert walked(x, x, None) == ([768], ["dense", "dense", None])
+    nhwc = x.to(memory_format=torch.channels_last)
+    assert walked(nhwc, nhwc) == ([768], ["dense", "dense"])
+    assert walked(x, torch.empty(())) == ([768], ["dense", [0]])
+    assert walked(x, torch.empty(3, 1, 1)) == ([4, 3, 64], ["dense", [0, 1, 0]])
+    assert walked(nhwc, torch.empty(3, 1, 1)) == ([256, 3], ["dense", [0, 1]])
+    assert walked(x, x.transpose(0, 1).contiguous().transpose(0, 1))[0] == [4, 3, 64]
+    huge = torch.empty(2**16, 2**15, device="meta")
+    assert kernels.loss.walk(huge, huge)[0].wide
+    assert not kernels.loss.walk(huge[1:], huge[1:])[0].wide
+    assert kernels.loss.walk(torch.empty(2**16, 2**16, device="meta")[::2, ::3])[0].wide
+
+
+def test_more_dimensions_than_a_walk_has(device):
+    x = torch.randn(3, 2, 3, 2, device=device)
+    y = torch.randn(3, 1, 3, 1, device=device)
+    found, copied = kernels.loss.walk(x, y)
+    assert found.strides == ["dense", "dense"] and torch.equal(copied[1], y.expand_as(x))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_wide_indices(reduction, device, monkeypatch):
+    """Beyond 2**31 elements offsets take 64 bits; here they do for a few."""
+    walk = kernels.loss.walk
+
+    def wide(*tensors):
+        found, tensors = walk(*tensors)
+        found.wide = True
+        return found, tensors
+
+    kernels.loss._walk.cache_clear()
+    monkeypatch.setattr(kernels.loss, "walk", wide)
+    inputs = randn(3, 5, 7), randn(3, 1, 7), randn(3, 5, 1)
+    case = Case("margin_ranking_loss", inputs, {"reduction": reduction})
+    assert_parity(case, torch.float32, device)
+    kernels.loss._walk.cache_clear()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_more_tiles_than_programs(weighted, device, monkeypatch):
+    monkeypatch.setattr(kernels.loss, "PARTIALS", 3)
+    options = {"weight": uniform(9000, grad=False)} if weighted else {}
+    assert_parity(Case("mse_loss", (randn(9000), randn(9000)), options), torch.float32, device)
+
+
+def test_more_partial_sums_than_a_block(device):
+    partial = torch.arange(2.0 * 9001, dtype=torch.float64, device=device).view(2, 9001)
+    loss, count = torch.empty(2, device=device)
+    kernels.loss.finish(partial, loss, count, 1)
+    total, divisor = partial.sum(1)
+    assert count == divisor.float() and loss == (total / divisor).float()
+    kernels.loss.finish(partial[:1], loss, None, 7)
+    assert loss == (total / 7).float()
+
+
+def test_sums_keep_what_a_running_sum_would_lose(device):
+    x = torch.full((1 << 20,), 0.1, device=device)
+    loss = F.l1_loss(x, torch.zeros_like(x), reduction="sum")
+    assert abs(loss.item() - 0.1 * 2**20) < 0.02
+
+
+# ---- what is said -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["triton", "auto", "torch"])
+@pytest.mark.parametrize("name", ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"])
+def test_broadcasting_warns_as_stock(name, mode, device):
+    x = torch.randn(3, 5, device=device, requires_grad=True)
+    t = torch.randn(5, device=device, requires_grad=True)
+    results = []
+    said = []
+    for namespace in (F, stock):
+        with warnings.catch_warnings(record=True) as caught, fastnn.backend(mode):
+            warnings.simplefilter("always")
+            y = getattr(namespace, name)(x, t)
+        said.append([(w.category, str(w.message)) for w in caught])
+        if mode == "triton":
+            assert [w.filename for w in caught] == [__file__]
+        results.append([y, *gradients(y, (x, t))])
+    assert said[0] == said[1] and len(said[0]) == 1
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("mode", ["triton", "auto", "torch"])
+def test_kl_div_warns_of_its_mean(mode, device):
+    (x, t), _ = made("kl_div", device)
+    said = []
+    results = []
+    for namespace in (F, stock):
+        with warnings.catch_warnings(record=True) as caught, fastnn.backend(mode):
+            warnings.simplefilter("always")
+            results.append(namespace.kl_div(x, t))
+        said.append([(w.category, str(w.message)) for w in caught])
+        if mode == "triton":
+            assert [w.filename for w in caught] == [__file__]
+    assert said[0] == said[1] and len(said[0]) == 1
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    ("legacy", "reduction"),
+    [
+        ({"size_average": False}, "sum"),
+        ({"reduce": False}, "none"),
+        ({"size_average": True, "reduce": True}, "mean"),
+    ],
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        n for n in CALLS
+        if n not in ("huber_loss", "gaussian_nll_loss", "cosine_similarity", "pairwise_distance")
+    ],
+)  # fmt: skip
+def test_deprecated_arguments(name, legacy, reduction, device):
+    tensors, options = made(name, device)
+    options = {k: v for k, v in options.items() if k != "reduction"} | legacy
+    with pytest.warns(UserWarning, match=f"reduction='{reduction}'"):
+        ours = getattr(F, name)(*tensors, **options)
+    with pytest.warns(UserWarning):
+        theirs = getattr(stock, name)(*tensors, **options)
+    torch.testing.assert_close(ours, theirs)
+
+
+ONE = torch.ones(3, 4)
+WRONG = [
+    lambda F: F.l1_loss(ONE, torch.ones(3, 4), reduction="all"),
+    lambda F: F.huber_loss(ONE, ONE, delta=0.0),
+    lambda F: F.smooth_l1_loss(ONE, ONE, beta=-1.0),
+    lambda F: F.mse_loss(ONE, ONE, weight=torch.ones(4)),
+    lambda F: F.mse_loss(ONE, None),
+    lambda F: F.binary_cross_entropy(ONE, torch.ones(4)),
+    lambda F: F.binary_cross_entropy(ONE, ONE.long()),
+    lambda F: F.binary_cross_entropy(ONE, ONE, torch.ones(2, 3, 4)),
+    lambda F: F.binary_cross_entropy(ONE, ONE, torch.ones(4).requires_grad_()),
+    lambda F: F.binary_cross_entropy_with_logits(ONE, torch.ones(4)),
+    lambda F: F.binary_cross_entropy_with_logits(ONE, ONE, torch.ones(2, 3, 4)),
+    lambda F: F.binary_cross_entropy_with_logits(ONE, ONE, pos_weight=torch.ones(3)),
+    lambda F: F.kl_div(ONE, torch.ones(3), reduction="sum"),
+    lambda F: F.kl_div(ONE, ONE, reduction="batchsum"),
+    lambda F: F.poisson_nll_loss(ONE, torch.ones(3)),
+    lambda F: F.gaussian_nll_loss(ONE, ONE, torch.ones(2)),
+    lambda F: F.gaussian_nll_loss(ONE, ONE, -1.0),
+    lambda F: F.hinge_embedding_loss(ONE, torch.ones(3)),
+    lambda F: F.soft_margin_loss(ONE, torch.ones(3)),
+    lambda F: F.soft_margin_loss(ONE, ONE.clone().requires_grad_()),
+    lambda F: F.margin_ranking_loss(ONE, ONE, torch.ones(4)),
+    lambda F: F.cosine_similarity(ONE, torch.ones(3, 3)),
+    lambda F: F.cosine_similarity(ONE, ONE, dim=2),
+    lambda F: F.pairwise_distance(ONE, torch.ones(3, 3)),
+    lambda F: F.triplet_margin_loss(ONE, ONE, torch.ones(4)),
+    lambda F: F.triplet_margin_loss(ONE, ONE, ONE, margin=0.0),
+    lambda F: F.cosine_embedding_loss(ONE, ONE, ONE),
+    lambda F: F.cosine_embedding_loss(ONE[0], ONE[0], torch.ones(3)),
+    lambda F: F.multi_margin_loss(ONE, torch.zeros(4, dtype=torch.int64)),
+    lambda F: F.multi_margin_loss(ONE, torch.zeros(3, dtype=torch.int64), p=3),
+    lambda F: F.multi_margin_loss(ONE, torch.zeros(3, dtype=torch.int64), weight=torch.ones(3)),
+    lambda F: F.multilabel_margin_loss(ONE, torch.zeros(3, dtype=torch.int64)),
+    lambda F: F.multilabel_soft_margin_loss(ONE, torch.ones(3)),
+]
+
+
+@pytest.mark.parametrize("call", WRONG)
+def test_wrong_calls_raise_what_stock_raises(call):
+    with pytest.raises(Exception) as theirs:
+        call(stock)
+    with pytest.raises(theirs.type) as ours:
+        call(F)
+    assert not isinstance(ours.value, fastnn.BackendError)
+    assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_values_that_stock_stops_at_are_nan(reduction, device):
+    """Stock fails an assertion on CUDA, or waits for the device to raise."""
+    half = torch.full((4,), 0.5, device=device)
+    bad = torch.tensor([0.5, -0.1, 1.1, math.nan], device=device)
+    for loss in (
+        F.binary_cross_entropy(bad, half, reduction=reduction),
+        F.binary_cross_entropy(half, bad, reduction=reduction),
+        F.gaussian_nll_loss(half, half, torch.tensor([1, -1, -1, math.nan], device=device),
+                            reduction=reduction),
+    ):  # fmt: skip
+        want = torch.tensor([False, True, True, True], device=device)
+        assert torch.equal(loss.isnan(), want if reduction == "none" else want.any())
+
+
+def test_targets_out_of_range_are_nan_and_read_nothing(device):
+    memory = torch.randn(3, 4, 6, device=device)  # guards on both sides, were they read
+    x = memory[1].detach().requires_grad_()
+    target = torch.tensor([2, 6, -1, 2**40], device=device)
+    loss = F.multi_margin_loss(x, target, reduction="none")
+    (dx,) = torch.autograd.grad(loss.sum(), x)
+    bad = torch.tensor([False, True, True, True], device=device)
+    assert torch.equal(loss.isnan(), bad)
+    assert torch.equal(dx.isnan(), bad[:, None].expand(4, 6))
+    lists = torch.tensor([[2, 1, -1], [3, -1, 0], [2**40, -1, 0]], device=device)
+    x = memory[1, :3, :3].contiguous().requires_grad_()
+    loss = F.multilabel_margin_loss(x, lists, reduction="none")
+    (dx,) = torch.autograd.grad(loss.sum(), x)
+    assert torch.equal(loss.isnan(), bad[:3])
+    assert torch.equal(dx.isnan(), bad[:3, None].expand(3, 3))
+
+
+@each
+def test_deterministic_algorithms_raise_for_none(name, device):
+    tensors, options = made(name, device)
+    torch.use_deterministic_algorithms(True)
+    y = getattr(F, name)(*tensors, **options)
+    gradients(y, tensors)
+
+
+# ---- dtypes and graphs --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("name", [n for n in CALLS if getattr(F, n).op.autocast == "fp32"])
+def test_under_the_rule_of_cuda_autocast(name, dtype, device):
+    """16-bit inputs, computed and returned in float32, each gradient in the dtype of its input.
+    Stock converts the inputs first."""
+    tensors, options = made(name, device, dtype)
+    op = getattr(F, name).op
+    y = op.fused(*tensors, **options, out_dtype=torch.float32)
+    assert y.dtype == torch.float32
+
+    def float32(t):
+        return t.float() if t.is_floating_point() else t
+
+    theirs = op.stock(*map(float32, tensors), **options)
+    torch.testing.assert_close(y, theirs, rtol=1e-5, atol=1e-6)
+    pairs = zip(gradients(y, tensors), gradients(theirs, tensors), strict=True)
+    for a, b in pairs:
+        assert a.dtype == b.dtype == dtype
+        torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+SECOND = {
+    **{n: lambda F, x, y, n=n: getattr(F, n)(x, y) for n in list(CALLS)[:4]},
+    "mse weighted": lambda F, x, y: F.mse_loss(x, y, weight=x.detach().abs() + 1),
+    "l1 rows": lambda F, x, y: F.l1_loss(x, y, reduction="none"),
+    "bce": lambda F, x, y: F.binary_cross_entropy(x.sigmoid(), y.sigmoid()),
+    "logits": lambda F, x, y: F.binary_cross_entropy_with_logits(
+        x, y.sigmoid(), x.detach()[0].abs(), pos_weight=y.detach()[0].abs()
+    ),
+    "kl": lambda F, x, y: F.kl_div(x, y.sigmoid(), reduction="batchmean"),
+    "kl of x": lambda F, x, y: F.kl_div(x * x, y.detach().sigmoid(), reduction="sum"),
+    "kl of log": lambda F, x, y: F.kl_div(x * x, y.detach(), reduction="sum", log_target=True),
+    "poisson": lambda F, x, y: F.poisson_nll_loss(x, y.exp(), full=True, log_input=True),
+    "poisson of x": lambda F, x, y: F.poisson_nll_loss(x.exp(), y.exp(), log_input=False),
+    "gaussian": lambda F, x, y: F.gaussian_nll_loss(x, y, y.exp(), eps=0.5),
+    "gaussian scalar": lambda F, x, y: F.gaussian_nll_loss(x, y, 0.3, full=True),
+    "hinge": lambda F, x, y: F.hinge_embedding_loss(x * x, y.detach().sign()),
+    "soft": lambda F, x, y: F.soft_margin_loss(x, y.detach().sign(), reduction="none"),
+    "ranking": lambda F, x, y: F.margin_ranking_loss(x * y, y, x),
+    "cosine": lambda F, x, y: F.cosine_similarity(x, y, 0),
+    "pairwise": lambda F, x, y: F.pairwise_distance(x, y, 3.0),
+    "triplet": lambda F, x, y: F.triplet_margin_loss(x, y, x * y, 5.0, swap=True),
+    "embedding": lambda F, x, y: F.cosine_embedding_loss(x, y, y.detach()[:, 0].sign()),
+    "multilabel": lambda F, x, y: F.multilabel_soft_margin_loss(x, y.sigmoid(), reduction="none"),
+}
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["two tensors", "one twice"])
+@pytest.mark.parametrize("call", SECOND.values(), ids=SECOND)
+def test_second_derivatives(call, same, device):
+    def twice(F):
+        torch.manual_seed(0)
+        x = torch.randn(3, 5, device=device, requires_grad=True)
+        y = x if same else torch.randn(3, 5, device=device, requires_grad=True)
+        z = call(F, x, y)
+        leaves = (x,) if same else (x, y)
+        grads = torch.autograd.grad(
+            z, leaves, torch.linspace(0.5, 1.5, z.numel(), device=device).view_as(z),
+            create_graph=True, allow_unused=True,
+        )  # fmt: skip
+        total = sum((g**3).sum() for g in grads if g is not None)
+        if not isinstance(total, torch.Tensor) or not total.requires_grad:
+            return grads
+        return *grads, *torch.autograd.grad(total, leaves, allow_unused=True)
+
+    torch.testing.assert_close(twice(F), twice(stock), equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["multi_margin_loss", "multilabel_margin_loss"])
+def test_no_second_derivative_where_stock_has_none(name, device):
+    said = []
+    for namespace in (F, stock):
+        (x, target), _ = made(name, device)
+        (dx,) = torch.autograd.grad(getattr(namespace, name)(x, target), x, create_graph=True)
+        with pytest.raises(RuntimeError) as error:
+            torch.autograd.grad(dx.sum(), x)
+        said.append(str(error.value))
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("name", ["mse_loss", "kl_div", "cosine_similarity", "pairwise_distance"])
+def test_no_graph_where_none_is_wanted(name, device):
+    tensors, options = made(name, device)
+    with torch.no_grad():
+        y = getattr(F, name)(*tensors, **options)
+    with torch.inference_mode():
+        z = getattr(F, name)(*tensors, **options)
+    assert y.grad_fn is None and z.is_inference() and torch.equal(y, z)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations("abc")), ids="".join)
+def test_gradients_of_some_inputs(order, device):
+    """Each alone, each two: those asked for, and no others."""
+    results = []
+    for namespace in (F, stock):
+        (a, b, c), _ = made("margin_ranking_loss", device)
+        tensors = {"a": a.detach(), "b": b.detach(), "c": c.detach()}
+        collected = []
+        for k in range(1, 4):
+            leaves = {n: t.clone().requires_grad_(n in order[:k]) for n, t in tensors.items()}
+            namespace.margin_ranking_loss(*leaves.values(), margin=0.3).backward()
+            collected.append([t.grad for t in leaves.values()])
+        results.append(collected)
+    torch.testing.assert_close(*results)
