@@ -357,7 +357,9 @@ def _attention_delta_kernel(
                 KEEP, BY_ROW, BY_COL, CAUSAL, EXACT, PAST_END,
             )  # fmt: skip
             p = _weights(t, top[:, None], rest[:, None], scale, EXACT)
-            dw = _broadcast_tile(DW, m0, n0, rows, cols, L, S, stride_wm, stride_wn, 1, W_COL, True)
+            dw = _broadcast_tile(
+                DW, m0, n0, rows, cols, L, S, stride_wm, stride_wn, 1, W_COL, PAST_END
+            )
             dp = dw.to(tl.float32) * w_scale
             if VEC:
                 keep = _kept(
@@ -384,17 +386,14 @@ def _row_statistics(TOP, REST, DELTA, row, L, FITS: tl.constexpr):
 
 
 @triton.jit
-def _dscores(
-    t, dp, top, rest, delta, i, m0, n0, rows, cols, L, S, DW, stride_wm, stride_wn, scale,
-    noise_scale, w_scale, seed, offset, blocks, bound,
-    EXACT: tl.constexpr, VEC: tl.constexpr, BY_FOUR: tl.constexpr, FITS: tl.constexpr,
-    SAFE: tl.constexpr, W_COL: tl.constexpr, EDGE: tl.constexpr, KEYS_FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def _weights_again(
+    t, top, rest, m0, rows, L, scale,
+    EXACT: tl.constexpr, FITS: tl.constexpr, SAFE: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """(p * noise / noise_scale, ds) of a tile, of which `dp` is dout v^T.
+    """p of a tile in the backward.
 
-    FITS: the tile has all keys there are. Then p and delta come of its own sums: as in stock, a
-    row that sees but one key gets a weight of 1 and a ds of 0 to the bit.
+    FITS: the tile has all keys there are, and p comes of its own sums: as in stock, a row that sees
+    but one key gets a weight of 1, and with `_dscores` a gradient of 0, to the bit.
     """
     AXIS: tl.constexpr = 0 if KEYS_FIRST else 1
     if FITS:
@@ -407,19 +406,24 @@ def _dscores(
         p = tl.where(rows < L - m0, p / total, 0.0)
     else:
         p = _weights(t, top, rest, scale, EXACT)
-    kept = p
+    return p
+
+
+@triton.jit
+def _dscores(
+    p, dp, keep, delta, m0, n0, rows, cols, L, S, DW, stride_wm, stride_wn, noise_scale, w_scale,
+    VEC: tl.constexpr, FITS: tl.constexpr, W_COL: tl.constexpr, EDGE: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """ds of a tile, of which `dp` is dout v^T; `keep` is nothing without dropout."""
     if DW is not None:
         dw = _broadcast_tile(DW, m0, n0, rows, cols, L, S, stride_wm, stride_wn, 1, W_COL, EDGE)
         dp += dw.to(tl.float32) * w_scale
     if VEC:
-        keep = _kept(i, m0, n0, L, S, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N)
-        if KEYS_FIRST:
-            keep = tl.trans(keep)
         dp *= tl.where(keep, noise_scale, 0.0)  # a product, as in stock: a dropped inf is nan
-        kept = tl.where(keep, p, 0.0)
     if FITS:
-        delta = tl.sum(p * dp, AXIS, keep_dims=True)
-    return kept, p * (dp - delta)
+        delta = tl.sum(p * dp, 0 if KEYS_FIRST else 1, keep_dims=True)
+    return p * (dp - delta)
 
 
 @triton.jit
@@ -430,7 +434,7 @@ def _dkdv_loop(
     KEEP: tl.constexpr, BY_ROW: tl.constexpr, BY_COL: tl.constexpr, CAUSAL: tl.constexpr,
     EXACT: tl.constexpr, EDGE: tl.constexpr, VEC: tl.constexpr, BY_FOUR: tl.constexpr,
     FITS: tl.constexpr, SAFE: tl.constexpr, W_COL: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, E: tl.constexpr,
+    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_M)[None, :]
@@ -446,15 +450,25 @@ def _dkdv_loop(
             KEEP, BY_ROW, BY_COL, CAUSAL, EXACT, EDGE,
         )  # fmt: skip
         top, rest, delta = _row_statistics(STATS, REST, DELTA, m0 + stats, L, FITS)
+        p = _weights_again(
+            t, top[None, :], rest[None, :], m0, rows, L, scale, EXACT, FITS, SAFE, True
+        )
+        keep = 0
+        if VEC:
+            keep = tl.trans(
+                _kept(i, m0, n0, L, S, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N)
+            )
         dout = _row_tile(DOUT, stride_dm, L - m0, E, BLOCK_M, BLOCK_E)
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-        p, ds = _dscores(
-            t, dp, top[None, :], rest[None, :], delta[None, :], i, m0, n0, rows, cols, L, S,
-            DW, stride_wm, stride_wn, scale, noise_scale, w_scale, seed, offset, blocks, bound,
-            EXACT, VEC, BY_FOUR, FITS, SAFE, W_COL, EDGE, True, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        if WANT_DV:
+            kept = tl.where(keep, p, 0.0) if VEC else p
+            dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        if WANT_DK:
+            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            ds = _dscores(
+                p, dp, keep, delta[None, :], m0, n0, rows, cols, L, S, DW, stride_wm, stride_wn,
+                noise_scale, w_scale, VEC, FITS, W_COL, EDGE, True,
+            )  # fmt: skip
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         Q += BLOCK_M * stride_qm
         DOUT += BLOCK_M * stride_dm
     return dk, dv
@@ -515,8 +529,8 @@ def _attention_bwd_dkdv_kernel(
             dk, dv, k, v, q_ptr, do_ptr, mask_ptr, top_ptr, rest_ptr, delta_ptr, dw_ptr, i,
             begin, L, n0, L, S, stride_qm, stride_dm, stride_mm, stride_mn, stride_wm,
             stride_wn, scale, noise_scale, w_scale, seed, offset, blocks, bound, KEEP, BY_ROW,
-            BY_COL, CAUSAL, EXACT, LAST, VEC, BY_FOUR, FITS, SAFE, W_COL,
-            PRECISION, D, E, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+            BY_COL, CAUSAL, EXACT, LAST, VEC, BY_FOUR, FITS, SAFE, W_COL, PRECISION,
+            DK is not None, DV is not None, D, E, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
         )  # fmt: skip
     if DK is not None:
         DK += b * stride_dkb + h_k * stride_dkh + n0.to(tl.int64) * stride_dkn
@@ -549,12 +563,19 @@ def _dq_loop(
             s, m0, n0, rows, cols, L, S, MASK, stride_mm, stride_mn, scale,
             KEEP, BY_ROW, BY_COL, CAUSAL, EXACT, EDGE,
         )  # fmt: skip
+        p = _weights_again(
+            t, top[:, None], rest[:, None], m0, rows, L, scale, EXACT, FITS, SAFE, False
+        )
+        keep = 0
+        if VEC:
+            keep = _kept(
+                i, m0, n0, L, S, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N
+            )
         v = _row_tile(V, stride_vn, left, E, BLOCK_N, BLOCK_E)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-        _, ds = _dscores(
-            t, dp, top[:, None], rest[:, None], delta[:, None], i, m0, n0, rows, cols, L, S,
-            DW, stride_wm, stride_wn, scale, noise_scale, w_scale, seed, offset, blocks, bound,
-            EXACT, VEC, BY_FOUR, FITS, SAFE, W_COL, EDGE, False, BLOCK_M, BLOCK_N,
+        ds = _dscores(
+            p, dp, keep, delta[:, None], m0, n0, rows, cols, L, S, DW, stride_wm, stride_wn,
+            noise_scale, w_scale, VEC, FITS, W_COL, EDGE, False,
         )  # fmt: skip
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         K += BLOCK_N * stride_kn
@@ -700,10 +721,17 @@ def _attention_bwd_dmask_kernel(
             )  # fmt: skip
             dout = _row_tile(do_ptr, stride_dm, L - m0, E, BLOCK_M, BLOCK_E)
             dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-            _, ds = _dscores(
-                t, dp, top[:, None], rest[:, None], delta[:, None], i, m0, n0, rows, cols, L, S,
-                dw_ptr, stride_wm, stride_wn, scale, noise_scale, w_scale, seed, offset, blocks,
-                bound, EXACT, VEC, BY_FOUR, FITS, SAFE, W_COL, LAST, False, BLOCK_M, BLOCK_N,
+            p = _weights_again(
+                t, top[:, None], rest[:, None], m0, rows, L, scale, EXACT, FITS, SAFE, False
+            )
+            keep = 0
+            if VEC:
+                keep = _kept(
+                    i, m0, n0, L, S, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N
+                )
+            ds = _dscores(
+                p, dp, keep, delta[:, None], m0, n0, rows, cols, L, S, dw_ptr, stride_wm,
+                stride_wn, noise_scale, w_scale, VEC, FITS, W_COL, LAST, False,
             )  # fmt: skip
             acc += ds
     DMASK += b_first.to(tl.int64) * stride_gb + h_first.to(tl.int64) * stride_gh
@@ -739,22 +767,44 @@ def _attention_keep_kernel(
 # ---- Configurations ------------------------------------------------------------------------------
 
 
-def _config(kind, L, D, E, itemsize, arch):
+class Shape(NamedTuple):
+    """What tiles are chosen by."""
+
+    L: int
+    D: int
+    E: int
+    itemsize: int
+    arch: str
+    masked: bool = False
+    causal: bool = False
+    noisy: bool = False
+
+
+def _config(kind, shape):
     """Tiles of "fwd", "dkdv", "dq" and "dmask". None spills: compiled, not yet timed."""
-    d = max(triton.next_power_of_2(max(D, E)), 16)
-    if itemsize == 4:
+    d = max(triton.next_power_of_2(max(shape.D, shape.E)), 16)
+    plain = not (shape.masked or shape.noisy)
+    if shape.itemsize == 4:
         m, n, warps, stages = (32, 32, 4, 2) if d <= 128 else (16, 16, 4, 1)
     elif kind == "fwd":
-        m, n, warps, stages = {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3)}.get(
-            d, (128, 64, 8, 3) if d == 128 else (64, 64, 8, 2)
-        )
+        if d <= 64:
+            m, n, warps, stages = 128, 64, 4 if plain else 8, 3
+        else:
+            m, n, warps, stages = (128, 64, 8, 3) if d == 128 else (64, 64, 8, 2)
     elif kind == "dkdv":
-        m, n, warps, stages = (64, 128, 8, 2) if d <= 64 else (32, 128, 8, 2)
-        if d > 128:
-            m, n = 32, 64
+        if d <= 64:
+            m, n, warps, stages = 64 if plain else 32, 128, 8, 2
+        else:
+            m, n, warps, stages = 32, 128 if d == 128 else 64, 8, 2
     else:
         m, n, warps, stages = (128, 64, 8, 2) if d <= 64 else (64, 64, 8, 2)
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+
+
+def _apart(shape):
+    """Whether dk and dv are made by two launches, as their sums do not fit beside all the rest."""
+    d = max(shape.D, shape.E)
+    return d > 128 or (d > 64 and (shape.noisy or (shape.masked and shape.causal)))
 
 
 def _last(S, causal, config):
@@ -790,13 +840,13 @@ def _like(x):
     return y if y.stride(3) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _backward_configs(*shape):
-    return {kind: _config(kind, *shape) for kind in ("dkdv", "dq", "dmask")}
+def _backward_configs(shape):
+    return {kind: _config(kind, shape) for kind in ("dkdv", "dq", "dmask")}
 
 
-def fits(S, *shape):
-    """Whether a backward tile has all keys, so that `bwd` needs no out. shape: as of `_config`."""
-    return min(config["BLOCK_N"] for config in _backward_configs(*shape).values()) >= S
+def fits(S, shape):
+    """Whether a backward tile has all keys, so that `bwd` needs no out."""
+    return min(config["BLOCK_N"] for config in _backward_configs(shape).values()) >= S
 
 
 class _Call(NamedTuple):
@@ -872,7 +922,8 @@ def fwd(
         out = _like_rows(q, E)
     stats = q.new_empty((2, B, H, L), dtype=torch.float32)
     c = _prepare((q, k, v, out), mask, causal, scale, noise, safe, precision)
-    config = _config("fwd", L, D, E, q.element_size(), arch)
+    shape = Shape(L, D, E, q.element_size(), arch, mask is not None, causal, noise is not None)
+    config = _config("fwd", shape)
     random, numbers = c.random
     _attention_fwd_kernel(
         (triton.cdiv(L, config["BLOCK_M"]) * B * H,), q, k, v, c.mask, out, stats, *random,
@@ -905,8 +956,9 @@ def bwd(
     (B, H, L, D), (H_k, S, E) = q.shape, v.shape[1:]
     G = H // max(H_k, 1)
     c = _prepare((q, k, v, out, dout), mask, causal, scale, noise, safe, precision)
-    configs = _backward_configs(L, D, E, q.element_size(), arch)
-    in_one_tile = fits(S, L, D, E, q.element_size(), arch) and delta is None
+    shape = Shape(L, D, E, q.element_size(), arch, mask is not None, causal, noise is not None)
+    configs = _backward_configs(shape)
+    in_one_tile = fits(S, shape) and delta is None
     w_strides, w_unit, w_col = (0, 0, 0, 0), 1, 1
     if dweights is not None:
         if dweights.dim() == 3:
@@ -939,11 +991,15 @@ def bwd(
         config = configs["dkdv"]
         dk = (_like(k) if dk is None else dk) if want[1] else None
         dv = (_like(v) if dv is None else dv) if want[2] else None
-        _attention_bwd_dkdv_kernel(
-            (triton.cdiv(S, config["BLOCK_N"]) * B * H_k,), *tensors, dk, dv, *random, *heads,
-            *given, *_strides(dk if want[1] else dv), *_strides(dv if want[2] else dk), **same,
-            LAST=_last(S, causal, config), **config,
-        )  # fmt: skip
+        for of_k, of_v in ((dk, None), (None, dv)) if _apart(shape) else ((dk, dv),):
+            if of_k is None and of_v is None:
+                continue
+            _attention_bwd_dkdv_kernel(
+                (triton.cdiv(S, config["BLOCK_N"]) * B * H_k,), *tensors, of_k, of_v, *random,
+                *heads, *given, *_strides(dv if dk is None else dk),
+                *_strides(dk if dv is None else dv), **same, LAST=_last(S, causal, config),
+                **config,
+            )  # fmt: skip
     if want[0]:
         config = configs["dq"]
         dq = _like(q) if dq is None else dq

@@ -82,9 +82,12 @@ def _output(q: Tensor, L: int, E: int, plan: Plan) -> Tensor:
     return q.new_empty(shape)
 
 
-def _fits(q: Tensor, S: int, E: int, plan: Plan) -> bool:
-    L, D = q.shape[-2:]
-    return kernels.attention.fits(S, L, D, E, q.element_size(), plan.arch)
+def _fits(q: Tensor, v: Tensor, mask: Tensor | None, plan: Plan) -> bool:
+    (L, D), (S, E) = q.shape[-2:], v.shape[-2:]
+    shape = kernels.attention.Shape(
+        L, D, E, q.element_size(), plan.arch, mask is not None, plan.causal, plan.noise is not None
+    )
+    return kernels.attention.fits(S, shape)
 
 
 class Attention(torch.autograd.Function):
@@ -105,7 +108,7 @@ class Attention(torch.autograd.Function):
             precision=plan.precision, arch=plan.arch,
         )  # fmt: skip
         # Without `out` it may be edited in place, as stock's may that does not keep it.
-        keeps_out = not _fits(q, v.shape[-2], v.shape[-1], plan)
+        keeps_out = not _fits(q, v, mask, plan)
         ctx.save_for_backward(q, k, v, mask, out if keeps_out else None, stats, state)
         ctx.plan = plan
         return out
