@@ -178,7 +178,7 @@ def fwd(
     is contiguous, of dtype `out_dtype` or else of s's; mean (None unless `center`) and rstd are
     (M,) in fp32, in the order of z's memory. A draw of None is no dropout.
     """
-    dtype = torch.promote_types(z.dtype, x.dtype)
+    dtype = x.dtype if x.dtype == z.dtype else torch.float32
     s = _tl.empty_as(x, dtype) if want_s else None
     y = mean = rstd = None
     if want_y:

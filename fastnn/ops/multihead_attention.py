@@ -30,7 +30,7 @@ class How(NamedTuple):
 
 def _heads(sources, E, H):
     """(L, B, n * E) projections, q, k and v in this order -> each as (B, H, L, D) views."""
-    views = [part for t in sources for part in t.split(E, -1)]
+    views = [part for t in sources for part in ([t] if t.shape[-1] == E else t.split(E, -1))]
     return [t.unflatten(-1, (H, E // H)).permute(1, 2, 0, 3) for t in views]
 
 

@@ -94,6 +94,10 @@ def _dropped(g, noise, swapped):
 # ---- The calls ----------------------------------------------------------------------------------
 
 
+def _sum_dtype(z, x):
+    return x.dtype if x.dtype == z.dtype else torch.float32
+
+
 def _residual(x, keeps_layout):
     """x as the kernel takes it, or why it does not."""
     if x.is_contiguous():
@@ -116,7 +120,7 @@ def _fused(z, x, weight, bias, p, training, normalises, returns_sum, **norm):
         return Invalid(f"p={p}")
     if not z.numel() or not z.dim():
         return Stock("no elements" if z.dim() else "0 dimensions")
-    dtype = torch.promote_types(z.dtype, x.dtype)
+    dtype = _sum_dtype(z, x)
     if not kernels.residual_norm.fits(z.shape[-1], dtype.itemsize):
         return Stock(f"rows of {z.shape[-1]}")
     if z.numel() // z.shape[-1] >= 2**30:  # a kernel counts rows in 32 bits
@@ -153,7 +157,7 @@ def _normalised(z, x, normalized_shape, weight, bias, eps, p, training, prenorm,
         return why
     if len(normalized_shape) > 1:
         return Stock(f"normalized_shape={tuple(normalized_shape)}")
-    dtype = out_dtype or torch.promote_types(z.dtype, x.dtype)
+    dtype = out_dtype or _sum_dtype(z, x)
     if any(t is not None and t.dtype != dtype for t in (weight, bias)):
         if out_dtype is None:
             return Invalid("parameters in another dtype than the sum")
