@@ -257,6 +257,97 @@ LOSSES = [
     row("NLLLoss", "segmentation, 21 classes", 16, image(21, 128, 128), rereads=False),
 ]  # fmt: skip
 
+
+
+def among(low: float, high: float) -> Callable[..., Maker]:
+    """Makers of values between `low` and `high`, without a gradient: targets and weights."""
+
+    def maker(*shape: int) -> Maker:
+        return lambda dtype, device: (
+            torch.rand(shape, dtype=dtype, device=device).mul_(high - low).add_(low)
+        )
+
+    return maker
+
+
+unit, positive = among(0.01, 0.99), among(0.5, 2.0)
+
+
+class Weights:
+    """A maker of weights with a name, for a row that has it among its options."""
+
+    def __init__(self, *shape: int):
+        self.shape = shape
+
+    def __call__(self, dtype, device):
+        return positive(*self.shape)(dtype, device)
+
+    def __repr__(self):
+        return "x".join(map(str, self.shape))
+
+
+def plus_minus(*shape: int) -> Maker:
+    return lambda dtype, device: torch.rand(shape, dtype=dtype, device=device).sub_(0.5).sign_()
+
+
+def activated(*shape: int) -> Maker:
+    """Values between 0 and 1 that want a gradient: inputs of BCELoss."""
+    return lambda dtype, device: unit(*shape)(dtype, device).requires_grad_()
+
+
+def pair(*shape: int, target: Callable[..., Maker] = positive, made=normal):
+    """An input (n, ...) and a target of its shape."""
+    return lambda n: (made(n, *shape), target(n, *shape))
+
+
+def embeddings(width: int, count: int, *target: Callable[..., Maker]):
+    """So many tensors (n, width) that want a gradient, and targets (n)."""
+    return lambda n: (*(normal(n, width) for _ in range(count)), *(t(n) for t in target))
+
+
+LOSSES += [
+    row("MSELoss", "DDPM, CIFAR-10, 128 images", 128, pair(3, 32, 32)),
+    row("MSELoss", "latent diffusion, 256 images", 256, pair(4, 64, 64), (BF16, FP32)),
+    row("MSELoss", "regression, 32k x 4096", 32768, pair(4096), FLOATS),
+    row("MSELoss", "per element", 8192, pair(4096), options={"reduction": "none"}),
+    row("L1Loss", "CycleGAN, 64 images", 64, pair(3, 256, 256), (BF16, FP32)),
+    row("SmoothL1Loss", "SSD300, boxes of 128 images", 128, pair(8732, 4)),
+    row("HuberLoss", "32k x 4096", 32768, pair(4096)),
+    row("BCELoss", "autoencoder, 32k x 784", 32768, pair(784, target=unit, made=activated)),
+    row("BCEWithLogitsLoss", "U-Net masks, 16 images", 16, pair(1, 512, 512, target=unit)),
+    row("BCEWithLogitsLoss", "multi-label, 32k x 1000", 32768, pair(1000, target=unit),
+        (BF16, FP32)),
+    row("BCEWithLogitsLoss", "with pos_weight", 32768, pair(1000, target=unit),
+        options={"pos_weight": Weights(1000)}),
+    row("KLDivLoss", "distillation, 4k tokens of Llama 2", 4096, lambda n: (
+        normal(n, 32000), probabilities(n, 32000)), (BF16, FP32),
+        options={"reduction": "batchmean"}),
+    row("KLDivLoss", "targets in logarithms", 4096, pair(32000),
+        options={"reduction": "batchmean", "log_target": True}),
+    row("PoissonNLLLoss", "counts, 8k x 4096", 8192, pair(4096)),
+    row("GaussianNLLLoss", "heteroscedastic, 8k x 4096", 8192, lambda n: (
+        normal(n, 4096), positive(n, 4096), positive(n, 4096))),
+    row("HingeEmbeddingLoss", "32k x 4096", 32768, pair(4096, target=plus_minus)),
+    row("SoftMarginLoss", "32k x 4096", 32768, pair(4096, target=plus_minus)),
+    row("MarginRankingLoss", "4M pairs", 1 << 22, lambda n: (
+        normal(n), normal(n), plus_minus(n))),
+    row("CosineSimilarity", "sentences, 64k x 768", 65536, embeddings(768, 2), FLOATS),
+    row("CosineSimilarity", "feature maps", 16, lambda n: (
+        normal(n, 256, 64, 64), normal(n, 256, 64, 64))),
+    row("PairwiseDistance", "64k x 512", 65536, embeddings(512, 2), (BF16, FP32)),
+    row("TripletMarginLoss", "faces, 32k x 512", 32768, embeddings(512, 3), (BF16, FP32)),
+    row("TripletMarginLoss", "with the swap", 32768, embeddings(512, 3),
+        options={"swap": True}),
+    row("CosineEmbeddingLoss", "64k x 512", 65536, embeddings(512, 2, plus_minus)),
+    row("MultiMarginLoss", "ImageNet, 32k images", 32768, lambda n: (
+        normal(n, 1000), indices(n, high=1000)), gathers=True),
+    row("MultiLabelMarginLoss", "COCO, 64k images", 65536, lambda n: (
+        normal(n, 80), indices(n, 80, high=80, ignored=0.5)), gathers=True),
+    row("MultiLabelSoftMarginLoss", "COCO, 64k images", 65536, pair(80, target=unit)),
+    row("MultiLabelSoftMarginLoss", "COCO, per image", 65536, pair(80, target=unit),
+        options={"reduction": "none"}),
+]  # fmt: skip
+
 # ---- Linear, and what follows it --------------------------------------------------------------
 
 

@@ -214,7 +214,8 @@ def our_costs(case: BenchCase, dtype: torch.dtype) -> tuple[list[Cost], list[lis
 
 def least(case: BenchCase, dtype: torch.dtype) -> list[int]:
     """The bytes that [forward, backward], or [forward], cannot do without."""
-    found = least_bytes(case, case.side(torch.nn, dtype, "meta"), case.make(dtype, "meta"))
+    with as_on_cuda():
+        found = least_bytes(case, case.side(torch.nn, dtype, "meta"), case.make(dtype, "meta"))
     forward, *both = found.values()
     return [forward, *(x - forward for x in both)]
 

@@ -366,6 +366,8 @@ _HIDDEN = {
     "native_group_norm": (1, 1),
     "native_group_norm_backward": (2, 2),
     "binary_cross_entropy_with_logits": (4, 8),
+    "soft_margin_loss": (4, 8),
+    "soft_margin_loss_backward": (7, 16),
 }
 # A pointwise kernel and then a reduction, where the result is a scalar.
 _REDUCED = {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy"}
@@ -464,8 +466,14 @@ def as_on_cuda() -> Iterator[None]:
     def one_kernel(input, inplace=False):  # not so elsewhere
         return silu(input)
 
+    def gaussian_nll_loss(input, target, var, full=False, eps=1e-6, reduction="mean"):
+        torch.any(var < 0)  # of which stock then asks the value, and waits
+        loss = 0.5 * (torch.log(var.clone().clamp_(min=eps)) + (input - target) ** 2 / var)
+        return loss if reduction == "none" else getattr(loss, reduction)()
+
     replaced = {"dropout": dropout, "rms_norm": rms_norm, "rrelu": rrelu}
     replaced |= {"mish": one_kernel, "logsigmoid": one_kernel}
+    replaced |= {"gaussian_nll_loss": gaussian_nll_loss}
     with mock.patch.multiple(stock, **replaced):
         yield
 

@@ -8,6 +8,20 @@ INF, NAN = float("inf"), float("nan")
 REDUCTIONS = ("mean", "sum", "none")
 
 
+class Named:
+    """A maker with a name, for a row that has it among its options."""
+
+    def __init__(self, name, make):
+        self.name = name
+        self.make = make
+
+    def __call__(self, dtype, device):
+        return self.make(dtype, device)
+
+    def __repr__(self):
+        return self.name
+
+
 def uniform(*shape, grad=True, low=0.05, high=0.95):
     """Maker of values between `low` and `high`; a leaf that wants its gradient."""
 
@@ -15,7 +29,7 @@ def uniform(*shape, grad=True, low=0.05, high=0.95):
         x = torch.rand(shape) * (high - low) + low
         return x.to(device, dtype).requires_grad_(grad)
 
-    return make
+    return Named("x".join(map(str, shape)) or "number", make)
 
 
 def signs(*shape, dtype=None):
@@ -43,7 +57,7 @@ def of(maker, dtype):
 
 def labels(*numbers):
     """Maker of these numbers as targets."""
-    return values(*numbers, grad=False)
+    return Named(str(numbers), values(*numbers, grad=False))
 
 
 def channels_last(x):
