@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{text}:UserWarning")
     for text in (
         "dropout2d. Received a 3D input",
+        "enable_nested_tensor is True",
         "Using a target size",
         "reduction. .mean. divides the total loss",
     )
