@@ -89,12 +89,11 @@ def _attention_weights_kernel(
 def _config(D, itemsize, narrow):
     """`narrow`: of noise whose words are drawn one by one, which takes registers."""
     if itemsize == 4:
-        block = 32 if D <= 64 else 16
-        return {
-            "BLOCK_M": block, "BLOCK_N": block, "num_warps": 4 if D <= 64 else 8, "num_stages": 1
-        }  # fmt: skip
-    m = 128 if D <= 64 and not narrow else 64
-    return {"BLOCK_M": m, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2 if D <= 128 else 1}
+        block = 32 if D <= 32 else 16
+        return {"BLOCK_M": block, "BLOCK_N": block, "num_warps": 4, "num_stages": 1}
+    m = 128 if D <= 32 and not narrow else 64
+    n = 64 if D <= 64 or not narrow else 32
+    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": 8, "num_stages": 2 if D <= 128 else 1}
 
 
 def fwd(q, k, mask, stats, dtype, *, scale, average, noise=None, precision="ieee"):
