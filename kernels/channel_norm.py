@@ -1,14 +1,15 @@
 """Norms with a scale per channel: batch, group and instance norm, with the activation that follows.
 
-    y = f((x - mean) * rstd * w + b),  rstd = 1 / sqrt(var + eps)      x_hat = (x - mean) * rstd
+    y = f((x - mean) * rstd * w + b + r),  rstd = 1 / sqrt(var + eps)      x_hat = (x - mean) * rstd
     dz = f'(dy);  g = dz * w;  dx = (g - x_hat * avg(g * x_hat) - avg(g)) * rstd
-    dw = sum of dz * x_hat, db = sum of dz, over all but the channel
+    dw = sum of dz * x_hat, db = sum of dz, over all but the channel;  dr = dz
 
 Memory-bound; passes over the elements (R read, W write):
     stock   statistics 1R, y 1R 1W, f 1R 1W; f' 2R 1W, sums 2R, dx 2R 1W                13
     here    statistics 1R, y 1R 1W; sums 2R, dx 2R 1W                                    8
     where a statistic's elements fit in registers: 1R 1W; 2R 1W                          5
-f' is computed from x and the statistics: no mask, and no result of f, is read.
+f' is computed from x and the statistics: no mask, and no result of f, is read. With a residual r it
+is computed from y, and the passes are 11, to stock's 16.
 
 An input (N, C, *) is seen as O x C x J: for each of O outer indices and C channels, J elements that
 a kernel walks. Batch norm has O = 1, and J runs over samples and positions. Group norm has O = N, J
@@ -101,6 +102,18 @@ def _normalised(x, mean, rstd, w, b):
 
 
 @triton.jit
+def _through(dy, z, Y, at, mask, a, b, FORMULA: tl.constexpr, GRADIENT: tl.constexpr):
+    """dz: what of dy comes through the activation."""
+    if GRADIENT is not None:
+        if Y is not None:
+            z = tl.load(Y + at, mask=mask, other=0.0).to(tl.float32)
+        elif FORMULA is not None:  # the gradient is written in y
+            z = FORMULA(z, a, b)
+        dy = GRADIENT(dy, z, a, b)
+    return tl.where(mask, dy, 0.0)
+
+
+@triton.jit
 def _rstd_of(var, eps):
     return tl.div_rn(1.0, tl.sqrt_rn(var + eps))
 
@@ -169,7 +182,7 @@ def _shared(x, GROUPED: tl.constexpr):
 
 @kernel(do_not_specialize=["C", "S", "N", "D"])
 def _channel_fwd_kernel(
-    X, W, B, Y, MEAN, RSTD, RUNNING_MEAN, RUNNING_VAR, C, S, N, D, eps, momentum, a, b,
+    X, W, B, R, Y, MEAN, RSTD, RUNNING_MEAN, RUNNING_VAR, C, S, N, D, eps, momentum, a, b,
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, D_UNIT: tl.constexpr, GROUPED: tl.constexpr,
     FORMULA: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -202,6 +215,8 @@ def _channel_fwd_kernel(
         y *= _per_channel(W, c, limit)[:, None, None]
     if B is not None:
         y += _per_channel(B, c, limit)[:, None, None]
+    if R is not None:
+        y += tl.load(R + base + offs, mask=mask, other=0.0).to(tl.float32)
     if FORMULA is not None:
         y = FORMULA(y, a, b)
     tl.store(Y + base + offs, y.to(Y.dtype.element_ty), mask=mask)
@@ -209,7 +224,7 @@ def _channel_fwd_kernel(
 
 @kernel(do_not_specialize=["C", "S", "N", "D"])
 def _channel_bwd_kernel(
-    DY, X, W, B, MEAN, RSTD, DX, DW, DB, C, S, N, D, a, b,
+    DY, X, W, B, Y, MEAN, RSTD, DX, DZ, DW, DB, C, S, N, D, a, b,
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, D_UNIT: tl.constexpr, GROUPED: tl.constexpr,
     FORMULA: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -222,11 +237,9 @@ def _channel_bwd_kernel(
     x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
     mean, rstd, w, bias = _loaded(MEAN, RSTD, W, B, st, c, limit, 0.0, False)
     x_hat, z = _normalised(x, mean, rstd, w, bias)
-    if GRADIENT is not None:
-        if FORMULA is not None:  # the gradient is written in y
-            z = FORMULA(z, a, b)
-        dz = GRADIENT(dz, z, a, b)
-    dz = tl.where(mask, dz, 0.0)
+    dz = _through(dz, z, Y, base + offs, mask, a, b, FORMULA, GRADIENT)
+    if DZ is not None:
+        tl.store(DZ + base + offs, dz.to(DZ.dtype.element_ty), mask=mask)
     x_hat = tl.where(mask, x_hat, 0.0)
     along = _sum(dz * x_hat)
     total = _sum(dz)
@@ -334,7 +347,7 @@ def _channel_pool_kernel(
 
 @kernel(do_not_specialize=["C", "S", "N", "D", "span"])
 def _channel_apply_kernel(
-    X, W, B, Y, MEAN, RSTD, C, S, N, D, span, eps, a, b,
+    X, W, B, R, Y, MEAN, RSTD, C, S, N, D, span, eps, a, b,
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, VARIANCE: tl.constexpr, FORMULA: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -352,6 +365,8 @@ def _channel_apply_kernel(
         mask = (c < C)[:, None, None] & (v0 + tl.arange(0, BLOCK_V) < stop)[None, :, None]
         x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
         _, y = _normalised(x, mean, rstd, w, bias)
+        if R is not None:
+            y += tl.load(R + base + offs, mask=mask, other=0.0).to(tl.float32)
         if FORMULA is not None:
             y = FORMULA(y, a, b)
         tl.store(Y + base + offs, y.to(Y.dtype.element_ty), mask=mask)
@@ -359,7 +374,7 @@ def _channel_apply_kernel(
 
 @kernel(do_not_specialize=["C", "S", "N", "D", "span", "K"])
 def _channel_sums_kernel(
-    DY, X, W, B, MEAN, RSTD, ALONG, TOTAL, C, S, N, D, span, K, eps, a, b,
+    DY, X, W, B, Y, MEAN, RSTD, DZ, ALONG, TOTAL, C, S, N, D, span, K, eps, a, b,
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, VARIANCE: tl.constexpr, FORMULA: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -379,13 +394,14 @@ def _channel_sums_kernel(
         base, offs = _offsets(o, c, v0, C, S, V, LAYOUT, U, BLOCK_V)
         mask = (c < C)[:, None, None] & (v0 + tl.arange(0, BLOCK_V) < stop)[None, :, None]
         dz = tl.load(DY + base + offs, mask=mask, other=0.0).to(tl.float32)
+        z = dz
         if ALONG is not None or GRADIENT is not None:
             x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
             x_hat, z = _normalised(x, mean, rstd, w, bias)
-            if GRADIENT is not None:
-                if FORMULA is not None:
-                    z = FORMULA(z, a, b)
-                dz = tl.where(mask, GRADIENT(dz, z, a, b), 0.0)
+        dz = _through(dz, z, Y, base + offs, mask, a, b, FORMULA, GRADIENT)
+        if DZ is not None:
+            tl.store(DZ + base + offs, dz.to(DZ.dtype.element_ty), mask=mask)
+        if ALONG is not None:
             along += tl.where(mask, dz * x_hat, 0.0)
         total += dz
     at = (o * K + k) * C + c
@@ -451,13 +467,11 @@ def _channel_dx_kernel(
         base, offs = _offsets(o, c, v0, C, S, V, LAYOUT, U, BLOCK_V)
         mask = (c < C)[:, None, None] & (v0 + tl.arange(0, BLOCK_V) < stop)[None, :, None]
         dz = tl.load(DY + base + offs, mask=mask, other=0.0).to(tl.float32)
+        z = dz
         if SUM_ALONG is not None or GRADIENT is not None:
             x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
             x_hat, z = _normalised(x, mean, rstd, w, bias)
-            if GRADIENT is not None:
-                if FORMULA is not None:
-                    z = FORMULA(z, a, b)
-                dz = GRADIENT(dz, z, a, b)
+        dz = _through(dz, z, None, base + offs, mask, a, b, FORMULA, GRADIENT)
         dx = dz * w[:, None, None]
         if SUM_ALONG is not None:
             dx -= x_hat * along + total
@@ -607,25 +621,28 @@ def _add_up(parts, dw, db):
     norm._sum(parts, dw, db, parts.shape[1], parts.shape[2], math.gcd(parts.shape[2], 8))
 
 
-def apply(x, weight, bias, mean, rstd, y, groups, eps=None, formula=None, a=0.0, b=0.0, last=False):
+def apply(
+    x, weight, bias, mean, rstd, y, groups, eps=None, formula=None, a=0.0, b=0.0, residual=None,
+    last=False,
+):  # fmt: skip
     """x (N, C, *) normalised by given statistics, into y; with eps, `rstd` holds the variance."""
     view = _view(x, groups, last)
     config = _tile(view, x.element_size())
     grid, span = _split(view, config, 4)
     _channel_apply_kernel(
-        grid, x, weight, bias, y, mean, rstd, *view.arguments(config["UNIT"]), view.D, span,
-        0.0 if eps is None else eps, a, b,
+        grid, x, weight, bias, residual, y, mean, rstd, *view.arguments(config["UNIT"]), view.D,
+        span, 0.0 if eps is None else eps, a, b,
         VARIANCE=eps is not None, FORMULA=formula and getattr(pointwise, formula), **config,
     )  # fmt: skip
 
 
 def fwd(
     x, weight, bias, running_mean, running_var, y, groups, eps, momentum=0.0, formula=None, a=0.0,
-    b=0.0, last=False,
+    b=0.0, residual=None, last=False,
 ):  # fmt: skip
     """x (N, C, *), not empty, contiguous or, if `last`, channels last; weight, bias (C,) or None
     -> mean and rstd in fp32, each (N, groups), or (C,) if groups is 0 (batch norm); y, laid out as
-    x, is filled.
+    x, is filled. The residual is laid out so too.
 
     Running statistics (C,), where given, are moved by `momentum` in place.
     """
@@ -640,8 +657,8 @@ def fwd(
     if whole is not None:
         programs, sizes = _whole_launch(view, whole)
         _channel_fwd_kernel(
-            (programs,), x, weight, bias, y, mean, rstd, running_mean, running_var, *sizes, eps,
-            momentum, a, b, FORMULA=formula and getattr(pointwise, formula), **whole,
+            (programs,), x, weight, bias, residual, y, mean, rstd, running_mean, running_var,
+            *sizes, eps, momentum, a, b, FORMULA=formula and getattr(pointwise, formula), **whole,
         )  # fmt: skip
         return mean, rstd
     config = _tile(view, x.element_size())
@@ -658,25 +675,28 @@ def fwd(
         parts[0], parts[1], mean, rstd, running_mean, running_var, view.V, span, K, view.D, G,
         view.outer, eps, momentum, U=view.vector, **pool,
     )  # fmt: skip
-    apply(x, weight, bias, mean, rstd, y, groups, None, formula, a, b, last)
+    apply(x, weight, bias, mean, rstd, y, groups, None, formula, a, b, residual, last)
     return mean, rstd
 
 
 def bwd(
     dy, x, weight, bias, mean, rstd, groups, need_dx, dw_dtype, db_dtype, eps=None, formula=None,
-    gradient=None, a=0.0, b=0.0, last=False,
+    gradient=None, a=0.0, b=0.0, y=None, last=False,
 ):  # fmt: skip
-    """dy, laid out as x, and fwd's arguments and results -> dx, dw, db; None for each not wanted.
+    """dy, laid out as x, and fwd's arguments and results -> dx, dw, db, dz; None for each not
+    wanted.
 
     dx has x's dtype and layout; dw and db (C,) are left out where their dtype is None. With eps the
     statistics were given, `rstd` being the variance, and no gradient goes through them. `gradient`
-    is f', written in what `formula` makes of z if that is not None, else in z.
+    is f', written in y if that is given, else in what `formula` makes of z, else in z. With y there
+    was a residual, whose gradient dz is.
     """
     view = _view(x, groups, last)
     C = view.C
     dx = torch.empty_like(dy, dtype=x.dtype) if need_dx else None
     dw = None if dw_dtype is None else torch.empty(C, dtype=dw_dtype, device=x.device)
     db = None if db_dtype is None else torch.empty(C, dtype=db_dtype, device=x.device)
+    dz = None if y is None else torch.empty_like(dy, dtype=x.dtype)
     params = [t for t in (dw, db) if t is not None]
     formulas = _formulas(formula, gradient)
 
@@ -695,16 +715,16 @@ def bwd(
         programs, sizes = _whole_launch(view, whole)
         parts, dw_part, db_part = partials(view.outer)
         _channel_bwd_kernel(
-            (programs,), dy, x, weight, bias, mean, rstd, dx, dw_part, db_part, *sizes, a, b,
-            **formulas, **whole,
+            (programs,), dy, x, weight, bias, y, mean, rstd, dx, dz, dw_part, db_part, *sizes, a,
+            b, **formulas, **whole,
         )  # fmt: skip
         if parts is not None:
             _add_up(parts, dw, db)
-        return dx, dw, db
+        return dx, dw, db, dz
     config = _tile(view, x.element_size())
     sizes = view.arguments(config["UNIT"])
     along = total = sum_along = sum_total = None
-    if params or eps is None:
+    if params or eps is None or dz is not None:
         grid, span = _chunks(view, config)
         K = grid[1]
         through = need_dx and eps is None
@@ -712,7 +732,7 @@ def bwd(
         along = parts[0] if through or dw is not None else None
         total = parts[1] if through or db is not None else None
         _channel_sums_kernel(
-            grid, dy, x, weight, bias, mean, rstd, along, total, *sizes, view.D, span, K,
+            grid, dy, x, weight, bias, y, mean, rstd, dz, along, total, *sizes, view.D, span, K,
             0.0 if eps is None else eps, a, b, VARIANCE=eps is not None, **formulas, **config,
         )  # fmt: skip
         apart = groups > 0  # then dw and db also sum over the samples
@@ -727,9 +747,11 @@ def bwd(
         if params and (apart or not through):
             _add_up(parts if dw is not None else parts[1:], dw, db)
     if need_dx:
+        if dz is not None:
+            dy, formulas = dz, _formulas(None, None)
         grid, span = _split(view, config, 4)
         _channel_dx_kernel(
             grid, dy, x, weight, bias, mean, rstd, sum_along, sum_total, dx, *sizes, view.D, span,
             0.0 if eps is None else eps, a, b, VARIANCE=eps is not None, **formulas, **config,
         )  # fmt: skip
-    return dx, dw, db
+    return dx, dw, db, dz

@@ -17,7 +17,8 @@ __all__ = [
 ]
 
 
-def _forward(self, input):
+def _arguments(self, input):
+    """What forward gives to `batch_norm`, after it counted the batch. A method, for TorchScript."""
     self._check_input_dim(input)
     factor = 0.0 if self.momentum is None else self.momentum
     if self.training and self.track_running_stats:
@@ -26,7 +27,7 @@ def _forward(self, input):
             if self.momentum is None:  # the average over all batches
                 factor = 1.0 / float(self.num_batches_tracked)
     used = not self.training or self.track_running_stats
-    return F.batch_norm(
+    return (
         input,
         self.running_mean if used else None,
         self.running_var if used else None,
@@ -38,34 +39,46 @@ def _forward(self, input):
     )
 
 
+def _forward(self, input):
+    return F.batch_norm(*self._arguments(input))
+
+
 class BatchNorm1d(stock.BatchNorm1d, metaclass=Layer):
+    _arguments = _arguments
     forward = _forward
 
 
 class LazyBatchNorm1d(stock.LazyBatchNorm1d, metaclass=Layer):
     cls_to_become = BatchNorm1d  # type: ignore[assignment]
+    _arguments = _arguments
     forward = _forward
 
 
 class BatchNorm2d(stock.BatchNorm2d, metaclass=Layer):
+    _arguments = _arguments
     forward = _forward
 
 
 class LazyBatchNorm2d(stock.LazyBatchNorm2d, metaclass=Layer):
     cls_to_become = BatchNorm2d  # type: ignore[assignment]
+    _arguments = _arguments
     forward = _forward
 
 
 class BatchNorm3d(stock.BatchNorm3d, metaclass=Layer):
+    _arguments = _arguments
     forward = _forward
 
 
 class LazyBatchNorm3d(stock.LazyBatchNorm3d, metaclass=Layer):
     cls_to_become = BatchNorm3d  # type: ignore[assignment]
+    _arguments = _arguments
     forward = _forward
 
 
 class SyncBatchNorm(stock.SyncBatchNorm, metaclass=Layer):
+    _arguments = _arguments
+
     def forward(self, input):
         tracks = self.training and self.track_running_stats
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,7 +1,8 @@
 """Sequential. Mirrors torch/nn/modules/container.py.
 
-Neighbours `Linear, activation[, Dropout]` run as one op where nothing could tell: the members are
-exactly our classes, nobody hooked into them, and nobody traces the calls.
+Neighbours `Linear, activation[, Dropout]`, `BatchNorm, activation` and `GroupNorm, activation` run
+as one op where nothing could tell: the members are exactly our classes, nobody hooked into them,
+and nobody traces the calls.
 """
 
 from __future__ import annotations
@@ -16,15 +17,27 @@ from torch.nn.modules import module as _module
 from fastnn import _op
 from fastnn._op import Decision, current_mode, idle
 from fastnn.layers import activation as acts
+from fastnn.layers import batchnorm
 from fastnn.layers._layer import Layer
 from fastnn.layers.dropout import Dropout
 from fastnn.layers.linear import Linear
+from fastnn.layers.normalization import GroupNorm
 from fastnn.ops import REGISTRY
+from fastnn.ops.channel_norm import batch_norm_act, group_norm_act
 from fastnn.ops.linear import linear_act
 
 __all__ = ["Sequential"]
 
-# What `linear_act` is told for an activation: its name there, a and b; None if it does not fuse.
+# Who fuses with the activation that follows, and by which function.
+_LEADS: dict[type, str] = {
+    Linear: "linear_act",
+    batchnorm.BatchNorm1d: "batch_norm_act",
+    batchnorm.BatchNorm2d: "batch_norm_act",
+    batchnorm.BatchNorm3d: "batch_norm_act",
+    GroupNorm: "group_norm_act",
+}
+
+# What these are told for an activation: its name there, a and b; None if it does not fuse.
 _Told = tuple[str, float, float]
 _GELU: dict[str, _Told] = {"none": ("gelu", 0.0, 0.0), "tanh": ("gelu_tanh", 0.0, 0.0)}
 _FUSES: dict[type, Callable[..., _Told | None]] = {
@@ -95,7 +108,7 @@ def _forward(sequential, input):
     i = 0
     while i <= last:
         module = members[i]
-        if type(module) is Linear and i < last:
+        if type(module) in _LEADS and i < last:
             fuses = _FUSES.get(type(members[i + 1]))
             if fuses is not None and type(input) is Tensor:
                 end, input = _run_neighbours(members, i, fuses, input)
@@ -119,16 +132,23 @@ class Sequential(stock.Sequential, metaclass=Layer):
 
 def _run_neighbours(members, i: int, fuses, input):
     """(index after the members that ran, their result); (i, input) if none did."""
-    linear, activation = members[i], members[i + 1]
+    lead, activation = members[i], members[i + 1]
     told = fuses(activation)
     if told is None or current_mode() == "torch":
         return i, input
-    why = _watched(linear, activation)
+    name = _LEADS[type(lead)]
+    why = _watched(lead, activation)
     if why is not None:
         for heard in _op._heard.get():
-            heard.append(Decision(REGISTRY["linear_act"], f"not fused: {why}"))
+            heard.append(Decision(REGISTRY[name], f"not fused: {why}"))
         return i, input
     end = i + 2
+    if name == "batch_norm_act":
+        return end, batch_norm_act(*lead._arguments(input), *told)
+    if name == "group_norm_act":
+        return end, group_norm_act(
+            input, lead.num_groups, lead.weight, lead.bias, lead.eps, *told
+        )  # fmt: skip
     p, training = 0.0, False
     if end < len(members) and type(members[end]) is Dropout:
         dropout = members[end]
@@ -136,4 +156,4 @@ def _run_neighbours(members, i: int, fuses, input):
         if not (dropout.inplace and dropout.training) and _watched(dropout) is None:
             p, training = dropout.p, dropout.training
             end += 1
-    return end, linear_act(input, linear.weight, linear.bias, *told, p, training)
+    return end, linear_act(input, lead.weight, lead.bias, *told, p, training)

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
 from fastnn._op import Invalid, Stock, current_mode, op, run, second_order
+from fastnn.ops.linear import _ACTIVATIONS, _activate
+
+
+class Act(NamedTuple):
+    """An activation, as `linear_act` is told it."""
+
+    name: str
+    a: float
+    b: float
+
+    @property
+    def formula(self):
+        return _ACTIVATIONS[self.name]
+
+    def __call__(self, z):
+        return _activate(self.name)(z, self.a, self.b)
 
 
 class Spec(NamedTuple):
@@ -23,69 +39,91 @@ class Spec(NamedTuple):
     momentum: float = 0.0
     format: torch.memory_format = torch.contiguous_format
     out_dtype: torch.dtype | None = None
+    act: Act | None = None
+
+    @property
+    def last(self):
+        return self.format is not torch.contiguous_format
 
 
 def _norm(x, weight, bias, mean, var, spec):
     """Stock's formula, to be differentiated."""
     if spec.out_dtype is not None:
         x, weight, bias = (t if t is None else t.to(spec.out_dtype) for t in (x, weight, bias))
-    if not spec.groups:
-        return stock.batch_norm(x, mean, var, weight, bias, not spec.given, 0.0, spec.eps)
-    return stock.group_norm(x, spec.groups, weight, bias, spec.eps)
+    if spec.groups:
+        y = stock.group_norm(x, spec.groups, weight, bias, spec.eps)
+    else:
+        y = stock.batch_norm(x, mean, var, weight, bias, not spec.given, 0.0, spec.eps)
+    return y if spec.act is None else spec.act(y)
 
 
 class ChannelNorm(torch.autograd.Function):
-    """x (N, C, *), weight and bias (C,) or None -> y, in x's layout.
+    """x (N, C, *), weight and bias (C,) or None, residual as x or None -> y, in x's layout.
 
-    Saves what stock saves: x, weight, running statistics, and the statistics it computed.
+    Saves what stock saves: x, weight, running statistics, the statistics it computed, and y where
+    the activation's gradient is written in it. With an activation the bias too, from which that is
+    computed again.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, spec):
-        dense = x.contiguous(memory_format=spec.format)  # a copy only where stock makes one
+    def forward(ctx, x, weight, bias, residual, running_mean, running_var, spec):
         y = torch.empty_like(x, dtype=spec.out_dtype, memory_format=spec.format)
-        last = spec.format is not torch.contiguous_format
-        affine = weight, bias
-        running = running_mean, running_var
+        # Copies only where stock makes one.
+        dense = x.contiguous(memory_format=spec.format)
+        given = dense, weight, bias, running_mean, running_var, y, spec.groups, spec.eps
+        rest: dict[str, Any] = {"last": spec.last}
+        if residual is not None:
+            rest["residual"] = residual.contiguous(memory_format=spec.format)
+        act = spec.act
+        if act is not None:
+            rest.update(formula=act.formula.value, a=act.a, b=act.b)
         mean = rstd = None
         if spec.given:
-            kernels.channel_norm.apply(
-                dense, *affine, *running, y, spec.groups, spec.eps, last=last
-            )
+            kernels.channel_norm.apply(*given, **rest)
         else:
-            mean, rstd = kernels.channel_norm.fwd(
-                dense, *affine, *running, y, spec.groups, spec.eps, spec.momentum, last=last
-            )
+            mean, rstd = kernels.channel_norm.fwd(*given, spec.momentum, **rest)
         if spec.groups:
-            running = None, None
-        ctx.save_for_backward(x, weight, *running, mean, rstd)
+            running_mean = running_var = None
+        keeps_y = act is not None and act.formula.keeps == "y"
+        ctx.save_for_backward(
+            x,
+            weight,
+            None if act is None else bias,
+            running_mean,
+            running_var,
+            mean,
+            rstd,
+            y if keeps_y else None,
+        )
         ctx.bias = None if bias is None else bias.dtype
+        ctx.has_residual = residual is not None
         ctx.spec = spec
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, running_mean, running_var, mean, rstd = ctx.saved_tensors
-        spec, needs = ctx.spec, ctx.needs_input_grad[:3]
+        x, weight, bias, *running, mean, rstd, y = ctx.saved_tensors
+        spec, needs = ctx.spec, ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():  # create_graph=True: a kernel's gradient would carry no graph
-            given = (running_mean, running_var) if spec.given else (None, None)
-
-            def formula(x, weight, bias):
-                return _norm(x, weight, bias, *given, spec)
-
-            # Of the bias, only that it is added matters.
-            bias = None
-            if needs[2]:
-                bias = torch.zeros(x.shape[1], dtype=ctx.bias, device=x.device, requires_grad=True)
-            grads = second_order(formula, (x, weight, bias), dy, needs)
+            grads = _differentiable_gradients(ctx, dy, x, weight, bias, running, y, needs)
             return *grads, None, None, None
         if spec.given:
-            mean, rstd = running_mean, running_var
-        grads = kernels.channel_norm.bwd(
+            mean, rstd = running
+        rest: dict[str, Any] = {"last": spec.last}
+        if spec.act is not None:
+            formula = spec.act.formula
+            rest.update(
+                formula=formula.value if formula.keeps == "y" else None,
+                gradient=formula.gradient,
+                a=spec.act.a,
+                b=spec.act.b,
+                y=y if ctx.has_residual else None,
+            )
+        *grads, dz = kernels.channel_norm.bwd(
             dy.contiguous(memory_format=spec.format),
             x.contiguous(memory_format=spec.format),
             weight,
-            None,
+            bias,
             mean,
             rstd,
             spec.groups,
@@ -93,9 +131,26 @@ class ChannelNorm(torch.autograd.Function):
             weight.dtype if needs[1] else None,
             ctx.bias if needs[2] else None,
             spec.eps if spec.given else None,
-            last=spec.format is not torch.contiguous_format,
+            **rest,
         )
-        return *grads, None, None, None
+        return *grads, dz if needs[3] else None, None, None, None
+
+
+def _differentiable_gradients(ctx, dy, x, weight, bias, running, y, needs):
+    """Gradients of x, weight, bias and residual, with graphs of their own."""
+    spec = ctx.spec
+    running = running if spec.given else (None, None)
+    dz = dy
+    if ctx.has_residual:  # a relu, whose gradient is written in y
+        dz = spec.act.formula.stock(dy, y, spec.act.a, spec.act.b)
+        spec = spec._replace(act=None)
+    if bias is None and needs[2]:  # only added: its value does not matter
+        bias = torch.zeros(x.shape[1], dtype=ctx.bias, device=x.device, requires_grad=True)
+
+    def formula(*inputs):
+        return _norm(*inputs, *running, spec)
+
+    return *second_order(formula, (x, weight, bias), dz, needs[:3]), dz if needs[3] else None
 
 
 def _format(x, contiguous_first=True) -> torch.memory_format:
@@ -139,13 +194,7 @@ def _mixed(input, *tensors) -> bool:
     return len(dtypes) > 1 or not dtypes <= {input.dtype, torch.float32}
 
 
-@op(
-    stock=stock.group_norm,
-    autocast="fp32",
-    source="arXiv:1803.08494; statistics: Welford (1962), Chan, Golub, LeVeque (1979)",
-)
-def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, *, out_dtype=None):
-    """Fused for every number of groups, weight and bias each or not; channels last stays so."""
+def _group_norm(input, num_groups, weight, bias, eps, out_dtype, act=None):
     if input.dim() < 2 or type(num_groups) is not int or num_groups <= 0:
         return Invalid(f"num_groups={num_groups!r}, input {tuple(input.shape)}")
     C = input.shape[1]
@@ -156,23 +205,29 @@ def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, *, out_dtype
     why = _unfit(input, eps) or _of_channels(C, weight, bias)
     if why is not None:
         return why
+    if weight is None and bias is not None:
+        return Stock("a bias without a weight")
     if out_dtype is None and any(p is not None and p.dtype != input.dtype for p in (weight, bias)):
         return Invalid("parameters in another dtype than the input")  # to CUDA
     weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
-    spec = Spec(num_groups, float(eps), format=_format(input, False), out_dtype=out_dtype)
-    return run(ChannelNorm, input, weight, bias, None, None, spec)
+    format = _format(input, False)
+    spec = Spec(num_groups, float(eps), format=format, out_dtype=out_dtype, act=act)
+    return run(ChannelNorm, input, weight, bias, None, None, None, spec)
 
 
 @op(
-    stock=stock.batch_norm,
-    source="arXiv:1502.03167; statistics: Welford (1962), Chan, Golub, LeVeque (1979)",
+    stock=stock.group_norm,
+    autocast="fp32",
+    source="arXiv:1803.08494; statistics: Welford (1962), Chan, Golub, LeVeque (1979)",
 )
-def batch_norm(
-    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
-    eps=1e-5,
-):  # fmt: skip
-    """Fused in training, with running statistics or not, and in eval mode; float32 parameters with
-    16-bit input too. Channels last stays so."""
+def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, *, out_dtype=None):
+    """Fused for every number of groups, weight and bias each or not; channels last stays so."""
+    return _group_norm(input, num_groups, weight, bias, eps, out_dtype)
+
+
+def _batch_norm(
+    input, running_mean, running_var, weight, bias, training, momentum, eps, act=None, residual=None
+):
     if input.dim() < 2:
         return Invalid(f"input {tuple(input.shape)}")
     why = _unfit(input, eps, momentum)
@@ -191,15 +246,28 @@ def batch_norm(
         return why
     if _mixed(input, *tensors):
         return Invalid("parameters or statistics in other dtypes")
-    if not training and current_mode() == "auto":
-        return Stock("training=False: stock makes one pass too")
     if (running_mean is None) != (running_var is None):
         return Stock("one running statistic without the other")
     if any(t is not None and (t.requires_grad or not t.is_contiguous()) for t in tensors[:2]):
         return Stock("running statistics that require grad, or are strided")
     weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
-    spec = Spec(0, float(eps), not training, float(momentum), _format(input))
-    return run(ChannelNorm, input, weight, bias, running_mean, running_var, spec)
+    spec = Spec(0, float(eps), not training, float(momentum), _format(input), act=act)
+    return run(ChannelNorm, input, weight, bias, residual, running_mean, running_var, spec)
+
+
+@op(
+    stock=stock.batch_norm,
+    source="arXiv:1502.03167; statistics: Welford (1962), Chan, Golub, LeVeque (1979)",
+)
+def batch_norm(
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
+    eps=1e-5,
+):  # fmt: skip
+    """Fused in training, with running statistics or not, and in eval mode; float32 parameters with
+    16-bit input too. Channels last stays so."""
+    if not training and current_mode() == "auto":
+        return Stock("training=False: stock makes one pass too")
+    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 @op(
@@ -234,15 +302,103 @@ def instance_norm(
     weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
     if torch.is_grad_enabled():
         # Stock repeats these for the samples: edits between here and backward do not matter.
-        weight = weight if weight is None else weight.clone()
+        weight = None if weight is None else weight.clone()
         if not use_input_stats:
             running_mean, running_var = running_mean.clone(), running_var.clone()
     # Not channels last: stock's result is contiguous.
     if not use_input_stats:
         spec = Spec(0, float(eps), given=True)
-        return run(ChannelNorm, input, weight, bias, running_mean, running_var, spec)
+        return run(ChannelNorm, input, weight, bias, None, running_mean, running_var, spec)
     spec = Spec(C, float(eps), momentum=float(momentum))
-    y = run(ChannelNorm, input, weight, bias, running_mean, running_var, spec)
+    y = run(ChannelNorm, input, weight, bias, None, running_mean, running_var, spec)
     if running_mean is not None and not running_mean.is_inference():
         torch.autograd.graph.increment_version((running_mean, running_var))
     return y
+
+
+# ---- norm and activation -------------------------------------------------------------------------
+
+
+def _act(name, activation, a, b):
+    """The activation; raises ValueError for one that there is not."""
+    if activation not in _ACTIVATIONS:
+        accepted = ", ".join(_ACTIVATIONS)
+        raise ValueError(f"{name}: activation {activation!r}; accepted are {accepted}")
+    return Act(activation, a, b)
+
+
+def _group_norm_then_act(
+    input, num_groups, weight=None, bias=None, eps=1e-5, activation="silu", a=0.0, b=0.0
+):
+    act = _act("group_norm_act", activation, a, b)
+    return act(stock.group_norm(input, num_groups, weight, bias, eps))
+
+
+@op(stock=_group_norm_then_act, autocast="fp32")
+def group_norm_act(
+    input, num_groups, weight=None, bias=None, eps=1e-5, activation="silu", a=0.0, b=0.0, *,
+    out_dtype=None,
+):  # fmt: skip
+    """`activation(group_norm(input, num_groups, weight, bias, eps), a, b)`, in the norm's passes.
+
+    What `Sequential` calls for a GroupNorm and its neighbour. input (N, C, *); the activations, and
+    a and b, are those of `linear_act`. Raises ValueError for any other activation.
+    """
+    if activation not in _ACTIVATIONS:
+        return Invalid(f"activation={activation!r}")
+    act = Act(activation, float(a), float(b))
+    return _group_norm(input, num_groups, weight, bias, eps, out_dtype, act)
+
+
+def _batch_norm_then_act(
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
+    eps=1e-5, activation="relu", a=0.0, b=0.0,
+):  # fmt: skip
+    act = _act("batch_norm_act", activation, a, b)
+    y = stock.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return act(y)
+
+
+@op(stock=_batch_norm_then_act)
+def batch_norm_act(
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
+    eps=1e-5, activation="relu", a=0.0, b=0.0,
+):  # fmt: skip
+    """`activation(batch_norm(input, ..., eps), a, b)`, in the norm's passes.
+
+    What `Sequential` calls for a BatchNorm and its neighbour. input (N, C, *); the activations, and
+    a and b, are those of `linear_act`. Raises ValueError for any other activation.
+    """
+    if activation not in _ACTIVATIONS:
+        return Invalid(f"activation={activation!r}")
+    act = Act(activation, float(a), float(b))
+    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, act)
+
+
+def _batch_norm_then_add_relu(
+    input, residual, running_mean, running_var, weight=None, bias=None, training=False,
+    momentum=0.1, eps=1e-5,
+):  # fmt: skip
+    y = stock.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return stock.relu(y + residual)
+
+
+@op(stock=_batch_norm_then_add_relu, source="arXiv:1512.03385, figure 2")
+def batch_norm_add_relu(
+    input, residual, running_mean, running_var, weight=None, bias=None, training=False,
+    momentum=0.1, eps=1e-5,
+):  # fmt: skip
+    """`relu(batch_norm(input, ..., eps) + residual)`, the end of a residual block, in the norm's
+    passes.
+
+    input (N, C, *); residual of the same shape and dtype, else stock computes it. Raises what
+    `batch_norm` raises.
+    """
+    if residual.shape != input.shape or residual.dtype != input.dtype:
+        return Stock(f"residual {tuple(residual.shape)}, input {tuple(input.shape)}")
+    if _format(residual) != _format(input):
+        return Stock("input and residual in different memory formats")
+    act = Act("relu", 0.0, 0.0)
+    return _batch_norm(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, act, residual
+    )

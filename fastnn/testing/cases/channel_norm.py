@@ -153,6 +153,55 @@ CASES: list[Case] = [
         )
     ),
     Case("batch_norm", (randn(1, 3), *given(3), None, randn(3))),
+    # ---- with an activation; that of y, that of x, one with parameters
+    *(
+        Case("batch_norm_act", (randn(4, 6, 5, 4), *stats, randn(6), randn(6), training), options)
+        for stats, training in (((None, None), True), (given(6), False))
+        for options in ({}, {"activation": "silu"}, {"activation": "elu", "a": 0.5, "b": 1.0})
+    ),
+    Case("batch_norm_act", (randn(3, 6, 5, 4), None, None, None, randn(6), True), view=last),
+    *(
+        Case(
+            "batch_norm_act",
+            (randn(2, 2, 70, 65, grad=x), None, None, randn(2, grad=w), randn(2, grad=b), True),
+            {"activation": "sigmoid"},
+            dtypes=F32,
+        )
+        for x, w, b in ((True, True, True), (False, False, True), (True, False, False))
+    ),
+    Case("group_norm_act", (randn(2, 6, 5, 4), 3, randn(6), randn(6))),
+    Case("group_norm_act", (randn(2, 6, 5, 4), 2, randn(6), None, 1e-5, "mish"), view=last),
+    Case("group_norm_act", (randn(2, 2, 90, 47), 1, randn(2), randn(2)), dtypes=F32),
+    *(
+        Case(
+            "batch_norm_add_relu",
+            (
+                randn(4, 6, 5, 4, grad=x),
+                randn(4, 6, 5, 4, grad=r),
+                *stats,
+                randn(6),
+                None,
+                training,
+            ),
+        )
+        for x, r, stats, training in (
+            (True, True, (None, None), True),
+            (True, False, (None, None), True),
+            (False, True, (None, None), True),
+            (True, True, given(6), False),
+            (False, True, given(6), False),
+        )
+    ),
+    Case(
+        "batch_norm_add_relu",
+        (randn(2, 2, 70, 66), randn(2, 2, 70, 66), None, None, randn(2), randn(2), True),
+        dtypes=F32,
+    ),
+    Case(
+        "batch_norm_add_relu",
+        (randn(2, 3), randn(1, 3), *given(3)),
+        stock="residual (1, 3)",
+    ),
     # ---- declined
     Case("batch_norm", (randn(0, 3, 2), *given(3)), stock="no elements"),
     Case("batch_norm", (randn(2, 3), *given(3)), dtypes=(torch.float64,), stock="float64"),
