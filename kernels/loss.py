@@ -613,7 +613,7 @@ def bwd(dloss, inputs, wanted, formula, p, q, divisor, count):
     """dloss, the inputs and the count of `fwd` -> gradients of a, b and c, None if not wanted.
 
     `wanted` has their shapes and dtypes, or None. An input that the gradients do not read may be
-    None. What was broadcast gets the sum of its gradients.
+    None. The gradient of what was broadcast has the broadcast shape, in fp32, for autograd to sum.
     """
     reduce = divisor is not None
     found, (g, *read) = walk(None if reduce else dloss, *inputs)
@@ -628,7 +628,4 @@ def bwd(dloss, inputs, wanted, formula, p, q, divisor, count):
         divisor or 1, D1, D2, *steps, p, q, FORMULA=globals()[formula], REDUCE=reduce,
         WIDE=found.wide, BLOCK=BLOCK, num_warps=_warps((*read, *grads)),
     )  # fmt: skip
-    return [
-        d if d is None or d.shape == w[0] else d.sum_to_size(w[0]).to(w[1])
-        for d, w in zip(grads, wanted, strict=True)
-    ]
+    return grads

@@ -120,13 +120,8 @@ def _gradients(ctx, dy, xs, target, weight, stats, needs):
         [w if w is None else _classes_second(w, dim) for w in wanted],
         target, weight, stats, f"{rows.name}_grad", numbers, (rows.index, norm, swap), divisor,
     )  # fmt: skip
-    grads = []
-    for x, d in zip(xs, made, strict=True):
-        if d is not None:
-            d = _classes_back(d, dim)
-            d = d if x.shape == shape else d.sum_to_size(x.shape).to(x.dtype)
-        grads.append(d)
-    return grads
+    # Autograd sums those of what was broadcast.
+    return [d if d is None else _classes_back(d, dim) for d in made]
 
 
 def _classes_second(x, dim):

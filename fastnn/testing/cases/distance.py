@@ -103,6 +103,9 @@ CASES: list[Case] = [
     Case("TripletMarginLoss", (randn(2, 4097), randn(2, 4097), randn(2, 4097)), {"swap": True}),
     Case("TripletMarginLoss", (randn(300, 6), randn(300, 6), randn(300, 6))),
     Case("TripletMarginLoss", (randn(17), randn(17), randn(17))),
+    # both distances to the negative are the same
+    Case("TripletMarginLoss", (values(1.0, 2.0), values(1.0, 2.0), values(3.0, 1.0)),
+         {"swap": True, "margin": 5.0}),
     Case("TripletMarginLoss", (randn(0, 5), randn(0, 5), randn(0, 5))),
     Case("TripletMarginLoss", (randn(2, 5, 8), randn(2, 5, 8), randn(2, 1, 8))),
     Case("TripletMarginLoss", (randn(3, 8), randn(3, 8), randn(3, 8)), autocast=torch.bfloat16),
