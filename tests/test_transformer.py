@@ -13,6 +13,7 @@ from torch.profiler import profile
 import fastnn
 from fastnn import _op, _rng
 from fastnn.layers._layer import STOCK
+from fastnn.testing.noise import recording, replaying
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts on a CPU")
 
@@ -280,6 +281,65 @@ def test_noise_is_drawn_in_stocks_order(norm_first, batch_first, device):
             )
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ---- Second derivatives -------------------------------------------------------------------------
+
+
+def attend(F, x, w, mask, p, average):
+    out, weights = F.multi_head_attention_forward(
+        x, x, x, 4, 2, w[:12], None, None, None, False, p, w[12:], None, attn_mask=mask,
+        average_attn_weights=average,
+    )  # fmt: skip
+    return out.sum() + (weights * torch.linspace(-1, 2, weights.numel()).view_as(weights)).sum()
+
+
+def residual(name, prenorm):
+    def call(F, x, w, mask, p, average):
+        z, n = x * 2, w[0, :4]
+        ours = getattr(fastnn.functional, name)
+        function = ours if F is fastnn.functional else ours.op.stock
+        rest = (n, n + 1) if "layer" in name else (n,)
+        outs = function(z, x, (4,), *rest, 1e-5, p, True, prenorm)
+        return sum((i + 1) * out.pow(3).sum() for i, out in enumerate(outs if prenorm else [outs]))
+
+    return call
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("call", "average"),
+    [
+        (attend, True),
+        (attend, False),
+        (residual("dropout_add_layer_norm", False), None),
+        (residual("dropout_add_layer_norm", True), None),
+        (residual("dropout_add_rms_norm", True), None),
+    ],
+    ids=["averaged", "of each head", "layer_norm", "prenorm", "rms_norm"],
+)
+def test_second_derivatives(call, p, average):
+    """Of stock's formula, over the noise that the forward drew."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(s, requires_grad=True) for s in ((3, 2, 4), (16, 4), (3, 3))]
+    results, draws = [], []
+    for F in (fastnn.functional, stock.functional):
+        with fastnn.backend("triton"), replaying(draws) if draws else recording() as noted:
+            y = call(F, *inputs, p, average)
+        draws = draws or noted
+        with fastnn.backend("triton"):
+            grads = torch.autograd.grad(y, inputs, create_graph=True, allow_unused=True)
+            grads = [g for g in grads if g is not None]
+            second = torch.autograd.grad(
+                sum(g.square().sum() for g in grads), inputs, allow_unused=True
+            )
+        results.append([*grads, *second])
+    assert bool(draws) == (p > 0)
+    for a, b in zip(*results, strict=True):
+        if a is None or b is None:
+            assert a is b
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 # ---- Memory and launches ------------------------------------------------------------------------
