@@ -205,9 +205,7 @@ def _shapes(q, k, v, mask, gqa: bool) -> tuple[int, ...] | Stock:
             # Stock adds the mask in place, to products that only q and k make.
             scores = lead if gqa else torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
             scores = (*scores, q.shape[-2], k.shape[-2])
-            if mask.dim() < 2 or mask.dim() > len(scores):
-                return Invalid(f"mask {tuple(mask.shape)} for {scores}")
-            if torch.broadcast_shapes(scores, mask.shape) != scores:
+            if mask.dim() > len(scores) or torch.broadcast_shapes(scores, mask.shape) != scores:
                 return Invalid(f"mask {tuple(mask.shape)} for {scores}")
     except RuntimeError:
         return Invalid(shapes)
@@ -280,12 +278,14 @@ def scaled_dot_product_attention(
     if mask is not None:
         if _four_of_mask(mask, lead[:-1]) is None:
             return Stock(f"mask {tuple(mask.shape)}, constant in some of the dims of the batch")
-        if mask.requires_grad and mask.shape[-1] < S:
+        if mask.requires_grad and S > 1 and mask.shape[-1:] in ((), (1,)):
             return Stock("the gradient of a mask that is one column")
     # Also says which layout the result has.
     backend = torch._fused_sdp_choice(q, k, v, mask, dropout_p, causal, scale=scale, enable_gqa=gqa)
     if backend == _ERROR or (backend == _MATH and causal and mask is not None):
         return Invalid("no backend of stock takes this call")
+    if backend != _MATH and mask is not None and mask.dim() < 2:
+        return Invalid(f"mask {tuple(mask.shape)}, of fewer than two dims")
     precision, arch = matmul_precision(), _op.architecture(q.get_device())
     if _op.current_mode() == "auto":
         why = _why_not_worth_it(q, backend, precision, arch)
