@@ -391,7 +391,7 @@ def test_weights_of_each_head_are_allocated_once():
 @interpreted
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_launches_of_a_training_step(norm_first, monkeypatch):
-    """At most 35, where stock has 60 and more. Its attention is one fused kernel each way here, as
+    """At most 35, where stock has about 50. Its attention is one fused kernel each way here, as
     on CUDA forward; there it is 3 backward."""
     from fastnn.testing import meter
 
