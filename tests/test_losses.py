@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ import triton
 import fastnn
 import fastnn.functional as F
 from fastnn import kernels
-from fastnn.testing import Case, assert_parity, randn
+from fastnn.testing import Case, assert_parity, count, randn
 from fastnn.testing.cases.distance import lists
 from fastnn.testing.cases.loss import counts, signs, uniform
 
+DOCS = Path(__file__).parent.parent / "docs" / "losses.md"
 interpreted = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="kernels are compiled in this process"
 )
@@ -95,6 +97,20 @@ def test_each_input_is_read_once(name, dtype, device):
         torch.autograd.grad(y, wanting, seed)
     assert len(backward) == 1 and not between.ops
     assert backward.sectors.total() <= 1.05 * (nbytes(*tensors, *wanting) + rows)
+
+
+@interpreted
+def test_the_table_of_the_docs(device):
+    lines = []
+    for name, (tensors, options) in CALLS.items():
+        moved = count(Case(name, tensors, options), torch.float32)
+        one = tensors[0](torch.float32, device).numel() * 4
+        lines.append(
+            f"| `{name}` | {moved.stock.launches} | {moved.ours.launches} "
+            f"| {moved.stock.bytes / one:.0f} | {moved.ours.bytes / one:.1f} "
+            f"| {moved.least / one:.1f} |"
+        )
+    assert "\n" + "\n".join(lines) + "\n" in DOCS.read_text()
 
 
 class not_seen:
