@@ -29,6 +29,7 @@ pytestmark = [
         "enable_nested_tensor is True",
         "Using a target size",
         "reduction. .mean. divides the total loss",
+        "linear_cross_entropy. ..options.. ignored",
     )
 ]
 
@@ -108,7 +109,8 @@ def test_module_samples(info, dtype, mode, device, account):
         samples = info.module_inputs_func(
             info, device=device, dtype=dtype, requires_grad=True, training=training
         )
-        for sample in samples:
+        # An even share of where there are hundreds: LinearCrossEntropyLoss has 857.
+        for sample in samples[:: len(samples) // 200 + 1]:
             if sample.forward_input is None:
                 continue
             made = sample.constructor_input
@@ -216,6 +218,8 @@ def test_most_samples_run_on_kernels(device):
             if dtype not in info.supported_dtypes(torch.device(device).type):
                 continue
             for sample in info.sample_inputs(device, dtype):
+                if sample.kwargs.get("options") is not None:
+                    continue  # linear_cross_entropy's, which ask for an algorithm of stock's
                 try:
                     with fastnn.backend("triton"), torch.no_grad():
                         FUNCTIONS[name](*arguments(name, sample), **sample.kwargs)

@@ -10,6 +10,7 @@ from fastnn.layers.distance import *  # noqa: F403
 from fastnn.layers.dropout import *  # noqa: F403
 from fastnn.layers.instancenorm import *  # noqa: F403
 from fastnn.layers.linear import *  # noqa: F403
+from fastnn.layers.linear_cross_entropy import *  # noqa: F403
 from fastnn.layers.loss import *  # noqa: F403
 from fastnn.layers.normalization import *  # noqa: F403
 from fastnn.layers.softmax import *  # noqa: F403

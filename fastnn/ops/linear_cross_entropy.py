@@ -1,0 +1,290 @@
+"""Cross entropy of a linear layer's output, whose logits are never whole in memory."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as stock
+
+from fastnn import kernels
+from fastnn._op import Invalid, Stock, op, run, second_order
+
+CHUNK_BYTES = 1 << 28  # of logits at a time: large products, and little beside a model
+
+
+def _composed(
+    input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean",
+    ignore_index=None, label_smoothing=0.0, options=None,
+):  # fmt: skip
+    """What torch has under this name since 2.13, for a torch that has not."""
+    if options is not None:
+        raise NotImplementedError("linear_cross_entropy: this torch has no options")
+    classes, *positions, features = linear_weight.shape
+    bias = None if linear_bias is None else linear_bias.reshape(-1)
+    logits = stock.linear(input, linear_weight.reshape(-1, features), bias)
+    logits = logits.reshape(*input.shape[:-1], classes, *positions)
+    if ignore_index is not None and target.shape == logits.shape:
+        raise RuntimeError("ignore_index with class probabilities")
+    return stock.cross_entropy(
+        logits,
+        target,
+        weight,
+        reduction=reduction,
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        label_smoothing=label_smoothing,
+    )
+
+
+_reference = getattr(stock, "linear_cross_entropy", _composed)
+
+
+def chunk_rows(N, C, itemsize):
+    """Rows of logits (N, C) to hold at a time: a power of two, all of them where they are few."""
+    rows = max(CHUNK_BYTES // (C * itemsize), 64)
+    return min(1 << (rows.bit_length() - 1), max(N, 1))
+
+
+def _divisor(target, weight, ignore_index):
+    """What a mean divides by: kept rows, or their classes' weights. A scalar in fp32, no sync."""
+    kept = target != ignore_index
+    if weight is None:
+        return kept.sum(dtype=torch.float32)
+    inside = kept & (target >= 0) & (target < weight.numel())
+    each = weight.float()[torch.where(inside, target, 0)]
+    return torch.where(inside, each, 0.0).sum()
+
+
+class _Gradients:
+    """Sums the gradients of chunks, in their order; dW and db in fp32."""
+
+    def __init__(self, x, w, b, needs, chunks):
+        self.x, self.w, self.needs = x, w, needs
+        self.dx = torch.empty_like(x) if needs[0] else None
+        # One chunk needs no sum: its product is rounded once, as stock's.
+        self.dw = None if chunks == 1 else torch.zeros_like(w, dtype=torch.float32)
+        self.db = x.new_zeros(w.shape[0], dtype=torch.float32) if needs[2] else None
+
+    def add(self, rows, dlogits):
+        x = self.x[rows]
+        if self.dx is not None:
+            torch.mm(dlogits, self.w, out=self.dx[rows])
+        if self.needs[1]:
+            if self.dw is None:
+                self.dw = dlogits.t() @ x
+            elif x.dtype is torch.float32:
+                self.dw.addmm_(dlogits.t(), x)
+            elif x.is_cuda:
+                self.dw += torch.mm(dlogits.t(), x, out_dtype=torch.float32)
+            else:  # where the interpreter runs: no such product there
+                self.dw.addmm_(dlogits.t().float(), x.float())
+        if self.db is not None:
+            self.db += dlogits.sum(0, dtype=torch.float32)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """x (N, K), w (C * P, K), b (C * P,) or None, target indices (N, *shape) or probabilities
+    (N, C, *shape), P the product of `shape` -> loss, (N, *shape) or a scalar.
+
+    Where the loss is one number, its gradients are made with it, chunk by chunk, but for the factor
+    that comes from above. Else the backward multiplies the logits again.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w, b, target, weight, shape, ignore_index, smoothing, reduction, dtype):
+        N = x.shape[0]
+        needs = ctx.needs_input_grad[:3]
+        size = chunk_rows(N, w.shape[0], x.element_size())
+        losses = x.new_empty((N, *shape), dtype=torch.float32)
+        divisor = made = None
+        if reduction == "mean" and target.is_floating_point():
+            divisor = losses.new_full((), float(losses.numel()))
+        elif reduction == "mean":
+            divisor = _divisor(target, weight, ignore_index)
+        if reduction != "none" and any(needs):
+            made = _Gradients(x, w, b, needs, math.ceil(N / size))
+            # float16 has no room for gradients that were divided before they are scaled.
+            late = divisor is not None and x.dtype is torch.float16
+            seed = x.new_ones((), dtype=torch.float32)
+            if divisor is not None and not late:
+                seed = seed / divisor
+        ctx.save_for_backward(x, w, b, target, weight)
+        ctx.options = shape, ignore_index, smoothing, reduction
+        ctx.made = None
+        for start in range(0, N, size):
+            rows = slice(start, start + size)
+            logits = _logits(x[rows], w, b, shape)
+            loss, stats = _loss(logits, target[rows], weight, ignore_index, smoothing)
+            losses[rows] = loss
+            if made is not None:
+                dlogits = _dlogits(
+                    seed, logits, target[rows], weight, stats, ignore_index, smoothing, "sum"
+                )
+                made.add(rows, dlogits)
+        if made is not None:
+            dw = made.dw
+            if dw is not None and not late:
+                dw = dw.to(w.dtype)
+            ctx.made = made.dx, dw, made.db, divisor if late else None
+        if reduction == "none":
+            return losses.to(dtype)
+        loss = losses.sum()
+        return (loss if divisor is None else loss / divisor).to(dtype)
+
+    @staticmethod
+    def backward(ctx, dloss):
+        x, w, b, target, weight = ctx.saved_tensors
+        shape, ignore_index, smoothing, reduction = ctx.options
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+
+            def formula(x, w, b):
+                dtype = dloss.dtype
+                return stock.cross_entropy(
+                    _logits(x, w, b, shape).to(dtype),
+                    target.to(dtype) if target.is_floating_point() else target,
+                    None if weight is None else weight.to(dtype),
+                    ignore_index=ignore_index,
+                    reduction=reduction,
+                    label_smoothing=smoothing,
+                )
+
+            return *second_order(formula, (x, w, b), dloss, needs), *[None] * 7
+        if ctx.made is None:
+            found = _gradients_of_rows(ctx, dloss)
+        else:
+            *found, divisor = ctx.made
+            scale = dloss.float() if divisor is None else dloss.float() / divisor
+            found = (t if t is None else t * scale for t in found)
+        grads = (
+            t.to(like.dtype) if need else None
+            for t, like, need in zip(found, (x, w, b), needs, strict=True)
+        )
+        return *grads, *[None] * 7
+
+
+def _logits(x, w, b, shape):
+    """(rows, C, *shape)"""
+    with torch.autocast(x.device.type, enabled=False):
+        return stock.linear(x, w, b).view(x.shape[0], w.shape[0] // math.prod(shape), *shape)
+
+
+def _loss(logits, target, weight, ignore_index, smoothing):
+    """Losses in fp32, none added up, and what `_dlogits` needs."""
+    return kernels.cross_entropy.fwd(
+        logits, target, weight, ignore_index, smoothing, "none", torch.float32
+    )
+
+
+def _dlogits(dloss, logits, target, weight, stats, *options):
+    """(rows, C * P)"""
+    (found,) = kernels.cross_entropy.bwd(
+        dloss, logits, target, weight, stats, *options, True, False
+    )
+    return found.reshape(logits.shape[0], -1)
+
+
+def _gradients_of_rows(ctx, dloss):
+    """The gradients of losses kept apart: each chunk's logits once more."""
+    x, w, b, target, weight = ctx.saved_tensors
+    shape, *options, reduction = ctx.options
+    size = chunk_rows(x.shape[0], w.shape[0], x.element_size())
+    made = _Gradients(x, w, b, ctx.needs_input_grad[:3], math.ceil(x.shape[0] / size))
+    for start in range(0, x.shape[0], size):
+        rows = slice(start, start + size)
+        logits = _logits(x[rows], w, b, shape)
+        _, stats = _loss(logits, target[rows], weight, *options)
+        dlogits = _dlogits(dloss[rows], logits, target[rows], weight, stats, *options, reduction)
+        made.add(rows, dlogits)
+    return made.dx, made.dw, made.db
+
+
+def _logit_count(input, linear_weight, *rest, **options):
+    features = input.shape[-1]
+    return input.numel() // features * (linear_weight.numel() // features)
+
+
+def _unfit(x, w, b, target, weight, reduction, ignore_index, smoothing, shape):
+    """Why the arguments go to stock, most of them to be rejected there; None if they fit."""
+    N, C = x.shape[0], w.shape[0]
+    if x.shape[-1] != w.shape[-1]:
+        return Invalid(f"{x.shape[-1]} features, a weight for {w.shape[-1]}")
+    if b is not None and b.shape != w.shape[:-1]:
+        return Invalid("a bias that is not one value per class")
+    if target.is_floating_point():
+        if target.shape != (N, C, *shape) or ignore_index is not None:
+            return Invalid("class probabilities of another shape, or with ignore_index")
+        if target.requires_grad and torch.is_grad_enabled():
+            return Stock("class probabilities that require grad")
+    elif target.dtype is not torch.int64 or target.shape != (N, *shape):
+        return Invalid(f"a target of shape {tuple(target.shape)}, {target.dtype}")
+    if not N or not w.numel():
+        return Stock("no rows, classes or features")
+    if target.shape == (N, C, *shape) and not target.is_floating_point():
+        return Stock("class indices of the shape of probabilities")
+    if reduction not in ("none", "mean", "sum"):
+        return Invalid(f"reduction={reduction!r}")
+    if not isinstance(smoothing, (int, float)) or smoothing > 1.0:
+        return Invalid(f"label_smoothing={smoothing!r}")
+    if ignore_index is not None and not isinstance(ignore_index, int):
+        return Invalid(f"ignore_index={ignore_index!r}")
+    if weight is not None:
+        if weight.shape != (C,):
+            return Invalid("a weight that is not one value per class")
+        if weight.requires_grad and torch.is_grad_enabled():
+            return Stock("a class weight that requires grad")
+    return None
+
+
+@op(
+    stock=_reference,
+    integers=(torch.int64,),
+    size=_logit_count,
+    source="arXiv:2410.10989 (gradients with the loss, in chunks of rows)",
+)
+def linear_cross_entropy(
+    input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean",
+    ignore_index=None, label_smoothing=0.0, options=None,
+):  # fmt: skip
+    """Fused for every shape, class indices and probabilities: logits are made, and turned into
+    their gradients, in chunks of at most 256 MiB; the gradient of the weight is summed in float32;
+    nothing of as many elements as the logits is held.
+
+    In `auto` from 2**30 logits on, where memory decides. It makes the products that stock makes,
+    and with `reduction="none"` that of the logits twice. `options` asks for stock's own chunks.
+    What differs from stock is what `cross_entropy` says of targets and of ignored positions.
+    """
+    if options is not None:
+        return Stock("options: stock's own chunked path")
+    if not (isinstance(linear_weight, torch.Tensor) and isinstance(target, torch.Tensor)):
+        return Invalid("arguments that are no tensors")
+    shape = tuple(linear_weight.shape[1:-1])
+    single = input.dim() == 1
+    if input.dim() not in (1, 2) or linear_weight.dim() < 2 or (single and shape):
+        return Invalid(f"input and weight of {input.dim()} and {linear_weight.dim()} dimensions")
+    x, w, b, t, dtype = input, linear_weight, linear_bias, target, input.dtype
+    if single:
+        x, t = x.unsqueeze(0), t.unsqueeze(0)
+    why = _unfit(x, w, b, t, weight, reduction, ignore_index, label_smoothing, shape)
+    if why is not None:
+        return why
+    device = input.device.type
+    if torch.is_autocast_enabled(device):  # a product in 16 bits, then a loss in float32
+        low = torch.get_autocast_dtype(device)
+        x, w, b = (v if v is None else v.to(low) for v in (x, w, b))
+        dtype = torch.float32
+    elif t.is_floating_point():
+        dtype = torch.promote_types(dtype, t.dtype)
+        dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
+    elif weight is not None and weight.dtype != dtype:
+        return Invalid(f"a weight in {weight.dtype}")
+    if x.dtype != w.dtype or (b is not None and b.dtype != w.dtype):
+        return Invalid("input, weight and bias in several dtypes")
+    w = w.reshape(-1, w.shape[-1])
+    b = None if b is None else b.reshape(-1)
+    loss = run(
+        LinearCrossEntropy, x, w, b, t.contiguous(), weight, shape,
+        -100 if ignore_index is None else ignore_index, max(float(label_smoothing), 0.0), reduction,
+        dtype,
+    )  # fmt: skip
+    return loss.squeeze(0) if single and reduction == "none" else loss

@@ -1,0 +1,92 @@
+"""Linear cross entropy: every option, chunks, autocast, what goes to stock."""
+
+import torch
+
+from fastnn.testing import Case, classes, randn
+from fastnn.testing.cases.cross_entropy import probabilities, weights
+
+F32 = (torch.float32,)
+
+
+def row(N=9, K=12, C=17, ignore=None, **options):
+    inputs = (randn(N, K), randn(C, K, scale=0.3), classes(N, high=C, ignore=ignore))
+    return Case("linear_cross_entropy", inputs, options)
+
+
+CASES: list[Case] = [
+    *(row(reduction=r) for r in ("mean", "sum", "none")),
+    *(row(linear_bias=randn(17), reduction=r) for r in ("mean", "none")),
+    *(row(ignore=-100, reduction=r) for r in ("mean", "sum", "none")),
+    row(ignore=3, ignore_index=3),
+    *(row(weight=weights(17), ignore=-100, reduction=r) for r in ("mean", "none")),
+    *(row(label_smoothing=0.1, weight=w, ignore=-100) for w in (None, weights(17))),
+    row(N=1, K=1, C=1),
+    row(N=3, K=5, C=1030),
+    *(
+        Case(
+            "linear_cross_entropy",
+            (randn(7, 12, grad=x), randn(17, 12, grad=w), classes(7, high=17)),
+            {"linear_bias": randn(17, grad=b)},
+        )
+        for x, w, b in (
+            (True, False, False),
+            (False, True, False),
+            (False, False, True),
+            (False, False, False),
+        )
+    ),
+    Case(
+        "linear_cross_entropy",
+        (randn(12, 7), randn(17, 12), classes(7, high=17)),
+        view=lambda x: x.t(),
+    ),
+    Case(
+        "linear_cross_entropy",
+        (randn(7, 12), randn(17, 12), classes(7, high=17)),
+        {"linear_bias": randn(17)},
+        autocast=torch.bfloat16,
+        dtypes=F32,
+    ),
+    *(
+        Case(
+            "linear_cross_entropy",
+            (randn(12), randn(17, 12), classes(high=17)),
+            {"reduction": r, "linear_bias": randn(17)},
+        )
+        for r in ("mean", "none")
+    ),
+    *(
+        Case(
+            "linear_cross_entropy",
+            (randn(4, 12), randn(17, *shape, 12), classes(4, *shape, high=17)),
+            {"reduction": r, "linear_bias": randn(17, *shape), "weight": weights(17)},
+        )
+        for r in ("mean", "none")
+        for shape in ((2,), (3, 1, 2))
+    ),
+    *(
+        Case(
+            "linear_cross_entropy",
+            (randn(4, 12), randn(17, *shape, 12), probabilities(4, 17, *shape)),
+            {"reduction": r, "label_smoothing": 0.1 if shape else 0.0},
+        )
+        for r in ("mean", "none")
+        for shape in ((), (2,))
+    ),
+    Case(
+        "linear_cross_entropy",
+        (randn(4, 12), randn(17, 12), probabilities(4, 17, grad=True)),
+        stock="require grad",
+    ),
+    Case(
+        "linear_cross_entropy", (randn(0, 12), randn(17, 12), classes(0, high=17)), stock="no rows"
+    ),
+    *(
+        Case("LinearCrossEntropyLoss", (randn(6, 10), classes(6, high=13)), options)
+        for options in (
+            {"in_features": 10, "num_classes": 13},
+            {"in_features": 10, "num_classes": 13, "bias": True, "reduction": "sum"},
+            {"in_features": 10, "num_classes": 13, "weight": weights(13), "label_smoothing": 0.2},
+        )
+    ),
+]
