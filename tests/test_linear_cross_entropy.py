@@ -53,7 +53,7 @@ def test_chunks_of_a_few_rows(case, dtype, device, monkeypatch):
 )
 def test_a_chunk_is_a_quarter_of_a_gibibyte(shape, rows):
     assert op_file.chunk_rows(*shape) == rows
-    N, C, itemsize = shape
+    _, C, itemsize = shape
     assert rows <= 64 or rows * C * itemsize <= op_file.CHUNK_BYTES
 
 
