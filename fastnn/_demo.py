@@ -66,6 +66,7 @@ class Size:
     steps: int
     lr: float
     dropout: float = 0.0
+    encoder: bool = False  # of `nn.TransformerEncoderLayer`s, not of blocks written out
 
 
 CPU = Size(width=96, heads=4, layers=3, context=64, batch=16, steps=500, lr=4e-3, dropout=0.05)
@@ -111,12 +112,27 @@ def build(nn: Any, size: Size) -> torch.nn.Module:
             x = x + self.attention(self.norm1(x))
             return x + self.mlp(self.norm2(x))
 
+    class Encoder(nn.TransformerEncoder):
+        def __init__(self):
+            layer = nn.TransformerEncoderLayer(
+                size.width, size.heads, 4 * size.width, size.dropout, "gelu",
+                batch_first=True, norm_first=True,
+            )  # fmt: skip
+            super().__init__(layer, size.layers, enable_nested_tensor=False)
+
+        def forward(self, x):
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
+            return super().forward(x, mask, is_causal=True)
+
     class GPT(nn.Module):
         def __init__(self):
             super().__init__()
             self.token = nn.Embedding(VOCABULARY, size.width)
             self.position = nn.Embedding(size.context, size.width)
-            self.blocks = nn.Sequential(*(Block() for _ in range(size.layers)))
+            if size.encoder:
+                self.blocks = Encoder()
+            else:
+                self.blocks = nn.Sequential(*(Block() for _ in range(size.layers)))
             self.norm = nn.LayerNorm(size.width)
             self.head = nn.Linear(size.width, VOCABULARY)
             self.loss = nn.CrossEntropyLoss()

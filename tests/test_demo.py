@@ -115,6 +115,14 @@ def test_a_wrong_layer_is_beyond_rounding(layers, coincide):
 
 
 @pytest.mark.skipif(not _op.INTERPRET, reason="needs kernels that run on CPU tensors")
+def test_a_model_of_encoder_layers_trains_to_the_same_curve():
+    result = _compare(replace(KERNELS, encoder=True), fastnn, mode="triton")
+    assert result.coincide, (result.loss_verdict, result.gradient_verdict)
+    names = {row["op"] for row in result.layers if row["path"] == "kernel"}
+    assert {"dropout_add_layer_norm", "multi_head_attention_forward", "linear_act"} <= names
+
+
+@pytest.mark.skipif(not _op.INTERPRET, reason="needs kernels that run on CPU tensors")
 def test_a_gradient_that_adamw_hides():
     """Off by a constant factor, it trains the very same model; only its norm tells."""
 
