@@ -203,7 +203,8 @@ class _Meter:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         lanes = np.asarray(pointers.data)
         active = mask if isinstance(mask, np.ndarray) else np.asarray(mask.data)
-        lanes = lanes[np.broadcast_to(active, lanes.shape)]
+        # Of a tile and a scalar, the interpreter makes a mask of integers.
+        lanes = lanes[np.broadcast_to(active.astype(bool), lanes.shape)]
         launch = self.launch
         launch.accesses[kind] += 1
         launch.requested[kind] += lanes.size * size
