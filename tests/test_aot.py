@@ -26,8 +26,9 @@ import fastnn.functional
 from fastnn.kernels._launch import kernel
 from fastnn.testing.aot import TARGETS, check, compile_only, launch_nothing, table
 
-# Kernels that gather or multiply matrices, and so are not meant to run at the speed of memory.
-NOT_STREAMING = ("embedding", "gemm", "nll_loss")
+# Kernels that gather, multiply matrices or only pool partial sums: not meant to run at the speed of
+# memory.
+NOT_STREAMING = ("embedding", "gemm", "nll_loss", "channel_pool", "channel_totals")
 
 
 def streams(record):

@@ -10,6 +10,7 @@ import fastnn
 import fastnn.functional as F
 from fastnn import _op, kernels
 from fastnn.testing import Side, compare_sides
+from fastnn.testing.meter import nbytes, traffic
 
 
 @pytest.fixture(autouse=True)
@@ -380,3 +381,47 @@ def test_any_chunks_give_the_same(last, programs, monkeypatch, device):
         sides = Side(getattr(F, name)), Side(record.stock), Side(record.stock)
         result = compare_sides(*sides, (x, *rest), device=device)
         assert not result.failures and result.path == "kernel", (name, result)
+
+
+# ---- traffic -------------------------------------------------------------------------------------
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(not _op.INTERPRET, reason="kernels are compiled in this process")
+@pytest.mark.parametrize("laid_out", [torch.Tensor.contiguous, channels_last])
+@pytest.mark.parametrize(
+    "name, shape, rest, forward, backward",
+    [
+        ("batch_norm", (4, 32, 32, 32), (None, None, "w", "b", True), 3, 5),
+        ("batch_norm_act", (4, 32, 32, 32), (None, None, "w", "b", True), 3, 5),
+        ("batch_norm_act", (4, 32, 32, 32), ("m", "v", "w", "b", False), 2, 5),
+        ("batch_norm_add_relu", (4, 32, 32, 32), ("r", None, None, "w", "b", True), 4, 7),
+        ("batch_norm", (2, 32, 16, 16), (None, None, "w", "b", True), 2, 3),
+        ("group_norm", (8, 32, 16, 16), (2, "w", "b"), 2, 3),
+        ("group_norm_act", (8, 32, 16, 16), (2, "w", "b"), 2, 3),
+        ("group_norm", (1, 16, 64, 64), (1, "w", "b"), 3, 5),
+        ("local_response_norm", (4, 32, 16, 16), (5,), 2, 3),
+    ],
+)
+def test_bytes_at_the_least_passes(
+    name, shape, rest, forward, backward, laid_out, monkeypatch, device
+):
+    if name == "local_response_norm" and laid_out is channels_last:
+        pytest.skip("stock's")
+    monkeypatch.setattr(kernels.channel_norm, "PROGRAMS", 32)
+    x = laid_out(torch.randn(shape, device=device).bfloat16()).requires_grad_()
+    made = {k: torch.rand(shape[1], device=device).bfloat16() for k in "mvwb"}
+    made["w"].requires_grad_(), made["b"].requires_grad_()
+    made["r"] = laid_out(torch.randn(shape, device=device).bfloat16()).requires_grad_()
+    rest = [made.get(v, v) if isinstance(v, str) else v for v in rest]
+    dy = laid_out(torch.randn(shape, device=device).bfloat16())
+    with fastnn.backend("triton"):
+        with traffic(distinct=False) as ours:
+            y = getattr(F, name)(x, *rest)
+        assert ours.sectors.total() <= 1.05 * forward * nbytes(x)
+        with traffic(distinct=False) as ours:
+            y.backward(dy)
+        assert ours.sectors.total() <= 1.05 * backward * nbytes(x)
