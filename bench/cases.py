@@ -383,7 +383,99 @@ LINEAR = [
     sequential("small K", 16384, 128, 512, "SiLU"),
 ]
 
-CASES = [*ACTIVATIONS, *NORMS, *SOFTMAX, *DROPOUT, *EMBEDDING, *LOSSES, *LINEAR]
+# ---- Transformers -----------------------------------------------------------------------------
+
+
+class _Calling(nn.Module):
+    """A layer, and how it is called; the first of several results."""
+
+    def __init__(self, layer: nn.Module, call: Callable):
+        super().__init__()
+        self.layer, self.call = layer, call
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        out = self.call(self.layer, *inputs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+def _causally(layer, x):
+    mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
+    return layer(x, mask, is_causal=True)
+
+
+def encoder(
+    model: str, rows: int, length: int, width: int, heads: int, layers: int = 1, norm_first=False,
+    causal=False, rms=False, **fields,
+):  # fmt: skip
+    """One encoder layer, or a stack of them, of (rows, length, width); gelu and dropout 0.1."""
+
+    def build(namespace):
+        layer = namespace.TransformerEncoderLayer(
+            width, heads, 4 * width, 0.1, "gelu", batch_first=True, norm_first=norm_first
+        )
+        if rms:
+            layer.norm1, layer.norm2 = (namespace.RMSNorm(width, eps=1e-5) for _ in range(2))
+        if layers > 1:
+            layer = namespace.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        return _Calling(layer, _causally if causal else lambda layer, x: layer(x))
+
+    def flops(n):
+        return layers * n * length * (24 * width * width + 4 * length * width)
+
+    name = f"TransformerEncoder[{layers}]" if layers > 1 else "TransformerEncoderLayer"
+    name += "[norm_first]" if norm_first else "[RMSNorm]" if rms else ""
+    return row(name, model, rows, (length, width), build=build, flops=flops, **fields)
+
+
+def weighted(model: str, rows: int, queries: int, keys: int, width: int, heads: int, **options):
+    """`MultiheadAttention` that returns its weights, as it does by default; used for its output."""
+
+    def build(namespace):
+        layer = namespace.MultiheadAttention(width, heads, batch_first=True, **options)
+        if queries == keys:
+            return _Calling(layer, lambda layer, x: layer(x, x, x))
+        return _Calling(layer, lambda layer, x, y: layer(x, y, y))
+
+    def shaped(n):
+        return tuple(normal(n, m, width) for m in dict.fromkeys((queries, keys)))
+
+    def flops(n):
+        return n * (4 * (queries + keys) * width * width + 6 * queries * keys * width)
+
+    return row("MultiheadAttention[weights]", model, rows, shaped, build=build, flops=flops)
+
+
+def decoder(model: str, rows: int, queries: int, keys: int, width: int, heads: int, inner: int):
+    def build(namespace):
+        return namespace.TransformerDecoderLayer(width, heads, inner, batch_first=True)
+
+    def flops(n):
+        square = n * queries * width * (14 * width + 4 * inner) + 4 * n * keys * width * width
+        return square + 4 * n * queries * (queries + keys) * width
+
+    def shaped(n):
+        return normal(n, queries, width), normal(n, keys, width)
+
+    return row("TransformerDecoderLayer", model, rows, shaped, build=build, flops=flops)
+
+
+TRANSFORMERS = [
+    encoder("BERT-base, 16 x 512", 16, 512, 768, 12),
+    encoder("BERT-large, 16 x 512", 16, 512, 1024, 16),
+    encoder("BERT-base, whole, 16 x 512", 16, 512, 768, 12, layers=12),
+    encoder("GPT-2 small, 8 x 1024", 8, 1024, 768, 12, norm_first=True, causal=True),
+    encoder("GPT-2 XL, 4 x 1024", 4, 1024, 1600, 25, norm_first=True, causal=True),
+    encoder("ViT-B/16, 64 images", 64, 197, 768, 12, norm_first=True),
+    encoder("ViT-L/16, 32 images", 32, 197, 1024, 16, norm_first=True),
+    encoder("BERT-base with RMSNorm", 16, 512, 768, 12, rms=True),
+    weighted("BERT-base, 16 x 512", 16, 512, 512, 768, 12, dropout=0.1),
+    weighted("DETR, 100 queries, 16 images", 16, 100, 1050, 256, 8, dropout=0.1),
+    decoder("DETR, 100 queries, 16 images", 16, 100, 1050, 256, 8, 2048),
+]
+
+CASES = [
+    *ACTIVATIONS, *NORMS, *SOFTMAX, *DROPOUT, *EMBEDDING, *LOSSES, *LINEAR, *TRANSFORMERS,
+]  # fmt: skip
 
 # Rows whose results are independent: on a GPU the ends of one beyond 2**31 elements are compared.
 HUGE = [
