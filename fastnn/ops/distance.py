@@ -25,7 +25,7 @@ class RowOp(NamedTuple):
     sums: int
     stock: Callable[..., Tensor]
     """y of (x1, x2, x3, target, weight), given the numbers and flags. Differentiable."""
-    index: bool = False
+    by_class: bool = False
     """Whether the target is the index of a class."""
     keeps_y: bool = False
     """Whether stock keeps y, so that editing it in place before the backward is an error."""
@@ -60,7 +60,7 @@ TRIPLET = RowOp(
         a, b, c, margin, p, eps, swap, 0
     ),
 )  # fmt: skip
-MULTI_MARGIN = RowOp("multi_margin", "multi_margin_step", 2, _multi_margin, index=True)
+MULTI_MARGIN = RowOp("multi_margin", "multi_margin_step", 2, _multi_margin, by_class=True)
 MULTILABEL_SOFT = RowOp("multilabel_soft", "multilabel_soft_step", 1, _multilabel)
 
 
@@ -72,7 +72,7 @@ class Rows(torch.autograd.Function):
         xs = (x1, x2, x3)
         shape = broadcast(*xs)
         views = [x if x is None else _classes_second(x.expand(shape), dim) for x in xs]
-        flags = rows.index, norm, swap
+        flags = rows.by_class, norm, swap
         sums = rows.sums + swap
         rest = () if divisor is not None else (*shape[:dim], *shape[dim + 1 :])
         y = torch.empty(rest, dtype=dtype, device=x1.device)
@@ -118,7 +118,7 @@ def _gradients(ctx, dy, xs, target, weight, stats, needs):
         dy,
         [x if x is None else _classes_second(x.expand(shape), dim) for x in xs],
         [w if w is None else _classes_second(w, dim) for w in wanted],
-        target, weight, stats, f"{rows.name}_grad", numbers, (rows.index, norm, swap), divisor,
+        target, weight, stats, f"{rows.name}_grad", numbers, (rows.by_class, norm, swap), divisor,
     )  # fmt: skip
     # Autograd sums those of what was broadcast.
     return [d if d is None else _classes_back(d, dim) for d in made]
