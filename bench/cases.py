@@ -169,6 +169,94 @@ NORMS = [
     rms_norm("one sentence", 16, 4096),
 ]  # fmt: skip
 
+
+def channels_last(*shape: int) -> Maker:
+    """As `normal`, channels last."""
+
+    def make(dtype, device):
+        format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+        x = torch.randn(shape, dtype=dtype, device=device)
+        return x.contiguous(memory_format=format).requires_grad_()
+
+    return make
+
+
+def batch_norm(model: str, rows: int, *shape: int, last=False, dtypes=(BF16,), **fields):
+    """BatchNorm of (rows, *shape); channels last if `last`."""
+    name = f"BatchNorm{max(len(shape) - 1, 1)}d"
+    shaped = (lambda n: (channels_last(n, *shape),)) if last else shape
+    return row(name, model, rows, shaped, dtypes, options={"num_features": shape[0]}, **fields)
+
+
+def group_norm(model: str, rows: int, groups: int, *shape: int, last=False, dtypes=(BF16,)):
+    """GroupNorm of (rows, *shape); channels last if `last`."""
+    shaped = (lambda n: (channels_last(n, *shape),)) if last else shape
+    options = {"num_groups": groups, "num_channels": shape[0]}
+    return row("GroupNorm", model, rows, shaped, dtypes, options=options)
+
+
+def then(model: str, rows: int, norm: str, args: tuple, activation: str, *shape: int, last=False):
+    """A norm and the activation after it, in a Sequential."""
+
+    def build(namespace):
+        return namespace.Sequential(
+            getattr(namespace, norm)(*args), getattr(namespace, activation)()
+        )  # fmt: skip
+
+    shaped = (lambda n: (channels_last(n, *shape),)) if last else shape
+    return row(f"Sequential[{norm}, {activation}]", model, rows, shaped, build=build)
+
+
+class BlockEnd(nn.Module):
+    """The end of a residual block: relu(batch_norm(x) + residual)."""
+
+    def __init__(self, namespace, channels: int):
+        super().__init__()
+        self.norm = namespace.BatchNorm2d(channels)
+        self.ours = getattr(namespace.functional, "batch_norm_add_relu", None)
+
+    def forward(self, x, residual):
+        norm = self.norm
+        if self.ours is None:
+            return torch.relu(norm(x) + residual)
+        statistics = norm.running_mean, norm.running_var
+        return self.ours(
+            x, residual, *statistics, norm.weight, norm.bias, norm.training, norm.momentum, norm.eps
+        )
+
+
+CHANNEL_NORMS = [
+    batch_norm("ResNet-50, stem, 64 images", 64, 64, 112, 112, dtypes=(BF16, FP32)),
+    batch_norm("ResNet-50, 64 images", 64, 256, 56, 56),
+    batch_norm("ResNet-50, channels last", 64, 256, 56, 56, last=True, dtypes=(BF16, FP32)),
+    batch_norm("ResNet-50, stage 3", 64, 1024, 14, 14),
+    batch_norm("ResNet-50, last stage", 64, 2048, 7, 7),
+    batch_norm("ResNet-50, eval", 64, 256, 56, 56, train=False),
+    batch_norm("ResNet-50, 1 image", 1, 256, 56, 56),
+    batch_norm("TCN, 256 sequences", 256, 512, 128),
+    batch_norm("R(2+1)D, 16 clips", 16, 64, 8, 56, 56),
+    then("ResNet-50, 64 images", 64, "BatchNorm2d", (256,), "ReLU", 256, 56, 56),
+    then("ResNet-50, channels last", 64, "BatchNorm2d", (256,), "ReLU", 256, 56, 56, last=True),
+    row("BatchNorm2d, add, relu", "ResNet-50, end of a block, 64 images", 64,
+        lambda n: (normal(n, 256, 56, 56), normal(n, 256, 56, 56)),
+        build=lambda namespace: BlockEnd(namespace, 256)),
+    then("MobileNetV3, 64 images", 64, "BatchNorm2d", (240,), "Hardswish", 240, 28, 28),
+    group_norm("Stable Diffusion, 64 x 64", 16, 32, 320, 64, 64, dtypes=(BF16, FP32)),
+    group_norm("Stable Diffusion, channels last", 16, 32, 320, 64, 64, last=True),
+    group_norm("Stable Diffusion, 16 x 16", 16, 32, 1280, 16, 16),
+    group_norm("ConvNeXt-like, one group", 64, 1, 96, 56, 56),
+    then("Stable Diffusion, 64 x 64", 16, "GroupNorm", (32, 320), "SiLU", 320, 64, 64),
+    then("Stable Diffusion, 32 x 32", 16, "GroupNorm", (32, 640), "SiLU", 640, 32, 32),
+    then("DDPM, CIFAR-10, 128 images", 128, "GroupNorm", (32, 128), "SiLU", 128, 32, 32),
+    row("InstanceNorm2d", "CycleGAN, 16 images", 16, (256, 64, 64),
+        options={"num_features": 256}),
+    row("InstanceNorm2d", "style transfer, 16 images", 16, (128, 128, 128), (BF16, FP32),
+        options={"num_features": 128, "affine": True}),
+    row("LocalResponseNorm", "AlexNet, 128 images", 128, (96, 55, 55), (BF16, FP32),
+        options={"size": 5}),
+    row("LocalResponseNorm", "GoogLeNet, 128 images", 128, (192, 56, 56), options={"size": 5}),
+]  # fmt: skip
+
 # ---- Softmax ----------------------------------------------------------------------------------
 
 SOFTMAX = [
@@ -474,7 +562,7 @@ TRANSFORMERS = [
 ]
 
 CASES = [
-    *ACTIVATIONS, *NORMS, *SOFTMAX, *DROPOUT, *EMBEDDING, *LOSSES, *LINEAR, *TRANSFORMERS,
+    *ACTIVATIONS, *NORMS, *CHANNEL_NORMS, *SOFTMAX, *DROPOUT, *EMBEDDING, *LOSSES, *LINEAR, *TRANSFORMERS,
 ]  # fmt: skip
 
 # Rows whose results are independent: on a GPU the ends of one beyond 2**31 elements are compared.
