@@ -343,7 +343,10 @@ def _walk(shape, layouts):
 
 def walk(*tensors):
     """(the walk, the tensors) of tensors broadcast together, or None; some copied if need be."""
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors if t is not None))
+    shapes = [t.shape for t in tensors if t is not None]
+    shape = shapes[0]
+    if any(s != shape for s in shapes):
+        shape = torch.broadcast_shapes(*shapes)
     layouts = tuple(None if t is None else (t.shape, t.stride()) for t in tensors)
     found = _walk(shape, layouts)
     if found.sizes is None:
@@ -559,6 +562,11 @@ def _loss_bwd_kernel(
 BLOCK = 1024
 PARTIALS = 2048  # programs that a large GPU holds at once, and sums that one program soon adds up
 
+
+def _ceil(n, by):
+    return -(-n // by)  # triton.cdiv takes microseconds
+
+
 _WIDE_WARPS = torch.version.hip is not None  # 64 lanes, else 32
 
 
@@ -574,7 +582,7 @@ def finish(partial, loss, count, divisor):
     With `count` (0-d fp32) the divisor is the sum of the weights, and is left there.
     """
     G = partial.shape[1]
-    block = min(max(triton.next_power_of_2(G), 32), 8192)
+    block = min(max(1 << (G - 1).bit_length(), 32), 8192) if G else 32
     _loss_finish_kernel(
         (1,), partial, loss, count, G, divisor, WEIGHTS=count is not None, BLOCK=block,
         num_warps=min(max(block // 256, 1), 16),
@@ -591,9 +599,9 @@ def fwd(inputs, formula, p, q, loss, divisor, weights):
     # First the result, whose layout is given.
     found, (out, *inputs) = walk(None if reduce else loss, *inputs)
     a = next(t for t in inputs if t is not None)
-    tiles = triton.cdiv(found.n, BLOCK)
-    blocks = max(triton.cdiv(tiles, PARTIALS), 1) if reduce else 1
-    programs = triton.cdiv(tiles, blocks)
+    tiles = _ceil(found.n, BLOCK)
+    blocks = max(_ceil(tiles, PARTIALS), 1) if reduce else 1
+    programs = _ceil(tiles, blocks)
     partial = count = None
     if reduce:
         partial = a.new_empty((2 if weights else 1, programs), dtype=torch.float64)
@@ -624,7 +632,7 @@ def bwd(dloss, inputs, wanted, formula, p, q, divisor, count):
     ]
     D1, D2, *steps = _addressing(found, 5)
     _loss_bwd_kernel(
-        (triton.cdiv(found.n, BLOCK),), dloss if reduce else g, *read, count, *grads, found.n,
+        (_ceil(found.n, BLOCK),), dloss if reduce else g, *read, count, *grads, found.n,
         divisor or 1, D1, D2, *steps, p, q, FORMULA=globals()[formula], REDUCE=reduce,
         WIDE=found.wide, BLOCK=BLOCK, num_warps=_warps((*read, *grads)),
     )  # fmt: skip

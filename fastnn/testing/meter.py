@@ -472,7 +472,7 @@ def as_on_cuda() -> Iterator[None]:
         loss = 0.5 * (torch.log(var.clone().clamp_(min=eps)) + (input - target) ** 2 / var)
         return loss if reduction == "none" else getattr(loss, reduction)()
 
-    replaced: dict[str, Callable] = {"dropout": dropout, "rms_norm": rms_norm, "rrelu": rrelu}
+    replaced: dict[str, Any] = {"dropout": dropout, "rms_norm": rms_norm, "rrelu": rrelu}
     replaced |= {"mish": one_kernel, "logsigmoid": one_kernel}
     replaced |= {"gaussian_nll_loss": gaussian_nll_loss}
     with mock.patch.multiple(stock, **replaced):
