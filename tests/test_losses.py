@@ -99,6 +99,20 @@ def test_each_input_is_read_once(name, dtype, device):
     assert backward.sectors.total() <= 1.05 * (nbytes(*tensors, *wanting) + rows)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, to wait for")
+@each
+def test_nothing_waits_for_the_device(name):
+    tensors, options = made(name, "cuda")
+    gradients(getattr(F, name)(*tensors, **options), tensors)  # compiles
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = getattr(F, name)(*tensors, **options)
+        torch.autograd.grad(y, [t for t in tensors if t.requires_grad], torch.ones_like(y))
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 @interpreted
 def test_the_table_of_the_docs(device):
     lines = []
@@ -325,50 +339,51 @@ def test_deprecated_arguments(name, legacy, reduction, device):
     torch.testing.assert_close(ours, theirs)
 
 
-ONE = torch.ones(3, 4)
 WRONG = [
-    lambda F: F.l1_loss(ONE, torch.ones(3, 4), reduction="all"),
-    lambda F: F.huber_loss(ONE, ONE, delta=0.0),
-    lambda F: F.smooth_l1_loss(ONE, ONE, beta=-1.0),
-    lambda F: F.mse_loss(ONE, ONE, weight=torch.ones(4)),
-    lambda F: F.mse_loss(ONE, None),
-    lambda F: F.binary_cross_entropy(ONE, torch.ones(4)),
-    lambda F: F.binary_cross_entropy(ONE, ONE.long()),
-    lambda F: F.binary_cross_entropy(ONE, ONE, torch.ones(2, 3, 4)),
-    lambda F: F.binary_cross_entropy(ONE, ONE, torch.ones(4).requires_grad_()),
-    lambda F: F.binary_cross_entropy_with_logits(ONE, torch.ones(4)),
-    lambda F: F.binary_cross_entropy_with_logits(ONE, ONE, torch.ones(2, 3, 4)),
-    lambda F: F.binary_cross_entropy_with_logits(ONE, ONE, pos_weight=torch.ones(3)),
-    lambda F: F.kl_div(ONE, torch.ones(3), reduction="sum"),
-    lambda F: F.kl_div(ONE, ONE, reduction="batchsum"),
-    lambda F: F.poisson_nll_loss(ONE, torch.ones(3)),
-    lambda F: F.gaussian_nll_loss(ONE, ONE, torch.ones(2)),
-    lambda F: F.gaussian_nll_loss(ONE, ONE, -1.0),
-    lambda F: F.hinge_embedding_loss(ONE, torch.ones(3)),
-    lambda F: F.soft_margin_loss(ONE, torch.ones(3)),
-    lambda F: F.soft_margin_loss(ONE, ONE.clone().requires_grad_()),
-    lambda F: F.margin_ranking_loss(ONE, ONE, torch.ones(4)),
-    lambda F: F.cosine_similarity(ONE, torch.ones(3, 3)),
-    lambda F: F.cosine_similarity(ONE, ONE, dim=2),
-    lambda F: F.pairwise_distance(ONE, torch.ones(3, 3)),
-    lambda F: F.triplet_margin_loss(ONE, ONE, torch.ones(4)),
-    lambda F: F.triplet_margin_loss(ONE, ONE, ONE, margin=0.0),
-    lambda F: F.cosine_embedding_loss(ONE, ONE, ONE),
-    lambda F: F.cosine_embedding_loss(ONE[0], ONE[0], torch.ones(3)),
-    lambda F: F.multi_margin_loss(ONE, torch.zeros(4, dtype=torch.int64)),
-    lambda F: F.multi_margin_loss(ONE, torch.zeros(3, dtype=torch.int64), p=3),
-    lambda F: F.multi_margin_loss(ONE, torch.zeros(3, dtype=torch.int64), weight=torch.ones(3)),
-    lambda F: F.multilabel_margin_loss(ONE, torch.zeros(3, dtype=torch.int64)),
-    lambda F: F.multilabel_soft_margin_loss(ONE, torch.ones(3)),
+    lambda F, x: F.l1_loss(x, x, reduction="all"),
+    lambda F, x: F.huber_loss(x, x, delta=0.0),
+    lambda F, x: F.smooth_l1_loss(x, x, beta=-1.0),
+    lambda F, x: F.mse_loss(x, x, weight=torch.ones(4)),
+    lambda F, x: F.mse_loss(x, None),
+    lambda F, x: F.binary_cross_entropy(x, torch.ones(4)),
+    lambda F, x: F.binary_cross_entropy(x, x.long()),
+    lambda F, x: F.binary_cross_entropy(x, x, torch.ones(2, 3, 4)),
+    lambda F, x: F.binary_cross_entropy(x, x, torch.ones(4).requires_grad_()),
+    lambda F, x: F.binary_cross_entropy_with_logits(x, torch.ones(4)),
+    lambda F, x: F.binary_cross_entropy_with_logits(x, x, torch.ones(2, 3, 4)),
+    lambda F, x: F.binary_cross_entropy_with_logits(x, x, pos_weight=torch.ones(3)),
+    lambda F, x: F.kl_div(x, torch.ones(3), reduction="sum"),
+    lambda F, x: F.kl_div(x, x, reduction="batchsum"),
+    lambda F, x: F.poisson_nll_loss(x, torch.ones(3)),
+    lambda F, x: F.gaussian_nll_loss(x, x, torch.ones(2)),
+    lambda F, x: F.gaussian_nll_loss(x, x, -1.0),
+    lambda F, x: F.hinge_embedding_loss(x, torch.ones(3)),
+    lambda F, x: F.soft_margin_loss(x, torch.ones(3)),
+    lambda F, x: F.soft_margin_loss(x, x.clone().requires_grad_()),
+    lambda F, x: F.margin_ranking_loss(x, x, torch.ones(4)),
+    lambda F, x: F.cosine_similarity(x, torch.ones(3, 3)),
+    lambda F, x: F.cosine_similarity(x, x, dim=2),
+    lambda F, x: F.pairwise_distance(x, torch.ones(3, 3)),
+    lambda F, x: F.triplet_margin_loss(x, x, torch.ones(4)),
+    lambda F, x: F.triplet_margin_loss(x, x, x, margin=0.0),
+    lambda F, x: F.cosine_embedding_loss(x, x, x),
+    lambda F, x: F.cosine_embedding_loss(x[0], x[0], torch.ones(3)),
+    lambda F, x: F.multi_margin_loss(x, torch.zeros(4, dtype=torch.int64)),
+    lambda F, x: F.multi_margin_loss(x, torch.zeros(3, dtype=torch.int64), p=3),
+    lambda F, x: F.multi_margin_loss(x, torch.zeros(3, dtype=torch.int64), weight=torch.ones(3)),
+    lambda F, x: F.multilabel_margin_loss(x, torch.zeros(3, dtype=torch.int64)),
+    lambda F, x: F.multilabel_soft_margin_loss(x, torch.ones(3)),
 ]
 
 
 @pytest.mark.parametrize("call", WRONG)
-def test_wrong_calls_raise_what_stock_raises(call):
-    with pytest.raises(Exception) as theirs:
-        call(stock)
-    with pytest.raises(theirs.type) as ours:
-        call(F)
+def test_wrong_calls_raise_what_stock_raises(call, device):
+    with torch.device(device):
+        x = torch.ones(3, 4)
+        with pytest.raises(Exception) as theirs:
+            call(stock, x)
+        with pytest.raises(theirs.type) as ours:
+            call(F, x)
     assert not isinstance(ours.value, fastnn.BackendError)
     assert str(ours.value) == str(theirs.value)
 
@@ -520,3 +535,19 @@ def test_gradients_of_some_inputs(order, device):
             collected.append([t.grad for t in leaves.values()])
         results.append(collected)
     torch.testing.assert_close(*results)
+
+
+def test_few_rows_run_stock_in_auto(device, monkeypatch):
+    """A row is one program's: with few of them most of a GPU would idle."""
+    monkeypatch.setattr(fastnn._op, "_crossover", lambda name, architecture: (16, "the test"))
+    for rows, path in ((64, None), (63, "size gate")):
+        x, y, z = torch.randn(3, rows, 2, device=device)
+        for call in (
+            lambda: F.cosine_similarity(x, y),  # noqa: B023
+            lambda: F.cosine_similarity(x.t(), y.t(), dim=0),  # noqa: B023
+            lambda: F.pairwise_distance(x, y),  # noqa: B023
+            lambda: F.triplet_margin_loss(x, y, z, swap=True),  # noqa: B023
+        ):
+            with fastnn.backend("auto"), fastnn._op.decisions() as heard:
+                call()
+            assert [d.why and path in d.why for d in heard] == [path and True]
