@@ -28,7 +28,7 @@ from fastnn.testing.aot import TARGETS, check, compile_only, launch_nothing, tab
 
 # Kernels that gather, multiply matrices or only pool partial sums: not meant to run at the speed of
 # memory.
-NOT_STREAMING = ("embedding", "gemm", "nll_loss", "channel_pool", "channel_totals")
+NOT_STREAMING = ("attention", "embedding", "gemm", "nll_loss", "channel_pool", "channel_totals")
 
 
 def streams(record):
@@ -89,7 +89,8 @@ def launch(case, dtype):
     """Run a row forward and backward; what its kernels would have written is missing."""
     given = {k: v(dtype, "cpu") if callable(v) else v for k, v in case.options.items()}
     if case.is_layer:
-        call = getattr(fastnn, case.name)(**given).to(dtype).train(case.train)
+        members = [member(fastnn) for member in case.members]
+        call = getattr(fastnn, case.name)(*members, **given).to(dtype).train(case.train)
         given = {}
     else:
         call = getattr(fastnn.functional, case.name)
