@@ -3,7 +3,8 @@
 Kernels are compiled in processes of their own: `TRITON_INTERPRET`, which this one may have, forbids
 it. The rows make some 1500 specialisations and a compile takes a third of a second, so the tests
 compile those that differ in what decides on registers and shared memory, each for one target.
-`python -m tests.test_aot [target ...]` compiles all, prints the table and says what is wrong.
+`python -m tests.test_aot [target ...]` compiles all, prints the table and says what is wrong; with
+`--into PAGE.md` it also puts a line per kernel between that page's markers.
 """
 
 import itertools
@@ -12,8 +13,10 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 import fastnn
 import fastnn.functional
 from fastnn.kernels._launch import kernel
-from fastnn.testing.aot import TARGETS, check, compile_only, launch_nothing, table
+from fastnn.testing.aot import TARGETS, check, compile_only, launch_nothing, summary, table
 
 # Kernels that gather, multiply matrices or only pool partial sums: not meant to run at the speed of
 # memory.
@@ -251,6 +254,30 @@ def nothing_runs():
     assert not y.any()
 
 
+MARKED = re.compile(r"(<!-- compiled -->\n).*(<!-- /compiled -->\n)", re.S)
+
+
+def put(records, path):
+    """The summary of the records into a page, with what compiled them."""
+    total = f"{len(records)} compiled by Triton {triton.__version__}, torch {torch.__version__}."
+    text = f"\n{total}\n\n{summary(records)}\n"
+    page = Path(path)
+    page.write_text(MARKED.sub(lambda m: m[1] + text + m[2], page.read_text()))
+
+
+def a_page():
+    x, y = torch.ones(2, 4096)
+    with compile_only("cuda:90") as records:
+        for block in (1024, 128):
+            _copy((4,), x, y, 4096, STRIDE=1, BLOCK=block, num_warps=4)
+    with tempfile.NamedTemporaryFile(suffix=".md") as page:
+        Path(page.name).write_text("before\n<!-- compiled -->\nold\n<!-- /compiled -->\nafter\n")
+        put(records, page.name)
+        text = Path(page.name).read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert re.search(r"\| `_copy` \| sm_90 \| 2 \| \d+ \| 0 \| 0 \| 100% \|  \|", text), text
+
+
 TOOL = (
     wide_accesses,
     spills,
@@ -260,6 +287,7 @@ TOOL = (
     gfx942,
     passing_over,
     nothing_runs,
+    a_page,
 )
 
 
@@ -276,9 +304,13 @@ def test_an_interpreting_process_is_refused():
 
 if __name__ == "__main__":
     share = "--share" in sys.argv
-    failed = False
+    into = sys.argv[sys.argv.index("--into") + 1] if "--into" in sys.argv else None
+    failed, everything = False, []
     for target in [a for a in sys.argv[1:] if a in TARGETS] or TARGETS:
         found, faults = compile_rows(target, Share(target) if share else None)
         print(table(found), *faults, f"{target}: {len(found)} compiled", sep="\n")
         failed = failed or bool(faults)
+        everything += found
+    if into:
+        put(everything, into)
     sys.exit(failed)

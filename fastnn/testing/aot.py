@@ -490,5 +490,39 @@ def table(records: Iterable[Record]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def summary(records: Iterable[Record]) -> str:
+    """A Markdown table with a line per kernel and target: the worst of its specialisations."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for r in records:
+        groups.setdefault((r.kernel, r.target), []).append(r)
+    head = (
+        "kernel",
+        "target",
+        "compiled",
+        "registers",
+        "spills",
+        "shared KiB",
+        "occupancy",
+        "matrix",
+    )
+    lines = [
+        "| " + " | ".join(head) + " |",
+        "| --- | --- |" + " ---: |" * (len(head) - 3) + " --- |",
+    ]
+    for (kernel, target), found in sorted(groups.items()):
+        cells = (
+            f"`{kernel}`",
+            TARGETS[target].architecture,
+            str(len(found)),
+            str(max(r.registers for r in found)),
+            str(sum(r.spills for r in found)),
+            f"{max(r.shared for r in found) / 1024:.0f}",
+            f"{min(r.occupancy for r in found):.0%}",
+            " ".join(sorted({kind for r in found for kind in r.tensor_core})),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _word(value: Any) -> str:
     return getattr(value, "__name__", None) or str(value)
