@@ -411,38 +411,37 @@ def _channel_sums_kernel(
         tl.store(TOTAL + at, _sum(total), mask=c < C)
 
 
-@kernel(do_not_specialize=["K", "D", "groups"])
+@kernel(do_not_specialize=["K", "D", "groups", "outer"])
 def _channel_totals_kernel(
-    ALONG, TOTAL, W, SUM_ALONG, SUM_TOTAL, DW, DB, K, D, groups,
+    ALONG, TOTAL, W, SUM_ALONG, SUM_TOTAL, DW, DB, K, D, groups, outer,
     BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    o = tl.program_id(1).to(tl.int64)
-    along = tl.zeros((BLOCK_E, BLOCK_G), tl.float32)
-    total = tl.zeros((BLOCK_E, BLOCK_G), tl.float32)
-    for start in range(0, K * D, BLOCK_E):
-        e = start + tl.arange(0, BLOCK_E)
-        there, k, at = _parts(e, g, o, K, D, groups)
-        w = 1.0
-        if W is not None and DW is None and DB is None:
-            c = (e - k * D)[:, None] + (g * D)[None, :]
-            w = tl.load(W + c, mask=there, other=0.0).to(tl.float32)
-        along += w * tl.load(ALONG + at, mask=there, other=0.0)
-        total += w * tl.load(TOTAL + at, mask=there, other=0.0)
-    along = tl.sum(along, 0)
-    total = tl.sum(total, 0)
-    if DW is not None or DB is not None:  # channels by themselves
-        if DW is not None:
-            tl.store(DW + g, along.to(DW.dtype.element_ty), mask=g < groups)
-        if DB is not None:
-            tl.store(DB + g, total.to(DB.dtype.element_ty), mask=g < groups)
-        if W is not None:
-            w = _per_channel(W, g, groups)
-            along *= w
-            total *= w
-    if SUM_ALONG is not None:
-        tl.store(SUM_ALONG + o * groups + g, along, mask=g < groups)
-        tl.store(SUM_TOTAL + o * groups + g, total, mask=g < groups)
+    for o in range(tl.program_id(1).to(tl.int64), outer, tl.num_programs(1)):
+        along = tl.zeros((BLOCK_E, BLOCK_G), tl.float32)
+        total = tl.zeros((BLOCK_E, BLOCK_G), tl.float32)
+        for start in range(0, K * D, BLOCK_E):
+            e = start + tl.arange(0, BLOCK_E)
+            there, k, at = _parts(e, g, o, K, D, groups)
+            w = 1.0
+            if W is not None and DW is None and DB is None:
+                c = (e - k * D)[:, None] + (g * D)[None, :]
+                w = tl.load(W + c, mask=there, other=0.0).to(tl.float32)
+            along += w * tl.load(ALONG + at, mask=there, other=0.0)
+            total += w * tl.load(TOTAL + at, mask=there, other=0.0)
+        sum_along = tl.sum(along, 0)
+        sum_total = tl.sum(total, 0)
+        if DW is not None or DB is not None:  # channels by themselves, and o = 0
+            if DW is not None:
+                tl.store(DW + g, sum_along.to(DW.dtype.element_ty), mask=g < groups)
+            if DB is not None:
+                tl.store(DB + g, sum_total.to(DB.dtype.element_ty), mask=g < groups)
+            if W is not None:
+                w = _per_channel(W, g, groups)
+                sum_along *= w
+                sum_total *= w
+        tl.store(SUM_ALONG + o * groups + g, sum_along, mask=g < groups)
+        tl.store(SUM_TOTAL + o * groups + g, sum_total, mask=g < groups)
 
 
 @kernel(do_not_specialize=["C", "S", "N", "D", "span"])
@@ -604,9 +603,11 @@ def _chunks(view, config):
 
 
 def _pool_tile(parts, D):
-    if D == 1:
-        return {"BLOCK_E": 32, "BLOCK_G": 32, "num_warps": 4}
-    return {"BLOCK_E": min(_ceil(parts * D), 1024), "BLOCK_G": 1, "num_warps": 4}
+    if D > 1:
+        return {"BLOCK_E": min(_ceil(parts * D), 1024), "BLOCK_G": 1, "num_warps": 4}
+    if parts > 32:  # in few steps, for nothing hides their latency
+        return {"BLOCK_E": 256, "BLOCK_G": 8, "num_warps": 16}
+    return {"BLOCK_E": 32, "BLOCK_G": 32, "num_warps": 4}
 
 
 def _formulas(formula, gradient):
@@ -741,8 +742,9 @@ def bwd(
             tile = _pool_tile(K, view.D)
             G = C // view.D
             _channel_totals_kernel(
-                (triton.cdiv(G, tile["BLOCK_G"]), view.outer), along, total, weight, sum_along,
-                sum_total, None if apart else dw, None if apart else db, K, view.D, G, **tile,
+                (triton.cdiv(G, tile["BLOCK_G"]), min(view.outer, 65535)), along, total, weight,
+                sum_along, sum_total, None if apart else dw, None if apart else db, K, view.D, G,
+                view.outer, **tile,
             )  # fmt: skip
         if params and (apart or not through):
             _add_up(parts if dw is not None else parts[1:], dw, db)
