@@ -582,10 +582,9 @@ def finish(partial, loss, count, divisor):
     With `count` (0-d fp32) the divisor is the sum of the weights, and is left there.
     """
     G = partial.shape[1]
-    block = min(max(1 << (G - 1).bit_length(), 32), 8192) if G else 32
+    block = 256 if G <= 256 else 2048
     _loss_finish_kernel(
-        (1,), partial, loss, count, G, divisor, WEIGHTS=count is not None, BLOCK=block,
-        num_warps=min(max(block // 256, 1), 16),
+        (1,), partial, loss, count, G, divisor, WEIGHTS=count is not None, BLOCK=block, num_warps=8
     )  # fmt: skip
 
 
