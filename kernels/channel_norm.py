@@ -38,6 +38,7 @@ WHOLE = 16384  # the most elements of statistics that stay in registers from loa
 WHOLE_BWD = 8192  # and backward, which also holds dy
 TILE = 2048
 PROGRAMS = 1024  # enough to fill a GPU with tiles
+GRID_Y = 65535  # the most programs in the second dimension of a grid
 
 
 # ---- device functions ---------------------------------------------------------------------------
@@ -588,7 +589,7 @@ def _split(view, config, tiles_each):
     leave a GPU idle."""
     blocks = view.outer * triton.cdiv(view.C, config["BLOCK_C"])
     tiles = triton.cdiv(view.V, config["BLOCK_V"])
-    each = max(1, min(tiles_each, tiles * blocks // PROGRAMS), triton.cdiv(tiles, 65535))
+    each = max(1, min(tiles_each, tiles * blocks // PROGRAMS), triton.cdiv(tiles, GRID_Y))
     span = each * config["BLOCK_V"]
     return (blocks, triton.cdiv(view.V, span)), span
 
@@ -597,7 +598,7 @@ def _chunks(view, config):
     """As `_split`, for sums: no more chunks than it takes to fill a GPU."""
     blocks = view.outer * triton.cdiv(view.C, config["BLOCK_C"])
     tiles = triton.cdiv(view.V, config["BLOCK_V"])
-    each = max(triton.cdiv(tiles * blocks, PROGRAMS), min(tiles, 2), triton.cdiv(tiles, 65535))
+    each = max(triton.cdiv(tiles * blocks, PROGRAMS), min(tiles, 2), triton.cdiv(tiles, GRID_Y))
     span = each * config["BLOCK_V"]
     return (blocks, triton.cdiv(view.V, span)), span
 
@@ -672,7 +673,7 @@ def fwd(
     pool = _pool_tile(K, view.D)
     G = view.C // view.D
     _channel_pool_kernel(
-        (triton.cdiv(G, pool["BLOCK_G"]), 1 if tracked else min(view.outer, 65535)),
+        (triton.cdiv(G, pool["BLOCK_G"]), 1 if tracked else min(view.outer, GRID_Y)),
         parts[0], parts[1], mean, rstd, running_mean, running_var, view.V, span, K, view.D, G,
         view.outer, eps, momentum, U=view.vector, **pool,
     )  # fmt: skip
@@ -742,7 +743,7 @@ def bwd(
             tile = _pool_tile(K, view.D)
             G = C // view.D
             _channel_totals_kernel(
-                (triton.cdiv(G, tile["BLOCK_G"]), min(view.outer, 65535)), along, total, weight,
+                (triton.cdiv(G, tile["BLOCK_G"]), min(view.outer, GRID_Y)), along, total, weight,
                 sum_along, sum_total, None if apart else dw, None if apart else db, K, view.D, G,
                 view.outer, **tile,
             )  # fmt: skip

@@ -358,13 +358,14 @@ def test_second_derivatives(name, rest, grads, device):
 
 
 @pytest.mark.parametrize("last", [True, False])
-@pytest.mark.parametrize("programs", [1, 64])
-def test_any_chunks_give_the_same(last, programs, monkeypatch, device):
+@pytest.mark.parametrize(("programs", "grid"), [(1, 65535), (64, 65535), (64, 2)])
+def test_any_chunks_give_the_same(last, programs, grid, monkeypatch, device):
     """Small tiles, few and many programs: all the paths of large inputs, on a small one."""
     monkeypatch.setattr(kernels.channel_norm, "WHOLE", 8)
     monkeypatch.setattr(kernels.channel_norm, "WHOLE_BWD", 8)
     monkeypatch.setattr(kernels.channel_norm, "TILE", 64)
     monkeypatch.setattr(kernels.channel_norm, "PROGRAMS", programs)
+    monkeypatch.setattr(kernels.channel_norm, "GRID_Y", grid)
     x = torch.randn(3, 6, 9, 7, device=device) + 50
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
