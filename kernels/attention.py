@@ -206,8 +206,10 @@ def _fwd_loop(
     return acc, top, total
 
 
+# Not G: where that is 1, and known to be, there is no loop over a group's heads, and sums need not
+# leave the tensor cores' own memory or layout between two loops.
 _RUNTIME = [
-    "H", "G", "L", "S", "seed", "offset", "blocks", "bound",
+    "H", "L", "S", "seed", "offset", "blocks", "bound",
     *(f"stride_{x}" for x in (
         "qb", "qh", "qm", "kb", "kh", "kn", "vb", "vh", "vn", "ob", "oh", "om", "mb", "mh", "mm",
         "mn", "db", "dh", "dm", "wb", "wh", "wm", "wn",
@@ -784,27 +786,48 @@ def _config(kind, shape):
     """Tiles of "fwd", "dkdv", "dq" and "dmask". None spills: compiled, not yet timed."""
     d = max(triton.next_power_of_2(max(shape.D, shape.E)), 16)
     plain = not (shape.masked or shape.noisy)
+    # Without wgmma or tcgen05, operands and scores share the registers with the sums.
+    narrow = shape.arch not in ("sm_90", "sm_100")
     if shape.itemsize == 4:
         m, n, warps, stages = (32, 32, 4, 2) if d <= 128 else (16, 16, 4, 1)
     elif kind == "fwd":
         if d <= 64:
-            m, n, warps, stages = 128, 64, 4 if plain else 8, 3
+            m, n, warps, stages = 128, 64, 4 if plain and not narrow else 8, 3
+        elif d <= 128:
+            m, n, warps, stages = 128, 64, 8, 3
+            if narrow and shape.causal:
+                m, n, warps, stages = (64, 64, 4, 3) if plain else (64, 32, 4, 2)
         else:
-            m, n, warps, stages = (128, 64, 8, 3) if d == 128 else (64, 64, 8, 2)
+            m, n, warps, stages = 64, 32, 8, 2
     elif kind == "dkdv":
         if d <= 64:
-            m, n, warps, stages = 64 if plain else 32, 128, 8, 2
+            m, n = 64 if plain and not narrow else 32, 64 if narrow and shape.noisy else 128
         else:
-            m, n, warps, stages = 32, 128 if d == 128 else 64, 8, 2
+            m, n = 32, 128 if d <= 128 else 64
+        warps, stages = 8, 2
+    elif d <= 64:
+        m, n, warps, stages = 128, 64, 8, 2
+        if narrow and shape.noisy:
+            m, n, warps = 64, 32, 4
+        elif narrow and kind == "dmask":
+            m = 64
     else:
-        m, n, warps, stages = (128, 64, 8, 2) if d <= 64 else (64, 64, 8, 2)
+        m, n, warps, stages = 64, 64 if d <= 128 else 32, 8, 2
+        if narrow and kind == "dmask":
+            n = 32
+    if shape.arch == "gfx942" and shape.itemsize == 2:  # 64 KiB of shared memory
+        stages = 1
+        if d > 64:
+            m, n = min(m, 64), min(n, 64 if kind == "dkdv" else 32)
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
 
 
 def _apart(shape):
     """Whether dk and dv are made by two launches, as their sums do not fit beside all the rest."""
     d = max(shape.D, shape.E)
-    return d > 128 or (d > 64 and (shape.noisy or (shape.masked and shape.causal)))
+    if shape.arch in ("sm_90", "sm_100"):
+        return d > 128 or (d > 64 and (shape.noisy or (shape.masked and shape.causal)))
+    return d > 128 or (shape.noisy and shape.masked) or (d > 64 and (shape.noisy or shape.masked))
 
 
 def _last(S, causal, config):
