@@ -471,6 +471,55 @@ LINEAR = [
     sequential("small K", 16384, 128, 512, "SiLU"),
 ]
 
+# ---- Attention --------------------------------------------------------------------------------
+
+
+def padding(*shape: int) -> Maker:
+    """A bool mask that keeps the first keys, nine of ten."""
+
+    def make(dtype, device):
+        kept = torch.arange(shape[-1], device=device) < shape[-1] * 9 // 10
+        return kept.expand(shape).contiguous()
+
+    return make
+
+
+def attention(
+    model: str, rows: int, heads: int, length: int, width: int, dtypes=(BF16,), heads_k=None,
+    mask: Callable[[int], Maker] | None = None, **options,
+):  # fmt: skip
+    """`scaled_dot_product_attention` of (rows, heads, length, width)."""
+
+    def shaped(n):
+        sizes = heads, heads_k or heads, heads_k or heads
+        tensors = tuple(normal(n, h, length, width) for h in sizes)
+        return (*tensors, mask(n)) if mask else tensors
+
+    def flops(n):
+        return 4 * n * heads * length * length * width // (2 if options.get("is_causal") else 1)
+
+    return row(
+        "scaled_dot_product_attention", model, rows, shaped, dtypes, options=options, flops=flops
+    )
+
+
+ATTENTION = [
+    attention("BERT-base, 16 x 512", 16, 12, 512, 64, (BF16, FP16)),
+    attention("BERT-base, padded", 16, 12, 512, 64, mask=lambda n: padding(n, 1, 1, 512)),
+    attention("BERT-large, padded, dropout", 16, 16, 512, 64, dropout_p=0.1,
+        mask=lambda n: padding(n, 1, 1, 512)),
+    attention("Graphormer, a bias with its gradient", 64, 32, 128, 24,
+        mask=lambda n: normal(n, 32, 128, 128)),
+    attention("GPT-2, 8 x 1024", 8, 12, 1024, 64, is_causal=True),
+    attention("GPT-2 XL, dropout", 8, 25, 1024, 64, is_causal=True, dropout_p=0.1),
+    attention("Llama 3 8B, 4k tokens", 1, 32, 4096, 128, heads_k=8, is_causal=True,
+        enable_gqa=True),
+    attention("ViT-B/16, 64 images", 64, 12, 197, 64),
+    attention("ViT-L/16, 64 images", 64, 16, 197, 64),
+    row("scaled_dot_product_attention", "three dims, 192 x 512", 192, lambda n: tuple(
+        normal(n, 512, 64) for _ in range(3)), flops=lambda n: 4 * n * 512 * 512 * 64),
+]  # fmt: skip
+
 # ---- Transformers -----------------------------------------------------------------------------
 
 
@@ -562,7 +611,8 @@ TRANSFORMERS = [
 ]
 
 CASES = [
-    *ACTIVATIONS, *NORMS, *CHANNEL_NORMS, *SOFTMAX, *DROPOUT, *EMBEDDING, *LOSSES, *LINEAR, *TRANSFORMERS,
+    *ACTIVATIONS, *NORMS, *CHANNEL_NORMS, *SOFTMAX, *DROPOUT, *EMBEDDING, *LOSSES, *LINEAR,
+    *ATTENTION, *TRANSFORMERS,
 ]  # fmt: skip
 
 # Rows whose results are independent: on a GPU the ends of one beyond 2**31 elements are compared.
