@@ -149,6 +149,23 @@ def _norm_fwd_wide_kernel(
         tl.store(Y + cols, y.to(Y.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _x_hat(x, MEAN, RSTD, m, M, CENTER: tl.constexpr):
+    """Rows m of x normalised, and their rstd."""
+    x_hat = x.to(tl.float32)
+    rstd = tl.load(RSTD + m, mask=m < M, other=0.0)[:, None]
+    if CENTER:
+        x_hat -= tl.load(MEAN + m, mask=m < M, other=0.0)[:, None]
+    return x_hat * rstd, rstd
+
+
+@triton.jit
+def _store_sum(P, acc, offs, mask):
+    """The rows of `acc` added up, where somebody wants them."""
+    if P is not None:
+        tl.store(P + offs, tl.sum(acc, 0).to(P.dtype.element_ty), mask=mask)
+
+
 @kernel(do_not_specialize=["M", "N_units", "stride_units"])
 def _norm_bwd_kernel(
     DY, X, W, MEAN, RSTD, DX, DW, DB, M: tl.int64, N_units, stride_units: tl.int64,
@@ -156,10 +173,8 @@ def _norm_bwd_kernel(
 ):  # fmt: skip
     N = N_units * UNIT
     cols = tl.arange(0, BLOCK_N)
-    if DW is not None:
-        dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if DB is not None:
-        db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # Each program walks every G-th tile of rows; without dw and db there is one tile for each.
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
@@ -168,11 +183,7 @@ def _norm_bwd_kernel(
         dy = tl.load(DY + row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         x_row = (m * (stride_units * UNIT))[:, None]
         x = tl.load(X + x_row + cols[None, :], mask=mask, other=0.0)
-        rstd = tl.load(RSTD + m, mask=m < M, other=0.0)[:, None]
-        x_hat = x.to(tl.float32)
-        if CENTER:
-            x_hat -= tl.load(MEAN + m, mask=m < M, other=0.0)[:, None]
-        x_hat *= rstd
+        x_hat, rstd = _x_hat(x, MEAN, RSTD, m, M, CENTER)
         if DW is not None:
             dw += dy * x_hat
         if DB is not None:
@@ -184,10 +195,8 @@ def _norm_bwd_kernel(
             pull += tl.div_rn(tl.sum(dy, 1), N.to(tl.float32))[:, None]
         tl.store(DX + row + cols[None, :], ((dy - pull) * rstd).to(DX.dtype.element_ty), mask=mask)
     offs = tl.program_id(0).to(tl.int64) * N + cols
-    if DW is not None:
-        tl.store(DW + offs, tl.sum(dw, 0).to(DW.dtype.element_ty), mask=cols < N)
-    if DB is not None:
-        tl.store(DB + offs, tl.sum(db, 0).to(DB.dtype.element_ty), mask=cols < N)
+    _store_sum(DW, dw, offs, cols < N)
+    _store_sum(DB, db, offs, cols < N)
 
 
 @triton.jit
@@ -278,10 +287,8 @@ def _norm_bwd_params_kernel(
     N = N_units * UNIT
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     g = tl.program_id(1).to(tl.int64)
-    if DW is not None:
-        dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if DB is not None:
-        db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     stop = tl.minimum((g + 1) * span, M)
     for start in range(g * span, stop, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
@@ -291,14 +298,21 @@ def _norm_bwd_params_kernel(
             db += dy
         if DW is not None:
             offs = m[:, None] * (stride_units * UNIT) + cols[None, :]
-            x = tl.load(X + offs, mask=mask, other=0.0).to(tl.float32)
-            if CENTER:
-                x -= tl.load(MEAN + m, mask=m < stop, other=0.0)[:, None]
-            dw += dy * (x * tl.load(RSTD + m, mask=m < stop, other=0.0)[:, None])
-    if DW is not None:
-        tl.store(DW + g * N + cols, tl.sum(dw, 0).to(DW.dtype.element_ty), mask=cols < N)
-    if DB is not None:
-        tl.store(DB + g * N + cols, tl.sum(db, 0).to(DB.dtype.element_ty), mask=cols < N)
+            x = tl.load(X + offs, mask=mask, other=0.0)
+            dw += dy * _x_hat(x, MEAN, RSTD, m, stop, CENTER)[0]
+    _store_sum(DW, dw, g * N + cols, cols < N)
+    _store_sum(DB, db, g * N + cols, cols < N)
+
+
+@triton.jit
+def _sum_partials(PARTIALS, OUT, G, N, cols, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr):
+    acc = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
+    row = tl.arange(0, BLOCK_G)
+    for g in range(0, G, BLOCK_G):
+        mask = (g + row < G)[:, None] & (cols < N)[None, :]
+        offs = (g + row).to(tl.int64)[:, None] * N + cols[None, :]
+        acc += tl.load(PARTIALS + offs, mask=mask, other=0.0)
+    _store_sum(OUT, acc, cols, cols < N)
 
 
 @kernel(do_not_specialize=["G", "N_units"])
@@ -307,22 +321,11 @@ def _norm_bwd_sum_kernel(
 ):
     N = N_units * UNIT
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.arange(0, BLOCK_G)
     if DW is not None:
-        dw = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
-        for g in range(0, G, BLOCK_G):
-            mask = (g + row < G)[:, None] & (cols < N)[None, :]
-            offs = (g + row).to(tl.int64)[:, None] * N + cols[None, :]
-            dw += tl.load(PARTIALS + offs, mask=mask, other=0.0)
-        tl.store(DW + cols, tl.sum(dw, 0).to(DW.dtype.element_ty), mask=cols < N)
+        _sum_partials(PARTIALS, DW, G, N, cols, BLOCK_G, BLOCK_N)
         PARTIALS += G.to(tl.int64) * N
     if DB is not None:
-        db = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
-        for g in range(0, G, BLOCK_G):
-            mask = (g + row < G)[:, None] & (cols < N)[None, :]
-            offs = (g + row).to(tl.int64)[:, None] * N + cols[None, :]
-            db += tl.load(PARTIALS + offs, mask=mask, other=0.0)
-        tl.store(DB + cols, tl.sum(db, 0).to(DB.dtype.element_ty), mask=cols < N)
+        _sum_partials(PARTIALS, DB, G, N, cols, BLOCK_G, BLOCK_N)
 
 
 @functools.cache
