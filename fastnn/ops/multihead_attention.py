@@ -221,10 +221,6 @@ def multi_head_attention_forward(
     One product projects q, k and v where stock's does, and they are read where they are. Without
     weights, `scaled_dot_product_attention` follows.
     """
-    if bias_k is not None or bias_v is not None:
-        return Stock("bias_k and bias_v")
-    if add_zero_attn:
-        return Stock("add_zero_attn=True")
     if static_k is not None or static_v is not None:
         return Stock("static_k or static_v")
     if type(dropout_p) not in (float, int) or type(num_heads) is not int:
@@ -239,7 +235,12 @@ def multi_head_attention_forward(
     if len({m.dtype for m in masks}) > 1:
         return Stock("masks of two dtypes, of which stock warns")
     device = query.device.type
-    given = [query, key, value, *(separate or (in_proj_weight,)), out_proj_weight]
+    if (bias_k is None) != (bias_v is None):
+        return Invalid("one of bias_k and bias_v")
+    more = [t for t in (bias_k, bias_v) if t is not None]
+    if any(tuple(t.shape) != (1, 1, query.shape[-1]) for t in more):
+        return Stock(f"bias_k {tuple(bias_k.shape)}")
+    given = [*more, query, key, value, *(separate or (in_proj_weight,)), out_proj_weight]
     given += [t for t in (in_proj_bias, out_proj_bias) if t is not None]
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if low is None:
@@ -247,6 +248,8 @@ def multi_head_attention_forward(
             return Invalid("several dtypes")
         if masks and masks[0].dtype not in (torch.bool, query.dtype):
             return Stock(f"a mask in {masks[0].dtype}")
+    elif more or add_zero_attn:
+        return Stock("bias_k or add_zero_attn under autocast")
     dtype = low or query.dtype
     precision = "ieee" if dtype != torch.float32 else matmul_precision()
     arch = _op.architecture(query.get_device())
@@ -255,6 +258,8 @@ def multi_head_attention_forward(
             return Stock("float32 products without tf32")
     B = query.shape[1] if query.dim() == 3 else 1
     L, S, E, H = query.shape[0], key.shape[0], query.shape[-1], num_heads
+    added = (bias_k is not None) + bool(add_zero_attn)
+    S += added
     if not B * L * S:
         return Stock("no elements")
     if E // H > 256:
@@ -280,6 +285,11 @@ def multi_head_attention_forward(
             is_causal = False
         if key_padding_mask is not None and query.dim() == 2:
             key_padding_mask = key_padding_mask.unsqueeze(0)
+        if added:
+            sources = _with_more_keys(sources, E, bias_k, bias_v, add_zero_attn)
+            attn_mask, key_padding_mask = (
+                m if m is None else stock.pad(m, (0, added)) for m in (attn_mask, key_padding_mask)
+            )
         mask = _mask(attn_mask, key_padding_mask, H)
         weights = None
         if need_weights:
@@ -353,9 +363,27 @@ def _projected(query, key, value, packed, separate, bias, out_weight, out_bias, 
     return sources, out_weight, out_bias
 
 
-def _separated(sources, E, H):
-    """q, k and v as (B, H, L, D)."""
+def _parts(sources, E):
+    """q, k and v as (L, B, E)."""
     parts: list[Tensor] = []
     for t in sources:
         parts += [t] if t.shape[-1] == E else run(Parts, t, E)
-    return _heads(parts, E, H)
+    return parts
+
+
+def _separated(sources, E, H):
+    """q, k and v as (B, H, L, D)."""
+    return _heads(_parts(sources, E), E, H)
+
+
+def _with_more_keys(sources, E, bias_k, bias_v, zero):
+    """q, k and v, the latter two with stock's additional keys at the end."""
+    q, k, v = _parts(sources, E)
+    extra_k, extra_v = [k], [v]
+    if bias_k is not None:
+        extra_k.append(bias_k.expand(1, *k.shape[1:]))
+        extra_v.append(bias_v.expand(1, *v.shape[1:]))
+    if zero:
+        extra_k.append(k.new_zeros((1, *k.shape[1:])))
+        extra_v.append(v.new_zeros((1, *v.shape[1:])))
+    return [q, torch.cat(extra_k), torch.cat(extra_v)]
