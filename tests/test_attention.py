@@ -48,7 +48,7 @@ def calls(draw):
         lead = lead_k = (H_k,)
         H = H_k
     lead_v = lead_k
-    if lead and one_in(5):  # something to broadcast, or to reject
+    if lead and one_in(8):  # something to broadcast, or to reject
         lead_k = tuple(1 if one_in(2) else n for n in lead_k)
         lead_v = lead_k if one_in(2) else lead_v
     options = {}
@@ -62,16 +62,13 @@ def calls(draw):
         full = (*lead, L, S)
         mask = tuple(1 if one_in(3) else n for n in full)
         mask = mask[draw(st.integers(0, max(0, len(mask) - 2))) :]
-        if one_in(12):  # to be rejected
+        if one_in(30):  # to be rejected
             mask = draw(st.sampled_from(((L + 1, S), (S,), (2, *full), (L, S + 2))))
-    if (kind is None and one_in(3)) or one_in(15):
+    if (kind is None and one_in(3)) or one_in(30):
         options["is_causal"] = True
     layout = draw(st.sampled_from(("dense", "dense", "heads last", "transposed", "sliced")))
-    if one_in(15):
-        D_k = D + 1
-    else:
-        D_k = D
-    longer = len(lead) != 2 and one_in(25)  # stock's fused CPU kernel does not look
+    D_k = D + one_in(40)
+    longer = len(lead) != 2 and one_in(40)  # stock's fused CPU kernel does not look
     shapes = (*lead, L, D), (*lead_k, S, D_k), (*lead_v, S + longer, E)
     return shapes, mask, kind, options, layout, draw(st.integers(0, 2**31))
 
@@ -176,7 +173,7 @@ def test_any_call_is_as_stock(dtype):
                 its.append((b.double() - c).abs().max().item() / unit)
 
     fuzz()
-    assert seen[0] >= 170 and ran[0] >= 100
+    assert seen[0] >= 170 and ran[0] >= 90
     worst = max(ours, key=lambda x: x[0])
     assert worst[0] <= 2 * max(its) + 1, (worst, max(its))
 
