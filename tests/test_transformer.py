@@ -414,3 +414,19 @@ def test_launches_of_a_training_step(norm_first, monkeypatch):
                 torch.autograd.grad(layer(x), parameters, gradient)
             counts["stock"] = its.launches
     assert counts["ours"] + 2 <= 35 < counts["stock"] + 2, counts
+
+
+@interpreted
+@pytest.mark.parametrize("prenorm", [False, True])
+def test_traffic_of_a_residual_norm(prenorm):
+    """Each byte once: 8 passes over the rows, 9 where the sum is used too, and no mask."""
+    from fastnn.testing.meter import nbytes, traffic
+
+    z, x = (torch.randn(512, 256, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    w, b = (torch.randn(256, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    with fastnn.backend("triton"), traffic(races=True) as log:
+        out = fastnn.functional.dropout_add_layer_norm(z, x, (256,), w, b, 1e-5, 0.1, True, prenorm)
+        outs = out if prenorm else (out,)
+        torch.autograd.grad(outs, (z, x, w, b), [torch.ones_like(t) for t in outs])
+    assert log.cost.bytes <= 1.05 * (9 if prenorm else 8) * nbytes(x)
+    assert not any(launch.shared_writes for launch in log) and len(log) <= 3
