@@ -346,7 +346,6 @@ LOSSES = [
 ]  # fmt: skip
 
 
-
 def among(low: float, high: float) -> Callable[..., Maker]:
     """Makers of values between `low` and `high`, without a gradient: targets and weights."""
 
@@ -457,7 +456,18 @@ def sequential(model: str, rows: int, k: int, n: int, activation: str, p: float 
     return row(name, model, rows, k, build=build, flops=lambda m: 2 * m * n * k, **fields)
 
 
+def vocabulary(model: str, rows: int, k: int, classes: int) -> BenchCase:
+    """A head and its loss in one."""
+    return row(
+        "LinearCrossEntropyLoss", model, rows,
+        lambda n: (normal(n, k), indices(n, high=classes)),
+        options={"in_features": k, "num_classes": classes}, flops=lambda m: 2 * m * k * classes,
+    )  # fmt: skip
+
+
 LINEAR = [
+    vocabulary("Llama 2 7B, 8k tokens", 8192, 4096, 32000),
+    vocabulary("GPT-2, 32k tokens", 32768, 768, 50257),
     linear("BERT-base MLP, 16 x 512", 8192, 768, 3072, (BF16, FP32)),
     linear("GPT-2 XL, 8 x 1024", 8192, 1600, 6400),
     linear("Llama 3 8B, 4k tokens", 4096, 4096, 14336),
