@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastnn.bench import predict
 from fastnn.bench.cases import BenchCase
 from fastnn.bench.environment import environment, measured
 from fastnn.bench.measure import Clock, interleaved
@@ -23,6 +22,7 @@ from fastnn.bench.run import FORCED, Results, _around, _both, _sides, check, geo
 
 import fastnn
 from fastnn import kernels
+from fastnn.bench import predict
 
 MARGIN = 0.03
 MOST_STEPS = 4
@@ -64,7 +64,7 @@ def plan(rows: Iterable[Row], make: Callable[[BenchCase, torch.dtype], Callable]
 
 @contextmanager
 def without_a_gpu(target: str = "cuda:90") -> Iterator[Callable]:
-    """Yields the `make` of a plan as on `target`: rows are launched, and nothing compiled or run."""
+    """Yields the `make` of a plan as on `target`: rows launch, nothing is compiled or run."""
     from fastnn.testing.aot import compile_only
 
     def make(case, dtype):

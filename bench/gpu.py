@@ -1,10 +1,11 @@
 """Everything that needs a GPU, in one command: `python -m bench.gpu --out DIR --budget 20m`.
 
 Stages, in order: parity of every row forced onto kernels; ceilings; bench; launch configurations;
-crossover sizes; bench again by the new tables; whole training steps; determinism; more than 2**31 elements; a memory
-checker where one is installed. Every finding is a line of DIR/results.jsonl the moment it is there;
-the same command goes on where it stopped. DIR/summary.md says what was found, and is rewritten
-after each stage. Exit code 0: all right; 1: something is wrong or unfinished; 2: not started.
+crossover sizes; bench again by the new tables; whole training steps; determinism; more than 2**31
+elements; a memory checker where one is installed. Every finding is a line of DIR/results.jsonl the
+moment it is there; the same command goes on where it stopped. DIR/summary.md says what was found, and
+is rewritten after each stage. Exit code 0: all right; 1: something is wrong or unfinished; 2: not
+started.
 """
 
 from __future__ import annotations
@@ -192,9 +193,8 @@ def _table(path: Path):
 @contextlib.contextmanager
 def _tables(work: Work):
     """Crossover sizes and launch configurations as measured so far in this run."""
-    from fastnn.bench import configs
-
     from fastnn import kernels
+    from fastnn.bench import configs
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_table(work.out / "crossover.json"))

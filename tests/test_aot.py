@@ -22,11 +22,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from fastnn.kernels._launch import kernel
 from torch.utils._pytree import tree_leaves
 
 import fastnn
 import fastnn.functional
-from fastnn.kernels._launch import kernel
 from fastnn.testing.aot import TARGETS, check, compile_only, launch_nothing, summary, table
 
 # Kernels that gather, multiply matrices or only pool partial sums: not meant to run at the speed of
