@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fastnn.functional
 from fastnn._op import FLOATS
 from fastnn.testing import Case, Maker
 
@@ -59,7 +60,9 @@ class BenchCase(Case):
     def side(self, namespace: Any, dtype: torch.dtype, device: str) -> Callable:
         """The layer, or the function with its options, from `torch.nn` or from `fastnn`."""
         if self.build is None and not self.is_layer:
-            function = getattr(namespace.functional, self.name)
+            function = getattr(namespace.functional, self.name, None)
+            if function is None:  # one that is ours alone
+                function = getattr(fastnn.functional, self.name).op.stock
             return lambda *inputs: function(*inputs, **self.options)
         with torch.device(device):
             options = {k: v(FP32, device) if callable(v) else v for k, v in self.options.items()}
@@ -465,6 +468,23 @@ def vocabulary(model: str, rows: int, k: int, classes: int) -> BenchCase:
     )  # fmt: skip
 
 
+def residual(name: str, model: str, rows: int, width: int, **options) -> BenchCase:
+    """The end of a branch: dropout, the residual, and a norm without parameters if it has one."""
+    if "norm" in name:
+        options["normalized_shape"] = (width,)
+    return row(
+        name, model, rows, lambda n: (normal(n, width), normal(n, width)),
+        options={"p": 0.1, "training": True, **options},
+    )  # fmt: skip
+
+
+RESIDUALS = [
+    residual("dropout_add", "BERT-base, 16 x 512", 8192, 768),
+    residual("dropout_add_layer_norm", "BERT-base, 16 x 512", 8192, 768),
+    residual("dropout_add_layer_norm", "GPT-2 XL, before the norm", 8192, 1600, prenorm=True),
+    residual("dropout_add_rms_norm", "4k tokens of width 4096", 4096, 4096, prenorm=True),
+]
+
 LINEAR = [
     vocabulary("Llama 2 7B, 8k tokens", 8192, 4096, 32000),
     vocabulary("GPT-2, 32k tokens", 32768, 768, 50257),
@@ -621,8 +641,8 @@ TRANSFORMERS = [
 ]
 
 CASES = [
-    *ACTIVATIONS, *NORMS, *CHANNEL_NORMS, *SOFTMAX, *DROPOUT, *EMBEDDING, *LOSSES, *LINEAR,
-    *ATTENTION, *TRANSFORMERS,
+    *ACTIVATIONS, *NORMS, *CHANNEL_NORMS, *SOFTMAX, *DROPOUT, *EMBEDDING, *LOSSES,
+    *RESIDUALS, *LINEAR, *ATTENTION, *TRANSFORMERS,
 ]  # fmt: skip
 
 # Rows whose results are independent: on a GPU the ends of one beyond 2**31 elements are compared.

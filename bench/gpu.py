@@ -4,8 +4,8 @@ Stages, in order: parity of every row forced onto kernels; ceilings; bench; laun
 crossover sizes; bench again by the new tables; whole training steps; determinism; more than 2**31
 elements; a memory checker where one is installed. Every finding is a line of DIR/results.jsonl the
 moment it is there; the same command goes on where it stopped. DIR/summary.md says what was found,
-and is rewritten after each stage. Exit code 0: all right; 1: something is wrong or unfinished; 2: not
-started.
+and is rewritten after each stage. Exit code 0: all right; 1: something is wrong or unfinished; 2:
+not started.
 """
 
 from __future__ import annotations

@@ -157,15 +157,19 @@ def _leaves(call: Any, inputs: list) -> list[Tensor]:
     return [t for t in tensors if t.requires_grad]
 
 
+def _tensors(out: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+
+
 def _both(case: BenchCase, call: Any, inputs: list) -> Call:
     """A call of forward and backward; returns the gradients. Of forward alone, in eval mode."""
     if not case.train:
-        return torch.no_grad()(lambda: tree_leaves(call(*inputs)))
+        return torch.no_grad()(lambda: _tensors(call(*inputs)))
     leaves = _leaves(call, inputs)
-    upstream = torch.randn_like(call(*inputs))
+    upstream = [torch.randn_like(t) for t in _tensors(call(*inputs))]
 
     def both():
-        return torch.autograd.grad(call(*inputs), leaves, upstream)
+        return torch.autograd.grad(_tensors(call(*inputs)), leaves, upstream)
 
     return both
 
@@ -222,11 +226,11 @@ def least_bytes(case: BenchCase, call: Any, inputs: list) -> dict[str, int]:
     others = [t for t in inputs if not t.is_floating_point()]
     parameters = [] if case.gathers or not hasattr(call, "parameters") else list(call.parameters())
     with torch.no_grad():
-        out = call(*inputs)
-    forward = nbytes(*floats, *others, *parameters, out) + (nbytes(out) if case.gathers else 0)
+        out = _tensors(call(*inputs))
+    forward = nbytes(*floats, *others, *parameters, *out) + (nbytes(*out) if case.gathers else 0)
     if not case.train:
         return {"forward": forward}
-    backward = nbytes(out, *_leaves(call, inputs), *others)
+    backward = nbytes(*out, *_leaves(call, inputs), *others)
     if case.rereads:
         backward += nbytes(*floats, *parameters)
     return {"forward": forward, "forward+backward": forward + backward}

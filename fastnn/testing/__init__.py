@@ -114,8 +114,8 @@ class Case:
             for v in self.make(torch.float32, "cpu")
         ]
         shapes += [str(member(torch.nn)) for member in self.members]
+        options = [f"{k}={_told(v)}" for k, v in self.options.items()]
         torch.random.set_rng_state(made)
-        options = [f"{k}={v}" for k, v in self.options.items()]
         notes = [f"autocast={self.autocast}"] if self.autocast else []
         notes += ["view"] if self.view else []
         return f"{self.name}({', '.join(shapes + options + notes)})"
@@ -184,6 +184,12 @@ def _leaves(tree, dtype=None):
         return new.requires_grad_(v.requires_grad)
 
     return tree_map(fresh, tree)
+
+
+def _told(option: Any) -> str:
+    """An option in a row's name, the same in every process: a maker by the shape that it makes."""
+    made = option(torch.float32, "cpu") if callable(option) else option
+    return "x".join(map(str, made.shape)) if isinstance(made, Tensor) else str(option)
 
 
 def _tensors(tree) -> list[Tensor]:
