@@ -14,7 +14,7 @@ import torch.nn as stock
 import fastnn
 from fastnn import _op
 from fastnn.__main__ import main
-from fastnn.bench import cases, gpu, measure, models, predict, report, run, tune
+from fastnn.bench import cases, gpu, measure, memory, models, predict, report, run, tune
 from fastnn.ops import REGISTRY
 from fastnn.testing.meter import AtenTraffic, Cost, nbytes, traffic
 
@@ -375,3 +375,17 @@ def test_models_are_the_same_from_both_namespaces(step):
             losses.append(model(*data))
         losses[-1].backward()
     assert torch.equal(*losses)
+
+
+# ---- Memory -------------------------------------------------------------------------------------
+
+
+def test_peak_memory_against_length(tmp_path):
+    assert memory.main(["--out", str(tmp_path), "--lengths", "16", "32"]) == 0
+    data = json.loads((tmp_path / "attention-memory.json").read_text())
+    short, long = data["peak_bytes"]
+    assert [short["length"], long["length"]] == [16, 32] and data["shape"]["heads"] == 16
+    # Stock's grows with the weights, of which it holds several; ours does not hold one.
+    assert long["stock"] > 2.5 * short["stock"] and long["stock"] > 3 * long["weights"]
+    assert long["ours"] < 2.5 * short["ours"]
+    assert (tmp_path / "attention-memory.png").read_bytes().startswith(b"\x89PNG")
