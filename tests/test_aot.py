@@ -61,7 +61,7 @@ def compiling(code):
 
 
 class Share:
-    """Of the varieties of each kernel, every eighth, and the first: others for each target.
+    """Of the varieties of each kernel, every sixteenth, and the first: others for each target.
 
     A variety has a new combination of pointer types, tile and warps, or a new value of another
     constexpr. fp16 counts as bf16, from which it differs by an instruction.
@@ -84,7 +84,7 @@ class Share:
             novel = not features <= self.seen
             self.seen |= features
             n = next(self.number[what.kernel]) if novel else None
-            self.answers[key] = n == 0 or (novel and n % (2 * len(TARGETS)) == self.index)
+            self.answers[key] = n == 0 or (novel and n % (4 * len(TARGETS)) == self.index)
         return self.answers[key]
 
 
