@@ -111,13 +111,17 @@ def test_stock_is_counted_as_on_cuda():
     assert len(counted.ops) > 1
 
 
-# Rows that move more than 1.05 of the least, large enough that bytes are what they cost, and why.
-# A pattern for each kind; the test fails where one of them no longer holds.
+# Rows that take more passes than a kernel which reads once, large enough that bytes are what they
+# cost: how many for one, and why.
 MOVES_MORE = {
-    r"Tanhshrink": "stock keeps tanh(x), so that x may be written to before the backward; so do we",
-    r"LayerNorm\(.*(12288|4099|1048576|56\))": "rows that no registers hold are read again",
-    r"Softmax\(.*(32000|128256|262144)": "rows that no registers hold are read again",
-    r"CrossEntropyLoss\(16x21x": "lse in fp32 beside only 21 classes",
+    r"Tanhshrink": (6 / 5, "stock keeps tanh(x), so that x may be written to; so do we"),
+    r"LayerNorm\(.*(12288|4099|1048576|56\))": (2, "rows that no registers hold are read again"),
+    r"Softmax\(.*(32000|128256|262144)": (8 / 5, "rows that no registers hold are read again"),
+    r"CrossEntropyLoss\(16x21x": (1.07, "lse in fp32 beside only 21 classes"),
+    r"(Sequential\[)?(Batch|Group|Instance)Norm": (
+        8 / 5,
+        "statistics of more than a program holds: read for them, then again, both ways",
+    ),
 }
 
 
@@ -130,11 +134,9 @@ def test_kernels_move_hardly_more_than_they_must(case):
         ours, _ = predict.our_costs(case, dtype)
     least = predict.least(case, dtype)
     ratio = sum(c.bytes for c in ours) / sum(least)
-    more = next((why for row, why in MOVES_MORE.items() if re.match(row, str(case))), None)
-    if more is not None:
-        assert ratio > 1.05, f"no longer so: {more}"
-    elif sum(least) > 16e6:  # a smaller row costs its launches
-        assert ratio <= 1.05
+    passes = next((p for row, (p, _) in MOVES_MORE.items() if re.match(row, str(case))), 1)
+    if sum(least) > 16e6:  # a smaller row costs its launches
+        assert ratio <= 1.05 * passes
 
 
 def test_prediction_of_two_rows(tmp_path, capsys, monkeypatch):
