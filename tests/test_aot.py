@@ -35,8 +35,7 @@ NOT_STREAMING = ("attention", "embedding", "gemm", "nll_loss", "channel_pool", "
 
 
 # Here attention spills: with masks or dropout on sm_100, in most forms on gfx942. So in `auto`
-# it is
-# stock's there (fastnn/crossover.json), until tiles are found that do not.
+# it is stock's there (fastnn/crossover.json), until tiles are found that do not.
 SPILL_ATTENTION = ("cuda:100", "hip:gfx942")
 
 
