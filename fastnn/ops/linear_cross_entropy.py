@@ -62,7 +62,8 @@ class _Gradients:
         self.x, self.w, self.needs = x, w, needs
         self.dx = torch.empty_like(x) if needs[0] else None
         # One chunk needs no sum: its product is rounded once, as stock's.
-        self.dw = None if chunks == 1 else torch.zeros_like(w, dtype=torch.float32)
+        summed = needs[1] and chunks > 1
+        self.dw = torch.zeros_like(w, dtype=torch.float32) if summed else None
         self.db = x.new_zeros(w.shape[0], dtype=torch.float32) if needs[2] else None
 
     def add(self, rows, dlogits):
