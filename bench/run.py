@@ -20,12 +20,11 @@ from fastnn.bench.cases import BenchCase
 from fastnn.bench.environment import IDENTITY, environment
 from fastnn.bench.measure import REPEATS, Call, Clock, interleaved
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 import fastnn
 from fastnn._op import decisions
 from fastnn.bench import liger
-from fastnn.testing import Comparison, Side, compare_sides
+from fastnn.testing import Comparison, Side, _tensors, compare_sides
 from fastnn.testing.meter import nbytes
 
 STOCK, COMPILED, FORCED, AUTO, LIGER = "stock", "compiled", "ours", "auto", "liger"
@@ -155,10 +154,6 @@ def _leaves(call: Any, inputs: list) -> list[Tensor]:
     parameters = call.parameters() if hasattr(call, "parameters") else ()
     tensors = [t for t in (*inputs, *parameters) if isinstance(t, Tensor)]
     return [t for t in tensors if t.requires_grad]
-
-
-def _tensors(out: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(out) if isinstance(t, Tensor)]
 
 
 def _both(case: BenchCase, call: Any, inputs: list) -> Call:
