@@ -203,10 +203,17 @@ class _Run:
     upstream: list[Tensor]
 
 
+def _seed(device: str) -> None:
+    """As `torch.manual_seed`, which where there is no GPU keeps a stack trace of each call."""
+    torch.default_generator.manual_seed(1)
+    if device == "cuda":
+        torch.cuda.manual_seed_all(1)
+
+
 def _run(side: Side, inputs, device, autocast=None, upstream=None) -> _Run:
     for p in side.parameters.values():
         p.grad = None
-    torch.manual_seed(1)
+    _seed(device)
     args, kwargs = inputs
     with torch.autocast(device, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         out = side.call(*args, **kwargs)
@@ -268,13 +275,14 @@ def compare_sides(
     mode: Mode = "triton",
     autocast: torch.dtype | None = None,
     inplace: bool = False,
+    twice: bool = True,
 ) -> Result:
     """Call the three on the same inputs, `exact` in float64, and say where ours differs from stock.
 
     Compares values, gradients, nan and inf, dtypes, shapes, strides, whether a graph is attached;
-    runs ours twice and wants the same bits; wants incoming gradients left as they were, and inputs,
-    unless stock writes to them: then what they hold is compared too, but for `inplace`. Under
-    `mode="triton"` a call that goes to stock ends it: `path` is "stock".
+    runs ours `twice` and wants the same bits; wants incoming gradients left as they were, and
+    inputs, unless stock writes to them: then what they hold is compared too, but for `inplace`.
+    Under `mode="triton"` a call that goes to stock ends it: `path` is "stock".
     """
     inputs = (tuple(args), kwargs or {})
     result = Result("kernel", None)
@@ -284,7 +292,10 @@ def compare_sides(
         with backend(mode), decisions() as heard:
             with recording() as draws:
                 got = _run(ours, mine, device, autocast)
-            again = _run(ours, _leaves(inputs), device, autocast, got.upstream)
+            if twice:
+                again = _run(ours, _leaves(inputs), device, autocast, got.upstream)
+            else:
+                again = got
     except BackendError as e:
         result.path, result.reason = "stock", str(e)
         return result
