@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
+from triton.runtime.interpreter import InterpretedFunction
 
 import fastnn
 from fastnn import _op
@@ -69,7 +70,7 @@ def op_id(pair):
     return f"{name}-{info.variant_test_name}" if info.variant_test_name else name
 
 
-# In auto the same kernels run: one dtype shows that it chooses them.
+# In auto the same kernels run: a quarter of the samples of one dtype shows that it chooses them.
 each_mode = pytest.mark.parametrize(
     ("dtype", "mode"),
     [*((d, "triton") for d in FLOATS), (torch.float32, "auto")],
@@ -135,7 +136,9 @@ def test_module_samples(info, dtype, mode, device, account):
         # An even share of where there are hundreds (LinearCrossEntropyLoss has 857), and of layers
         # that hold others, whose kernels the others' samples have run.
         most = 8 if issubclass(info.module_cls, COMPOSED) else 100
-        for sample in samples[:: len(samples) // most + 1]:
+        for i, sample in enumerate(samples[:: len(samples) // most + 1]):
+            if i % 4 and mode == "auto":
+                continue
             if sample.forward_input is None:
                 continue
             made = sample.constructor_input
@@ -155,6 +158,7 @@ def test_module_samples(info, dtype, mode, device, account):
                 device=device,
                 mode=mode,
                 inplace=bool(getattr(stock, "inplace", False)),
+                twice=i % 8 == 0,
             )
             account(info.module_cls.__name__, result)
 
@@ -167,7 +171,9 @@ def test_function_samples(pair, dtype, mode, device, account):
         pytest.skip(f"stock {name} has no {dtype} on {device}")
     function = FUNCTIONS[name]
     torch.manual_seed(0)
-    for sample in info.sample_inputs(device, dtype, requires_grad=True):
+    for i, sample in enumerate(info.sample_inputs(device, dtype, requires_grad=True)):
+        if i % 4 and mode == "auto":
+            continue
         if name in RANDOM and sample.kwargs.get("training", sample.args[1:2] != (False,)):
             continue
         result = compare_sides(
@@ -179,6 +185,7 @@ def test_function_samples(pair, dtype, mode, device, account):
             device=device,
             mode=mode,
             inplace=bool(sample.kwargs.get("inplace")),
+            twice=i % 8 == 0,
         )
         account(name, result)
 
@@ -265,8 +272,10 @@ def test_function_samples_survive_second_derivatives(device):
             assert ours <= 2 * theirs + 1, f"{name}: {ours} from float64; stock {theirs}"
 
 
-def test_most_samples_run_on_kernels(device):
+def test_most_samples_run_on_kernels(device, monkeypatch):
     """At least four in five of the samples, forced onto kernels, in each dtype."""
+    if device == "cpu":  # which path is taken does not depend on what a kernel computes
+        monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **kwargs: None)
     for dtype in FLOATS:
         taken = []
         for info, name in FUNCTION_SAMPLES:

@@ -355,7 +355,7 @@ def allocations(call):
 
 
 def attention_step(namespace, average, p):
-    H, D, B, L = 16, 2, 2, 64
+    H, D, B, L = 16, 2, 1, 64
     torch.manual_seed(0)
     layer = namespace.MultiheadAttention(H * D, H, dropout=p)
     q = torch.randn(L, B, H * D, requires_grad=True)
