@@ -780,41 +780,69 @@ class Shape(NamedTuple):
     masked: bool = False
     causal: bool = False
     noisy: bool = False
+    grouped: bool = False
 
 
 def _config(kind, shape):
-    """Tiles of "fwd", "dkdv", "dq" and "dmask". None spills: compiled, not yet timed."""
+    """Tiles of "fwd", "dkdv", "dq" and "dmask", compiled and not yet timed.
+
+    None spills on sm_80, sm_90 and sm_100 with 16 bits, nor with TF32 up to a head size of 128.
+    """
     d = max(triton.next_power_of_2(max(shape.D, shape.E)), 16)
     plain = not (shape.masked or shape.noisy)
     # Without wgmma or tcgen05, operands and scores share the registers with the sums.
     narrow = shape.arch not in ("sm_90", "sm_100")
-    if shape.itemsize == 4:
-        m, n, warps, stages = (32, 32, 4, 2) if d <= 128 else (16, 16, 4, 1)
+    if shape.itemsize == 4 and d <= 128 and shape.arch != "sm_100":
+        m, n, warps, stages = 32, 32, 4, 2
+    elif shape.itemsize == 4:
+        m, n, warps, stages = 16, 16, 4 if d <= 64 and kind != "dmask" else 8, 2
+        if d > 128 if kind == "dkdv" else 64 < d <= (256 if kind == "fwd" else 128):
+            m = 32
     elif kind == "fwd":
         if d <= 64:
             m, n, warps, stages = 128, 64, 4 if plain and not narrow else 8, 3
+            if narrow and (d < 64 if plain else shape.masked and shape.noisy):
+                m, warps = 64, 4 if plain else 8
         elif d <= 128:
             m, n, warps, stages = 128, 64, 8, 3
-            if narrow and shape.causal:
-                m, n, warps, stages = (64, 64, 4, 3) if plain else (64, 32, 4, 2)
+            if narrow and (shape.causal or not plain):
+                m, n, warps, stages = (64, 64, 4, 3) if plain else (64, 32, 8, 2)
+            elif shape.masked and shape.noisy:
+                m = 64
         else:
             m, n, warps, stages = 64, 32, 8, 2
     elif kind == "dkdv":
         if d <= 64:
             m, n = 64 if plain and not narrow else 32, 64 if narrow and shape.noisy else 128
         else:
-            m, n = 32, 128 if d <= 128 else 64
+            m, n = 32, 128 if d <= 128 and not (narrow and shape.masked and shape.noisy) else 64
         warps, stages = 8, 2
     elif d <= 64:
         m, n, warps, stages = 128, 64, 8, 2
         if narrow and shape.noisy:
             m, n, warps = 64, 32, 4
-        elif narrow and kind == "dmask":
+        elif shape.noisy if kind == "dmask" and not narrow else narrow and shape.masked:
             m = 64
     else:
         m, n, warps, stages = 64, 64 if d <= 128 else 32, 8, 2
         if narrow and kind == "dmask":
             n = 32
+        elif shape.noisy and (d > 128 or shape.masked) and kind == "dq" and not narrow:
+            m = 32
+    if shape.arch == "sm_100" and shape.itemsize == 2:  # where masks take more
+        if shape.masked and kind == "fwd" and d != 64:
+            m, n, warps = 64 if d <= 128 else 32, 64 if d <= 128 else 32, 8
+        elif shape.masked and kind == "dkdv" and d <= 64:
+            n = 64
+        elif shape.masked and kind == "dq" and (d > 128 or (d < 64 and shape.noisy)):
+            m = 64 if d < 64 else 32
+        elif kind == "dmask" and d > 128:
+            stages = 1
+    if shape.grouped and shape.itemsize == 2:  # one more loop, around those of dk and dv
+        if kind == "dkdv":
+            n = 64 if plain and d <= 64 else 32
+        elif kind == "dmask" or (narrow and shape.masked and kind == "dq"):
+            m = min(m, 64)
     if shape.arch == "gfx942" and shape.itemsize == 2:  # 64 KiB of shared memory
         stages = 1
         if d > 64:
@@ -835,6 +863,13 @@ def _last(S, causal, config):
     if S % config["BLOCK_N"]:
         return PAST_END.value
     return DIAGONAL.value if causal else 0
+
+
+def _shape(q, k, v, mask, causal, noise, arch):
+    return Shape(
+        q.shape[2], q.shape[3], v.shape[3], q.element_size(), arch, mask is not None, causal,
+        noise is not None, k.shape[1] != q.shape[1],
+    )  # fmt: skip
 
 
 # ---- Launchers -----------------------------------------------------------------------------------
@@ -867,9 +902,10 @@ def _backward_configs(shape):
     return {kind: _config(kind, shape) for kind in ("dkdv", "dq", "dmask")}
 
 
-def fits(S, shape):
-    """Whether a backward tile has all keys, so that `bwd` needs no out."""
-    return min(config["BLOCK_N"] for config in _backward_configs(shape).values()) >= S
+def fits(q, k, v, mask, causal, noise, arch):
+    """Whether a backward tile has all keys, so that `bwd`, given the same, needs no out."""
+    configs = _backward_configs(_shape(q, k, v, mask, causal, noise, arch))
+    return min(config["BLOCK_N"] for config in configs.values()) >= k.shape[2]
 
 
 class _Call(NamedTuple):
@@ -940,12 +976,12 @@ def fwd(
     (else nan). precision: of fp32 products, "ieee" or "tf32".
     """
     q, k, v = _rows(q), _rows(k), _rows(v)
-    (B, H, L, D), (H_k, S, E) = q.shape, v.shape[1:]
+    (B, H, L, _), (H_k, S, E) = q.shape, v.shape[1:]
     if out is None:
         out = _like_rows(q, E)
     stats = q.new_empty((2, B, H, L), dtype=torch.float32)
     c = _prepare((q, k, v, out), mask, causal, scale, noise, safe, precision)
-    shape = Shape(L, D, E, q.element_size(), arch, mask is not None, causal, noise is not None)
+    shape = _shape(q, k, v, mask, causal, noise, arch)
     config = _config("fwd", shape)
     random, numbers = c.random
     _attention_fwd_kernel(
@@ -968,7 +1004,7 @@ def bwd(
     dout: as out, any strides. dq, dk and dv are written where given (any dtype and strides, but a
     unit one in the last dim), else laid out as q, k and v. dmask: any float dtype, 4-D, of size 1
     in the dims that are to be summed over, which may not be the last one. out may be None where
-    `fits(S, ...)`, or delta is given.
+    `fits(...)`, or delta is given.
     dweights: the gradient of weights that were returned, (B, L, S) for weights averaged over heads
     or (B, H, L, S), any strides; times `weights_scale` it is added to dp of each head. delta:
     (B, H, L) fp32, if it is known already; it includes what dweights add. noise: as of `fwd`, with
@@ -976,12 +1012,12 @@ def bwd(
     """
     q, k, v, dout = _rows(q), _rows(k), _rows(v), _rows(dout)
     out = dout if out is None else _rows(out)
-    (B, H, L, D), (H_k, S, E) = q.shape, v.shape[1:]
+    (B, H, L, _), (H_k, S, _) = q.shape, v.shape[1:]
     G = H // max(H_k, 1)
     c = _prepare((q, k, v, out, dout), mask, causal, scale, noise, safe, precision)
-    shape = Shape(L, D, E, q.element_size(), arch, mask is not None, causal, noise is not None)
+    shape = _shape(q, k, v, mask, causal, noise, arch)
     configs = _backward_configs(shape)
-    in_one_tile = fits(S, shape) and delta is None
+    in_one_tile = delta is None and fits(q, k, v, mask, causal, noise, arch)
     w_strides, w_unit, w_col = (0, 0, 0, 0), 1, 1
     if dweights is not None:
         if dweights.dim() == 3:

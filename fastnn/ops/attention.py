@@ -82,14 +82,6 @@ def _output(q: Tensor, L: int, E: int, plan: Plan) -> Tensor:
     return q.new_empty(shape)
 
 
-def _fits(q: Tensor, v: Tensor, mask: Tensor | None, plan: Plan) -> bool:
-    (L, D), (S, E) = q.shape[-2:], v.shape[-2:]
-    shape = kernels.attention.Shape(
-        L, D, E, q.element_size(), plan.arch, mask is not None, plan.causal, plan.noise is not None
-    )
-    return kernels.attention.fits(S, shape)
-
-
 class Attention(torch.autograd.Function):
     """q (..., L, D), k (..., S, D), v (..., S, E), mask (..., L, S) or None -> out (..., L, E)."""
 
@@ -101,14 +93,14 @@ class Attention(torch.autograd.Function):
         if noise is not None:
             state = noise.draw.new_state(q)
             noise = noise._replace(state=state)
+        fours = _four(q, plan, plan.heads), _four(k, plan, heads), _four(v, plan, heads)
         _, stats = kernels.attention.fwd(
-            _four(q, plan, plan.heads), _four(k, plan, heads), _four(v, plan, heads),
-            None if mask is None else _four_of_mask(mask, plan.batch), scale=plan.scale,
+            *fours, None if mask is None else _four_of_mask(mask, plan.batch), scale=plan.scale,
             causal=plan.causal, noise=noise, out=_four(out, plan, plan.heads),
             precision=plan.precision, arch=plan.arch,
         )  # fmt: skip
         # Without `out` it may be edited in place, as stock's may that does not keep it.
-        keeps_out = not _fits(q, v, mask, plan)
+        keeps_out = not kernels.attention.fits(*fours, mask, plan.causal, noise, plan.arch)
         ctx.save_for_backward(q, k, v, mask, out if keeps_out else None, stats, state)
         ctx.plan = plan
         return out
