@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -185,23 +186,27 @@ COLUMNS = {
     "stock_bytes": "stock's",
     "failed": "failed",
 }
+NARROW = ("name", "dtype", "rows", "kernel", "ratio", "bytes", "failed")  # fit into 80 characters
 
 
-def _cells(line: dict) -> list[str]:
-    return [_cell(key, line[key]) for key in COLUMNS]
+def _cells(line: dict, columns: Iterable[str] = COLUMNS) -> list[str]:
+    return [_cell(key, line[key]) for key in columns]
 
 
-def _table(lines: list[dict]) -> Table:
+def _table(lines: list[dict], width: int) -> Table:
     from rich.table import Table
 
+    columns = COLUMNS if width >= 120 else NARROW
     table = Table(
         title="largest error against float64 (outputs, gradients); bytes moved over the least "
-        "possible, forward and backward of the largest row"
+        "possible, forward and backward of the largest row",
+        caption=None if columns is COLUMNS else "a wider terminal shows the errors themselves",
     )
-    for key, title in COLUMNS.items():
-        table.add_column(title, justify="left" if key in ("name", "dtype") else "right")
+    for key in columns:
+        left = key in ("name", "dtype")
+        table.add_column(COLUMNS[key], justify="left" if left else "right", overflow="fold")
     for line in lines:
-        table.add_row(*_cells(line), style="bold red" if line["failed"] else None)
+        table.add_row(*_cells(line, columns), style="bold red" if line["failed"] else None)
     return table
 
 
@@ -303,7 +308,7 @@ def run(args: argparse.Namespace) -> int:
     lines = _summary(outcomes)
     for name, value in facts.items():
         console.print(f"{name:8} {value}")
-    console.print(_table(lines))
+    console.print(_table(lines, console.width))
     bad = [o for o in outcomes if o.failures]
     for o in bad:
         console.print(f"[red]{o.case} {o.dtype}[/red]", *o.failures, sep="\n  ", markup=True)
