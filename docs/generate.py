@@ -96,7 +96,7 @@ def run_blocks(text: str) -> str:
 def commands_page() -> None:
     """Run every command of docs/commands.md and write down what it printed."""
     page = ROOT / "docs" / "commands.md"
-    environment = {**os.environ, "COLUMNS": "140", "NO_COLOR": "1"}
+    environment = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1"}
     environment.pop("TRITON_INTERPRET", None)  # a user's shell has it not
     with tempfile.TemporaryDirectory() as folder:
 

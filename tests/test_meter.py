@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 
 from fastnn._op import BackendError
-from fastnn.testing import Case, Traffic, count, randn
-from fastnn.testing.meter import AtenTraffic, Cost, nbytes, predict, traffic
+from fastnn.testing import Case, Traffic, _counted_run, count, randn
+from fastnn.testing.cases import CASES
+from fastnn.testing.meter import AtenTraffic, Cost, as_on_cuda, nbytes, predict, traffic
 
 interpreted = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="kernels are compiled in this process"
@@ -322,3 +323,14 @@ def test_prediction_from_counts():
     with traffic() as log:
         _add_weight[(1,)](a, b, torch.empty_like(a), 4096)
     assert predict(t, log, bandwidth=1e6).speedup == pytest.approx(2 * 0.9)
+
+
+def test_stock_is_counted_for_every_row():
+    """`as_on_cuda` takes all that the functions take whose operators it replaces."""
+    counted = 0
+    for case in CASES:
+        if case.stock is None:
+            with as_on_cuda(), AtenTraffic() as aten:
+                _counted_run(case, torch.nn, case.dtypes[-1])
+            counted += aten.cost.bytes > 0
+    assert counted >= 0.9 * len(CASES)

@@ -468,7 +468,12 @@ def as_on_cuda() -> Iterator[None]:
         return silu(input)
 
     def gaussian_nll_loss(input, target, var, full=False, eps=1e-6, reduction="mean"):
-        torch.any(var < 0)  # of which stock then asks the value, and waits
+        if isinstance(var, Tensor):
+            torch.any(var < 0)  # of which stock then asks the value, and waits
+        else:
+            var = var * torch.ones_like(input)
+        if var.dim() < input.dim():
+            var = var.unsqueeze(-1)
         loss = 0.5 * (torch.log(var.clone().clamp_(min=eps)) + (input - target) ** 2 / var)
         return loss if reduction == "none" else getattr(loss, reduction)()
 
