@@ -15,7 +15,7 @@ from L2, for the tiles that share them run side by side.
 import triton
 import triton.language as tl
 from fastnn.kernels._launch import kernel
-from fastnn.kernels.attention import _kept, _logits, _row_tile, _weights
+from fastnn.kernels.attention import PAST_END, _kept, _logits, _row_tile, _weights
 
 from fastnn.kernels import _philox, attention
 
@@ -67,7 +67,7 @@ def _attention_weights_kernel(
             mask_ptr = MASK + (b * stride_mb + h * stride_mh) * MASK_UNIT
         t = _logits(
             s, m0, n0, rows, cols, L, S, mask_ptr, stride_mm, stride_mn, scale,
-            KEEP, BY_ROW, BY_COL, False, True, True,
+            KEEP, BY_ROW, BY_COL, False, True, PAST_END,
         )  # fmt: skip
         at = STATS + i.to(tl.int64) * L + m0
         top = tl.load(at + stats, mask=stats < L - m0, other=float("inf"))

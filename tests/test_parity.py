@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastnn.testing import assert_parity
+from fastnn.testing import assert_parity, count
 from fastnn.testing.cases import CASES
 
 
@@ -12,3 +12,5 @@ from fastnn.testing.cases import CASES
 )
 def test_parity(case, dtype, device):
     assert_parity(case, dtype, device)
+    if device == "cpu" and case.stock is None and dtype is case.dtypes[-1]:
+        count(case, dtype)  # which raises where a lane reads or writes out of bounds
