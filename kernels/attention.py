@@ -792,12 +792,11 @@ def _config(kind, shape):
     plain = not (shape.masked or shape.noisy)
     # Without wgmma or tcgen05, operands and scores share the registers with the sums.
     narrow = shape.arch not in ("sm_90", "sm_100")
-    if shape.itemsize == 4 and d <= 128 and shape.arch != "sm_100":
-        m, n, warps, stages = 32, 32, 4, 2
-    elif shape.itemsize == 4:
+    if shape.itemsize == 4:
         wide = {"fwd": d > 64, "dkdv": d > 128}.get(kind, 64 < d <= 128)
         m, n, stages = 32 if wide else 16, 16, 2
-        warps = 4 if d <= 64 and kind != "dmask" else 8
+        few = d <= 64 and (kind in ("fwd", "dq") or (kind == "dkdv" and d > 16))
+        warps = 4 if few else 8
     elif kind == "fwd":
         if d <= 64:
             m, n, warps, stages = 128, 64, 4 if plain and not narrow else 8, 3
@@ -829,8 +828,10 @@ def _config(kind, shape):
             n = 32
         elif shape.noisy and (d > 128 or shape.masked) and kind == "dq" and not narrow:
             m = 32
+    if d <= 16 and shape.itemsize == 2 and kind in ("fwd", "dq"):  # narrow accesses
+        m = 64
     if shape.arch == "sm_100" and shape.itemsize == 2:  # where masks take more
-        if shape.masked and kind == "fwd" and d != 64:
+        if kind == "fwd" and ((shape.masked and d != 64) or (shape.noisy and d < 64)):
             m, n, warps = 64 if d <= 128 else 32, 64 if d <= 128 else 32, 8
         elif shape.masked and kind == "dkdv" and d <= 64:
             n = 64
