@@ -22,18 +22,23 @@ LENGTHS = (64, 128, 256, 512)
 LENGTHS_ON_GPU = (256, 512, 1024, 2048, 4096, 8192)
 
 
+def allocations(call) -> list[int]:
+    """The bytes of each allocation that `call` makes on the CPU; negative where one is freed."""
+    from torch.profiler import profile
+
+    with profile(profile_memory=True) as profiled:
+        call()
+    events = profiled.profiler.kineto_results.events()
+    return [e.nbytes() for e in events if e.name() == "[memory]"]
+
+
 def peak(call, device: str) -> int:
     """The most bytes that `call` holds at a time beyond what was there before."""
     if device == "cuda":
         from fastnn.bench.measure import Cuda
 
         return Cuda().peak(call) or 0
-    from torch.profiler import profile
-
-    with profile(profile_memory=True) as profiled:
-        call()
-    events = profiled.profiler.kineto_results.events()
-    return max(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
+    return max(itertools.accumulate(allocations(call)))
 
 
 def step(namespace, length: int, device: str):

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn as stock
 from torch.nn.utils import parametrizations
-from torch.profiler import profile
 
 import fastnn
 from fastnn import _op, _rng
+from fastnn.bench import memory
 from fastnn.layers._layer import STOCK
 from fastnn.testing.noise import recording, replaying
 
@@ -348,10 +348,7 @@ def test_second_derivatives(call, p, average):
 def allocations(call):
     """The bytes of each allocation that `call` makes."""
     call()  # compiles, and fills caches
-    with profile(profile_memory=True) as profiled:
-        call()
-    events = profiled.profiler.kineto_results.events()
-    return [e.nbytes() for e in events if e.name() == "[memory]"]
+    return memory.allocations(call)
 
 
 def attention_step(namespace, average, p):
