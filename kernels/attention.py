@@ -786,7 +786,7 @@ class Shape(NamedTuple):
 def _config(kind, shape):
     """Tiles of "fwd", "dkdv", "dq" and "dmask": compiled, not yet timed.
 
-    With 16 bits none spills on sm_80, sm_90 and sm_100.
+    With 16 bits none spills on sm_80, sm_90 and sm_100 for heads of 16 channels and more.
     """
     d = max(triton.next_power_of_2(max(shape.D, shape.E)), 16)
     plain = not (shape.masked or shape.noisy)
@@ -905,8 +905,11 @@ def _backward_configs(shape):
 
 def fits(q, k, v, mask, causal, noise, arch):
     """Whether a backward tile has all keys, so that `bwd`, given the same, needs no out."""
-    configs = _backward_configs(_shape(q, k, v, mask, causal, noise, arch))
-    return min(config["BLOCK_N"] for config in configs.values()) >= k.shape[2]
+    return _fit(_backward_configs(_shape(q, k, v, mask, causal, noise, arch)), k.shape[2])
+
+
+def _fit(configs, S):
+    return min(config["BLOCK_N"] for config in configs.values()) >= S
 
 
 class _Call(NamedTuple):
@@ -1018,7 +1021,7 @@ def bwd(
     c = _prepare((q, k, v, out, dout), mask, causal, scale, noise, safe, precision)
     shape = _shape(q, k, v, mask, causal, noise, arch)
     configs = _backward_configs(shape)
-    in_one_tile = delta is None and fits(q, k, v, mask, causal, noise, arch)
+    in_one_tile = delta is None and _fit(configs, S)
     w_strides, w_unit, w_col = (0, 0, 0, 0), 1, 1
     if dweights is not None:
         if dweights.dim() == 3:
