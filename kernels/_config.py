@@ -44,6 +44,11 @@ def architecture(device: int) -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
+def lanes() -> int:
+    """Threads of a warp on the present device: 32, or 64 on AMD's data-centre GPUs."""
+    return 32 if knobs.runtime.interpret else driver.active.get_current_target().warp_size
+
+
 @functools.cache
 def shipped(name: str) -> Mapping[str, Mapping[str, dict]]:
     """{function: {arguments: what it changes}} of an architecture; empty where none was tuned."""
@@ -54,7 +59,7 @@ def shipped(name: str) -> Mapping[str, Mapping[str, dict]]:
 def _bucket(value: Any) -> str:
     if type(value) is int and value > 32:
         return str(triton.next_power_of_2(value))
-    if type(value) is tuple:
+    if isinstance(value, tuple):
         return f"({', '.join(map(_bucket, value))})"
     return str(value)
 

@@ -21,6 +21,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from fastnn.kernels._config import lanes, tunable
 from fastnn.kernels._launch import kernel
 from triton.language.extra import libdevice
 
@@ -559,7 +560,6 @@ def _loss_bwd_kernel(
 # ---- launchers ----------------------------------------------------------------------------------
 
 
-BLOCK = 1024
 PARTIALS = 2048  # programs that a large GPU holds at once, and sums that one program soon adds up
 
 
@@ -567,13 +567,15 @@ def _ceil(n, by):
     return -(-n // by)  # triton.cdiv takes microseconds
 
 
-_WIDE_WARPS = torch.version.hip is not None  # 64 lanes, else 32
+@tunable("BLOCK")
+def _config(itemsize):
+    # 8 elements per lane: those of 16 bits are one 16-byte access.
+    return {"BLOCK": 1024, "num_warps": 128 // lanes() if itemsize == 2 else 4}
 
 
-def _warps(tensors):
-    """8 elements per lane: those of 16 bits are one 16-byte access."""
-    narrow = min(t.element_size() for t in tensors if t is not None)
-    return 2 if _WIDE_WARPS and narrow == 2 else 4
+def _narrow(tensors):
+    """Bytes in an element of the narrowest of tensors, each of which may be None."""
+    return min(t.element_size() for t in tensors if t is not None)
 
 
 def finish(partial, loss, count, divisor):
@@ -598,7 +600,8 @@ def fwd(inputs, formula, p, q, loss, divisor, weights):
     # First the result, whose layout is given.
     found, (out, *inputs) = walk(None if reduce else loss, *inputs)
     a = next(t for t in inputs if t is not None)
-    tiles = _ceil(found.n, BLOCK)
+    config = _config(_narrow(inputs))
+    tiles = _ceil(found.n, config["BLOCK"])
     blocks = max(_ceil(tiles, PARTIALS), 1) if reduce else 1
     programs = _ceil(tiles, blocks)
     partial = count = None
@@ -608,8 +611,7 @@ def fwd(inputs, formula, p, q, loss, divisor, weights):
     D1, D2, _, _, _, *steps = _addressing(found, 5)
     _loss_fwd_kernel(
         (programs,), *inputs, out, partial, found.n, blocks, D1, D2, *steps, p, q,
-        FORMULA=globals()[formula], REDUCE=reduce, WIDE=found.wide, WEIGHTS=weights, BLOCK=BLOCK,
-        num_warps=_warps(inputs),
+        FORMULA=globals()[formula], REDUCE=reduce, WIDE=found.wide, WEIGHTS=weights, **config,
     )  # fmt: skip
     if reduce:
         finish(partial, loss, count, divisor)
@@ -630,9 +632,10 @@ def bwd(dloss, inputs, wanted, formula, p, q, divisor, count):
         for w in wanted
     ]
     D1, D2, *steps = _addressing(found, 5)
+    config = _config(_narrow((*read, *grads)))
     _loss_bwd_kernel(
-        (_ceil(found.n, BLOCK),), dloss if reduce else g, *read, count, *grads, found.n,
+        (_ceil(found.n, config["BLOCK"]),), dloss if reduce else g, *read, count, *grads, found.n,
         divisor or 1, D1, D2, *steps, p, q, FORMULA=globals()[formula], REDUCE=reduce,
-        WIDE=found.wide, BLOCK=BLOCK, num_warps=_warps((*read, *grads)),
+        WIDE=found.wide, **config,
     )  # fmt: skip
     return grads

@@ -12,10 +12,9 @@ A comparison has ATen's polarity (`x <= t`, or `x > t`), so that a nan takes ATe
 ATen selects a zero gradient, so do we: 0 * inf would be nan.
 """
 
-import torch
 import triton
 import triton.language as tl
-from fastnn.kernels._config import tunable
+from fastnn.kernels._config import lanes, tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._tl import dense_like, empty_as
 from triton.language.extra import libdevice
@@ -319,14 +318,11 @@ def _pointwise_bwd_kernel(DY, S, DX, n: tl.int64, a, b, FORMULA: tl.constexpr, B
 # ---- launchers --------------------------------------------------------------------------------
 
 
-_WIDE_WARPS = torch.version.hip is not None  # 64 lanes, else 32
-
-
 @tunable("BLOCK")
 def _config(itemsize):
     # 8 elements per lane: with more, the divisions of a formula fill the registers. 16-bit ones are
     # one 16-byte access.
-    return {"BLOCK": 1024, "num_warps": 2 if _WIDE_WARPS and itemsize == 2 else 4}
+    return {"BLOCK": 1024, "num_warps": 128 // lanes() if itemsize == 2 else 4}
 
 
 def _launch_fwd(source, target, kept, formula, keep, a, b):
