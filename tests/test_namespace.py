@@ -431,6 +431,8 @@ import fastnn.no_such_file  # error
         capture_output=True,
         text=True,
     )
-    reported = {int(line.split(":")[1]) for line in run.stdout.splitlines() if ": error:" in line}
+    # Of another torch than the stubs were made from, some names are missing: in the stubs.
+    found = [line for line in run.stdout.splitlines() if line.startswith("user.py:")]
+    reported = {int(line.split(":")[1]) for line in found if ": error:" in line}
     marked = {number for number, line in enumerate(lines, 1) if line.endswith("# error")}
     assert reported == marked, run.stdout + run.stderr
