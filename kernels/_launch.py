@@ -31,9 +31,10 @@ class Kernel:
     """An entry kernel, called as `kernel(grid, *args, **meta)`.
 
     `grid` is a tuple of 1 to 3 ints; `args` the run-time arguments, by position; `meta` every
-    constexpr parameter and the compile options (`num_warps`, `num_stages`, ...), by name. The first
-    argument is a tensor, whose device and current stream are used; constexpr parameters come last
-    in the kernel's signature. A grid with a zero in it launches nothing.
+    constexpr parameter and the compile options (`num_warps`, `num_stages`, ...), by name; `maxnreg`
+    is for NVIDIA GPUs, and left out elsewhere. The first argument is a tensor, whose device and
+    current stream are used; constexpr parameters come last in the kernel's signature. A grid with a
+    zero in it launches nothing.
     """
 
     def __init__(self, fn):
@@ -101,7 +102,10 @@ class Kernel:
         runtime = knobs.runtime
         if ready is None or _hooked(runtime.launch_enter_hook) or _hooked(runtime.launch_exit_hook):
             # Compiles on first use, and launches by Triton's own path.
-            compiled = self.fn[grid](*args, **meta)
+            options = meta
+            if "maxnreg" in meta and active.get_current_target().backend != "cuda":
+                options = {name: v for name, v in meta.items() if name != "maxnreg"}
+            compiled = self.fn[grid](*args, **options)
             if compiled is not None and hasattr(compiled, "packed_metadata"):
                 consts = tuple(meta[name] for name in self._consts)
                 self._resolved[key] = compiled, consts

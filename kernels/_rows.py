@@ -16,14 +16,15 @@ def as_rows(x, N):
 
 
 @tunable("BLOCK_M")
-def row_config(N, unit, least_warps=4):
+def row_config(N, unit, least_warps=4, noise=False):
     """One row in a tile, or several short ones; `unit`, at most 8, divides N and all row strides.
 
     Up to 32 values for each thread of 16 warps, all there can be where a warp is 64 threads. Values
-    accessed one by one take more registers, for an address and a predicate each.
+    accessed one by one take more registers, for an address and a predicate each; with `noise` among
+    them, short rows that share a tile are half as many.
     """
     block = triton.next_power_of_2(N)
-    rows = max(1, 256 * least_warps // block)
+    rows = max(1, (128 if noise else 256) * least_warps // block)
     return {
         "BLOCK_M": rows,
         "BLOCK_N": block,

@@ -85,7 +85,7 @@ def tiles(sizes, classes_last, unit, itemsize, light=True):
     num_warps = 4 if C <= 4096 else 8
     block = min(triton.next_power_of_2(C), 32 * values * num_warps)
     # Small rows: a quarter of the values, for a thread then has the statistics of several rows.
-    small = 1024 if light or unit > 1 else 512
+    small = 1024 if light or unit > 1 else 256
     rows = min(max(small // block, min(4, 128 * values // block), 1), 64)
     lanes = min(block, vector * num_warps // min(rows, num_warps))
     return {"ROWS": rows, "LANES": lanes, "GROUP": block // lanes, "num_warps": num_warps}

@@ -224,7 +224,8 @@ def bwd(
     dw = None if dw_dtype is None else torch.empty(N, dtype=dw_dtype, device=s.device)
     db = None if db_dtype is None else torch.empty(N, dtype=db_dtype, device=s.device)
     params = [t for t in (dw, db) if t is not None]
-    config = _rows.row_config(N, flags["UNIT"], least_warps=8 if params else 4)
+    noisy = draw is not None and bool(params)
+    config = _rows.row_config(N, flags["UNIT"], least_warps=8 if params else 4, noise=noisy)
     G = triton.cdiv(sizes[0], config["BLOCK_M"])
     dw_part, db_part, parts = dw, db, None
     if params:
