@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels.epilogue import keep_tile, width
 
@@ -783,6 +784,7 @@ class Shape(NamedTuple):
     grouped: bool = False
 
 
+@tunable("BLOCK_M", "BLOCK_N")
 def _config(kind, shape):
     """Tiles of "fwd", "dkdv", "dq" and "dmask": compiled, not yet timed.
 
@@ -794,8 +796,9 @@ def _config(kind, shape):
     narrow = shape.arch not in ("sm_90", "sm_100")
     if shape.itemsize == 4:
         wide = {"fwd": d > 64, "dkdv": d > 128}.get(kind, 64 < d <= 128)
-        m, n, stages = 32 if wide else 16, 16, 2
-        few = d <= 64 and (kind in ("fwd", "dq") or (kind == "dkdv" and d > 16))
+        m, n, stages = 32 if wide else 16, 16, 1 if kind == "dkdv" and d > 64 else 2
+        most = {"fwd": True, "dq": d > 16 or shape.noisy, "dkdv": d > 16}
+        few = d <= 64 and most.get(kind, False)
         warps = 4 if few else 8
     elif kind == "fwd":
         if d <= 64:
@@ -829,7 +832,7 @@ def _config(kind, shape):
         elif shape.noisy and (d > 128 or shape.masked) and kind == "dq" and not narrow:
             m = 32
     if d <= 16 and shape.itemsize == 2 and kind in ("fwd", "dq"):  # narrow accesses
-        m = 64
+        m, n = 64, 32 if kind == "dq" and shape.noisy else n
     if shape.arch == "sm_100" and shape.itemsize == 2:  # where masks take more
         if kind == "fwd" and ((shape.masked and d != 64) or (shape.noisy and d < 64)):
             m, n, warps = 64 if d <= 128 else 32, 64 if d <= 128 else 32, 8

@@ -14,6 +14,7 @@ from L2, for the tiles that share them run side by side.
 
 import triton
 import triton.language as tl
+from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels.attention import PAST_END, _kept, _logits, _row_tile, _weights
 
@@ -86,6 +87,7 @@ def _attention_weights_kernel(
     tl.store(WEIGHTS + rows * stride_wm.to(tl.int64) + cols, w, mask=there)
 
 
+@tunable("BLOCK_M", "BLOCK_N")
 def _config(D, itemsize, narrow):
     """`narrow`: of noise whose words are drawn one by one, which takes registers."""
     if itemsize == 4:

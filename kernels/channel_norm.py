@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 
 from fastnn.kernels import norm, pointwise
@@ -564,20 +565,21 @@ def _whole_launch(view, config):
     return view.outer * blocks, (*view.arguments(config["UNIT"]), view.D // config["D_UNIT"])
 
 
-def _tile(view, itemsize):
+@tunable("BLOCK_C", "BLOCK_V")
+def _tile(view, unit, itemsize):
     if view.layout == "last":
         block_c = min(_ceil(view.C), 128 // itemsize)
         block_v = min(_ceil(view.V), TILE // block_c)
     else:
-        block_j = min(_ceil(view.V) * view.unit, TILE)
+        block_j = min(_ceil(view.V) * unit, TILE)
         if view.layout == "samples" and view.S < 256:
             block_j = min(block_j, 256)  # several channels, which are neighbours in memory
         block_c = min(_ceil(view.C), 8) if view.layout == "samples" else _ceil(view.C)
         block_c = min(block_c, max(1, TILE // 2 // block_j))
-        block_v = block_j // view.unit
+        block_v = block_j // unit
     return {
         "LAYOUT": view.layout,
-        "UNIT": view.unit,
+        "UNIT": unit,
         "BLOCK_C": block_c,
         "BLOCK_V": block_v,
         "num_warps": 4,
@@ -603,6 +605,7 @@ def _chunks(view, config):
     return (blocks, triton.cdiv(view.V, span)), span
 
 
+@tunable("BLOCK_E", "BLOCK_G")
 def _pool_tile(parts, D):
     if D > 1:
         return {"BLOCK_E": min(_ceil(parts * D), 1024), "BLOCK_G": 1, "num_warps": 4}
@@ -629,7 +632,7 @@ def apply(
 ):  # fmt: skip
     """x (N, C, *) normalised by given statistics, into y; with eps, `rstd` holds the variance."""
     view = _view(x, groups, last)
-    config = _tile(view, x.element_size())
+    config = _tile(view, view.unit, x.element_size())
     grid, span = _split(view, config, 4)
     _channel_apply_kernel(
         grid, x, weight, bias, residual, y, mean, rstd, *view.arguments(config["UNIT"]), view.D,
@@ -663,7 +666,7 @@ def fwd(
             *sizes, eps, momentum, a, b, FORMULA=formula and getattr(pointwise, formula), **whole,
         )  # fmt: skip
         return mean, rstd
-    config = _tile(view, x.element_size())
+    config = _tile(view, view.unit, x.element_size())
     grid, span = _chunks(view, config)
     K = grid[1]
     parts = mean.new_empty((2, view.outer * K * view.C))
@@ -723,7 +726,7 @@ def bwd(
         if parts is not None:
             _add_up(parts, dw, db)
         return dx, dw, db, dz
-    config = _tile(view, x.element_size())
+    config = _tile(view, view.unit, x.element_size())
     sizes = view.arguments(config["UNIT"])
     along = total = sum_along = sum_total = None
     if params or eps is None or dz is not None:
