@@ -792,6 +792,7 @@ def _config(kind, shape):
     """
     d = max(triton.next_power_of_2(max(shape.D, shape.E)), 16)
     plain = not (shape.masked or shape.noisy)
+    ragged = max(shape.D, shape.E) != d  # so that its accesses are masked too
     # Without wgmma or tcgen05, operands and scores share the registers with the sums.
     narrow = shape.arch not in ("sm_90", "sm_100")
     if shape.itemsize == 4:
@@ -815,14 +816,16 @@ def _config(kind, shape):
             m, n, warps, stages = 64, 32, 8, 2
     elif kind == "dkdv":
         if d <= 64:
-            m, n = 64 if plain and not narrow else 32, 64 if narrow and shape.noisy else 128
+            tight = narrow and (shape.noisy or (shape.masked and ragged))
+            m, n = 64 if plain and not narrow else 32, 64 if tight else 128
         else:
-            m, n = 32, 128 if d <= 128 and not (narrow and shape.masked and shape.noisy) else 64
+            tight = narrow and (ragged or (shape.masked and shape.noisy))
+            m, n = 32, 128 if d <= 128 and not tight else 64
         warps, stages = 8, 2
     elif d <= 64:
         m, n, warps, stages = 128, 64, 8, 2
         if narrow and shape.noisy:
-            m, n, warps = 64, 32, 4
+            m, n, warps = 64, 32, 8 if shape.masked and ragged else 4
         elif shape.masked and (narrow or (kind == "dmask" and shape.noisy)):
             m = 64
     else:
@@ -847,11 +850,17 @@ def _config(kind, shape):
             n = 64 if plain and d <= 64 else 32
         elif kind == "dmask" or (narrow and shape.masked and kind == "dq"):
             m = min(m, 64)
+    if shape.arch == "sm_100" and shape.itemsize == 2 and d <= 16:
+        m, n, warps, stages = (32, 64, 8, 2) if kind == "dkdv" else (64, 32, 8, 2)
     if shape.arch == "gfx942" and shape.itemsize == 2:  # 64 KiB of shared memory
         stages = 1
         if d > 64:
             m, n = min(m, 64), min(n, 64 if kind == "dkdv" else 32)
-    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    config = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    alone = shape.arch == "sm_100" and (d <= 16 or (d > 64 and kind == "dq"))
+    if shape.itemsize == 4 or alone:
+        config["maxnreg"] = 255  # else ptxas spills a few to hold another block
+    return config
 
 
 def _apart(shape):

@@ -93,8 +93,8 @@ def _config(D, itemsize, narrow):
     if itemsize == 4:
         block, warps = (32, 4) if D <= 32 else (16, 4 if D <= 64 else 8)
         return {"BLOCK_M": block, "BLOCK_N": block, "num_warps": warps, "num_stages": 1}
-    m = 128 if D <= 32 and not narrow else 64
-    n = 64 if D <= 64 or not narrow else 32
+    m = 128 if 16 < D <= 32 and not narrow else 64
+    n = 64 if 16 < D <= 64 or (D > 64 and not narrow) else 32
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": 8, "num_stages": 2 if D <= 128 else 1}
 
 
