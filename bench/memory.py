@@ -26,7 +26,7 @@ def allocations(call) -> list[int]:
     """The bytes of each allocation that `call` makes on the CPU; negative where one is freed."""
     from torch.profiler import profile
 
-    with profile(profile_memory=True) as profiled:
+    with profile(profile_memory=True, acc_events=True) as profiled:
         call()
     events = profiled.profiler.kineto_results.events()
     return [e.nbytes() for e in events if e.name() == "[memory]"]

@@ -249,7 +249,7 @@ def test_nothing_of_size_L_x_S_is_allocated(device):
     largest = {}
     for name, call in (("ours", attention), ("stock", stock.scaled_dot_product_attention)):
         how = fastnn.backend("triton") if name == "ours" else sdpa_kernel(SDPBackend.MATH)
-        with how, profile(activities=activities, profile_memory=True) as run:
+        with how, profile(activities=activities, profile_memory=True, acc_events=True) as run:
             call(q, k, v, mask, 0.1).backward(upstream)
         events = run.profiler.kineto_results.events()
         largest[name] = max(e.nbytes() for e in events if e.name() == "[memory]")

@@ -15,9 +15,14 @@ import fastnn.functional as F
 from fastnn._op import backend
 from fastnn.ops import linear_cross_entropy as op_file
 from fastnn.testing import assert_parity
-from fastnn.testing.cases.linear_cross_entropy import CASES
+from fastnn.testing.cases import CASES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CHUNKED = [
+    c
+    for c in CASES
+    if c.name in ("linear_cross_entropy", "LinearCrossEntropyLoss") and c.stock is None
+]
 
 
 def reference(x, w, target, **options):
@@ -35,7 +40,7 @@ def inputs(device, N=300, K=8, C=40, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [c for c in CASES if c.stock is None], ids=str)
+@pytest.mark.parametrize("case", CHUNKED, ids=str)
 def test_chunks_of_a_few_rows(case, dtype, device, monkeypatch):
     monkeypatch.setattr(op_file, "chunk_rows", lambda N, C, itemsize: 2)
     if dtype in case.dtypes:

@@ -80,7 +80,8 @@ def test_logits_edited_in_place_are_not_differentiated(device):
 def test_saves_no_table_of_log_probabilities(device):
     x = torch.randn(6, 50, device=device, requires_grad=True)
     target = torch.zeros(6, dtype=torch.int64, device=device)
-    saved = F.cross_entropy(x, target).grad_fn.saved_tensors
+    loss = F.cross_entropy(x, target)  # kept: what a node saved is freed with its result
+    saved = loss.grad_fn.saved_tensors
     extra = [
         t for t in saved if t is not None and t.data_ptr() not in (x.data_ptr(), target.data_ptr())
     ]

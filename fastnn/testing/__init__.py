@@ -91,6 +91,7 @@ class Case:
     autocast: run under autocast to this dtype.
     train: the layer's mode.
     members: of a container: makers that are given the namespace to take their class from.
+    since: the first torch whose stock runs the row; older ones leave it out.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Case:
     autocast: torch.dtype | None = None
     train: bool = True
     members: tuple[Callable[[Any], torch.nn.Module], ...] = ()
+    since: tuple[int, int] = (0, 0)
 
     @property
     def is_layer(self) -> bool:

@@ -1,7 +1,7 @@
 """Every shape and option whose parity is checked, one row each, at the edges, not the middle.
 
 A file per family, named as in fastnn/ops; each has its list `CASES`, and here is all of it, but
-for layers and constructor options that the installed torch does not have.
+for layers, constructor options and mixtures of dtypes that the installed torch does not have.
 """
 
 import importlib
@@ -14,6 +14,8 @@ from fastnn.testing import Case
 
 
 def _in_torch(case: Case) -> bool:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < case.since:
+        return False
     if not case.is_layer:
         return True
     layer = getattr(torch.nn, case.name, None)
