@@ -107,7 +107,7 @@ def _outcome(case: Case, dtype: torch.dtype, device: str) -> Outcome:
         compared = result.comparisons
     except Exception as e:
         failures, path, reason, compared = [f"{type(e).__name__}: {e}"], "error", None, []
-    worst = max(compared, key=lambda c: c.ratio, default=None)
+    worst = max(compared, key=lambda c: (c.ratio, c.ours), default=None)
     outcome = Outcome(
         case.name,
         str(case),
@@ -135,14 +135,14 @@ def _outcome(case: Case, dtype: torch.dtype, device: str) -> Outcome:
 
 
 def _summary(outcomes: list[Outcome]) -> list[dict]:
-    """A line per name and dtype, over its rows."""
+    """A line per name and dtype, over its rows, whatever order they ended in."""
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for o in outcomes:
         groups.setdefault((o.name, o.dtype), []).append(o)
     lines = []
     for (name, dtype), rows in sorted(groups.items()):
-        worst = max(rows, key=lambda o: o.ratio)
-        largest = max(rows, key=lambda o: o.least_bytes or 0)
+        worst = max(rows, key=lambda o: (o.ratio, o.error))
+        largest = max(rows, key=lambda o: (o.least_bytes or 0, o.case))
         lines.append(
             {
                 "name": name,

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import fastnn
 from fastnn import _cli, _op
 from fastnn.__main__ import COMMANDS, main
+from fastnn._cli_parity import Outcome, _summary
 from fastnn.ops import REGISTRY
 
 
@@ -89,6 +91,19 @@ def test_library_and_help_need_no_cli_package():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_parity_line_does_not_depend_on_which_row_ended_first():
+    rows = [
+        Outcome(
+            "ReLU", f"ReLU({n})", "float32", "kernel", None, error, error, 1.0, 2, 1, 0.0, [],
+            bytes=n, least_bytes=64, stock_bytes=80,
+        )
+        for n, error in ((64, 0.5), (72, 0.25), (68, 0.75))
+    ]  # fmt: skip
+    lines = [_summary(list(order)) for order in itertools.permutations(rows)]
+    assert all(line == lines[0] for line in lines)
+    assert lines[0][0]["error"] == 0.75 and lines[0][0]["bytes"] == 72 / 64
 
 
 @pytest.mark.parametrize("width", [80, 160])
