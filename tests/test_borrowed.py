@@ -14,14 +14,16 @@ import pytest
 import torch
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
-from triton.runtime.interpreter import InterpretedFunction
 
 import fastnn
 from fastnn import _op
+from fastnn.kernels import _launch
 from fastnn.layers._layer import OURS
 from fastnn.ops import FUNCTIONS
 from fastnn.testing import FLOATS, Side, _compare, compare_sides
 from fastnn.testing.noise import recording, replaying
+from tests.errors import assert_same_error
+from tests.versions import OLDER
 
 RANDOM = {"rrelu"}  # whose values in training are compared in its own test file
 
@@ -117,6 +119,12 @@ def account(record_property):
     assert not failures, "\n".join(failures)
 
 
+def lacks(name, dtype, device):
+    """What older torch lists and then raises at, in backward."""
+    half = device == "cpu" and dtype == torch.float16
+    return OLDER and half and name in ("SmoothL1Loss", "smooth_l1_loss")
+
+
 def test_there_are_samples():
     assert len(MODULES) >= 2
     assert len(FUNCTION_SAMPLES) >= 2
@@ -125,6 +133,8 @@ def test_there_are_samples():
 @each_mode
 @pytest.mark.parametrize("info", MODULES, ids=lambda m: m.module_cls.__name__)
 def test_module_samples(info, dtype, mode, device, account):
+    if lacks(info.module_cls.__name__, dtype, device):
+        pytest.skip(f"stock {info.module_cls.__name__} has no {dtype} on {device}")
     modes = (True, False) if info.train_and_eval_differ else (True,)
     for seed, training in itertools.product(range(8), modes):
         if seed and account.enough():
@@ -167,7 +177,7 @@ def test_module_samples(info, dtype, mode, device, account):
 @pytest.mark.parametrize("pair", FUNCTION_SAMPLES, ids=op_id)
 def test_function_samples(pair, dtype, mode, device, account):
     info, name = pair
-    if dtype not in info.supported_dtypes(torch.device(device).type):
+    if dtype not in info.supported_dtypes(torch.device(device).type) or lacks(name, dtype, device):
         pytest.skip(f"stock {name} has no {dtype} on {device}")
     function = FUNCTIONS[name]
     torch.manual_seed(0)
@@ -198,11 +208,8 @@ def test_function_errors(pair, mode, device):
     function = FUNCTIONS[name]
     for error in info.error_inputs(device):
         sample = error.sample_input
-        with pytest.raises(Exception) as theirs:
-            function.op.stock(*arguments(name, sample), **sample.kwargs)
-        with pytest.raises(theirs.type) as ours, fastnn.backend(mode):
-            function(*arguments(name, sample), **sample.kwargs)
-        assert str(ours.value) == str(theirs.value)
+        given = arguments(name, sample)
+        assert_same_error(function, function.op.stock, *given, mode=mode, **sample.kwargs)
 
 
 def second_derivatives(call, args, kwargs, noise):
@@ -275,7 +282,7 @@ def test_function_samples_survive_second_derivatives(device):
 def test_most_samples_run_on_kernels(device, monkeypatch):
     """At least four in five of the samples, forced onto kernels, in each dtype."""
     if device == "cpu":  # which path is taken does not depend on what a kernel computes
-        monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **kwargs: None)
+        monkeypatch.setattr(_launch.Kernel, "__call__", lambda *args, **kwargs: None)
     for dtype in FLOATS:
         taken = []
         for info, name in FUNCTION_SAMPLES:

@@ -7,16 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+from tests.versions import pinned
 
 ROOT = Path(__file__).parents[1]
-PINNED = re.search(r"^torch==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)[1]
 
 
-@pytest.mark.skipif(
-    torch.__version__.split("+")[0] != PINNED, reason=f"the documents are made with torch {PINNED}"
-)
+@pinned
 def test_readme_and_op_pages_are_what_the_code_gives():
     run = subprocess.run(
         [sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True

@@ -17,6 +17,8 @@ from fastnn import kernels
 from fastnn.testing import Case, assert_parity, count, randn
 from fastnn.testing.cases.distance import lists
 from fastnn.testing.cases.loss import counts, signs, uniform
+from tests.errors import assert_same_error
+from tests.versions import OLDER, pinned
 
 DOCS = Path(__file__).parent.parent / "docs" / "losses.md"
 interpreted = pytest.mark.skipif(
@@ -114,6 +116,7 @@ def test_nothing_waits_for_the_device(name):
 
 
 @interpreted
+@pinned
 def test_the_table_of_the_docs(device):
     lines = []
     for name, (tensors, options) in CALLS.items():
@@ -308,7 +311,7 @@ def test_kl_div_warns_of_its_mean(mode, device):
             warnings.simplefilter("always")
             results.append(namespace.kl_div(x, t))
         said.append([(w.category, str(w.message)) for w in caught])
-        if mode == "triton":
+        if mode == "triton" and not OLDER:  # which name the line of stock's own file
             assert [w.filename for w in caught] == [__file__]
     assert said[0] == said[1] and len(said[0]) == 1
     torch.testing.assert_close(*results)
@@ -380,12 +383,7 @@ WRONG = [
 def test_wrong_calls_raise_what_stock_raises(call, device):
     with torch.device(device):
         x = torch.ones(3, 4)
-        with pytest.raises(Exception) as theirs:
-            call(stock, x)
-        with pytest.raises(theirs.type) as ours:
-            call(F, x)
-    assert not isinstance(ours.value, fastnn.BackendError)
-    assert str(ours.value) == str(theirs.value)
+        assert_same_error(lambda: call(F, x), lambda: call(stock, x))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

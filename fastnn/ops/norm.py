@@ -7,6 +7,8 @@ import torch.nn.functional as stock
 
 from fastnn._op import Invalid, Stock, launcher, op, run, second_order
 
+_COMPOSED = torch.__version__ < "2.11"  # RMS norm of every input: so in 2.8, not so in 2.11
+
 FINFO_EPS = torch.finfo(torch.float32).eps  # stock's default for 16-bit inputs too
 
 
@@ -125,7 +127,10 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, out_dtype=None):
         return declined
     if not input.numel():
         return Stock("no elements")  # whose strides depend on how stock composes it
-    # Stock composes RMS norm for a channels_last input, and the result is channels_last then.
-    if input.dim() in (4, 5) and not input.is_contiguous() and input.stride(1) <= input.stride(-1):
-        return Stock("channels_last input")
+    # Where stock composes RMS norm, the result has the input's strides.
+    if not input.is_contiguous():
+        if _COMPOSED:
+            return Stock("a strided input, whose layout this torch keeps")
+        if input.dim() in (4, 5) and input.stride(1) <= input.stride(-1):
+            return Stock("channels_last input")
     return run(Norm, input, weight, None, len(normalized_shape), eps, False, out_dtype)

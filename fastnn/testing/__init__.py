@@ -103,7 +103,7 @@ class Case:
     autocast: torch.dtype | None = None
     train: bool = True
     members: tuple[Callable[[Any], torch.nn.Module], ...] = ()
-    since: tuple[int, int] = (0, 0)
+    since: str = "0"
 
     @property
     def is_layer(self) -> bool:

@@ -141,9 +141,9 @@ CASES: list[Case] = [
     Case("mse_loss", (randn(3, 5), randn(3, 5)), {"weight": uniform(3, 5)}, stock="requires grad"),
     # dtypes: a result in the widest of them, integer targets, float32 under autocast
     # (in older ones the gradient of stock's MSELoss raises)
-    Case("MSELoss", (randn(3, 5), of(randn(3, 5), torch.float32)), since=(2, 13)),
+    Case("MSELoss", (randn(3, 5), of(randn(3, 5), torch.float32)), since="2.13"),
     Case("L1Loss", (of(randn(3, 5), torch.float32), randn(3, 5))),
-    Case("MSELoss", (randn(3, 5), counts(3, 5, dtype=torch.int64)), since=(2, 13)),
+    Case("MSELoss", (randn(3, 5), counts(3, 5, dtype=torch.int64)), since="2.13"),
     Case("HuberLoss", (of(randn(3, 5), torch.float32), randn(3, 5)), stock="a target in",
          dtypes=(torch.float16,)),
     *(
@@ -259,7 +259,7 @@ CASES: list[Case] = [
             ((3, 343), True, "none"),
         )
     ),
-    Case("GaussianNLLLoss", (randn(2, 3, 4), randn(2, 3, 4), uniform(2, 1, 4))),
+    Case("GaussianNLLLoss", (randn(2, 3, 4), randn(2, 3, 4), uniform(2, 1, 4)), since="2.11"),
     Case("GaussianNLLLoss", (randn(3, 5), randn(5), uniform(3, 5))),
     Case("GaussianNLLLoss", (randn(3, 5), randn(3, 5), 0.3)),
     Case("GaussianNLLLoss", (randn(3, 5), randn(3, 5), 0.0),

@@ -1,0 +1,25 @@
+"""Bad input: the error that stock raises."""
+
+from collections.abc import Callable
+
+import fastnn
+from tests.versions import OLDER
+
+
+def _raised(call: Callable, *args, **kwargs) -> tuple[type, str] | None:
+    try:
+        call(*args, **kwargs)
+    except Exception as e:
+        return type(e), str(e)
+    return None
+
+
+def assert_same_error(ours: Callable, theirs: Callable, *args, mode="triton", **kwargs) -> None:
+    """`ours`, called in `mode`, raises what `theirs` does, to the word.
+
+    Where an older torch takes what newer ones reject, `ours` takes it too.
+    """
+    want = _raised(theirs, *args, **kwargs)
+    with fastnn.backend(mode):
+        assert _raised(ours, *args, **kwargs) == want
+    assert want is not None or OLDER, "stock takes it"

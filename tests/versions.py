@@ -1,0 +1,15 @@
+"""Tests that depend on which torch is installed: `pinned` marks those for constraints.txt's."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+_CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
+PINNED = re.search(r"^torch==(\S+)", _CONSTRAINTS.read_text(), re.M)[1]
+OLDER = torch.__version__ < "2.11"  # accepts and lacks what the tests say at the place
+
+pinned = pytest.mark.skipif(
+    torch.__version__.split("+")[0] != PINNED, reason=f"the documents are of torch {PINNED}"
+)
