@@ -1,8 +1,11 @@
 """The rows: ours against stock and float64, forward and backward, forced onto kernels."""
 
-import pytest
+import math
 
-from fastnn.testing import assert_parity, count
+import pytest
+import torch
+
+from fastnn.testing import _compare, assert_parity, count
 from fastnn.testing.cases import CASES
 
 
@@ -14,3 +17,27 @@ def test_parity(case, dtype, device):
     assert_parity(case, dtype, device)
     if device == "cpu" and case.stock is None and dtype is case.dtypes[-1]:
         count(case, dtype)  # which raises where a lane reads or writes out of bounds
+
+
+@pytest.mark.parametrize(
+    ("ours", "stock", "exact", "right"),
+    [
+        (math.nan, math.nan, math.nan, True),
+        (math.nan, math.nan, 1.0, True),
+        (math.nan, 1.0, math.nan, True),
+        (math.nan, 1.0, 1.0, False),
+        (math.nan, math.inf, 1e9, False),
+        (math.inf, math.inf, 1e9, True),
+        (math.inf, math.nan, 1e9, True),  # too large for float16
+        (-math.inf, math.nan, 1e9, False),
+        (math.inf, math.nan, 1.0, False),
+        (math.inf, 65504.0, 65530.0, False),
+        (1.0, math.nan, 1.0, True),
+        (1.0, math.nan, math.inf, False),
+        (1.0, 1.0, 1.0, True),
+    ],
+)
+def test_where_nan_and_infinity_may_be(ours, stock, exact, right):
+    half = [torch.tensor([v, 1.0], dtype=torch.float16) for v in (ours, stock)]
+    _, said = _compare("output", *half, torch.tensor([exact, 1.0], dtype=torch.float64))
+    assert (said is None) == right

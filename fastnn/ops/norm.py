@@ -129,8 +129,8 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, out_dtype=None):
         return Stock("no elements")  # whose strides depend on how stock composes it
     # Where stock composes RMS norm, the result has the input's strides.
     if not input.is_contiguous():
-        if _COMPOSED:
-            return Stock("a strided input, whose layout this torch keeps")
         if input.dim() in (4, 5) and input.stride(1) <= input.stride(-1):
             return Stock("channels_last input")
+        if _COMPOSED:
+            return Stock("a strided input, whose layout this torch keeps")
     return run(Norm, input, weight, None, len(normalized_shape), eps, False, out_dtype)
