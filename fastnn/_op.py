@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.torch_version import TorchVersion
 from torch.utils._device import DeviceContext
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -177,12 +178,28 @@ def _crossovers() -> Mapping[str, Any]:
 def _crossover(name: str, architecture: str) -> tuple[float, str]:
     """(least size at which the kernel wins, where that figure comes from)."""
     tables = _crossovers()
+    why = _unproven(architecture)
     for key in (architecture, "default"):
         table = tables.get(key)
-        if table is not None and name in table["least"]:
+        if table is not None and name in table["least"] and (key == architecture or not why):
             least = table["least"][name]
             return (float("inf") if least is None else least), table["source"]
-    return float("inf"), "no figure"
+    return float("inf"), why or "no figure"
+
+
+def _unproven(architecture: str) -> str | None:
+    """Why estimates do not count there, if so: its kernels were never compiled, or not by this
+    Triton. What `fastnn tune` measured counts in any case."""
+    if not HAS_TRITON or architecture in ("cpu", "default"):
+        return None
+    import triton
+
+    least = _crossovers().get("compiled", {}).get(architecture)
+    if least is None:
+        return f"kernels were not compiled for {architecture}; `fastnn tune` measures them"
+    if TorchVersion(triton.__version__) < least:
+        return f"on {architecture} kernels need triton {least}"
+    return None
 
 
 @functools.cache

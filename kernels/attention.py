@@ -856,8 +856,19 @@ def _config(kind, shape):
         stages = 1
         if d > 64:
             m, n = min(m, 64), min(n, 64 if kind == "dkdv" else 32)
+    small = shape.arch in ("sm_86", "sm_89", "sm_120")
+    if small and shape.itemsize == 2:  # 99 KiB of shared memory
+        if kind == "fwd" and plain and 64 < d <= 128:
+            m, n, warps, stages = 64, 64, 4, 3
+        elif kind == "dkdv" and shape.masked and 64 < d <= 128:
+            n = min(n, 64)
+        elif kind == "dq" and shape.masked and shape.noisy and d <= 64:
+            warps = 8
+        elif kind != "fwd" and d > 128:
+            stages = 1
     config = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
     alone = shape.arch == "sm_100" and (d <= 16 or (d > 64 and kind == "dq"))
+    alone = alone or (small and not plain and (d <= 16 or (d > 64 and kind == "fwd")))
     if shape.itemsize == 4 or alone:
         config["maxnreg"] = 255  # else ptxas spills a few to hold another block
     return config

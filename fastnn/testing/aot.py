@@ -52,9 +52,14 @@ class Target(NamedTuple):
 
 TARGETS = {
     "cuda:80": Target(GPUTarget("cuda", 80, 32), "sm_80", 166912, 167936, 1024, 16, 512),
+    "cuda:86": Target(GPUTarget("cuda", 86, 32), "sm_86", 101376, 102400, 1024, 12, 512, 16),
+    "cuda:89": Target(GPUTarget("cuda", 89, 32), "sm_89", 101376, 102400, 1024, 12, 512, 24),
     "cuda:90": Target(GPUTarget("cuda", 90, 32), "sm_90", 232448, 233472, 1024, 16, 512),
     "cuda:100": Target(GPUTarget("cuda", 100, 32), "sm_100", 232448, 233472, 1024, 16, 512),
+    "cuda:120": Target(GPUTarget("cuda", 120, 32), "sm_120", 101376, 102400, 1024, 12, 512, 24),
+    "hip:gfx90a": Target(GPUTarget("hip", "gfx90a", 64), "gfx90a", 65536, 65536, 0, 8, 512),
     "hip:gfx942": Target(GPUTarget("hip", "gfx942", 64), "gfx942", 65536, 65536, 0, 8, 512),
+    "hip:gfx950": Target(GPUTarget("hip", "gfx950", 64), "gfx950", 163840, 163840, 0, 8, 512),
 }
 
 
