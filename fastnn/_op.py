@@ -192,12 +192,12 @@ def _unproven(architecture: str) -> str | None:
     Triton. What `fastnn tune` measured counts in any case."""
     if not HAS_TRITON or architecture in ("cpu", "default"):
         return None
-    import triton
+    from fastnn import kernels  # Triton is loaded with it, on the first question about a GPU
 
     least = _crossovers().get("compiled", {}).get(architecture)
     if least is None:
         return f"kernels were not compiled for {architecture}; `fastnn tune` measures them"
-    if TorchVersion(triton.__version__) < least:
+    if TorchVersion(kernels._launch.triton_version()) < least:
         return f"on {architecture} kernels need triton {least}"
     return None
 

@@ -22,6 +22,10 @@ _INT64 = range(-(2**63), 2**63)
 _VALUES = frozenset((int, bool, float, str, type(None)))  # constexprs keyed by value
 
 
+def triton_version() -> str:
+    return triton.__version__
+
+
 def _hooked(hook) -> bool:
     """Whether a profiler listens to launches: then Triton's own path must run."""
     return hook is not None and bool(getattr(hook, "calls", True))

@@ -2,10 +2,10 @@
 
 Kernels are compiled in processes of their own: `TRITON_INTERPRET`, which this one may have, forbids
 it. The rows make some 4000 specialisations and a compile takes a third of a second, so the tests
-compile those that differ in what decides on registers and shared memory, each for one target of four.
-`python -m tests.test_aot [target ...]` compiles all, for all targets or those named, prints the table
-and says what is wrong; with `--into PAGE.md` it also puts a line per kernel between that page's
-markers.
+compile those that differ in what decides on registers and shared memory, each for one of four
+targets. `python -m tests.test_aot [target ...]` compiles all, for every target or those named,
+prints the table and says what is wrong; with `--into PAGE.md` it also puts a line per kernel
+between that page's markers.
 """
 
 import itertools
