@@ -44,6 +44,11 @@ def architecture(device: int) -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
+def here() -> str:
+    """The architecture of the present device."""
+    return architecture(_device())
+
+
 def lanes() -> int:
     """Threads of a warp on the present device: 32, or 64 on AMD's data-centre GPUs."""
     return 32 if knobs.runtime.interpret else driver.active.get_current_target().warp_size

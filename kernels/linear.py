@@ -168,9 +168,9 @@ def _config(M, N, itemsize, precision, arch, aligned, epilogue):
         "num_warps": warps,
         "num_stages": stages,
     }
-    if itemsize == 4 and precision == "ieee" and warps == 4:
-        # Left to itself ptxas spills a few registers of some layouts to hold a fourth block.
-        config["maxnreg"] = 168
+    if arch == "sm_120" or (itemsize == 4 and precision == "ieee" and warps == 4):
+        # Left to itself ptxas spills a few registers of some layouts to hold another block.
+        config["maxnreg"] = 128 if warps == 8 else 255 if itemsize == 2 and epilogue else 168
     return config
 
 

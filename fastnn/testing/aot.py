@@ -59,7 +59,6 @@ TARGETS = {
     "cuda:120": Target(GPUTarget("cuda", 120, 32), "sm_120", 101376, 102400, 1024, 12, 512, 24),
     "hip:gfx90a": Target(GPUTarget("hip", "gfx90a", 64), "gfx90a", 65536, 65536, 0, 8, 512),
     "hip:gfx942": Target(GPUTarget("hip", "gfx942", 64), "gfx942", 65536, 65536, 0, 8, 512),
-    "hip:gfx950": Target(GPUTarget("hip", "gfx950", 64), "gfx950", 163840, 163840, 0, 8, 512),
 }
 
 
