@@ -264,7 +264,7 @@ needs them. Stock's are an estimate from the operators it runs. Small rows carry
 partial sums.</p>
 <table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
 {"<h2>Failures</h2>" + failures if bad else ""}
-<h2>Declined, as the rows state</h2><ul>{declined}</ul></html>
+{f"<h2>Declined, as the rows state</h2><ul>{declined}</ul>" if declined else ""}</html>
 """
 
 
