@@ -82,7 +82,7 @@ def test_quick_demo(tmp_path):
     for run in (full, kernels):
         assert run["loss_verdict"]["coincide"] and run["gradient_verdict"]["coincide"]
         for losses in run["losses"].values():
-            assert losses[-1] < losses[0] - 0.5
+            assert min(losses[-3:]) < losses[0] - 0.5  # the loss of one batch of text is noisy
         assert run["step_ms"]["stock"] > 0 and run["step_bytes"]["stock"] > 0
     assert len(full["moves"]) == 2
     if not torch.cuda.is_available():
