@@ -125,9 +125,14 @@ def _faster(question: Question, ahead: dict, behind: dict, clock: Clock, repeats
     return geometric_mean(ratios) or 0.0
 
 
-def _as(question: Question, config: dict):
+def entry(question: Question, config: dict) -> dict[str, dict[str, dict]]:
+    """The table that answers the question with `config`, and all others by their formulas."""
     changes = question.function.changes(config, question.formula)
-    return kernels._config.trying({question.function.name: {question.arguments: changes}})
+    return {question.function.name: {question.arguments: changes}}
+
+
+def _as(question: Question, config: dict):
+    return kernels._config.trying(entry(question, config))
 
 
 def answer(question: Question, clock: Clock, repeats: int = REPEATS) -> dict:
@@ -185,8 +190,8 @@ def run(
                 line |= answer(question, clock, repeats)
             except Exception as e:
                 line |= {"changes": {}, "error": f"{type(e).__name__}: {e}"[:300]}
-                clock.clear()
             results.add(line)
+            clock.clear()  # raises if the device is lost to this process
         on_question(question)
     return True
 

@@ -1,11 +1,12 @@
 """Everything that needs a GPU, in one command: `python -m bench.gpu --out DIR --budget 20m`.
 
-Stages, in order: parity of every row forced onto kernels; ceilings; bench; launch configurations;
-crossover sizes; bench again by the new tables; whole training steps; determinism; more than 2**31
-elements; a memory checker where one is installed. Every finding is a line of DIR/results.jsonl the
-moment it is there; the same command goes on where it stopped. DIR/summary.md says what was found,
-and is rewritten after each stage. Exit code 0: all right; 1: something is wrong or unfinished; 2:
-not started.
+Stages, in order: parity of every row forced onto kernels; what the others will time, compiled;
+ceilings; bench; launch configurations; crossover sizes; bench again by the new tables; whole
+training steps; determinism; more than 2**31 elements; a memory checker where one is installed. The
+first two run in a process per core, the others alone. Every finding is a line of
+DIR/results.jsonl the moment it is there; the same command goes on where it stopped. DIR/summary.md
+says what was found, and is rewritten after each stage. Exit code 0: all right; 1: something is
+wrong or unfinished; 2: not started.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -43,6 +46,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=_minutes, default="20m", help="default: %(default)s")
     parser.add_argument("--stage", action="append", choices=list(STAGES), help="default: all")
     parser.add_argument("--pytest", action="store_true", help="the test suite as well, on the GPU")
+    parser.add_argument(
+        "--workers", type=int, default=min(16, os.cpu_count() or 1), metavar="N",
+        help="processes of the first two stages; default: one per core, 16 at most",
+    )  # fmt: skip
     parser.add_argument("--no-compile", action="store_true", help="do not time torch.compile")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
     parser.add_argument(
@@ -67,6 +74,13 @@ class Work:
     repeats: int
     compiled: bool
     deadline: float
+    asked: argparse.Namespace  # from which a process of the pool makes its own
+    workers: int
+
+    def add(self, line: dict) -> None:
+        """Record it. RuntimeError if it broke the device's context for whatever comes after."""
+        self.results.add(line)
+        self.clock.synchronize()
 
     def out_of_time(self) -> bool:
         return time.monotonic() > self.deadline
@@ -77,24 +91,33 @@ class Work:
 
 def parity(work: Work) -> bool:
     """Every parity row in every dtype: values, gradients, bits, the path."""
+    from fastnn.bench.pool import Ended
+
+    rows = _parity_rows(work)
+    left = [key for key in rows if not work.results.has("parity", key)]
+    for key, line in _spread(work, _parity_row, left):
+        if isinstance(line, Ended):
+            line = {"path": "error", "failures": [str(line)]}
+        case, _ = rows[key]
+        work.results.add({"kind": "parity", "key": key, "name": case.name, **line})
+    return all(work.results.has("parity", key) for key in rows)
+
+
+def _parity_rows(work: Work) -> dict[str, tuple]:
+    return {f"{case} {str(d).removeprefix('torch.')}": (case, d) for case, d in work.parity}
+
+
+def _parity_row(work: Work, key: str) -> dict:
     from fastnn.testing import check
 
-    for case, dtype in work.parity:
-        key = f"{case} {str(dtype).removeprefix('torch.')}"
-        if work.results.has("parity", key):
-            continue
-        if work.out_of_time():
-            return False
-        line: dict = {"kind": "parity", "key": key, "name": case.name, "path": "error"}
-        try:
-            with _uninitialised_memory_is_nan():
-                found = check(case, dtype, work.clock.name)
-            line |= {"path": found.path, "failures": found.failures}
-            line["ratio"] = max((c.ratio for c in found.comparisons), default=1.0)
-        except Exception as e:
-            line["failures"] = [f"{type(e).__name__}: {e}"[:500]]
-        work.results.add(line)
-    return True
+    case, dtype = _parity_rows(work)[key]
+    try:
+        with _uninitialised_memory_is_nan():
+            found = check(case, dtype, work.clock.name)
+    except Exception as e:
+        return {"path": "error", "failures": [f"{type(e).__name__}: {e}"[:500]]}
+    ratio = max((c.ratio for c in found.comparisons), default=1.0)
+    return {"path": found.path, "failures": found.failures, "ratio": ratio}
 
 
 @contextlib.contextmanager
@@ -106,6 +129,67 @@ def _uninitialised_memory_is_nan():
             yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def prepare(work: Work) -> bool:
+    """Run once, side by side, what is to be timed: kernels are then in the caches on disk."""
+    rows = {case.key(dtype): (case, dtype) for case, dtype in work.bench}
+    kinds: list[tuple] = [("kernels", "row", rows)]
+    kinds += [("sweep", "sweep", [sweep.key for sweep in work.sweeps])]
+    kinds += [("compiled", "compiled", rows)] if work.compiled else []
+    items: list[tuple] = [
+        (what, key, {}) for what, kind, keys in kinds for key in keys
+        if not work.results.has(kind, key)
+    ]  # fmt: skip
+    return _prepare(work, items)
+
+
+def _prepare(work: Work, items: list[tuple]) -> bool:
+    return sum(1 for _ in _spread(work, _prepared, items)) == len(items)
+
+
+def _prepared(work: Work, item: tuple[str, str, dict]) -> None:
+    """Forward and backward of a row, on kernels or compiled. What fails here does so again where
+    it is reported."""
+    from fastnn.bench.run import FORCED, _around, _both, _sides
+
+    from fastnn import kernels
+
+    what, key, table = item
+    with contextlib.suppress(Exception):
+        if what == "sweep":
+            sweep = next(s for s in work.sweeps if s.key == key)
+            rows = [(case, sweep.dtype) for case in sweep.points()]
+        else:
+            rows = [(c, d) for c, d in work.bench if c.key(d) == key]
+        for case, dtype in rows:
+            stock, ours = _sides(case, dtype, work.clock.name)
+            inputs = case.make(dtype, work.clock.name)
+            if what == "compiled":
+                torch._dynamo.reset()
+                _both(case, torch.compile(stock, dynamic=False), inputs)()
+            else:
+                with kernels._config.trying(table), _around(FORCED):
+                    _both(case, ours, inputs)()
+    with contextlib.suppress(RuntimeError):
+        work.clock.clear()
+
+
+def _spread(work: Work, row: Callable[[Work, Any], Any], items: list):
+    """(item, `row` of it) out of `work.workers` processes."""
+    from fastnn.bench.pool import spread
+
+    argument = row.__name__, work.asked
+    return spread(_server, argument, items, work.workers, work.out_of_time)
+
+
+def _server(argument: tuple[str, argparse.Namespace]) -> Callable:
+    """What a process of the pool does with an item."""
+    name, asked = argument
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # there is a process per core already
+    torch.set_num_threads(1)
+    _interpret(asked)
+    return functools.partial(globals()[name], _work(asked, math.inf))
 
 
 def ceilings(work: Work) -> bool:
@@ -130,6 +214,16 @@ def configs(work: Work) -> bool:
     from fastnn.bench import configs
 
     questions = configs.plan(work.bench, configs.on(work.clock))
+    # The first step of each search that is left; a process per core compiles what it needs.
+    first = [
+        ("kernels", case.key(dtype), configs.entry(question, config))
+        for question in questions
+        if not work.results.has("config", question.key)
+        for case, dtype in question.rows[: configs.MOST_ROWS]
+        for config in question.function.neighbours(question.formula)
+    ]
+    if not _prepare(work, first):
+        return False
     try:
         return configs.run(
             questions, work.results, work.clock, repeats=min(work.repeats, configs.REPEATS),
@@ -230,8 +324,9 @@ def steps(work: Work) -> bool:
                     )
                 except Exception as e:
                     line["sides"][name] = {"error": f"{type(e).__name__}: {e}"[:300]}
-                work.clock.clear()
-            work.results.add(line)
+                with contextlib.suppress(RuntimeError):
+                    work.clock.clear()
+            work.add(line)
     return True
 
 
@@ -296,7 +391,7 @@ def determinism(work: Work) -> bool:
                     line["failures"].append(f"{what}: other bits")
         except Exception as e:
             line["failures"].append(f"{type(e).__name__}: {e}"[:300])
-        work.results.add(line)
+        work.add(line)
     return True
 
 
@@ -333,8 +428,8 @@ def huge(work: Work) -> bool:
             line["skipped"] = str(e).splitlines()[0]
         except Exception as e:
             line["failures"] = [f"{type(e).__name__}: {e}"[:300]]
+        work.add(line)
         work.clock.clear()
-        work.results.add(line)
     return True
 
 
@@ -415,7 +510,8 @@ def sanitizer(work: Work) -> bool:
 
 # Each with the share of the budget after which it is left for the next run.
 STAGES: dict[str, tuple[Callable[[Work], bool], float]] = {
-    "parity": (parity, 0.2),
+    "parity": (parity, 0.3),
+    "prepare": (prepare, 0.25),
     "ceilings": (ceilings, 0.05),
     "bench": (bench, 0.25),
     "configs": (configs, 0.15),
@@ -510,12 +606,15 @@ def _work(args: argparse.Namespace, deadline: float, results=None) -> Work:
         repeats=3 if args.tiny else 36,
         compiled=not (args.no_compile or args.tiny),
         deadline=deadline,
+        asked=args,
+        workers=args.workers,
     )
 
 
 def _plan(args: argparse.Namespace, work: Work) -> list[str]:
     counts = {
-        "parity": f"{len(work.parity)} rows",
+        "parity": f"{len(work.parity)} rows in {work.workers} processes",
+        "prepare": f"what the following stages time, in {work.workers} processes",
         "ceilings": "a copy, three matrix products",
         "bench": f"{len(work.bench)} rows" + (", then compiled" if work.compiled else ""),
         "configs": "whatever launch configuration the rows ask for",
@@ -534,23 +633,19 @@ def _plan(args: argparse.Namespace, work: Work) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
-    if args.tiny and not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when fastnn is imported
     if importlib.util.find_spec("fastnn") is None:
         return _refuse("fastnn is not installed: pip install --no-deps --no-build-isolation -e .")
+    if args.dry_run:
+        print(*_plan(args, _work(args, 0.0)), sep="\n")
+        return 0
+    interpreted = _interpret(args)
     from fastnn.bench.run import Mismatch, Results
 
     from fastnn import _op
 
-    if args.dry_run:
-        print(*_plan(args, _work(args, 0.0)), sep="\n")
-        return 0
     if args.tiny:
-        if not _op.INTERPRET:
+        if not interpreted:
             return _refuse("--tiny interprets kernels: set TRITON_INTERPRET=1 before Python starts")
-        from fastnn.testing import interpreter
-
-        interpreter.install()
     elif not torch.cuda.is_available() or _op.INTERPRET:
         return _refuse("no GPU here, or TRITON_INTERPRET=1; --dry-run shows the plan")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -565,12 +660,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         stage, share = STAGES[name]
         start = time.monotonic()
         work.deadline = min(begun + args.budget, start + share * args.budget)
-        done = start < begun + args.budget and stage(work)
-        state[name] = f"{'done' if done else 'unfinished'}, {time.monotonic() - start:.0f} s"
+        try:
+            done = start < begun + args.budget and stage(work)
+            said = "done" if done else "unfinished"
+        except RuntimeError as e:  # of the device, which is lost to this process
+            said = f"stopped by {type(e).__name__}: {str(e).splitlines()[0]}"
+        state[name] = f"{said}, {time.monotonic() - start:.0f} s"
         print(f"{name}: {state[name]}", flush=True)
+        if said.startswith("stopped"):
+            break
         summarise(work, state)
     if args.pytest:
-        state["pytest"] = _pytest(begun + args.budget)
+        state["pytest"] = _pytest(begun + args.budget, work.workers)
         print(state["pytest"], flush=True)
         summarise(work, state)
     summarise(work, state, plots=True)
@@ -582,8 +683,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if wrong or unfinished else 0
 
 
-def _pytest(deadline: float) -> str:
-    command = [sys.executable, "-m", "pytest", "tests", "-n", "0", "-q"]
+def _interpret(args: argparse.Namespace) -> bool:
+    """Interpret kernels where the run is a tiny one; False where it is too late for that."""
+    if not args.tiny:
+        return False
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when fastnn is imported
+    from fastnn import _op
+    from fastnn.testing import interpreter
+
+    if _op.INTERPRET:
+        interpreter.install()
+    return _op.INTERPRET
+
+
+def _pytest(deadline: float, workers: int) -> str:
+    command = [sys.executable, "-m", "pytest", "tests", "-n", str(workers), "-q"]
     left = max(1.0, deadline - time.monotonic())
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=left)

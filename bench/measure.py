@@ -69,20 +69,26 @@ class Cuda:
     def __init__(self) -> None:
         l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
         # Written whole between two calls; twice the cache, so that nothing of the last is left.
+        self._cycles_per_us = 2000  # no GPU's clock is faster by much
         self._flush = torch.empty(max(2 * l2, 64 << 20), dtype=torch.int8, device="cuda")
-        self._cycles = 2_000_000  # about a millisecond: longer than launching takes
 
     def flush(self) -> None:
         self._flush.zero_()
+
+    def _launching(self, call: Call) -> int:
+        """Cycles of the device that are longer than the call takes on the host."""
+        slowest = max(self.enqueued(call, 3))
+        return int(2 * (slowest + 50) * self._cycles_per_us)
 
     def executed(self, call: Call, repeats: int) -> list[float]:
         pairs = [
             (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
             for _ in range(repeats)
         ]
+        ahead = self._launching(call)
         for start, end in pairs:
             self.flush()
-            torch.cuda._sleep(self._cycles)  # the host gets ahead, so that only the device is timed
+            torch.cuda._sleep(ahead)  # the host gets ahead, so that only the device is timed
             start.record()
             call()
             end.record()

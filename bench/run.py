@@ -263,7 +263,6 @@ def run_row(
         ours(*inputs)
     line["auto"] = {d.op.name: d.why or "kernel" for d in heard}
     line["sides"] = time_sides(case, calls, inputs, clock, repeats)
-    clock.clear()
     return line
 
 
@@ -278,7 +277,6 @@ def run_compiled(case: BenchCase, dtype: torch.dtype, clock: Clock, repeats: int
         line["sides"] = time_sides(case, {COMPILED: compiled}, inputs, clock, repeats)
     except Exception as e:  # Inductor's own failures are results too
         line["error"] = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-    clock.clear()
     return line
 
 
@@ -313,9 +311,9 @@ def run_rows(
             except Exception as e:  # one row must not cost the others
                 line = {"kind": kind, **describe(case, dtype)}
                 line["error"] = f"{type(e).__name__}: {e}"[:500]
-                clock.clear()
             line["kind"] = prefix + kind
             results.add(line)
+            clock.clear()  # raises if the device is lost to this process
             on_row(line)
     return True
 

@@ -155,6 +155,7 @@ def run(
             except (RuntimeError, ValueError) as e:  # out of memory, declined, ...: no figure
                 line["least"], line["error"] = None, f"{type(e).__name__}: {e}"[:300]
             results.add(line)
+            clock.clear()  # raises if the device is lost to this process
         on_sweep(sweep)
     return True
 

@@ -5,7 +5,9 @@ No figure is asserted that only a GPU can give: what is timed here is the interp
 
 import json
 import math
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch.nn as stock
 import fastnn
 from fastnn import _op
 from fastnn.__main__ import main
-from fastnn.bench import cases, gpu, measure, memory, models, predict, report, run, tune
+from fastnn.bench import cases, gpu, measure, memory, models, pool, predict, report, run, tune
 from fastnn.ops import REGISTRY
 from fastnn.testing.meter import AtenTraffic, Cost, nbytes, traffic
 
@@ -355,6 +357,64 @@ def test_gpu_out_of_budget_is_unfinished(tmp_path, capsys):
     argv = ["--out", str(tmp_path), "--tiny", "--stage", "bench"]
     assert gpu.main([*argv, "--budget", "0s"]) == 1
     assert "unfinished: bench; the same command goes on" in capsys.readouterr().out
+
+
+def test_gpu_stops_where_the_device_is_lost_and_goes_on_after_it(tmp_path, monkeypatch, capsys):
+    """As after an illegal access: whatever comes next in the process fails."""
+    lost = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fails(*args, **kwargs):
+        raise lost
+
+    argv = ["--out", str(tmp_path), "--tiny", "--stage", "bench", "--stage", "huge"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "run_row", fails)
+        patch.setattr(measure.Cpu, "clear", fails)
+        assert gpu.main(argv) == 1
+    assert "bench: stopped by RuntimeError: CUDA error" in capsys.readouterr().out
+    lines = list(map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines()))
+    assert [line["kind"] for line in lines] == ["environment", "row"]
+    assert "illegal memory access" in lines[1]["error"]
+    assert "bench: stopped" in (tmp_path / "summary.md").read_text()
+    assert gpu.main(argv) == 1  # for what was recorded
+    printed = capsys.readouterr().out
+    assert "bench: done" in printed and "huge: done" in printed
+    assert "illegal memory access" in printed
+
+
+def _prepare_pool(path):
+    """Items: "fail", "end", "break" (the device), else their own length, and the process's id."""
+    Path(path, str(os.getpid())).touch()
+    broken = []
+    pool._usable = lambda: not broken
+
+    def work(item):
+        if item == "end":
+            os._exit(7)
+        if item == "break":
+            broken.append(item)
+        return len(item), os.getpid()
+
+    return work
+
+
+def test_pool_gives_every_item_a_result_and_replaces_processes(tmp_path):
+    items = ["a", "end", "bb", "break", "ccc", "dddd"]
+    found = dict(pool.spread(_prepare_pool, str(tmp_path), items, workers=1))
+    assert list(found) == items
+    assert str(found.pop("end")) == "its process ended with code 7"
+    assert [n for n, _ in found.values()] == [1, 2, 5, 3, 4]
+    pids = [pid for _, pid in found.values()]
+    assert pids[1] == pids[2] and pids[3] == pids[4] and len(set(pids)) == 3
+    assert len(list(tmp_path.iterdir())) == 3  # prepared once each
+
+
+def test_pool_of_two_and_out_of_time(tmp_path):
+    items = [str(i) for i in range(40)]
+    found = list(pool.spread(_prepare_pool, str(tmp_path), items, workers=2))
+    assert sorted(item for item, _ in found) == sorted(items)
+    some = list(pool.spread(_prepare_pool, str(tmp_path), items, 2, lambda: True))
+    assert some == []
 
 
 def test_gpu_names_what_is_wrong(tmp_path, monkeypatch, capsys):
