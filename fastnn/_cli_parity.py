@@ -131,6 +131,8 @@ def _outcome(case: Case, dtype: torch.dtype, device: str) -> Outcome:
         outcome.bytes, outcome.launches = moved.ours.bytes, moved.ours.launches
         outcome.stock_bytes, outcome.stock_launches = moved.stock.bytes, moved.stock.launches
         outcome.least_bytes = moved.least
+        if moved.races:
+            failures.append(f"a race: {moved.races} bytes stored and touched again in any order")
     return outcome
 
 

@@ -16,6 +16,34 @@ def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture
+def on_device(device):
+    """Factories make their tensors on the device of the run."""
+    with torch.device(device):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def kernels_take_cpu_tensors_where_declared(request, monkeypatch):
+    """Elsewhere they do not, as on a GPU: see tests/marks.py."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from fastnn.kernels._launch import Kernel
+
+    from fastnn import _op
+    from tests.marks import interpreted
+
+    fixtures = {"device", "on_device"} & set(request.fixturenames)
+    if fixtures or interpreted.mark in request.node.iter_markers("skipif"):
+        return
+
+    def refuse(self, *args, **kwargs):
+        pytest.fail(f"{self} is launched by a test that does not say where it runs")
+
+    monkeypatch.setattr(_op, "_KERNEL_DEVICES", {"cuda"})
+    monkeypatch.setattr(Kernel, "__call__", refuse)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def repaired_interpreter():
     if os.environ.get("TRITON_INTERPRET") == "1":

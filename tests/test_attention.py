@@ -17,6 +17,7 @@ from fastnn import kernels
 from fastnn._op import BackendError, decisions
 from fastnn.testing.meter import traffic
 from fastnn.testing.noise import recording
+from tests.marks import interpreted, on_device
 
 attention = F.scaled_dot_product_attention
 
@@ -119,6 +120,7 @@ DECLINED = ("constant in some of the dims", "one column", "heads of keys")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.usefixtures("small_tiles")
+@interpreted
 def test_any_call_is_as_stock(dtype):
     """Values, gradients, dtypes, shapes, strides, nans, error types; no lane out of bounds.
 
@@ -206,6 +208,7 @@ def test_rows_whose_mask_is_the_least_float_share_evenly(S, device):
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("rule", ["own", "native"])
+@interpreted
 def test_launchers_race_with_nobody_and_repeat(rule):
     """No address is written by one program and touched by another; a second run has equal bits."""
     torch.manual_seed(0)
@@ -260,6 +263,7 @@ def test_nothing_of_size_L_x_S_is_allocated(device):
 # ---- dropout ------------------------------------------------------------------------------------
 
 
+@on_device
 def test_dropout_keeps_as_many_as_it_says_everywhere():
     """Of each head, row and column, within five standard deviations; no two rows are alike."""
     with fastnn.backend("triton"), recording() as draws:
@@ -298,6 +302,7 @@ def test_dropout_averages_out(device):
     assert ((got.mean(0) - want[0]).abs() <= 5 * spread).all()
 
 
+@on_device
 def test_native_rule_is_that_of_native_dropout():
     """As MultiheadAttention with need_weights drops: element by element of (B * H, L, S)."""
     from fastnn import _rng
@@ -339,6 +344,7 @@ def test_double_backward_is_stocks(options, masked, device):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+@on_device
 def test_double_backward_keeps_the_noise():
     """The derivative of a derivative is taken over the weights dropped in the forward."""
     q, k, v = (t[0, 0].detach().requires_grad_() for t in qkv(1, 1, 5, 8))
@@ -350,6 +356,7 @@ def test_double_backward_keeps_the_noise():
     assert all(g.requires_grad for g in graphed)
 
 
+@on_device
 def test_the_same_tensor_three_times():
     x = torch.randn(1, 2, 7, 8, requires_grad=True)
     y = x.detach().requires_grad_()
@@ -362,6 +369,7 @@ def test_the_same_tensor_three_times():
     torch.testing.assert_close(x.grad, y.grad)
 
 
+@interpreted
 def test_only_the_gradients_that_are_wanted():
     for wanted in ((0,), (1,), (2,), (0, 2)):
         tensors = qkv(1, 2, 5, 8, S=7, grad=False)
@@ -374,6 +382,7 @@ def test_only_the_gradients_that_are_wanted():
         assert ("bwd_dq" in names) == (0 in wanted) and ("dkdv" in names) == (wanted != (0,))
 
 
+@on_device
 def test_result_may_be_edited_in_place():
     q, k, v = qkv(1, 2, 5, 8)
     with fastnn.backend("triton"):
@@ -393,6 +402,7 @@ def chosen(*args, **options):
     return heard[0].why
 
 
+@interpreted
 def test_auto_leaves_to_stock_what_it_fuses():
     """And takes what stock would write out as weights, from some size on."""
     large, small = (qkv(1, 2, n, 8, grad=False) for n in (2048, 16))
@@ -402,6 +412,7 @@ def test_auto_leaves_to_stock_what_it_fuses():
     assert chosen(*five, dropout_p=0.0) and "size gate" in chosen(*five)
 
 
+@interpreted
 def test_auto_runs_where_stock_would_use_its_formula(monkeypatch):
     from fastnn import _op
 
@@ -428,8 +439,10 @@ def test_auto_runs_where_stock_would_use_its_formula(monkeypatch):
         ({"out": torch.ones(1)}, "unexpected keyword"),
     ],
 )
+@on_device
 def test_wrong_arguments_meet_stocks_error(options, words):
     q, k, v = qkv(1, 3, 5, 8, grad=False)
+    options = {k: v.to(q.device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     if "enable_gqa" in options:
         k, v = k[:, :2], v[:, :2]
     with (

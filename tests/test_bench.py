@@ -19,8 +19,9 @@ from fastnn.__main__ import main
 from fastnn.bench import cases, gpu, measure, memory, models, pool, predict, report, run, tune
 from fastnn.ops import REGISTRY
 from fastnn.testing.meter import AtenTraffic, Cost, nbytes, traffic
+from tests.marks import interpreted
 
-pytestmark = pytest.mark.skipif(not _op.INTERPRET, reason="kernels are compiled in this process")
+pytestmark = interpreted
 BF16, FP32 = torch.bfloat16, torch.float32
 
 GELU = cases.row("GELU", "tiny", 3, 40)

@@ -12,6 +12,7 @@ from fastnn import _op, kernels
 from fastnn.testing import Side, compare_sides
 from fastnn.testing.meter import nbytes, traffic
 from tests.errors import assert_same_error
+from tests.marks import interpreted, on_device
 
 
 @pytest.fixture(autouse=True)
@@ -164,6 +165,7 @@ def test_in_place_changes_before_backward(call, changed, device):
         lambda F: F.local_response_norm(torch.ones(2, 3, 4), 0),
     ],
 )
+@on_device
 def test_wrong_calls_raise_what_stock_raises(call):
     assert_same_error(lambda: call(F), lambda: call(stock.functional))
 
@@ -386,7 +388,7 @@ def channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.skipif(not _op.INTERPRET, reason="kernels are compiled in this process")
+@interpreted
 @pytest.mark.parametrize("laid_out", [torch.Tensor.contiguous, channels_last])
 @pytest.mark.parametrize(
     "name, shape, rest, forward, backward",

@@ -14,6 +14,7 @@ from fastnn import _cli, _op
 from fastnn.__main__ import COMMANDS, main
 from fastnn._cli_parity import Outcome, _summary
 from fastnn.ops import REGISTRY
+from tests.marks import interpreted
 
 
 def test_version_of_module_and_script():
@@ -107,6 +108,7 @@ def test_a_parity_line_does_not_depend_on_which_row_ended_first():
 
 
 @pytest.mark.parametrize("width", [80, 160])
+@interpreted
 def test_parity_fits_the_terminal(monkeypatch, capsys, width):
     monkeypatch.setenv("COLUMNS", str(width))
     name = "MultiLabelSoftMarginLoss"

@@ -8,13 +8,14 @@ import torch
 
 import fastnn
 import fastnn.testing.meter
-from fastnn import _op, kernels
+from fastnn import kernels
 from fastnn.bench import cases, configs, measure, run
 from fastnn.testing import check
 from fastnn.testing.cases import CASES
+from tests.marks import interpreted
 from tests.test_aot import compiling
 
-pytestmark = pytest.mark.skipif(not _op.INTERPRET, reason="kernels are compiled in this process")
+pytestmark = interpreted
 GELU = cases.row("GELU", "tiny", 3, 40)
 POINTWISE = "pointwise._config"
 

@@ -18,6 +18,7 @@ import fastnn.functional as F
 from fastnn import _op
 from fastnn.layers._layer import STOCK
 from fastnn.ops import FUNCTIONS
+from tests.marks import on_device
 
 LAYERS = sorted(STOCK, key=lambda c: c.__name__)
 DATABASE = {m.module_cls: m for m in module_db}
@@ -397,6 +398,7 @@ def edited_outcome(layer, inputs):
 
 
 @each_layer
+@on_device
 def test_results_may_be_edited_in_place_where_stocks_may(cls):
     ours, its, inputs = build(cls)
     if "Lazy" in cls.__name__:
@@ -482,6 +484,7 @@ REFUSALS = {
 
 @pytest.mark.filterwarnings("ignore:.*[Nn]ested:UserWarning")
 @pytest.mark.parametrize("kind", REFUSALS)
+@on_device
 def test_shared_refusals(kind):
     """What no kernel takes runs stock, says why, and is an error of ours when forced."""
     x = REFUSALS[kind]()
@@ -502,12 +505,13 @@ def test_shared_refusals(kind):
         F.relu(x)
 
 
-def test_default_device_is_no_reason_for_stock():
-    with torch.device("cpu"), fastnn.backend("triton"), fastnn.decisions() as heard:
+def test_default_device_is_no_reason_for_stock(device):
+    with torch.device(device), fastnn.backend("triton"), fastnn.decisions() as heard:
         F.relu(torch.ones(3))
     assert heard[0].why is None
 
 
+@on_device
 def test_torch_mode_never_launches(monkeypatch):
     from fastnn.kernels import _launch
 

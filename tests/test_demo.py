@@ -13,6 +13,7 @@ import torch
 import fastnn
 from fastnn import _cli_demo, _demo, _op
 from fastnn.__main__ import main
+from tests.marks import interpreted
 
 TINY = replace(_demo.CPU_QUICK, steps=6)
 KERNELS = replace(_demo.INTERPRETED_QUICK, steps=4)
@@ -103,7 +104,7 @@ def test_a_wrong_layer_parts_the_curves(layers):
     assert not _compare(TINY, _with(**layers)).passed
 
 
-@pytest.mark.skipif(not _op.INTERPRET, reason="needs kernels that run on CPU tensors")
+@interpreted
 @pytest.mark.parametrize(
     ("layers", "coincide"),
     [({}, True), ({"GELU": TanhGELU}, False), ({"LayerNorm": NearbyNorm}, False)],
@@ -114,7 +115,7 @@ def test_a_wrong_layer_is_beyond_rounding(layers, coincide):
     assert result.coincide is coincide, (result.loss_verdict, result.gradient_verdict)
 
 
-@pytest.mark.skipif(not _op.INTERPRET, reason="needs kernels that run on CPU tensors")
+@interpreted
 def test_a_model_of_encoder_layers_trains_to_the_same_curve():
     result = _compare(replace(KERNELS, encoder=True), fastnn, mode="triton")
     assert result.coincide, (result.loss_verdict, result.gradient_verdict)
@@ -122,7 +123,7 @@ def test_a_model_of_encoder_layers_trains_to_the_same_curve():
     assert {"dropout_add_layer_norm", "multi_head_attention_forward", "linear_act"} <= names
 
 
-@pytest.mark.skipif(not _op.INTERPRET, reason="needs kernels that run on CPU tensors")
+@interpreted
 def test_a_gradient_that_adamw_hides():
     """Off by a constant factor, it trains the very same model; only its norm tells."""
 

@@ -17,6 +17,7 @@ from fastnn.kernels import _philox
 from fastnn.testing.meter import traffic
 from fastnn.testing.noise import recording
 from tests.errors import assert_same_error
+from tests.marks import interpreted
 
 # ---- Which bits: the closed form against ATen's kernels, run literally ---------------------------
 
@@ -97,11 +98,9 @@ def _keep_at_kernel(
     tl.store(OUT + at, keep.to(tl.int8))
 
 
-def ours(n, p, seed, offset, blocks, vec, block=512):
+def ours(n, p, seed, offset, blocks, vec, device, block=512):
     grid = -(-n // block)
-    out = torch.zeros(grid * block, dtype=torch.int8)
-    if torch.cuda.is_available():
-        out = out.cuda()
+    out = torch.zeros(grid * block, dtype=torch.int8, device=device)
     _keep_kernel(
         (grid,), out, seed, offset, blocks, _philox.bound(1 - p), VEC=vec, BLOCK=block, num_warps=4
     )
@@ -138,9 +137,9 @@ def test_bound_is_the_float_comparison(p):
     [(8, 1), (1000, 4), (4096, 16), (40_008, 8), (50_000, 9)],  # the last two: several rounds
 )
 @pytest.mark.parametrize(("seed", "offset"), [(0, 0), (-(2**63) + 12345, 2**34 - 8)])
-def test_keep_mask_is_atens(n, blocks, vec, seed, offset):
+def test_keep_mask_is_atens(n, blocks, vec, seed, offset, device):
     want = aten_mask(n, 0.3, seed, offset, blocks, vec)
-    assert (ours(n, 0.3, seed, offset, blocks, vec) == want).all()
+    assert (ours(n, 0.3, seed, offset, blocks, vec, device) == want).all()
 
 
 @pytest.mark.parametrize("vec", [1, 4])
@@ -153,8 +152,10 @@ def test_a_word_equal_to_the_bound_is_dropped(vec, device):
 
 
 @pytest.mark.parametrize("n", [1, 7, 257, 9999])
-def test_keep_mask_of_odd_sizes(n):
-    assert (ours(n, 0.5, 3, 8, -(-n // 256), 1) == aten_mask(n, 0.5, 3, 8, -(-n // 256), 1)).all()
+def test_keep_mask_of_odd_sizes(n, device):
+    blocks = -(-n // 256)
+    want = aten_mask(n, 0.5, 3, 8, blocks, 1)
+    assert (ours(n, 0.5, 3, 8, blocks, 1, device) == want).all()
 
 
 @pytest.mark.parametrize("vec", [4, 8])
@@ -308,6 +309,7 @@ def probed(monkeypatch):
     assert generator.offset == 80  # it leaves no trace
 
 
+@interpreted
 def test_probe_finds_the_width(probed):
     probed(8)
     assert (_rng.width_limit(0, 4), _rng.width_limit(0, 2)) == (4, 8)
@@ -319,6 +321,7 @@ def test_probe_finds_the_width(probed):
 
 
 @pytest.mark.parametrize("difference", [{"seed": 4}, {"extra": 4}])
+@interpreted
 def test_probe_declines_another_layout_and_another_increment(probed, difference):
     probed(8, **difference)
     for answer in (_rng.width_limit(0, 4), _rng.width_limit(0, 2), _rng._probe_bernoulli(0)):
@@ -387,7 +390,7 @@ def test_values_and_gradients_to_the_bit(name, p, dtype, device):
     assert torch.equal(dx.signbit(), grad.signbit())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the meter reads the interpreter")
+@interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n", [8192, 8193, 8196])
 def test_traffic(n, dtype):

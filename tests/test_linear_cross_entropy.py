@@ -148,15 +148,15 @@ def test_a_target_out_of_range_makes_the_loss_nan_and_reads_nothing(device):
         lambda x, w, t: (x, w.half(), t),
     ],
 )
-def test_wrong_calls_raise_what_stock_raises(arguments):
-    args = arguments(*inputs("cpu"))
+def test_wrong_calls_raise_what_stock_raises(arguments, device):
+    args = arguments(*inputs(device))
     assert_same_error(F.linear_cross_entropy, op_file._reference, *args)
 
 
-def test_options_leave_it_to_stock():
+def test_options_leave_it_to_stock(device):
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         pytest.skip("this torch has no such options")
-    x, w, target = inputs("cpu")
+    x, w, target = inputs(device)
     options = torch.nn.LinearCrossEntropyOptions()
     with backend("triton"), pytest.raises(fastnn.BackendError, match="options"):
         F.linear_cross_entropy(x, w, target, options=options)

@@ -5,16 +5,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as stock
-import triton
 
 import fastnn
 import fastnn.functional as F
 from fastnn import kernels
 from fastnn.testing import Case, assert_parity, classes, randn
-
-interpreted = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason="kernels are compiled in this process"
-)
+from tests.marks import interpreted
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as stock
-import triton
 
 import fastnn
 import fastnn.functional as F
@@ -18,12 +17,10 @@ from fastnn.testing import Case, assert_parity, count, randn
 from fastnn.testing.cases.distance import lists
 from fastnn.testing.cases.loss import counts, signs, uniform
 from tests.errors import assert_same_error
+from tests.marks import interpreted
 from tests.versions import OLDER, pinned
 
 DOCS = Path(__file__).parent.parent / "docs" / "losses.md"
-interpreted = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason="kernels are compiled in this process"
-)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import torch.nn.utils.parametrize as parametrize
 import fastnn
 from fastnn import _op
 from fastnn.layers._layer import STOCK
+from tests.marks import on_device
 
 
 class Own(stock.Linear):
@@ -145,6 +146,7 @@ def test_explain_without_inputs_tells_of_each_layer():
     assert "fastnn.convert" in stock_rows["act"].reason
 
 
+@on_device
 def test_explain_with_inputs_tells_of_each_call(monkeypatch):
     model = Net(fastnn)
     x = torch.randn(2, 4)
@@ -186,6 +188,7 @@ def test_decisions_are_this_threads():
     assert [d.op.name for d in mine] == ["relu"]
 
 
+@on_device
 def test_warmup_leaves_no_trace(monkeypatch):
     monkeypatch.setattr(_op, "_crossover", lambda name, architecture: (0, "the test"))
     model = stock.Sequential(stock.BatchNorm1d(4), fastnn.Linear(4, 4), fastnn.ReLU())

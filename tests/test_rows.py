@@ -11,6 +11,7 @@ from fastnn import kernels
 from fastnn._op import backend
 from fastnn.testing import Case, Side, assert_parity, compare_sides, randn
 from tests.errors import assert_same_error
+from tests.marks import on_device
 
 
 @pytest.mark.parametrize("programs", [2, 64], ids=["whole", "split"])
@@ -207,6 +208,7 @@ def test_implicit_dim(name, shape, device):
         lambda F: F.softmin(torch.tensor(1.0), 1),
     ],
 )
+@on_device
 def test_wrong_calls_raise_what_stock_raises(call):
     assert_same_error(lambda: call(F), lambda: call(stock))
 

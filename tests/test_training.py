@@ -20,7 +20,7 @@ def build(nn):
 
 
 @pytest.fixture
-def pair():
+def pair(on_device):
     ours, its = build(fastnn), build(stock)
     return ours, its, torch.randn(5, WIDTH)
 
@@ -90,15 +90,18 @@ def test_optimizers_fused_step_and_grad_scaler(pair):
 
 
 @pytest.fixture
-def group(tmp_path):
+def group(tmp_path, device):
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{tmp_path}/store",
+        rank=0,
+        world_size=1,
     )
     yield
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(os.name != "posix", reason="the gloo backend of this test is for POSIX")
+@pytest.mark.skipif(os.name != "posix", reason="file:// stores of this test are for POSIX")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_ddp(pair, group):
     ours, its, x = pair
@@ -109,13 +112,13 @@ def test_ddp(pair, group):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_fsdp(pair, group):
+def test_fsdp(pair, group, device):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     ours, its, x = pair
     want = grads(its, lambda: its(x))
-    fully_shard(ours, mesh=init_device_mesh("cpu", (1,)))
+    fully_shard(ours, mesh=init_device_mesh(device, (1,)))
     with fastnn.backend("triton"), fastnn.decisions() as heard:
         ours(x).sum().backward()
     assert not any(d.why for d in heard)

@@ -14,8 +14,7 @@ from fastnn import _op, _rng
 from fastnn.bench import memory
 from fastnn.layers._layer import STOCK
 from fastnn.testing.noise import recording, replaying
-
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts on a CPU")
+from tests.marks import interpreted, on_device
 
 OURS_ALWAYS = {
     "multi_head_attention_forward", "linear_act", "dropout_add", "dropout_add_layer_norm",
@@ -92,6 +91,7 @@ def test_same_parameters_from_the_same_seed():
 # ---- Who notices --------------------------------------------------------------------------------
 
 
+@on_device
 def test_a_plain_layer_is_fused():
     layer, x = encoder_layer(), torch.randn(5, 2, 8)
     _, heard = paths(layer, x)
@@ -124,6 +124,7 @@ HOOKS = {
         ("self_attn", None),
     ],
 )
+@on_device
 def test_a_hook_on_a_member_fires(member, op, kind):
     layer, x, fired = encoder_layer(), torch.randn(5, 2, 8, requires_grad=True), []
     plain = layer(x)
@@ -179,6 +180,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
+@on_device
 def test_a_changed_member_is_called_as_it_is(change):
     apply, reason = CHANGES[change]
     layer, x = encoder_layer(), torch.randn(5, 2, 8)
@@ -204,6 +206,7 @@ def test_an_overridden_block_is_called():
     torch.testing.assert_close(layer(x), want)
 
 
+@on_device
 def test_an_rms_norm_in_its_place_is_fused():
     layer, x = encoder_layer(), torch.randn(5, 2, 8)
     layer.norm1 = fastnn.RMSNorm(8, eps=1e-5)
@@ -318,6 +321,7 @@ def residual(name, prenorm):
     ],
     ids=["averaged", "of each head", "layer_norm", "prenorm", "rms_norm"],
 )
+@on_device
 def test_second_derivatives(call, p, average):
     """Of stock's formula, over the noise that the forward drew."""
     torch.manual_seed(0)
@@ -403,9 +407,9 @@ def test_launches_of_a_training_step(norm_first, monkeypatch):
         parameters = [x, *layer.parameters()]
         if namespace is fastnn:
             torch.autograd.grad(layer(x), parameters, gradient)  # fills caches
-            with meter.all_traffic() as cost:
+            with meter.all_traffic() as ours:
                 torch.autograd.grad(layer(x), parameters, gradient)
-            counts["ours"] = cost().launches
+            counts["ours"] = ours.cost.launches
         else:
             with meter.as_on_cuda(), meter.AtenTraffic() as its:
                 torch.autograd.grad(layer(x), parameters, gradient)

@@ -391,11 +391,13 @@ class Traffic:
     stock: the operators that stock runs on CUDA, an estimate (see `meter.AtenTraffic`).
     least: bytes of inputs, parameters, outputs and gradients, once in each pass that needs them;
         of saved tensors only those that are among these. An op that gathers can stay below it.
+    races: bytes that kernels store and touch again in no certain order (see `meter.Launch`).
     """
 
     ours: meter.Cost
     stock: meter.Cost
     least: int
+    races: int
 
 
 def count(case: Case, dtype: torch.dtype) -> Traffic:
@@ -405,11 +407,12 @@ def count(case: Case, dtype: torch.dtype) -> Traffic:
     """
     from fastnn.testing import meter  # which needs Triton
 
-    with backend("triton"), meter.all_traffic() as ours:
+    with backend("triton"), meter.all_traffic(races=True) as ours:
         least = _counted_run(case, fastnn, dtype)
     with meter.as_on_cuda(), meter.AtenTraffic() as stock:
         _counted_run(case, torch.nn, dtype)
-    return Traffic(ours(), stock.cost, least)
+    races = sum(launch.shared_writes or 0 for launch in ours.kernels)
+    return Traffic(ours.cost, stock.cost, least, races)
 
 
 def _counted_run(case: Case, namespace, dtype: torch.dtype) -> int:

@@ -71,6 +71,9 @@ class _Runs:
         self._held = 0
         self._limit = _MAX_RUNS
 
+    def __bool__(self) -> bool:
+        return self._held > 0
+
     def add(self, starts: Array, ends: Array) -> None:
         self._starts.append(starts)
         self._ends.append(ends)
@@ -82,7 +85,7 @@ class _Runs:
 
     def union(self) -> tuple[Array, Array]:
         """Disjoint intervals in order."""
-        if not self._held:
+        if not self:
             return np.zeros(0, np.uint64), np.zeros(0, np.uint64)
         starts, ends = np.concatenate(self._starts), np.concatenate(self._ends)
         order = np.argsort(starts)
@@ -93,6 +96,13 @@ class _Runs:
     def size(self) -> int:
         starts, ends = self.union()
         return int((ends - starts).sum())
+
+    def shared_with(self, starts: Array, ends: Array) -> int:
+        """The bytes of this set that lie in disjoint intervals, too."""
+        both = _Runs()
+        both.add(*self.union())
+        both.add(starts, ends)
+        return self.size() + int((ends - starts).sum()) - both.size()
 
 
 def _runs(lanes: Array, size: int) -> tuple[Array, Array]:
@@ -123,9 +133,11 @@ class Launch:
     """Bytes from the first to the last element of each tensor given, which `distinct` of a kernel
     that reads or writes each cannot pass."""
     shared_writes: int | None = None
-    """Bytes that one program stores and another touches, or None unless metered with `races=True`.
+    """Bytes that one program stores and another touches, or itself loads later; None unless metered
+    with `races=True`.
 
-    Programs run in any order and at once, so these are races unless atomics put them in order."""
+    Programs run in any order and at once, as do the threads of one, so these are races unless
+    atomics or barriers put them in order."""
 
 
 class Log(list[Launch]):
@@ -173,6 +185,7 @@ class _Meter:
         self.touched, self.written = _Runs(), _Runs()  # by the present program
         self.touches: list[tuple[Array, Array]] = []  # by each program before it
         self.writes = _Runs()
+        self.loaded_back = 0  # bytes that a program loads after storing them
         self.spans: list[tuple[int, int, str]] = []
 
     def arguments(self, named: dict[str, Any]) -> None:
@@ -222,6 +235,8 @@ class _Meter:
             if program != self.program:
                 self._next_program()
                 self.program = program
+            if kind == "load" and self.written:
+                self.loaded_back += self.written.shared_with(starts, ends)
             self.touched.add(starts, ends)
             if kind == "store":
                 self.written.add(starts, ends)
@@ -263,11 +278,8 @@ class _Meter:
             self.launch.distinct[kind] = runs.size()
         if self.races:
             self._next_program()
-            shared = self._touched_twice()
-            both = _Runs()
-            both.add(*shared.union())
-            both.add(*self.writes.union())
-            self.launch.shared_writes = shared.size() + self.writes.size() - both.size()
+            shared = self.writes.shared_with(*self._touched_twice().union())
+            self.launch.shared_writes = shared + self.loaded_back
 
     def _touched_twice(self) -> _Runs:
         """The bytes that more than one program touched."""
@@ -484,11 +496,23 @@ def as_on_cuda() -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class AllTraffic:
+    """Our calls in an `all_traffic()` block: kernels, and PyTorch's operators between them."""
+
+    kernels: Log
+    aten: AtenTraffic
+
+    @property
+    def cost(self) -> Cost:
+        return self.kernels.cost + self.aten.cost
+
+
 @contextmanager
-def all_traffic() -> Iterator[Callable[[], Cost]]:
+def all_traffic(*, races: bool = False) -> Iterator[AllTraffic]:
     """Counts what our calls in the block cost: kernels, and PyTorch's operators between them.
 
-    Yields a function that returns the `Cost` so far. Kernels must be interpreted, as in `traffic`.
+    Kernels must be interpreted, as in `traffic`, and `races` is that one's.
     """
     executor = interpreter.GridExecutor
     run = executor.__call__
@@ -499,12 +523,12 @@ def all_traffic() -> Iterator[Callable[[], Cost]]:
 
     with (
         mock.patch.object(executor, "__call__", call),
-        traffic() as log,
+        traffic(races=races) as log,
         # Dispatch declines under a dispatch mode; this one only looks.
         mock.patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0),
         AtenTraffic() as aten,
     ):
-        yield lambda: log.cost + aten.cost
+        yield AllTraffic(log, aten)
 
 
 # ---- prediction ---------------------------------------------------------------------------------
