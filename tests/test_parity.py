@@ -42,3 +42,37 @@ def test_where_nan_and_infinity_may_be(ours, stock, exact, right):
     half = [torch.tensor([v, 1.0], dtype=torch.float16) for v in (ours, stock)]
     _, said = _compare("output", *half, torch.tensor([exact, 1.0], dtype=torch.float64))
     assert (said is None) == right
+
+
+def test_a_row_beyond_its_bound_is_judged_by_several_draws(monkeypatch):
+    """By the largest errors over them: luck is forgiven, twice stock's error is not."""
+    from fastnn import testing
+
+    unit = 1e-7
+    # Errors of ours and of stock, draw by draw.
+    lucky = [(3.0, 0.5), (2.0, 1.0), (1.0, 2.0), (2.0, 1.0), (1.0, 1.0)]
+    worse = [(3.0, 0.5), (2.0, 1.0), (6.0, 2.0), (2.0, 1.0), (1.0, 1.0)]
+    broken = [(3.0, 0.5), (2.0, 1.0), (1.0, 2.0), (2.0, 1.0), (1.0, 1.0)]
+    for draws, failure, said in (
+        (lucky, None, None),
+        (worse, None, "output: 6e-07"),
+        (broken, "differs", "differs"),
+    ):
+        asked = []
+
+        def one(case, dtype, device, mode, seed, draws=draws, failure=failure, asked=asked):
+            asked.append(seed)
+            a, b = draws[seed]
+            found = testing.Comparison("output", a * unit, b * unit, (2 * b + 1) * unit)
+            return testing.Result("kernel", None, [found], [failure] if failure and seed else [])
+
+        monkeypatch.setattr(testing, "_check", one)
+        result = testing.check(CASES[0], torch.float32)
+        assert asked == [0, 1, 2, 3, 4]
+        assert (said is None and not result.failures) or any(said in f for f in result.failures)
+        assert len(result.comparisons) == 1
+    monkeypatch.setattr(
+        testing, "_check",
+        lambda *args, **rest: testing.Result("kernel", None, [testing.Comparison("output", 1, 1, 3)]),
+    )  # fmt: skip
+    assert testing.check(CASES[0], torch.float32).failures == []

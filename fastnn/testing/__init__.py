@@ -4,7 +4,9 @@ A `Case` is a row: a layer or function, inputs, options, and the path it must ta
 three times, ours, stock's and stock's in float64, forward and backward, and returns a `Result`.
 
 The rule: our error against float64 may be at most twice stock's own error in the same dtype, plus
-one unit in the last place at the scale of the result.
+one unit in the last place at the scale of the result. Of a few numbers, stock's largest error is a
+matter of luck, so a row beyond its bound is run with other inputs, too, and judged by the largest
+errors, ours and stock's, over all of them.
 """
 
 from __future__ import annotations
@@ -143,6 +145,16 @@ class Comparison:
             return 1.0
         return self.ours / self.stock if self.stock else math.inf
 
+    @property
+    def failure(self) -> str | None:
+        """In words, where our error is beyond the bound."""
+        if self.ours <= self.bound:
+            return None
+        return (
+            f"{self.what}: {self.ours:.3g} from float64, bound {self.bound:.3g} "
+            f"(stock is {self.stock:.3g} away)"
+        )
+
 
 @dataclass
 class Result:
@@ -152,6 +164,10 @@ class Result:
     reason: str | None
     comparisons: list[Comparison] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+
+    def _judge(self) -> Result:
+        self.failures += [c.failure for c in self.comparisons if c.failure]
+        return self
 
 
 @dataclass
@@ -243,7 +259,8 @@ def _run(side: Side, inputs, device, autocast=None, upstream=None) -> _Run:
 
 def _compare(
     what: str, ours: Tensor, stock: Tensor, exact: Tensor
-) -> tuple[Comparison, str | None]:
+) -> tuple[Comparison | None, str | None]:
+    """The errors where all are finite; what is wrong elsewhere, in words."""
     ours64, stock64 = ours.double(), stock.double()
     # Where stock's own dtypes disagree (gelu(inf) is nan in CPU float32, inf in float64), either is
     # right, and so is infinity where stock makes nan of what is too large for the dtype; a finite
@@ -252,20 +269,19 @@ def _compare(
     for a in (math.nan, math.inf, -math.inf):
         is_a = torch.isnan if math.isnan(a) else (lambda t, a=a: t == a)
         if (is_a(ours64) & ~is_a(stock64) & ~is_a(rounded)).any():
-            return Comparison(what, math.inf, 0.0, 0.0), f"{what}: {a} in other places than stock"
+            return None, f"{what}: {a} in other places than stock"
     finite = exact.isfinite() & stock64.isfinite()
     if not ours64[finite].isfinite().all():
-        return Comparison(what, math.inf, 0.0, 0.0), f"{what}: not finite where stock is"
+        return None, f"{what}: not finite where stock is"
     if ours64[~exact.isfinite() & ~stock64.isfinite()].isfinite().any():
-        return Comparison(what, math.inf, 0.0, 0.0), f"{what}: finite where stock is not"
+        return None, f"{what}: finite where stock is not"
     if not finite.any():
         return Comparison(what, 0.0, 0.0, 0.0), None
     exact = exact[finite]
     error = (ours64[finite] - exact).abs().max().item()
     its = (stock64[finite] - exact).abs().max().item()
     bound = 2 * its + torch.finfo(stock.dtype).eps * exact.abs().max().item()
-    said = f"{what}: {error:.3g} from float64, bound {bound:.3g} (stock is {its:.3g} away)"
-    return Comparison(what, error, its, bound), said if error > bound else None
+    return Comparison(what, error, its, bound), None
 
 
 def compare_sides(
@@ -288,9 +304,27 @@ def compare_sides(
     inputs, unless stock writes to them: then what they hold is compared too, but for `inplace`.
     Under `mode="triton"` a call that goes to stock ends it: `path` is "stock".
     """
-    inputs = (tuple(args), kwargs or {})
+    return _compare_sides(
+        ours, stock, exact, args, kwargs or {}, device, mode, autocast, inplace, twice
+    )._judge()
+
+
+def _compare_sides(
+    ours: Side, stock: Side, exact: Side, args: Sequence, kwargs: dict,
+    device: str, mode: Mode, autocast: torch.dtype | None, inplace: bool, twice: bool = True,
+) -> Result:  # fmt: skip
+    """`compare_sides`, but for the judgement of errors."""
+    inputs = (tuple(args), kwargs)
     result = Result("kernel", None)
     fail = result.failures.append
+
+    def weigh(what: str, *values: Tensor) -> None:
+        comparison, failure = _compare(what, *values)
+        if comparison is not None:
+            result.comparisons.append(comparison)
+        if failure is not None:
+            fail(failure)
+
     mine = _leaves(inputs)
     try:
         with backend(mode), decisions() as heard:
@@ -322,15 +356,14 @@ def compare_sides(
             if not torch.equal(x.nan_to_num(), before.nan_to_num()):
                 fail("an input was written to")
         elif not inplace:  # running statistics: as good as a result
-            comparison, failure = _compare(f"input {i} afterwards", x, its, true)
-            result.comparisons.append(comparison)
-            if failure:
-                fail(failure)
+            weigh(f"input {i} afterwards", x, its, true)
     if got.layouts != want.layouts:
         fail(f"(dtype, shape, strides, requires_grad) {got.layouts}; stock {want.layouts}")
     if got.named.keys() != want.named.keys():
         fail(f"results {sorted(got.named)}; stock {sorted(want.named)}")
-    for what in got.named.keys() & want.named.keys():
+    for what in got.named:
+        if what not in want.named:
+            continue
         a, b = got.named[what], want.named[what]
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             fail(f"{what}: {a.dtype} {tuple(a.shape)}; stock {b.dtype} {tuple(b.shape)}")
@@ -338,18 +371,43 @@ def compare_sides(
         if not torch.equal(a.nan_to_num(), again.named[what].nan_to_num()):
             fail(f"{what}: two runs differ")
         if a.is_floating_point() and a.numel():
-            comparison, failure = _compare(what, a, b, truth.named[what])
-            result.comparisons.append(comparison)
-            if failure:
-                fail(failure)
+            weigh(what, a, b, truth.named[what])
         elif not torch.equal(a, b):
             fail(f"{what}: differs from stock")
     return result
 
 
+_DRAWS = 5  # of inputs, at most, for a row
+
+
 def check(case: Case, dtype: torch.dtype, device: str = "cpu", mode: Mode = "triton") -> Result:
-    """Run one row in one dtype, as `compare_sides`. Its path must be the one that it states."""
-    torch.manual_seed(0)
+    """Run one row in one dtype, as `compare_sides`. Its path must be the one that it states.
+
+    Beyond its bound, it is run with four other draws of its inputs and judged by all five.
+    """
+    result = _check(case, dtype, device, mode, seed=0)
+    if not result.failures and any(c.failure for c in result.comparisons):
+        more = [_check(case, dtype, device, mode, seed) for seed in range(1, _DRAWS)]
+        result.failures += [failure for r in more for failure in r.failures]
+        result.comparisons = _pooled([result, *more])
+    return result._judge()
+
+
+def _pooled(results: Sequence[Result]) -> list[Comparison]:
+    """The largest errors of each tensor over several draws."""
+    found: dict[str, list[Comparison]] = {}
+    for c in (c for r in results for c in r.comparisons):
+        found.setdefault(c.what, []).append(c)
+    pooled = []
+    for what, these in found.items():
+        stock = max(c.stock for c in these)
+        unit = max(c.bound - 2 * c.stock for c in these)
+        pooled.append(Comparison(what, max(c.ours for c in these), stock, 2 * stock + unit))
+    return pooled
+
+
+def _check(case: Case, dtype: torch.dtype, device: str, mode: Mode, seed: int) -> Result:
+    torch.manual_seed(seed)
     inputs = case.make(dtype, device)
     stock, ours = (_side(case, n, dtype, device) for n in (torch.nn, fastnn))
     kwargs = {}
@@ -365,16 +423,9 @@ def check(case: Case, dtype: torch.dtype, device: str = "cpu", mode: Mode = "tri
         ours, stock, exact = (
             Side(_viewing(case.view, s.call), s.parameters) for s in (ours, stock, exact)
         )
-    result = compare_sides(
-        ours,
-        stock,
-        exact,
-        inputs,
-        kwargs,
-        device=device,
-        mode=mode,
-        autocast=case.autocast,
-        inplace=bool(case.options.get("inplace")),
+    inplace = bool(case.options.get("inplace"))
+    result = _compare_sides(
+        ours, stock, exact, inputs, kwargs, device, mode, case.autocast, inplace
     )
     if case.stock is not None and case.stock not in (result.reason or ""):
         result.failures.append(f"expected stock ({case.stock}); got {result.path} {result.reason}")
