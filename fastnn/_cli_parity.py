@@ -29,6 +29,7 @@ EXAMPLES = """\
   fastnn parity                             # every row, on the GPU, else interpreted on the CPU
   fastnn parity --only softmax --only GELU  # rows whose name contains one of these
   fastnn parity --dtype bfloat16 --html report.html
+  fastnn parity --emulate sm_90             # the code compiled for an H100, run on the CPU
 """
 
 DTYPES = {str(d).removeprefix("torch."): d for d in _op.FLOATS}
@@ -39,6 +40,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--only", action="append", metavar="NAME", help="rows of layers and functions so named"
     )
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="default: all three")
+    parser.add_argument(
+        "--emulate", metavar="ARCH",
+        help="compile kernels for an NVIDIA GPU that need not be there (sm_80, sm_90, ...) and run "
+        "that code on the CPU, instruction by instruction",
+    )  # fmt: skip
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a report, one file")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every row's figures")
 
@@ -75,13 +81,15 @@ class Outcome:
         return moved / self.least_bytes if moved is not None and self.least_bytes else None
 
 
-def _interpret() -> None:
-    """Without a GPU, start over with the kernels interpreted: that is decided at import."""
-    if torch.cuda.is_available() or _op.INTERPRET:
+def _start_over(interpret: bool) -> None:
+    """Interpret kernels or compile them: that is decided when they are imported."""
+    if _op.INTERPRET == interpret:
         return
     if not _op.HAS_TRITON:
         raise _cli.CliError("nothing to compare: " + str(_cli.why_no_kernels()))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTNN_BACKEND": "auto"}
+    environment = {
+        **os.environ, "TRITON_INTERPRET": str(int(interpret)), "FASTNN_BACKEND": "auto"
+    }  # fmt: skip
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", "fastnn", *sys.argv[1:]], environment)
 
@@ -95,6 +103,17 @@ def _uninitialised_memory_is_nan():
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
+def _emulated(architecture: str) -> tuple[str, contextlib.AbstractContextManager]:
+    """(what the report says of it, the block in which it is so)."""
+    from fastnn.testing.aot import TARGETS, emulate
+
+    known = {t.architecture: name for name, t in TARGETS.items() if name.startswith("cuda:")}
+    if architecture not in known:
+        raise _cli.CliError(f"--emulate {architecture}: accepted are {', '.join(known)}")
+    said = f"compiled for {architecture}, emulated on the CPU"
+    return said, emulate(known[architecture])
 
 
 def _outcome(case: Case, dtype: torch.dtype, device: str) -> Outcome:
@@ -122,7 +141,7 @@ def _outcome(case: Case, dtype: torch.dtype, device: str) -> Outcome:
         time.perf_counter() - start,
         failures,
     )
-    if path == "kernel" and device == "cpu":
+    if path == "kernel" and _op.INTERPRET and device == "cpu":
         try:
             moved = count(case, dtype)
         except Exception as e:
@@ -271,16 +290,21 @@ partial sums.</p>
 
 
 def run(args: argparse.Namespace) -> int:
-    _interpret()
+    _start_over(not args.emulate and (_op.INTERPRET or not torch.cuda.is_available()))
     console = _cli.console()
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from fastnn.testing.cases import CASES
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
+    device, kernels = "cuda", "compiled"
+    way: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if args.emulate:
+        device = "cpu"
+        kernels, way = _emulated(args.emulate)
+    elif not torch.cuda.is_available():
         from fastnn.testing import interpreter
 
+        device, kernels = "cpu", "interpreted on the CPU"
         interpreter.install()
     dtypes = [DTYPES[d] for d in args.dtype or DTYPES]
     rows = [
@@ -293,7 +317,7 @@ def run(args: argparse.Namespace) -> int:
     if not rows:
         raise _cli.CliError(f"no rows for --only {args.only}; `fastnn info` lists the functions")
     facts = {**_cli.versions(), "device": _cli.device_name(torch.device(device))}
-    facts["kernels"] = "compiled" if device == "cuda" else "interpreted on the CPU"
+    facts["kernels"] = kernels
     outcomes = []
     columns = (
         TextColumn("{task.description}"),
@@ -304,6 +328,7 @@ def run(args: argparse.Namespace) -> int:
     with (
         Progress(*columns, console=console, transient=True) as progress,
         _uninitialised_memory_is_nan(),
+        way,
     ):
         task = progress.add_task("parity", total=len(rows))
         for case, dtype in rows:

@@ -118,6 +118,16 @@ def test_parity_fits_the_terminal(monkeypatch, capsys, width):
     assert ("│        24 │" in printed) == (width == 160)  # its gradients
 
 
+def test_parity_of_code_compiled_for_a_gpu():
+    """In a process that may compile; `_start_over` sees to it even under TRITON_INTERPRET=1."""
+    command = [sys.executable, "-m", "fastnn", "parity", "--only", "Softshrink", "--emulate"]
+    done = subprocess.run([*command, "sm_90"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "compiled for sm_90, emulated on the CPU" in done.stdout and "0 failed" in done.stdout
+    done = subprocess.run([*command, "gfx942"], capture_output=True, text=True)
+    assert done.returncode == 2 and "accepted are sm_80" in done.stderr
+
+
 def test_info_names_versions_and_every_op(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["info"]) == 0

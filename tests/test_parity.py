@@ -60,11 +60,11 @@ def test_a_row_beyond_its_bound_is_judged_by_several_draws(monkeypatch):
     ):
         asked = []
 
-        def one(case, dtype, device, mode, seed, draws=draws, failure=failure, asked=asked):
-            asked.append(seed)
-            a, b = draws[seed]
+        def one(case, dtype, device, mode, draw, draws=draws, failure=failure, asked=asked):
+            asked.append(draw)
+            a, b = draws[draw]
             found = testing.Comparison("output", a * unit, b * unit, (2 * b + 1) * unit)
-            return testing.Result("kernel", None, [found], [failure] if failure and seed else [])
+            return testing.Result("kernel", None, [found], [failure] if failure and draw else [])
 
         monkeypatch.setattr(testing, "_check", one)
         result = testing.check(CASES[0], torch.float32)
@@ -73,6 +73,6 @@ def test_a_row_beyond_its_bound_is_judged_by_several_draws(monkeypatch):
         assert len(result.comparisons) == 1
     monkeypatch.setattr(
         testing, "_check",
-        lambda *args, **rest: testing.Result("kernel", None, [testing.Comparison("output", 1, 1, 3)]),
+        lambda *args: testing.Result("kernel", None, [testing.Comparison("output", 1, 1, 3)]),
     )  # fmt: skip
     assert testing.check(CASES[0], torch.float32).failures == []

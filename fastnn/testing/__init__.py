@@ -228,7 +228,7 @@ def _seed(device: str) -> None:
         torch.cuda.manual_seed_all(1)
 
 
-def _run(side: Side, inputs, device, autocast=None, upstream=None) -> _Run:
+def _run(side: Side, inputs, device, autocast=None, upstream=None, draw=0) -> _Run:
     for p in side.parameters.values():
         p.grad = None
     _seed(device)
@@ -240,7 +240,7 @@ def _run(side: Side, inputs, device, autocast=None, upstream=None) -> _Run:
     layouts = [(t.dtype, tuple(t.shape), t.stride(), t.requires_grad) for t in outs]
     wanting = [t for t in outs if t.requires_grad]
     if upstream is None:
-        g = torch.Generator().manual_seed(2)
+        g = torch.Generator().manual_seed(2 + draw)
         upstream = [torch.randn(t.shape, generator=g).to(t.device, t.dtype) for t in wanting]
     if wanting:
         given = [u.to(t.dtype) for u, t in zip(upstream, wanting, strict=True)]
@@ -312,6 +312,7 @@ def compare_sides(
 def _compare_sides(
     ours: Side, stock: Side, exact: Side, args: Sequence, kwargs: dict,
     device: str, mode: Mode, autocast: torch.dtype | None, inplace: bool, twice: bool = True,
+    draw: int = 0,
 ) -> Result:  # fmt: skip
     """`compare_sides`, but for the judgement of errors."""
     inputs = (tuple(args), kwargs)
@@ -329,7 +330,7 @@ def _compare_sides(
     try:
         with backend(mode), decisions() as heard:
             with recording() as draws:
-                got = _run(ours, mine, device, autocast)
+                got = _run(ours, mine, device, autocast, draw=draw)
             if twice:
                 again = _run(ours, _leaves(inputs), device, autocast, got.upstream)
             else:
@@ -383,11 +384,12 @@ _DRAWS = 5  # of inputs, at most, for a row
 def check(case: Case, dtype: torch.dtype, device: str = "cpu", mode: Mode = "triton") -> Result:
     """Run one row in one dtype, as `compare_sides`. Its path must be the one that it states.
 
-    Beyond its bound, it is run with four other draws of its inputs and judged by all five.
+    Beyond its bound, it is run with four other draws of inputs and incoming gradients, and judged
+    by all five.
     """
-    result = _check(case, dtype, device, mode, seed=0)
+    result = _check(case, dtype, device, mode, 0)
     if not result.failures and any(c.failure for c in result.comparisons):
-        more = [_check(case, dtype, device, mode, seed) for seed in range(1, _DRAWS)]
+        more = [_check(case, dtype, device, mode, draw) for draw in range(1, _DRAWS)]
         result.failures += [failure for r in more for failure in r.failures]
         result.comparisons = _pooled([result, *more])
     return result._judge()
@@ -406,8 +408,8 @@ def _pooled(results: Sequence[Result]) -> list[Comparison]:
     return pooled
 
 
-def _check(case: Case, dtype: torch.dtype, device: str, mode: Mode, seed: int) -> Result:
-    torch.manual_seed(seed)
+def _check(case: Case, dtype: torch.dtype, device: str, mode: Mode, draw: int) -> Result:
+    torch.manual_seed(draw)
     inputs = case.make(dtype, device)
     stock, ours = (_side(case, n, dtype, device) for n in (torch.nn, fastnn))
     kwargs = {}
@@ -425,7 +427,7 @@ def _check(case: Case, dtype: torch.dtype, device: str, mode: Mode, seed: int) -
         )
     inplace = bool(case.options.get("inplace"))
     result = _compare_sides(
-        ours, stock, exact, inputs, kwargs, device, mode, case.autocast, inplace
+        ours, stock, exact, inputs, kwargs, device, mode, case.autocast, inplace, draw=draw
     )
     if case.stock is not None and case.stock not in (result.reason or ""):
         result.failures.append(f"expected stock ({case.stock}); got {result.path} {result.reason}")

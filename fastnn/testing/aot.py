@@ -35,6 +35,7 @@ from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 from fastnn import _op
+from fastnn.testing import ptx
 
 
 class Target(NamedTuple):
@@ -131,7 +132,10 @@ class _Driver:
         )
 
     def launcher_cls(self, src: Any, metadata: Any):
-        self.compiled[metadata.hash] = _Compiled(src, metadata)
+        compiled = self.compiled[metadata.hash] = _Compiled(src, metadata)
+        return self.launcher(compiled)
+
+    def launcher(self, compiled: _Compiled) -> Callable:
         return _launch_nothing
 
     def get_current_target(self) -> GPUTarget:
@@ -157,8 +161,41 @@ def _launch_nothing(*launch) -> None:
     pass
 
 
+class _Emulator(_Driver):
+    """A driver whose launches run: as PTX, on the CPU."""
+
+    def launcher(self, compiled: _Compiled) -> Callable:
+        source, metadata = compiled
+        program = ptx.Program(_assembly(source.name, metadata.hash)["ptx"])
+        taken = [ty != "constexpr" for ty in source.signature.values()]
+
+        def launch(x, y, z, stream, function, packed, launched, enter, leave, *args):
+            given = list(itertools.compress(args, taken))
+            tensors = [a.untyped_storage() for a in given if isinstance(a, torch.Tensor)]
+            memory = ptx.Memory((s.data_ptr(), s.nbytes()) for s in tensors)
+            addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in given]
+            addresses += [0] * (len(program.parameters) - len(addresses))  # scratch, of no bytes
+            program.run((x, y, z), 32 * metadata.num_warps, metadata.shared, addresses, memory)
+
+        return launch
+
+
 @contextmanager
-def _active(target: str) -> Iterator[_Driver]:
+def emulate(target: str = "cuda:90") -> Iterator[None]:
+    """Launches in the block run the code compiled for `target`, an NVIDIA GPU of `TARGETS`, on CPU
+    tensors, as `fastnn.testing.ptx` runs it.
+
+    Raises NotImplementedError for code with an instruction that it does not know, as that for
+    sm_100 and sm_120 with tensor cores, and IndexError where a kernel leaves its tensors.
+    """
+    if not target.startswith("cuda:"):
+        raise ValueError(f"emulate: target {target!r}: only NVIDIA's code is emulated")
+    with _active(target, _Emulator):
+        yield
+
+
+@contextmanager
+def _active(target: str, kind: type[_Driver] = _Driver) -> Iterator[_Driver]:
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET=1: kernels of this process cannot be compiled")
     if target not in TARGETS:
@@ -166,7 +203,7 @@ def _active(target: str) -> Iterator[_Driver]:
     config = triton.runtime.driver
     # Asking the property would look for a GPU.
     before = vars(config).get("_active", vars(config).get("active"))
-    driver = _Driver(TARGETS[target])
+    driver = kind(TARGETS[target])
     architecture = TARGETS[target].architecture
     config.set_active(driver)
     try:

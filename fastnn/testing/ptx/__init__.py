@@ -1,0 +1,193 @@
+"""Runs PTX on the CPU: the code that Triton compiled for an NVIDIA GPU, on real data.
+
+Triton's interpreter runs the source of a kernel. What a GPU runs has been through layouts, shuffles
+between threads, shared memory, fragments of tensor cores, libdevice and contraction into fma.
+`Program` runs that, as PTX ISA 8.7 has it, with the threads of many blocks side by side in NumPy
+arrays: each register is an array with an element per thread, or one for all of them.
+
+- Threads that part at a branch take turns, the earliest instruction first, until they meet.
+- Each access to global memory is checked against the tensors of the launch, and for its alignment,
+  each access to shared memory against its size; that one starts as nan.
+- Approximate instructions err, up or down by the bits of the value, as far as documented.
+- Copies and matrix products that a GPU makes asynchronously are complete when they are issued, and
+  threads of a block move in step: a missing wait or barrier is not noticed. Tensor cores add as
+  in float64, rounded once per instruction.
+- What is not known raises NotImplementedError with the instruction.
+
+Kernels run this way inside `fastnn.testing.aot.emulate`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastnn.testing.ptx import matrices as _matrices  # noqa: F401  # adds its makers
+from fastnn.testing.ptx.instructions import MAKERS, Names, Run
+from fastnn.testing.ptx.machine import WARP, Machine, Mask, Memory
+from fastnn.testing.ptx.values import TYPES, UNSIGNED, Array, width
+
+__all__ = ["Memory", "Program"]
+
+_SIDE_BY_SIDE = 8192  # threads, if there are that many
+_END = 1 << 30
+
+_ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)[^{]*\{(.*?)\n\}", re.DOTALL)
+_PARAMETER = re.compile(r"\.param\s+\.(\w+)[^,]*?\b(\w+)\s*(?:,|$)")
+_REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(%[A-Za-z_]+)<")
+_LOCATION = re.compile(r"\.loc\s[^\n]*")
+_LABEL = re.compile(r"(\$?\w+):(?!:)\s*")
+_INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)")
+_OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    guard: int | None  # register of its predicate
+    unless: bool
+    run: Run | None
+    target: int  # the block that a jump goes to; `_END` ends the thread
+
+
+class Program:
+    """The entry point of a PTX module. Raises NotImplementedError for what it does not know."""
+
+    def __init__(self, ptx: str):
+        entry = _ENTRY.search(_LOCATION.sub("", re.sub(r"//[^\n]*", "", ptx)))
+        if entry is None:
+            raise NotImplementedError("PTX without an entry point")
+        self.name = entry[1]
+        self.parameters: list[tuple[str, str]] = _PARAMETER.findall(entry[2])
+        self._names = Names({prefix: kind for kind, prefix in _REGISTERS.findall(entry[3])})
+        self._labels: dict[str, int] = {}
+        blocks: list[list[str]] = [[]]
+        for statement in entry[3].split(";"):
+            text = " ".join(statement.split())
+            while label := _LABEL.match(text):
+                if blocks[-1]:
+                    blocks.append([])
+                self._labels[label[1]] = len(blocks) - 1
+                text = text[label.end() :]
+            if text and text[0] != ".":
+                blocks[-1].append(text)
+                if re.search(r"\b(bra|ret|exit)\b", text):  # a block has no jump but its last
+                    blocks.append([])
+        self._blocks = [[self._instruction(text) for text in block] for block in blocks]
+
+    def _instruction(self, text: str) -> _Instruction:
+        found = _INSTRUCTION.fullmatch(text)
+        if found is None:
+            raise NotImplementedError(text)
+        guard = self._names.register(found[2]) if found[2] else None
+        parts = found[3].split(".")
+        operands = [o.strip() for o in _OPERAND.findall(found[4])]
+        run: Run | None = None
+        target = _END
+        if parts[0] == "bra":
+            target = self._labels[operands[0]]
+        elif parts[:2] == ["ld", "param"]:
+            run = self._parameter(parts, operands)
+        elif parts[0] not in ("ret", "exit"):
+            if parts[0] not in MAKERS:
+                raise NotImplementedError(text)
+            try:
+                run = MAKERS[parts[0]](self._names, parts, operands)
+            except NotImplementedError as e:
+                raise NotImplementedError(f"{text} ({e})") from None
+        return _Instruction(guard, found[1] == "!", run, target)
+
+    def _parameter(self, parts: list[str], operands: list[str]) -> Run:
+        number = [name for _, name in self.parameters].index(operands[1].strip("[] "))
+        put = self._names.put(operands[0])
+        dtype = UNSIGNED[width(parts[-1])]
+        return lambda machine, mask: put(machine, machine.arguments[number].view(dtype), mask)
+
+    def run(
+        self, grid: Sequence[int], threads: int, shared: int, arguments: Sequence, memory: Memory
+    ) -> None:
+        """Run `grid` blocks of `threads` threads and `shared` bytes of shared memory each.
+
+        `arguments` has a number or an address for each parameter. Raises IndexError where a thread
+        leaves the memory it was given, or accesses it unaligned.
+        """
+        x, y, z = (*grid, 1, 1)[:3]
+        values = [
+            np.array([value], TYPES[kind])
+            if kind[0] == "f"
+            else np.array([int(value) % (1 << width(kind))], UNSIGNED[width(kind)])
+            for (kind, _), value in zip(self.parameters, arguments, strict=True)
+        ]
+        blocks = np.array(list(itertools.product(range(z), range(y), range(x))), np.uint32)
+        step = max(1, _SIDE_BY_SIDE // threads)
+        with np.errstate(all="ignore"):
+            for first in range(0, len(blocks), step):
+                these = blocks[first : first + step, ::-1]
+                machine = Machine(memory, shared, len(these), threads, self._names.dtypes)
+                machine.arguments = values
+                self._introduce(machine, these, (x, y, z), threads)
+                self._run(machine)
+
+    def _introduce(self, machine: Machine, blocks: Array, grid: tuple, threads: int) -> None:
+        """Tell each thread who it is."""
+        thread = np.tile(np.arange(threads, dtype=np.uint32), len(blocks))
+        known = {
+            "%tid.x": thread,
+            "%ntid.x": np.array([threads], np.uint32),
+            "%laneid": thread % np.uint32(WARP),
+            "%warpid": thread // np.uint32(WARP),
+        }
+        for axis, name in enumerate("xyz"):
+            index = blocks[:, axis]
+            alike = (index == index[0]).all()
+            known[f"%ctaid.{name}"] = index[:1].copy() if alike else np.repeat(index, threads)
+            known[f"%nctaid.{name}"] = np.array([grid[axis]], np.uint32)
+        for name, number in self._names.numbers.items():
+            if name in known:
+                machine.registers[number] = known[name]
+
+    def _run(self, machine: Machine) -> None:
+        place: int | Array = 0  # the block of instructions that each thread is at
+        while True:
+            if isinstance(place, int):
+                here, mask = place, None
+            else:
+                here = int(place.min())
+                mask = place == here
+                if mask.all():
+                    place, mask = here, None
+            if here >= len(self._blocks):
+                return
+            after = self._run_block(machine, here, mask)
+            if mask is None:
+                place = after
+            else:
+                place = np.where(mask, after, place)
+
+    def _run_block(self, machine: Machine, here: int, mask: Mask) -> int | Array:
+        """Run a block of instructions; where the threads of `mask` go on."""
+        for instruction in self._blocks[here]:
+            chosen = mask
+            parting: Array | None = None
+            if instruction.guard is not None:
+                p = machine.registers[instruction.guard] != instruction.unless
+                if p.size == 1:
+                    if not p[0]:
+                        continue
+                else:
+                    parting = p if mask is None else p & mask
+                    if not parting.any():
+                        continue
+                    if mask is None and parting.all():
+                        parting = None
+                    chosen = parting
+            if instruction.run is not None:
+                instruction.run(machine, chosen)
+            elif parting is None:
+                return instruction.target
+            else:
+                return np.where(parting, instruction.target, here + 1)
+        return here + 1

@@ -1,0 +1,347 @@
+"""PTX on the CPU: single instructions by what the ISA says of them, and rows on compiled code.
+
+Rows run in processes of their own: `TRITON_INTERPRET`, which this one may have, forbids compiling.
+`python -m tests.test_ptx [target ...]` runs all rows on the code for every target or those named;
+the tests run a share.
+"""
+
+import struct
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastnn import _op
+from fastnn.testing import check
+from fastnn.testing.aot import TARGETS, emulate
+from fastnn.testing.ptx import Memory, Program
+from tests.test_aot import compiling
+
+EMULATED = ("cuda:80", "cuda:90")
+
+# ---- single instructions ------------------------------------------------------------------------
+
+MODULE = """
+.version 8.7
+.target sm_90a
+.extern .shared .align 16 .b8 global_smem[];
+.visible .entry probe(
+    .param .u64 .ptr .global .align 1 probe_param_0,
+    .param .u64 .ptr .global .align 1 probe_param_1,
+    .param .u32 probe_param_2
+)
+.reqntid 32
+{
+    .reg .pred %p<9>;
+    .reg .b16 %rs<9>;
+    .reg .b32 %r<19>;
+    .reg .b64 %rd<9>;
+    ld.param.b64 %rd1, [probe_param_0];
+    ld.param.b64 %rd2, [probe_param_1];
+    ld.param.b32 %r9, [probe_param_2];
+    mov.u32 %r1, %tid.x;
+    mad.wide.u32 %rd3, %r1, 12, %rd1;
+    mad.wide.u32 %rd4, %r1, 8, %rd2;
+    ld.global.b32 %r2, [%rd3];
+    ld.global.b32 %r3, [%rd3+4];
+    ld.global.b32 %r4, [%rd3+8];
+    mov.b64 %rd5, {%r2, %r3};
+    mov.b32 {%rs1, %rs2}, %r2;
+    mov.b32 {%rs3, %rs4}, %r3;
+    mov.b32 %r6, 0;
+BODY
+    st.global.v2.b32 [%rd4], {%r5, %r6};
+    ret;
+}
+"""
+
+
+def bits(value):
+    """32 bits: of a float as such, of an integer modulo 2**32."""
+    if isinstance(value, float):
+        return struct.unpack("I", struct.pack("f", value))[0]
+    return value % 2**32
+
+
+def run(body, rows, blocks=1, shared=0, third=7):
+    """Pairs of words, %r5 and %r6, that `body` leaves in each thread; %r2 to %r4 are its row."""
+    words = np.zeros((32, 3), np.uint32)
+    for i, row in enumerate(rows):
+        words[i, : len(row)] = [bits(v) for v in row]
+    out = np.zeros((32, 2), np.uint32)
+    memory = Memory([(a.ctypes.data, a.nbytes) for a in (words, out)])
+    program = Program(MODULE.replace("BODY", body))
+    program.run((blocks,), 32, shared, [words.ctypes.data, out.ctypes.data, third], memory)
+    return out
+
+
+NAN, INF = float("nan"), float("inf")
+CASES = [  # instruction, operands in %r2 to %r4, what %r5 is
+    ("add.s32 %r5, %r2, %r3;", (2**31 - 1, 1), -(2**31)),
+    ("mul.lo.s32 %r5, %r2, %r3;", (70000, 70000), 70000 * 70000),
+    ("mul.hi.u32 %r5, %r2, %r3;", (0xFFFFFFFF, 0xFFFFFFFF), 0xFFFFFFFE),
+    ("mul.hi.s32 %r5, %r2, %r3;", (-(2**31), 3), -2),
+    ("mad.lo.s32 %r5, %r2, %r3, %r4;", (-3, 5, 7), -8),
+    ("div.s32 %r5, %r2, %r3;", (-7, 2), -3),
+    ("rem.s32 %r5, %r2, %r3;", (-7, 2), -1),
+    ("shl.b32 %r5, %r2, %r3;", (1, 32), 0),
+    ("shr.s32 %r5, %r2, %r3;", (-8, 40), -1),
+    ("shr.u32 %r5, %r2, %r3;", (0x80000000, 31), 1),
+    ("shf.l.wrap.b32 %r5, %r2, %r3, %r4;", (0x80000001, 0x12345678, 4), 0x23456788),
+    ("shf.r.wrap.b32 %r5, %r2, %r3, %r4;", (0x80000001, 0x12345678, 36), 0x88000000),
+    ("bfe.u32 %r5, %r2, 8, 8;", (0x12345678,), 0x56),
+    ("bfe.s32 %r5, %r2, 4, 4;", (0x80,), -8),
+    ("bfi.b32 %r5, %r2, %r3, 8, 4;", (0x5, 0xFFFFFFFF), 0xFFFFF5FF),
+    ("prmt.b32 %r5, %r2, %r3, 0x5410U;", (0x44332211, 0x88776655), 0x66552211),
+    ("prmt.b32 %r5, %r2, %r3, 0xB;", (0x44332211, 0x88776655), 0x11111100),
+    ("lop3.b32 %r5, %r2, %r3, %r4, 0x96;", (0b1100, 0b1010, 0b1001), 0b1111),
+    ("popc.b32 %r5, %r2;", (0xF0F0,), 8),
+    ("clz.b32 %r5, %r2;", (0x00010000,), 15),
+    ("brev.b32 %r5, %r2;", (0x1,), 0x80000000),
+    ("not.b32 %r5, %r2;", (0,), -1),
+    ("min.s32 %r5, %r2, %r3;", (-1, 1), -1),
+    ("max.f32 %r5, %r2, %r3;", (NAN, 1.0), 1.0),
+    ("max.f32 %r5, %r2, %r3;", (-0.0, 0.0), 0.0),
+    ("min.f32 %r5, %r2, %r3;", (0.0, -0.0), -0.0),
+    ("neg.f32 %r5, %r2;", (0.0,), -0.0),
+    ("copysign.f32 %r5, %r2, %r3;", (-1.0, 5.0), -5.0),
+    ("add.f32 %r5, %r2, %r3;", (2.0**-140, 2.0**-140), 2.0**-139),
+    ("add.ftz.f32 %r5, %r2, %r3;", (1e-40, 1.0), 1.0),
+    ("mul.ftz.f32 %r5, %r2, %r3;", (1e-30, -1e-10), -0.0),
+    # 1 + 2**-24 is halfway to the next number, and a little more is beyond it.
+    ("fma.rn.f32 %r5, %r2, %r3, %r4;", (2.0**-12, 2.0**-12, 1.0), 1.0),
+    ("fma.rn.f32 %r5, %r2, %r3, %r4;", (1.0, 1.0 + 2**-23, 2.0**-70), 1.0 + 2**-23),
+    ("fma.rn.f32 %r5, %r2, %r3, %r4;", (2.0**-12, 2.0**-12 + 2.0**-35, 1.0), 1.0 + 2**-23),
+    ("fma.rn.f32 %r5, %r2, %r3, %r4;", (1.0 + 2**-23, 2.0**-24, 1.0), 1.0 + 2**-23),
+    ("fma.rm.f32 %r5, %r2, %r3, %r4;", (2.0**-12, -(2.0**-12), 1.0), 1.0 - 2**-24),
+    ("fma.rm.f32 %r5, %r2, %r3, %r4;", (2.0**-13, -(2.0**-13), 1.0), 1.0 - 2**-24),
+    ("add.rz.f32 %r5, %r2, %r3;", (1.0, 2.0**-24 + 2.0**-30), 1.0),
+    ("div.rn.f32 %r5, %r2, %r3;", (1.0, 0.0), INF),
+    ("sqrt.rn.f32 %r5, %r2;", (9.0,), 3.0),
+    ("ex2.approx.ftz.f32 %r5, %r2;", (-3.0,), 0.125),
+    ("rcp.approx.ftz.f32 %r5, %r2;", (4.0,), 0.25),
+    ("cvt.rzi.s32.f32 %r5, %r2;", (-2.7,), -2),
+    ("cvt.rni.s32.f32 %r5, %r2;", (2.5,), 2),
+    ("cvt.rzi.s32.f32 %r5, %r2;", (NAN,), 0),
+    ("cvt.rzi.s32.f32 %r5, %r2;", (1e20,), 2**31 - 1),
+    ("cvt.rni.f32.f32 %r5, %r2;", (3.5,), 4.0),
+    ("cvt.ftz.sat.f32.f32 %r5, %r2;", (NAN,), 0.0),
+    ("cvt.sat.f32.f32 %r5, %r2;", (7.0,), 1.0),
+    ("cvt.rn.f32.s32 %r5, %r2;", (2**24 + 1,), 2.0**24),
+    ("cvt.rn.f32.u32 %r5, %r2;", (-1,), 2.0**32),
+    ("cvt.rn.f16x2.f32 %r5, %r2, %r3;", (1.0, 65520.0), 0x3C007C00),
+    ("cvt.rn.bf16x2.f32 %r5, %r2, %r3;", (1.0 + 2**-8, 1.0 + 3 * 2**-8), 0x3F803F82),
+    ("cvt.u16.u32 %rs5, %r2; cvt.s32.s16 %r5, %rs5;", (0x18000,), -(2**15)),
+    ("cvt.u16.u32 %rs5, %r2; cvt.f32.bf16 %r5, %rs5;", (0xBF80,), -1.0),
+    ("cvt.u16.u32 %rs5, %r2; cvt.f32.f16 %r5, %rs5;", (0xC000,), -2.0),
+    ("fma.rn.bf16 %rs5, %rs1, %rs3, %rs2; cvt.u32.u16 %r5, %rs5;", (0x80003F81, 0x3F81), 0x3F82),
+    ("abs.bf16x2 %r5, %r2;", (0xBF80C000,), 0x3F804000),
+    ("fma.rn.f16x2 %r5, %r2, %r3, %r4;", (0x3C004000, 0x40004000, 0x3C003C00), 0x42004500),
+    ("selp.b32 %r5, 1, 2, %p1;", (0,), 2),
+    ("setp.ne.f32 %p2, %r2, %r2; selp.b32 %r5, 1, 0, %p2;", (NAN,), 0),
+    ("setp.neu.f32 %p2, %r2, %r2; selp.b32 %r5, 1, 0, %p2;", (NAN,), 1),
+    ("setp.gtu.f32 %p2, %r2, %r3; selp.b32 %r5, 1, 0, %p2;", (NAN, 1.0), 1),
+    ("setp.num.f32 %p2, %r2, %r3; selp.b32 %r5, 1, 0, %p2;", (NAN, 1.0), 0),
+    ("setp.lt.s32 %p2, %r2, 0; selp.b32 %r5, 1, 0, %p2;", (-1,), 1),
+    ("setp.lt.u32 %p2, %r2, 0; selp.b32 %r5, 1, 0, %p2;", (-1,), 0),
+    ("setp.lt.f16x2 %p2|%p3, %r2, %r3; selp.b32 %r5, 1, 0, %p3;", (0x3C000000, 0x40000000), 1),
+    ("mov.b32 {_, %rs5}, %r2; cvt.u32.u16 %r5, %rs5;", (0x12345678,), 0x1234),
+    ("shr.u64 %rd6, %rd5, 16; cvt.u32.u64 %r5, %rd6;", (0x11112222, 0x33334444), 0x44441111),
+    ("mul.wide.s32 %rd6, %r2, %r3; shr.s64 %rd6, %rd6, 32; cvt.u32.u64 %r5, %rd6;", (-1, 1), -1),
+    ("mov.b32 %r5, %r9;", (), 7),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "row", "want"), CASES, ids=[c[0][:40] for c in CASES])
+def test_instruction(body, row, want):
+    assert run(body, [row])[0, 0] == bits(want)
+
+
+def test_nan_through_max():
+    ((word, _), *_) = run("max.NaN.f32 %r5, %r2, %r3;", [(NAN, 1.0)])
+    assert np.isnan(np.uint32(word).view(np.float32))
+
+
+@pytest.mark.parametrize("function", ["ex2", "lg2", "rcp", "sqrt", "rsqrt"])
+def test_approximate_functions_err_but_not_much(function):
+    x = np.linspace(0.3, 3, 32, dtype=np.float32)
+    got = run(f"{function}.approx.ftz.f32 %r5, %r2;", [(float(v),) for v in x])[:, 0]
+    got, x = got.copy().view(np.float32).astype(float), x.astype(float)
+    want = {"ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal, "sqrt": np.sqrt,
+            "rsqrt": lambda v: v**-0.5}[function](x)  # fmt: skip
+    error = abs(got / want - 1)
+    assert 2**-25 < error.max() <= 2**-22 + 2**-24
+
+
+def test_shuffles():
+    row = [(i, 0, 100 + i) for i in range(32)]
+    for body, want in (
+        ("shfl.sync.bfly.b32 %r5, %r4, 8, 31, -1;", lambda i: 100 + (i ^ 8)),
+        ("shfl.sync.idx.b32 %r5, %r4, 3, 31, -1;", lambda i: 103),
+        (
+            "shfl.sync.down.b32 %r5, %r4, 4, 31, -1;",
+            lambda i: 100 + min(i + 4, i if i > 27 else 31),
+        ),
+        ("shfl.sync.up.b32 %r5, %r4, 1, 0, -1;", lambda i: 100 + max(i - 1, 0)),
+        ("shfl.sync.idx.b32 %r5, %r4, 1, 0x1c1f, -1;", lambda i: 100 + (i & 28) + 1),
+    ):
+        assert run(body, row)[:, 0].tolist() == [want(i) for i in range(32)], body
+
+
+def test_threads_part_and_meet():
+    """A loop of as many turns as the thread's number; then all of them read a neighbour's."""
+    body = """
+        mov.b32 %r7, 0;
+    $L__loop:
+        setp.ge.s32 %p1, %r7, %r1;
+        @%p1 bra $L__done;
+        add.s32 %r6, %r6, 2;
+        add.s32 %r7, %r7, 1;
+        bra.uni $L__loop;
+    $L__done:
+        shfl.sync.bfly.b32 %r5, %r6, 1, 31, -1;
+        @!%p1 ret;
+    """
+    out = run(body, [])
+    assert out[:, 1].tolist() == [2 * i for i in range(32)]
+    assert out[:, 0].tolist() == [2 * (i ^ 1) for i in range(32)]
+
+
+def test_shared_memory_is_each_blocks_own_and_starts_as_nan():
+    body = """
+        shl.b32 %r7, %r1, 2;
+        xor.b32 %r8, %r7, 4;
+        ld.shared.b32 %r6, [%r7];
+        add.s32 %r10, %r1, %r2;
+        st.shared.b32 [%r7], %r10;
+        bar.sync 0;
+        ld.shared.b32 %r5, [%r8];
+    """
+    out = run(body, [], blocks=3, shared=128)
+    assert out[:, 0].tolist() == [i ^ 1 for i in range(32)]
+    assert (out[:, 1] == 0xFFFFFFFF).all()
+    with pytest.raises(IndexError, match="shared memory"):
+        run(body, [], shared=64)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("ld.global.b32 %r5, [%rd4+256];", "out of bounds"),
+        ("ld.global.b32 %r5, [%rd4+2];", "does not divide"),
+        ("setp.eq.s32 %p1, %r1, 31; @%p1 st.global.b32 [%rd1+384], %r2;", "1 threads out of"),
+        ("ld.shared.b32 %r5, [global_smem+4];", "shared memory"),
+    ],
+)
+def test_accesses_that_a_gpu_would_fault_on(body, words):
+    with pytest.raises(IndexError, match=words):
+        run(body, [])
+
+
+def test_masked_accesses():
+    body = """
+        setp.lt.s32 %p1, %r1, 3;
+        mov.u32 %r5, 0x9;
+        @%p1 ld.global.b32 { %r5 }, [ %rd3 + 0 ];
+    """
+    out = run(body, [(i + 50,) for i in range(32)])
+    assert out[:, 0].tolist() == [50, 51, 52] + [9] * 29
+
+
+def test_what_is_not_known_is_an_error():
+    for body in ("vadd.s32.s32.s32 %r5, %r2, %r3;", "add.f32.wide %r5, %r2, %r3;",
+                 "mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%r5}, {%r2}, {%r3}, {%r4};",
+                 "atom.global.add.f32 %r5, [%rd1], %r2;"):  # fmt: skip
+        with pytest.raises(NotImplementedError):
+            run(body, [])
+
+
+# ---- rows ---------------------------------------------------------------------------------------
+
+
+def rows():
+    from fastnn.testing.cases import CASES
+
+    return [(case, dtype) for case in CASES if case.stock is None for dtype in case.dtypes]
+
+
+@pytest.mark.parametrize("target", EMULATED)
+def test_rows(target):
+    """Forced onto kernels, rows agree with stock on the code compiled for a GPU, too."""
+    why = _op._unproven(TARGETS[target].architecture)
+    if why:
+        pytest.skip(why)
+    print(compiling(["-m", "tests.test_ptx", "--share", target]))
+
+
+def a_wrong_kernel_is_noticed():
+    """In the emulator, as in the interpreter: of its code, the constant of a formula changed."""
+    from fastnn.testing import Case, ptx, randn
+
+    case = Case("GELU", (randn(3, 40),))
+    with emulate("cuda:90"):
+        assert check(case, torch.float32).failures == []
+    stock = ptx.Program.__init__
+
+    def changed(self, code):
+        assert "0f3F3504F3" in code, "1 / sqrt(2) is not in the code"
+        stock(self, code.replace("0f3F3504F3", "0f3F3504C3"))
+
+    ptx.Program.__init__ = changed
+    try:
+        with emulate("cuda:90"):
+            (failure, *_) = check(case, torch.float32).failures
+    finally:
+        ptx.Program.__init__ = stock
+    assert "from float64" in failure
+
+
+def a_thread_out_of_bounds_is_noticed():
+    from fastnn.kernels import pointwise
+
+    x = torch.randn(100)
+    with emulate("cuda:90"), pytest.raises(IndexError, match="out of bounds"):
+        pointwise._pointwise_fwd_kernel(
+            (1,), x, x[:50].clone(), x, 100, 0.0, 0.0, FORMULA=pointwise.relu, KEEP=None,
+            BLOCK=128, num_warps=4,
+        )  # fmt: skip
+
+
+def only_nvidias_code():
+    for target, error in (("hip:gfx942", "only NVIDIA"), ("cuda:9", "accepted are")):
+        with pytest.raises(ValueError, match=error), emulate(target):
+            pass
+
+
+@pytest.mark.parametrize(
+    "check", [a_wrong_kernel_is_noticed, a_thread_out_of_bounds_is_noticed, only_nvidias_code],
+    ids=lambda f: f.__name__,
+)  # fmt: skip
+def test_tool(check):
+    compiling(["-c", f"from tests import test_ptx; test_ptx.{check.__name__}()"])
+
+
+def main(arguments):
+    share = arguments[:1] == ["--share"]
+    targets = arguments[1:] if share else arguments or EMULATED
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # memory starts as nan
+    wrong = 0
+    for target in targets:
+        chosen = rows()[list(TARGETS).index(target) :: 20] if share else rows()
+        with emulate(target):
+            for case, dtype in chosen:
+                try:
+                    failures = check(case, dtype).failures
+                except (IndexError, NotImplementedError) as e:
+                    failures = [f"{type(e).__name__}: {e}"]
+                if failures:
+                    wrong += 1
+                    print("WRONG:", target, case, dtype, *failures, sep="\n  ", flush=True)
+        print(f"{target}: {len(chosen)} rows on its code, {wrong} wrong so far", flush=True)
+    return wrong > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
