@@ -162,6 +162,42 @@ def _is_half(kind: str) -> bool:
     return kind.removesuffix("x2") in HALVES
 
 
+def _of_mixed(names: Names, operands: Sequence[str], kind: str, f: Callable) -> Run:
+    """`f`, of floats of 16 bits but for the last one, a float32."""
+    read, _ = HALVES[kind]
+
+    def mixed(*given: Array) -> Array:
+        return f(*[read(v).astype(np.float32) for v in given[:-1]], given[-1])
+
+    return computes(names, operands, ["b16"] * (len(operands) - 2) + ["f32"], mixed)
+
+
+def _of_pairs(names: Names, operands: Sequence[str], f: Callable) -> Run:
+    """`f` of two float32 in each register of 64 bits."""
+
+    def pairs(*given: Array) -> Array:
+        low, high = (
+            f(*[(v >> np.uint64(at)).astype(np.uint32).view(np.float32) for v in given])
+            for at in (0, 32)
+        )
+        wide = [np.ascontiguousarray(v).view(np.uint32).astype(np.uint64) for v in (low, high)]
+        return wide[0] | (wide[1] << np.uint64(32))
+
+    return computes(names, operands, ["b64"] * (len(operands) - 1), pairs)
+
+
+def _of_floats(names: Names, parts: list[str], operands: Sequence[str], f: Callable) -> Run:
+    """`f` of floats, however many of them a register holds."""
+    kind = parts[-1]
+    if kind == "f32x2":
+        return _of_pairs(names, operands, _finished(f, parts))
+    if _is_half(kind) and "f32" in parts:
+        return _of_mixed(names, operands, kind, _finished(f, parts))
+    if _is_half(kind):
+        return _of_halves(names, operands, kind, f)
+    return computes(names, operands, [kind] * (len(operands) - 1), _finished(f, parts))
+
+
 def _mode(parts: Sequence[str]) -> str:
     return next((p for p in parts if p in ("rn", "rz", "rm", "rp")), "rn")
 
@@ -185,20 +221,22 @@ _ARITHMETIC: dict[str, Callable] = {"add": np.add, "sub": np.subtract, "mul": np
 def _arithmetic(names: Names, parts: list[str], operands: list[str]) -> Run:
     f: Callable = _ARITHMETIC[parts[0]]
     kind, mode = parts[-1], _mode(parts)
-    unknown = set(parts[1:-1]) - {"rn", "rz", "rm", "rp", "ftz", "sat", "lo", "hi", "wide"}
-    if unknown or ("sat" in parts and kind[0] != "f"):
+    known = {"rn", "rz", "rm", "rp", "ftz", "sat", "lo", "hi", "wide"}
+    known |= {"f32"} if kind in HALVES else set()
+    if set(parts[1:-1]) - known or ("sat" in parts and "f" not in kind):
         raise NotImplementedError(".".join(parts))
-    if _is_half(kind):
-        return _of_halves(names, operands, kind, f)
-    if parts[0] == "mul" and kind[0] in "su":
-        f = _PRODUCTS[parts[1]]
-    elif kind == "f32" and mode != "rn":
+    if kind[0] in "su":
+        f = _PRODUCTS[parts[1]] if parts[0] == "mul" else f
+        return computes(names, operands, [kind] * 2, f)
+    if mode != "rn":
+        if kind not in ("f32", "f32x2"):
+            raise NotImplementedError(".".join(parts))
         in_double = f
 
         def f(a, b):  # exact in float64, but for sums of very unequal parts
             return values.to_f32(in_double(a.astype(np.float64), b.astype(np.float64)), mode)
 
-    return computes(names, operands, [kind] * 2, _finished(f, parts))
+    return _of_floats(names, parts, operands, f)
 
 
 def _wide(a: Array) -> Array:
@@ -232,18 +270,14 @@ def _mad(names: Names, parts: list[str], operands: list[str]) -> Run:
 
 @makes("fma")
 def _fma(names: Names, parts: list[str], operands: list[str]) -> Run:
-    kind = parts[-1]
-
     def f(a, b, c):  # exact where it is rounded to 16 bits; of float64, rounded twice
         return a * b + c
 
-    if _is_half(kind):
-        return _of_halves(names, operands, kind, f)
-    if kind == "f32":
+    if "f32" in parts or parts[-1] == "f32x2":
         f = functools.partial(values.fma_f32, mode=_mode(parts))
-    elif kind != "f64":
-        raise NotImplementedError(kind)
-    return computes(names, operands, [kind] * 3, _finished(f, parts))
+    elif parts[-1] != "f64" and not _is_half(parts[-1]):
+        raise NotImplementedError(".".join(parts))
+    return _of_floats(names, parts, operands, f)
 
 
 def _quotient(a: Array, b: Array) -> Array:
@@ -311,28 +345,23 @@ def _function(names: Names, parts: list[str], operands: list[str]) -> Run:
 @makes("min", "max")
 def _extreme(names: Names, parts: list[str], operands: list[str]) -> Run:
     largest, kind = parts[0] == "max", parts[-1]
-    if len(operands) != 3 or "xorsign" in parts:
+    if "xorsign" in parts:
         raise NotImplementedError(".".join(parts))
     if kind[0] in "su":
         return computes(names, operands, [kind] * 2, np.maximum if largest else np.minimum)
     of_nan = "NaN" in parts
     f = (np.maximum if of_nan else np.fmax) if largest else (np.minimum if of_nan else np.fmin)
 
-    def extreme(a, b):
+    def of_two(a, b):
         # +0 is above -0.
         return np.where(a == b, np.where(np.signbit(a) == largest, b, a), f(a, b))
 
-    if _is_half(kind):
-        return _of_halves(names, operands, kind, extreme)
-    return computes(names, operands, [kind] * 2, _finished(extreme, parts))
+    return _of_floats(names, parts, operands, lambda *given: functools.reduce(of_two, given))
 
 
 @makes("abs", "neg")
 def _sign(names: Names, parts: list[str], operands: list[str]) -> Run:
-    f = np.abs if parts[0] == "abs" else np.negative
-    if _is_half(parts[-1]):
-        return _of_halves(names, operands, parts[-1], f)
-    return computes(names, operands, [parts[-1]], _finished(f, parts))
+    return _of_floats(names, parts, operands, np.abs if parts[0] == "abs" else np.negative)
 
 
 @makes("copysign")
@@ -742,14 +771,18 @@ def _shuffle(names: Names, parts: list[str], operands: list[str]) -> Run:
 
 
 _REDUCTIONS: dict[str, Callable] = {"max": np.max, "min": np.min, "add": np.sum}
+_REDUCTIONS_OF_NUMBERS: dict[str, Callable] = {"max": np.fmax.reduce, "min": np.fmin.reduce}
 
 
 @makes("redux")
 def _redux(names: Names, parts: list[str], operands: list[str]) -> Run:
     kind = parts[-1]
-    if parts[2] not in _REDUCTIONS or kind[0] not in "su":
+    # Of floats, nan is passed over unless asked for.
+    of_numbers = kind == "f32" and "NaN" not in parts
+    reduce = (_REDUCTIONS_OF_NUMBERS if of_numbers else _REDUCTIONS).get(parts[2])
+    if reduce is None or kind[0] not in "suf" or "abs" in parts:
         raise NotImplementedError(".".join(parts))
-    reduce, put = _REDUCTIONS[parts[2]], names.put(operands[0])
+    put = names.put(operands[0])
     value, members = names.get(operands[1], kind), names.get(operands[2], "b32")
 
     def run(machine: Machine, mask: Mask) -> None:
