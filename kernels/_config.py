@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import triton
+from fastnn.kernels._sizes import next_power_of_2
 from triton import knobs
 from triton.runtime import driver
 
@@ -63,7 +63,7 @@ def shipped(name: str) -> Mapping[str, Mapping[str, dict]]:
 
 def _bucket(value: Any) -> str:
     if type(value) is int and value > 32:
-        return str(triton.next_power_of_2(value))
+        return str(next_power_of_2(value))
     if isinstance(value, tuple):
         return f"({', '.join(map(_bucket, value))})"
     return str(value)

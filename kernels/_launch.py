@@ -3,7 +3,8 @@
 `triton.JITFunction` binds, specialises and hashes its arguments anew at each launch, 4 to 12 us of
 Python. A `Kernel` makes a key of what can change the compiled code (device, dtypes, 16-byte
 alignment, the classes of the specialised integers, constexprs, options) and holds the compiled
-kernel's own launcher behind it.
+kernel's own launcher behind it. The key is made by a function without a loop, written for the
+types of the arguments.
 """
 
 from __future__ import annotations
@@ -15,10 +16,6 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 _HIP = torch.version.hip is not None
-_INT32 = range(-(2**31), 2**31)
-_INT64 = range(-(2**63), 2**63)
-
-
 _VALUES = frozenset((int, bool, float, str, type(None)))  # constexprs keyed by value
 
 
@@ -46,7 +43,7 @@ class Kernel:
         self.__name__ = fn.__name__
         self.__doc__ = fn.__doc__
         self._interpreted = not isinstance(fn, JITFunction)
-        self._resolved: dict = {}
+        self._known: dict = {}  # types of arguments: (what makes the key, {key: compiled})
         if not self._interpreted:
             runtime = [p for p in fn.params if not p.is_constexpr]
             self._consts = [p.name for p in fn.params if p.is_constexpr]
@@ -57,33 +54,46 @@ class Kernel:
     def __repr__(self):
         return f"Kernel({self.__name__})"
 
-    def _key(self, device, args, meta):
+    def _keyer(self, args, meta):
+        """(device, args, the values of meta) -> key, for arguments of the types that these have."""
+        parts = ["device"]
+        pointers = []
+        for i, (arg, specialised) in enumerate(zip(args, self._specialised, strict=True)):
+            kind, a = type(arg), f"a{i}"
+            if kind is int:
+                # Of 32 bits, of 64, or more: True, 3 or 2.
+                parts.append(f"-{2**31} <= {a} < {2**31} or ({a} < {2**63}) + 2")
+                parts += [f"{a} == 1", f"{a} & 15 == 0"] if specialised else []
+            elif kind is bool:
+                parts += [a] if specialised else []
+            elif kind is not float and arg is not None:
+                pointers.append(i)
+                parts += [f"{a}.dtype", f"p{i} & 15 == 0"]
+                if _HIP:  # buffer instructions are chosen by the size of the storage
+                    parts.append(f"{a}.untyped_storage().nbytes() < {2**31}")
         # A jit function or tl.dtype hashes in Python, slowly: it goes in by identity, and the
         # resolved entry keeps it alive.
-        key = [v if type(v) in _VALUES else id(v) for v in meta.values()]
-        key += meta
-        key.append(device)
-        for arg, specialised in zip(args, self._specialised, strict=True):
-            kind = type(arg)
-            if kind is int:
-                if not specialised:
-                    key.append(arg in _INT32 or (arg in _INT64) + 2)
-                elif arg == 1:
-                    key.append("1")
-                else:
-                    key.append((arg in _INT32 or (arg in _INT64) + 2, arg & 15 == 0))
-            elif kind is float or arg is None:
-                key.append(kind)
-            elif kind is bool:
-                key.append(arg if specialised else kind)
-            else:
-                pointer = arg.data_ptr()
-                if not pointer and arg.numel():
-                    raise RuntimeError(f"{self.__name__}: a tensor without memory (a zero tensor?)")
-                key.append(arg.dtype if pointer & 15 == 0 else (arg.dtype,))
-                if _HIP:  # buffer instructions are chosen by the size of the storage
-                    key.append(arg.untyped_storage().nbytes() < 2**31)
-        return tuple(key)
+        parts += [
+            f"m{i}" if type(value) in _VALUES else f"id(m{i})"
+            for i, value in enumerate(meta.values())
+        ]
+        lines = [
+            "def keyer(device, args, meta):",
+            f"    {''.join(f'a{i}, ' for i in range(len(args)))} = args",
+            f"    {''.join(f'm{i}, ' for i in range(len(meta)))} = meta" if meta else "",
+            *(f"    p{i} = a{i}.data_ptr()" for i in pointers),
+            f"    if not ({' and '.join(f'p{i}' for i in pointers)}):",
+            "        check(args)",
+            f"    return {', '.join(parts)},",
+        ]
+        scope = {"check": self._check_memory}
+        exec("\n".join(lines), scope)
+        return scope["keyer"]
+
+    def _check_memory(self, args):
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and not arg.data_ptr() and arg.numel():
+                raise RuntimeError(f"{self.__name__}: a tensor without memory (a zero tensor?)")
 
     def __call__(self, grid, *args, **meta):
         if 0 in grid:
@@ -101,8 +111,13 @@ class Kernel:
             self._launch(active, current, grid, args, meta)
 
     def _launch(self, active, device, grid, args, meta):
-        key = self._key(device, args, meta)
-        ready = self._resolved.get(key)
+        kinds = (*map(type, args), *map(type, meta.values()), *meta)
+        known = self._known.get(kinds)
+        if known is None:
+            known = self._known[kinds] = self._keyer(args, meta), {}
+        keyer, resolved = known
+        key = keyer(device, args, meta.values())
+        ready = resolved.get(key)
         runtime = knobs.runtime
         if ready is None or _hooked(runtime.launch_enter_hook) or _hooked(runtime.launch_exit_hook):
             # Compiles on first use, and launches by Triton's own path.
@@ -112,7 +127,7 @@ class Kernel:
             compiled = self.fn[grid](*args, **options)
             if compiled is not None and hasattr(compiled, "packed_metadata"):
                 consts = tuple(meta[name] for name in self._consts)
-                self._resolved[key] = compiled, consts
+                resolved[key] = compiled, consts
             return
         compiled, consts = ready
         compiled.run(

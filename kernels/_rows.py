@@ -1,7 +1,7 @@
 """How kernels that reduce along rows cut them up: tiles of whole rows, or chunks of long ones."""
 
-import triton
 from fastnn.kernels._config import tunable
+from fastnn.kernels._sizes import cdiv, next_power_of_2
 
 BLOCK = 2048  # the step through a row too long for registers
 PROGRAMS = 512  # enough to fill a GPU
@@ -23,7 +23,7 @@ def row_config(N, unit, least_warps=4, noise=False):
     accessed one by one take more registers, for an address and a predicate each; with `noise` among
     them, short rows that share a tile are half as many.
     """
-    block = triton.next_power_of_2(N)
+    block = next_power_of_2(N)
     rows = max(1, (128 if noise else 256) * least_warps // block)
     return {
         "BLOCK_M": rows,
@@ -39,9 +39,9 @@ def summing_programs(M, config, processors):
     written and read, are then under a twentieth of the traffic of a norm in 16 bits. Few rows are
     no traffic to speak of, and are spread over all processors.
     """
-    tiles = triton.cdiv(M, config["BLOCK_M"])
+    tiles = cdiv(M, config["BLOCK_M"])
     wanted = min(processors * 16 // config["num_warps"], max(M // 36, processors))
-    return max(1, min(wanted, triton.cdiv(tiles, 4)))
+    return max(1, min(wanted, cdiv(tiles, 4)))
 
 
 def fits(N, unit, most):
@@ -51,7 +51,7 @@ def fits(N, unit, most):
 
 def split(M, N):
     """(chunks of a row, blocks in each): as many programs as fill a GPU, of two blocks at least."""
-    blocks = triton.cdiv(N, BLOCK)
-    wanted = min(max(PROGRAMS // M, 1), triton.cdiv(blocks, 2))
-    chunk_blocks = triton.cdiv(blocks, wanted)
-    return triton.cdiv(blocks, chunk_blocks), chunk_blocks
+    blocks = cdiv(N, BLOCK)
+    wanted = min(max(PROGRAMS // M, 1), cdiv(blocks, 2))
+    chunk_blocks = cdiv(blocks, wanted)
+    return cdiv(blocks, chunk_blocks), chunk_blocks

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels.epilogue import keep_tile, width
 
 from fastnn.kernels import _philox, epilogue
@@ -52,7 +53,7 @@ class Noise(NamedTuple):
 
 def increment(S):
     """By how much a draw of `vec` 0 advances the generator."""
-    return 4 * triton.cdiv(S, 4)
+    return 4 * cdiv(S, 4)
 
 
 # ---- Tiles ---------------------------------------------------------------------------------------
@@ -790,7 +791,7 @@ def _config(kind, shape):
 
     None of what the tests compile spills on sm_80, sm_86, sm_89, sm_90, sm_100 and sm_120.
     """
-    d = max(triton.next_power_of_2(max(shape.D, shape.E)), 16)
+    d = max(next_power_of_2(max(shape.D, shape.E)), 16)
     plain = not (shape.masked or shape.noisy)
     ragged = max(shape.D, shape.E) != d  # so that its accesses are masked too
     # Without wgmma or tcgen05, operands and scores share the registers with the sums.
@@ -990,8 +991,8 @@ def _prepare(tensors, mask, causal, scale, noise, safe, precision):
         "MASK_UNIT": mask_unit,
         "D": tensors[0].shape[3],
         "E": tensors[2].shape[3],
-        "BLOCK_D": max(triton.next_power_of_2(tensors[0].shape[3]), 16),
-        "BLOCK_E": max(triton.next_power_of_2(tensors[2].shape[3]), 16),
+        "BLOCK_D": max(next_power_of_2(tensors[0].shape[3]), 16),
+        "BLOCK_E": max(next_power_of_2(tensors[2].shape[3]), 16),
     }
     random = (SEED, OFFSET), (seed, offset, blocks, bound)
     return _Call(causal, safe, exact, unit, mask, strides, constexprs, random, noise)
@@ -1020,7 +1021,7 @@ def fwd(
     config = _config("fwd", shape)
     random, numbers = c.random
     _attention_fwd_kernel(
-        (triton.cdiv(L, config["BLOCK_M"]) * B * H,), q, k, v, c.mask, out, stats, *random,
+        (cdiv(L, config["BLOCK_M"]) * B * H,), q, k, v, c.mask, out, stats, *random,
         noise.state if noise else None, H, H // max(H_k, 1), L, S, *_strides(q, c.unit),
         *_strides(k, c.unit), *_strides(v, c.unit), *_strides(out, c.unit), *c.mask_strides,
         scale, noise.scale if noise else 1.0, *numbers, **c.constexprs, EXACT=c.exact, SAFE=safe,
@@ -1071,7 +1072,7 @@ def bwd(
         config = configs["dq"]
         delta = stats.new_empty((B, H, L))
         _attention_delta_kernel(
-            (triton.cdiv(L, config["BLOCK_M"]) * B * H,), q, k, c.mask, out, dout, stats, dweights,
+            (cdiv(L, config["BLOCK_M"]) * B * H,), q, k, c.mask, out, dout, stats, dweights,
             delta, *random, *heads, *strides["q"], *strides["k"], *strides["o"], *strides["d"],
             *c.mask_strides, *w_strides, *scales, *numbers, **c.constexprs, **exact, **config,
         )  # fmt: skip
@@ -1089,7 +1090,7 @@ def bwd(
             if of_k is None and of_v is None:
                 continue
             _attention_bwd_dkdv_kernel(
-                (triton.cdiv(S, config["BLOCK_N"]) * B * H_k,), *tensors, of_k, of_v, *random,
+                (cdiv(S, config["BLOCK_N"]) * B * H_k,), *tensors, of_k, of_v, *random,
                 *heads, *given, *_strides(dv if dk is None else dk),
                 *_strides(dk if dv is None else dv), **same, LAST=_last(S, causal, config),
                 **config,
@@ -1098,7 +1099,7 @@ def bwd(
         config = configs["dq"]
         dq = _like(q) if dq is None else dq
         _attention_bwd_dq_kernel(
-            (triton.cdiv(L, config["BLOCK_M"]) * B * H,), *tensors, dq, *random, *heads, *given,
+            (cdiv(L, config["BLOCK_M"]) * B * H,), *tensors, dq, *random, *heads, *given,
             *_strides(dq), **same, LAST=_last(S, causal, config), **config,
         )  # fmt: skip
     if dmask is not None:
@@ -1106,8 +1107,8 @@ def bwd(
         g = dmask.stride()
         once = [n > 1 for n in dmask.shape]
         over_b, over_h = (1 if one else n for one, n in zip(once, (B, H), strict=False))
-        tiles = triton.cdiv(S, config["BLOCK_N"])
-        tiles *= triton.cdiv(L, config["BLOCK_M"]) if once[2] else 1
+        tiles = cdiv(S, config["BLOCK_N"])
+        tiles *= cdiv(L, config["BLOCK_M"]) if once[2] else 1
         _attention_bwd_dmask_kernel(
             (tiles * (B // over_b) * (H // over_h),), *tensors, dmask, *random, B, *heads, *given,
             over_b, over_h, *(s if one else 0 for s, one in zip(g, once, strict=True)), **same,
@@ -1121,7 +1122,7 @@ def keep(like, noise):
     out = torch.empty(like.shape, dtype=torch.bool, device=like.device)
     L, S = like.shape[-2:]
     seed, offset, SEED, OFFSET, blocks, bound = epilogue.random_arguments(noise.draw, noise.bound)
-    tiles = triton.cdiv(L, 32) * triton.cdiv(S, 32)
+    tiles = cdiv(L, 32) * cdiv(S, 32)
     _attention_keep_kernel(
         (out.numel() // max(L * S, 1) * tiles,), out.view(torch.uint8), SEED, OFFSET, L, S, seed,
         offset, blocks, bound, VEC=noise.draw.vec or ROWS.value,

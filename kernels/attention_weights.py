@@ -12,10 +12,10 @@ The scores are multiplied out once more: 2 of attention's 4 L S D operations per
 from L2, for the tiles that share them run side by side.
 """
 
-import triton
 import triton.language as tl
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import cdiv
 from fastnn.kernels.attention import PAST_END, _kept, _logits, _row_tile, _weights
 
 from fastnn.kernels import _philox, attention
@@ -109,7 +109,7 @@ def fwd(q, k, mask, stats, dtype, *, scale, average, noise=None, precision="ieee
     c = attention._prepare((q, k, k), mask, False, scale, noise, False, precision)
     config = _config(D, q.element_size(), noise is not None and not c.constexprs["BY_FOUR"])
     heads = H if average else 1
-    tiles = triton.cdiv(L, config["BLOCK_M"]) * triton.cdiv(S, config["BLOCK_N"])
+    tiles = cdiv(L, config["BLOCK_M"]) * cdiv(S, config["BLOCK_N"])
     constexprs = {n: v for n, v in c.constexprs.items() if n not in ("CAUSAL", "E", "BLOCK_E")}
     (SEED, OFFSET), numbers = c.random
     unit = 8 if S % 8 == 0 else 1

@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import cdiv, next_power_of_2
 
 from fastnn.kernels import norm, pointwise
 
@@ -523,27 +524,23 @@ def _view(x, groups, last):
     return _View("planes" if N == 1 else "samples", 1, C, S, N, 1)
 
 
-def _ceil(n):
-    return triton.next_power_of_2(n)
-
-
 def _whole_config(view, itemsize, most):
     """How a program holds all elements of its statistics in registers; None if they do not fit."""
     layout, D = view.layout, view.D
     wide = layout == "last"
     unit = math.gcd(D, 8) if wide and D > 1 else view.unit
-    block_v = _ceil(view.V)
+    block_v = next_power_of_2(view.V)
     block_j = block_v * view.vector
     if D > 1:
-        block_c = _ceil(D)
+        block_c = next_power_of_2(D)
         if wide and view.S > 1 and D * itemsize < 32:
             return None  # of a sector, only a part
     elif wide:
-        block_c = min(_ceil(view.C), 64 // itemsize)
+        block_c = min(next_power_of_2(view.C), 64 // itemsize)
         while block_c * block_j > most // 2 and block_c * itemsize > 32:
             block_c //= 2
     else:
-        block_c = max(1, min(_ceil(view.C), 1024 // block_j))
+        block_c = max(1, min(next_power_of_2(view.C), 1024 // block_j))
     elements = block_c * block_j
     if elements > (most // 2 if unit == 1 else most):
         return None
@@ -561,20 +558,22 @@ def _whole_config(view, itemsize, most):
 
 def _whole_launch(view, config):
     """(programs, arguments C, S, N and D) of a `_whole_config`."""
-    blocks = triton.cdiv(view.C, view.D if view.D > 1 else config["BLOCK_C"])
+    blocks = cdiv(view.C, view.D if view.D > 1 else config["BLOCK_C"])
     return view.outer * blocks, (*view.arguments(config["UNIT"]), view.D // config["D_UNIT"])
 
 
 @tunable("BLOCK_C", "BLOCK_V")
 def _tile(view, unit, itemsize):
     if view.layout == "last":
-        block_c = min(_ceil(view.C), 128 // itemsize)
-        block_v = min(_ceil(view.V), TILE // block_c)
+        block_c = min(next_power_of_2(view.C), 128 // itemsize)
+        block_v = min(next_power_of_2(view.V), TILE // block_c)
     else:
-        block_j = min(_ceil(view.V) * unit, TILE)
+        block_j = min(next_power_of_2(view.V) * unit, TILE)
         if view.layout == "samples" and view.S < 256:
             block_j = min(block_j, 256)  # several channels, which are neighbours in memory
-        block_c = min(_ceil(view.C), 8) if view.layout == "samples" else _ceil(view.C)
+        block_c = (
+            min(next_power_of_2(view.C), 8) if view.layout == "samples" else next_power_of_2(view.C)
+        )
         block_c = min(block_c, max(1, TILE // 2 // block_j))
         block_v = block_j // unit
     return {
@@ -589,26 +588,26 @@ def _tile(view, unit, itemsize):
 def _split(view, config, tiles_each):
     """((programs, chunks of J), vectors in a chunk): of at least so many tiles, unless that would
     leave a GPU idle."""
-    blocks = view.outer * triton.cdiv(view.C, config["BLOCK_C"])
-    tiles = triton.cdiv(view.V, config["BLOCK_V"])
-    each = max(1, min(tiles_each, tiles * blocks // PROGRAMS), triton.cdiv(tiles, GRID_Y))
+    blocks = view.outer * cdiv(view.C, config["BLOCK_C"])
+    tiles = cdiv(view.V, config["BLOCK_V"])
+    each = max(1, min(tiles_each, tiles * blocks // PROGRAMS), cdiv(tiles, GRID_Y))
     span = each * config["BLOCK_V"]
-    return (blocks, triton.cdiv(view.V, span)), span
+    return (blocks, cdiv(view.V, span)), span
 
 
 def _chunks(view, config):
     """As `_split`, for sums: no more chunks than it takes to fill a GPU."""
-    blocks = view.outer * triton.cdiv(view.C, config["BLOCK_C"])
-    tiles = triton.cdiv(view.V, config["BLOCK_V"])
-    each = max(triton.cdiv(tiles * blocks, PROGRAMS), min(tiles, 2), triton.cdiv(tiles, GRID_Y))
+    blocks = view.outer * cdiv(view.C, config["BLOCK_C"])
+    tiles = cdiv(view.V, config["BLOCK_V"])
+    each = max(cdiv(tiles * blocks, PROGRAMS), min(tiles, 2), cdiv(tiles, GRID_Y))
     span = each * config["BLOCK_V"]
-    return (blocks, triton.cdiv(view.V, span)), span
+    return (blocks, cdiv(view.V, span)), span
 
 
 @tunable("BLOCK_E", "BLOCK_G")
 def _pool_tile(parts, D):
     if D > 1:
-        return {"BLOCK_E": min(_ceil(parts * D), 1024), "BLOCK_G": 1, "num_warps": 4}
+        return {"BLOCK_E": min(next_power_of_2(parts * D), 1024), "BLOCK_G": 1, "num_warps": 4}
     if parts > 32:  # in few steps, for nothing hides their latency
         return {"BLOCK_E": 256, "BLOCK_G": 8, "num_warps": 16}
     return {"BLOCK_E": 32, "BLOCK_G": 32, "num_warps": 4}
@@ -676,7 +675,7 @@ def fwd(
     pool = _pool_tile(K, view.D)
     G = view.C // view.D
     _channel_pool_kernel(
-        (triton.cdiv(G, pool["BLOCK_G"]), 1 if tracked else min(view.outer, GRID_Y)),
+        (cdiv(G, pool["BLOCK_G"]), 1 if tracked else min(view.outer, GRID_Y)),
         parts[0], parts[1], mean, rstd, running_mean, running_var, view.V, span, K, view.D, G,
         view.outer, eps, momentum, U=view.vector, **pool,
     )  # fmt: skip
@@ -746,7 +745,7 @@ def bwd(
             tile = _pool_tile(K, view.D)
             G = C // view.D
             _channel_totals_kernel(
-                (triton.cdiv(G, tile["BLOCK_G"]), min(view.outer, GRID_Y)), along, total, weight,
+                (cdiv(G, tile["BLOCK_G"]), min(view.outer, GRID_Y)), along, total, weight,
                 sum_along, sum_total, None if apart else dw, None if apart else db, K, view.D, G,
                 view.outer, **tile,
             )  # fmt: skip

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import cdiv
 from fastnn.kernels._tl import dense_like
 from fastnn.kernels.nll_loss import (
     checked,
@@ -270,7 +271,7 @@ def fwd(x, target, weight, ignore_index, smoothing, reduction, dtype):
     itemsize = min(t.element_size() for t in narrow)
     wide = unit(sizes, classes_last, strides, *narrow)
     config = tiles(sizes, classes_last, wide, itemsize, light=not soft)
-    row_blocks = triton.cdiv(S, config["ROWS"])
+    row_blocks = cdiv(S, config["ROWS"])
     reduce = reduction != "none"
     partial = x.new_empty((2, B * row_blocks), dtype=torch.float64) if reduce else None
     _cross_entropy_fwd_kernel(
@@ -306,7 +307,7 @@ def bwd(dloss, x, target, weight, stats, ignore_index, smoothing, reduction, nee
     wide = unit(sizes, classes_last, strides, *narrow)
     config = tiles(sizes, classes_last, wide, itemsize, light=not soft)
     rows, cols = config["ROWS"], config["LANES"] * config["GROUP"]
-    row_blocks, class_blocks = triton.cdiv(S, rows), class_programs(C, cols, classes_last)
+    row_blocks, class_blocks = cdiv(S, rows), class_programs(C, cols, classes_last)
     _cross_entropy_bwd_kernel(
         (B * row_blocks * class_blocks,), dloss.contiguous(), read[0],
         read[1] if probabilities else target.contiguous(), weight, stats, dx, dt, C, S, B * S,

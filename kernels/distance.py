@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import cdiv
 from fastnn.kernels._tl import dense_like
 from fastnn.kernels.loss import finish, multilabel_soft_margin, multilabel_soft_margin_grad
 from fastnn.kernels.nll_loss import class_programs, common, multiple, tiles, unit
@@ -456,7 +457,7 @@ def fwd(xs, target, weight, step, value, sums, numbers, flags, divisor, y):
     tensors, view = _laid_out([t for t in xs if t is not None])
     (B, C, S), classes_last, strides = view
     wide, config = _tiling(view, tensors, ())
-    row_blocks = triton.cdiv(S, config["ROWS"])
+    row_blocks = cdiv(S, config["ROWS"])
     programs = B * row_blocks
     partial = x.new_empty((1, programs), dtype=torch.float64) if reduce else None
     index, norm, swap = flags
@@ -491,7 +492,7 @@ def bwd(dy, xs, wanted, target, weight, stats, gradient, numbers, flags, divisor
     (B, C, S), classes_last, strides = view
     wide, config = _tiling(view, tensors, made)
     rows, cols = config["ROWS"], config["LANES"] * config["GROUP"]
-    row_blocks, class_blocks = triton.cdiv(S, rows), class_programs(C, cols, classes_last)
+    row_blocks, class_blocks = cdiv(S, rows), class_programs(C, cols, classes_last)
     index, norm, swap = flags
     reads = _placed(xs, present, strides, (0, 0))
     writes = _placed(wanted, asked, strides[len(tensors) :], (0, 0))

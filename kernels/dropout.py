@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import cdiv, next_power_of_2
 
 from fastnn.kernels import _philox
 
@@ -118,7 +119,7 @@ def _element_config(itemsize):
 @tunable("ROWS", "COLS")
 def _config(cols, channels_last):
     # A channel's bits are drawn once per thread that holds some of it, so threads hold several.
-    COLS = min(triton.next_power_of_2(cols), 128 if channels_last else 2048)
+    COLS = min(next_power_of_2(cols), 128 if channels_last else 2048)
     return {"ROWS": 4096 // COLS if channels_last else 2048 // COLS, "COLS": COLS, "num_warps": 4}
 
 
@@ -141,15 +142,15 @@ def elements(x, draw, bound, scale, shift=None, state=None, out=None):
     if draw.vec > 1:
         config = _element_config(x.element_size())
         _dropout_kernel(
-            (triton.cdiv(n, config["BLOCK"]),), x, y, n, scale, *random, VEC=draw.vec, **config
+            (cdiv(n, config["BLOCK"]),), x, y, n, scale, *random, VEC=draw.vec, **config
         )  # fmt: skip
         return y
     BLOCK = 2048 // x.element_size()
     kept, dropped = shift or (0.0, 0.0)
     threads = draw.blocks * _philox.THREADS.value
-    tiles = triton.cdiv(threads, BLOCK)
+    tiles = cdiv(threads, BLOCK)
     _strided_dropout_kernel(
-        (tiles * triton.cdiv(n, 4 * threads),), x, y, n, scale, kept, dropped, *random, tiles,
+        (tiles * cdiv(n, 4 * threads),), x, y, n, scale, kept, dropped, *random, tiles,
         SHIFT=shift is not None, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return y
@@ -164,7 +165,7 @@ def channels(x, draw, bound, scale, shift=None, state=None, out=None):
     outer, rows, cols = (N, positions, C) if channels_last else (1, N * C, positions)
     kept, dropped = shift or (0.0, 0.0)
     config = _config(cols, channels_last)
-    row_tiles, col_tiles = triton.cdiv(rows, config["ROWS"]), triton.cdiv(cols, config["COLS"])
+    row_tiles, col_tiles = cdiv(rows, config["ROWS"]), cdiv(cols, config["COLS"])
     _feature_dropout_kernel(
         (outer * row_tiles * col_tiles,), x, y, rows, cols, scale, kept, dropped,
         draw.seed, draw.offset, draw.SEED, draw.OFFSET, state, draw.blocks, bound,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import cdiv, next_power_of_2
 
 _RUN = tl.constexpr(64)  # sorted indices that make a block
 
@@ -92,7 +93,7 @@ def _embedding_bwd_dw_kernel(
 
 @tunable("ROWS")
 def _gather_config(D):
-    COLS = min(triton.next_power_of_2(D), 1024)
+    COLS = min(next_power_of_2(D), 1024)
     # Of 64-bit addresses; those of 512 rows spill on sm_80.
     return {"ROWS": min(2048 // COLS, 256), "COLS": COLS, "num_warps": 4}
 
@@ -106,9 +107,9 @@ def fwd(weight, indices):
         return y
     config = _gather_config(D)
     ROWS = config["ROWS"]
-    col_tiles = triton.cdiv(D, config["COLS"])
+    col_tiles = cdiv(D, config["COLS"])
     _embedding_fwd_kernel(
-        (triton.cdiv(N, ROWS) * col_tiles,), weight, indices.reshape(-1), y, N, V, D,
+        (cdiv(N, ROWS) * col_tiles,), weight, indices.reshape(-1), y, N, V, D,
         weight.stride(0), col_tiles, **config,
     )  # fmt: skip
     return y
@@ -116,7 +117,7 @@ def fwd(weight, indices):
 
 @tunable("ROWS")
 def _config(D):
-    COLS = min(triton.next_power_of_2(D), 1024)
+    COLS = min(next_power_of_2(D), 1024)
     num_warps = max(1, COLS // 256)
     return {"ROWS": min(16, 512 * num_warps // COLS), "COLS": COLS, "num_warps": num_warps}
 
@@ -135,7 +136,7 @@ def bwd(dy, indices, num_embeddings, padding_idx, scale_grad_by_freq):
     rows = torch.arange(num_embeddings + 1, dtype=run.dtype, device=run.device)
     bounds = torch.searchsorted(run, rows, out_int32=N < 2**31)
     config = _config(D)
-    col_tiles = triton.cdiv(D, config["COLS"])
+    col_tiles = cdiv(D, config["COLS"])
     blocks = N // _RUN.value
     partial = dy.new_empty((blocks, D), dtype=torch.float32)
     dy = dy.contiguous()

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import cdiv, next_power_of_2
 
 from fastnn.kernels import _philox, pointwise
 
@@ -155,7 +156,7 @@ def sum_partials(partials, out):
     """partials (G, ...) fp32 contiguous, summed over G in order into out (...) contiguous."""
     n = out.numel()
     _sum_partials_kernel(
-        (triton.cdiv(n, 256),), partials, out, partials.shape[0], n, BLOCK=256, num_warps=4
+        (cdiv(n, 256),), partials, out, partials.shape[0], n, BLOCK=256, num_warps=4
     )
     return out
 
@@ -168,7 +169,7 @@ def fwd(z, y, formula, a, b, draw, bound, scale, state=None):
     BLOCK = 4096 // z.element_size()
     seed, offset, SEED, OFFSET, blocks, bound = random_arguments(draw, bound)
     _epilogue_fwd_kernel(
-        (triton.cdiv(n, BLOCK),), z, y, n, a, b, scale, seed, offset, SEED, OFFSET, state, blocks,
+        (cdiv(n, BLOCK),), z, y, n, a, b, scale, seed, offset, SEED, OFFSET, state, blocks,
         bound, FORMULA=getattr(pointwise, formula), VEC=draw.vec, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return y
@@ -185,15 +186,15 @@ def bwd(
     M, N = dy.shape
     v = 16 // dy.element_size()
     n_vec, ld_vec = width(v, N), width(v, dy.stride(0))
-    block_n = min(128, max(16, triton.next_power_of_2(N)))
+    block_n = min(128, max(16, next_power_of_2(N)))
     # Narrow accesses want many small programs in flight; a larger tile of either kind would spill.
     block_m = max(1, (2048 if n_vec > 1 else 1024 // dy.element_size()) // block_n)
-    columns = triton.cdiv(N, block_n)
+    columns = cdiv(N, block_n)
     parts = max(
-        1, min(4 * processors // max(columns, 1), triton.cdiv(M, 64))
+        1, min(4 * processors // max(columns, 1), cdiv(M, 64))
     )  # partials: 1/64 of what is read
-    rows_each = max(block_m, triton.cdiv(triton.cdiv(M, parts), block_m) * block_m)
-    parts = max(1, triton.cdiv(M, rows_each))
+    rows_each = max(block_m, cdiv(cdiv(M, parts), block_m) * block_m)
+    parts = max(1, cdiv(M, rows_each))
     dz = dy.new_empty((M, N)) if want_dz else None
     partials = dy.new_empty((parts, N), dtype=torch.float32) if want_db else None
     _epilogue_bwd_kernel(

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import empty_as
 from triton.language.extra import libdevice
 
@@ -76,14 +77,14 @@ def _glu_bwd_kernel(DY, X, DX, R, L, half, stride_xr, BLOCK_R: tl.constexpr, BLO
 @tunable("BLOCK_R")
 def _config(L, itemsize):
     tile = 4096 // itemsize  # of each half: 32 bytes per lane of 4 warps
-    block_l = min(triton.next_power_of_2(L), tile)
+    block_l = min(next_power_of_2(L), tile)
     # A row of its own for each lane takes an address each, and spills on sm_80 with 4 warps.
     warps = 4 if block_l == tile else 8
     return {"BLOCK_R": tile // block_l, "BLOCK_L": block_l, "num_warps": warps}
 
 
 def _grid(R, L, config):
-    return (triton.cdiv(R, config["BLOCK_R"]) * triton.cdiv(L, config["BLOCK_L"]),)
+    return (cdiv(R, config["BLOCK_R"]) * cdiv(L, config["BLOCK_L"]),)
 
 
 def _row_stride(x, order, at):

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import cdiv
 from fastnn.kernels.epilogue import keep_tile, width
 
 from fastnn.kernels import _philox, epilogue, pointwise
@@ -150,7 +151,7 @@ def _tile(M, N, itemsize, precision, arch, aligned, epilogue):
     for tile in tiles:
         if tile[0] * tile[1] > most:
             continue
-        if triton.cdiv(M, tile[0]) * triton.cdiv(N, tile[1]) >= processors(arch):
+        if cdiv(M, tile[0]) * cdiv(N, tile[1]) >= processors(arch):
             return tile
     return tiles[-1]
 
@@ -177,7 +178,7 @@ def _config(M, N, itemsize, precision, arch, aligned, epilogue):
 def _splits(tiles, steps, arch):
     """How many programs share one tile's sum: enough to fill the GPU, each about 8 steps long."""
     wanted = processors(arch) // max(tiles, 1)
-    return max(1, min(wanted, triton.cdiv(steps, 8), 32))
+    return max(1, min(wanted, cdiv(steps, 8), 32))
 
 
 # ---- Launchers -----------------------------------------------------------------------------------
@@ -214,10 +215,10 @@ def _gemm(a, b, precision, arch, split=False, bias=None, y=None, z=None, act=Non
     m_vec = 1 if a_kmajor else width(v, M)
     n_vec = width(v, N)
     block_k = config["BLOCK_K"]
-    steps = triton.cdiv(K, block_k)
-    tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
-    each = triton.cdiv(steps, _splits(tiles, steps, arch)) if split and K else steps
-    splits = triton.cdiv(steps, each) if K else 1
+    steps = cdiv(K, block_k)
+    tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
+    each = cdiv(steps, _splits(tiles, steps, arch)) if split and K else steps
+    splits = cdiv(steps, each) if K else 1
     if y is None:
         y = a.new_empty((M, N))
     out = a.new_empty((splits, M, N), dtype=torch.float32) if splits > 1 else y

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import cdiv, next_power_of_2
 from triton.language.extra import libdevice
 
 PROGRAMS = 2048  # of one warp; enough to fill a GPU
@@ -103,17 +104,17 @@ def _launch(x, size, tensors):
     unit = math.gcd(S, 8)
     widest = max(t.element_size() for t in tensors)
     lanes = 32 * min(16 // widest, unit, 8 // len(tensors) * 2)
-    block = max(32, min(triton.next_power_of_2(S), lanes))  # one warp: rows stay with a thread
-    blocks = triton.cdiv(S, block)
+    block = max(32, min(next_power_of_2(S), lanes))  # one warp: rows stay with a thread
+    blocks = cdiv(S, block)
     # Neighbours along the channels read the same windows: chunks only where programs are few.
     chunks = max(1, min(PROGRAMS // (N * blocks), C // (20 * size)))
-    span = triton.cdiv(C, chunks)
+    span = cdiv(C, chunks)
     return (
-        (N * blocks, triton.cdiv(C, span)),
+        (N * blocks, cdiv(C, span)),
         (C, S // unit, span, blocks, size),
         {
             "UNIT": unit,
-            "BLOCK_W": triton.next_power_of_2(size),
+            "BLOCK_W": next_power_of_2(size),
             "BLOCK": block,
             "num_warps": max(1, block // lanes),
         },

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from fastnn.kernels._config import here, lanes, tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import cdiv
 from triton.language.extra import libdevice
 
 # ---- formulas -----------------------------------------------------------------------------------
@@ -279,20 +280,23 @@ def multilabel_soft_margin_grad(g, a, b, c, p, q):
 class Walk:
     """An order in which to visit the elements of tensors broadcast together."""
 
-    __slots__ = ("inverse", "n", "order", "permuted", "sizes", "strides", "wide")
+    __slots__ = ("addressing", "in_order", "inverse", "n", "order", "permuted", "shape", "wide")
 
     def like(self, dtype, device):
         """Uninitialised, in the broadcast shape and dense in the order of the walk."""
-        return torch.empty(self.permuted, dtype=dtype, device=device).permute(self.inverse)
+        made = torch.empty(self.permuted, dtype=dtype, device=device)
+        return made if self.in_order else made.permute(self.inverse)
 
 
 @functools.lru_cache(maxsize=4096)
-def _walk(shape, layouts):
+def _walk(layouts):
     """The `Walk` of tensors of (shape, strides) `layouts`; None among them stays.
 
-    It follows the first tensor that is not broadcast. `strides` holds for each tensor "dense"
-    or its strides along `sizes`; there is no walk, None, where these would be more than three.
+    It follows the first tensor that is not broadcast. `addressing` has the kernels' arguments D1,
+    D2 and three strides a tensor, None where these are not needed: for all of a dense one. It is
+    None itself where the tensors would need more than three dimensions.
     """
+    shape = tuple(torch.broadcast_shapes(*[layout[0] for layout in layouts if layout is not None]))
     whole = len(shape)
     expanded = []
     for layout in layouts:
@@ -310,10 +314,12 @@ def _walk(shape, layouts):
         axes.sort(key=lambda d: -full[0][d])
 
     walk = Walk()
+    walk.shape = shape
     walk.n = math.prod(shape)
     walk.order = [d for d in range(whole) if shape[d] == 1] + axes
     walk.permuted = [shape[d] for d in walk.order]
     walk.inverse = [walk.order.index(d) for d in range(whole)]
+    walk.in_order = walk.order == list(range(whole))
     present = [s for s in expanded if s is not None]
     merged = []  # (size, steps of the tensors present), outermost first
     for d in axes:
@@ -322,57 +328,41 @@ def _walk(shape, layouts):
             merged[-1] = merged[-1][0] * shape[d], steps
         else:
             merged.append((shape[d], steps))
+    walk.addressing = None
     if len(merged) > 3:
-        walk.sizes = None
         return walk
-    walk.sizes = [size for size, _ in merged]
-    dense = [math.prod(walk.sizes[i + 1 :]) for i in range(len(merged))]
-    walk.strides = []
+    sizes = [size for size, _ in merged]
+    dense = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
+    addressing = [sizes[-2] if len(sizes) > 2 else None, sizes[-1] if len(sizes) > 1 else None]
     walk.wide = walk.n >= 2**31
     at = 0
     for s in expanded:
         if s is None:
-            walk.strides.append(None)
+            addressing += (None, None, None)
             continue
         steps = [steps[at] for _, steps in merged]
         at += 1
-        walk.strides.append("dense" if steps == dense else steps)
-        span = sum((size - 1) * step for size, step in zip(walk.sizes, steps, strict=True))
+        if steps == dense:
+            addressing += (None, None, None)
+        else:
+            addressing += (*((None,) * (3 - len(steps))), *steps)
+        span = sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
         walk.wide = walk.wide or span >= 2**31
+    walk.addressing = tuple(addressing)
     return walk
 
 
 def walk(*tensors):
     """(the walk, the tensors) of tensors broadcast together, or None; some copied if need be."""
-    shapes = [t.shape for t in tensors if t is not None]
-    shape = shapes[0]
-    if any(s != shape for s in shapes):
-        shape = torch.broadcast_shapes(*shapes)
-    layouts = tuple(None if t is None else (t.shape, t.stride()) for t in tensors)
-    found = _walk(shape, layouts)
-    if found.sizes is None:
-        order, inverse = found.order, found.inverse
+    found = _walk(tuple([None if t is None else (t.shape, t.stride()) for t in tensors]))
+    if found.addressing is None:
+        shape, order, inverse = found.shape, found.order, found.inverse
         tensors = tuple(
             None if t is None else t.expand(shape).permute(order).contiguous().permute(inverse)
             for t in tensors
         )
-        layouts = tuple(None if t is None else (t.shape, t.stride()) for t in tensors)
-        found = _walk(shape, layouts)
+        found = _walk(tuple([None if t is None else (t.shape, t.stride()) for t in tensors]))
     return found, tensors
-
-
-def _addressing(found, count):
-    """Arguments D1, D2 and the strides of `count` tensors; (None, None, None) of dense ones."""
-    sizes = found.sizes
-    D1 = sizes[-2] if len(sizes) > 2 else None
-    D2 = sizes[-1] if len(sizes) > 1 else None
-    steps = []
-    for s in found.strides[:count]:
-        if s is None or s == "dense":
-            steps += (None, None, None)
-        else:
-            steps += (*((None,) * (3 - len(s))), *s)
-    return D1, D2, *steps
 
 
 # ---- kernels ------------------------------------------------------------------------------------
@@ -563,10 +553,6 @@ def _loss_bwd_kernel(
 PARTIALS = 2048  # programs that a large GPU holds at once, and sums that one program soon adds up
 
 
-def _ceil(n, by):
-    return -(-n // by)  # triton.cdiv takes microseconds
-
-
 @tunable("BLOCK")
 def _config(itemsize):
     # 8 elements per lane: those of 16 bits are one 16-byte access.
@@ -578,7 +564,7 @@ def _config(itemsize):
 
 def _narrow(tensors):
     """Bytes in an element of the narrowest of tensors, each of which may be None."""
-    return min(t.element_size() for t in tensors if t is not None)
+    return min([t.element_size() for t in tensors if t is not None])
 
 
 def finish(partial, loss, count, divisor):
@@ -604,14 +590,14 @@ def fwd(inputs, formula, p, q, loss, divisor, weights):
     found, (out, *inputs) = walk(None if reduce else loss, *inputs)
     a = next(t for t in inputs if t is not None)
     config = _config(_narrow(inputs))
-    tiles = _ceil(found.n, config["BLOCK"])
-    blocks = max(_ceil(tiles, PARTIALS), 1) if reduce else 1
-    programs = _ceil(tiles, blocks)
+    tiles = cdiv(found.n, config["BLOCK"])
+    blocks = max(cdiv(tiles, PARTIALS), 1) if reduce else 1
+    programs = cdiv(tiles, blocks)
     partial = count = None
     if reduce:
         partial = a.new_empty((2 if weights else 1, programs), dtype=torch.float64)
         count = a.new_empty((), dtype=torch.float32) if weights else None
-    D1, D2, _, _, _, *steps = _addressing(found, 5)
+    D1, D2, _, _, _, *steps = found.addressing
     _loss_fwd_kernel(
         (programs,), *inputs, out, partial, found.n, blocks, D1, D2, *steps, p, q,
         FORMULA=globals()[formula], REDUCE=reduce, WIDE=found.wide, WEIGHTS=weights, **config,
@@ -629,15 +615,14 @@ def bwd(dloss, inputs, wanted, formula, p, q, divisor, count):
     """
     reduce = divisor is not None
     found, (g, *read) = walk(None if reduce else dloss, *inputs)
-    shape = tuple(found.permuted[d] for d in found.inverse)
     grads = [
-        w if w is None else found.like(w[1] if w[0] == shape else torch.float32, dloss.device)
+        w if w is None else found.like(w[1] if w[0] == found.shape else torch.float32, dloss.device)
         for w in wanted
     ]
-    D1, D2, *steps = _addressing(found, 5)
+    D1, D2, *steps = found.addressing
     config = _config(_narrow((*read, *grads)))
     _loss_bwd_kernel(
-        (_ceil(found.n, config["BLOCK"]),), dloss if reduce else g, *read, count, *grads, found.n,
+        (cdiv(found.n, config["BLOCK"]),), dloss if reduce else g, *read, count, *grads, found.n,
         divisor or 1, D1, D2, *steps, p, q, FORMULA=globals()[formula], REDUCE=reduce,
         WIDE=found.wide, **config,
     )  # fmt: skip

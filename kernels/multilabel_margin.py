@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import next_power_of_2
 from fastnn.kernels.loss import finish
 
 MOST = 8192  # classes that a program can hold
@@ -96,7 +97,7 @@ def _multilabel_margin_bwd_kernel(
 
 
 def _config(C):
-    block = triton.next_power_of_2(C)
+    block = next_power_of_2(C)
     return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 16)}
 
 

@@ -7,11 +7,14 @@ Forward reads one element per position, and adds up in fp64: a loss per position
 Backward writes each element once, where stock fills with zeros, then scatters; no atomics anywhere.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense_like
 
 # ---- (N, C, d1, ...) as (B, C, S) ---------------------------------------------------------------
@@ -22,7 +25,11 @@ def split(x):
 
     None where d1, ... do not share a stride. (N, C) is one batch entry of N positions.
     """
-    shape, strides = x.shape, x.stride()
+    return _split(x.shape, x.stride())
+
+
+@functools.lru_cache(maxsize=4096)
+def _split(shape, strides):
     if len(shape) == 1:
         return (1, shape[0], 1), (0, strides[0], 0)
     S, stride_s = 1, 0
@@ -44,7 +51,12 @@ def common(*tensors):
 
     None where the tensors agree on neither: a tile's lanes run along what is contiguous.
     """
-    views = [split(t) for t in tensors]
+    return _common(tuple([(t.shape, t.stride()) for t in tensors]))
+
+
+@functools.lru_cache(maxsize=4096)
+def _common(layouts):
+    views = [_split(*layout) for layout in layouts]
     if None in views:
         return None
     (B, C, S), _ = views[0]
@@ -52,15 +64,19 @@ def common(*tensors):
     if all(b == S * s for b, _, s in strides):
         B, S, strides = 1, B * S, [(0, c, s) for _, c, s in strides]
     if all(s == 1 for *_, s in strides) and (S > 1 or C == 1):
-        return (B, C, S), False, [(b, c) for b, c, _ in strides]
+        return (B, C, S), False, tuple([(b, c) for b, c, _ in strides])
     if all(c == 1 for _, c, _ in strides):
-        return (B, C, S), True, [(b, s) for b, _, s in strides]
+        return (B, C, S), True, tuple([(b, s) for b, _, s in strides])
     return None
 
 
 def unit(sizes, classes_last, strides, *tensors):
     """Elements in 128 bits of the narrowest tensor, if they divide every count and stride; or 1."""
-    wide = 16 // min(t.element_size() for t in tensors)
+    return _unit(sizes, classes_last, strides, 16 // min([t.element_size() for t in tensors]))
+
+
+@functools.lru_cache(maxsize=4096)
+def _unit(sizes, classes_last, strides, wide):
     counts = (sizes[1 if classes_last else 2], *(v for pair in strides for v in pair))
     return wide if all(v % wide == 0 for v in counts) else 1
 
@@ -79,11 +95,11 @@ def tiles(sizes, classes_last, unit, itemsize, light=True):
     vector = 32 * 16 // itemsize  # elements of one 128-bit access of a warp
     if not classes_last:
         num_warps = 4 if B * S >= 1 << 18 else 1
-        rows = min(triton.next_power_of_2(S), vector * num_warps)
-        group = min(triton.next_power_of_2(C), 32 * values * num_warps // rows)
+        rows = min(next_power_of_2(S), vector * num_warps)
+        group = min(next_power_of_2(C), 32 * values * num_warps // rows)
         return {"ROWS": rows, "LANES": 1, "GROUP": group, "num_warps": num_warps}
     num_warps = 4 if C <= 4096 else 8
-    block = min(triton.next_power_of_2(C), 32 * values * num_warps)
+    block = min(next_power_of_2(C), 32 * values * num_warps)
     # Small rows: a quarter of the values, for a thread then has the statistics of several rows.
     small = 1024 if light or unit > 1 else 256
     rows = min(max(small // block, min(4, 128 * values // block), 1), 64)
@@ -97,7 +113,7 @@ def class_programs(C, cols, classes_last):
     One where positions are contiguous: there a tile has few classes, and what is known of each
     position would be read again for each tile.
     """
-    return triton.cdiv(C, cols) if classes_last else 1
+    return cdiv(C, cols) if classes_last else 1
 
 
 # ---- kernels ------------------------------------------------------------------------------------
@@ -137,7 +153,7 @@ def _finish_kernel(PARTIAL, LOSS, COUNT, G, MEAN: tl.constexpr, BLOCK: tl.conste
 def finish(partial, loss, count, reduction):
     """partial (2, G) fp64, sums of losses and of weights -> loss, and the divisor of a mean."""
     G = partial.shape[1]
-    block = min(max(triton.next_power_of_2(G), 32), 8192)
+    block = min(max(next_power_of_2(G), 32), 8192)
     num_warps = min(max(block // 256, 1), 16)
     _finish_kernel(
         (1,), partial, loss, count, G, MEAN=reduction == "mean", BLOCK=block, num_warps=num_warps
@@ -185,8 +201,8 @@ PARTIALS = 4096  # about as many sums as one program adds up in a few microsecon
 
 def _blocks(M):
     """Blocks of positions, one after another in each program, and programs."""
-    blocks = triton.cdiv(triton.cdiv(M, BLOCK), PARTIALS)
-    return max(blocks, 1), triton.cdiv(M, BLOCK * max(blocks, 1))
+    blocks = cdiv(cdiv(M, BLOCK), PARTIALS)
+    return max(blocks, 1), cdiv(M, BLOCK * max(blocks, 1))
 
 
 def loss_like(x, reduction, dtype):
@@ -272,7 +288,7 @@ def bwd(dloss, x, target, weight, count, ignore_index, reduction):
     wide = unit(sizes, classes_last, strides, dx)
     config = tiles(sizes, classes_last, wide, dx.element_size())
     rows, cols = config["ROWS"], config["LANES"] * config["GROUP"]
-    row_blocks, class_blocks = triton.cdiv(S, rows), class_programs(C, cols, classes_last)
+    row_blocks, class_blocks = cdiv(S, rows), class_programs(C, cols, classes_last)
     _nll_loss_bwd_kernel(
         (B * row_blocks * class_blocks,), dloss.contiguous(), target.contiguous(), weight, count,
         dx, C, S, *strides[0], row_blocks, class_blocks, ignore_index, REDUCTION=reduction,

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import cdiv, next_power_of_2
 
 from fastnn.kernels import _rows
 
@@ -354,7 +355,7 @@ def fwd(x, weight, bias, dims, eps, center, out_dtype):
     if _rows.fits(N, unit, ROW):
         config = _rows.row_config(N, unit)
         _norm_fwd_kernel(
-            (triton.cdiv(M, config["BLOCK_M"]),),
+            (cdiv(M, config["BLOCK_M"]),),
             x, weight, bias, y, mean, rstd, M, N // unit, stride // unit, float(eps),
             UNIT=unit, CENTER=center, **config,
         )  # fmt: skip
@@ -371,7 +372,7 @@ def fwd(x, weight, bias, dims, eps, center, out_dtype):
     _norm_fwd_wide_kernel(
         (M * S,), x, weight, bias, y, mean, rstd, means, m2, N // unit, stride // unit, S,
         chunk_blocks, float(eps),
-        UNIT=unit, CENTER=center, BLOCK=_rows.BLOCK, BLOCK_S=triton.next_power_of_2(S), num_warps=8,
+        UNIT=unit, CENTER=center, BLOCK=_rows.BLOCK, BLOCK_S=next_power_of_2(S), num_warps=8,
     )  # fmt: skip
     return results
 
@@ -411,7 +412,7 @@ def bwd(dy, x, weight, mean, rstd, dims, need_dx, dw_dtype, db_dtype):
         _bwd_dx_wide(dy, x, weight, mean, rstd, dx, sizes, flags)
     elif need_dx:
         config = _rows.row_config(N, unit, least_warps=8 if params else 4)
-        G = triton.cdiv(M, config["BLOCK_M"])
+        G = cdiv(M, config["BLOCK_M"])
         if params:
             G = _rows.summing_programs(M, config, processors)
         parts, dw_part, db_part = partials(G)
@@ -422,13 +423,13 @@ def bwd(dy, x, weight, mean, rstd, dims, need_dx, dw_dtype, db_dtype):
             _sum(parts, dw, db, G, N, unit)
         return results
     if params:
-        block_m = min(triton.next_power_of_2(max(M, 1)), 32)
+        block_m = min(next_power_of_2(max(M, 1)), 32)
         block_n = 2048 // block_m
-        blocks = triton.cdiv(N, block_n)
-        G = max(1, min(4 * processors // blocks, triton.cdiv(M, 128)))
+        blocks = cdiv(N, block_n)
+        G = max(1, min(4 * processors // blocks, cdiv(M, 128)))
         parts, dw_part, db_part = partials(G)
         _norm_bwd_params_kernel(
-            (blocks, G), dy, x, mean, rstd, dw_part, db_part, *sizes, triton.cdiv(M, G),
+            (blocks, G), dy, x, mean, rstd, dw_part, db_part, *sizes, cdiv(M, G),
             **flags, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
         )  # fmt: skip
         if parts is not None:
@@ -450,12 +451,12 @@ def _bwd_dx_wide(dy, x, weight, mean, rstd, dx, sizes, flags):
         )  # fmt: skip
     _norm_bwd_wide_kernel(
         (M * S,), dy, x, weight, mean, rstd, dx, along, total, *sizes,
-        **flags, BLOCK=_rows.BLOCK, BLOCK_S=triton.next_power_of_2(S), num_warps=8,
+        **flags, BLOCK=_rows.BLOCK, BLOCK_S=next_power_of_2(S), num_warps=8,
     )  # fmt: skip
 
 
 def _sum(parts, dw, db, G, N, unit):
     _norm_bwd_sum_kernel(
-        (triton.cdiv(N, 64),), parts, dw, db, G, N // unit,
+        (cdiv(N, 64),), parts, dw, db, G, N // unit,
         UNIT=unit, BLOCK_G=32, BLOCK_N=64, num_warps=4,
     )  # fmt: skip

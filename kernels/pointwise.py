@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from fastnn.kernels._config import lanes, tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import cdiv
 from fastnn.kernels._tl import dense_like, empty_as
 from triton.language.extra import libdevice
 
@@ -329,7 +330,7 @@ def _launch_fwd(source, target, kept, formula, keep, a, b):
     n = source.numel()
     config = _config(source.element_size())
     _pointwise_fwd_kernel(
-        (triton.cdiv(n, config["BLOCK"]),), source, target, kept, n, a, b,
+        (cdiv(n, config["BLOCK"]),), source, target, kept, n, a, b,
         FORMULA=globals()[formula], KEEP=keep and globals()[keep], **config,
     )  # fmt: skip
 
@@ -362,7 +363,7 @@ def bwd(dy, saved, gradient, a=0.0, b=0.0, out_dtype=None):
     n = dx.numel()
     config = _config(dx.element_size())
     _pointwise_bwd_kernel(
-        (triton.cdiv(n, config["BLOCK"]),), dense_like(dy, dx), dense_like(saved, dx), dx, n, a, b,
+        (cdiv(n, config["BLOCK"]),), dense_like(dy, dx), dense_like(saved, dx), dx, n, a, b,
         FORMULA=globals()[gradient], **config,
     )  # fmt: skip
     return dx

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense_like
 
 # What a tile holds: a run of the one channel; channels by S; N by channels.
@@ -149,11 +150,11 @@ def _config(N, C, S, itemsize):
     if C == 1:
         layout, block_r, block_k = ONE, 1, tile
     elif S == 1:
-        layout, block_k = COLUMNS, min(triton.next_power_of_2(C), 128)
+        layout, block_k = COLUMNS, min(next_power_of_2(C), 128)
         block_r = tile // block_k
     else:
-        layout, block_k = ROWS, min(triton.next_power_of_2(S), tile)
-        block_r = min(triton.next_power_of_2(C), tile // block_k)
+        layout, block_k = ROWS, min(next_power_of_2(S), tile)
+        block_r = min(next_power_of_2(C), tile // block_k)
     return {"LAYOUT": layout.value, "BLOCK_R": block_r, "BLOCK_K": block_k, "num_warps": 4}
 
 
@@ -161,8 +162,8 @@ def _blocks(N, C, S, config):
     """Blocks of channels, tiles in each."""
     r, k = config["BLOCK_R"], config["BLOCK_K"]
     if config["LAYOUT"] == COLUMNS.value:
-        return triton.cdiv(C, k), triton.cdiv(N, r)
-    return triton.cdiv(C, r), N * triton.cdiv(S, k)
+        return cdiv(C, k), cdiv(N, r)
+    return cdiv(C, r), N * cdiv(S, k)
 
 
 def _sizes(dense, w):
@@ -203,9 +204,9 @@ def bwd(dy, x, w, needs_dx=True, needs_dw=True):
     dw = None
     if needs_dw:
         dw = torch.empty_like(w, memory_format=torch.contiguous_format)
-        block_c = min(triton.next_power_of_2(C), 64)
+        block_c = min(next_power_of_2(C), 64)
         _prelu_dw_kernel(
-            (triton.cdiv(C, block_c),), partial, dw, G, C,
+            (cdiv(C, block_c),), partial, dw, G, C,
             BLOCK_G=1024 // block_c, BLOCK_C=block_c, num_warps=4,
         )  # fmt: skip
     return dx if needs_dx else None, dw

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import cdiv
 from fastnn.kernels.epilogue import by_four, keep_tile, random_arguments
 
 from fastnn.kernels import _philox, _rows, _tl, norm
@@ -190,7 +191,7 @@ def fwd(
     seed, offset, SEED, OFFSET, blocks, bound = random_arguments(draw, bound)
     config = _rows.row_config(x.shape[-1], flags["UNIT"])
     _residual_norm_fwd_kernel(
-        (triton.cdiv(sizes[0], config["BLOCK_M"]),),
+        (cdiv(sizes[0], config["BLOCK_M"]),),
         z, x, weight, bias, s, y, mean, rstd, *sizes, float(eps), scale, seed, offset, SEED, OFFSET,
         state, blocks, bound, **flags, CENTER=center, VEC=draw.vec if draw else 0,
         BY_FOUR=by_four(x.shape[-1], draw), **config,
@@ -226,7 +227,7 @@ def bwd(
     params = [t for t in (dw, db) if t is not None]
     noisy = draw is not None and bool(params)
     config = _rows.row_config(N, flags["UNIT"], least_warps=8 if params else 4, noise=noisy)
-    G = triton.cdiv(sizes[0], config["BLOCK_M"])
+    G = cdiv(sizes[0], config["BLOCK_M"])
     dw_part, db_part, parts = dw, db, None
     if params:
         G = _rows.summing_programs(sizes[0], config, norm._processors(s.get_device()))

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import cdiv, next_power_of_2
 from triton.language.extra import libdevice
 
 from fastnn.kernels import _rows
@@ -323,9 +324,9 @@ def _softmax_columns_bwd_kernel(
 def _column_config(columns, D):
     """A tile of whole columns, as broad as registers allow, or one to step down long columns."""
     one_pass = D <= COLUMN
-    width = min(triton.next_power_of_2(columns), 64)
-    block_d = triton.next_power_of_2(D) if one_pass else 4096 // width
-    block_c = max(1, min(triton.next_power_of_2(columns), 4096 // block_d))
+    width = min(next_power_of_2(columns), 64)
+    block_d = next_power_of_2(D) if one_pass else 4096 // width
+    block_c = max(1, min(next_power_of_2(columns), 4096 // block_d))
     block_c = max(block_c, min(width, 32))
     tile = block_d * block_c
     return {
@@ -346,7 +347,7 @@ def _column_arguments(outer, D, inner):
     unit = math.gcd(inner, 8)
     wide = outer * D * inner >= 2**31 - 2**16  # room for the last block to run over
     config |= {"UNIT": unit, "INDEX": tl.int64 if wide else tl.int32}
-    grid = (triton.cdiv(outer * inner, config["BLOCK_C"]),)
+    grid = (cdiv(outer * inner, config["BLOCK_C"]),)
     return grid, (outer, D, inner // unit), config
 
 
@@ -366,7 +367,7 @@ def fwd(x, dim, log, negate, dtype):
     if _rows.fits(D, unit, ROW):
         config = _rows.row_config(D, unit)
         _softmax_fwd_kernel(
-            (triton.cdiv(outer, config["BLOCK_M"]),), x, y, outer, D // unit, stride // unit,
+            (cdiv(outer, config["BLOCK_M"]),), x, y, outer, D // unit, stride // unit,
             UNIT=unit, **flags, **config,
         )  # fmt: skip
         return y
@@ -382,7 +383,7 @@ def fwd(x, dim, log, negate, dtype):
         )  # fmt: skip
     _softmax_fwd_long_kernel(
         (outer * S,), x, y, peak, total, *sizes,
-        UNIT=unit, **flags, BLOCK=_rows.BLOCK, BLOCK_S=triton.next_power_of_2(S), num_warps=8,
+        UNIT=unit, **flags, BLOCK=_rows.BLOCK, BLOCK_S=next_power_of_2(S), num_warps=8,
     )  # fmt: skip
     return y
 
@@ -403,7 +404,7 @@ def bwd(dy, y, dim, log, negate, dtype):
     if _rows.fits(D, unit, ROW):
         config = _rows.row_config(D, unit)
         _softmax_bwd_kernel(
-            (triton.cdiv(outer, config["BLOCK_M"]),), dy, y, dx, outer, D // unit,
+            (cdiv(outer, config["BLOCK_M"]),), dy, y, dx, outer, D // unit,
             UNIT=unit, **flags, **config,
         )  # fmt: skip
         return dx
@@ -417,6 +418,6 @@ def bwd(dy, y, dim, log, negate, dtype):
         )  # fmt: skip
     _softmax_bwd_long_kernel(
         (outer * S,), dy, y, dx, total, D // unit, S, chunk_blocks,
-        UNIT=unit, **flags, BLOCK=_rows.BLOCK, BLOCK_S=triton.next_power_of_2(S), num_warps=8,
+        UNIT=unit, **flags, BLOCK=_rows.BLOCK, BLOCK_S=next_power_of_2(S), num_warps=8,
     )  # fmt: skip
     return dx

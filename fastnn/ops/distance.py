@@ -4,6 +4,7 @@ A `RowOp` says which device functions compute it, and which function of stock it
 below says what its tensors and numbers are, and what it declines.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -141,12 +142,17 @@ def _laid_out_as_stocks(y, shape, dim, xs):
     present = [x for x in xs if x is not None]
     if all(x.is_contiguous() and x.shape == shape for x in present):
         return y
-    # A sum over a dimension of what a chain of operators makes of these layouts.
-    metas = [torch.empty_strided(x.shape, x.stride(), device="meta") for x in present]
-    like = sum(metas[1:], metas[0]).sum(dim)
-    if like.stride() == y.stride():
+    strides = _strides_of_sums(tuple([(x.shape, x.stride()) for x in present]), dim)
+    if strides == y.stride():
         return y
-    return torch.empty_strided(like.shape, like.stride(), dtype=y.dtype, device=y.device).copy_(y)
+    return torch.empty_strided(y.shape, strides, dtype=y.dtype, device=y.device).copy_(y)
+
+
+@functools.lru_cache(maxsize=4096)
+def _strides_of_sums(layouts, dim):
+    """Of a sum over a dimension of what a chain of operators makes of these layouts."""
+    metas = [torch.empty_strided(*layout, device="meta") for layout in layouts]
+    return sum(metas[1:], metas[0]).sum(dim).stride()
 
 
 def _rows(rows, xs, dim, numbers, norm, swap, divisor, dtype, target=None, weight=None):

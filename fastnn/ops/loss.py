@@ -4,6 +4,7 @@ A `Loss` says which device functions compute a loss and its gradients, and which
 they stand for. An op below says what its tensors and numbers are, and what it declines.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -138,14 +139,23 @@ def _result(loss, inputs, p, q, divisor, dtype):
     present = [t for t in inputs if t is not None]
     if all(t.is_contiguous() and t.shape == first.shape for t in present):
         return first.new_empty(first.shape, dtype=dtype)
-    # Stock, of these layouts without their memory.
+    layouts = tuple([t if t is None else (t.shape, t.stride()) for t in inputs])
+    shape, strides = _layout(loss, layouts, p, q)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=first.device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(loss, layouts, p, q):
+    """(shape, strides) of stock's losses, found without their memory; hundreds of us the first
+    time."""
     *metas, w = (
-        t if t is None else torch.empty_strided(t.shape, t.stride(), device="meta") for t in inputs
+        layout if layout is None else torch.empty_strided(*layout, device="meta")
+        for layout in layouts
     )
     with torch.no_grad():
         losses = loss.stock(*metas, p, q)
         losses = losses if w is None else losses * w
-    return torch.empty_strided(losses.shape, losses.stride(), dtype=dtype, device=first.device)
+    return losses.shape, losses.stride()
 
 
 def common_dtype(*tensors):
