@@ -36,7 +36,7 @@ BANDWIDTH = 3.35e12  # of an H100 SXM, by its data sheet
 ARCHITECTURE = "sm_90"
 FORMULA = (
     "max(bytes of stock / BW, launches of stock * 4 us) / "
-    "max(bytes of ours / (0.9 * BW), launches of ours * 5 us)"
+    "max(bytes of ours / (0.9 * BW), launches of ours * 16 us)"
 )
 FEW = 2  # programs executed at first; then as many as make _ACCESSES loads and stores
 _ACCESSES = 150

@@ -1,0 +1,142 @@
+"""What calls cost the host, on any machine: `python -m bench.host --out DIR`.
+
+For a layer or function each, its first training row of `fastnn.testing`: forward and backward
+together, inputs too small to count. Ours is forced onto kernels, whose launches a driver takes and
+does not carry out; stock runs on the CPU. Neither side has the GPU's own launches in it, some 2 us
+each, so their numbers stand beside the times. The size gate's estimates rest on these figures.
+Writes DIR/host.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+import fastnn
+
+
+def _rows(only: Sequence[str]) -> Iterator:
+    """The first row of each name that has gradients, and kernels in every mode."""
+    from fastnn.testing.cases import CASES
+
+    seen = set()
+    for case in CASES:
+        plain = case.stock is None and case.view is None and case.autocast is None
+        if plain and case.name not in seen and (not only or case.name in only):
+            inputs = [t for t in case.make(torch.float32, "cpu") if isinstance(t, torch.Tensor)]
+            if case.is_layer or any(t.requires_grad for t in inputs):
+                seen.add(case.name)
+                yield case
+
+
+def _step(case, namespace) -> Callable[[], object]:
+    """A call of a row's forward and backward."""
+    from fastnn.testing import _side
+
+    side = _side(case, namespace, torch.float32, "cpu")
+    inputs = case.make(torch.float32, "cpu")
+    options = {} if case.is_layer else dict(case.options)
+    options = {k: v(torch.float32, "cpu") if callable(v) else v for k, v in options.items()}
+    given = [*inputs, *side.parameters.values(), *options.values()]
+    leaves = [t for t in given if isinstance(t, torch.Tensor) and t.requires_grad]
+
+    def forward():
+        outs = tree_leaves(side.call(*inputs, **options))
+        return [t for t in outs if isinstance(t, torch.Tensor) and t.requires_grad]
+
+    upstream = [torch.ones_like(t) for t in forward()]
+    return lambda: torch.autograd.grad(forward(), leaves, upstream, allow_unused=True)
+
+
+def _median_us(call: Callable[[], object], rounds: int, each: int = 10) -> float:
+    for _ in range(2 * each):
+        call()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(each):
+            call()
+        times.append((time.perf_counter() - start) / each)
+    return round(statistics.median(times) * 1e6, 1)
+
+
+def _launches(call: Callable[[], object]) -> int:
+    from fastnn.kernels._launch import Kernel
+
+    count = 0
+    launch = Kernel.__call__
+
+    def counting(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        launch(self, *args, **kwargs)
+
+    with mock.patch.object(Kernel, "__call__", counting):
+        call()
+    return count
+
+
+def measure(only: Sequence[str] = (), rounds: int = 60) -> list[dict]:
+    """A record for each row: both sides' microseconds and launches."""
+    from fastnn.testing.aot import launch_nothing
+    from fastnn.testing.meter import AtenTraffic, as_on_cuda
+
+    found = []
+    with launch_nothing():
+        for case in _rows(only):
+            theirs, ours = _step(case, torch.nn), None
+            with as_on_cuda(), AtenTraffic() as counted:
+                theirs()
+            gc.collect()
+            gc.disable()
+            try:
+                record = {"name": case.name, "row": str(case)}
+                record["stock_us"] = _median_us(theirs, rounds)
+                record["stock_launches"] = counted.cost.launches
+                with fastnn.backend("triton"):
+                    ours = _step(case, fastnn)
+                    record["ours_us"] = _median_us(ours, rounds)
+                    record["ours_launches"] = _launches(ours)
+            finally:
+                gc.enable()
+            found.append(record)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=60, help="of ten calls; default: %(default)s")
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("bench.host: kernels are compiled: unset TRITON_INTERPRET", file=sys.stderr)
+        return 2
+    from fastnn.bench.environment import environment
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # stock's, of one row or another
+    rows = measure(args.only, args.rounds)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "host.json"
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    head = json.dumps(environment(), indent=1)
+    path.write_text(f'{{"environment": {head},\n"rows": [\n{lines}\n]}}\n')
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
