@@ -4,7 +4,7 @@ For a layer or function each, its first training row of `fastnn.testing`: forwar
 together, inputs too small to count. Ours is forced onto kernels, whose launches a driver takes and
 does not carry out; stock runs on the CPU. Neither side has the GPU's own launches in it, some 2 us
 each, so their numbers stand beside the times. The size gate's estimates rest on these figures.
-Writes DIR/host.json.
+Writes DIR/host.json, and with `--into PAGE.md` a table between that page's markers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -115,9 +116,32 @@ def measure(only: Sequence[str] = (), rounds: int = 60) -> list[dict]:
     return found
 
 
+def table(environment: dict, rows: Sequence[dict]) -> str:
+    """Markdown, with the origin of the figures."""
+    lines = [
+        f"One core of {environment['cpu']}, torch {environment['torch']}, triton "
+        f"{environment['triton']}, commit {environment['commit']}, {environment['time'][:10]}; "
+        "float32; microseconds, of stock and of ours, forward and backward.",
+        "",
+        "| row | stock | launches | ours | launches |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for r in rows:
+        name = r["row"] if len(r["row"]) <= 60 else f"{r['name']}(...)"
+        cells = (r["stock_us"], r["stock_launches"], r["ours_us"], r["ours_launches"])
+        lines.append(f"| `{name}` | " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+_MARKED = re.compile(r"(<!-- host -->\n).*(<!-- /host -->\n)", re.S)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--into", type=Path, metavar="PAGE.md", help="put a table between this page's markers"
+    )
     parser.add_argument("--only", action="append", default=[], metavar="NAME")
     parser.add_argument("--rounds", type=int, default=60, help="of ten calls; default: %(default)s")
     args = parser.parse_args(argv)
@@ -132,9 +156,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "host.json"
     lines = ",\n".join(json.dumps(row) for row in rows)
-    head = json.dumps(environment(), indent=1)
+    origin = environment()
+    head = json.dumps(origin, indent=1)
     path.write_text(f'{{"environment": {head},\n"rows": [\n{lines}\n]}}\n')
     print(path)
+    if args.into:
+        told = table(origin, rows)
+        args.into.write_text(
+            _MARKED.sub(lambda m: m[1] + "\n" + told + m[2], args.into.read_text())
+        )
     return 0
 
 
