@@ -434,7 +434,9 @@ def test_stock_interpreter_fails():
     code = (
         "import warnings; warnings.simplefilter('error')\n"
         "from tests.test_interpreter import REPAIRED\n"
+        "import torch\n"
         "for check in REPAIRED:\n"
+        "    torch.manual_seed(0)\n"  # of some values the sums come out right
         "    try: check()\n"
         "    except Exception: continue\n"
         "    print(check.__name__)\n"
