@@ -5,6 +5,7 @@ Rows run in processes of their own: `TRITON_INTERPRET`, which this one may have,
 the tests run a share.
 """
 
+import re
 import struct
 import sys
 
@@ -212,6 +213,37 @@ def test_threads_part_and_meet():
     out = run(body, [])
     assert out[:, 1].tolist() == [2 * i for i in range(32)]
     assert out[:, 0].tolist() == [2 * (i ^ 1) for i in range(32)]
+
+
+def test_threads_that_run_ahead_wait_at_a_barrier():
+    """Some go back to the loop's start, which lies before, while others have still to follow."""
+    body = """
+        mov.b32 %r7, 0;
+        shl.b32 %r8, %r1, 2;
+        xor.b32 %r10, %r8, 64;
+        setp.lt.s32 %p1, %r1, 7;
+        bra.uni $L__head;
+    $L__latch:
+        add.s32 %r7, %r7, 1;
+        setp.ge.s32 %p2, %r7, 3;
+        @%p2 bra $L__done;
+    $L__head:
+        mad.lo.s32 %r11, %r7, 100, %r1;
+        st.shared.b32 [%r8], %r11;
+        bar.sync 0;
+        ld.shared.b32 %r12, [%r10];
+        add.s32 %r6, %r6, %r12;
+        bar.sync 0;
+        @%p1 bra $L__latch;
+        shfl.sync.idx.b32 %r13, %r6, 20, 31, 0xffffff80;
+        bra.uni $L__latch;
+    $L__done:
+        mov.b32 %r5, %r6;
+    """
+    with pytest.raises(RuntimeError, match="wait for each other"):
+        run(body, [], blocks=2, shared=128)  # a shuffle that some of the warp never come to
+    out = run(re.sub(r"shfl.*;", "add.s32 %r6, %r6, 0;", body), [], blocks=2, shared=128)
+    assert out[:, 0].tolist() == [3 * (i ^ 16) + 300 for i in range(32)]
 
 
 def test_shared_memory_is_each_blocks_own_and_starts_as_nan():

@@ -5,13 +5,14 @@ between threads, shared memory, fragments of tensor cores, libdevice and contrac
 `Program` runs that, as PTX ISA 8.7 has it, with the threads of many blocks side by side in NumPy
 arrays: each register is an array with an element per thread, or one for all of them.
 
-- Threads that part at a branch take turns, the earliest instruction first, until they meet.
+- Threads that part at a branch take turns, the earliest instruction first. At a barrier they wait
+  for those of their block, at an instruction of a warp for those of their warp.
 - Each access to global memory is checked against the tensors of the launch, and for its alignment,
   each access to shared memory against its size; that one starts as nan.
 - Approximate instructions err, up or down by the bits of the value, as far as documented.
 - Copies and matrix products that a GPU makes asynchronously are complete when they are issued, and
-  threads of a block move in step: a missing wait or barrier is not noticed. Tensor cores add as
-  in float64, rounded once per instruction.
+  threads that have not parted move in step: a missing wait or barrier is not noticed. Tensor cores
+  add as in float64, rounded once per instruction.
 - What is not known raises NotImplementedError with the instruction.
 
 Kernels run this way inside `fastnn.testing.aot.emulate`.
@@ -45,6 +46,18 @@ _INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)")
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 
 
+# Instructions before which threads wait for others, and for which: 1 is a warp, 2 a block.
+_MEETINGS = {
+    **dict.fromkeys(("shfl", "redux", "mma", "ldmatrix", "stmatrix", "wgmma", "vote"), 1),
+    **dict.fromkeys(("bar", "barrier"), 2),
+}
+
+
+def _meeting(text: str) -> int:
+    opcode = text.split()[1 if text[0] == "@" else 0]
+    return 1 if opcode.startswith("bar.warp") else _MEETINGS.get(opcode.partition(".")[0], 0)
+
+
 @dataclass(frozen=True)
 class _Instruction:
     guard: int | None  # register of its predicate
@@ -65,17 +78,27 @@ class Program:
         self._names = Names({prefix: kind for kind, prefix in _REGISTERS.findall(entry[3])})
         self._labels: dict[str, int] = {}
         blocks: list[list[str]] = [[]]
+        self._meetings = [0]  # of each block, at its start
+
+        def begin(meeting: int) -> None:
+            if blocks[-1]:
+                blocks.append([])
+                self._meetings.append(meeting)
+            else:
+                self._meetings[-1] = max(self._meetings[-1], meeting)
+
         for statement in entry[3].split(";"):
             text = " ".join(statement.split())
             while label := _LABEL.match(text):
-                if blocks[-1]:
-                    blocks.append([])
+                begin(0)
                 self._labels[label[1]] = len(blocks) - 1
                 text = text[label.end() :]
             if text and text[0] != ".":
+                if _meeting(text) > self._meetings[-1]:  # else they have met already
+                    begin(_meeting(text))
                 blocks[-1].append(text)
                 if re.search(r"\b(bra|ret|exit)\b", text):  # a block has no jump but its last
-                    blocks.append([])
+                    begin(0)
         self._blocks = [[self._instruction(text) for text in block] for block in blocks]
 
     def _instruction(self, text: str) -> _Instruction:
@@ -155,17 +178,27 @@ class Program:
             if isinstance(place, int):
                 here, mask = place, None
             else:
-                here = int(place.min())
-                mask = place == here
+                here, mask = self._next(machine, place)
                 if mask.all():
                     place, mask = here, None
             if here >= len(self._blocks):
                 return
             after = self._run_block(machine, here, mask)
-            if mask is None:
-                place = after
-            else:
-                place = np.where(mask, after, place)
+            place = after if mask is None else np.where(mask, after, place)
+
+    def _next(self, machine: Machine, place: Array) -> tuple[int, Array]:
+        """The first block of instructions that any threads may run, and which threads."""
+        for here in np.unique(place).tolist():
+            there = place == here
+            if here >= len(self._blocks) or not self._meetings[here]:
+                return here, there
+            group = machine.thread // WARP if self._meetings[here] == 1 else machine.block
+            elsewhere = ~there & (place < len(self._blocks))
+            missing = np.bincount(group[elsewhere], minlength=group[-1] + 1)
+            ready = there & (missing[group] == 0)
+            if ready.any():
+                return here, ready
+        raise RuntimeError(f"{self.name}: threads wait for each other")
 
     def _run_block(self, machine: Machine, here: int, mask: Mask) -> int | Array:
         """Run a block of instructions; where the threads of `mask` go on."""
