@@ -277,8 +277,8 @@ def _html(facts: dict[str, str], lines: list[dict], outcomes: list[Outcome]) -> 
 <p class="verdict {"broken" if bad else "passed"}">{verdict}</p><table>{told}</table>
 <p>Errors are the largest absolute ones against float64, over outputs and gradients of all rows.
 A row passes where ours is at most twice stock's in the same dtype plus one unit in the last place,
-with the same dtypes, shapes, strides, nan and inf, the same bits on a second run, nothing written
-to inputs, and state_dict loading both ways.</p>
+if need be over further draws of its inputs, with the same dtypes, shapes, strides, nan and inf, the
+same bits on a second run, nothing written to inputs, and state_dict loading both ways.</p>
 <p>Bytes are counted in the interpreter, forward and backward of the largest row: what kernels load
 and store, each byte once per launch, over inputs, outputs and gradients once in each pass that
 needs them. Stock's are an estimate from the operators it runs. Small rows carry the overhead of
