@@ -97,7 +97,7 @@ def measure(only: Sequence[str] = (), rounds: int = 60) -> list[dict]:
     found = []
     with launch_nothing():
         for case in _rows(only):
-            theirs, ours = _step(case, torch.nn), None
+            theirs = _step(case, torch.nn)
             with as_on_cuda(), AtenTraffic() as counted:
                 theirs()
             gc.collect()

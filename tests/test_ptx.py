@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastnn import _op
 from fastnn.testing import Case, check, classes, randn
 from fastnn.testing.aot import TARGETS, emulate
 from fastnn.testing.ptx import Memory, Program
-from tests.test_aot import compiling
+from tests.test_aot import compiling, skip_unproven
 
 EMULATED = ("cuda:80", "cuda:90")
 
@@ -352,9 +351,7 @@ def of_real_widths():
 @pytest.mark.parametrize("target", EMULATED)
 def test_rows(target):
     """Forced onto kernels, rows agree with stock on the code compiled for a GPU, too."""
-    why = _op._unproven(TARGETS[target].architecture)
-    if why:
-        pytest.skip(why)
+    skip_unproven(target)
     print(compiling(["-m", "tests.test_ptx", "--share", target]))
 
 

@@ -48,7 +48,7 @@ _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 
 # Instructions before which threads wait for others, and for which: 1 is a warp, 2 a block.
 _MEETINGS = {
-    **dict.fromkeys(("shfl", "redux", "mma", "ldmatrix", "stmatrix", "wgmma", "vote"), 1),
+    **dict.fromkeys(("shfl", "redux", "mma", "ldmatrix", "stmatrix", "wgmma"), 1),
     **dict.fromkeys(("bar", "barrier"), 2),
 }
 

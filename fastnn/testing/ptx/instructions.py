@@ -112,6 +112,11 @@ def _constant(operand: str, dtype: Any) -> Array:
     return np.array([number % (1 << bits)], UNSIGNED[bits]).view(wanted)
 
 
+def told(parts: Sequence[str], operands: Sequence[str]) -> str:
+    """An instruction, for what is said of it."""
+    return " ".join([".".join(parts), *operands])
+
+
 def names_in(operand: str) -> list[str]:
     """The registers of `{%r1, %r2}`, or of `%r1`."""
     return [v.strip() for v in operand.strip("{}").split(",")]
@@ -665,7 +670,7 @@ _ADDRESS = {"global": "u64", "shared": "u32"}
 
 @makes("ld")
 def _load(names: Names, parts: list[str], operands: list[str]) -> Run:
-    text = " ".join([".".join(parts), *operands])
+    text = told(parts, operands)
     space, dtype = _space(parts), TYPES[parts[-1]]
     puts = [names.put(r) for r in names_in(operands[0])]
     at = names.address(operands[1], _ADDRESS[space])
@@ -694,7 +699,7 @@ def _load(names: Names, parts: list[str], operands: list[str]) -> Run:
 
 @makes("st")
 def _store(names: Names, parts: list[str], operands: list[str]) -> Run:
-    text = " ".join([".".join(parts), *operands])
+    text = told(parts, operands)
     space = _space(parts)
     gets = [names.get(r, parts[-1]) for r in names_in(operands[1])]
     at = names.address(operands[0], _ADDRESS[space])
@@ -720,7 +725,7 @@ def _wait(names: Names, parts: list[str], operands: list[str]) -> Run:
 
 @makes("cp")
 def _copy(names: Names, parts: list[str], operands: list[str]) -> Run:
-    text = " ".join([".".join(parts), *operands])
+    text = told(parts, operands)
     if parts[1:3] in (["async", "commit_group"], ["async", "wait_group"], ["async", "wait_all"]):
         return nothing
     if parts[1] != "async" or "bulk" in parts:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastnn.testing.ptx.instructions import Get, Names, Run, makes, names_in, nothing
+from fastnn.testing.ptx.instructions import Get, Names, Run, makes, names_in, nothing, told
 from fastnn.testing.ptx.machine import WARP, Machine, Mask
 from fastnn.testing.ptx.values import HALVES, Array, from_tf32
 
@@ -28,10 +28,15 @@ def _whole_warps(mask: Mask, what: str) -> Any:
     return warps[:, 0]
 
 
+def _decoded(raw: Array, kind: str) -> Array:
+    """Elements of a matrix, from their bits."""
+    return from_tf32(raw) if kind == "tf32" else HALVES[kind][0](raw)
+
+
 def _elements(words: Array, kind: str) -> Array:
     """Registers as elements of a matrix, (..., elements in a register), the lowest first."""
     words = np.ascontiguousarray(words)[..., None]
-    return from_tf32(words) if kind == "tf32" else HALVES[kind][0](words.view(np.uint16))
+    return _decoded(words if kind == "tf32" else words.view(np.uint16), kind)
 
 
 def _product(a: Array, b: Array, c: Array) -> Array:
@@ -123,7 +128,7 @@ def _places(parts: list[str]) -> Callable[[Machine, Array, int], tuple[Array, Ar
 
 @makes("ldmatrix")
 def _load_matrix(names: Names, parts: list[str], operands: list[str]) -> Run:
-    text = " ".join([".".join(parts), *operands])
+    text = told(parts, operands)
     puts = [names.put(r) for r in names_in(operands[0])]
     address, places = names.address(operands[1], "u32"), _places(parts)
 
@@ -141,7 +146,7 @@ def _load_matrix(names: Names, parts: list[str], operands: list[str]) -> Run:
 
 @makes("stmatrix")
 def _store_matrix(names: Names, parts: list[str], operands: list[str]) -> Run:
-    text = " ".join([".".join(parts), *operands])
+    text = told(parts, operands)
     gets = [names.get(r, "b32") for r in names_in(operands[1])]
     address, places = names.address(operands[0], "u32"), _places(parts)
 
@@ -188,7 +193,7 @@ def operand_addresses(descriptors: Array, rows: int, k: int, size: int, *, k_fir
 def _wgmma(names: Names, parts: list[str], operands: list[str]) -> Run:
     if parts[1] in ("fence", "commit_group", "wait_group"):
         return nothing
-    text = " ".join([".".join(parts), *operands[1:]])
+    text = told(parts, operands[1:])
     found = re.fullmatch(r"m64n(\d+)k(\d+)", parts[4])
     kind = parts[6]
     if found is None or parts[5:] != ["f32", kind, kind] or kind not in ("f16", "bf16", "tf32"):
@@ -246,7 +251,3 @@ def _wgmma(names: Names, parts: list[str], operands: list[str]) -> Run:
             put(machine, out[:, i].reshape(-1), mask)
 
     return run
-
-
-def _decoded(raw: Array, kind: str) -> Array:
-    return from_tf32(raw) if kind == "tf32" else HALVES[kind][0](raw)
