@@ -11,7 +11,7 @@ import torch
 import torch.nn as stock
 from torch.utils._pytree import tree_leaves
 
-from fastnn._op import decisions
+from fastnn._mode import decisions
 from fastnn.layers._layer import OURS, STOCK
 from fastnn.ops import FUNCTIONS
 

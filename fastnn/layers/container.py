@@ -14,8 +14,8 @@ import torch.nn as stock
 from torch import Tensor
 from torch.nn.modules import module as _module
 
-from fastnn import _op
-from fastnn._op import Decision, current_mode, idle
+from fastnn import _mode
+from fastnn._mode import current_mode, idle
 from fastnn.layers import activation as acts
 from fastnn.layers import batchnorm
 from fastnn.layers._layer import Layer
@@ -139,8 +139,7 @@ def _run_neighbours(members, i: int, fuses, input):
     name = _LEADS[type(lead)]
     why = _watched(lead, activation)
     if why is not None:
-        for heard in _op._heard.get():
-            heard.append(Decision(REGISTRY[name], f"not fused: {why}"))
+        _mode.note(REGISTRY[name], f"not fused: {why}")
         return i, input
     end = i + 2
     if name == "batch_norm_act":

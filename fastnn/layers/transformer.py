@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.modules import transformer as _stock
 
 import fastnn.functional as F
-from fastnn import _op
-from fastnn._op import Decision, current_mode
+from fastnn import _mode
+from fastnn._mode import current_mode
 from fastnn.layers._layer import OURS, Layer, rebound
 from fastnn.layers.activation import MultiheadAttention
 from fastnn.layers.container import _FUSES, _plainly, _Told, _watched
@@ -70,8 +70,7 @@ class _Fused:
         self.layer = layer
 
     def tell(self, name: str, why: str) -> None:
-        for heard in _op._heard.get():
-            heard.append(Decision(REGISTRY[name], f"not fused: {why}"))
+        _mode.note(REGISTRY[name], f"not fused: {why}")
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """All of stock's `_ff_block` but for the last dropout."""

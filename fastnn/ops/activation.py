@@ -16,7 +16,9 @@ from torch import Tensor
 from torch._C._autograd import CreationMeta, _get_creation_meta  # type: ignore[attr-defined]
 
 from fastnn import kernels
-from fastnn._op import Invalid, Stock, op, run, second_order
+from fastnn._function import run, second_order
+from fastnn._mode import Invalid, Stock
+from fastnn._op import op
 
 aten = torch.ops.aten
 _FLOAT_MAX = torch.finfo(torch.float32).max

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as stock
 from torch import Tensor
 
-from fastnn import _op, _rng, kernels
-from fastnn._op import Invalid, Stock, op, run, second_order
+from fastnn import _gate, _rng, kernels
+from fastnn._function import run, second_order
+from fastnn._gate import Work
+from fastnn._mode import Invalid, Stock
+from fastnn._op import op
 from fastnn.ops.dropout import _native_scales
 from fastnn.ops.linear import matmul_precision
 
@@ -216,26 +219,34 @@ def _noise(q: Tensor, S: int, p: float) -> tuple[Any, float] | str:
     return kernels.attention.Noise(draw, bound, scale), grad_scale
 
 
-def _weights(query, key, *rest, **options) -> int:
-    """Elements that stock's formula makes of the weights, which the size gate goes by."""
-    return query.shape[:-1].numel() * key.shape[-2] if min(query.dim(), key.dim()) > 1 else 0
+BESIDE_FUSED = "beside a fused kernel of PyTorch"
 
 
-_BESIDE_FUSED = "scaled_dot_product_attention beside a fused kernel"
-
-
-def _why_not_worth_it(q: Tensor, backend: int, precision: str, arch: str) -> Stock | None:
-    """In auto: stock, where it has a fused kernel of its own, or was told what to use."""
+def _weights(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,
+    enable_gqa=False,
+) -> Work | Stock:  # fmt: skip
+    """The gate's policy: the elements of the attention weights, which PyTorch's math formula
+    writes to memory, and whether PyTorch has a fused kernel for this call, which does not."""
     cuda = torch.backends.cuda
     if not (cuda.flash_sdp_enabled() and cuda.mem_efficient_sdp_enabled()):
-        return Stock("a choice of backends by the user (sdpa_kernel)")
-    if backend != _MATH:
-        least, source = _op._crossover(_BESIDE_FUSED, arch)
-        if least > 0:
-            return Stock(f"its own fused kernel takes this call ({source})")
-    elif q.dtype == torch.float32 and precision == "ieee" and q.is_cuda:
-        return Stock("products of float32 without tensor cores, where cuBLAS is faster")
-    return None
+        return Stock("the user chose among PyTorch's backends (sdpa_kernel)")
+    weights = query.shape[:-1].numel() * key.shape[-2]
+    backend = torch._fused_sdp_choice(
+        query, key, value, attn_mask, dropout_p, bool(is_causal), scale=scale,
+        enable_gqa=bool(enable_gqa),
+    )  # fmt: skip
+    if backend not in (_MATH, _ERROR):
+        return Work(weights, "attention weights", BESIDE_FUSED)
+    if query.dtype == torch.float32 and matmul_precision() == "ieee" and query.is_cuda:
+        return Stock("float32 products without TF32: cuBLAS is faster than a kernel")
+    return Work(weights, "attention weights")
+
+
+def _settings():
+    cuda = torch.backends.cuda
+    allowed = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
+    return allowed, cuda.cudnn_sdp_enabled(), matmul_precision()
 
 
 @op(
@@ -243,7 +254,9 @@ def _why_not_worth_it(q: Tensor, backend: int, precision: str, arch: str) -> Sto
     integers=(torch.bool,),
     autocast="lower",
     autocast_cpu="lower",
-    size=_weights,
+    policy=_weights,
+    settings=_settings,
+    variants=("", BESIDE_FUSED),
     source="arXiv:2307.08691 (FlashAttention-2)",
 )
 def scaled_dot_product_attention(
@@ -278,11 +291,7 @@ def scaled_dot_product_attention(
         return Invalid("no backend of stock takes this call")
     if backend != _MATH and mask is not None and mask.dim() < 2:
         return Invalid(f"mask {tuple(mask.shape)}, of fewer than two dims")
-    precision, arch = matmul_precision(), _op.architecture(q.get_device())
-    if _op.current_mode() == "auto":
-        why = _why_not_worth_it(q, backend, precision, arch)
-        if why is not None:
-            return why
+    precision, arch = matmul_precision(), _gate.architecture(q.get_device())
     noise, grad_scale = None, 1.0
     if dropout_p > 0:
         drawn = _noise(q, S, dropout_p)

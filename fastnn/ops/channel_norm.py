@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Invalid, Stock, current_mode, op, run, second_order
+from fastnn._function import run, second_order
+from fastnn._gate import Work
+from fastnn._mode import Invalid, Stock
+from fastnn._op import op
 from fastnn.ops.linear import _ACTIVATIONS, _activate
 
 
@@ -255,8 +258,16 @@ def _batch_norm(
     return run(ChannelNorm, input, weight, bias, residual, running_mean, running_var, spec)
 
 
+def _in_training(input, mean, var, weight=None, bias=None, training=False, *rest, **options):
+    """The gate's policy: in eval mode there is nothing to save."""
+    if not training:
+        return Stock("training=False: PyTorch also makes one pass")
+    return Work(input.numel())
+
+
 @op(
     stock=stock.batch_norm,
+    policy=_in_training,
     source="arXiv:1502.03167; statistics: Welford (1962), Chan, Golub, LeVeque (1979)",
 )
 def batch_norm(
@@ -265,8 +276,6 @@ def batch_norm(
 ):  # fmt: skip
     """Fused in training, with running statistics or not, and in eval mode; float32 parameters with
     16-bit input too. Channels last stays so."""
-    if not training and current_mode() == "auto":
-        return Stock("training=False: stock makes one pass too")
     return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 

@@ -3,7 +3,10 @@
 import torch
 import torch.nn.functional as stock
 
-from fastnn._op import Invalid, Stock, launcher, op, run, second_order
+from fastnn._function import run, second_order
+from fastnn._graph import launcher
+from fastnn._mode import Invalid, Stock
+from fastnn._op import op
 from fastnn.ops.nll_loss import INDICES, refuse_indices, refuse_options, resolve_reduction
 
 

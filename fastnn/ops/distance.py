@@ -13,7 +13,10 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import kernels
-from fastnn._op import Invalid, Stock, op, run, second_order
+from fastnn._function import run, second_order
+from fastnn._gate import Work
+from fastnn._mode import Invalid, Stock
+from fastnn._op import op
 from fastnn.ops.loss import INTEGERS, broadcast, common_dtype, multilabel, number, refuse
 from fastnn.ops.nll_loss import resolve_reduction
 
@@ -180,21 +183,26 @@ def _row_shape(dim, *xs):
     return shape, dim % len(shape)
 
 
-FEW_ROWS = 64  # of which each is one program's, where stock's reductions share them out
+FEW_ROWS = 64
 
 
 def _in_rows(*args, dim=-1, **options):
-    """The most elements of a tensor; 0 if they are in few rows."""
+    """The gate's policy where one program computes one row: the elements of the largest tensor."""
     most = max((v for v in args if isinstance(v, Tensor)), key=Tensor.numel)
     width = most.shape[dim] if most.dim() else 1
-    return most.numel() if most.numel() >= FEW_ROWS * width else 0
+    if most.numel() < FEW_ROWS * width:
+        return Stock(
+            f"{most.numel() // width} rows: a kernel's program computes one row, so fewer than "
+            f"{FEW_ROWS} rows leave most of the GPU idle"
+        )
+    return Work(most.numel())
 
 
 def _along(x1, x2, dim=1, eps=1e-8):
     return _in_rows(x1, x2, dim=dim)
 
 
-@op(stock=stock.cosine_similarity, size=_along, autocast="fp32")
+@op(stock=stock.cosine_similarity, policy=_along, autocast="fp32")
 def cosine_similarity(x1, x2, dim=1, eps=1e-8, *, out_dtype=None):
     """Fused: one kernel per direction for the 35 of stock's chain."""
     why = refuse((x1, x2), "none")
@@ -211,7 +219,7 @@ def cosine_similarity(x1, x2, dim=1, eps=1e-8, *, out_dtype=None):
     return _rows(COSINE, (x1, x2, None), found[1], (2.0, float(eps), 0.0), 2, False, None, dtype)
 
 
-@op(stock=stock.pairwise_distance, size=_in_rows, autocast="fp32")
+@op(stock=stock.pairwise_distance, policy=_in_rows, autocast="fp32")
 def pairwise_distance(x1, x2, p=2.0, eps=1e-6, keepdim=False, *, out_dtype=None):
     """Fused for positive exponents up to 64."""
     why = refuse((x1, x2), "none")
@@ -233,7 +241,7 @@ def pairwise_distance(x1, x2, p=2.0, eps=1e-6, keepdim=False, *, out_dtype=None)
     return y.unsqueeze(-1) if keepdim else y
 
 
-@op(stock=stock.triplet_margin_loss, size=_in_rows, autocast="fp32", autocast_cpu="fp32",
+@op(stock=stock.triplet_margin_loss, policy=_in_rows, autocast="fp32", autocast_cpu="fp32",
     source="doi:10.5244/C.30.119")  # fmt: skip
 def triplet_margin_loss(
     anchor, positive, negative, margin=1.0, p=2, eps=1e-6, swap=False, size_average=None,
@@ -271,7 +279,7 @@ def row_divisor(reduction, rows):
 
 @op(
     stock=stock.cosine_embedding_loss,
-    size=_in_rows,
+    policy=_in_rows,
     integers=INTEGERS,
     autocast="fp32",
     autocast_cpu="fp32",

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import _rng, kernels
-from fastnn._op import Invalid, Stock, op, run
+from fastnn._function import run
+from fastnn._mode import Invalid, Stock
+from fastnn._op import op
 
 
 class Noise(NamedTuple):

@@ -3,7 +3,11 @@
 import torch
 import torch.nn.functional as stock
 
-from fastnn._op import Invalid, Stock, current_mode, launcher, op, run
+from fastnn._function import run
+from fastnn._gate import Work
+from fastnn._graph import launcher
+from fastnn._mode import Invalid, Stock
+from fastnn._op import op
 
 _fwd = launcher(
     "embedding",
@@ -20,7 +24,14 @@ _bwd = launcher(
     ),
 )
 
-_FEW = 3072  # indices up to which stock's backward does not sort them, but takes one launch
+_FEW = 3072  # up to so many indices PyTorch's backward does not sort, and is one launch
+FEW = "few indices"  # the variant whose backward is PyTorch's
+
+
+def _vectors(input, weight, *rest, **options):
+    """The gate's policy: the elements of the result."""
+    few = weight.is_cuda and input.numel() <= _FEW
+    return Work(input.numel() * weight.shape[-1], variant=FEW if few else "")
 
 
 class Embedding(torch.autograd.Function):
@@ -45,13 +56,12 @@ class Embedding(torch.autograd.Function):
     stock=stock.embedding,
     integers=(torch.int64, torch.int32),
     opaque=True,
-    size=lambda input, weight, *rest, **options: (
-        input.numel() * weight.shape[-1] if weight.dim() else 0
-    ),
+    policy=_vectors,
+    variants=("", FEW),
 )
 def embedding(
     input, weight, padding_idx=None, max_norm=None, norm_type=2.0,
-    scale_grad_by_freq=False, sparse=False,
+    scale_grad_by_freq=False, sparse=False, *, variant="",
 ):  # fmt: skip
     """Fused for dense gradients, which are deterministic: the same bits each time.
 
@@ -74,5 +84,5 @@ def embedding(
         return Stock("sparse=True")
     if weight.stride(1) != 1 and D > 1:
         return Stock(f"a weight of strides {weight.stride()}")
-    few = weight.is_cuda and input.numel() <= _FEW and current_mode() == "auto"
+    few = variant == FEW
     return run(Embedding, weight, input, padding_idx, bool(scale_grad_by_freq), few)

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as stock
 from torch import Tensor
 
-from fastnn import _op, _rng, kernels
-from fastnn._op import Invalid, Stock, op, run, second_order
+from fastnn import _gate, _rng, kernels
+from fastnn._function import run, second_order
+from fastnn._gate import Work
+from fastnn._mode import Invalid, Stock
+from fastnn._op import op
 from fastnn.ops import activation as acts
 from fastnn.ops.activation import Formula
 from fastnn.ops.dropout import Dropout, Noise, _native_scales
@@ -123,7 +126,7 @@ def linear(input, weight, bias=None):
     why = _declined(input, weight, bias)
     if why is not None:
         return why
-    how = How(True, matmul_precision(), _op.architecture(input.get_device()))
+    how = How(True, matmul_precision(), _gate.architecture(input.get_device()))
     return run(Linear, input, weight, bias, how)
 
 
@@ -290,7 +293,7 @@ _GEMM_ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 _LEAST_GEMM = 128 * 128 * 66
 
 
-def _plan(M, N, K, itemsize, arch, activation, bias, training, drops) -> str | Stock:
+def _variant(M, N, K, itemsize, arch, activation, bias, training, drops) -> str | Stock:
     """How `linear_act` runs where cuBLAS may be used.
 
     "gemm": our GEMM with the rest in its epilogue; "addmm": cuBLASLt with bias and relu in its
@@ -308,19 +311,33 @@ def _plan(M, N, K, itemsize, arch, activation, bias, training, drops) -> str | S
         return "gemm"
     if drops or (training and M * N >= 2**24):
         return "epilogue"
-    return Stock("no dropout to fuse, and no bias gradient large enough")
+    return Stock("there is no dropout to fuse, and no bias gradient that is large enough")
 
 
-def _outputs(input, weight, *rest, **options):
-    """Elements of the result, which the size gate goes by."""
-    if weight.dim() != 2 or not input.dim():
-        return 0
-    return input.shape[:-1].numel() * weight.shape[0]
-
-
-@op(stock=_composed, autocast="lower", autocast_cpu="lower", size=_outputs)
-def linear_act(
+def _outputs(
     input, weight, bias=None, activation="relu", a=0.0, b=0.0, p=0.0, training=False
+):  # fmt: skip
+    """The gate's policy: the elements of the result, and who multiplies."""
+    N, K = weight.shape
+    M = input.shape[:-1].numel()
+    tracked = (input, weight) if bias is None else (input, weight, bias)
+    variant = _variant(
+        M, N, K, input.element_size(), _gate.architecture(input.get_device()), activation,
+        bias is not None, torch.is_grad_enabled() and any(t.requires_grad for t in tracked),
+        training and p > 0,
+    )  # fmt: skip
+    return variant if isinstance(variant, Stock) else Work(M * N, "outputs", variant)
+
+
+@op(
+    stock=_composed,
+    autocast="lower",
+    autocast_cpu="lower",
+    policy=_outputs,
+    variants=("gemm", "addmm", "epilogue"),
+)
+def linear_act(
+    input, weight, bias=None, activation="relu", a=0.0, b=0.0, p=0.0, training=False, *, variant=""
 ):  # fmt: skip
     """`dropout(activation(linear(input, weight, bias), a, b), p, training)`.
 
@@ -343,17 +360,7 @@ def linear_act(
     drops = training and p > 0 and M * N > 0
     if drops and M * N >= 2**31:
         return Stock(f"dropout of {M * N} elements, more than 32 bits can index")
-    arch = _op.architecture(input.get_device())
-    forced = _op.current_mode() == "triton"
-    tracked = (input, weight) if bias is None else (input, weight, bias)
-    training = torch.is_grad_enabled() and any(t.requires_grad for t in tracked)
-    plan: Any = "gemm"
-    if not forced:
-        plan = _plan(
-            M, N, K, input.element_size(), arch, activation, bias is not None, training, drops
-        )
-        if isinstance(plan, Stock):
-            return plan
+    arch = _gate.architecture(input.get_device())
     noise = y = None
     if drops:
         y = input.new_empty((*input.shape[:-1], N))
@@ -366,6 +373,7 @@ def linear_act(
             if isinstance(draw, str):
                 return Stock(draw)
             noise = Noise(draw, "elements", bound, *_native_scales(p))
-    how = How(forced, matmul_precision(), arch)
-    rest = Neighbours(activation, float(a), float(b), plan, noise, y, how)
+    # Forced onto kernels there is no variant: our GEMM multiplies, in the backward too.
+    how = How(not variant, matmul_precision(), arch)
+    rest = Neighbours(activation, float(a), float(b), variant or "gemm", noise, y, how)
     return run(LinearAct, input, weight, bias, rest)[0]

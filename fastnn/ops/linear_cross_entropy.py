@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Invalid, Stock, op, run, second_order
+from fastnn._function import run, second_order
+from fastnn._gate import Work
+from fastnn._mode import Invalid, Stock
+from fastnn._op import op
 
 CHUNK_BYTES = 1 << 28  # of logits at a time: large products, and little beside a model
 
@@ -200,9 +203,10 @@ def _gradients_of_rows(ctx, dloss):
     return made.dx, made.dw, made.db
 
 
-def _logit_count(input, linear_weight, *rest, **options):
+def _logits_of(input, linear_weight, *rest, **options):
+    """The gate's policy: as many logits as there are rows times classes."""
     features = input.shape[-1]
-    return input.numel() // features * (linear_weight.numel() // features)
+    return Work(input.numel() // features * (linear_weight.numel() // features), "logits")
 
 
 def _unfit(x, w, b, target, weight, reduction, ignore_index, smoothing, shape):
@@ -240,7 +244,7 @@ def _unfit(x, w, b, target, weight, reduction, ignore_index, smoothing, shape):
 @op(
     stock=_reference,
     integers=(torch.int64,),
-    size=_logit_count,
+    policy=_logits_of,
     source="arXiv:2410.10989 (gradients with the loss, in chunks of rows)",
 )
 def linear_cross_entropy(

@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Invalid, Stock, op, run, second_order
+from fastnn._function import run, second_order
+from fastnn._mode import Invalid, Stock
+from fastnn._op import op
 
 _WIDEST = 8  # the most channels of a window that registers hold
 

@@ -15,7 +15,10 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import kernels
-from fastnn._op import Invalid, Stock, op, run, second_order
+from fastnn._function import run, second_order
+from fastnn._gate import Work
+from fastnn._mode import Invalid, Stock
+from fastnn._op import op
 from fastnn.ops.nll_loss import resolve_reduction
 
 aten = torch.ops.aten
@@ -81,10 +84,10 @@ MULTILABEL_SOFT_MARGIN = Loss(
 
 
 def _reduced(*args, **options):
-    """The size of a loss of which stock without a reduction is one kernel, and as fast."""
+    """The gate's policy for a loss that PyTorch computes in one kernel if it is not reduced."""
     if options.get("reduction") == "none" or any(type(v) is str and v == "none" for v in args):
-        return 0
-    return max(v.numel() for v in args if isinstance(v, Tensor))
+        return Stock("reduction='none': PyTorch already needs one kernel, so nothing can be saved")
+    return Work(max(v.numel() for v in args if isinstance(v, Tensor)))
 
 
 class Elementwise(torch.autograd.Function):
@@ -242,7 +245,7 @@ def _warn_of_broadcasting(input, target):
     )
 
 
-@op(stock=stock.mse_loss, size=_reduced, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32")
+@op(stock=stock.mse_loss, policy=_reduced, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32")
 def mse_loss(
     input, target, size_average=None, reduce=None, reduction="mean", weight=None, *, out_dtype=None
 ):  # fmt: skip
@@ -260,7 +263,7 @@ def l1_loss(
     return _regression(L1, input, target, weight, 0.0, legacy, reduction, out_dtype)
 
 
-@op(stock=stock.smooth_l1_loss, size=_reduced, integers=INTEGERS, autocast="fp32",
+@op(stock=stock.smooth_l1_loss, policy=_reduced, integers=INTEGERS, autocast="fp32",
     autocast_cpu="fp32", source="arXiv:1504.08083")  # fmt: skip
 def smooth_l1_loss(
     input, target, size_average=None, reduce=None, reduction="mean", beta=1.0, *, out_dtype=None
@@ -273,7 +276,7 @@ def smooth_l1_loss(
     return _regression(loss, input, target, None, beta, legacy, reduction, out_dtype)
 
 
-@op(stock=stock.huber_loss, size=_reduced, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32",
+@op(stock=stock.huber_loss, policy=_reduced, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32",
     source="doi:10.1214/aoms/1177703732")  # fmt: skip
 def huber_loss(input, target, reduction="mean", delta=1.0, weight=None, *, out_dtype=None):
     """Fused with its reduction, with weights and broadcasting."""
@@ -305,7 +308,7 @@ def _refuse_binary(input, target, weights, reduction, out_dtype):
     return None
 
 
-@op(stock=stock.binary_cross_entropy, size=_reduced, integers=INTEGERS, autocast_cpu="fp32")
+@op(stock=stock.binary_cross_entropy, policy=_reduced, integers=INTEGERS, autocast_cpu="fp32")
 def binary_cross_entropy(
     input, target, weight=None, size_average=None, reduce=None, reduction="mean", *, out_dtype=None
 ):  # fmt: skip

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as stock
 from torch import Tensor
 
-from fastnn import _op, _rng, kernels
-from fastnn._op import Invalid, Stock, op, run, second_order
+from fastnn import _gate, _rng, kernels
+from fastnn._function import run, second_order
+from fastnn._gate import Work
+from fastnn._mode import Invalid, Stock
+from fastnn._op import op
 from fastnn.ops.attention import scaled_dot_product_attention
 from fastnn.ops.dropout import _native_scales
 from fastnn.ops.linear import matmul_precision
@@ -196,17 +199,20 @@ def _rejected(
 
 
 def _scores(query, key, value, embed_dim_to_check, num_heads, *rest, **options):
-    """Elements of the weights of all heads, which the size gate goes by."""
-    if query.dim() not in (2, 3) or not key.dim():
-        return 0
+    """The gate's policy: the elements of the attention weights of all heads."""
+    device = query.device.type
+    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    if device == "cuda" and low == torch.float32 and matmul_precision() == "ieee":
+        return Stock("float32 products without TF32: cuBLAS is faster than a kernel")
     batch = query.shape[1] if query.dim() == 3 else 1
-    return batch * num_heads * query.shape[0] * key.shape[0]
+    return Work(batch * num_heads * query.shape[0] * key.shape[0], "attention weights")
 
 
 @op(
     stock=stock.multi_head_attention_forward,
     integers=(torch.bool,),
-    size=_scores,
+    policy=_scores,
+    settings=matmul_precision,
     source="arXiv:1706.03762, section 3.2; arXiv:2205.14135; arXiv:2307.08691",
 )
 def multi_head_attention_forward(
@@ -252,10 +258,7 @@ def multi_head_attention_forward(
         return Stock("bias_k or add_zero_attn under autocast")
     dtype = low or query.dtype
     precision = "ieee" if dtype != torch.float32 else matmul_precision()
-    arch = _op.architecture(query.get_device())
-    if dtype == torch.float32 and precision == "ieee" and device == "cuda":
-        if _op.current_mode() != "triton":
-            return Stock("float32 products without tf32")
+    arch = _gate.architecture(query.get_device())
     B = query.shape[1] if query.dim() == 3 else 1
     L, S, E, H = query.shape[0], key.shape[0], query.shape[-1], num_heads
     added = (bias_k is not None) + bool(add_zero_attn)

@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Invalid, Stock, op, run, second_order
+from fastnn._function import run, second_order
+from fastnn._mode import Invalid, Stock
+from fastnn._op import op
 from fastnn.ops.distance import row_divisor
 from fastnn.ops.loss import refuse
 from fastnn.ops.nll_loss import resolve_reduction

@@ -6,7 +6,10 @@ from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
 from fastnn import kernels
-from fastnn._op import Invalid, Stock, op, run, second_order
+from fastnn._function import run, second_order
+from fastnn._gate import Work
+from fastnn._mode import Invalid, Stock
+from fastnn._op import op
 
 INDICES = (torch.int64, torch.uint8)
 
@@ -81,7 +84,8 @@ class NLLLoss(torch.autograd.Function):
 
 
 def _positions(input, target, *rest, **options):
-    return target.numel()
+    """The gate's policy: a loss reads one logit for each target."""
+    return Work(target.numel(), "targets")
 
 
 @op(
@@ -89,7 +93,7 @@ def _positions(input, target, *rest, **options):
     integers=INDICES,
     autocast="fp32",
     autocast_cpu="fp32",
-    size=_positions,
+    policy=_positions,
 )
 def nll_loss(
     input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,

@@ -5,7 +5,10 @@ import math
 import torch
 import torch.nn.functional as stock
 
-from fastnn._op import Invalid, Stock, launcher, op, run, second_order
+from fastnn._function import run, second_order
+from fastnn._graph import launcher
+from fastnn._mode import Invalid, Stock
+from fastnn._op import op
 
 _COMPOSED = torch.__version__ < "2.11"  # RMS norm of every input: so in 2.8, not so in 2.11
 

@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Invalid, op, run, second_order
+from fastnn._function import run, second_order
+from fastnn._mode import Invalid
+from fastnn._op import op
 
 
 class PReLU(torch.autograd.Function):

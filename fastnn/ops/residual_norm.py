@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import _rng, kernels
-from fastnn._op import Invalid, Stock, op, run, second_order
+from fastnn._function import run, second_order
+from fastnn._mode import Invalid, Stock
+from fastnn._op import op
 from fastnn.ops.dropout import Dropout, Noise, _native_scales
 from fastnn.ops.norm import FINFO_EPS, _unfit
 

@@ -3,7 +3,10 @@
 import torch
 import torch.nn.functional as stock
 
-from fastnn._op import FLOATS, Invalid, Stock, launcher, op, run
+from fastnn._function import run
+from fastnn._graph import launcher
+from fastnn._mode import Invalid, Stock
+from fastnn._op import FLOATS, op
 
 _fwd = launcher(
     "softmax",

@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fastnn
 import fastnn.functional
-from fastnn._op import FLOATS, BackendError, Mode, backend, decisions
+from fastnn._mode import BackendError, Mode, backend, decisions
+from fastnn._op import FLOATS
 from fastnn.testing.noise import recording, replaying
 
 if TYPE_CHECKING:

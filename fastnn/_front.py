@@ -1,0 +1,132 @@
+"""The function that users call, written out from the signature of an op's fused function.
+
+Written out, so that arguments bind, default and fail as declared, at the cost of one call; and so
+that the function pickles by name, and Dynamo and TorchScript can follow it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+
+from fastnn import _mode
+
+# Keyword-only arguments that dispatch passes to a fused function, and that no user sees.
+PRIVATE = ("out_dtype", "variant")
+
+_NO_KEYWORDS: dict = {}
+
+
+def _key(declared: list[inspect.Parameter], settings: bool) -> str:
+    """The expression of what the gate's answer follows from: its value stands for a call that was
+    declined, so that the next one need not ask again.
+
+    Of an argument without a default: its shape and whether it requires a gradient, if it is a
+    tensor, else itself. Of one that defaults to None: whether it is there. Of the others: itself.
+    """
+    first = declared[0].name
+    parts = ["is_grad_enabled()", f"{first}.dtype", f"{first}.device"]
+    for p in declared:
+        if p.default is p.empty:
+            parts += [f"getattr({p.name}, 'shape', {p.name})"]
+            parts += [f"getattr({p.name}, 'requires_grad', None)"]
+        else:
+            parts.append(f"{p.name} is None" if p.default is None else p.name)
+    return f"({', '.join(parts)}, {'settings()' if settings else ''})"
+
+
+def parameters(fused: Callable) -> list[inspect.Parameter]:
+    """The parameters that users see."""
+    declared = inspect.signature(fused).parameters.values()
+    return [p for p in declared if p.name not in PRIVATE]
+
+
+def front(record: Any, dispatch: Callable) -> Callable:
+    """The function of `record`, an `Op`: PyTorch at once while idle, or where the gate declined the
+    same call before; else `dispatch`.
+
+    `dispatch(record, args, kwargs, key)` gets the positional arguments in the order of the
+    signature, and what to remember the call by if the gate declines it, or None.
+    """
+    name = record.name
+    declared: list[str] = []
+    positional: list[str] = []
+    keyword: list[str] = []
+    defaults = {}
+    key = _key(parameters(record.fused), record.settings is not None)
+    for p in parameters(record.fused):
+        if p.kind is p.KEYWORD_ONLY:
+            keyword.append(f"{p.name}={p.name}")
+            if len(keyword) == 1:
+                declared.append("*")
+        else:
+            positional.append(p.name)
+        if p.default is not p.empty:
+            defaults[f"_{p.name}"] = p.default
+        declared.append(p.name if p.default is p.empty else f"{p.name}=_{p.name}")
+    passed = ", ".join(positional + keyword)
+    dispatched = ", ".join(positional)
+    # A warning's stack level counts the frames that lie between: this function, then dispatch.
+    passed = passed.replace("_stacklevel", "_stacklevel + 1")
+    dispatched = dispatched.replace("_stacklevel", "_stacklevel + 2")
+    lines = [
+        f"def make(stock, record, dispatch, no_keywords, is_compiling, is_grad_enabled, "
+        f"{', '.join(defaults)}):",
+        "    declined, settings = record.declined, record.settings",
+        f"    def {name}({', '.join(declared)}):",
+        "        if _idle:",
+        f"            return stock({passed})",
+        "        key = None",
+        "        if _plain and not is_compiling():",
+        "            try:",
+        f"                key = {key}",
+        "                known = key in declined",
+        "            except Exception:  # arguments of the wrong kinds, or not hashable",
+        "                key = known = None",
+        "            if known:",
+        f"                return stock({passed})",
+        f"        return dispatch(record, ({dispatched},), "
+        + (f"dict({', '.join(keyword)}), key)" if keyword else "no_keywords, key)"),
+        f"    return {name}",
+    ]
+    if not isinstance(record.stock, FunctionType):  # a builtin, which also takes out=
+        declared += ["out=None"] if keyword else ["*", "out=None"]
+        lines[2] = f"    def {name}({', '.join(declared)}):"
+        lines[3:3] = [
+            "        if out is not None:",
+            f"            return stock({passed}, out=out)",
+        ]
+    file = f"<fastnn.functional.{name}>"
+    source = "\n".join(lines) + "\n"
+    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+    scope: dict = {}
+    # In the namespace of `_mode`, whose `_idle` and `_plain` it reads.
+    exec(compile(source, file, "exec"), vars(_mode), scope)
+    call = scope["make"](
+        record.stock, record, dispatch, _NO_KEYWORDS, torch.compiler.is_dynamo_compiling,
+        torch.is_grad_enabled, **defaults,
+    )  # fmt: skip
+    call.__qualname__ = name
+    call.__module__ = "fastnn.functional"
+    call.__doc__ = record.stock.__doc__ or record.fused.__doc__
+    call.op = record
+    _tell_torchscript(call, record.stock)
+    return call
+
+
+def _tell_torchscript(call: Callable, stock: Callable) -> None:
+    """Have TorchScript compile PyTorch's function where it meets `call`."""
+    call.__prepare_scriptable__ = lambda: stock  # type: ignore[attr-defined]
+    if not isinstance(stock, FunctionType):
+        # A builtin is looked up by identity, in a table that is slow to build: only listed here.
+        builtins = torch.jit._builtins
+        entry = call, f"aten::{stock.__name__}"
+        if builtins._builtin_table is None:
+            builtins._builtin_ops.append(entry)
+        else:
+            builtins._register_builtin(*entry)

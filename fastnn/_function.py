@@ -1,0 +1,65 @@
+"""What the autograd functions of op files share: how they are run, and second derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class _NoGraph:
+    """Stands for an autograd context where no gradient is wanted; keeps nothing."""
+
+    needs_input_grad = (False,) * 32
+
+    def __setattr__(self, name, value):
+        pass
+
+    def _ignore(self, *args):
+        pass
+
+    save_for_backward = mark_non_differentiable = set_materialize_grads = _ignore
+
+    def mark_dirty(self, *tensors):
+        for t in tensors:
+            if not t.is_inference():  # those count no versions
+                torch.autograd.graph.increment_version(t)  # as `apply` does
+
+
+_NO_GRAPH = _NoGraph()
+
+
+def run(function: type[torch.autograd.Function], *args):
+    """`function.apply(*args)`, or its bare forward where autograd has nothing to record."""
+    if torch.is_grad_enabled():
+        for value in args:
+            if isinstance(value, Tensor) and value.requires_grad:
+                return function.apply(*args)
+    if torch.compiler.is_compiling():
+        return function.apply(*args)
+    return function.forward(_NO_GRAPH, *args)
+
+
+def second_order(formula: Callable, inputs: tuple, grad_outputs, needed: tuple[bool, ...]):
+    """Gradients of the stock `formula(*inputs)` that carry a graph of their own.
+
+    For a backward that runs under `create_graph=True`, where a kernel's result could not be
+    differentiated again. Entries of `inputs` that are None or not `needed` get None.
+    """
+    with torch.enable_grad():
+        # Aliases: the same tensor twice among the inputs must not collect the other's gradient.
+        aliases = [t if t is None else t.view_as(t) for t in inputs]
+        devices = {t.device.type for t in aliases if t is not None}
+        with torch.autocast(devices.pop(), enabled=False):
+            outputs = formula(*aliases)
+        wanted = [t for t, need in zip(aliases, needed, strict=False) if need and t is not None]
+        grads = iter(
+            torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True, allow_unused=True)
+            if wanted
+            else ()
+        )
+    return tuple(
+        next(grads) if need and t is not None else None
+        for t, need in zip(aliases, needed, strict=False)
+    )

@@ -1,0 +1,170 @@
+"""Who runs a call: the mode in force, and a record of the choices made.
+
+A mode is "auto" (kernels where they win), "triton" (kernels at every size) or "torch" (PyTorch).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from fastnn._op import Op
+
+Mode = Literal["auto", "triton", "torch"]
+_MODES = ("auto", "triton", "torch")
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+_initial = os.environ.get("FASTNN_BACKEND", "auto")
+if _initial not in _MODES:
+    raise ValueError(f"FASTNN_BACKEND={_initial!r}: accepted are {', '.join(_MODES)}")
+_mode: ContextVar[Mode | None] = ContextVar("fastnn_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """Under `backend("triton")`, a call that no kernel can run. Names the op and the reason."""
+
+
+class Stock(NamedTuple):
+    """Declines a call, which then runs on PyTorch. `why` is read after "stock: "."""
+
+    why: str
+
+
+class Invalid(Stock):
+    """Declines a call that PyTorch is going to reject: in every mode the user gets that error."""
+
+
+# ---- Whether anything but PyTorch can be chosen ------------------------------------------------
+#
+# While `_idle` holds, every op calls PyTorch at once. No CUDA tensor exists before CUDA is
+# initialised, and asking for a device at import would initialise it (and break a later fork).
+
+_lock = threading.Lock()
+_idle = True
+_plain = True  # everybody is in "auto" and nobody watches: a call may repeat an earlier decision
+_watching = 0  # open `decisions()` blocks, in all threads
+_open_modes: list[Mode] = []  # of all open `backend()` blocks, in all threads, oldest first
+_awake = INTERPRET
+_fallback: Mode = _initial  # type: ignore[assignment]  # for threads that opened no block
+
+
+def _settle() -> None:
+    """Derive `_idle`, `_plain` and `_fallback` from what is open."""
+    global _idle, _plain, _fallback
+    _fallback = _open_modes[-1] if _open_modes else _initial  # type: ignore[assignment]
+    _idle = not (_awake or _watching or _initial == "triton" or "triton" in _open_modes)
+    _plain = not _watching and all(mode == "auto" for mode in (_initial, *_open_modes))
+
+
+def _wake() -> None:
+    global _awake
+    with _lock:
+        _awake = True
+        _settle()
+
+
+if HAS_TRITON and (torch.version.cuda or torch.version.hip):
+    torch.cuda._lazy_call(_wake)  # at once if CUDA is up, else when the first CUDA tensor is made
+_settle()
+
+
+def idle() -> bool:
+    """True where no kernel can run and nobody asks why: PyTorch may be called directly."""
+    return _idle
+
+
+def current_mode() -> Mode:
+    """The mode in force: "auto", "triton" or "torch"."""
+    return _mode.get() or _fallback
+
+
+# A constant to Dynamo, without `torch.compiler.assume_constant_result`, which would import Dynamo.
+current_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def traced_mode() -> Mode:
+    """The mode in force, for a function that Dynamo traces.
+
+    Dynamo guards on the global that is read here, so that another mode makes another graph.
+    """
+    return current_mode() if _fallback else "auto"
+
+
+class backend:
+    """`with fastnn.backend(mode):` chooses who runs the calls made inside.
+
+    "auto": kernels where they win, PyTorch elsewhere. "triton": kernels at every size; a call that
+    would go to PyTorch for any cause but its size raises `BackendError`. "torch": PyTorch, always.
+    The default is the environment variable `FASTNN_BACKEND`, else "auto".
+
+    Holds in this thread, and in threads that opened no block of their own (those of autograd and of
+    DataParallel) while it is the block opened last. Raises ValueError for any other mode.
+    """
+
+    def __init__(self, mode: Mode):
+        if mode not in _MODES:
+            raise ValueError(f"backend: expected one of {', '.join(_MODES)}; got {mode!r}")
+        self.mode = mode
+        self._tokens: list = []
+
+    def __enter__(self) -> backend:
+        self._tokens.append(_mode.set(self.mode))
+        with _lock:
+            _open_modes.append(self.mode)
+            _settle()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        _mode.reset(self._tokens.pop())
+        with _lock:
+            # The newest of this mode: among equals it does not matter whose it was.
+            del _open_modes[len(_open_modes) - 1 - _open_modes[::-1].index(self.mode)]
+            _settle()
+
+
+# ---- Telling which path ran ---------------------------------------------------------------------
+
+
+class Decision(NamedTuple):
+    """One dispatch: the op, and None if a kernel ran, else the reason why PyTorch did."""
+
+    op: Op
+    why: str | None
+
+
+_heard: ContextVar[tuple[list[Decision], ...]] = ContextVar("fastnn_decisions", default=())
+
+
+def note(op: Op, why: str | None) -> None:
+    """Tell every open `decisions()` block of this thread who ran `op`: None is the kernel, a text
+    is the reason for PyTorch."""
+    for heard in _heard.get():
+        heard.append(Decision(op, why))
+
+
+@contextmanager
+def decisions() -> Iterator[list[Decision]]:
+    """Collect a `Decision` for every dispatch made inside the block, in this thread."""
+    global _watching
+    mine: list[Decision] = []
+    token = _heard.set((*_heard.get(), mine))
+    with _lock:
+        _watching += 1
+        _settle()
+    try:
+        yield mine
+    finally:
+        _heard.reset(token)
+        with _lock:
+            _watching -= 1
+            _settle()
