@@ -20,6 +20,7 @@ from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_leaves
 
 from fastnn._mode import HAS_TRITON, Stock
+from fastnn.kernels import _gpus
 
 TABLE = Path(__file__).with_name("crossover.json")
 
@@ -102,7 +103,7 @@ def unproven(architecture: str) -> str | None:
         return None
     from fastnn import kernels  # Triton is loaded with it, on the first question about a GPU
 
-    least = table().get("compiled", {}).get(architecture)
+    least = _gpus.facts(architecture).compiled_from
     if least is None:
         return f"kernels were not compiled for {architecture}; `fastnn tune` measures them"
     if TorchVersion(kernels._launch.triton_version()) < least:
@@ -125,17 +126,6 @@ def using(new: Mapping[str, Any]) -> Iterator[None]:
         forget()
 
 
-@functools.cache
-def architecture(device_index: int) -> str:
-    """The name of a device's architecture: "sm_90", "gfx942", or "cpu" for the interpreter."""
-    if device_index < 0:
-        return "cpu"
-    properties = torch.cuda.get_device_properties(device_index)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
-
-
 # ---- The decision -------------------------------------------------------------------------------
 
 
@@ -152,7 +142,7 @@ def decide(
         return Stock("the size of the call cannot be told from its arguments")
     if isinstance(work, Stock):
         return Slow(work.why)
-    least, source = crossover(op, architecture(device_index), work.variant)
+    least, source = crossover(op, _gpus.architecture(device_index), work.variant)
     if work.size >= least:
         return work.variant
     if least == math.inf:
@@ -189,3 +179,6 @@ def forget() -> None:
     """Forget all of them: the table, or the device, is another one."""
     for declined in _memories:
         declined.clear()
+
+
+_gpus.on_change.append(forget)

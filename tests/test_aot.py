@@ -351,7 +351,8 @@ if __name__ == "__main__":
     share = "--share" in sys.argv
     into = sys.argv[sys.argv.index("--into") + 1] if "--into" in sys.argv else None
     failed, everything = False, []
-    for target in [a for a in sys.argv[1:] if a in TARGETS] or TARGETS:
+    compiled = [name for name, target in TARGETS.items() if target.facts.compiled_from]
+    for target in [a for a in sys.argv[1:] if a in TARGETS] or compiled:
         found, faults = compile_rows(target, Share(target) if share else None)
         print(table(found), *faults, f"{target}: {len(found)} compiled", sep="\n")
         failed = failed or bool(faults)

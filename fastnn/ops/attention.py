@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as stock
 from torch import Tensor
 
-from fastnn import _gate, _rng, kernels
+from fastnn import _rng, kernels
 from fastnn._function import run, second_order
 from fastnn._gate import Work
 from fastnn._mode import Invalid, Stock
 from fastnn._op import op
+from fastnn.kernels import _gpus
 from fastnn.ops.dropout import _native_scales
 from fastnn.ops.linear import matmul_precision
 
@@ -291,7 +292,7 @@ def scaled_dot_product_attention(
         return Invalid("no backend of stock takes this call")
     if backend != _MATH and mask is not None and mask.dim() < 2:
         return Invalid(f"mask {tuple(mask.shape)}, of fewer than two dims")
-    precision, arch = matmul_precision(), _gate.architecture(q.get_device())
+    precision, arch = matmul_precision(), _gpus.architecture(q.get_device())
     noise, grad_scale = None, 1.0
     if dropout_p > 0:
         drawn = _noise(q, S, dropout_p)

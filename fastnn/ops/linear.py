@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as stock
 from torch import Tensor
 
-from fastnn import _gate, _rng, kernels
+from fastnn import _rng, kernels
 from fastnn._function import run, second_order
 from fastnn._gate import Work
 from fastnn._mode import Invalid, Stock
 from fastnn._op import op
+from fastnn.kernels import _gpus
 from fastnn.ops import activation as acts
 from fastnn.ops.activation import Formula
 from fastnn.ops.dropout import Dropout, Noise, _native_scales
@@ -104,8 +105,7 @@ class Linear(torch.autograd.Function):
         dx, dw = _gradients_of_product(dy, x, weight, shape, needs, how)
         db = None
         if needs[2]:
-            processors = kernels.linear.processors(how.arch)
-            _, db = kernels.epilogue.bwd(dy, want_dz=False, processors=processors)
+            _, db = kernels.epilogue.bwd(dy, want_dz=False)
         return dx, dw, db, None
 
 
@@ -126,7 +126,7 @@ def linear(input, weight, bias=None):
     why = _declined(input, weight, bias)
     if why is not None:
         return why
-    how = How(True, matmul_precision(), _gate.architecture(input.get_device()))
+    how = How(True, matmul_precision(), _gpus.architecture(input.get_device()))
     return run(Linear, input, weight, bias, how)
 
 
@@ -226,7 +226,6 @@ class LinearAct(torch.autograd.Function):
                 through_y = _differentiable_dz(dy, s, rest, noise)
                 dz = through_y if dz is None else through_y + dz
             return *_differentiable_gradients(dz, x, weight, needs), None
-        processors = kernels.linear.processors(rest.how.arch)
         dz = db = None
         if dy is not None:
             formula = rest.formula
@@ -235,13 +234,13 @@ class LinearAct(torch.autograd.Function):
                 _rows(dy), _matrix(s), formula.gradient, formula.value if recompute else None,
                 rest.a, rest.b, *((noise.draw, noise.bound, noise.scale) if noise else ()),
                 want_dz=needs[0] or needs[1] or dz_of_second is not None,
-                want_db=needs[2] and dz_of_second is None, processors=processors,
+                want_db=needs[2] and dz_of_second is None,
             )  # fmt: skip
         if dz_of_second is not None:
             more = _rows(dz_of_second)
             dz = more if dz is None else dz + more
             if needs[2]:
-                _, db = kernels.epilogue.bwd(dz, want_dz=False, processors=processors)
+                _, db = kernels.epilogue.bwd(dz, want_dz=False)
         dx, dw = _gradients_of_product(dz, x, weight, shape, needs, rest.how)
         return dx, dw, db, None
 
@@ -322,7 +321,7 @@ def _outputs(
     M = input.shape[:-1].numel()
     tracked = (input, weight) if bias is None else (input, weight, bias)
     variant = _variant(
-        M, N, K, input.element_size(), _gate.architecture(input.get_device()), activation,
+        M, N, K, input.element_size(), _gpus.architecture(input.get_device()), activation,
         bias is not None, torch.is_grad_enabled() and any(t.requires_grad for t in tracked),
         training and p > 0,
     )  # fmt: skip
@@ -360,7 +359,7 @@ def linear_act(
     drops = training and p > 0 and M * N > 0
     if drops and M * N >= 2**31:
         return Stock(f"dropout of {M * N} elements, more than 32 bits can index")
-    arch = _gate.architecture(input.get_device())
+    arch = _gpus.architecture(input.get_device())
     noise = y = None
     if drops:
         y = input.new_empty((*input.shape[:-1], N))

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as stock
 from torch import Tensor
 
-from fastnn import _gate, _rng, kernels
+from fastnn import _rng, kernels
 from fastnn._function import run, second_order
 from fastnn._gate import Work
 from fastnn._mode import Invalid, Stock
 from fastnn._op import op
+from fastnn.kernels import _gpus
 from fastnn.ops.attention import scaled_dot_product_attention
 from fastnn.ops.dropout import _native_scales
 from fastnn.ops.linear import matmul_precision
@@ -258,7 +259,7 @@ def multi_head_attention_forward(
         return Stock("bias_k or add_zero_attn under autocast")
     dtype = low or query.dtype
     precision = "ieee" if dtype != torch.float32 else matmul_precision()
-    arch = _gate.architecture(query.get_device())
+    arch = _gpus.architecture(query.get_device())
     B = query.shape[1] if query.dim() == 3 else 1
     L, S, E, H = query.shape[0], key.shape[0], query.shape[-1], num_heads
     added = (bias_k is not None) + bool(add_zero_attn)

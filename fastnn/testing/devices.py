@@ -1,0 +1,50 @@
+"""The gate as on another device, or by other figures: for tests and tools."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+from fastnn import _gate, _op
+from fastnn.kernels import _gpus
+
+
+@contextmanager
+def simulated(
+    architecture: str | None = None,
+    *,
+    least: int | Mapping[str, int | None] | None = None,
+    source: str = "simulated",
+    devices: Collection[str] = (),
+) -> Iterator[None]:
+    """Inside the block, dispatch decides as on another device; nothing is launched on it.
+
+    architecture: what every device counts as, the CPU included: "sm_90", "gfx942", or one that the
+        table of GPUs lacks. The default is what each device is.
+    least: from which size on kernels win. A number holds for every op and variant; a mapping names
+        ops, and all others never win. The default is the shipped table.
+    source: who says so, as reasons tell it.
+    devices: the types of devices whose tensors kernels take, besides those that they take anyway.
+
+    Raises KeyError for an op in `least` that there is not.
+    """
+    from fastnn.ops import REGISTRY
+
+    with ExitStack() as stack:
+        if architecture is not None:
+            stack.enter_context(_gpus.simulated(architecture))
+        if least is not None:
+            names = dict.fromkeys(REGISTRY, least) if isinstance(least, int) else dict(least)
+            lines = [
+                {"op": name, "variant": variant, "least": size}
+                for name, size in names.items()
+                for variant in REGISTRY[name].variants
+            ]
+            entry = {"source": source, "crossovers": lines}
+            key = "default" if architecture is None else architecture
+            stack.enter_context(_gate.using({key: entry}))
+        if devices:
+            wider = {*_op.kernel_devices, *devices}
+            stack.enter_context(mock.patch.object(_op, "kernel_devices", wider))
+        yield
