@@ -34,7 +34,7 @@ def test_documented_commands_are_ones_that_exist():
     text = (ROOT / "docs" / "commands.md").read_text()
     for line in re.findall(r"^fastnn .*", re.sub(r"```text.*?```", "", text, flags=re.S), re.M):
         ran.append(parser.parse_args(shlex.split(line)[1:]).run.__module__)
-    assert {"fastnn._cli_info", "fastnn._cli_parity", "fastnn._cli_bench"} < set(ran)
+    assert {"fastnn._cli.info", "fastnn._cli.parity", "fastnn._cli.bench"} < set(ran)
     assert "```text\n```" not in text, "python docs/generate.py --commands"
 
 

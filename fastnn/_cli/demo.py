@@ -1,4 +1,4 @@
-"""`fastnn demo`: shows, plots and writes what `_demo.py` finds."""
+"""`fastnn demo`: shows, plots and writes what `training.py` finds."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastnn import _cli, _demo, _op
-from fastnn._demo import Comparison, DemoError
+from fastnn import _cli, _op
+from fastnn._cli import training
+from fastnn._cli.training import Comparison, DemoError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     try:
-        with _demo.one_thread():
+        with training.one_thread():
             device = _cli.device_name(_device())
             comparisons, skipped = _compare(args, console)
     except DemoError as error:
@@ -105,11 +106,11 @@ def _compare(args: argparse.Namespace, console: Console) -> tuple[list[Compariso
     mode: _op.Mode = "torch" if _op.INTERPRET else "auto"
     on_gpu = device.type == "cuda" and not _op.INTERPRET
     if on_gpu:
-        size = _demo.GPU_QUICK if args.quick else _demo.GPU
+        size = training.GPU_QUICK if args.quick else training.GPU
         short = replace(size, steps=50)
     else:
-        size = _demo.CPU_QUICK if args.quick else _demo.CPU
-        short = _demo.INTERPRETED_QUICK if args.quick else _demo.INTERPRETED
+        size = training.CPU_QUICK if args.quick else training.CPU
+        short = training.INTERPRETED_QUICK if args.quick else training.INTERPRETED
     size = replace(size, steps=args.steps or size.steps)
     skipped = None if _op.HAS_TRITON else "triton is not installed, so no kernel can run"
 
@@ -121,7 +122,7 @@ def _compare(args: argparse.Namespace, console: Console) -> tuple[list[Compariso
         progress.TimeElapsedColumn(),
     )
     with progress.Progress(*columns, console=console) as bars:
-        full = _demo.compare(
+        full = training.compare(
             size,
             mode=mode,
             device=device,
@@ -134,7 +135,7 @@ def _compare(args: argparse.Namespace, console: Console) -> tuple[list[Compariso
         if skipped:
             return [full], skipped
         if on_gpu:
-            forced = _demo.compare(
+            forced = training.compare(
                 short,
                 mode="triton",
                 device=device,
@@ -144,7 +145,7 @@ def _compare(args: argparse.Namespace, console: Console) -> tuple[list[Compariso
             )
         else:
             on_step = _bar(bars, "kernels, interpreted", short.steps)
-            forced = _demo.compare_interpreted(short, args.seed, on_step)
+            forced = training.compare_interpreted(short, args.seed, on_step)
     return [full, forced], skipped
 
 

@@ -1,6 +1,6 @@
 """`fastnn demo`: one small GPT, built with torch.nn and with fastnn, trained side by side.
 
-This file trains and judges and needs torch alone; `_cli_demo.py` shows what it finds.
+This file trains and judges and needs torch alone; `demo.py` shows what it finds.
 
 When do two curves coincide? Where both sides ran stock on a CPU: when every loss has equal bits.
 Where kernels ran, sums are taken in another order and training amplifies the last bit, so equality
@@ -428,7 +428,7 @@ def move(source: Side, target: Side, path: Path, ids: Tensor) -> Move:
 
 @dataclass
 class Comparison:
-    """stock against fastnn: what `_cli_demo` shows, plots and writes."""
+    """stock against fastnn: what `fastnn demo` shows, plots and writes."""
 
     title: str
     device: str
@@ -542,7 +542,8 @@ def compare_interpreted(
     """`compare` with the kernels interpreted on the CPU, in a process of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "FASTNN_BACKEND"}
     environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "fastnn._demo", json.dumps({**asdict(size), "seed": seed})]
+    job = json.dumps({**asdict(size), "seed": seed})
+    command = [sys.executable, "-m", "fastnn._cli.training", job]
     result = None
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(

@@ -1,5 +1,5 @@
-"""What the subcommands share. Nothing here, nor in a `_cli_*` file, imports rich or matplotlib
-before it is asked to: the library works without them, and `fastnn --help` too.
+"""What the subcommands share. No file in this folder imports rich or matplotlib before it is
+asked to: the library works without them, and `fastnn --help` too.
 """
 
 from __future__ import annotations
