@@ -1,11 +1,11 @@
-"""Writes what the documents derive from the code: `python docs/generate.py`; `--check` compares.
+"""Writes what the documents derive from the code: `python -m tools.generate`; `--check` compares.
 
 README.md    each ```python block is run, in order and in one process, and what it prints becomes
              the ```text block after it; the layer table stands between its two markers.
 docs/ops.md  the whole file, from the record of each op.
 
-docs/commands.md is written by `python docs/generate.py --commands` alone, since that takes minutes:
-each ```sh line is run, and what it prints becomes the ```text block after it.
+docs/commands.md is written by `python -m tools.generate --commands` alone, since that takes
+minutes: each ```sh line is run, and what it prints becomes the ```text block after it.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ def ops_page() -> str:
     lines = [
         "# Functions with kernels",
         "",
-        "Made by `python docs/generate.py` from the record of each op. What a function declines",
+        "Made by `python -m tools.generate` from the record of each op. What a function declines",
         "runs stock, and `fastnn.explain` says so.",
     ]
     for name, record in sorted(REGISTRY.items()):
@@ -127,7 +127,7 @@ def main() -> int:
             if "--check" not in sys.argv:
                 path.write_text(content)
     if "--check" in sys.argv and stale:
-        print(f"stale: {', '.join(stale)}; run python docs/generate.py")
+        print(f"stale: {', '.join(stale)}; run python -m tools.generate")
         return 1
     return 0
 
@@ -135,5 +135,6 @@ def main() -> int:
 if __name__ == "__main__":
     if os.environ.get("TRITON_INTERPRET") != "1":  # before anything is imported
         environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        sys.exit(subprocess.run([sys.executable, *sys.argv], env=environment).returncode)
+        command = [sys.executable, "-m", "tools.generate", *sys.argv[1:]]
+        sys.exit(subprocess.run(command, env=environment, cwd=ROOT).returncode)
     sys.exit(main())

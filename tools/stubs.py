@@ -1,6 +1,6 @@
 """Writes the stubs by which type checkers find torch.nn's submodules under fastnn's name.
 
-    python -m tests.stubs
+    python -m tools.stubs
 
 At run time `fastnn.utils.rnn` is torch's module and no file here; checkers want a file. Each stub
 re-exports all that stock's file defines, private names too: people do import `_BatchNorm`.
@@ -13,8 +13,8 @@ import torch.nn
 
 from fastnn import _namespace
 
-ROOT = Path(__file__).parents[1] / "fastnn"
-HEADER = "# Written by `python -m tests.stubs`.\n"
+ROOT = Path(__file__).parents[1] / "typings" / "fastnn"
+HEADER = "# Written by `python -m tools.stubs`.\n"
 
 
 def stock_files():
@@ -90,7 +90,7 @@ def _reexport(stock, name):
 
 
 def stubs():
-    """Path below fastnn/ -> text, for the torch that is installed."""
+    """Path below typings/fastnn/ -> text, for the torch that is installed."""
     files = list(stock_files())
     packages = {module[:-1] for module, _ in files} | {m for m, p in files if p.stem == "__init__"}
     return {
@@ -100,7 +100,7 @@ def stubs():
 
 
 def written():
-    """Path below fastnn/ -> text, of the stubs that are there."""
+    """Path below typings/fastnn/ -> text, of the stubs that are there."""
     found = {path.relative_to(ROOT): path.read_text() for path in ROOT.rglob("*.pyi")}
     return {path: text for path, text in found.items() if text.startswith(HEADER)}
 
