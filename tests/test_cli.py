@@ -3,16 +3,16 @@
 import importlib
 import importlib.metadata
 import itertools
+import pkgutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import fastnn
 from fastnn import _cli, _op
 from fastnn.__main__ import COMMANDS, main
-from fastnn._cli_parity import Outcome, _summary
+from fastnn._cli.parity import Outcome, _summary
 from fastnn.ops import REGISTRY
 from tests.marks import interpreted
 
@@ -27,8 +27,9 @@ def test_version_of_module_and_script():
 
 
 def test_every_command_file_is_registered():
-    files = {f"fastnn.{path.stem}" for path in Path(fastnn.__file__).parent.glob("_cli_*.py")}
-    assert files == {module for module, _ in COMMANDS.values()}
+    names = {f"fastnn._cli.{file.name}" for file in pkgutil.iter_modules(_cli.__path__)}
+    commands = {name for name in names if hasattr(importlib.import_module(name), "EXAMPLES")}
+    assert commands == {module for module, _ in COMMANDS.values()}
 
 
 def test_help_lists_the_commands(capsys):
@@ -149,7 +150,7 @@ def test_info_tells_why_no_kernel_can_run(monkeypatch, capsys):
 
 
 def test_info_reports_the_gate_of_the_gpu(monkeypatch):
-    info = importlib.import_module("fastnn._cli_info")
+    info = importlib.import_module("fastnn._cli.info")
     op = next(iter(REGISTRY.values()))
     monkeypatch.setattr(_op, "INTERPRET", False)
     monkeypatch.setattr(_op, "architecture", lambda index: "sm_90")
