@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -27,6 +27,8 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.torch_version import TorchVersion
 from torch.utils._device import DeviceContext
+
+from fastnn.kernels._tl import dense, is_dense
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -225,18 +227,40 @@ class Op:
     stock: Callable  # the fallback, and the reference of every check
     dtypes: tuple[torch.dtype, ...] = FLOATS
     integers: tuple[torch.dtype, ...] = ()  # dtypes of index arguments, where there are any
+    strided: tuple[str, ...] = ()  # tensors that `fused` takes as they are; it gets others dense
     autocast: Literal["fp32", "lower", None] = None  # the list that CUDA autocast has it on
     autocast_cpu: Literal["fp32", "lower", None] = None
     compiled: Literal["stock", "opaque"] = "stock"  # who runs it under torch.compile
     opaque: bool = False  # whether its launches are registered, so that a graph can hold them
     size: Callable[..., int] | None = None  # what the gate compares; default: most elements
     source: str = ""
+    dense_at: tuple[int, ...] = field(init=False)  # positions of arguments that are made dense
+    dense_names: frozenset[str] = field(init=False)
+
+    def __post_init__(self):
+        at, names = _not_strided(self.fused, self.strided)
+        object.__setattr__(self, "dense_at", at)
+        object.__setattr__(self, "dense_names", names)
 
     def __repr__(self):
         return f"Op({self.name})"
 
     def autocast_list(self, device_type: str):
         return self.autocast if device_type == "cuda" else self.autocast_cpu
+
+
+def _not_strided(function: Callable, strided: tuple[str, ...], skip: int = 0):
+    """(positions, names) of the parameters of `function`, from the `skip`-th on, that may be
+    tensors and are not called `strided`. Raises TypeError for a name that is no parameter."""
+    parameters = list(inspect.signature(function).parameters.values())[skip:]
+    unknown = set(strided) - {p.name for p in parameters}
+    if unknown:
+        raise TypeError(f"{function.__qualname__}: strided={sorted(unknown)}, not its parameters")
+    # A parameter whose default is of these types is never a tensor.
+    rest = [p.name not in strided and type(p.default) not in (bool, str) for p in parameters]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    at = [i for i, p in enumerate(parameters) if rest[i] and p.kind in positional]
+    return tuple(at), frozenset(p.name for p, yes in zip(parameters, rest, strict=True) if yes)
 
 
 _SCALARS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size, FunctionType))
@@ -331,6 +355,18 @@ def _under_autocast(op: Op, device_type: str, args: tuple, kwargs: dict):
     return tuple(map(cast, args)), {k: cast(v) for k, v in kwargs.items()}
 
 
+def _made_dense(op: Op, args: tuple, kwargs: dict):
+    """The arguments, in which all tensors but those that the record calls `strided` are dense."""
+    for i in op.dense_at:
+        value = args[i]
+        if isinstance(value, Tensor) and not is_dense(value):
+            args = (*args[:i], dense(value), *args[i + 1 :])
+    for name, value in kwargs.items():
+        if name in op.dense_names and isinstance(value, Tensor) and not is_dense(value):
+            kwargs = {**kwargs, name: dense(value)}
+    return args, kwargs
+
+
 def _forced_onto_stock(name: str, why: str) -> NoReturn:
     raise BackendError(f"{name}: backend('triton'), but stock: {why}")
 
@@ -348,7 +384,7 @@ def _dispatch_compiling(op: Op, args: tuple, kwargs: dict):
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
         known = all(t.dtype in op.dtypes or t.dtype in op.integers for t in tensors)
         if HAS_TRITON and known and tensors and tensors[0].device.type in _KERNEL_DEVICES:
-            passed = _under_autocast(op, tensors[0].device.type, args, kwargs)
+            passed = _made_dense(op, *_under_autocast(op, tensors[0].device.type, args, kwargs))
             out = op.fused(*passed[0], **passed[1])
             if not isinstance(out, Stock):
                 return out
@@ -379,7 +415,7 @@ def dispatch(op: Op, args: tuple, kwargs: dict):
             if mode == "auto":
                 why = _gate(op, tensor.get_device(), most, args, kwargs)
         if why is None:
-            passed = _under_autocast(op, tensor.device.type, args, kwargs)
+            passed = _made_dense(op, *_under_autocast(op, tensor.device.type, args, kwargs))
             out = op.fused(*passed[0], **passed[1])
             if not isinstance(out, Stock):
                 for heard in _heard.get():
@@ -484,6 +520,38 @@ def op(*, stock: Callable, **fields) -> Callable[[Callable], Callable]:
 
 
 # ---- What op files call -------------------------------------------------------------------------
+
+
+class Function(torch.autograd.Function):
+    """What op files derive theirs from: its `backward` gets incoming gradients dense.
+
+    All but those that the class calls `strided`, by the names of the parameters of `backward`,
+    which it takes with any strides.
+    """
+
+    strided: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        backward = cls.__dict__["backward"].__func__
+        at, names = _not_strided(backward, cls.strided, 1)
+        if len(at) < len(names):
+            raise TypeError(
+                f"{cls.__name__}.backward: *gradients are taken as they are; call them strided"
+            )
+        if at:
+            cls.backward = staticmethod(_with_dense_gradients(backward, at))  # type: ignore
+
+
+def _with_dense_gradients(backward: Callable, at: tuple[int, ...]) -> Callable:
+    def with_dense_gradients(ctx, *grads):
+        for i in at:
+            g = grads[i]
+            if g is not None and not is_dense(g):
+                grads = (*grads[:i], dense(g), *grads[i + 1 :])
+        return backward(ctx, *grads)
+
+    return with_dense_gradients
 
 
 class _NoGraph:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
-from fastnn.kernels._tl import dense_like
+from fastnn.kernels._tl import dense, dense_like
 from fastnn.kernels.loss import finish, multilabel_soft_margin, multilabel_soft_margin_grad
 from fastnn.kernels.nll_loss import class_programs, common, multiple, tiles, unit
 from triton.language.extra import libdevice
@@ -421,7 +421,7 @@ def _laid_out(tensors):
     """The tensors, copied only if their layouts do not go together, and `common` of them."""
     view = common(*tensors)
     if view is None:
-        tensors = [t.contiguous() for t in tensors]
+        tensors = [dense(t) for t in tensors]
         view = common(*tensors)
     return tensors, view
 
@@ -486,7 +486,7 @@ def bwd(dy, xs, wanted, target, weight, stats, gradient, numbers, flags, divisor
     made = wants
     view = common(*tensors, *wants)
     if view is None:
-        tensors = [t.contiguous() for t in tensors]
+        tensors = [dense(t) for t in tensors]
         made = [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in wants]
         view = common(*tensors, *made)
     (B, C, S), classes_last, strides = view
@@ -497,7 +497,7 @@ def bwd(dy, xs, wanted, target, weight, stats, gradient, numbers, flags, divisor
     reads = _placed(xs, present, strides, (0, 0))
     writes = _placed(wanted, asked, strides[len(tensors) :], (0, 0))
     _rows_bwd_kernel(
-        (B * row_blocks * class_blocks,), dy.contiguous(), *_placed(xs, present, tensors, None),
+        (B * row_blocks * class_blocks,), dy, *_placed(xs, present, tensors, None),
         target, weight, stats, *_placed(wanted, asked, made, None), C, S, B * S,
         *(s for pair in (*reads, *writes) for s in pair), row_blocks, class_blocks, divisor or 1,
         *numbers, GRAD=globals()[gradient], SUMS=stats.shape[0], INDEX=index, NORM=norm, SWAP=swap,

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
+from fastnn.kernels._tl import dense
 
 from fastnn.kernels import _rows
 
@@ -350,8 +351,8 @@ def fwd(x, weight, bias, dims, eps, center, out_dtype):
         return results
     x, stride = _rows.as_rows(x, N)
     unit = math.gcd(N, stride, 8)
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    weight = None if weight is None else dense(weight)
+    bias = None if bias is None else dense(bias)
     if _rows.fits(N, unit, ROW):
         config = _rows.row_config(N, unit)
         _norm_fwd_kernel(
@@ -392,11 +393,11 @@ def bwd(dy, x, weight, mean, rstd, dims, need_dx, dw_dtype, db_dtype):
     if not N:
         return results
     x, stride = _rows.as_rows(x, N)
-    dy = dy.contiguous()
+    dy = dense(dy)
     unit = math.gcd(N, stride, 8)
     sizes = M, N // unit, stride // unit
     flags = {"UNIT": unit, "CENTER": mean is not None}
-    weight = None if weight is None else weight.contiguous()
+    weight = None if weight is None else dense(weight)
     params = [t for t in (dw, db) if t is not None]
     processors = _processors(x.get_device())
 

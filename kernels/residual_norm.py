@@ -209,7 +209,6 @@ def bwd(
     dtype and layout too, they are one tensor.
     """
     N = s.shape[-1]
-    dy = dy.contiguous()
     if ds is not None and ds.stride() != s.stride():
         ds = torch.empty_like(s).copy_(ds)
     sizes, flags = _walk(swapped, s)

@@ -10,7 +10,7 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import _op, _rng, kernels
-from fastnn._op import Invalid, Stock, op, run, second_order
+from fastnn._op import Function, Invalid, Stock, op, run, second_order
 from fastnn.ops.dropout import _native_scales
 from fastnn.ops.linear import matmul_precision
 
@@ -82,8 +82,10 @@ def _output(q: Tensor, L: int, E: int, plan: Plan) -> Tensor:
     return q.new_empty(shape)
 
 
-class Attention(torch.autograd.Function):
+class Attention(Function):
     """q (..., L, D), k (..., S, D), v (..., S, E), mask (..., L, S) or None -> out (..., L, E)."""
+
+    strided = ("dout",)
 
     @staticmethod
     def forward(ctx, q, k, v, mask, plan):
@@ -240,6 +242,7 @@ def _why_not_worth_it(q: Tensor, backend: int, precision: str, arch: str) -> Sto
 
 @op(
     stock=stock.scaled_dot_product_attention,
+    strided=("query", "key", "value", "attn_mask"),
     integers=(torch.bool,),
     autocast="lower",
     autocast_cpu="lower",

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as stock
 
-from fastnn._op import Invalid, Stock, current_mode, launcher, op, run
+from fastnn._op import Function, Invalid, Stock, current_mode, launcher, op, run
 
 _fwd = launcher(
     "embedding",
@@ -23,7 +23,7 @@ _bwd = launcher(
 _FEW = 3072  # indices up to which stock's backward does not sort them, but takes one launch
 
 
-class Embedding(torch.autograd.Function):
+class Embedding(Function):
     """weight (V, D), indices (*) -> (*, D). Saves the indices alone, as stock does."""
 
     @staticmethod
@@ -43,6 +43,7 @@ class Embedding(torch.autograd.Function):
 
 @op(
     stock=stock.embedding,
+    strided=("weight",),
     integers=(torch.int64, torch.int32),
     opaque=True,
     size=lambda input, weight, *rest, **options: (

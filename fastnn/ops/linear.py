@@ -10,7 +10,7 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import _op, _rng, kernels
-from fastnn._op import Invalid, Stock, op, run, second_order
+from fastnn._op import Function, Invalid, Stock, op, run, second_order
 from fastnn.ops import activation as acts
 from fastnn.ops.activation import Formula
 from fastnn.ops.dropout import Dropout, Noise, _native_scales
@@ -76,8 +76,10 @@ def _differentiable_gradients(dz, x, weight, needs):
 # ---- Linear --------------------------------------------------------------------------------------
 
 
-class Linear(torch.autograd.Function):
+class Linear(Function):
     """x (..., K), weight (N, K), bias (N,) or None -> y (..., N)."""
+
+    strided = ("dy",)
 
     @staticmethod
     def forward(ctx, x, weight, bias, how):
@@ -117,7 +119,7 @@ def _declined(input, weight, bias):
     return None
 
 
-@op(stock=stock.linear, autocast="lower", autocast_cpu="lower")
+@op(stock=stock.linear, strided=("input", "weight"), autocast="lower", autocast_cpu="lower")
 def linear(input, weight, bias=None):
     """Fused with its bias, for a (N, K) weight and input of any leading shape."""
     why = _declined(input, weight, bias)
@@ -182,11 +184,13 @@ class Neighbours(NamedTuple):
         return self.formula.keeps == "y" and self.noise is None
 
 
-class LinearAct(torch.autograd.Function):
+class LinearAct(Function):
     """x, weight, bias as for `Linear` -> y = noise * act(z), and z = x W^T + b where it is kept.
 
     z is an output, so that a second derivative finds its way through it.
     """
+
+    strided = ("dy", "dz_of_second")
 
     @staticmethod
     def forward(ctx, x, weight, bias, rest):
@@ -318,7 +322,13 @@ def _outputs(input, weight, *rest, **options):
     return input.shape[:-1].numel() * weight.shape[0]
 
 
-@op(stock=_composed, autocast="lower", autocast_cpu="lower", size=_outputs)
+@op(
+    stock=_composed,
+    strided=("input", "weight"),
+    autocast="lower",
+    autocast_cpu="lower",
+    size=_outputs,
+)
 def linear_act(
     input, weight, bias=None, activation="relu", a=0.0, b=0.0, p=0.0, training=False
 ):  # fmt: skip
