@@ -50,6 +50,7 @@ def _sampled(programs: Callable[[int], int], grids: list[tuple[int, int]]) -> It
 
     Fills `grids` with (executed, whole) for each launch.
     """
+    kernels._interpreter.install()  # before it is wrapped
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
     stock_call, set_dim, set_idx = executor.__call__, builder.set_grid_dim, builder.set_grid_idx
     state: dict[str, Any] = {}
