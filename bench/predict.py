@@ -12,7 +12,6 @@ figure where addresses depend on data (gathers), nor where matrix products bound
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,18 +28,18 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 import fastnn
-from fastnn import _op, _rng, kernels
+from fastnn import _op, _rng
+from fastnn.kernels import _gpus
 from fastnn.testing.meter import AtenTraffic, Cost, as_on_cuda, predict, traffic
 
-BANDWIDTH = 3.35e12  # of an H100 SXM, by its data sheet
 ARCHITECTURE = "sm_90"
+BANDWIDTH = _gpus.GPUS[ARCHITECTURE].bandwidth
 FORMULA = (
     "max(bytes of stock / BW, launches of stock * 4 us) / "
     "max(bytes of ours / (0.9 * BW), launches of ours * 16 us)"
 )
 FEW = 2  # programs executed at first; then as many as make _ACCESSES loads and stores
 _ACCESSES = 150
-PROCESSORS = 132
 _MOST_BYTES = 3 << 30  # of one tensor: virtual memory, but some operators do fill theirs
 
 
@@ -89,15 +88,7 @@ def _sampled(programs: Callable[[int], int], grids: list[tuple[int, int]]) -> It
 def _as_on_the_gpu() -> Iterator[None]:
     """Kernel files choose their grids as on the GPU predicted for."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(_op, "architecture", lambda index: ARCHITECTURE))
-        shipped = kernels._config.shipped(ARCHITECTURE)
-        stack.enter_context(kernels._config.trying(shipped))
-        for file in pkgutil.iter_modules(kernels.__path__):
-            module = getattr(kernels, file.name)
-            if hasattr(module, "_processors"):
-                stack.enter_context(
-                    mock.patch.object(module, "_processors", lambda index: PROCESSORS)
-                )
+        stack.enter_context(_gpus.simulated(ARCHITECTURE))
         for name in ("draw_native", "draw_bernoulli"):  # on CUDA these make no tensor
             draw = mock.patch.object(_rng, name, _uncounted(getattr(_rng, name)))
             stack.enter_context(draw)

@@ -28,6 +28,7 @@ from torch.nn import Parameter
 from torch.torch_version import TorchVersion
 from torch.utils._device import DeviceContext
 
+from fastnn.kernels import _gpus
 from fastnn.kernels._tl import dense, is_dense
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -196,7 +197,7 @@ def _unproven(architecture: str) -> str | None:
         return None
     from fastnn import kernels  # Triton is loaded with it, on the first question about a GPU
 
-    least = _crossovers().get("compiled", {}).get(architecture)
+    least = _gpus.facts(architecture).compiled_from
     if least is None:
         return f"kernels were not compiled for {architecture}; `fastnn tune` measures them"
     if TorchVersion(kernels._launch.triton_version()) < least:
@@ -204,15 +205,7 @@ def _unproven(architecture: str) -> str | None:
     return None
 
 
-@functools.cache
-def architecture(device_index: int) -> str:
-    """The name of a device's architecture: "sm_90", "gfx942", or "cpu" for the interpreter."""
-    if device_index < 0:
-        return "cpu"
-    properties = torch.cuda.get_device_properties(device_index)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
+architecture = _gpus.architecture
 
 
 # ---- The record and its dispatch ----------------------------------------------------------------

@@ -22,6 +22,8 @@ from fastnn.kernels._sizes import next_power_of_2
 from triton import knobs
 from triton.runtime import driver
 
+from fastnn.kernels import _gpus
+
 FOLDER = Path(__file__).with_name("configs")
 OPTIONS = ("num_warps", "num_stages")
 LARGEST_WARPS = 16
@@ -35,22 +37,13 @@ def _device() -> int:
     return -1 if knobs.runtime.interpret else driver.active.get_current_device()
 
 
-@functools.cache
-def architecture(device: int) -> str:
-    """The name of the table of a device: "sm_90", "gfx942", or "cpu" for the interpreter."""
-    if device < 0:
-        return "cpu"
-    target = driver.active.get_current_target()
-    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
-
-
 def here() -> str:
-    """The architecture of the present device."""
-    return architecture(_device())
+    """The architecture of the present device, after which its table is named."""
+    return _gpus.architecture(_device())
 
 
 def lanes() -> int:
-    """Threads of a warp on the present device: 32, or 64 on AMD's data-centre GPUs."""
+    """Threads of a warp on the present device, which may have no row in the table of GPUs."""
     return 32 if knobs.runtime.interpret else driver.active.get_current_target().warp_size
 
 
@@ -91,22 +84,22 @@ class Tunable:
         return ", ".join(map(_bucket, bound.arguments.values()))
 
     def __call__(self, *args, **kwargs) -> dict:
-        device = _device()
-        call = (device, args, *kwargs.items()) if kwargs else (device, args)
+        name = here()
+        call = (name, args, *kwargs.items()) if kwargs else (name, args)
         known = self._known.get(call)
         if known is None or _heard is not None:
-            known = self._ask(device, args, kwargs)
+            known = self._ask(name, args, kwargs)
             if len(self._known) > 4096:  # of a model whose sizes never repeat
                 self._known.clear()
             self._known[call] = known
         return dict(known)
 
-    def _ask(self, device: int, args: tuple, kwargs: dict) -> dict:
+    def _ask(self, name: str, args: tuple, kwargs: dict) -> dict:
         formula = self.formula(*args, **kwargs)
         key = self.key(*args, **kwargs)
         if _heard is not None:
             _heard.append((self, key, formula))
-        table = shipped(architecture(device)) if _tried is None else _tried
+        table = shipped(name) if _tried is None else _tried
         return {**formula, **table.get(self.name, {}).get(key, {})}
 
     def neighbours(self, config: dict) -> Iterator[dict]:

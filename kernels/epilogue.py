@@ -11,6 +11,7 @@ The random words are drawn again in the backward (`_philox`), so there is no mas
 import torch
 import triton
 import triton.language as tl
+from fastnn.kernels._gpus import multiprocessors
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 
@@ -177,7 +178,7 @@ def fwd(z, y, formula, a, b, draw, bound, scale, state=None):
 
 def bwd(
     dy, s=None, gradient=None, formula=None, a=0.0, b=0.0, draw=None, bound=0, scale=1.0,
-    want_dz=True, want_db=True, processors=132,
+    want_dz=True, want_db=True,
 ):  # fmt: skip
     """dy (M, N) with unit stride in N -> (dz, db), each None unless wanted; db in fp32 partials.
 
@@ -190,9 +191,9 @@ def bwd(
     # Narrow accesses want many small programs in flight; a larger tile of either kind would spill.
     block_m = max(1, (2048 if n_vec > 1 else 1024 // dy.element_size()) // block_n)
     columns = cdiv(N, block_n)
-    parts = max(
-        1, min(4 * processors // max(columns, 1), cdiv(M, 64))
-    )  # partials: 1/64 of what is read
+    # Partial sums: 1/64 of what is read.
+    sms = multiprocessors(dy.get_device())
+    parts = max(1, min(4 * sms // max(columns, 1), cdiv(M, 64)))
     rows_each = max(block_m, cdiv(cdiv(M, parts), block_m) * block_m)
     parts = max(1, cdiv(M, rows_each))
     dz = dy.new_empty((M, N)) if want_dz else None

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from fastnn.kernels._config import tunable
+from fastnn.kernels._gpus import multiprocessors
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels.epilogue import keep_tile, width
@@ -128,16 +129,10 @@ _TILES = {
     "gfx942": ((256, 128, 32, 8, 2), (128, 128, 32, 4, 2), (64, 64, 64, 4, 2)),
 }
 _TILES_ELSEWHERE = ((128, 128, 32, 8, 3), (64, 64, 32, 4, 3))
-_PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 
-def processors(arch):
-    """Multiprocessors (compute units) of the usual GPU of that architecture."""
-    return _PROCESSORS.get(arch, 100)
-
-
-def _tile(M, N, itemsize, precision, arch, aligned, epilogue):
-    """The largest tile that still gives every multiprocessor one."""
+def _tile(M, N, itemsize, precision, arch, sms, aligned, epilogue):
+    """The largest tile that still gives each of `sms` multiprocessors one."""
     if itemsize == 4 and precision == "ieee":  # no tensor cores: operands sit in registers
         return (64, 64, 32, 8, 2) if aligned or epilogue else (64, 64, 32, 4, 3)
     if not aligned:  # loads of one element each, which no copy to shared memory can take over
@@ -151,15 +146,15 @@ def _tile(M, N, itemsize, precision, arch, aligned, epilogue):
     for tile in tiles:
         if tile[0] * tile[1] > most:
             continue
-        if cdiv(M, tile[0]) * cdiv(N, tile[1]) >= processors(arch):
+        if cdiv(M, tile[0]) * cdiv(N, tile[1]) >= sms:
             return tile
     return tiles[-1]
 
 
 @tunable("BLOCK_M", "BLOCK_N", "BLOCK_K")
-def _config(M, N, itemsize, precision, arch, aligned, epilogue):
+def _config(M, N, itemsize, precision, arch, sms, aligned, epilogue):
     block_m, block_n, block_k, warps, stages = _tile(
-        M, N, itemsize, precision, arch, aligned, epilogue
+        M, N, itemsize, precision, arch, sms, aligned, epilogue
     )
     config = {
         "BLOCK_M": block_m,
@@ -175,9 +170,9 @@ def _config(M, N, itemsize, precision, arch, aligned, epilogue):
     return config
 
 
-def _splits(tiles, steps, arch):
+def _splits(tiles, steps, sms):
     """How many programs share one tile's sum: enough to fill the GPU, each about 8 steps long."""
-    wanted = processors(arch) // max(tiles, 1)
+    wanted = sms // max(tiles, 1)
     return max(1, min(wanted, cdiv(steps, 8), 32))
 
 
@@ -209,7 +204,8 @@ def _gemm(a, b, precision, arch, split=False, bias=None, y=None, z=None, act=Non
         and b.data_ptr() % 16 == 0
     )
     follows = "noise" if noise else "act" if act else None
-    config = _config(M, N, a.element_size(), precision, arch, aligned, follows)
+    sms = multiprocessors(a.get_device())
+    config = _config(M, N, a.element_size(), precision, arch, sms, aligned, follows)
     # Where no operand runs along K, what divides K does not matter.
     k_vec = width(v, K) if a_kmajor or not b_nmajor else 1
     m_vec = 1 if a_kmajor else width(v, M)
@@ -217,7 +213,7 @@ def _gemm(a, b, precision, arch, split=False, bias=None, y=None, z=None, act=Non
     block_k = config["BLOCK_K"]
     steps = cdiv(K, block_k)
     tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
-    each = cdiv(steps, _splits(tiles, steps, arch)) if split and K else steps
+    each = cdiv(steps, _splits(tiles, steps, sms)) if split and K else steps
     splits = cdiv(steps, each) if K else 1
     if y is None:
         y = a.new_empty((M, N))

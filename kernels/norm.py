@@ -14,7 +14,6 @@ row is split into S chunks over programs where the rows alone would not fill the
 programs go through fp32 partials that a second kernel adds in a fixed order.
 """
 
-import functools
 import math
 
 import torch
@@ -24,7 +23,7 @@ from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense
 
-from fastnn.kernels import _rows
+from fastnn.kernels import _gpus, _rows
 
 ROW = 16384  # the widest row that stays in registers from load to store, forward
 ROW_BWD = 8192  # and backward, which also holds dy; half of it for float32 with dw and db
@@ -344,11 +343,10 @@ def _norm_bwd_sum_kernel(
         _sum_partials(PARTIALS, DB, G, N, cols, BLOCK_G, BLOCK_N)
 
 
-@functools.cache
 def _processors(device_index):
-    if device_index < 0:
+    if _gpus.architecture(device_index) == "cpu":
         return 2  # interpreted: so that programs loop, and their partials are added up
-    return torch.cuda.get_device_properties(device_index).multi_processor_count
+    return _gpus.multiprocessors(device_index)
 
 
 def fwd(x, weight, bias, dims, eps, center, out_dtype):

@@ -148,7 +148,8 @@ def main(arguments: list[str]) -> int:
     share = "--share" in arguments
     into = arguments[arguments.index("--into") + 1] if "--into" in arguments else None
     failed, everything = False, []
-    for target in [a for a in arguments if a in TARGETS] or TARGETS:
+    compiled = [name for name, target in TARGETS.items() if target.facts.compiled_from]
+    for target in [a for a in arguments if a in TARGETS] or compiled:
         found, faults = compile_rows(target, Share(target) if share else None)
         print(table(found), *faults, f"{target}: {len(found)} compiled", sep="\n")
         failed = failed or bool(faults)

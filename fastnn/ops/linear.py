@@ -103,8 +103,7 @@ class Linear(Function):
         dx, dw = _gradients_of_product(dy, x, weight, shape, needs, how)
         db = None
         if needs[2]:
-            processors = kernels.linear.processors(how.arch)
-            _, db = kernels.epilogue.bwd(dy, want_dz=False, processors=processors)
+            _, db = kernels.epilogue.bwd(dy, want_dz=False)
         return dx, dw, db, None
 
 
@@ -227,7 +226,6 @@ class LinearAct(Function):
                 through_y = _differentiable_dz(dy, s, rest, noise)
                 dz = through_y if dz is None else through_y + dz
             return *_differentiable_gradients(dz, x, weight, needs), None
-        processors = kernels.linear.processors(rest.how.arch)
         dz = db = None
         if dy is not None:
             formula = rest.formula
@@ -236,13 +234,13 @@ class LinearAct(Function):
                 _rows(dy), _matrix(s), formula.gradient, formula.value if recompute else None,
                 rest.a, rest.b, *((noise.draw, noise.bound, noise.scale) if noise else ()),
                 want_dz=needs[0] or needs[1] or dz_of_second is not None,
-                want_db=needs[2] and dz_of_second is None, processors=processors,
+                want_db=needs[2] and dz_of_second is None,
             )  # fmt: skip
         if dz_of_second is not None:
             more = _rows(dz_of_second)
             dz = more if dz is None else dz + more
             if needs[2]:
-                _, db = kernels.epilogue.bwd(dz, want_dz=False, processors=processors)
+                _, db = kernels.epilogue.bwd(dz, want_dz=False)
         dx, dw = _gradients_of_product(dz, x, weight, shape, needs, rest.how)
         return dx, dw, db, None
 

@@ -20,7 +20,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -35,32 +35,43 @@ from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 from fastnn import _op
+from fastnn.kernels import _gpus
 from fastnn.testing import ptx
 
 
 class Target(NamedTuple):
-    """A GPU to compile for, and what one of its multiprocessors (compute units) has."""
+    """A GPU to compile for: as Triton names it, and its row in the table of GPUs."""
 
     gpu: GPUTarget
-    architecture: str
-    shared_per_block: int
-    shared_per_sm: int
-    shared_reserved: int  # of shared_per_sm, per block
-    warps_per_scheduler: int
-    registers_per_scheduler: int  # per lane of a warp; each of the four schedulers has its own
-    max_blocks: int = 32
+    facts: _gpus.GPU
+
+    @property
+    def architecture(self) -> str:
+        return self.facts.name
 
 
-TARGETS = {
-    "cuda:80": Target(GPUTarget("cuda", 80, 32), "sm_80", 166912, 167936, 1024, 16, 512),
-    "cuda:86": Target(GPUTarget("cuda", 86, 32), "sm_86", 101376, 102400, 1024, 12, 512, 16),
-    "cuda:89": Target(GPUTarget("cuda", 89, 32), "sm_89", 101376, 102400, 1024, 12, 512, 24),
-    "cuda:90": Target(GPUTarget("cuda", 90, 32), "sm_90", 232448, 233472, 1024, 16, 512),
-    "cuda:100": Target(GPUTarget("cuda", 100, 32), "sm_100", 232448, 233472, 1024, 16, 512),
-    "cuda:120": Target(GPUTarget("cuda", 120, 32), "sm_120", 101376, 102400, 1024, 12, 512, 24),
-    "hip:gfx90a": Target(GPUTarget("hip", "gfx90a", 64), "gfx90a", 65536, 65536, 0, 8, 512),
-    "hip:gfx942": Target(GPUTarget("hip", "gfx942", 64), "gfx942", 65536, 65536, 0, 8, 512),
-}
+class _Targets(Mapping[str, Target]):
+    """The GPUs of `fastnn.kernels._gpus.GPUS` that Triton compiles for, as "cuda:90" and so on."""
+
+    def _named(self) -> dict[str, _gpus.GPU]:
+        rows = _gpus.GPUS.values()
+        return {f"{r.backend}:{r.name.removeprefix('sm_')}": r for r in rows if r.backend}
+
+    def __getitem__(self, target: str) -> Target:
+        facts = self._named()[target]
+        backend, _, arch = target.partition(":")
+        return Target(
+            GPUTarget(backend, int(arch) if backend == "cuda" else arch, facts.lanes), facts
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._named())
+
+    def __len__(self) -> int:
+        return len(self._named())
+
+
+TARGETS = _Targets()
 
 
 @dataclass(frozen=True)
@@ -204,12 +215,11 @@ def _active(target: str, kind: type[_Driver] = _Driver) -> Iterator[_Driver]:
     # Asking the property would look for a GPU.
     before = vars(config).get("_active", vars(config).get("active"))
     driver = kind(TARGETS[target])
-    architecture = TARGETS[target].architecture
     config.set_active(driver)
     try:
         with (
             mock.patch.object(_op, "_KERNEL_DEVICES", {*_op._KERNEL_DEVICES, "cpu"}),
-            mock.patch.object(_op, "architecture", lambda device_index: architecture),
+            _gpus.simulated(TARGETS[target].architecture),
         ):
             yield driver
     finally:
@@ -310,7 +320,7 @@ def _record(target: str, compiled: _Compiled) -> Record:
     code = _nvidia(asm["cubin"], asm["ptx"]) if "cubin" in asm else _amd(asm["amdgcn"])
     threads = metadata.num_warps * metadata.target.warp_size
     blocks, occupancy = _occupancy(
-        TARGETS[target], code.registers, metadata.shared, metadata.num_warps
+        TARGETS[target].facts, code.registers, metadata.shared, metadata.num_warps
     )
     signature, aligned = _signature(source)
     return Record(
@@ -455,15 +465,16 @@ def _amd(asm: str) -> _Code:
     )
 
 
-def _occupancy(target: Target, registers: int, shared: int, num_warps: int) -> tuple[int, float]:
+def _occupancy(gpu: _gpus.GPU, registers: int, shared: int, num_warps: int) -> tuple[int, float]:
     """Blocks that fit on a multiprocessor, and the share of its warps that they fill."""
     granule = 8  # registers are given out to a warp in eights per lane
     per_lane = granule * math.ceil(max(registers, 1) / granule)
-    warps = 4 * min(target.warps_per_scheduler, target.registers_per_scheduler // per_lane)
-    blocks = min(target.max_blocks, warps // num_warps)
+    each = gpu.registers_per_sm // _gpus.SCHEDULERS // gpu.lanes  # of a scheduler, per lane
+    warps = min(gpu.warps_per_sm, _gpus.SCHEDULERS * (each // per_lane))
+    blocks = min(gpu.blocks_per_sm, warps // num_warps)
     if shared:
-        blocks = min(blocks, target.shared_per_sm // (shared + target.shared_reserved))
-    return blocks, blocks * num_warps / (4 * target.warps_per_scheduler)
+        blocks = min(blocks, gpu.shared_per_sm // (shared + gpu.shared_reserved))
+    return blocks, blocks * num_warps / gpu.warps_per_sm
 
 
 # ---- judgement ----------------------------------------------------------------------------------
@@ -477,15 +488,15 @@ def check(record: Record, *, streaming: bool = False) -> list[str]:
     With `streaming`, a kernel meant to run at the speed of memory must reach it 128 bits at a time,
     wherever alignment allows that and a tile has as much for each thread.
     """
-    target = TARGETS[record.target]
+    gpu = TARGETS[record.target].facts
     wrong = []
     if record.spills or record.stack:
         wrong.append(f"{record.spills} spills, {record.stack} bytes of stack per thread")
-    if record.shared > target.shared_per_block:
-        wrong.append(f"{record.shared} bytes of shared memory, of {target.shared_per_block}")
-    if record.num_warps * target.gpu.warp_size > _MAX_THREADS:
-        wrong.append(f"{record.num_warps * target.gpu.warp_size} threads, of {_MAX_THREADS}")
-    if not record.blocks and record.shared <= target.shared_per_block:
+    if record.shared > gpu.shared_per_block:
+        wrong.append(f"{record.shared} bytes of shared memory, of {gpu.shared_per_block}")
+    if record.num_warps * gpu.lanes > _MAX_THREADS:
+        wrong.append(f"{record.num_warps * gpu.lanes} threads, of {_MAX_THREADS}")
+    if not record.blocks and record.shared <= gpu.shared_per_block:
         wrong.append(f"no room for {record.num_warps} warps of {record.registers} registers")
     if record.dots and not record.tensor_core:
         wrong.append(f"{record.dots} dots without a tensor core instruction")

@@ -1,0 +1,148 @@
+"""The table of GPUs: what launch configurations, the size gate, compile checks and predictions know
+of an architecture.
+
+A new architecture is one more row of `GPUS`; no other file names it, unless the compiler needs an
+exception there. A multiprocessor is a compute unit on AMD GPUs. The numbers are those of the CUDA
+C++ Programming Guide ("Technical Specifications per Compute Capability") and of AMD's CDNA white
+papers.
+
+This file needs neither Triton nor a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+SCHEDULERS = 4  # of a multiprocessor, each with its own registers and warps: on all of them
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One architecture."""
+
+    name: str
+    """As `architecture` returns it: "sm_90", "gfx942"; "cpu" for Triton's interpreter."""
+    matrix: str
+    """The instructions of its matrix units. "mma", "mfma": operands and sums are in registers;
+    "wgmma": operands are in shared memory; "tcgen05": sums are in memory of their own too."""
+    shared_per_block: int
+    """Bytes of shared memory that one block may use."""
+    shared_per_sm: int
+    """Bytes of shared memory of a multiprocessor."""
+    warps_per_sm: int
+    """Warps that a multiprocessor holds."""
+    blocks_per_sm: int
+    """Blocks that a multiprocessor holds."""
+    sms: int
+    """Multiprocessors of the usual GPU: for predictions and compile checks, where there is no
+    device. `multiprocessors` asks a device that is there."""
+    bandwidth: float
+    """Bytes per second from memory of that GPU, by its data sheet."""
+    compiled_from: str | None
+    """The first Triton that compiled all kernels for it without a fault; None: none was tried."""
+    shared_reserved: int = KIB
+    """Bytes of `shared_per_sm` that the driver takes for each block."""
+    registers_per_sm: int = 64 * KIB
+    """Registers of 32 bits of a multiprocessor."""
+    registers_per_thread: int = 255
+    """Registers of 32 bits that one thread may have."""
+    lanes: int = 32
+    """Threads of a warp."""
+
+    @property
+    def backend(self) -> str:
+        """Triton's name of the compiler: "cuda" or "hip"; "" where nothing is compiled."""
+        return {"sm": "cuda", "gf": "hip"}.get(self.name[:2], "")
+
+    @property
+    def sums_beside_operands(self) -> bool:
+        """Whether the operands of a matrix product take registers, of which its sums then have
+        fewer."""
+        return self.matrix in ("mma", "mfma")
+
+
+def _cdna(name: str, shared: int, **facts) -> GPU:
+    """A data-centre GPU of AMD: 512 registers per thread, of which half take sums alone."""
+    return GPU(
+        name, "mfma", shared, shared, warps_per_sm=32, blocks_per_sm=32, shared_reserved=0,
+        registers_per_sm=128 * KIB, registers_per_thread=512, lanes=64, **facts,
+    )  # fmt: skip
+
+
+GPUS: dict[str, GPU] = {
+    gpu.name: gpu
+    for gpu in (
+        # matrix, shared memory per block and in all, warps, blocks, multiprocessors, bandwidth
+        GPU("sm_80", "mma", 163 * KIB, 164 * KIB, 64, 32, 108, 2.04e12, "3.6"),  # A100
+        GPU("sm_86", "mma", 99 * KIB, 100 * KIB, 48, 16, 84, 0.70e12, "3.7"),  # A40
+        GPU("sm_89", "mma", 99 * KIB, 100 * KIB, 48, 24, 142, 0.86e12, "3.7"),  # L40S
+        GPU("sm_90", "wgmma", 227 * KIB, 228 * KIB, 64, 32, 132, 3.35e12, "3.6"),  # H100 SXM
+        GPU("sm_100", "tcgen05", 227 * KIB, 228 * KIB, 64, 32, 148, 8.0e12, "3.7"),  # B200
+        GPU("sm_120", "mma", 99 * KIB, 100 * KIB, 48, 24, 170, 1.79e12, "3.7"),  # RTX 5090
+        _cdna("gfx90a", 64 * KIB, sms=104, bandwidth=1.64e12, compiled_from="3.7"),  # MI210
+        _cdna("gfx942", 64 * KIB, sms=304, bandwidth=5.3e12, compiled_from="3.6"),  # MI300X
+        _cdna("gfx950", 160 * KIB, sms=256, bandwidth=8.0e12, compiled_from=None),  # MI350X
+        # Triton's interpreter has the tiles of an A100, and as many programs as a small GPU.
+        GPU("cpu", "mma", 163 * KIB, 164 * KIB, 64, 32, 100, 0.0, None),
+    )
+}
+
+# What is assumed of an architecture that has no row: the least that those with one have.
+_ELSEWHERE = {
+    "cuda": GPU("", "mma", 48 * KIB, 64 * KIB, 32, 16, 40, 0.3e12, None),
+    "hip": GPU("", "mfma", 64 * KIB, 64 * KIB, 32, 16, 40, 0.3e12, None, 0, lanes=32),
+}
+
+
+def facts(architecture: str) -> GPU:
+    """The row of an architecture; of one that has none, what may be assumed of it."""
+    row = GPUS.get(architecture)
+    if row is None:
+        row = _ELSEWHERE["hip" if architecture.startswith("gfx") else "cuda"]
+    return row
+
+
+# ---- Devices -------------------------------------------------------------------------------------
+
+_simulated: list[str] = []
+
+
+@contextmanager
+def simulated(architecture: str) -> Iterator[None]:
+    """Every device in the block counts as one of `architecture`, the CPU included: for compile
+    checks, predictions and tests. It changes what `architecture` and `multiprocessors` return."""
+    _simulated.append(architecture)
+    try:
+        yield
+    finally:
+        _simulated.pop()
+
+
+@functools.cache
+def _asked(device_index: int) -> tuple[str, int]:
+    """(architecture, multiprocessors) of a device."""
+    if device_index < 0:
+        return "cpu", GPUS["cpu"].sms
+    properties = torch.cuda.get_device_properties(device_index)
+    if torch.version.hip:
+        name = properties.gcnArchName.split(":")[0]
+    else:
+        name = f"sm_{properties.major}{properties.minor}"
+    return name, properties.multi_processor_count
+
+
+def architecture(device_index: int) -> str:
+    """The name of a device's architecture: "sm_90", "gfx942", or "cpu" for the interpreter."""
+    return _simulated[-1] if _simulated else _asked(device_index)[0]
+
+
+def multiprocessors(device_index: int) -> int:
+    """Multiprocessors (compute units) of a device."""
+    return facts(_simulated[-1]).sms if _simulated else _asked(device_index)[1]
