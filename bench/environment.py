@@ -13,6 +13,7 @@ import torch
 
 import fastnn
 from fastnn.bench import liger
+from fastnn.kernels import _gpus
 
 
 def _said(*command: str) -> str | None:
@@ -75,7 +76,7 @@ def environment() -> dict:
     }
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
-        found["architecture"] = fastnn._op.architecture(0)
+        found["architecture"] = _gpus.architecture(0)
         found["multiprocessors"] = p.multi_processor_count
         found["memory_bytes"] = p.total_memory
         fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"

@@ -262,26 +262,16 @@ def again(work: Work) -> bool:
 
 
 def _architecture(work: Work) -> str:
-    from fastnn import _op
+    from fastnn.kernels import _gpus
 
-    return _op.architecture(0 if work.clock.name == "cuda" else -1)
+    return _gpus.architecture(0 if work.clock.name == "cuda" else -1)
 
 
-@contextlib.contextmanager
 def _table(path: Path):
     """The size gate follows the table at `path` in the block, and the shipped one for the rest."""
-    from fastnn import _op
+    from fastnn import _gate
 
-    shipped = _op._crossovers
-    if path.exists():
-        table = {**shipped(), **json.loads(path.read_text())}
-        _op._crossovers = lambda: table  # type: ignore[assignment]
-    _op._crossover.cache_clear()
-    try:
-        yield
-    finally:
-        _op._crossovers = shipped
-        _op._crossover.cache_clear()
+    return _gate.using({**_gate.table(), **_gate.read(path)})
 
 
 @contextlib.contextmanager
@@ -641,12 +631,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     interpreted = _interpret(args)
     from fastnn.bench.run import Mismatch, Results
 
-    from fastnn import _op
+    from fastnn import _mode
 
     if args.tiny:
         if not interpreted:
             return _refuse("--tiny interprets kernels: set TRITON_INTERPRET=1 before Python starts")
-    elif not torch.cuda.is_available() or _op.INTERPRET:
+    elif not torch.cuda.is_available() or _mode.INTERPRET:
         return _refuse("no GPU here, or TRITON_INTERPRET=1; --dry-run shows the plan")
     args.out.mkdir(parents=True, exist_ok=True)
     try:
@@ -689,12 +679,12 @@ def _interpret(args: argparse.Namespace) -> bool:
         return False
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when fastnn is imported
-    from fastnn import _op
+    from fastnn import _mode
     from fastnn.testing import interpreter
 
-    if _op.INTERPRET:
+    if _mode.INTERPRET:
         interpreter.install()
-    return _op.INTERPRET
+    return _mode.INTERPRET
 
 
 def _pytest(deadline: float, workers: int) -> str:

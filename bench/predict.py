@@ -21,15 +21,15 @@ from unittest import mock
 import torch
 from fastnn.bench.cases import BenchCase
 from fastnn.bench.run import describe, least_bytes
-from fastnn.bench.tune import gate_sizes
+from fastnn.bench.tune import gate_work
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 import fastnn
-from fastnn import _op, _rng
-from fastnn.kernels import _gpus
+from fastnn import _gate, _rng
+from fastnn.kernels import _gpus, _interpreter
 from fastnn.testing.meter import AtenTraffic, Cost, as_on_cuda, predict, traffic
 
 ARCHITECTURE = "sm_90"
@@ -49,6 +49,7 @@ def _sampled(programs: Callable[[int], int], grids: list[tuple[int, int]]) -> It
 
     Fills `grids` with (executed, whole) for each launch.
     """
+    _interpreter.install()  # before it is wrapped
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
     stock_call, set_dim, set_idx = executor.__call__, builder.set_grid_dim, builder.set_grid_idx
     state: dict[str, Any] = {}
@@ -228,8 +229,10 @@ def too_large(case: BenchCase, dtype: torch.dtype) -> str | None:
 
 def _gate_opens(case: BenchCase) -> bool:
     """Whether auto would run kernels, by the size gate of that architecture."""
-    sizes = gate_sizes(case)
-    return all(size >= _op._crossover(name, ARCHITECTURE)[0] for name, size in sizes.items())
+    return all(
+        work is not None and work.size >= _gate.crossover(op, ARCHITECTURE, work.variant).least
+        for op, work in gate_work(case, ARCHITECTURE)
+    )
 
 
 def predicted(case: BenchCase, dtype: torch.dtype, bandwidth: float = BANDWIDTH) -> dict:

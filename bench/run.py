@@ -22,13 +22,13 @@ from fastnn.bench.measure import REPEATS, Call, Clock, interleaved
 from torch import Tensor, nn
 
 import fastnn
-from fastnn._op import decisions
+from fastnn._mode import Mode, decisions
 from fastnn.bench import liger
 from fastnn.testing import Comparison, Side, _tensors, compare_sides
 from fastnn.testing.meter import nbytes
 
 STOCK, COMPILED, FORCED, AUTO, LIGER = "stock", "compiled", "ours", "auto", "liger"
-_MODES: dict[str, fastnn._op.Mode] = {FORCED: "triton", AUTO: "auto"}
+_MODES: dict[str, Mode] = {FORCED: "triton", AUTO: "auto"}
 
 
 # ---- Results, written as they come --------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Finds from which size the kernels of each op win on the present GPU: `fastnn tune`.
 
-The gate of an op compares one number (see `_op.Op.size`), so its threshold must hold for all
-shapes: each op is swept over several row widths and dtypes, and the largest threshold counts.
+The gate of an op compares one number (`fastnn._gate.Work`), so its threshold must hold for all
+shapes: each op is swept over several row widths and dtypes, and the largest threshold of each of
+its variants counts.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ import torch
 from fastnn.bench.cases import BF16, CASES, FP32, BenchCase
 from fastnn.bench.environment import environment, measured
 from fastnn.bench.measure import Clock, interleaved
-from fastnn.bench.run import FORCED, STOCK, Results, _around, _both, _sides
+from fastnn.bench.run import AUTO, STOCK, Results, _around, _both, _sides
 
 import fastnn
-from fastnn import _op
+from fastnn import _gate, _mode
+from fastnn._gate import Work
+from fastnn.kernels import _gpus
 from fastnn.ops import REGISTRY
+from fastnn.testing import simulated
 
 MARGIN = 0.03  # by which ours must win, everywhere from the threshold on
 MOST_ELEMENTS = 1 << 26  # of the largest tensor of a sweep
@@ -29,29 +33,27 @@ SWEEPS = 3  # row widths per op
 REPEATS = 30
 
 
-def gate_sizes(case: BenchCase) -> dict[str, int]:
-    """What the gate would compare, by op, when this row is called. Nothing is computed."""
-    sizes: dict[str, int] = {}
+def gate_work(case: BenchCase, architecture: str | None = None) -> list[tuple[str, Work | None]]:
+    """(op, what the gate would compare) of each call of this row, of which nothing is computed.
 
-    def gate(op, device_index, most, args, kwargs):
-        size = op.size(*args, **kwargs) if op.size else most
-        sizes[op.name] = max(size, sizes.get(op.name, 0))
-        return "asked for its size"
-
+    None where the op's policy leaves the call to PyTorch at every size. As on `architecture`, by
+    default that of the present GPU.
+    """
+    if architecture is None:
+        architecture = _gpus.architecture(0 if torch.cuda.is_available() else -1)
     with (
-        mock.patch.object(_op, "_gate", gate),
-        mock.patch.object(_op, "_KERNEL_DEVICES", {"meta"}),
-        mock.patch.object(_op, "HAS_TRITON", True),
-        _op.decisions(),
+        simulated(architecture, devices=["meta"]),
+        mock.patch.object(_mode, "HAS_TRITON", True),
+        _mode.decisions(),
         fastnn.backend("auto"),
-        torch.no_grad(),
+        _gate.asked() as asked,
     ):
         try:
             case.side(fastnn, FP32, "meta")(*case.make(FP32, "meta"))
-        except RuntimeError:  # of stock, where it asks for a value and "meta" has none
-            if not sizes:
+        except RuntimeError:  # of PyTorch, where it asks for a value and "meta" has none
+            if not asked:
                 raise
-    return sizes
+    return [(op, work if isinstance(work, Work) else None) for op, work in asked]
 
 
 def _elements(case: BenchCase) -> int:
@@ -80,6 +82,15 @@ class Sweep:
         most = max(1, self.most // each)
         return [self.case.at(4**i) for i in range(int(math.log(most, 4) + 1e-9) + 1)]
 
+    def work(self) -> list[tuple[BenchCase, Work]]:
+        """The rows that the size gate decides on, with what it compares."""
+        found = []
+        for case in self.points():
+            work = [w for op, w in gate_work(case) if op == self.op and w is not None]
+            if work:
+                found.append((case, max(work)))
+        return found
+
 
 def plan(only: list[str] | None = None) -> list[Sweep]:
     """The sweeps of every op that has rows, or of those named. KeyError for an unknown op."""
@@ -89,9 +100,9 @@ def plan(only: list[str] | None = None) -> list[Sweep]:
     found: dict[str, dict[tuple, BenchCase]] = {name: {} for name in REGISTRY}
     for case in CASES:
         # Rows that hold one op, so that what is measured is its own.
-        names = list(gate_sizes(case.at(1)))
+        names = {op for op, _ in gate_work(case.at(1))}
         if len(names) == 1:
-            found[names[0]].setdefault((case.at(1).shape, case.train), case)
+            found[names.pop()].setdefault((case.at(1).shape, case.train), case)
     return [
         Sweep(name, case, dtype)
         for name, cases in sorted(found.items())
@@ -110,15 +121,14 @@ def contest(case: BenchCase, dtype: torch.dtype, clock: Clock, repeats: int) -> 
     """(stock's, our) microseconds: of execution or of launching, whichever is longer."""
     inputs = case.make(dtype, clock.name)
     calls = {}
-    for name, call in zip((STOCK, FORCED), _sides(case, dtype, clock.name), strict=True):
-        with _around(name):
-            calls[name] = _both(case, call, inputs)
-            calls[name]()
-    executed = interleaved(clock.executed, calls, repeats, _around)
-    enqueued = interleaved(clock.enqueued, calls, repeats, _around)
-    return tuple(
-        max(executed[name]["median"], enqueued[name]["median"]) for name in (STOCK, FORCED)
-    )
+    with simulated(least=0):  # so that `auto` runs the variant that it would run there
+        for name, call in zip((STOCK, AUTO), _sides(case, dtype, clock.name), strict=True):
+            with _around(name):
+                calls[name] = _both(case, call, inputs)
+                calls[name]()
+        executed = interleaved(clock.executed, calls, repeats, _around)
+        enqueued = interleaved(clock.enqueued, calls, repeats, _around)
+    return tuple(max(executed[name]["median"], enqueued[name]["median"]) for name in (STOCK, AUTO))
 
 
 def threshold(points: list[tuple[int, float, float]]) -> int | None:
@@ -145,15 +155,20 @@ def run(
         if not results.has("sweep", sweep.key):
             if out_of_time():
                 return False
-            line: dict = {"kind": "sweep", "key": sweep.key, "op": sweep.op, "points": []}
+            line: dict = {"kind": "sweep", "key": sweep.key, "op": sweep.op, "variants": []}
+            points: dict[tuple[str, str], list] = {}
             try:
-                for case in sweep.points():
-                    size = gate_sizes(case)[sweep.op]
-                    line["points"].append((size, *contest(case, sweep.dtype, clock, repeats)))
+                for case, work in sweep.work():
+                    times = contest(case, sweep.dtype, clock, repeats)
+                    points.setdefault((work.variant, work.unit), []).append((work.size, *times))
                     clock.clear()
-                line["least"] = threshold(line["points"])
             except (RuntimeError, ValueError) as e:  # out of memory, declined, ...: no figure
-                line["least"], line["error"] = None, f"{type(e).__name__}: {e}"[:300]
+                line["error"] = f"{type(e).__name__}: {e}"[:300]
+            for (variant, unit), measured_at in points.items():
+                least = None if "error" in line else threshold(measured_at)
+                line["variants"].append(
+                    {"variant": variant, "unit": unit, "least": least, "points": measured_at}
+                )
             results.add(line)
             clock.clear()  # raises if the device is lost to this process
         on_sweep(sweep)
@@ -161,24 +176,31 @@ def run(
 
 
 def entry(results: Results) -> dict:
-    """What `crossover.json` holds for this architecture: the largest threshold of each op's sweeps,
-    None where one of them never wins."""
-    least: dict[str, int | None] = {}
+    """What `crossover.json` holds for this architecture: the largest threshold of the sweeps of
+    each op and variant, None where one of them never wins."""
+    found: dict[tuple[str, str], dict] = {}
     for line in results.of("sweep"):
-        old = least.get(line["op"], 0)
-        new = line["least"]
-        least[line["op"]] = None if old is None or new is None else max(old, new)
-    return {"source": measured(results.environment or environment()), "least": least}
+        for one in line["variants"]:
+            new = {"op": line["op"], "variant": one["variant"], "least": one["least"]}
+            old = found.setdefault((line["op"], one["variant"]), new | {"unit": one["unit"]})
+            both = old["least"], one["least"]
+            old["least"] = None if None in both else max(both)
+    return {
+        "source": measured(results.environment or environment()),
+        "crossovers": list(found.values()),
+    }
 
 
 def write(path: Path, architecture: str, new: dict) -> None:
     """Put the entry in the table at `path`, over that of its architecture; what that one knows of
     ops not measured now stays, and its source is named for it."""
-    table = json.loads(path.read_text()) if path.exists() else {}
-    old = table.get(architecture)
-    if old is not None and set(old["least"]) - set(new["least"]):
+    table = _gate.read(path)
+    old = table.get(architecture, {"crossovers": []})
+    known = {(line["op"], line.get("variant", "")) for line in new["crossovers"]}
+    kept = [x for x in old["crossovers"] if (x["op"], x.get("variant", "")) not in known]
+    if kept:
         source = f"{new['source']}; other functions {old['source']}"
-        new = {"source": source, "least": {**old["least"], **new["least"]}}
+        new = {"source": source, "crossovers": [*kept, *new["crossovers"]]}
     table[architecture] = new
     path.write_text(json.dumps(table, indent=2) + "\n")
 
@@ -186,9 +208,13 @@ def write(path: Path, architecture: str, new: dict) -> None:
 def describe(sweeps: list[Sweep]) -> Iterator[str]:
     """The plan, a line per sweep."""
     for sweep in sweeps:
-        sizes = [gate_sizes(case)[sweep.op] for case in sweep.points()]
+        points = sweep.work()
+        dtype = str(sweep.dtype).removeprefix("torch.")
+        if not points:
+            yield f"{sweep.op}: {sweep.case.name}, {dtype}: PyTorch at every size, by the policy"
+            continue
+        (first, least), (last, most) = points[0], points[-1]
         yield (
-            f"{sweep.op}: {sweep.case.name} {sweep.points()[0].shape} ... "
-            f"{sweep.points()[-1].shape}, {str(sweep.dtype).removeprefix('torch.')}, "
-            f"{len(sizes)} sizes from {sizes[0]:,} to {sizes[-1]:,}"
+            f"{sweep.op}: {sweep.case.name} {first.shape} ... {last.shape}, {dtype}, "
+            f"{len(points)} sizes from {least.size:,} to {most.size:,} {most.unit}"
         )

@@ -9,14 +9,14 @@ from torch.nn import *  # noqa: F403  (every stock name, where editors and type 
 
 import fastnn.functional as functional  # type: ignore[no-redef]  # the star had stock's
 from fastnn import _namespace
+from fastnn._mode import BackendError as BackendError
+from fastnn._mode import backend as backend
+from fastnn._mode import decisions as decisions
 from fastnn._model import convert as convert
 from fastnn._model import explain as explain
 from fastnn._model import patch as patch
 from fastnn._model import revert as revert
 from fastnn._model import warmup as warmup
-from fastnn._mode import BackendError as BackendError
-from fastnn._mode import backend as backend
-from fastnn._mode import decisions as decisions
 from fastnn.layers import *  # noqa: F403  (the accelerated layers replace the stock ones)
 
 __version__ = "0.1.0"

@@ -13,11 +13,11 @@ from fastnn._cli import CliError
 # A subcommand is one line here and one file with: EXAMPLES, a string; arguments(parser); and
 # run(args), which returns the exit code and raises CliError for what the user has to mend.
 COMMANDS = {
-    "demo": ("fastnn._cli_demo", "train a small GPT with torch.nn and with fastnn, and compare"),
-    "parity": ("fastnn._cli_parity", "every function with kernels against stock and float64, here"),
-    "bench": ("fastnn._cli_bench", "layers of real models timed; without a GPU, predicted"),
-    "tune": ("fastnn._cli_tune", "launch configurations, and from which size kernels win, here"),
-    "info": ("fastnn._cli_info", "versions, devices, and which ops can run on kernels here"),
+    "demo": ("fastnn._cli.demo", "train a small GPT with torch.nn and with fastnn, and compare"),
+    "parity": ("fastnn._cli.parity", "every function with kernels against stock and float64, here"),
+    "bench": ("fastnn._cli.bench", "layers of real models timed; without a GPU, predicted"),
+    "tune": ("fastnn._cli.tune", "launch configurations, and from which size kernels win, here"),
+    "info": ("fastnn._cli.info", "versions, devices, and which ops can run on kernels here"),
 }
 
 

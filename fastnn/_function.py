@@ -7,6 +7,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastnn._strides import not_strided, with_dense_gradients
+
+
+class Function(torch.autograd.Function):
+    """What op files derive theirs from: its `backward` gets incoming gradients dense.
+
+    All but those that the class calls `strided`, by the names of the parameters of `backward`,
+    which it takes with any strides.
+    """
+
+    strided: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        backward = cls.__dict__["backward"].__func__
+        at, names = not_strided(backward, cls.strided, 1)
+        if len(at) < len(names):
+            raise TypeError(
+                f"{cls.__name__}.backward: *gradients are taken as they are; call them strided"
+            )
+        if at:
+            cls.backward = staticmethod(with_dense_gradients(backward, at))  # type: ignore
+
 
 class _NoGraph:
     """Stands for an autograd context where no gradient is wanted; keeps nothing."""

@@ -43,10 +43,17 @@ class Slow(Stock):
 
 
 class Crossover(NamedTuple):
-    """The least size at which the kernel wins, infinity where it never does; and who says so."""
+    """The least size at which the kernel wins, infinity where it never does; who says so; and what
+    the size counts."""
 
     least: float
     source: str
+    unit: str = "elements"
+
+    def __str__(self) -> str:
+        if self.least == math.inf:
+            return "stock"
+        return f"kernel from {int(self.least):,} {self.unit}"
 
 
 Policy = Callable[..., Work | Stock]
@@ -88,9 +95,22 @@ def crossover(op: str, architecture: str, variant: str = "") -> Crossover:
         entry = table()[key]
         for line in entry["crossovers"]:
             if line["op"] == op and line.get("variant", "") == variant:
-                least = line["least"]
-                return Crossover(math.inf if least is None else least, entry["source"])
+                least = math.inf if line["least"] is None else line["least"]
+                return Crossover(least, entry["source"], line.get("unit", "elements"))
     return Crossover(math.inf, why or "no figure")
+
+
+def described(op: str, variants: tuple[str, ...], architecture: str) -> str:
+    """Who runs `op` in `auto` on `architecture`, in words: for tables and documents."""
+    texts: dict[str, list[str]] = {}
+    for variant in variants:
+        texts.setdefault(str(crossover(op, architecture, variant)), []).append(variant)
+    if len(texts) == 1:
+        return next(iter(texts))
+    told = []
+    for text, which in texts.items():
+        told.append(f"{', '.join(v for v in which if v)}: {text}" if any(which) else text)
+    return "; ".join(told)
 
 
 def unproven(architecture: str) -> str | None:
@@ -129,6 +149,22 @@ def using(new: Mapping[str, Any]) -> Iterator[None]:
 # ---- The decision -------------------------------------------------------------------------------
 
 
+_asked: list[tuple[str, Work | Stock]] | None = None
+
+
+@contextmanager
+def asked() -> Iterator[list[tuple[str, Work | Stock]]]:
+    """Collects (op, what its policy says) of every call in the block, all of which run PyTorch."""
+    global _asked
+    before, _asked = _asked, []
+    forget()
+    try:
+        yield _asked
+    finally:
+        _asked = before
+        forget()
+
+
 def decide(
     op: str, policy: Policy | None, most: int, device_index: int, args: tuple, kwargs: dict
 ) -> Stock | str:
@@ -140,9 +176,12 @@ def decide(
         work = Work(most) if policy is None else policy(*args, **kwargs)
     except Exception:  # arguments of the wrong kinds, which PyTorch is going to reject in its words
         return Stock("the size of the call cannot be told from its arguments")
+    if _asked is not None:
+        _asked.append((op, work))
+        return Stock("the gate was only asked")
     if isinstance(work, Stock):
         return Slow(work.why)
-    least, source = crossover(op, _gpus.architecture(device_index), work.variant)
+    least, source, _ = crossover(op, _gpus.architecture(device_index), work.variant)
     if work.size >= least:
         return work.variant
     if least == math.inf:

@@ -2,6 +2,7 @@
 
 An op file declares a function under its name and signature in `torch.nn.functional`; `@op` makes
 of it a plain function that calls PyTorch while no kernel could run, and otherwise asks `dispatch`.
+All that op files import of the layers below is importable from here.
 """
 
 from __future__ import annotations
@@ -19,8 +20,14 @@ from torch.nn import Parameter
 from torch.utils._device import DeviceContext
 
 from fastnn import _front, _gate, _mode
+from fastnn._function import Function as Function
+from fastnn._function import run as run
+from fastnn._function import second_order as second_order
 from fastnn._gate import Policy, Slow
+from fastnn._gate import Work as Work
+from fastnn._graph import launcher as launcher
 from fastnn._mode import BackendError, Invalid, Stock
+from fastnn._strides import make_dense, not_strided
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -40,6 +47,7 @@ class Op:
     stock: Callable  # the fallback, and the reference of every check
     dtypes: tuple[torch.dtype, ...] = FLOATS
     integers: tuple[torch.dtype, ...] = ()  # dtypes of index arguments, where there are any
+    strided: tuple[str, ...] = ()  # tensors that `fused` takes as they are; it gets others dense
     autocast: Literal["fp32", "lower", None] = None  # the list that CUDA autocast has it on
     autocast_cpu: Literal["fp32", "lower", None] = None
     compiled: Literal["stock", "opaque"] = "stock"  # who runs it under torch.compile
@@ -49,11 +57,19 @@ class Op:
     settings: Callable[[], Any] | None = None  # settings of PyTorch's that the policy goes by
     source: str = ""
     takes_variant: bool = field(init=False)  # whether `fused` is told which variant to run
+    dense_at: tuple[int, ...] = field(init=False)  # positions of arguments that are made dense
+    dense_names: frozenset[str] = field(init=False)
     declined: set = field(init=False, default_factory=_gate.memory)  # calls that the gate declined
 
     def __post_init__(self):
         declared = inspect.signature(self.fused).parameters
-        object.__setattr__(self, "takes_variant", "variant" in declared)
+        at, names = not_strided(self.fused, self.strided)
+        for name, value in (
+            ("takes_variant", "variant" in declared),
+            ("dense_at", at),
+            ("dense_names", names),
+        ):
+            object.__setattr__(self, name, value)
 
     def __repr__(self):
         return f"Op({self.name})"
@@ -175,6 +191,15 @@ def _under_autocast(op: Op, device_type: str, args: tuple, kwargs: dict):
     return tuple(map(cast, args)), {k: cast(v) for k, v in kwargs.items()}
 
 
+def _fused(op: Op, device_type: str, args: tuple, kwargs: dict, variant: str) -> Any:
+    """Call the fused function, with the arguments as autocast and its record want them."""
+    args, kwargs = _under_autocast(op, device_type, args, kwargs)
+    args, kwargs = make_dense(op.dense_at, op.dense_names, args, kwargs)
+    if op.takes_variant:
+        kwargs = {**kwargs, "variant": variant}
+    return op.fused(*args, **kwargs)
+
+
 def _forced_onto_stock(name: str, why: str) -> NoReturn:
     raise BackendError(
         f"{name}: backend('triton') was requested, but this call can only run on PyTorch: {why}. "
@@ -194,8 +219,7 @@ def _dispatch_compiling(op: Op, args: tuple, kwargs: dict):
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
         known = all(t.dtype in op.dtypes or t.dtype in op.integers for t in tensors)
         if _mode.HAS_TRITON and known and tensors and tensors[0].device.type in kernel_devices:
-            passed = _under_autocast(op, tensors[0].device.type, args, kwargs)
-            out = op.fused(*passed[0], **passed[1])
+            out = _fused(op, tensors[0].device.type, args, kwargs, "")
             if not isinstance(out, Stock):
                 return out
             why = out.why
@@ -243,7 +267,4 @@ def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
         variant = _gate.decide(op.name, op.policy, most, index, args, kwargs)
         if isinstance(variant, Stock):
             return variant
-    args, kwargs = _under_autocast(op, tensor.device.type, args, kwargs)
-    if op.takes_variant:
-        kwargs = {**kwargs, "variant": variant}
-    return op.fused(*args, **kwargs)
+    return _fused(op, tensor.device.type, args, kwargs, variant)

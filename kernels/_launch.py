@@ -99,7 +99,7 @@ class Kernel:
         if 0 in grid:
             return
         if self._interpreted:
-            self.fn[grid](*args, **meta)
+            self._interpret(grid, args, meta)
             return
         device = args[0].get_device()
         active = driver.active
@@ -109,6 +109,13 @@ class Kernel:
                 self._launch(active, device, grid, args, meta)
         else:
             self._launch(active, current, grid, args, meta)
+
+    def _interpret(self, grid, args, meta):
+        from fastnn.kernels import _interpreter  # loads NumPy and Triton's interpreter
+
+        with _interpreter.lock:
+            _interpreter.repair()
+            self.fn[grid](*args, **meta)
 
     def _launch(self, active, device, grid, args, meta):
         kinds = (*map(type, args), *map(type, meta.values()), *meta)

@@ -3,6 +3,33 @@
 import torch
 
 
+def is_dense(t):
+    """Whether `t` has the strides of a new tensor of its shape."""
+    if not t.is_contiguous():
+        return False
+    shape = t.shape
+    if 1 in shape or 0 in shape:  # a contiguous tensor may have any stride there
+        expected = 1
+        for size, stride in zip(shape[::-1], t.stride()[::-1], strict=True):
+            if stride != expected:
+                return False
+            expected *= max(size, 1)
+    return True
+
+
+def dense(t):
+    """`t` with the strides of a new tensor of its shape; a copy only where no view has them.
+
+    `t.contiguous()` is less: it keeps odd strides in dimensions of size 1, and those of a tensor of
+    one element or none.
+    """
+    if is_dense(t):
+        return t
+    if t.is_contiguous() and t.numel() > 1:
+        return t.flatten().view(t.shape)
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 def empty_as(x, dtype=None, device=None):
     """Uninitialised, laid out as ATen lays out a pointwise result of `x`."""
     # A contiguous tensor may have any stride where it has a size of 1; ATen does not keep those.

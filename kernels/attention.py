@@ -20,6 +20,7 @@ import triton.language as tl
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
+from fastnn.kernels._tl import dense
 from fastnn.kernels.epilogue import keep_tile, width
 
 from fastnn.kernels import _philox, epilogue
@@ -912,7 +913,7 @@ def _rows(x):
     """x (B, H, N, D) or, where its rows are not dense or lie too far apart, a copy."""
     if (x.stride(3) == 1 or x.shape[3] <= 1) and x.stride(2) < 2**24:
         return x
-    return x.contiguous()
+    return dense(x)
 
 
 def _strides(x, unit=1):

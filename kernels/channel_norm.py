@@ -198,10 +198,11 @@ def _channel_fwd_kernel(
     count = (V * U).to(tl.float32)
     if GROUPED:
         count *= (D * D_UNIT).to(tl.float32)
-    mean = tl.div_rn(_shared(_sum(x), GROUPED), count)
+    part = tl.div_rn(1.0, count)  # before the sum, which may pass what fp32 holds
+    mean = _shared(_sum(x * part), GROUPED)
     d = tl.where(mask, x - mean[:, None, None], 0.0)
     # Of |mean| >> std the sum has kept too few digits for the mean: that of d has the rest.
-    rest = tl.div_rn(_shared(_sum(d), GROUPED), count)
+    rest = _shared(_sum(d * part), GROUPED)
     mean += rest
     d = tl.where(mask, d - rest[:, None, None], 0.0)
     var = tl.div_rn(_shared(_sum(d * d), GROUPED), count)
@@ -294,7 +295,8 @@ def _channel_moments_kernel(
     is_first = (v == 0)[None, :, None] & (tl.arange(0, U) == 0)[None, None, :]
     origin = _sum(tl.where(is_first, mean, 0.0))
     d = tl.where(count > 0, mean - origin[:, None, None], 0.0)
-    pooled = origin + tl.div_rn(_sum(d * count), ((stop - start) * U).to(tl.float32))
+    share = tl.div_rn(count, ((stop - start) * U).to(tl.float32))  # d * count might overflow
+    pooled = origin + _sum(d * share)
     d = tl.where(count > 0, mean - pooled[:, None, None], 0.0)
     m2 = _sum(m2 + count * d * d)
     at = (o * K + k) * C + c
@@ -328,8 +330,8 @@ def _channel_pool_kernel(
             there, k, at = _parts(start + tl.arange(0, BLOCK_E), g, o, K, D, groups)
             count = (tl.minimum(span, V - k * span) * U).to(tl.float32)[:, None]
             part = tl.load(PART_MEAN + at, mask=there, other=0.0)
-            acc += tl.where(there, (part - origin[None, :]) * count, 0.0)
-        mean = origin + tl.div_rn(tl.sum(acc, 0), total)
+            acc += tl.where(there, (part - origin[None, :]) * tl.div_rn(count, total), 0.0)
+        mean = origin + tl.sum(acc, 0)
         acc = tl.zeros((BLOCK_E, BLOCK_G), tl.float32)
         for start in range(0, K * D, BLOCK_E):
             there, k, at = _parts(start + tl.arange(0, BLOCK_E), g, o, K, D, groups)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
-from fastnn.kernels._tl import dense_like
+from fastnn.kernels._tl import dense, dense_like
 from fastnn.kernels.nll_loss import (
     checked,
     class_programs,
@@ -243,13 +243,14 @@ def _laid_out(*tensors):
     """The tensors, copied only if their layouts do not go together; and `common` of them."""
     view = common(*tensors)
     if view is None:
-        tensors = tuple(t.contiguous() for t in tensors)
+        tensors = tuple(dense(t) for t in tensors)
         view = common(*tensors)
     return tensors, view
 
 
 def fwd(x, target, weight, ignore_index, smoothing, reduction, dtype):
-    """x (C,) or (N, C, ...), target (N, ...) ints or as x -> loss in `dtype`, stats for `bwd`.
+    """x (C,) or (N, C, ...), target (N, ...) ints or as x, weight (C,) dense or None -> loss in
+    `dtype`, stats for `bwd`.
 
     stats (2 * M + 1,) fp32, of M positions: max, log_sum; with smoothing or probabilities a third,
     the mass of u; then the divisor of a mean.
@@ -264,7 +265,7 @@ def fwd(x, target, weight, ignore_index, smoothing, reduction, dtype):
         (x, target), view = _laid_out(x, target)
     else:
         (x,), view = _laid_out(x)
-        target = target.contiguous()
+        target = dense(target)
     sizes, classes_last, strides = view
     B, C, S = sizes
     narrow = (x, target) if probabilities else (x,)
@@ -294,7 +295,7 @@ def bwd(dloss, x, target, weight, stats, ignore_index, smoothing, reduction, nee
     view = common(*read, *wanted)
     made = wanted
     if view is None:
-        read = tuple(t.contiguous() for t in read)
+        read = tuple(dense(t) for t in read)
         made = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted]
         view = common(*read, *made)
     sizes, classes_last, strides = view
@@ -309,8 +310,8 @@ def bwd(dloss, x, target, weight, stats, ignore_index, smoothing, reduction, nee
     rows, cols = config["ROWS"], config["LANES"] * config["GROUP"]
     row_blocks, class_blocks = cdiv(S, rows), class_programs(C, cols, classes_last)
     _cross_entropy_bwd_kernel(
-        (B * row_blocks * class_blocks,), dloss.contiguous(), read[0],
-        read[1] if probabilities else target.contiguous(), weight, stats, dx, dt, C, S, B * S,
+        (B * row_blocks * class_blocks,), dense(dloss), read[0],
+        read[1] if probabilities else dense(target), weight, stats, dx, dt, C, S, B * S,
         *strides[0], *strides[len(read) - 1], *strides[len(read)], *strides[-1], row_blocks,
         class_blocks, ignore_index, 1.0 - smoothing, smoothing / C, PROBABILITIES=probabilities,
         SMOOTH=smoothing > 0.0, REDUCTION=reduction, CLASSES_LAST=classes_last,

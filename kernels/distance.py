@@ -1,6 +1,7 @@
 """Distances, similarities and losses of rows: one kernel per direction, formulas as constexprs.
 
     s[k] = sum_c step(x1[c], x2[c], x3[c])[k]      up to three sums over each row
+    s = distances, or a cosine and two norms       where an op is made of those
     y = value(s)                                   kept, summed, or summed and divided
     d1, d2, d3 [c] = grad(g, s, x1[c], ...)        those that are wanted, in one pass
 
@@ -9,7 +10,9 @@ Memory-bound: forward reads each tensor once, backward reads them once more and 
 for each tensor that wants it; between them a float per sum and row is kept. Stock has a kernel for
 each of the chain's operators: 35 of them in cosine similarity, 56 passes over a tensor, for 6 here.
 
-Sums are fp32 in each lane, fp64 across lanes and rows, in fixed order.
+Sums are fp32 in each lane, fp64 across lanes and rows, in fixed order. Squares of what is above
+1.8e19 leave the range of fp32, while a norm and a cosine fit: rows whose sum is infinite are walked
+again, 2**80 times smaller.
 """
 
 import torch
@@ -17,7 +20,7 @@ import triton
 import triton.language as tl
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
-from fastnn.kernels._tl import dense_like
+from fastnn.kernels._tl import dense, dense_like
 from fastnn.kernels.loss import finish, multilabel_soft_margin, multilabel_soft_margin_grad
 from fastnn.kernels.nll_loss import class_programs, common, multiple, tiles, unit
 from triton.language.extra import libdevice
@@ -27,6 +30,9 @@ from triton.language.extra import libdevice
 # step   (x1, x2, x3, r, at, p, eps, margin, NORM, SWAP) -> what to add to the sums
 # value  (s0, s1, s2, C, t, p, eps, margin, NORM, SWAP) -> y
 # grad   (g, s0, s1, s2, C, x1, x2, x3, r, at, t, p, eps, margin, NORM, SWAP) -> gradients of x1...
+#
+# What value and grad get for s are the sums of most ops; of pairwise and triplet they are the
+# distances; of cosine the cosine and the two norms.
 #
 # t is a number of the row, r the element of x1 at the row's index, and `at` says which element that
 # is; 0 where an op has none. NORM is 1, 2, or 0 for the exponent p.
@@ -72,14 +78,14 @@ def pairwise_step(x1, x2, x3, r, at, p, eps, margin, NORM: tl.constexpr, SWAP: t
 
 @triton.jit
 def pairwise(s0, s1, s2, C, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr):
-    return _root(s0, p, NORM)
+    return s0
 
 
 @triton.jit
 def pairwise_grad(
     g, s0, s1, s2, C, x1, x2, x3, r, at, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr
 ):
-    d = g * _norm_grad(x1 - x2 + eps, _root(s0, p, NORM), p, NORM)
+    d = g * _norm_grad(x1 - x2 + eps, s0, p, NORM)
     return d, -d
 
 
@@ -95,22 +101,22 @@ def triplet_step(x1, x2, x3, r, at, p, eps, margin, NORM: tl.constexpr, SWAP: tl
 
 @triton.jit
 def triplet(s0, s1, s2, C, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr):
-    far = _root(s1, p, NORM)
+    far = s1
     if SWAP:
-        far = tl.minimum(far, _root(s2, p, NORM), propagate_nan=tl.PropagateNan.ALL)
-    return tl.maximum(margin + _root(s0, p, NORM) - far, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        far = tl.minimum(far, s2, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(margin + s0 - far, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def triplet_grad(
     g, s0, s1, s2, C, x1, x2, x3, r, at, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr
 ):
-    near = _root(s0, p, NORM)
-    far = _root(s1, p, NORM)
+    near = s0
+    far = s1
     other = far
     of_far = 1.0
     if SWAP:
-        other = _root(s2, p, NORM)
+        other = s2
         of_far = tl.where(far < other, 1.0, tl.where(far == other, 0.5, 0.0))
     least = tl.minimum(far, other, propagate_nan=tl.PropagateNan.ALL)
     g = tl.where(margin + near - least >= 0, g, 0.0)
@@ -133,24 +139,22 @@ def products_step(x1, x2, x3, r, at, p, eps, margin, NORM: tl.constexpr, SWAP: t
 
 @triton.jit
 def cosine(s0, s1, s2, C, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr):
-    n1 = tl.maximum(tl.sqrt_rn(s1), eps, propagate_nan=tl.PropagateNan.ALL)
-    n2 = tl.maximum(tl.sqrt_rn(s2), eps, propagate_nan=tl.PropagateNan.ALL)
-    return tl.div_rn(tl.div_rn(s0, n1), n2)
+    return s0
 
 
 @triton.jit
 def cosine_grad(
     g, s0, s1, s2, C, x1, x2, x3, r, at, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr
 ):
-    # Stock's derivative of a norm at its lower limit eps is that of the norm itself.
-    norm1 = tl.sqrt_rn(s1)
-    norm2 = tl.sqrt_rn(s2)
-    n1 = tl.maximum(norm1, eps, propagate_nan=tl.PropagateNan.ALL)
-    n2 = tl.maximum(norm2, eps, propagate_nan=tl.PropagateNan.ALL)
-    across = tl.div_rn(tl.div_rn(g, n1), n2)
-    along1 = tl.where(norm1 == 0, 0.0, tl.div_rn(tl.div_rn(across * s0, n1), norm1))
-    along2 = tl.where(norm2 == 0, 0.0, tl.div_rn(tl.div_rn(across * s0, n2), norm2))
-    return across * x2 - along1 * x1, across * x1 - along2 * x2
+    # Stock's derivative of a norm at its lower limit eps is that of the norm itself. Each element
+    # is divided by its own norm first: products of norms, and their reciprocals, leave fp32.
+    n1 = tl.maximum(s1, eps, propagate_nan=tl.PropagateNan.ALL)
+    n2 = tl.maximum(s2, eps, propagate_nan=tl.PropagateNan.ALL)
+    along1 = tl.where(s1 == 0, 0.0, s0 * tl.div_rn(x1, tl.broadcast_to(s1, x1.shape)))
+    along2 = tl.where(s2 == 0, 0.0, s0 * tl.div_rn(x2, tl.broadcast_to(s2, x2.shape)))
+    d1 = tl.div_rn(g, n1) * (tl.div_rn(x2, tl.broadcast_to(n2, x2.shape)) - along1)
+    d2 = tl.div_rn(g, n2) * (tl.div_rn(x1, tl.broadcast_to(n1, x1.shape)) - along2)
+    return d1, d2
 
 
 @triton.jit
@@ -269,6 +273,47 @@ def _row_target(X1, T, WEIGHT, b, rows, m, live, C, stride_c, stride_s, INDEX: t
     return t, index, r
 
 
+@triton.jit
+def _row_sums(
+    X1, X2, X3, rows, live, C, r, index, stride_1, stride_2, stride_3, k1, k2, p, eps, margin,
+    STEP: tl.constexpr, SUMS: tl.constexpr, NORM: tl.constexpr, SWAP: tl.constexpr,
+    CLASSES_LAST: tl.constexpr, UNIT: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The sums over each row; with x1 k1 times, and x2, x3 and eps k2 times as large."""
+    # Axes: group, lane, row. Classes of a group are LANES apart, so that one thread has them all.
+    offs = tl.arange(0, GROUP)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
+    place = rows[None, None, :]
+    if k1 is not None:
+        k1 = k1[None, None, :]
+        k2 = k2[None, None, :]
+        eps = eps * k2
+    acc0 = tl.zeros((LANES, rows.shape[0]), tl.float32)
+    acc1 = tl.zeros((LANES, rows.shape[0]), tl.float32)
+    acc2 = tl.zeros((LANES, rows.shape[0]), tl.float32)
+    for c in range(0, C, GROUP * LANES):
+        cols = c + offs
+        inside = live[None, None, :] & (cols < C)
+        x1 = _row_load(X1, cols, place, inside, stride_1, CLASSES_LAST, UNIT)
+        x2 = _row_load(X2, cols, place, inside, stride_2, CLASSES_LAST, UNIT)
+        x3 = _row_load(X3, cols, place, inside, stride_3, CLASSES_LAST, UNIT)
+        if k1 is not None:
+            x1 *= k1
+            x2 *= k2
+            x3 *= k2
+        terms = STEP(x1, x2, x3, r, cols == index, p, eps, margin, NORM, SWAP)
+        acc0 += tl.sum(tl.where(inside, terms[0], 0.0), 0)
+        if SUMS > 1:
+            acc1 += tl.sum(tl.where(inside, terms[1], 0.0), 0)
+        if SUMS > 2:
+            acc2 += tl.sum(tl.where(inside, terms[2], 0.0), 0)
+    s0 = tl.sum(acc0.to(tl.float64), 0).to(tl.float32)
+    s1 = tl.sum(acc1.to(tl.float64), 0).to(tl.float32)
+    s2 = tl.sum(acc2.to(tl.float64), 0).to(tl.float32)
+    return s0, s1, s2
+
+
+SMALLER = tl.constexpr(2.0**-80)  # the square of 3e38 times that is 1e29, and 4e9 of them fit
+
 _COUNTS = [
     "C", "S", "M", "stride_1b", "stride_2b", "stride_3b", "row_blocks", "class_blocks", "divisor",
     "stride_d1b", "stride_d2b", "stride_d3b",
@@ -279,7 +324,8 @@ _COUNTS = [
 def _rows_fwd_kernel(
     X1, X2, X3, T, WEIGHT, Y, STATS, PARTIAL, C, S: tl.int64, M: tl.int64, stride_1b: tl.int64,
     stride_1, stride_2b: tl.int64, stride_2, stride_3b: tl.int64, stride_3, row_blocks, p, eps,
-    margin, STEP: tl.constexpr, VALUE: tl.constexpr, SUMS: tl.constexpr, INDEX: tl.constexpr,
+    margin, STEP: tl.constexpr, VALUE: tl.constexpr, LENGTHS: tl.constexpr, SUMS: tl.constexpr,
+    INDEX: tl.constexpr,
     NORM: tl.constexpr, SWAP: tl.constexpr, REDUCE: tl.constexpr, CLASSES_LAST: tl.constexpr,
     UNIT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -294,8 +340,6 @@ def _rows_fwd_kernel(
         C = multiple(C, UNIT)
     else:
         S = multiple(S, UNIT)
-    # Axes: group, lane, row. Classes of a group are LANES apart, so that one thread has them all.
-    offs = tl.arange(0, GROUP)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
     rows = (pid % row_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < S
     m = b * S + rows
@@ -304,32 +348,47 @@ def _rows_fwd_kernel(
     if INDEX:
         index = index[None, None, :]
         r = r[None, None, :]
-    place = rows[None, None, :]
-    acc0 = tl.zeros((LANES, ROWS), tl.float32)
-    acc1 = tl.zeros((LANES, ROWS), tl.float32)
-    acc2 = tl.zeros((LANES, ROWS), tl.float32)
-    for c in range(0, C, GROUP * LANES):
-        cols = c + offs
-        inside = live[None, None, :] & (cols < C)
-        x1 = _row_load(X1, cols, place, inside, stride_1, CLASSES_LAST, UNIT)
-        x2 = _row_load(X2, cols, place, inside, stride_2, CLASSES_LAST, UNIT)
-        x3 = _row_load(X3, cols, place, inside, stride_3, CLASSES_LAST, UNIT)
-        terms = STEP(x1, x2, x3, r, cols == index, p, eps, margin, NORM, SWAP)
-        acc0 += tl.sum(tl.where(inside, terms[0], 0.0), 0)
-        if SUMS > 1:
-            acc1 += tl.sum(tl.where(inside, terms[1], 0.0), 0)
-        if SUMS > 2:
-            acc2 += tl.sum(tl.where(inside, terms[2], 0.0), 0)
-
-    s0 = tl.sum(acc0.to(tl.float64), 0).to(tl.float32)
-    s1 = 0.0
-    s2 = 0.0
+    s0, s1, s2 = _row_sums(
+        X1, X2, X3, rows, live, C, r, index, stride_1, stride_2, stride_3, None, None, p, eps,
+        margin, STEP, SUMS, NORM, SWAP, CLASSES_LAST, UNIT, LANES, GROUP,
+    )  # fmt: skip
+    if LENGTHS is not None:
+        lost0 = (tl.abs(s0) < float("inf")) == 0  # so are rows that have a nan or an infinity
+        lost1 = (s1 < float("inf")) == 0
+        lost2 = (s2 < float("inf")) == 0
+        k1 = tl.full((ROWS,), 1.0, tl.float32)
+        k2 = tl.full((ROWS,), 1.0, tl.float32)
+        if NORM == 2:
+            if tl.max((lost0 | lost1 | lost2).to(tl.int32), 0) > 0:
+                if LENGTHS == "cosine":  # not both tensors: squares of the smaller would be 0
+                    k1 = tl.where(lost1, SMALLER, 1.0)
+                    k2 = tl.where(lost2, SMALLER, 1.0)
+                else:
+                    k1 = tl.where(lost0 | lost1 | lost2, SMALLER, 1.0)
+                    k2 = k1
+                t0, t1, t2 = _row_sums(
+                    X1, X2, X3, rows, live, C, r, index, stride_1, stride_2, stride_3, k1, k2, p,
+                    eps, margin, STEP, SUMS, NORM, SWAP, CLASSES_LAST, UNIT, LANES, GROUP,
+                )  # fmt: skip
+                s0 = tl.where(lost0 | (LENGTHS == "cosine"), t0, s0)
+                s1 = tl.where(lost1, t1, s1)
+                s2 = tl.where(lost2, t2, s2)
+        if LENGTHS == "cosine":
+            s1 = tl.sqrt_rn(s1)
+            s2 = tl.sqrt_rn(s2)
+            n1 = tl.maximum(s1, eps * k1, propagate_nan=tl.PropagateNan.ALL)
+            n2 = tl.maximum(s2, eps * k2, propagate_nan=tl.PropagateNan.ALL)
+            s0 = tl.div_rn(tl.div_rn(s0, n1), n2)
+            s1 = tl.div_rn(s1, k1)
+            s2 = tl.div_rn(s2, k2)
+        else:
+            s0 = tl.div_rn(_root(s0, p, NORM), tl.where(lost0, k1, 1.0))
+            s1 = tl.div_rn(_root(s1, p, NORM), tl.where(lost1, k1, 1.0))
+            s2 = tl.div_rn(_root(s2, p, NORM), tl.where(lost2, k1, 1.0))
     tl.store(STATS + m, s0, mask=live)
     if SUMS > 1:
-        s1 = tl.sum(acc1.to(tl.float64), 0).to(tl.float32)
         tl.store(STATS + M + m, s1, mask=live)
     if SUMS > 2:
-        s2 = tl.sum(acc2.to(tl.float64), 0).to(tl.float32)
         tl.store(STATS + 2 * M + m, s2, mask=live)
     y = VALUE(s0, s1, s2, C, t, p, eps, margin, NORM, SWAP)
     if REDUCE:
@@ -416,12 +475,15 @@ def _rows_bwd_kernel(
 
 # ---- launchers ----------------------------------------------------------------------------------
 
+# What is made of lengths, of which the squares may overflow: see above what its stats are.
+_LENGTHS = {"pairwise": "distances", "triplet": "distances", "cosine": "cosine"}
+
 
 def _laid_out(tensors):
     """The tensors, copied only if their layouts do not go together, and `common` of them."""
     view = common(*tensors)
     if view is None:
-        tensors = [t.contiguous() for t in tensors]
+        tensors = [dense(t) for t in tensors]
         view = common(*tensors)
     return tensors, view
 
@@ -465,8 +527,8 @@ def fwd(xs, target, weight, step, value, sums, numbers, flags, divisor, y):
     _rows_fwd_kernel(
         (programs,), *_placed(xs, present, tensors, None), target, weight, None if reduce else y,
         stats, partial, C, S, M, *steps, row_blocks, *numbers, STEP=globals()[step],
-        VALUE=globals()[value], SUMS=sums, INDEX=index, NORM=norm, SWAP=swap, REDUCE=reduce,
-        CLASSES_LAST=classes_last, UNIT=wide, **config,
+        VALUE=globals()[value], LENGTHS=_LENGTHS.get(value), SUMS=sums, INDEX=index, NORM=norm,
+        SWAP=swap, REDUCE=reduce, CLASSES_LAST=classes_last, UNIT=wide, **config,
     )  # fmt: skip
     if reduce:
         finish(partial, y, None, divisor)
@@ -486,7 +548,7 @@ def bwd(dy, xs, wanted, target, weight, stats, gradient, numbers, flags, divisor
     made = wants
     view = common(*tensors, *wants)
     if view is None:
-        tensors = [t.contiguous() for t in tensors]
+        tensors = [dense(t) for t in tensors]
         made = [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in wants]
         view = common(*tensors, *made)
     (B, C, S), classes_last, strides = view
@@ -497,7 +559,7 @@ def bwd(dy, xs, wanted, target, weight, stats, gradient, numbers, flags, divisor
     reads = _placed(xs, present, strides, (0, 0))
     writes = _placed(wanted, asked, strides[len(tensors) :], (0, 0))
     _rows_bwd_kernel(
-        (B * row_blocks * class_blocks,), dy.contiguous(), *_placed(xs, present, tensors, None),
+        (B * row_blocks * class_blocks,), dy, *_placed(xs, present, tensors, None),
         target, weight, stats, *_placed(wanted, asked, made, None), C, S, B * S,
         *(s for pair in (*reads, *writes) for s in pair), row_blocks, class_blocks, divisor or 1,
         *numbers, GRAD=globals()[gradient], SUMS=stats.shape[0], INDEX=index, NORM=norm, SWAP=swap,

@@ -16,6 +16,7 @@ import triton.language as tl
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
+from fastnn.kernels._tl import dense
 
 _RUN = tl.constexpr(64)  # sorted indices that make a block
 
@@ -109,7 +110,7 @@ def fwd(weight, indices):
     ROWS = config["ROWS"]
     col_tiles = cdiv(D, config["COLS"])
     _embedding_fwd_kernel(
-        (cdiv(N, ROWS) * col_tiles,), weight, indices.reshape(-1), y, N, V, D,
+        (cdiv(N, ROWS) * col_tiles,), weight, dense(indices), y, N, V, D,
         weight.stride(0), col_tiles, **config,
     )  # fmt: skip
     return y
@@ -139,7 +140,7 @@ def bwd(dy, indices, num_embeddings, padding_idx, scale_grad_by_freq):
     col_tiles = cdiv(D, config["COLS"])
     blocks = N // _RUN.value
     partial = dy.new_empty((blocks, D), dtype=torch.float32)
-    dy = dy.contiguous()
+    dy = dense(dy)
     _embedding_bwd_blocks_kernel(
         (blocks * col_tiles,), dy, run, order, partial, D, col_tiles, **config
     )

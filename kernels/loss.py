@@ -24,6 +24,7 @@ import triton.language as tl
 from fastnn.kernels._config import here, lanes, tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
+from fastnn.kernels._tl import dense
 from triton.language.extra import libdevice
 
 # ---- formulas -----------------------------------------------------------------------------------
@@ -358,7 +359,7 @@ def walk(*tensors):
     if found.addressing is None:
         shape, order, inverse = found.shape, found.order, found.inverse
         tensors = tuple(
-            None if t is None else t.expand(shape).permute(order).contiguous().permute(inverse)
+            None if t is None else dense(t.expand(shape).permute(order)).permute(inverse)
             for t in tensors
         )
         found = _walk(tuple([None if t is None else (t.shape, t.stride()) for t in tensors]))

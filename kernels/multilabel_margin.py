@@ -117,7 +117,7 @@ def bwd(dloss, x, target, divisor):
     dx = torch.empty_like(x)
     C = x.shape[-1]
     _multilabel_margin_bwd_kernel(
-        (x.numel() // C,), dloss.contiguous(), x, target, dx, C, divisor or 1,
+        (x.numel() // C,), dloss, x, target, dx, C, divisor or 1,
         REDUCE=divisor is not None, **_config(C),
     )  # fmt: skip
     return dx

@@ -15,7 +15,7 @@ import triton.language as tl
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
-from fastnn.kernels._tl import dense_like
+from fastnn.kernels._tl import dense, dense_like
 
 # ---- (N, C, d1, ...) as (B, C, S) ---------------------------------------------------------------
 
@@ -212,12 +212,13 @@ def loss_like(x, reduction, dtype):
 
 
 def fwd(x, target, weight, ignore_index, reduction, dtype):
-    """x (C,) or (N, C, ...), target (N, ...) ints -> loss in `dtype`, its divisor (0-d fp32)."""
+    """x (C,) or (N, C, ...), target (N, ...) ints, weight (C,) dense or None -> loss in `dtype`,
+    its divisor (0-d fp32)."""
     loss = loss_like(x, reduction, dtype)
     count = x.new_empty((), dtype=torch.float32)
     view = split(x)
     if view is None:
-        x = x.contiguous()
+        x = dense(x)
         view = split(x)
     (_, C, S), strides = view
     M = target.numel()
@@ -225,7 +226,7 @@ def fwd(x, target, weight, ignore_index, reduction, dtype):
     reduce = reduction != "none"
     partial = x.new_empty((2, programs), dtype=torch.float64) if reduce else None
     _nll_loss_fwd_kernel(
-        (programs,), x, target.contiguous(), weight, loss, partial, C, S, M, *strides, blocks,
+        (programs,), x, dense(target), weight, loss, partial, C, S, M, *strides, blocks,
         ignore_index, REDUCE=reduce, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     if reduce:
@@ -276,7 +277,7 @@ def _nll_loss_bwd_kernel(
 
 
 def bwd(dloss, x, target, weight, count, ignore_index, reduction):
-    """dloss, the inputs and the count of `fwd` -> dx, as x in dtype and layout."""
+    """dloss, dense, the inputs and the count of `fwd` -> dx, as x in dtype and layout."""
     wanted = torch.empty_like(x)
     dx = wanted
     view = common(dx)
@@ -290,7 +291,7 @@ def bwd(dloss, x, target, weight, count, ignore_index, reduction):
     rows, cols = config["ROWS"], config["LANES"] * config["GROUP"]
     row_blocks, class_blocks = cdiv(S, rows), class_programs(C, cols, classes_last)
     _nll_loss_bwd_kernel(
-        (B * row_blocks * class_blocks,), dloss.contiguous(), target.contiguous(), weight, count,
+        (B * row_blocks * class_blocks,), dloss, dense(target), weight, count,
         dx, C, S, *strides[0], row_blocks, class_blocks, ignore_index, REDUCTION=reduction,
         CLASSES_LAST=classes_last, UNIT=wide, ROWS=rows,
         COLS=cols, num_warps=config["num_warps"],

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
+from fastnn.kernels._tl import dense
 
 from fastnn.kernels import _gpus, _rows
 
@@ -36,7 +37,7 @@ def _pool(mean, m2, count, total, CENTER: tl.constexpr):
         # Relative to one of the means: of |mean| >> std, a sum would keep too few digits.
         first = tl.sum(tl.where(tl.arange(0, mean.shape[0]) == 0, mean, 0.0), 0)
         d = tl.where(count > 0, mean - first, 0.0)
-        pooled = first + tl.div_rn(tl.sum(d * count, 0), total)
+        pooled = first + tl.sum(d * tl.div_rn(count, total), 0)  # d * count might overflow
         d = tl.where(count > 0, mean - pooled, 0.0)
         m2 += count * d * d
     else:
@@ -66,6 +67,21 @@ def _moments(X, size, CENTER: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def centred(x, mask, N):
+    """Rows of x (fp32, 0 outside the mask) less their means, 0 outside the mask; and the means.
+
+    N values of a row add up to more than fp32 holds while their mean fits, hence the factor before
+    the sum. A mean that is off by its rounding would be multiplied by rstd: by 316 where all values
+    are the same. The differences' own mean is what it lacks.
+    """
+    part = tl.div_rn(1.0, N.to(tl.float32))
+    mean = tl.sum(x * part, 1)
+    d = tl.where(mask, x - mean[:, None], 0.0)
+    rest = tl.sum(d * part, 1)
+    return tl.where(mask, d - rest[:, None], 0.0), mean + rest
+
+
+@triton.jit
 def _rstd(m2, N, eps):
     return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(m2, N.to(tl.float32)) + eps))
 
@@ -82,8 +98,7 @@ def _norm_fwd_kernel(
     offs = m[:, None] * (stride_units * UNIT) + cols[None, :]
     x = tl.load(X + offs, mask=mask, other=0.0).to(tl.float32)
     if CENTER:
-        mean = tl.div_rn(tl.sum(x, 1), N.to(tl.float32))
-        x = tl.where(mask, x - mean[:, None], 0.0)
+        x, mean = centred(x, mask, N)
         tl.store(MEAN + m, mean, mask=m < M)
     rstd = _rstd(tl.sum(x * x, 1), N, eps)
     tl.store(RSTD + m, rstd, mask=m < M)
@@ -348,8 +363,8 @@ def fwd(x, weight, bias, dims, eps, center, out_dtype):
         return results
     x, stride = _rows.as_rows(x, N)
     unit = math.gcd(N, stride, 8)
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    weight = None if weight is None else dense(weight)
+    bias = None if bias is None else dense(bias)
     if _rows.fits(N, unit, ROW):
         config = _rows.row_config(N, unit)
         _norm_fwd_kernel(
@@ -390,11 +405,11 @@ def bwd(dy, x, weight, mean, rstd, dims, need_dx, dw_dtype, db_dtype):
     if not N:
         return results
     x, stride = _rows.as_rows(x, N)
-    dy = dy.contiguous()
+    dy = dense(dy)
     unit = math.gcd(N, stride, 8)
     sizes = M, N // unit, stride // unit
     flags = {"UNIT": unit, "CENTER": mean is not None}
-    weight = None if weight is None else weight.contiguous()
+    weight = None if weight is None else dense(weight)
     params = [t for t in (dw, db) if t is not None]
     processors = _processors(x.get_device())
 

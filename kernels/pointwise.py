@@ -173,12 +173,13 @@ def gelu_tanh(x, a, b):
 
 @triton.jit
 def gelu_tanh_grad(dy, x, a, b):
-    square = x * x
+    # Past |x| = 100 q is 0. The square stops there, lest it become inf, and q * inf nan.
+    square = tl.minimum(x * x, 10000.0)
     e = libdevice.exp(-tl.abs(1.5957691216057308 * (x + 0.044715 * x * square)))
     p = tl.div_rn(1.0, 1.0 + e)
     q = e * p  # p and q are the sigmoid of 2 |u| and of -2 |u|
     slope = 1.5957691216057308 * (1.0 + 0.134145 * square)
-    return dy * (tl.where(x < 0, q, p) + x * slope * p * q)
+    return dy * (tl.where(x < 0, q, p) + x * (slope * (p * q)))
 
 
 @triton.jit

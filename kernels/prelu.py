@@ -181,7 +181,7 @@ def fwd(x, w):
         N, C, S = _sizes(y, w)
         config = _config(N, C, S, x.element_size())
         blocks, tiles = _blocks(N, C, S, config)
-        _prelu_fwd_kernel((blocks * tiles,), dense_like(x, y), w.contiguous(), y, N, C, S, **config)
+        _prelu_fwd_kernel((blocks * tiles,), dense_like(x, y), w, y, N, C, S, **config)
     return y
 
 
@@ -198,7 +198,7 @@ def bwd(dy, x, w, needs_dx=True, needs_dw=True):
     G = max(1, min(PROGRAMS // blocks, tiles // least))
     partial = torch.empty((G, C) if needs_dw else (1, 1), dtype=torch.float32, device=x.device)
     _prelu_bwd_kernel(
-        (blocks, G), dense_like(dy, dx), dense_like(x, dx), w.contiguous(), dx, partial,
+        (blocks, G), dense_like(dy, dx), dense_like(x, dx), w, dx, partial,
         N, C, S, tiles, NEEDS_DX=needs_dx, NEEDS_DW=needs_dw, **config,
     )  # fmt: skip
     dw = None

@@ -77,8 +77,7 @@ def _residual_norm_fwd_kernel(
         tl.store(S + offs, s.to(S.dtype.element_ty), mask=mask)
     if Y is not None:
         if CENTER:
-            mean = tl.div_rn(tl.sum(s, 1), N.to(tl.float32))
-            s = tl.where(mask, s - mean[:, None], 0.0)
+            s, mean = norm.centred(s, mask, N)
             if MEAN is not None:
                 tl.store(MEAN + m, mean, mask=m < M)
         rstd = norm._rstd(tl.sum(s * s, 1), N, eps)
@@ -209,7 +208,6 @@ def bwd(
     dtype and layout too, they are one tensor.
     """
     N = s.shape[-1]
-    dy = dy.contiguous()
     if ds is not None and ds.stride() != s.stride():
         ds = torch.empty_like(s).copy_(ds)
     sizes, flags = _walk(swapped, s)

@@ -22,6 +22,7 @@ import triton.language as tl
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
+from fastnn.kernels._tl import dense
 from triton.language.extra import libdevice
 
 from fastnn.kernels import _rows
@@ -360,7 +361,7 @@ def fwd(x, dim, log, negate, dtype):
     flags = {"LOG": log, "NEGATE": negate}
     if inner > 1:
         grid, sizes, config = _column_arguments(outer, D, inner)
-        _softmax_columns_fwd_kernel(grid, x.contiguous(), y, *sizes, **flags, **config)
+        _softmax_columns_fwd_kernel(grid, dense(x), y, *sizes, **flags, **config)
         return y
     x, stride = _rows.as_rows(x, D)
     unit = math.gcd(D, stride, 8)
@@ -393,7 +394,7 @@ def bwd(dy, y, dim, log, negate, dtype):
     dx = torch.empty(y.shape, dtype=dtype, device=y.device)
     if not dx.numel():
         return dx
-    dy, y = dy.contiguous(), y.contiguous()
+    dy, y = dense(dy), dense(y)
     outer, D, inner = _extent(y.shape or (1,), dim)
     flags = {"LOG": log, "NEGATE": negate}
     if inner > 1:

@@ -1,4 +1,5 @@
 import collections
+import contextlib
 import os
 
 import torch
@@ -23,6 +24,15 @@ def on_device(device):
         yield
 
 
+@pytest.fixture
+def simulate():
+    """`fastnn.testing.simulated(...)`, from the call on until the test ends."""
+    from fastnn.testing import simulated
+
+    with contextlib.ExitStack() as stack:
+        yield lambda *args, **kwargs: stack.enter_context(simulated(*args, **kwargs))
+
+
 @pytest.fixture(autouse=True)
 def kernels_take_cpu_tensors_where_declared(request, monkeypatch):
     """Elsewhere they do not, as on a GPU: see tests/marks.py."""
@@ -40,7 +50,7 @@ def kernels_take_cpu_tensors_where_declared(request, monkeypatch):
     def refuse(self, *args, **kwargs):
         pytest.fail(f"{self} is launched by a test that does not say where it runs")
 
-    monkeypatch.setattr(_op, "_KERNEL_DEVICES", {"cuda"})
+    monkeypatch.setattr(_op, "kernel_devices", {"cuda"})
     monkeypatch.setattr(Kernel, "__call__", refuse)
 
 

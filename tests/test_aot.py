@@ -3,19 +3,14 @@
 Kernels are compiled in processes of their own: `TRITON_INTERPRET`, which this one may have, forbids
 it. The rows make some 4000 specialisations and a compile takes a third of a second, so the tests
 compile those that differ in what decides on registers and shared memory, each for one of four
-targets. `python -m tests.test_aot [target ...]` compiles all, for every target or those named,
-prints the table and says what is wrong; with `--into PAGE.md` it also puts a line per kernel
-between that page's markers.
+targets; `python -m tools.aot` compiles all.
 """
 
-import itertools
-import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,40 +19,13 @@ import torch
 import triton
 import triton.language as tl
 from fastnn.kernels._launch import kernel
-from torch.utils._pytree import tree_leaves
 
-import fastnn
-import fastnn.functional
-from fastnn import _op
-from fastnn.testing.aot import TARGETS, check, compile_only, launch_nothing, summary, table
-
-# Kernels that gather, multiply matrices or only pool partial sums: not meant to run at the speed of
-# memory.
-NOT_STREAMING = ("attention", "embedding", "gemm", "nll_loss", "channel_pool", "channel_totals")
-
+from fastnn import _gate
+from fastnn.testing.aot import TARGETS, check, compile_only, launch_nothing
+from tools.aot import put
 
 # What the tests compile a share for; the other targets are compiled for by hand.
 SHARED = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
-
-
-def attention_is_stocks(target):
-    """Whether it is in `auto`, on that target: there its kernels spill."""
-    architecture = TARGETS[target].architecture
-    return _op._crossover("scaled_dot_product_attention", architecture)[0] == math.inf
-
-
-def streams(record):
-    """Whether its accesses ought to be wide; `UNIT` and `*_VEC` are what its sizes divide by."""
-    element = int(re.search(r"\d+", next(iter(record.signature.values())))[0]) // 8
-    divisors = [v for k, v in record.constexprs.items() if k == "UNIT" or k.endswith("_VEC")]
-    gathers = any(word in record.kernel for word in NOT_STREAMING)
-    if record.constexprs.get("C") == record.constexprs.get("S") == 1:  # a PReLU of one element
-        return False
-    if record.kernel in ("_loss_fwd_kernel", "_loss_bwd_kernel"):
-        # Tensors all read through strides: each is broadcast against the others, or has gaps.
-        there = [t for t in "ABCW" if t in record.signature]
-        gathers = all(f"{t.lower()}2" in record.signature for t in there)
-    return not gathers and all(divisor * element >= 16 for divisor in divisors)
 
 
 def compiling(code):
@@ -69,97 +37,9 @@ def compiling(code):
     return done.stdout
 
 
-# ---- the rows -----------------------------------------------------------------------------------
-
-
-class Share:
-    """Of the varieties of each kernel, every sixteenth, and the first: others for each target.
-
-    A variety has a new combination of pointer types, tile and warps, or a new value of another
-    constexpr. fp16 counts as bf16, from which it differs by an instruction.
-    """
-
-    def __init__(self, target):
-        self.index = list(TARGETS).index(target)
-        self.number = defaultdict(itertools.count)
-        self.answers = {}
-        self.seen = set()
-
-    def __call__(self, what):
-        types = tuple(t.replace("fp16", "bf16") for t in what.signature.values() if t[0] == "*")
-        sizes = {k: v for k, v in what.constexprs.items() if type(v) is int and v >= 16}
-        options = {k: str(v) for k, v in what.constexprs.items() if k not in sizes}
-        features = {(what.kernel, *option) for option in options.items()}
-        features.add((what.kernel, types, what.num_warps, math.prod(sizes.values())))
-        key = (types, what.num_warps, *sizes.items(), *options.items(), what.kernel)
-        if key not in self.answers:
-            novel = not features <= self.seen
-            self.seen |= features
-            n = next(self.number[what.kernel]) if novel else None
-            self.answers[key] = n == 0 or (novel and n % 16 == self.index)
-        return self.answers[key]
-
-
-def launch(case, dtype):
-    """Run a row forward and backward; what its kernels would have written is missing."""
-    given = {k: v(dtype, "cpu") if callable(v) else v for k, v in case.options.items()}
-    if case.is_layer:
-        members = [member(fastnn) for member in case.members]
-        call = getattr(fastnn, case.name)(*members, **given).to(dtype).train(case.train)
-        given = {}
-    else:
-        call = getattr(fastnn.functional, case.name)
-    first, *rest = case.make(dtype, "cpu")
-    if case.view is not None:
-        first = case.view(first)
-    with torch.autocast("cpu", case.autocast, enabled=case.autocast is not None):
-        out = call(first, *rest, **given)
-    outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
-    torch.autograd.backward(outs, [torch.ones_like(t) for t in outs])
-
-
-def launch_attention():
-    """Attention of real head sizes, forward and backward, as `launch` runs a row."""
-    L, S = 256, 264
-    masks = (None, torch.ones(L, S, dtype=torch.bool), torch.zeros(L, S).bfloat16())
-    for D, mask, causal, p, groups in itertools.product(
-        (64, 128), masks, (False, True), (0.0, 0.1), (1, 2)
-    ):
-        if causal and mask is not None:
-            continue
-        q = torch.zeros(2, 4, L, D, dtype=torch.bfloat16, requires_grad=True)
-        k, v = torch.zeros(2, 2, 4 // groups, S, D, dtype=torch.bfloat16, requires_grad=True)
-        if mask is not None and mask.is_floating_point():
-            mask = mask.detach().requires_grad_()
-        out = fastnn.functional.scaled_dot_product_attention(
-            q, k, v, mask, p, is_causal=causal, enable_gqa=groups > 1
-        )
-        out.backward(torch.zeros_like(out))
-
-
-def compile_rows(target, wanted=None):
-    """(records, faults in words) of all rows in all their dtypes, and of `launch_attention`."""
-    from fastnn.testing.cases import CASES
-
-    with compile_only(target, wanted) as records, fastnn.backend("triton"):
-        for case in CASES:
-            if case.stock is None:
-                for dtype in case.dtypes:
-                    launch(case, dtype)
-        if not attention_is_stocks(target):
-            launch_attention()
-    faults = []
-    for record in records:
-        if record.kernel.startswith("_attention") and attention_is_stocks(target):
-            continue
-        wrong = check(record, streaming=streams(record))
-        faults += ["WRONG: " + "; ".join(wrong) + "\n" + table([record])] if wrong else []
-    return records, faults
-
-
 def skip_unproven(target):
     """Skips a test of code that this Triton is not trusted to compile."""
-    why = _op._unproven(TARGETS[target].architecture)
+    why = _gate.unproven(TARGETS[target].architecture)
     if why:
         pytest.skip(why)
 
@@ -167,7 +47,7 @@ def skip_unproven(target):
 @pytest.mark.parametrize("target", SHARED)
 def test_rows(target):
     skip_unproven(target)
-    print(compiling(["-m", "tests.test_aot", "--share", target]))
+    print(compiling(["-m", "tools.aot", "--share", target]))
 
 
 # ---- the tool ----------------------------------------------------------------------------------
@@ -268,7 +148,7 @@ def float_atomics():
 
 
 def gfx942():
-    if _op._unproven("gfx942"):
+    if _gate.unproven("gfx942"):
         return  # an older Triton, which brings no linker
     x, y = torch.ones(2, 4096)
     with compile_only("hip:gfx942") as records:
@@ -297,17 +177,6 @@ def nothing_runs():
         for _ in range(3):
             _copy((4,), x, y, 4096, STRIDE=1, BLOCK=1024)
     assert not y.any()
-
-
-MARKED = re.compile(r"(<!-- compiled -->\n).*(<!-- /compiled -->\n)", re.S)
-
-
-def put(records, path):
-    """The summary of the records into a page, with what compiled them."""
-    total = f"{len(records)} compiled by Triton {triton.__version__}, torch {torch.__version__}."
-    text = f"\n{total}\n\n{summary(records)}\n"
-    page = Path(path)
-    page.write_text(MARKED.sub(lambda m: m[1] + text + m[2], page.read_text()))
 
 
 def a_page():
@@ -345,18 +214,3 @@ def test_an_interpreting_process_is_refused():
         pytest.skip("kernels are compiled in this process")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), compile_only("cuda:90"):
         pass
-
-
-if __name__ == "__main__":
-    share = "--share" in sys.argv
-    into = sys.argv[sys.argv.index("--into") + 1] if "--into" in sys.argv else None
-    failed, everything = False, []
-    compiled = [name for name, target in TARGETS.items() if target.facts.compiled_from]
-    for target in [a for a in sys.argv[1:] if a in TARGETS] or compiled:
-        found, faults = compile_rows(target, Share(target) if share else None)
-        print(table(found), *faults, f"{target}: {len(found)} compiled", sep="\n")
-        failed = failed or bool(faults)
-        everything += found
-    if into:
-        put(everything, into)
-    sys.exit(failed)

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import fastnn
 import fastnn.functional as F
 from fastnn import kernels
-from fastnn._op import BackendError, decisions
+from fastnn._mode import BackendError, decisions
 from fastnn.testing.meter import traffic
 from fastnn.testing.noise import recording
 from tests.marks import interpreted, on_device
@@ -406,22 +406,19 @@ def chosen(*args, **options):
 def test_auto_leaves_to_stock_what_it_fuses():
     """And takes what stock would write out as weights, from some size on."""
     large, small = (qkv(1, 2, n, 8, grad=False) for n in (2048, 16))
-    assert "its own fused kernel" in chosen(*large)
+    assert "as fast at every size" in chosen(*large)
     assert "size gate" in chosen(*(t[0] for t in small))
     five = [t[:, :1, :1200].expand(2, 1, 1200, 8)[None, :, :, :8] for t in large]
     assert chosen(*five, dropout_p=0.0) and "size gate" in chosen(*five)
 
 
 @interpreted
-def test_auto_runs_where_stock_would_use_its_formula(monkeypatch):
-    from fastnn import _op
-
-    least = {"scaled_dot_product_attention": 0}
-    monkeypatch.setattr(_op, "_crossover", lambda name, arch: (least.get(name, math.inf), "test"))
+def test_auto_runs_where_stock_would_use_its_formula(simulate):
+    simulate(least={("scaled_dot_product_attention", ""): 0}, source="test")
     q, k, v = qkv(1, 2, 5, 8, grad=False)
     assert chosen(q[0], k[0], v[0]) is None
     assert chosen(q, k, v, dropout_p=0.5) is None
-    assert "its own fused kernel (test)" in chosen(q, k, v).replace("takes this call ", "")
+    assert "as fast at every size" in chosen(q, k, v)
     with sdpa_kernel(SDPBackend.MATH):
         assert "sdpa_kernel" in chosen(q, k, v)
         with fastnn.backend("triton"):

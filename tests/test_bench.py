@@ -14,7 +14,7 @@ import torch
 import torch.nn as stock
 
 import fastnn
-from fastnn import _op
+from fastnn import _gate, _mode
 from fastnn.__main__ import main
 from fastnn.bench import cases, gpu, host, measure, memory, models, pool, predict, report, run, tune
 from fastnn.ops import REGISTRY
@@ -45,7 +45,7 @@ def one_thread():
 def test_every_op_has_a_row_and_a_sweep():
     held = set()
     for case in cases.CASES:
-        held |= tune.gate_sizes(case.at(1)).keys()
+        held |= {op for op, _ in tune.gate_work(case.at(1))}
     assert held == set(REGISTRY)
     assert tune.without_rows() == []
 
@@ -233,7 +233,7 @@ def test_a_wrong_row_has_no_speedup(monkeypatch):
     line = run.run_row(GELU, BF16, measure.Cpu(), 3)
     assert line["failures"] and run.speedup(line, "ours") is None
     assert "ours" not in line["sides"]
-    monkeypatch.setitem(record, "fused", lambda x, **k: _op.Stock("not today"))
+    monkeypatch.setitem(record, "fused", lambda x, **k: _mode.Stock("not today"))
     line = run.run_row(GELU, BF16, measure.Cpu(), 3)
     assert line["path"] == "stock" and run.speedup(line, "ours") is None
     assert "not today" in report.measured_table([line], {})
@@ -290,15 +290,17 @@ def test_sweep_writes_the_entry_that_the_gate_reads(tmp_path, monkeypatch):
     assert tune.run(sweeps, results, measure.Cpu())
     assert tune.run(sweeps, results, measure.Cpu())  # `times` has run out: nothing is done twice
     entry = tune.entry(results)
-    assert entry["least"] == {"gelu": 160}
+    assert entry["crossovers"] == [{"op": "gelu", "variant": "", "least": 160, "unit": "elements"}]
     assert entry["source"].startswith("measured on cpu")
     table = tmp_path / "crossover.json"
-    table.write_text(json.dumps({"cpu": {"source": "before", "least": {"relu": 7, "gelu": 1}}}))
+    lines = [{"op": "relu", "least": 7}, {"op": "gelu", "least": 1}]
+    table.write_text(json.dumps({"cpu": {"source": "before", "crossovers": lines}}))
     tune.write(table, "cpu", entry)
     with gpu._table(table):
-        assert _op._crossover("gelu", "cpu") == (160, f"{entry['source']}; other functions before")
-        assert _op._crossover("relu", "cpu")[0] == 7
-    assert _op._crossover("gelu", "cpu")[0] == math.inf
+        source = f"{entry['source']}; other functions before"
+        assert _gate.crossover("gelu", "cpu") == (160, source, "elements")
+        assert _gate.crossover("relu", "cpu").least == 7
+    assert _gate.crossover("gelu", "cpu").least == math.inf
 
 
 def test_contest_times_both_sides():

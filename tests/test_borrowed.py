@@ -16,7 +16,6 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
 import fastnn
-from fastnn import _op
 from fastnn.kernels import _launch
 from fastnn.layers._layer import OURS
 from fastnn.ops import FUNCTIONS
@@ -81,8 +80,8 @@ each_mode = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def no_size_gate(monkeypatch):
-    monkeypatch.setattr(_op, "_crossover", lambda name, architecture: (0, "the test"))
+def no_size_gate(simulate):
+    simulate(least=0, source="the test")
 
 
 @pytest.fixture

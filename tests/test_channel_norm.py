@@ -8,7 +8,7 @@ import torch.nn as stock
 
 import fastnn
 import fastnn.functional as F
-from fastnn import _op, kernels
+from fastnn import kernels
 from fastnn.testing import Side, compare_sides
 from fastnn.testing.meter import nbytes, traffic
 from tests.errors import assert_same_error
@@ -16,8 +16,8 @@ from tests.marks import interpreted, on_device
 
 
 @pytest.fixture(autouse=True)
-def no_size_gate(monkeypatch):
-    monkeypatch.setattr(_op, "_crossover", lambda name, architecture: (0, "the test"))
+def no_size_gate(simulate):
+    simulate(least=0, source="the test")
 
 
 def twins(name, *args, device="cpu", **options):

@@ -3,16 +3,16 @@
 import importlib
 import importlib.metadata
 import itertools
+import pkgutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import fastnn
-from fastnn import _cli, _op
+from fastnn import _cli, _mode
 from fastnn.__main__ import COMMANDS, main
-from fastnn._cli_parity import Outcome, _summary
+from fastnn._cli.parity import Outcome, _summary
 from fastnn.ops import REGISTRY
 from tests.marks import interpreted
 
@@ -27,8 +27,9 @@ def test_version_of_module_and_script():
 
 
 def test_every_command_file_is_registered():
-    files = {f"fastnn.{path.stem}" for path in Path(fastnn.__file__).parent.glob("_cli_*.py")}
-    assert files == {module for module, _ in COMMANDS.values()}
+    names = {f"fastnn._cli.{file.name}" for file in pkgutil.iter_modules(_cli.__path__)}
+    commands = {name for name in names if hasattr(importlib.import_module(name), "EXAMPLES")}
+    assert commands == {module for module, _ in COMMANDS.values()}
 
 
 def test_help_lists_the_commands(capsys):
@@ -142,18 +143,18 @@ def test_info_tells_why_no_kernel_can_run(monkeypatch, capsys):
     with fastnn.backend("torch"):
         assert main(["info"]) == 0
     assert "FASTNN_BACKEND=torch" in capsys.readouterr().out
-    monkeypatch.setattr(_op, "INTERPRET", True)
+    monkeypatch.setattr(_mode, "INTERPRET", True)
     assert _cli.why_no_kernels() is None
-    monkeypatch.setattr(_op, "HAS_TRITON", False)
+    monkeypatch.setattr(_mode, "HAS_TRITON", False)
     assert "triton is not installed" in _cli.why_no_kernels()
 
 
 def test_info_reports_the_gate_of_the_gpu(monkeypatch):
-    info = importlib.import_module("fastnn._cli_info")
+    info = importlib.import_module("fastnn._cli.info")
     op = next(iter(REGISTRY.values()))
-    monkeypatch.setattr(_op, "INTERPRET", False)
-    monkeypatch.setattr(_op, "architecture", lambda index: "sm_90")
+    monkeypatch.setattr(_mode, "INTERPRET", False)
+    monkeypatch.setattr(_mode, "architecture", lambda index: "sm_90")
     for least, expected in ((4096, "kernel from size 4096 (here)"), (float("inf"), "stock (here)")):
-        monkeypatch.setattr(_op, "_crossover", lambda name, arch, least=least: (least, "here"))
+        monkeypatch.setattr(_mode, "_crossover", lambda name, arch, least=least: (least, "here"))
         assert info.path(op, None) == expected
     assert info.path(op, "PyTorch finds no GPU") == "stock"

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnn
 import fastnn.functional as F
-from fastnn import _op
+from fastnn import _mode
 from fastnn.layers._layer import STOCK
 from fastnn.ops import FUNCTIONS
 from tests.marks import on_device
@@ -362,9 +362,9 @@ def test_a_dispatch_mode_sees_what_it_sees_of_stock(cls):
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # stock's
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @each_layer
-def test_autocast_result_dtype(cls, dtype, monkeypatch):
+def test_autocast_result_dtype(cls, dtype, simulate):
     """On kernels, under autocast, the dtypes of result and gradients are stock's."""
-    monkeypatch.setattr(_op, "_crossover", lambda name, architecture: (0, "the test"))
+    simulate(least=0, source="the test")
     ours, its, inputs, _ = plain(cls)
     for given in (torch.float32, dtype):
         args = [
@@ -439,33 +439,33 @@ def test_backend_is_per_thread_and_reaches_threads_without_their_own():
     def work(mode):
         with fastnn.backend(mode):
             barrier.wait(10)
-            seen[mode] = _op.current_mode()
+            seen[mode] = _mode.current_mode()
             barrier.wait(10)
 
     threads = [threading.Thread(target=work, args=(m,)) for m in ("triton", "torch")]
     [t.start() for t in threads]
     [t.join(20) for t in threads]
     assert seen == {"triton": "triton", "torch": "torch"}
-    assert _op.current_mode() == "auto"
+    assert _mode.current_mode() == "auto"
 
     with fastnn.backend("torch"):
-        other = threading.Thread(target=lambda: seen.update(bare=_op.current_mode()))
+        other = threading.Thread(target=lambda: seen.update(bare=_mode.current_mode()))
         other.start()
         other.join(20)
-    assert seen["bare"] == "torch" and _op.current_mode() == "auto"
+    assert seen["bare"] == "torch" and _mode.current_mode() == "auto"
 
 
 def test_backend_restores_after_an_exception_and_nests():
     with pytest.raises(KeyError), fastnn.backend("torch"):
         with fastnn.backend("triton"):
-            assert _op.current_mode() == "triton"
-        assert _op.current_mode() == "torch"
+            assert _mode.current_mode() == "triton"
+        assert _mode.current_mode() == "torch"
         raise KeyError
-    assert _op.current_mode() == "auto"
+    assert _mode.current_mode() == "auto"
     again = fastnn.backend("torch")
     with again, again:
-        assert _op.current_mode() == "torch"
-    assert _op.current_mode() == "auto"
+        assert _mode.current_mode() == "torch"
+    assert _mode.current_mode() == "auto"
     with pytest.raises(ValueError, match="auto, triton, torch"):
         fastnn.backend("cuda")
 

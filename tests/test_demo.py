@@ -11,17 +11,18 @@ import pytest
 import torch
 
 import fastnn
-from fastnn import _cli_demo, _demo, _op
+from fastnn import _mode
 from fastnn.__main__ import main
+from fastnn._cli import demo, training
 from tests.marks import interpreted
 
-TINY = replace(_demo.CPU_QUICK, steps=6)
-KERNELS = replace(_demo.INTERPRETED_QUICK, steps=4)
+TINY = replace(training.CPU_QUICK, steps=6)
+KERNELS = replace(training.INTERPRETED_QUICK, steps=4)
 CPU = torch.device("cpu")
 
 
 def _compare(size, ours, mode="torch", out=None):
-    return _demo.compare(size, mode=mode, device=CPU, seed=0, title="", ours=ours, out=out)
+    return training.compare(size, mode=mode, device=CPU, seed=0, title="", ours=ours, out=out)
 
 
 def _with(**layers):
@@ -169,27 +170,27 @@ def test_a_checkpoint_that_does_not_move(layer, moved, word, tmp_path):
 
 
 def test_weights_that_cannot_be_shared():
-    with pytest.raises(_demo.DemoError, match="extra"):
+    with pytest.raises(training.DemoError, match="extra"):
         _compare(TINY, _with(LayerNorm=ExtraBuffer))
 
 
 def test_a_broken_layer_makes_the_command_fail(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(fastnn, "GELU", TanhGELU)
-    monkeypatch.setattr(_op, "HAS_TRITON", False)  # no second run: what is tested is the first
+    monkeypatch.setattr(_mode, "HAS_TRITON", False)  # no second run: what is tested is the first
     argv = ["demo", "--quick", "--steps", "4", "--out", str(tmp_path)]
     assert main(argv) == 1
     printed = capsys.readouterr().out
     assert "FAIL" in printed and "not run: triton is not installed" in printed
     assert json.loads((tmp_path / "demo.json").read_text())["passed"] is False
     monkeypatch.undo()
-    monkeypatch.setattr(_op, "HAS_TRITON", False)
+    monkeypatch.setattr(_mode, "HAS_TRITON", False)
     assert main(argv) == 0
 
 
 def test_a_worker_that_fails_is_one_sentence():
-    broken = replace(_demo.INTERPRETED_QUICK, heads=3)
-    with pytest.raises(_demo.DemoError, match=r"interpreted kernels failed: .*Error"):
-        _demo.compare_interpreted(broken, 0, lambda step, losses: None)
+    broken = replace(training.INTERPRETED_QUICK, heads=3)
+    with pytest.raises(training.DemoError, match=r"interpreted kernels failed: .*Error"):
+        training.compare_interpreted(broken, 0, lambda step, losses: None)
 
 
 def test_missing_text_is_one_sentence(monkeypatch, tmp_path, capsys):
@@ -199,7 +200,7 @@ def test_missing_text_is_one_sentence(monkeypatch, tmp_path, capsys):
 
 
 def _bits(stock, ours):
-    return _demo.judge_bits({"stock": stock, "fastnn": ours})
+    return training.judge_bits({"stock": stock, "fastnn": ours})
 
 
 def test_bits():
@@ -217,7 +218,7 @@ def test_rounding():
 
     def judge(ours):
         curves = {"stock": stock, "fastnn": ours, "float64": exact, "twin 1": twin}
-        return _demo.judge_rounding(curves).coincide
+        return training.judge_rounding(curves).coincide
 
     assert judge(exact) and judge(stock) and judge(twin)
     assert judge([5.0, 4.0, 3.0, 2.0 + 7.9e-6])  # reached by the twin at an earlier step
@@ -228,15 +229,15 @@ def test_rounding():
 
 def test_sides_start_equal_and_see_equal_batches():
     torch.manual_seed(0)
-    stock = _demo.build(torch.nn, TINY)
-    ours = _demo.build(fastnn, TINY)
+    stock = training.build(torch.nn, TINY)
+    ours = training.build(fastnn, TINY)
     assert isinstance(ours.norm, fastnn.LayerNorm)
     assert ours.load_state_dict(stock.state_dict(), strict=True)
-    training, held_out = _demo.text()
-    assert len(training) > 8 * len(held_out) > 100_000
-    first = next(_demo.batches(training, TINY, 3, CPU))
-    again = next(_demo.batches(training, TINY, 3, CPU))
-    other = next(_demo.batches(training, TINY, 4, CPU))
+    text, held_out = training.text()
+    assert len(text) > 8 * len(held_out) > 100_000
+    first = next(training.batches(text, TINY, 3, CPU))
+    again = next(training.batches(text, TINY, 3, CPU))
+    other = next(training.batches(text, TINY, 4, CPU))
     assert all(map(torch.equal, first, again)) and not torch.equal(first[0], other[0])
     assert torch.equal(first[0][:, 1:], first[1][:, :-1])
 
@@ -250,7 +251,7 @@ def test_peak_memory_counts_what_is_alive_at_once():
         del a
         return b * 2  # b and the result alive
 
-    _, peak = _demo.peak_memory(run, CPU)
+    _, peak = training.peak_memory(run, CPU)
     assert 0 <= peak - 2 * 4 * n < 100  # the scalars 1 and 2 are tensors for a moment
 
 
@@ -259,4 +260,4 @@ def test_repeated_layers_are_shown_once():
         {"layer": f"blocks.{i}.mlp.1", "op": "gelu", "path": "kernel", "reason": None}
         for i in range(3)
     ]
-    assert _cli_demo.grouped(rows) == [("blocks.*.mlp.*  (x3)", "gelu", "kernel", "")]
+    assert demo.grouped(rows) == [("blocks.*.mlp.*  (x3)", "gelu", "kernel", "")]

@@ -1,25 +1,33 @@
 """Whose estimates `auto` follows: architectures that kernels were compiled for, by a new Triton."""
 
+import contextlib
 import math
+import weakref
+from unittest import mock
 
 import pytest
 import torch
 import triton
+from fastnn.bench.cases import CASES as BENCH_CASES
+from fastnn.bench.tune import gate_work
 
 import fastnn
 import fastnn.functional as F
-from fastnn import _op
+from fastnn import _gate
 from fastnn.kernels import _gpus
+from fastnn.ops import REGISTRY
+from fastnn.testing import simulated
 from fastnn.testing.aot import TARGETS
+from tests.marks import interpreted
 
 COMPILED = {gpu.name: gpu.compiled_from for gpu in _gpus.GPUS.values() if gpu.compiled_from}
 
 
 @pytest.fixture(autouse=True)
 def asked_anew():
-    _op._crossover.cache_clear()
+    _gate.crossover.cache_clear()
     yield
-    _op._crossover.cache_clear()
+    _gate.crossover.cache_clear()
 
 
 def test_every_architecture_of_the_list_can_be_compiled_for():
@@ -27,8 +35,8 @@ def test_every_architecture_of_the_list_can_be_compiled_for():
 
 
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_999", "gfx1100"])
-def test_stock_where_kernels_were_not_compiled(architecture, monkeypatch, device):
-    monkeypatch.setattr(_op, "architecture", lambda index: architecture)
+def test_stock_where_kernels_were_not_compiled(architecture, simulate, device):
+    simulate(architecture)
     x = torch.randn(8, 4, device=device)
     with fastnn.backend("auto"), fastnn.decisions() as heard:
         F.soft_margin_loss(x.expand(2**16, 8, 4), torch.ones_like(x))
@@ -39,16 +47,135 @@ def test_stock_where_kernels_were_not_compiled(architecture, monkeypatch, device
 def test_stock_where_triton_is_too_old(architecture, monkeypatch):
     at_least = COMPILED[architecture]
     monkeypatch.setattr(triton, "__version__", f"{at_least}.0")
-    assert _op._crossover("layer_norm", architecture)[0] < math.inf
-    _op._crossover.cache_clear()
+    assert _gate.crossover("layer_norm", architecture)[0] < math.inf
+    _gate.crossover.cache_clear()
     monkeypatch.setattr(triton, "__version__", "3.3.1")
     why = f"on {architecture} kernels need triton {at_least}"
-    assert _op._crossover("layer_norm", architecture) == (math.inf, why)
+    assert _gate.crossover("layer_norm", architecture)[:2] == (math.inf, why)
 
 
-def test_what_was_measured_counts_everywhere(monkeypatch):
-    measured = {"source": "measured", "least": {"relu": 7, "gelu": None}}
-    monkeypatch.setattr(_op, "_crossovers", lambda: {"sm_999": measured})
-    assert _op._crossover("relu", "sm_999") == (7, "measured")
-    assert _op._crossover("gelu", "sm_999") == (math.inf, "measured")
-    assert "sm_999" in _op._crossover("silu", "sm_999")[1]
+def test_what_was_measured_counts_everywhere():
+    lines = [{"op": "relu", "least": 7, "of a later version": 1}, {"op": "gelu", "least": None}]
+    with _gate.using({"sm_999": {"source": "measured", "crossovers": lines}}):
+        assert _gate.crossover("relu", "sm_999") == (7, "measured", "elements")
+        assert _gate.crossover("gelu", "sm_999")[:2] == (math.inf, "measured")
+        assert "sm_999" in _gate.crossover("silu", "sm_999").source
+
+
+def test_the_shipped_table_names_each_op_and_variant_once():
+    for entry in _gate.table().values():
+        named = [(line["op"], line.get("variant", "")) for line in entry["crossovers"]]
+        assert len(named) == len(set(named))
+        assert all(variant in REGISTRY[op].variants for op, variant in named)
+    every = {(name, variant) for name, op in REGISTRY.items() for variant in op.variants}
+    lines = _gate.table()["default"]["crossovers"]
+    assert every == {(line["op"], line.get("variant", "")) for line in lines}
+
+
+@pytest.mark.parametrize("case", [row.at(1) for row in BENCH_CASES], ids=str)
+def test_a_policy_counts_in_the_unit_of_the_table(case):
+    units = {line["op"]: line["unit"] for line in _gate.table()["default"]["crossovers"]}
+    for op, work in gate_work(case):
+        assert work is None or (work.unit, work.variant in REGISTRY[op].variants) == (
+            units[op],
+            True,
+        )
+
+
+# ---- Calls that the gate declined are remembered -------------------------------------------------
+
+
+def _asked_of(call, *args, **kwargs):
+    """How often the gate was asked when `call` was made."""
+    asked = []
+    decide = _gate.decide
+
+    def counting(*question):
+        asked.append(question)
+        return decide(*question)
+
+    with mock.patch.object(_gate, "decide", counting):
+        call(*args, **kwargs)
+    return len(asked)
+
+
+@interpreted
+def test_a_declined_call_is_asked_about_once():
+    x, w = torch.randn(8, 4), torch.randn(3, 4)
+    _gate.forget()
+    for call in (
+        lambda: F.gelu(x),
+        lambda: F.layer_norm(x, (4,)),
+        lambda: F.linear(x, w),
+        lambda: F.mse_loss(x, x, reduction="none"),
+        lambda: F.dropout(x, 0.5),
+        lambda: fastnn.ReLU()(x),
+        lambda: F.scaled_dot_product_attention(x, x, x),
+    ):
+        assert [_asked_of(call) for _ in range(3)] == [1, 0, 0]
+        with fastnn.decisions() as heard:  # who watches hears the reason each time
+            call()
+            call()
+        assert len(heard) == 2 and heard[0].why == heard[1].why is not None
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x, w: F.linear(x[:4], w),
+        lambda x, w: F.linear(x, w[:2]),
+        lambda x, w: F.linear(x.half(), w.half()),
+        lambda x, w: F.linear(x, w, w[:, 0]),
+        lambda x, w: F.linear(x.requires_grad_(), w),
+        lambda x, w: torch.no_grad()(F.linear)(x, w),
+    ],
+)
+def test_another_call_is_asked_about_anew(other):
+    x, w = torch.randn(8, 4), torch.randn(3, 4)
+    _gate.forget()
+    F.linear(x, w)
+    assert _asked_of(F.linear, x, w) == 0
+    assert _asked_of(other, x, w) == 1
+
+
+@interpreted
+def test_what_was_declined_runs_on_kernels_when_it_is_forced_or_the_gate_opens(simulate):
+    x = torch.randn(8, 4)
+    F.gelu(x)
+    with fastnn.backend("triton"), fastnn.decisions() as heard:
+        F.gelu(x)
+    F.gelu(x)
+    with simulated(least=0), fastnn.decisions() as again:
+        F.gelu(x)
+    with simulated(least=0):
+        F.gelu(x)
+        assert not F.gelu.op.declined
+    assert [why for _, why in heard + again] == [None, None]
+
+
+def test_wrong_arguments_meet_the_same_error_each_time(device):
+    x = torch.randn(8, 4, device=device)
+    for _ in range(3):
+        with pytest.raises(TypeError, match="linear"):
+            F.linear(x, None)
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            F.layer_norm(x, [5])
+
+
+@interpreted
+def test_no_tensor_is_kept_by_what_is_remembered():
+    x, slope = torch.randn(4), torch.tensor(0.5)
+    _gate.forget()
+    with contextlib.suppress(TypeError, RuntimeError):
+        F.leaky_relu(x, slope)
+    known = weakref.ref(slope)
+    del slope
+    assert known() is None
+
+
+def test_memory_is_bounded():
+    declined = _gate.memory()
+    for i in range(5000):
+        _gate.remember(declined, (i,))
+    assert len(declined) <= 1024

@@ -9,7 +9,8 @@ import pytest
 import torch
 import triton
 
-from fastnn import _cli_parity, _op, kernels
+from fastnn import _gate, kernels
+from fastnn._cli import parity as _cli_parity
 from fastnn.kernels import _gpus
 from fastnn.testing.aot import TARGETS
 from tests.marks import interpreted
@@ -20,18 +21,18 @@ NEW = replace(_gpus.GPUS["sm_89"], name="sm_199", sms=7, compiled_from="3.4")
 
 @pytest.fixture
 def one_more_row():
-    _op._crossover.cache_clear()
+    _gate.crossover.cache_clear()
     with mock.patch.dict(_gpus.GPUS, {NEW.name: NEW}):
         yield
-    _op._crossover.cache_clear()
+    _gate.crossover.cache_clear()
 
 
 @pytest.mark.usefixtures("one_more_row")
 def test_a_row_is_all_that_a_new_architecture_needs():
     target = TARGETS["cuda:199"]  # of the compile checks
     assert target.facts == NEW and target.gpu.arch == 199 and "cuda:199" in list(TARGETS)
-    assert _op._unproven("sm_199") is None  # the gate
-    assert _op._crossover("layer_norm", "sm_199") == _op._crossover("layer_norm", "sm_89")
+    assert _gate.unproven("sm_199") is None  # the gate
+    assert _gate.crossover("layer_norm", "sm_199") == _gate.crossover("layer_norm", "sm_89")
     assert "sm_199" in _cli_parity._emulated("sm_199")[0]  # the command line
     with _gpus.simulated("sm_199"):  # launch configurations
         assert _gpus.architecture(0) == kernels._config.here() == "sm_199"
@@ -41,14 +42,14 @@ def test_a_row_is_all_that_a_new_architecture_needs():
 
 def test_without_its_row_the_gate_stays_shut():
     assert NEW.name not in _gpus.GPUS
-    assert "were not compiled for sm_199" in _op._unproven("sm_199")
+    assert "were not compiled for sm_199" in _gate.unproven("sm_199")
     assert "cuda:199" not in TARGETS
 
 
 @pytest.mark.usefixtures("one_more_row")
 def test_the_row_says_from_which_triton_on(monkeypatch):
     monkeypatch.setattr(triton, "__version__", "3.3.1")
-    assert _op._unproven("sm_199") == "on sm_199 kernels need triton 3.4"
+    assert _gate.unproven("sm_199") == "on sm_199 kernels need triton 3.4"
 
 
 @interpreted

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastnn
 import fastnn.functional as F
-from fastnn._op import backend
+from fastnn._mode import backend
 from fastnn.ops import linear_cross_entropy as op_file
 from fastnn.testing import assert_parity
 from fastnn.testing.cases import CASES

@@ -532,10 +532,10 @@ def test_gradients_of_some_inputs(order, device):
     torch.testing.assert_close(*results)
 
 
-def test_few_rows_run_stock_in_auto(device, monkeypatch):
+def test_few_rows_run_stock_in_auto(device, simulate):
     """A row is one program's: with few of them most of a GPU would idle."""
-    monkeypatch.setattr(fastnn._op, "_crossover", lambda name, architecture: (16, "the test"))
-    for rows, path in ((64, None), (63, "size gate")):
+    simulate(least=16, source="the test")
+    for rows, path in ((64, None), (63, "63 rows")):
         x, y, z = torch.randn(3, rows, 2, device=device)
         for call in (
             lambda: F.cosine_similarity(x, y),  # noqa: B023
@@ -543,6 +543,6 @@ def test_few_rows_run_stock_in_auto(device, monkeypatch):
             lambda: F.pairwise_distance(x, y),  # noqa: B023
             lambda: F.triplet_margin_loss(x, y, z, swap=True),  # noqa: B023
         ):
-            with fastnn.backend("auto"), fastnn._op.decisions() as heard:
+            with fastnn.backend("auto"), fastnn.decisions() as heard:
                 call()
             assert [d.why and path in d.why for d in heard] == [path and True]

@@ -9,7 +9,7 @@ import torch.nn.functional as stock
 import triton
 import triton.language as tl
 
-from fastnn._op import BackendError
+from fastnn._mode import BackendError
 from fastnn.testing import Case, Traffic, _counted_run, count, randn
 from fastnn.testing.cases import CASES
 from fastnn.testing.meter import AtenTraffic, Cost, as_on_cuda, nbytes, predict, traffic

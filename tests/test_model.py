@@ -9,7 +9,6 @@ import torch.nn as stock
 import torch.nn.utils.parametrize as parametrize
 
 import fastnn
-from fastnn import _op
 from fastnn.layers._layer import STOCK
 from tests.marks import on_device
 
@@ -147,7 +146,7 @@ def test_explain_without_inputs_tells_of_each_layer():
 
 
 @on_device
-def test_explain_with_inputs_tells_of_each_call(monkeypatch):
+def test_explain_with_inputs_tells_of_each_call(simulate):
     model = Net(fastnn)
     x = torch.randn(2, 4)
     explained = fastnn.explain(model, x)
@@ -156,7 +155,7 @@ def test_explain_with_inputs_tells_of_each_call(monkeypatch):
     assert "size" in act.reason
     assert "act" in str(explained) and str(explained).count("\n") == len(explained)
     assert explained.counts() == {"kernel": 0, "stock": len(explained)}
-    monkeypatch.setattr(_op, "_crossover", lambda name, architecture: (0, "the test"))
+    simulate(least=0, source="the test")
     assert fastnn.explain(model, x).counts()["stock"] == 0
 
 
@@ -189,8 +188,8 @@ def test_decisions_are_this_threads():
 
 
 @on_device
-def test_warmup_leaves_no_trace(monkeypatch):
-    monkeypatch.setattr(_op, "_crossover", lambda name, architecture: (0, "the test"))
+def test_warmup_leaves_no_trace(simulate):
+    simulate(least=0, source="the test")
     model = stock.Sequential(stock.BatchNorm1d(4), fastnn.Linear(4, 4), fastnn.ReLU())
     twin = copy.deepcopy(model.state_dict())
     x = torch.randn(8, 4, requires_grad=True)
@@ -203,9 +202,9 @@ def test_warmup_leaves_no_trace(monkeypatch):
     assert all(torch.equal(v, twin[k]) for k, v in model.state_dict().items())
 
 
-def test_a_wrong_argument_meets_stocks_error_before_the_size_gate(monkeypatch):
+def test_a_wrong_argument_meets_stocks_error_before_the_size_gate(simulate):
     """The gate sees arguments that nothing has checked yet."""
-    monkeypatch.setattr(_op, "_crossover", lambda name, architecture: (1, "the test"))
+    simulate(least=1, source="the test")
     index = torch.tensor([0, 1])
     for mode in ("auto", "torch"):
         with fastnn.backend(mode), pytest.raises(TypeError, match="NoneType"):

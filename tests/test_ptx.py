@@ -1,25 +1,21 @@
 """PTX on the CPU: single instructions by what the ISA says of them, and rows on compiled code.
 
 Rows run in processes of their own: `TRITON_INTERPRET`, which this one may have, forbids compiling.
-`python -m tests.test_ptx [target ...]` runs all rows on the code for every target or those named;
-the tests run a share.
+`python -m tools.ptx` runs all rows; the tests run a share.
 """
 
-import itertools
 import re
 import struct
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from fastnn.testing import Case, check, classes, randn
-from fastnn.testing.aot import TARGETS, emulate
+from fastnn.testing import Case, check, randn
+from fastnn.testing.aot import emulate
 from fastnn.testing.ptx import Memory, Program
 from tests.test_aot import compiling, skip_unproven
-
-EMULATED = ("cuda:80", "cuda:90")
+from tools.ptx import EMULATED
 
 # ---- single instructions ------------------------------------------------------------------------
 
@@ -298,61 +294,11 @@ def test_what_is_not_known_is_an_error():
 # ---- rows ---------------------------------------------------------------------------------------
 
 
-def rows():
-    from fastnn.testing.cases import CASES
-
-    parity = [(case, dtype) for case in CASES if case.stock is None for dtype in case.dtypes]
-    return parity + [(case, torch.bfloat16) for case in of_real_widths()]
-
-
-def keep(*shape):
-    """Maker of a mask that keeps four in five."""
-    return lambda dtype, device: (torch.rand(shape) > 0.2).to(device)
-
-
-def of_real_widths():
-    """Few rows as wide as models have them: the tiles, loops and stages that a GPU will run."""
-    L, S = 150, 200
-    for D, mask, causal, p, groups in itertools.product(
-        (64, 128), (None, keep(L, S), randn(L, S)), (False, True), (0.0, 0.1), (1, 2)
-    ):
-        if not (causal and mask):
-            options = {"dropout_p": p, "is_causal": causal, "enable_gqa": groups > 1}
-            keys = (randn(1, 2 // groups, S, D) for _ in range(2))
-            options |= {"attn_mask": mask} if mask else {}
-            yield Case("scaled_dot_product_attention", (randn(1, 2, L, D), *keys), options)
-    for n in (768, 1600, 4096, 8192, 12288, 50000):
-        yield Case("LayerNorm", (randn(5, n),), {"normalized_shape": n})
-        yield Case("RMSNorm", (randn(5, n),), {"normalized_shape": n})
-    for n in (1000, 32000, 50257, 128256):
-        yield Case("CrossEntropyLoss", (randn(3, n), classes(3, high=n)))
-        yield Case("Softmax", (randn(3, n),), {"dim": -1})
-    for shape, groups in (((8, 64, 7, 7), 32), ((2, 16, 56, 56), 4), ((1, 320, 64, 64), 32)):
-        yield Case("BatchNorm2d", (randn(*shape),), {"num_features": shape[1]})
-        options = {"num_groups": groups, "num_channels": shape[1]}
-        yield Case("GroupNorm", (randn(*shape),), options)
-    for act in ("GELU", "ReLU", "SiLU"):
-        members = (
-            lambda nn: nn.Linear(256, 384),
-            lambda nn, act=act: getattr(nn, act)(),
-            lambda nn: nn.Dropout(0.1),
-        )
-        yield Case("Sequential", (randn(140, 256),), members=members)
-    yield Case("Linear", (randn(300, 768),), {"in_features": 768, "out_features": 512})
-    options = {"num_embeddings": 1000, "embedding_dim": 768}
-    yield Case("Embedding", (classes(8, 128, high=1000),), options)
-    yield Case(
-        "dropout_add_layer_norm",
-        (randn(16, 768), randn(16, 768), (768,), randn(768), randn(768)),
-        {"p": 0.1, "training": True},
-    )
-
-
 @pytest.mark.parametrize("target", EMULATED)
 def test_rows(target):
     """Forced onto kernels, rows agree with stock on the code compiled for a GPU, too."""
     skip_unproven(target)
-    print(compiling(["-m", "tests.test_ptx", "--share", target]))
+    print(compiling(["-m", "tools.ptx", "--share", target]))
 
 
 def a_wrong_kernel_is_noticed():
@@ -400,28 +346,3 @@ def only_nvidias_code():
 )  # fmt: skip
 def test_tool(check):
     compiling(["-c", f"from tests import test_ptx; test_ptx.{check.__name__}()"])
-
-
-def main(arguments):
-    share = arguments[:1] == ["--share"]
-    targets = arguments[1:] if share else arguments or EMULATED
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # memory starts as nan
-    wrong = 0
-    for target in targets:
-        chosen = rows()[list(TARGETS).index(target) :: 20] if share else rows()
-        with emulate(target):
-            for case, dtype in chosen:
-                try:
-                    failures = check(case, dtype).failures
-                except (IndexError, NotImplementedError) as e:
-                    failures = [f"{type(e).__name__}: {e}"]
-                if failures:
-                    wrong += 1
-                    print("WRONG:", target, case, dtype, *failures, sep="\n  ", flush=True)
-        print(f"{target}: {len(chosen)} rows on its code, {wrong} wrong so far", flush=True)
-    return wrong > 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,7 @@ import torch.nn.functional as stock
 
 import fastnn.functional as F
 from fastnn import kernels
-from fastnn._op import backend
+from fastnn._mode import backend
 from fastnn.testing import Case, Side, assert_parity, compare_sides, randn
 from tests.errors import assert_same_error
 from tests.marks import on_device

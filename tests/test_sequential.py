@@ -11,15 +11,15 @@ import torch.nn as stock
 
 import fastnn
 import fastnn.functional as F
-from fastnn import _op, _rng
+from fastnn import _mode, _rng
 from fastnn.ops import linear as ops
 
 FUSED = [("linear_act", None)]
 
 
 @pytest.fixture(autouse=True)
-def no_size_gate(monkeypatch):
-    monkeypatch.setattr(_op, "_crossover", lambda name, architecture: (0, "the test"))
+def no_size_gate(simulate):
+    simulate(least=0, source="the test")
 
 
 def model(*members):
@@ -121,7 +121,7 @@ def test_inference_through_cublaslt(shape, device):
 
 def test_the_plan_goes_by_shape_and_kind():
     def plan(M, N, K, activation="gelu", bias=True, training=True, drops=False, itemsize=2):
-        return ops._plan(M, N, K, itemsize, "sm_90", activation, bias, training, drops)
+        return ops._variant(M, N, K, itemsize, "sm_90", activation, bias, training, drops)
 
     assert plan(4096, 4096, 1024, drops=True) == "epilogue"
     assert plan(4096, 4096, 128, drops=True) == "gemm"
@@ -131,17 +131,20 @@ def test_the_plan_goes_by_shape_and_kind():
     assert plan(4096, 4096, 1024, "relu") == "addmm"
     assert plan(4096, 4096, 1024, "relu", bias=False) == "epilogue"
     assert plan(4096, 4096, 1024, "relu", training=False) == "addmm"
-    assert isinstance(plan(4096, 4096, 1024, training=False), _op.Stock)
-    assert isinstance(plan(64, 64, 1024), _op.Stock)
+    assert isinstance(plan(4096, 4096, 1024, training=False), _mode.Stock)
+    assert isinstance(plan(64, 64, 1024), _mode.Stock)
 
 
-def test_in_auto_the_gate_is_on_the_output(device, monkeypatch):
-    monkeypatch.setattr(_op, "_crossover", lambda name, architecture: (100, "the test"))
+def test_in_auto_the_gate_is_on_the_output(device, simulate):
+    simulate(least=100, source="the test")
     net = model(fastnn.Linear(1000, 4), fastnn.ReLU()).to(device)
     with fastnn.decisions() as heard:
         net(torch.randn(24, 1000, device=device))
         net(torch.randn(25, 1000, device=device))
-    assert [why for _, why in heard] == ["size gate: 96 is below 100 (the test)", None]
+    assert [why for _, why in heard] == [
+        "size gate: 96 outputs; the kernel wins from 100 (the test)",
+        None,
+    ]
 
 
 @pytest.mark.parametrize("plan", ["gemm", "epilogue"])

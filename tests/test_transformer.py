@@ -10,7 +10,7 @@ import torch.nn as stock
 from torch.nn.utils import parametrizations
 
 import fastnn
-from fastnn import _op, _rng
+from fastnn import _rng
 from fastnn.bench import memory
 from fastnn.layers._layer import STOCK
 from fastnn.testing.noise import recording, replaying
@@ -23,14 +23,9 @@ OURS_ALWAYS = {
 
 
 @pytest.fixture(autouse=True)
-def gate(monkeypatch):
+def gate(simulate):
     """Auto, as on large inputs: kernels where the shipped table has a size for them."""
-    shipped = _op._crossover
-
-    def least(name, architecture):
-        return (0, "the test") if name in OURS_ALWAYS else shipped(name, architecture)
-
-    monkeypatch.setattr(_op, "_crossover", least)
+    simulate(least=dict.fromkeys(OURS_ALWAYS, 0), others="shipped")
 
 
 def paths(model, *inputs, **kwargs):

@@ -1,4 +1,4 @@
-"""What is shipped: `fastnn/` alone, whole, and importable from there."""
+"""What is shipped: `fastnn/` and its stubs alone, whole, and importable from there."""
 
 import os
 import re
@@ -14,22 +14,28 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def build(tmp_path_factory):
+def build_wheel(folder):
     """A wheel and what was said on its making: offline, in a copy, as setuptools leaves litter."""
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    tree, out = folder / "tree", folder / "wheel"
+    tree.mkdir()
     unbuilt = shutil.ignore_patterns("__pycache__")
-    for folder in ("fastnn", "kernels", "bench"):
-        shutil.copytree(ROOT / folder, tree / folder, ignore=unbuilt)
+    for name in ("fastnn", "kernels", "bench", "typings"):
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=unbuilt)
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, tree)
     program = "import setuptools.build_meta, sys; setuptools.build_meta.build_wheel(sys.argv[1])"
     command = [sys.executable, "-c", program, str(out)]
     run = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    [built] = out.glob("*.whl")
-    with zipfile.ZipFile(built) as archive:
-        yield archive, run.stdout + run.stderr
+    [wheel] = out.glob("*.whl")
+    return wheel, run.stdout + run.stderr
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    wheel, said = build_wheel(tmp_path_factory.mktemp("build"))
+    with zipfile.ZipFile(wheel) as archive:
+        yield archive, said
 
 
 @pytest.fixture
@@ -46,18 +52,29 @@ def test_holds_the_package_and_nothing_else(wheel):
     """Another package is called `kernels`: a file of ours under that name would overwrite it."""
     tops = {name.partition("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not re.fullmatch(r"fastnn_triton-[\w.]+\.dist-info", top)} == {
-        "fastnn"
+        "fastnn",
+        "fastnn-stubs",
     }
 
 
 def test_holds_the_package_whole(wheel):
-    shipped = {name for name in wheel.namelist() if name.startswith("fastnn/")}
-    folders = ("fastnn", "kernels", "bench")
-    files = [p.relative_to(ROOT) for f in folders for p in (ROOT / f).rglob("*")]
-    wanted = {p.as_posix() for p in files if p.suffix in (".py", ".pyi", ".json", ".typed")}
-    wanted = {name for name in wanted if not name.startswith("bench/results/")}
-    assert {"kernels/__init__.py", "fastnn/py.typed", "fastnn/utils/rnn.pyi"} <= wanted
-    assert shipped == {re.sub(r"^(kernels|bench)/", r"fastnn/\1/", name) for name in wanted}
+    """Each file of the package, and of the stubs, under the name that it has when installed."""
+    shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    homes = {
+        "fastnn": "fastnn",
+        "kernels": "fastnn/kernels",
+        "bench": "fastnn/bench",
+        "typings/fastnn": "fastnn-stubs",
+    }
+    wanted = {
+        f"{home}/{path.relative_to(ROOT / folder).as_posix()}"
+        for folder, home in homes.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".pyi", ".json", ".typed")
+    }
+    wanted = {name for name in wanted if not name.startswith("fastnn/bench/results/")}
+    assert {"fastnn/kernels/__init__.py", "fastnn/py.typed", "fastnn-stubs/utils/rnn.pyi"} <= wanted
+    assert shipped == wanted
 
 
 def test_requires_torch_and_triton_without_a_cap(wheel):

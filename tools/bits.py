@@ -5,7 +5,7 @@
     python tools/bits.py compare before.json after.json
 
 A refactor changes no output: `compare` names each row whose outputs, gradients or written inputs
-have other bits, and each row that only one record has. It exits with 1 if there is any, else with 0.
+have other bits, and each row that only one record has. The exit code is 1 if there is any, else 0.
 The rows run in Triton's interpreter, on the CPU and without a GPU. `--only TEXT` takes the rows
 whose name contains TEXT.
 """
@@ -82,7 +82,8 @@ def compare(before: Path, after: Path) -> int:
             print(f"only in {before if name in old else after}: {name}")
             wrong += 1
         elif old[name] != new[name]:
-            what = sorted(k for k in {*old[name], *new[name]} if old[name].get(k) != new[name].get(k))
+            a, b = old[name], new[name]
+            what = sorted(k for k in {*a, *b} if a.get(k) != b.get(k))
             print(f"differs: {name}: {', '.join(what)}")
             wrong += 1
     print(f"{len(old)} and {len(new)} rows, {wrong} differ")
@@ -90,7 +91,9 @@ def compare(before: Path, after: Path) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("record")
     one.add_argument("file", type=Path)

@@ -16,9 +16,7 @@ from torch import Tensor
 from torch._C._autograd import CreationMeta, _get_creation_meta  # type: ignore[attr-defined]
 
 from fastnn import kernels
-from fastnn._function import run, second_order
-from fastnn._mode import Invalid, Stock
-from fastnn._op import op
+from fastnn._op import Function, Invalid, Stock, op, run, second_order
 
 aten = torch.ops.aten
 _FLOAT_MAX = torch.finfo(torch.float32).max
@@ -79,8 +77,10 @@ IN_PLACE = {
 }
 
 
-class Pointwise(torch.autograd.Function):
+class Pointwise(Function):
     """y = formula(x; a, b); in x itself if `inplace`, computed from `copy` if there is one."""
+
+    strided = ("dy",)
 
     @staticmethod
     def forward(ctx, x, copy, formula, a, b, inplace, out_dtype):
@@ -107,6 +107,9 @@ class Pointwise(torch.autograd.Function):
                 lambda x: formula.stock(x.to(out_dtype or dtype), a, b), (saved,), dy, (True,)
             )
         return dx, None, None, None, None, None, None
+
+
+_X = ("input",)
 
 
 def _pointwise(x, formula, a=0.0, b=0.0, inplace=False, out_dtype=None):
@@ -154,19 +157,19 @@ def _round(number, dtype):
     return rounded if math.isinf(rounded) == math.isinf(number) else None
 
 
-@op(stock=stock.relu)
+@op(stock=stock.relu, strided=_X)
 def relu(input, inplace=False):
     """Fused in place too."""
     return _pointwise(input, RELU, inplace=inplace)
 
 
-@op(stock=stock.relu6)
+@op(stock=stock.relu6, strided=_X)
 def relu6(input, inplace=False):
     """Fused in place too."""
     return _pointwise(input, HARDTANH, 0.0, 6.0, inplace)
 
 
-@op(stock=stock.leaky_relu)
+@op(stock=stock.leaky_relu, strided=_X)
 def leaky_relu(input, negative_slope=0.01, inplace=False):
     """Fused in place too, where the slope is not negative."""
     return _leaky_relu(input, negative_slope, inplace)
@@ -178,7 +181,7 @@ def _leaky_relu(x, slope, inplace):
     return _pointwise(x, LEAKY_RELU, slope, inplace=inplace)
 
 
-@op(stock=stock.rrelu, source="arXiv:1505.00853")
+@op(stock=stock.rrelu, strided=_X, source="arXiv:1505.00853")
 def rrelu(input, lower=1.0 / 8, upper=1.0 / 3, training=False, inplace=False):
     """Fused in eval mode, in place too; in training the slopes are random, and stock's."""
     if training:
@@ -190,14 +193,14 @@ def rrelu(input, lower=1.0 / 8, upper=1.0 / 3, training=False, inplace=False):
     return _leaky_relu(input, (lower + upper) / 2, inplace)
 
 
-@op(stock=stock.threshold)
+@op(stock=stock.threshold, strided=_X)
 def threshold(input, threshold, value, inplace=False):
     """Fused in place too."""
     dtype = input.dtype
     return _pointwise(input, THRESHOLD, _rounded(threshold, dtype), _rounded(value, dtype), inplace)
 
 
-@op(stock=stock.hardtanh)
+@op(stock=stock.hardtanh, strided=_X)
 def hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False):
     """Fused in place too."""
     if isinstance(min_val, (int, float)) and isinstance(max_val, (int, float)):
@@ -206,7 +209,7 @@ def hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False):
     return _pointwise(input, HARDTANH, min_val, max_val, inplace)
 
 
-@op(stock=stock.elu, source="arXiv:1511.07289")
+@op(stock=stock.elu, strided=_X, source="arXiv:1511.07289")
 def elu(input, alpha=1.0, inplace=False):
     """Fused in place too, where alpha is not negative."""
     return _elu(input, alpha, 1.0, inplace)
@@ -218,7 +221,7 @@ def _elu(x, alpha, input_scale, inplace):
     return _pointwise(x, ELU, alpha, input_scale, inplace)
 
 
-@op(stock=stock.celu, source="arXiv:1704.07483")
+@op(stock=stock.celu, strided=_X, source="arXiv:1704.07483")
 def celu(input, alpha=1.0, inplace=False):
     """Fused in place too, where alpha is not negative."""
     if not isinstance(alpha, (int, float)):
@@ -228,13 +231,13 @@ def celu(input, alpha=1.0, inplace=False):
     return _elu(input, alpha, 1.0 / alpha, inplace)
 
 
-@op(stock=stock.selu, source="arXiv:1706.02515")
+@op(stock=stock.selu, strided=_X, source="arXiv:1706.02515")
 def selu(input, inplace=False):
     """Fused in place too."""
     return _pointwise(input, SELU, inplace=inplace)
 
 
-@op(stock=stock.gelu, source="arXiv:1606.08415")
+@op(stock=stock.gelu, strided=_X, source="arXiv:1606.08415")
 def gelu(input, *, approximate="none"):
     """Fused for both the erf and the tanh formula."""
     if approximate not in ("none", "tanh"):
@@ -242,55 +245,55 @@ def gelu(input, *, approximate="none"):
     return _pointwise(input, GELU if approximate == "none" else GELU_TANH)
 
 
-@op(stock=stock.silu, source="arXiv:1702.03118")
+@op(stock=stock.silu, strided=_X, source="arXiv:1702.03118")
 def silu(input, inplace=False):
     """Fused in place too."""
     return _pointwise(input, SILU, inplace=inplace)
 
 
-@op(stock=stock.mish, source="arXiv:1908.08681")
+@op(stock=stock.mish, strided=_X, source="arXiv:1908.08681")
 def mish(input, inplace=False):
     """Fused in place too."""
     return _pointwise(input, MISH, inplace=inplace)
 
 
-@op(stock=stock.sigmoid)
+@op(stock=stock.sigmoid, strided=_X)
 def sigmoid(input):
     """Fused."""
     return _pointwise(input, SIGMOID)
 
 
-@op(stock=stock.tanh)
+@op(stock=stock.tanh, strided=_X)
 def tanh(input):
     """Fused."""
     return _pointwise(input, TANH)
 
 
-@op(stock=stock.logsigmoid)
+@op(stock=stock.logsigmoid, strided=_X)
 def logsigmoid(input):
     """Fused."""
     return _pointwise(input, LOGSIGMOID)
 
 
-@op(stock=stock.hardsigmoid)
+@op(stock=stock.hardsigmoid, strided=_X)
 def hardsigmoid(input, inplace=False):
     """Fused in place too."""
     return _pointwise(input, HARDSIGMOID, inplace=inplace)
 
 
-@op(stock=stock.hardswish, source="arXiv:1905.02244")
+@op(stock=stock.hardswish, strided=_X, source="arXiv:1905.02244")
 def hardswish(input, inplace=False):
     """Fused in place too."""
     return _pointwise(input, HARDSWISH, inplace=inplace)
 
 
-@op(stock=stock.hardshrink)
+@op(stock=stock.hardshrink, strided=_X)
 def hardshrink(input, lambd=0.5):
     """Fused."""
     return _pointwise(input, HARDSHRINK, _rounded(lambd, input.dtype))
 
 
-@op(stock=stock.softshrink)
+@op(stock=stock.softshrink, strided=_X)
 def softshrink(input, lambd=0.5):
     """Fused."""
     if isinstance(lambd, (int, float)) and not 0 <= lambd <= torch.finfo(input.dtype).max:
@@ -298,20 +301,22 @@ def softshrink(input, lambd=0.5):
     return _pointwise(input, SOFTSHRINK, lambd, _rounded(lambd, input.dtype))
 
 
-@op(stock=stock.softplus, autocast="fp32")
+@op(stock=stock.softplus, strided=_X, autocast="fp32")
 def softplus(input, beta=1, threshold=20, *, out_dtype=None):
     """Fused, under autocast with the conversion to float32."""
     return _pointwise(input, SOFTPLUS, beta, threshold, out_dtype=out_dtype)
 
 
-@op(stock=stock.softsign)
+@op(stock=stock.softsign, strided=_X)
 def softsign(input):
     """Fused: one kernel per direction for stock's three and eight."""
     return _pointwise(input, SOFTSIGN)
 
 
-class Tanhshrink(torch.autograd.Function):
+class Tanhshrink(Function):
     """x -> x - t, t = tanh(x). Stock keeps t alone, so t is an output here, with its own graph."""
+
+    strided = ("dy", "dt")
 
     @staticmethod
     def forward(ctx, x):
@@ -334,7 +339,7 @@ class Tanhshrink(torch.autograd.Function):
         return dx
 
 
-@op(stock=stock.tanhshrink)
+@op(stock=stock.tanhshrink, strided=_X)
 def tanhshrink(input):
     """Fused: one kernel per direction for stock's two and three."""
     if input.requires_grad and torch.is_grad_enabled():

@@ -10,10 +10,7 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import _rng, kernels
-from fastnn._function import run, second_order
-from fastnn._gate import Work
-from fastnn._mode import Invalid, Stock
-from fastnn._op import op
+from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 from fastnn.kernels import _gpus
 from fastnn.ops.dropout import _native_scales
 from fastnn.ops.linear import matmul_precision
@@ -86,8 +83,10 @@ def _output(q: Tensor, L: int, E: int, plan: Plan) -> Tensor:
     return q.new_empty(shape)
 
 
-class Attention(torch.autograd.Function):
+class Attention(Function):
     """q (..., L, D), k (..., S, D), v (..., S, E), mask (..., L, S) or None -> out (..., L, E)."""
+
+    strided = ("dout",)
 
     @staticmethod
     def forward(ctx, q, k, v, mask, plan):
@@ -252,6 +251,7 @@ def _settings():
 
 @op(
     stock=stock.scaled_dot_product_attention,
+    strided=("query", "key", "value", "attn_mask"),
     integers=(torch.bool,),
     autocast="lower",
     autocast_cpu="lower",

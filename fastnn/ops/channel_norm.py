@@ -8,10 +8,7 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._function import run, second_order
-from fastnn._gate import Work
-from fastnn._mode import Invalid, Stock
-from fastnn._op import op
+from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 from fastnn.ops.linear import _ACTIVATIONS, _activate
 
 
@@ -60,13 +57,15 @@ def _norm(x, weight, bias, mean, var, spec):
     return y if spec.act is None else spec.act(y)
 
 
-class ChannelNorm(torch.autograd.Function):
+class ChannelNorm(Function):
     """x (N, C, *), weight and bias (C,) or None, residual as x or None -> y, in x's layout.
 
     Saves what stock saves: x, weight, running statistics, the statistics it computed, and y where
     the activation's gradient is written in it. With an activation the bias too, from which that is
     computed again.
     """
+
+    strided = ("dy",)
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, running_mean, running_var, spec):
@@ -212,7 +211,6 @@ def _group_norm(input, num_groups, weight, bias, eps, out_dtype, act=None):
         return Stock("a bias without a weight")
     if out_dtype is None and any(p is not None and p.dtype != input.dtype for p in (weight, bias)):
         return Invalid("parameters in another dtype than the input")  # to CUDA
-    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
     format = _format(input, False)
     spec = Spec(num_groups, float(eps), format=format, out_dtype=out_dtype, act=act)
     return run(ChannelNorm, input, weight, bias, None, None, None, spec)
@@ -220,6 +218,7 @@ def _group_norm(input, num_groups, weight, bias, eps, out_dtype, act=None):
 
 @op(
     stock=stock.group_norm,
+    strided=("input",),
     autocast="fp32",
     source="arXiv:1803.08494; statistics: Welford (1962), Chan, Golub, LeVeque (1979)",
 )
@@ -253,7 +252,6 @@ def _batch_norm(
         return Stock("one running statistic without the other")
     if any(t is not None and (t.requires_grad or not t.is_contiguous()) for t in tensors[:2]):
         return Stock("running statistics that require grad, or are strided")
-    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
     spec = Spec(0, float(eps), not training, float(momentum), _format(input), act=act)
     return run(ChannelNorm, input, weight, bias, residual, running_mean, running_var, spec)
 
@@ -268,6 +266,7 @@ def _in_training(input, mean, var, weight=None, bias=None, training=False, *rest
 @op(
     stock=stock.batch_norm,
     policy=_in_training,
+    strided=("input", "running_mean", "running_var"),
     source="arXiv:1502.03167; statistics: Welford (1962), Chan, Golub, LeVeque (1979)",
 )
 def batch_norm(
@@ -281,6 +280,7 @@ def batch_norm(
 
 @op(
     stock=stock.instance_norm,
+    strided=("input", "running_mean", "running_var"),
     source="arXiv:1607.08022; statistics: Welford (1962), Chan, Golub, LeVeque (1979)",
 )
 def instance_norm(
@@ -308,7 +308,6 @@ def instance_norm(
         return Stock("running statistics in another dtype, or one without the other")
     if any(t is not None and (t.requires_grad or not t.is_contiguous()) for t in tensors[:2]):
         return Stock("running statistics that require grad, or are strided")
-    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
     if torch.is_grad_enabled():
         # Stock repeats these for the samples: edits between here and backward do not matter.
         weight = None if weight is None else weight.clone()
@@ -343,7 +342,7 @@ def _group_norm_then_act(
     return act(stock.group_norm(input, num_groups, weight, bias, eps))
 
 
-@op(stock=_group_norm_then_act, autocast="fp32")
+@op(stock=_group_norm_then_act, strided=("input",), autocast="fp32")
 def group_norm_act(
     input, num_groups, weight=None, bias=None, eps=1e-5, activation="silu", a=0.0, b=0.0, *,
     out_dtype=None,
@@ -368,7 +367,7 @@ def _batch_norm_then_act(
     return act(y)
 
 
-@op(stock=_batch_norm_then_act)
+@op(stock=_batch_norm_then_act, strided=("input", "running_mean", "running_var"))
 def batch_norm_act(
     input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
     eps=1e-5, activation="relu", a=0.0, b=0.0,
@@ -392,7 +391,11 @@ def _batch_norm_then_add_relu(
     return stock.relu(y + residual)
 
 
-@op(stock=_batch_norm_then_add_relu, source="arXiv:1512.03385, figure 2")
+@op(
+    stock=_batch_norm_then_add_relu,
+    strided=("input", "residual", "running_mean", "running_var"),
+    source="arXiv:1512.03385, figure 2",
+)
 def batch_norm_add_relu(
     input, residual, running_mean, running_var, weight=None, bias=None, training=False,
     momentum=0.1, eps=1e-5,

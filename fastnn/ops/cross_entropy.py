@@ -3,10 +3,7 @@
 import torch
 import torch.nn.functional as stock
 
-from fastnn._function import run, second_order
-from fastnn._graph import launcher
-from fastnn._mode import Invalid, Stock
-from fastnn._op import op
+from fastnn._op import Function, Invalid, Stock, launcher, op, run, second_order
 from fastnn.ops.nll_loss import INDICES, refuse_indices, refuse_options, resolve_reduction
 
 
@@ -38,7 +35,7 @@ _bwd = launcher(
 )
 
 
-class CrossEntropy(torch.autograd.Function):
+class CrossEntropy(Function):
     """Cross entropy, reduced. Differentiable in input and probabilities, as often as stock."""
 
     @staticmethod
@@ -96,6 +93,7 @@ def _refuse(input, target, weight, ignore_index, smoothing, reduction, out_dtype
 
 @op(
     stock=stock.cross_entropy,
+    strided=("input", "target"),
     integers=INDICES,
     autocast="fp32",
     autocast_cpu="fp32",

@@ -13,10 +13,7 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import kernels
-from fastnn._function import run, second_order
-from fastnn._gate import Work
-from fastnn._mode import Invalid, Stock
-from fastnn._op import op
+from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 from fastnn.ops.loss import INTEGERS, broadcast, common_dtype, multilabel, number, refuse
 from fastnn.ops.nll_loss import resolve_reduction
 
@@ -68,7 +65,7 @@ MULTI_MARGIN = RowOp("multi_margin", "multi_margin_step", 2, _multi_margin, by_c
 MULTILABEL_SOFT = RowOp("multilabel_soft", "multilabel_soft_step", 1, _multilabel)
 
 
-class Rows(torch.autograd.Function):
+class Rows(Function):
     """One number for each row along `dim` of up to three tensors; reduced if there is a divisor."""
 
     @staticmethod
@@ -202,7 +199,7 @@ def _along(x1, x2, dim=1, eps=1e-8):
     return _in_rows(x1, x2, dim=dim)
 
 
-@op(stock=stock.cosine_similarity, policy=_along, autocast="fp32")
+@op(stock=stock.cosine_similarity, strided=("x1", "x2"), policy=_along, autocast="fp32")
 def cosine_similarity(x1, x2, dim=1, eps=1e-8, *, out_dtype=None):
     """Fused: one kernel per direction for the 35 of stock's chain."""
     why = refuse((x1, x2), "none")
@@ -219,7 +216,7 @@ def cosine_similarity(x1, x2, dim=1, eps=1e-8, *, out_dtype=None):
     return _rows(COSINE, (x1, x2, None), found[1], (2.0, float(eps), 0.0), 2, False, None, dtype)
 
 
-@op(stock=stock.pairwise_distance, policy=_in_rows, autocast="fp32")
+@op(stock=stock.pairwise_distance, strided=("x1", "x2"), policy=_in_rows, autocast="fp32")
 def pairwise_distance(x1, x2, p=2.0, eps=1e-6, keepdim=False, *, out_dtype=None):
     """Fused for positive exponents up to 64."""
     why = refuse((x1, x2), "none")
@@ -241,7 +238,8 @@ def pairwise_distance(x1, x2, p=2.0, eps=1e-6, keepdim=False, *, out_dtype=None)
     return y.unsqueeze(-1) if keepdim else y
 
 
-@op(stock=stock.triplet_margin_loss, policy=_in_rows, autocast="fp32", autocast_cpu="fp32",
+@op(stock=stock.triplet_margin_loss, strided=("anchor", "positive", "negative"),
+    policy=_in_rows, autocast="fp32", autocast_cpu="fp32",
     source="doi:10.5244/C.30.119")  # fmt: skip
 def triplet_margin_loss(
     anchor, positive, negative, margin=1.0, p=2, eps=1e-6, swap=False, size_average=None,
@@ -279,6 +277,7 @@ def row_divisor(reduction, rows):
 
 @op(
     stock=stock.cosine_embedding_loss,
+    strided=("input1", "input2"),
     policy=_in_rows,
     integers=INTEGERS,
     autocast="fp32",
@@ -312,11 +311,17 @@ def cosine_embedding_loss(
     xs = input1, input2, None
     numbers = 2.0, 0.0, float(margin)
     divisor = row_divisor(reduction, target.numel())
-    target = target.detach().contiguous()
+    target = target.detach()
     return _rows(COSINE_EMBEDDING, xs, dim, numbers, 2, False, divisor, dtype, target)
 
 
-@op(stock=stock.multi_margin_loss, integers=(torch.int64,), autocast="fp32", autocast_cpu="fp32")
+@op(
+    stock=stock.multi_margin_loss,
+    strided=("input",),
+    integers=(torch.int64,),
+    autocast="fp32",
+    autocast_cpu="fp32",
+)
 def multi_margin_loss(
     input, target, p=1, margin=1.0, weight=None, size_average=None, reduce=None, reduction="mean",
     *, out_dtype=None,
@@ -348,7 +353,6 @@ def multi_margin_loss(
             return Invalid("a weight that requires grad")
         if weight.dtype != input.dtype and out_dtype is None:
             return Invalid(f"a weight in {weight.dtype}")
-        weight = weight.contiguous()
     if size_average is not None or reduce is not None:
         reduction = resolve_reduction(size_average, reduce, reduction)
     xs = input, None, None
@@ -356,11 +360,15 @@ def multi_margin_loss(
     dtype = out_dtype or input.dtype
     divisor = row_divisor(reduction, target.numel())
     dim = input.dim() - 1
-    target = target.contiguous()
     return _rows(MULTI_MARGIN, xs, dim, numbers, int(p), False, divisor, dtype, target, weight)
 
 
-@op(stock=stock.multilabel_soft_margin_loss, integers=INTEGERS, autocast="fp32")
+@op(
+    stock=stock.multilabel_soft_margin_loss,
+    strided=("input", "target", "weight"),
+    integers=INTEGERS,
+    autocast="fp32",
+)
 def multilabel_soft_margin_loss(
     input, target, weight=None, size_average=None, reduce=None, reduction="mean", *, out_dtype=None
 ):

@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import _rng, kernels
-from fastnn._function import run
-from fastnn._mode import Invalid, Stock
-from fastnn._op import op
+from fastnn._op import Function, Invalid, Stock, op, run
 
 
 class Noise(NamedTuple):
@@ -24,8 +22,10 @@ class Noise(NamedTuple):
     shift: tuple[float, float] | None = None  # added to kept and dropped elements
 
 
-class Dropout(torch.autograd.Function):
+class Dropout(Function):
     """y = x * noise (+ shift). Linear in x, so the backward is the same function of dy."""
+
+    strided = ("dy",)
 
     @staticmethod
     def forward(ctx, x, noise, inplace):
@@ -123,7 +123,7 @@ def _fused(x, p, launcher, n, inplace, alpha=False):
     return run(Dropout, x, Noise(draw, launcher, bound, scale, scale, shift), inplace)
 
 
-@op(stock=stock.dropout)
+@op(stock=stock.dropout, strided=("input",))
 def dropout(input, p=0.5, training=True, inplace=False):
     """Fused for dense layouts, in place too; the mask is drawn again in the backward."""
     early = _early(input, p, training, inplace)
@@ -142,7 +142,7 @@ def dropout(input, p=0.5, training=True, inplace=False):
     return run(Dropout, input, noise, False)
 
 
-@op(stock=stock.alpha_dropout, source="arXiv:1706.02515")
+@op(stock=stock.alpha_dropout, strided=("input",), source="arXiv:1706.02515")
 def alpha_dropout(input, p=0.5, training=False, inplace=False):
     """Fused for dense layouts, in place too; the noise is drawn again in the backward."""
     early = _early(input, p, training, inplace)
@@ -167,7 +167,7 @@ def _feature(input, p, training, inplace, alpha=False, unbatched=False):
     return _fused(input, p, "unbatched" if unbatched else "channels", n, inplace, alpha)
 
 
-@op(stock=stock.dropout1d)
+@op(stock=stock.dropout1d, strided=("input",))
 def dropout1d(input, p=0.5, training=True, inplace=False):
     """Fused for contiguous and channels-last layouts, in place too, without a noise tensor."""
     if input.dim() not in (2, 3):
@@ -175,7 +175,7 @@ def dropout1d(input, p=0.5, training=True, inplace=False):
     return _feature(input, p, training, inplace, unbatched=input.dim() == 2)
 
 
-@op(stock=stock.dropout2d)
+@op(stock=stock.dropout2d, strided=("input",))
 def dropout2d(input, p=0.5, training=True, inplace=False):
     """Fused for contiguous and channels-last layouts, in place too, without a noise tensor."""
     if input.dim() != 4:
@@ -183,7 +183,7 @@ def dropout2d(input, p=0.5, training=True, inplace=False):
     return _feature(input, p, training, inplace)
 
 
-@op(stock=stock.dropout3d)
+@op(stock=stock.dropout3d, strided=("input",))
 def dropout3d(input, p=0.5, training=True, inplace=False):
     """Fused for contiguous and channels-last layouts, in place too, without a noise tensor."""
     if input.dim() not in (4, 5):
@@ -191,7 +191,7 @@ def dropout3d(input, p=0.5, training=True, inplace=False):
     return _feature(input, p, training, inplace, unbatched=input.dim() == 4)
 
 
-@op(stock=stock.feature_alpha_dropout, source="arXiv:1706.02515")
+@op(stock=stock.feature_alpha_dropout, strided=("input",), source="arXiv:1706.02515")
 def feature_alpha_dropout(input, p=0.5, training=False, inplace=False):
     """Fused for contiguous and channels-last layouts, in place too, without a noise tensor."""
     return _feature(input, p, training, inplace, alpha=True)

@@ -3,11 +3,7 @@
 import torch
 import torch.nn.functional as stock
 
-from fastnn._function import run
-from fastnn._gate import Work
-from fastnn._graph import launcher
-from fastnn._mode import Invalid, Stock
-from fastnn._op import op
+from fastnn._op import Function, Invalid, Stock, Work, launcher, op, run
 
 _fwd = launcher(
     "embedding",
@@ -34,7 +30,7 @@ def _vectors(input, weight, *rest, **options):
     return Work(input.numel() * weight.shape[-1], variant=FEW if few else "")
 
 
-class Embedding(torch.autograd.Function):
+class Embedding(Function):
     """weight (V, D), indices (*) -> (*, D). Saves the indices alone, as stock does."""
 
     @staticmethod
@@ -54,6 +50,7 @@ class Embedding(torch.autograd.Function):
 
 @op(
     stock=stock.embedding,
+    strided=("weight",),
     integers=(torch.int64, torch.int32),
     opaque=True,
     policy=_vectors,

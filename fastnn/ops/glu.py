@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._function import run, second_order
-from fastnn._mode import Invalid
-from fastnn._op import op
+from fastnn._op import Function, Invalid, op, run, second_order
 
 
-class GLU(torch.autograd.Function):
+class GLU(Function):
     """x, of even size along dim -> a * sigmoid(b) of its halves."""
+
+    strided = ("dy",)
 
     @staticmethod
     def forward(ctx, x, dim):
@@ -26,7 +26,7 @@ class GLU(torch.autograd.Function):
         return kernels.glu.bwd(dy, x, ctx.dim), None
 
 
-@op(stock=stock.glu, source="arXiv:1612.08083")
+@op(stock=stock.glu, strided=("input",), source="arXiv:1612.08083")
 def glu(input, dim=-1):
     """Fused for every dimension and layout."""
     rank = input.dim()

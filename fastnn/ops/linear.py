@@ -10,10 +10,7 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import _rng, kernels
-from fastnn._function import run, second_order
-from fastnn._gate import Work
-from fastnn._mode import Invalid, Stock
-from fastnn._op import op
+from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 from fastnn.kernels import _gpus
 from fastnn.ops import activation as acts
 from fastnn.ops.activation import Formula
@@ -80,8 +77,10 @@ def _differentiable_gradients(dz, x, weight, needs):
 # ---- Linear --------------------------------------------------------------------------------------
 
 
-class Linear(torch.autograd.Function):
+class Linear(Function):
     """x (..., K), weight (N, K), bias (N,) or None -> y (..., N)."""
+
+    strided = ("dy",)
 
     @staticmethod
     def forward(ctx, x, weight, bias, how):
@@ -120,7 +119,7 @@ def _declined(input, weight, bias):
     return None
 
 
-@op(stock=stock.linear, autocast="lower", autocast_cpu="lower")
+@op(stock=stock.linear, strided=("input", "weight"), autocast="lower", autocast_cpu="lower")
 def linear(input, weight, bias=None):
     """Fused with its bias, for a (N, K) weight and input of any leading shape."""
     why = _declined(input, weight, bias)
@@ -185,11 +184,13 @@ class Neighbours(NamedTuple):
         return self.formula.keeps == "y" and self.noise is None
 
 
-class LinearAct(torch.autograd.Function):
+class LinearAct(Function):
     """x, weight, bias as for `Linear` -> y = noise * act(z), and z = x W^T + b where it is kept.
 
     z is an output, so that a second derivative finds its way through it.
     """
+
+    strided = ("dy", "dz_of_second")
 
     @staticmethod
     def forward(ctx, x, weight, bias, rest):
@@ -330,6 +331,7 @@ def _outputs(
 
 @op(
     stock=_composed,
+    strided=("input", "weight"),
     autocast="lower",
     autocast_cpu="lower",
     policy=_outputs,
@@ -354,7 +356,7 @@ def linear_act(
         return Invalid(f"activation={activation!r}")
     if not 0 <= p <= 1:
         return Invalid(f"p={p}")
-    N, K = weight.shape
+    N = weight.shape[0]
     M = input.shape[:-1].numel()
     drops = training and p > 0 and M * N > 0
     if drops and M * N >= 2**31:

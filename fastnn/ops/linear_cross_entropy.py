@@ -8,10 +8,7 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._function import run, second_order
-from fastnn._gate import Work
-from fastnn._mode import Invalid, Stock
-from fastnn._op import op
+from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 
 CHUNK_BYTES = 1 << 28  # of logits at a time: large products, and little beside a model
 
@@ -86,7 +83,7 @@ class _Gradients:
             self.db += dlogits.sum(0, dtype=torch.float32)
 
 
-class LinearCrossEntropy(torch.autograd.Function):
+class LinearCrossEntropy(Function):
     """x (N, K), w (C * P, K), b (C * P,) or None, target indices (N, *shape) or probabilities
     (N, C, *shape), P the product of `shape` -> loss, (N, *shape) or a scalar.
 
@@ -243,6 +240,7 @@ def _unfit(x, w, b, target, weight, reduction, ignore_index, smoothing, shape):
 
 @op(
     stock=_reference,
+    strided=("input", "linear_weight"),
     integers=(torch.int64,),
     policy=_logits_of,
     source="arXiv:2410.10989 (gradients with the loss, in chunks of rows)",
@@ -288,7 +286,7 @@ def linear_cross_entropy(
     w = w.reshape(-1, w.shape[-1])
     b = None if b is None else b.reshape(-1)
     loss = run(
-        LinearCrossEntropy, x, w, b, t.contiguous(), weight, shape,
+        LinearCrossEntropy, x, w, b, t, weight, shape,
         -100 if ignore_index is None else ignore_index, max(float(label_smoothing), 0.0), reduction,
         dtype,
     )  # fmt: skip

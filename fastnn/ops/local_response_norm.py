@@ -4,14 +4,12 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._function import run, second_order
-from fastnn._mode import Invalid, Stock
-from fastnn._op import op
+from fastnn._op import Function, Invalid, Stock, op, run, second_order
 
 _WIDEST = 8  # the most channels of a window that registers hold
 
 
-class LocalResponseNorm(torch.autograd.Function):
+class LocalResponseNorm(Function):
     """x (N, C, *) contiguous -> y. Keeps x alone, from which the backward makes all the rest."""
 
     @staticmethod
@@ -31,12 +29,13 @@ class LocalResponseNorm(torch.autograd.Function):
 
             (dx,) = second_order(formula, (x,), dy, (True,))
         else:
-            dx = kernels.local_response_norm.bwd(dy.contiguous(), x, *options)
+            dx = kernels.local_response_norm.bwd(dy, x, *options)
         return dx, None, None, None, None, None
 
 
 @op(
     stock=stock.local_response_norm,
+    strided=("input",),
     autocast="fp32",
     autocast_cpu="fp32",
     source="Krizhevsky, Sutskever, Hinton (2012), section 3.3",

@@ -15,10 +15,7 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import kernels
-from fastnn._function import run, second_order
-from fastnn._gate import Work
-from fastnn._mode import Invalid, Stock
-from fastnn._op import op
+from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 from fastnn.ops.nll_loss import resolve_reduction
 
 aten = torch.ops.aten
@@ -90,11 +87,13 @@ def _reduced(*args, **options):
     return Work(max(v.numel() for v in args if isinstance(v, Tensor)))
 
 
-class Elementwise(torch.autograd.Function):
+class Elementwise(Function):
     """weight * loss(a, b, c; p, q) in `dtype`, reduced if `divisor` is not None.
 
     The divisor is a number, or with `by_weight` the sum of the weights.
     """
+
+    strided = ("dloss",)
 
     @staticmethod
     def forward(ctx, a, b, c, weight, loss, p, q, divisor, by_weight, dtype):
@@ -245,7 +244,14 @@ def _warn_of_broadcasting(input, target):
     )
 
 
-@op(stock=stock.mse_loss, policy=_reduced, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32")
+@op(
+    stock=stock.mse_loss,
+    strided=("input", "target", "weight"),
+    policy=_reduced,
+    integers=INTEGERS,
+    autocast="fp32",
+    autocast_cpu="fp32",
+)
 def mse_loss(
     input, target, size_average=None, reduce=None, reduction="mean", weight=None, *, out_dtype=None
 ):  # fmt: skip
@@ -254,7 +260,13 @@ def mse_loss(
     return _regression(MSE, input, target, weight, 0.0, legacy, reduction, out_dtype)
 
 
-@op(stock=stock.l1_loss, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32")
+@op(
+    stock=stock.l1_loss,
+    strided=("input", "target", "weight"),
+    integers=INTEGERS,
+    autocast="fp32",
+    autocast_cpu="fp32",
+)
 def l1_loss(
     input, target, size_average=None, reduce=None, reduction="mean", weight=None, *, out_dtype=None
 ):  # fmt: skip
@@ -263,7 +275,8 @@ def l1_loss(
     return _regression(L1, input, target, weight, 0.0, legacy, reduction, out_dtype)
 
 
-@op(stock=stock.smooth_l1_loss, policy=_reduced, integers=INTEGERS, autocast="fp32",
+@op(stock=stock.smooth_l1_loss, strided=("input", "target"),
+    policy=_reduced, integers=INTEGERS, autocast="fp32",
     autocast_cpu="fp32", source="arXiv:1504.08083")  # fmt: skip
 def smooth_l1_loss(
     input, target, size_average=None, reduce=None, reduction="mean", beta=1.0, *, out_dtype=None
@@ -276,7 +289,8 @@ def smooth_l1_loss(
     return _regression(loss, input, target, None, beta, legacy, reduction, out_dtype)
 
 
-@op(stock=stock.huber_loss, policy=_reduced, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32",
+@op(stock=stock.huber_loss, strided=("input", "target", "weight"),
+    policy=_reduced, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32",
     source="doi:10.1214/aoms/1177703732")  # fmt: skip
 def huber_loss(input, target, reduction="mean", delta=1.0, weight=None, *, out_dtype=None):
     """Fused with its reduction, with weights and broadcasting."""
@@ -308,7 +322,13 @@ def _refuse_binary(input, target, weights, reduction, out_dtype):
     return None
 
 
-@op(stock=stock.binary_cross_entropy, policy=_reduced, integers=INTEGERS, autocast_cpu="fp32")
+@op(
+    stock=stock.binary_cross_entropy,
+    strided=("input", "target", "weight"),
+    policy=_reduced,
+    integers=INTEGERS,
+    autocast_cpu="fp32",
+)
 def binary_cross_entropy(
     input, target, weight=None, size_average=None, reduce=None, reduction="mean", *, out_dtype=None
 ):  # fmt: skip
@@ -328,8 +348,13 @@ def binary_cross_entropy(
     return _loss(BCE, input, target, None, weight, 0.0, 0.0, input.shape, reduction, dtype)
 
 
-@op(stock=stock.binary_cross_entropy_with_logits, integers=INTEGERS, autocast="fp32",
-    autocast_cpu="fp32")  # fmt: skip
+@op(
+    stock=stock.binary_cross_entropy_with_logits,
+    strided=("input", "target", "weight", "pos_weight"),
+    integers=INTEGERS,
+    autocast="fp32",
+    autocast_cpu="fp32",
+)
 def binary_cross_entropy_with_logits(
     input, target, weight=None, size_average=None, reduce=None, reduction="mean", pos_weight=None,
     *, out_dtype=None,
@@ -347,7 +372,13 @@ def binary_cross_entropy_with_logits(
     return _loss(loss, input, target, pos_weight, weight, 0.0, 0.0, input.shape, reduction, dtype)
 
 
-@op(stock=stock.kl_div, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32")
+@op(
+    stock=stock.kl_div,
+    strided=("input", "target"),
+    integers=INTEGERS,
+    autocast="fp32",
+    autocast_cpu="fp32",
+)
 def kl_div(
     input, target, size_average=None, reduce=None, reduction="mean", log_target=False, *,
     out_dtype=None,
@@ -389,7 +420,13 @@ def _warn_of_mean():
     )
 
 
-@op(stock=stock.poisson_nll_loss, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32")
+@op(
+    stock=stock.poisson_nll_loss,
+    strided=("input", "target"),
+    integers=INTEGERS,
+    autocast="fp32",
+    autocast_cpu="fp32",
+)
 def poisson_nll_loss(
     input, target, log_input=True, full=False, size_average=None, eps=1e-8, reduce=None,
     reduction="mean", *, out_dtype=None,
@@ -427,7 +464,8 @@ def _chain(loss, inputs, weight, p, q, legacy, reduction, out_dtype):
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
-@op(stock=stock.gaussian_nll_loss, integers=INTEGERS, autocast="fp32",
+@op(stock=stock.gaussian_nll_loss, strided=("input", "target", "var"),
+    integers=INTEGERS, autocast="fp32",
     source="doi:10.1109/ICNN.1994.374138")  # fmt: skip
 def gaussian_nll_loss(
     input, target, var, full=False, eps=1e-6, reduction="mean", *, out_dtype=None
@@ -465,7 +503,13 @@ def gaussian_nll_loss(
     return _chain(loss, inputs, None, p, constant, (None, None), reduction, out_dtype)
 
 
-@op(stock=stock.hinge_embedding_loss, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32")
+@op(
+    stock=stock.hinge_embedding_loss,
+    strided=("input", "target"),
+    integers=INTEGERS,
+    autocast="fp32",
+    autocast_cpu="fp32",
+)
 def hinge_embedding_loss(
     input, target, margin=1.0, size_average=None, reduce=None, reduction="mean", *, out_dtype=None
 ):  # fmt: skip
@@ -482,7 +526,13 @@ def hinge_embedding_loss(
     return _chain(HINGE_EMBEDDING, inputs, None, margin, 0.0, legacy, reduction, out_dtype)
 
 
-@op(stock=stock.soft_margin_loss, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32")
+@op(
+    stock=stock.soft_margin_loss,
+    strided=("input", "target"),
+    integers=INTEGERS,
+    autocast="fp32",
+    autocast_cpu="fp32",
+)
 def soft_margin_loss(
     input, target, size_average=None, reduce=None, reduction="mean", *, out_dtype=None
 ):
@@ -500,7 +550,13 @@ def soft_margin_loss(
     return _chain(SOFT_MARGIN, inputs, None, 0.0, 0.0, legacy, reduction, out_dtype)
 
 
-@op(stock=stock.margin_ranking_loss, integers=INTEGERS, autocast="fp32", autocast_cpu="fp32")
+@op(
+    stock=stock.margin_ranking_loss,
+    strided=("input1", "input2", "target"),
+    integers=INTEGERS,
+    autocast="fp32",
+    autocast_cpu="fp32",
+)
 def margin_ranking_loss(
     input1, input2, target, margin=0, size_average=None, reduce=None, reduction="mean", *,
     out_dtype=None,

@@ -10,10 +10,7 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import _rng, kernels
-from fastnn._function import run, second_order
-from fastnn._gate import Work
-from fastnn._mode import Invalid, Stock
-from fastnn._op import op
+from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 from fastnn.kernels import _gpus
 from fastnn.ops.attention import scaled_dot_product_attention
 from fastnn.ops.dropout import _native_scales
@@ -38,8 +35,10 @@ def _heads(sources, E, H):
     return [t.unflatten(-1, (H, E // H)).permute(1, 2, 0, 3) for t in views]
 
 
-class WeightedAttention(torch.autograd.Function):
+class WeightedAttention(Function):
     """mask (4-D) or None, projections as in `_heads` -> out (L, B, E), weights (B[, H], L, S)."""
+
+    strided = ("dout", "dweights")
 
     @staticmethod
     def forward(ctx, mask, how, E, *sources):
@@ -118,8 +117,10 @@ def _composed(mask, sources, E, how, noise):
     return out, weights.mean(1) if how.average else weights
 
 
-class Parts(torch.autograd.Function):
+class Parts(Function):
     """(..., n * E) -> n views (..., E). Stock's gradient of such views is n sums over all of it."""
+
+    strided = ("grads",)
 
     @staticmethod
     def forward(ctx, x, E):
@@ -209,8 +210,16 @@ def _scores(query, key, value, embed_dim_to_check, num_heads, *rest, **options):
     return Work(batch * num_heads * query.shape[0] * key.shape[0], "attention weights")
 
 
+_TENSORS = (
+    "query", "key", "value", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v",
+    "out_proj_weight", "out_proj_bias", "key_padding_mask", "attn_mask", "q_proj_weight",
+    "k_proj_weight", "v_proj_weight",
+)  # fmt: skip
+
+
 @op(
     stock=stock.multi_head_attention_forward,
+    strided=_TENSORS,
     integers=(torch.bool,),
     policy=_scores,
     settings=matmul_precision,

@@ -4,15 +4,13 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._function import run, second_order
-from fastnn._mode import Invalid, Stock
-from fastnn._op import op
+from fastnn._op import Function, Invalid, Stock, op, run, second_order
 from fastnn.ops.distance import row_divisor
 from fastnn.ops.loss import refuse
 from fastnn.ops.nll_loss import resolve_reduction
 
 
-class MultiLabelMargin(torch.autograd.Function):
+class MultiLabelMargin(Function):
     """Reduced if there is a divisor. Differentiable in x, as often as stock."""
 
     @staticmethod
@@ -39,7 +37,8 @@ class MultiLabelMargin(torch.autograd.Function):
         return dx, None, None, None
 
 
-@op(stock=stock.multilabel_margin_loss, integers=(torch.int64,), autocast="fp32",
+@op(stock=stock.multilabel_margin_loss, strided=("input",),
+    integers=(torch.int64,), autocast="fp32",
     autocast_cpu="fp32")  # fmt: skip
 def multilabel_margin_loss(
     input, target, size_average=None, reduce=None, reduction="mean", *, out_dtype=None
@@ -62,4 +61,4 @@ def multilabel_margin_loss(
     if size_average is not None or reduce is not None:
         reduction = resolve_reduction(size_average, reduce, reduction)
     divisor = row_divisor(reduction, input.shape[:-1].numel())
-    return run(MultiLabelMargin, input, target.contiguous(), divisor, out_dtype or input.dtype)
+    return run(MultiLabelMargin, input, target, divisor, out_dtype or input.dtype)

@@ -6,10 +6,7 @@ from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
 from fastnn import kernels
-from fastnn._function import run, second_order
-from fastnn._gate import Work
-from fastnn._mode import Invalid, Stock
-from fastnn._op import op
+from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 
 INDICES = (torch.int64, torch.uint8)
 
@@ -58,7 +55,7 @@ def resolve_reduction(size_average, reduce, reduction):
     return legacy_get_string(size_average, reduce)
 
 
-class NLLLoss(torch.autograd.Function):
+class NLLLoss(Function):
     """-weight[target] * input[target], reduced. Differentiable in the input, as often as stock."""
 
     @staticmethod
@@ -90,6 +87,7 @@ def _positions(input, target, *rest, **options):
 
 @op(
     stock=stock.nll_loss,
+    strided=("input", "target"),
     integers=INDICES,
     autocast="fp32",
     autocast_cpu="fp32",

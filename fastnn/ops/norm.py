@@ -5,10 +5,7 @@ import math
 import torch
 import torch.nn.functional as stock
 
-from fastnn._function import run, second_order
-from fastnn._graph import launcher
-from fastnn._mode import Invalid, Stock
-from fastnn._op import op
+from fastnn._op import Function, Invalid, Stock, launcher, op, run, second_order
 
 _COMPOSED = torch.__version__ < "2.11"  # RMS norm of every input: so in 2.8, not so in 2.11
 
@@ -42,7 +39,7 @@ _bwd = launcher(
 )
 
 
-class Norm(torch.autograd.Function):
+class Norm(Function):
     """Normalises over the last `dims` dimensions, about the mean if `center`, else about zero.
 
     Saves what stock saves: x, weight, bias, mean, rstd.
@@ -104,6 +101,7 @@ def _unfit(input, normalized_shape, eps, *parameters):
 
 @op(
     stock=stock.layer_norm,
+    strided=("input",),
     autocast="fp32",
     opaque=True,
     source="arXiv:1607.06450; statistics: Chan, Golub, LeVeque (1979)",
@@ -120,7 +118,13 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, out
     return run(Norm, input, weight, bias, len(normalized_shape), eps, True, out_dtype)
 
 
-@op(stock=stock.rms_norm, autocast="fp32", opaque=True, source="arXiv:1910.07467")
+@op(
+    stock=stock.rms_norm,
+    strided=("input",),
+    autocast="fp32",
+    opaque=True,
+    source="arXiv:1910.07467",
+)
 def rms_norm(input, normalized_shape, weight=None, eps=None, *, out_dtype=None):
     """Fused for every normalized_shape and any mixture of dtypes; statistics in fp32."""
     if eps is None:

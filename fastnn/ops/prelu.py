@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._function import run, second_order
-from fastnn._mode import Invalid
-from fastnn._op import op
+from fastnn._op import Function, Invalid, op, run, second_order
 
 
-class PReLU(torch.autograd.Function):
+class PReLU(Function):
     """x, w (1) or (x.shape[1]) -> y. Differentiable in both."""
+
+    strided = ("dy",)
 
     @staticmethod
     def forward(ctx, x, w):
@@ -25,7 +25,13 @@ class PReLU(torch.autograd.Function):
         return kernels.prelu.bwd(dy, x, w, *ctx.needs_input_grad)
 
 
-@op(stock=stock.prelu, autocast="lower", autocast_cpu="lower", source="arXiv:1502.01852")
+@op(
+    stock=stock.prelu,
+    strided=("input",),
+    autocast="lower",
+    autocast_cpu="lower",
+    source="arXiv:1502.01852",
+)
 def prelu(input, weight):
     """Fused, the weight's gradient summed in the pass that computes the input's."""
     if weight.dtype != input.dtype or weight.dim() > 1:

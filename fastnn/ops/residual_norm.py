@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import _rng, kernels
-from fastnn._function import run, second_order
-from fastnn._mode import Invalid, Stock
-from fastnn._op import op
+from fastnn._op import Function, Invalid, Stock, op, run, second_order
 from fastnn.ops.dropout import Dropout, Noise, _native_scales
 from fastnn.ops.norm import FINFO_EPS, _unfit
 
@@ -32,11 +30,13 @@ def _random(noise: Noise | None):
     return (None, 0, 1.0) if noise is None else (noise.draw, noise.bound, noise.scale)
 
 
-class ResidualNorm(torch.autograd.Function):
+class ResidualNorm(Function):
     """z, x -> s = x + noise * z, y = norm(s); y is None where there is no norm.
 
     s is an output even where only y is asked for, so that a second derivative finds its way.
     """
+
+    strided = ("ds",)
 
     @staticmethod
     def forward(ctx, z, x, weight, bias, how):
@@ -163,10 +163,6 @@ def _normalised(z, x, normalized_shape, weight, bias, eps, p, training, prenorm,
     if any(t is not None and t.dtype != dtype for t in (weight, bias)):
         if out_dtype is None:
             return Invalid("parameters in another dtype than the sum")
-    if weight is not None:
-        weight = weight.contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
     out = _fused(
         z, x, weight, bias, p, training, True, bool(prenorm),
         eps=eps, center=center, out_dtype=out_dtype,
@@ -178,7 +174,7 @@ def _dropout_add(input, residual, p=0.5, training=True):
     return residual + stock.dropout(input, p, training)
 
 
-@op(stock=_dropout_add)
+@op(stock=_dropout_add, strided=("input", "residual"))
 def dropout_add(input, residual, p=0.5, training=True):
     """`residual + dropout(input, p, training)`, for two tensors of one shape.
 
@@ -201,6 +197,7 @@ def _dropout_add_layer_norm(
 
 @op(
     stock=_dropout_add_layer_norm,
+    strided=("input", "residual"),
     autocast="fp32",
     source="arXiv:1706.03762, section 3.1; arXiv:2002.04745, figure 1",
 )
@@ -226,7 +223,12 @@ def _dropout_add_rms_norm(
     return (s, y) if prenorm else y
 
 
-@op(stock=_dropout_add_rms_norm, autocast="fp32", source="arXiv:1910.07467")
+@op(
+    stock=_dropout_add_rms_norm,
+    strided=("input", "residual"),
+    autocast="fp32",
+    source="arXiv:1910.07467",
+)
 def dropout_add_rms_norm(
     input, residual, normalized_shape, weight=None, eps=None, p=0.0, training=False, prenorm=False,
     *, out_dtype=None,

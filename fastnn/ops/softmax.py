@@ -3,10 +3,7 @@
 import torch
 import torch.nn.functional as stock
 
-from fastnn._function import run
-from fastnn._graph import launcher
-from fastnn._mode import Invalid, Stock
-from fastnn._op import FLOATS, op
+from fastnn._op import FLOATS, Function, Invalid, Stock, launcher, op, run
 
 _fwd = launcher(
     "softmax",
@@ -22,7 +19,7 @@ _bwd = launcher(
 )
 
 
-class Softmax(torch.autograd.Function):
+class Softmax(Function):
     """y = softmax of x, or of -x, or its logarithm, computed and returned in `dtype`. Saves y."""
 
     @staticmethod
@@ -64,6 +61,7 @@ def _softmax(name, x, dim, stacklevel, dtype, out_dtype, log=False, negate=False
 
 @op(
     stock=stock.softmax,
+    strided=("input",),
     autocast="fp32",
     opaque=True,
     source="arXiv:1805.02867 (online normalizer, for long rows)",
@@ -73,13 +71,21 @@ def softmax(input, dim=None, _stacklevel=3, dtype=None, *, out_dtype=None):
     return _softmax("softmax", input, dim, _stacklevel, dtype, out_dtype)
 
 
-@op(stock=stock.log_softmax, autocast="fp32", opaque=True, source="arXiv:1805.02867")
+@op(
+    stock=stock.log_softmax,
+    strided=("input",),
+    autocast="fp32",
+    opaque=True,
+    source="arXiv:1805.02867",
+)
 def log_softmax(input, dim=None, _stacklevel=3, dtype=None, *, out_dtype=None):
     """Fused over any dim, with the cast to dtype."""
     return _softmax("log_softmax", input, dim, _stacklevel, dtype, out_dtype, log=True)
 
 
-@op(stock=stock.softmin, autocast="fp32", opaque=True, source="arXiv:1805.02867")
+@op(
+    stock=stock.softmin, strided=("input",), autocast="fp32", opaque=True, source="arXiv:1805.02867"
+)
 def softmin(input, dim=None, _stacklevel=3, dtype=None, *, out_dtype=None):
     """Fused over any dim, with the negation and the cast to dtype."""
     return _softmax("softmin", input, dim, _stacklevel, dtype, out_dtype, negate=True)

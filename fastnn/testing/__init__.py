@@ -26,6 +26,7 @@ import fastnn
 import fastnn.functional
 from fastnn._mode import BackendError, Mode, backend, decisions
 from fastnn._op import FLOATS
+from fastnn.testing.devices import simulated
 from fastnn.testing.noise import recording, replaying
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ __all__ = [
     "compare_sides",
     "count",
     "randn",
+    "simulated",
     "values",
 ]
 

@@ -31,6 +31,8 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
+from fastnn.kernels import _interpreter
+
 Array = Any  # np.ndarray
 
 SECTOR = 32  # bytes: the least that a GPU moves between its memory and a cache
@@ -305,6 +307,7 @@ def traffic(*, distinct: bool = True, races: bool = False) -> Iterator[Log]:
     """
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("traffic: kernels are compiled here; set TRITON_INTERPRET=1 at start")
+    _interpreter.install()  # before it is wrapped, or leaving the block would undo it
     log = Log()
     meters: list[_Meter] = []
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
@@ -514,6 +517,7 @@ def all_traffic(*, races: bool = False) -> Iterator[AllTraffic]:
 
     Kernels must be interpreted, as in `traffic`, and `races` is that one's.
     """
+    _interpreter.install()  # before it is wrapped
     executor = interpreter.GridExecutor
     run = executor.__call__
 

@@ -1,0 +1,197 @@
+"""`fastnn bench`: layers of real models timed against stock; without a GPU, predicted."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from fastnn import _cli, _mode
+from fastnn._op import FLOATS
+
+EXAMPLES = """\
+  fastnn bench                              # every row; without a GPU, predictions
+  fastnn bench --only LayerNorm --only BERT --dtype bfloat16
+  fastnn bench --out bench-out --no-compile # the same command again goes on where it stopped
+"""
+
+DTYPES = {str(d).removeprefix("torch."): d for d in FLOATS}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="rows of layers, functions, models so named"
+    )
+    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="default: all three")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="results as they come, a summary, plots; resumed"
+    )
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True,
+        help="time torch.compile(stock) as well: minutes more",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bandwidth", type=float, default=3.35, metavar="TB/S",
+        help="of the GPU predicted for where there is none (default: %(default)s, an H100)",
+    )  # fmt: skip
+
+
+def _interpret() -> None:
+    """Without a GPU, start over with the kernels interpreted: that is decided at import."""
+    if torch.cuda.is_available() or _mode.INTERPRET:
+        return
+    if not _mode.HAS_TRITON:
+        raise _cli.CliError("no GPU to measure on, and no prediction: triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTNN_BACKEND": "auto"}
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", "fastnn", *sys.argv[1:]], environment)
+
+
+def run(args: argparse.Namespace) -> int:
+    _interpret()
+    console = _cli.console()
+    import tempfile
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from fastnn.bench import cases, report
+    from fastnn.bench import run as bench
+
+    rows = cases.matching(args.only, [DTYPES[d] for d in args.dtype or ()])
+    if not rows:
+        raise _cli.CliError(f"no rows for --only {args.only}; `fastnn info` lists the functions")
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            _cli.require("matplotlib")
+        try:
+            results = bench.Results((args.out or Path(scratch)) / "bench.jsonl")
+        except bench.Mismatch as e:
+            raise _cli.CliError(str(e)) from None
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        )  # fmt: skip
+        console.print(report.where(results.environment or {}))
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("bench", total=None)
+
+            def on_row(line: dict) -> None:
+                progress.update(task, description=line["name"], advance=1)
+
+            measure = _measure if torch.cuda.is_available() else _predict
+            failed = measure(args, rows, results, progress, task, on_row)
+        shown = _measured(results, rows) if torch.cuda.is_available() else _predicted(results, rows)
+        console.print(shown)
+        if torch.cuda.is_available():
+            summary = report.verdict(results.lines)
+            means = {s: summary[s]["geometric_mean"] for s in ("ours", "auto")}
+            told = ", ".join(f"{s} {m:.2f}" for s, m in means.items() if m is not None)
+            console.print(
+                f"geometric mean over stock: {told or 'no rows'}; rows of auto below 0.97: "
+                f"{len(summary['auto_below_0.97'])}; wrong: {len(summary['wrong'])}"
+            )
+        else:
+            _explain_prediction(console, args.bandwidth, results, rows)
+        if args.out:
+            for path in report.write(results, args.out):
+                console.print(f"wrote {path}")
+            console.print(f"wrote {results.path}")
+    return 1 if failed else 0
+
+
+def _measure(args, rows, results, progress, task, on_row) -> bool:
+    from fastnn.bench import measure
+    from fastnn.bench import run as bench
+
+    clock = measure.Cuda()
+    progress.update(task, total=len(rows) * (1 + args.compile), description="ceilings")
+    if not results.of("ceilings"):
+        results.add({"kind": "ceilings", **measure.ceilings(clock)})
+    bench.run_rows(rows, results, clock, compiled=args.compile, on_row=on_row)
+    return any("error" in x or x["failures"] for x in results.of("row"))
+
+
+def _predict(args, rows, results, progress, task, on_row) -> bool:
+    from fastnn.bench import predict
+    from fastnn.testing import interpreter
+
+    interpreter.install()
+    progress.update(task, total=len(rows))
+    for case, dtype in rows:
+        key = case.key(dtype)
+        found = [x for x in results.of("prediction") if x["key"] == key]
+        if found and found[0]["bandwidth"] != args.bandwidth * 1e12:
+            raise _cli.CliError(f"{results.path} holds predictions for another --bandwidth")
+        if not found:
+            results.add(predict.predicted(case, dtype, args.bandwidth * 1e12))
+        on_row(results.lines[-1] if not found else found[0])
+    return False
+
+
+def _chosen(results, kind: str, rows) -> list[dict]:
+    keys = {case.key(dtype) for case, dtype in rows}
+    return [x for x in results.of(kind) if x["key"] in keys]
+
+
+def _predicted(results, rows):
+    from rich.table import Table
+
+    table = Table(title="PREDICTED from bytes and launches, nothing was measured")
+    for column in ("row", "from", "stock MB", "ours MB", "launches", "predicted", "auto"):
+        left = column in ("row", "from", "auto")
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
+    for x in _chosen(results, "prediction", rows):
+        if x["speedup"] is None:
+            table.add_row(x["key"], x["model"], "", "", "", "no: " + x["why"], style="dim")
+            continue
+        mb = [f"{sum(p['bytes'] for p in x[s]) / 1e6:.1f}" for s in ("stock", "ours")]
+        launches = "/".join(str(sum(p["launches"] for p in x[s])) for s in ("stock", "ours"))
+        table.add_row(x["key"], x["model"], *mb, launches, f"{x['speedup']:.2f}x", x["auto"])
+    return table
+
+
+def _explain_prediction(console, bandwidth: float, results, rows) -> None:
+    from fastnn.bench import predict
+
+    lines = _chosen(results, "prediction", rows)
+    given = [x for x in lines if x["speedup"] is not None]
+    console.print(
+        f"No GPU here: {_cli.why_no_kernels() or 'kernels are interpreted'}. {len(given)} of "
+        f"{len(lines)} rows have a prediction, for {bandwidth:g} TB/s, "
+        f"kernels forced, forward and backward:\n  {predict.FORMULA}\n"
+        "On a GPU the same command measures."
+    )
+
+
+def _measured(results, rows):
+    from rich.table import Table
+
+    from fastnn.bench import report
+    from fastnn.bench import run as bench
+
+    ceilings = next(iter(results.of("ceilings")), {})
+    keys = {case.key(dtype) for case, dtype in rows}
+    table = Table(title="forward and backward; speedups over stock eager")
+    for column in ("row", "stock us", "ours", "auto", "compile", "Liger", "reached", "ceiling"):
+        table.add_column(column, justify="left" if column == "row" else "right")
+    for x in bench.with_compiled(results.lines):
+        if x["key"] not in keys:
+            continue
+        if "error" in x or x["failures"]:
+            wrong = x.get("error") or x["failures"][0]
+            table.add_row(x["key"], "", "wrong", wrong, style="bold red")
+            continue
+        rate, share = report.reached(x, bench.FORCED, ceilings)
+        stock = bench.took(x, bench.STOCK)
+        table.add_row(
+            x["key"],
+            "" if stock is None else f"{stock:.1f}",
+            *("" if (s := bench.speedup(x, side)) is None else f"{s:.2f}x"
+              for side in (bench.FORCED, bench.AUTO, bench.COMPILED, bench.LIGER)),
+            rate,
+            "" if share is None else f"{share:.0%}",
+        )  # fmt: skip
+    return table

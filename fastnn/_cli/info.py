@@ -1,0 +1,91 @@
+"""`fastnn info`: what this machine has, and what would run on kernels here."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from fastnn import _cli, _gate, _mode
+from fastnn._op import Op
+from fastnn.kernels import _gpus
+
+EXAMPLES = """\
+  fastnn info
+  FASTNN_BACKEND=torch fastnn info    # how it looks with the kernels off
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """It has none."""
+
+
+def devices() -> list[str]:
+    """A line per device that PyTorch sees."""
+    lines = [f"cpu: {_cli.cpu_name()}"]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            lines.append(
+                f"cuda:{i}: {properties.name}, {_gpus.architecture(i)}, "
+                f"{properties.total_memory / 2**30:.0f} GiB, "
+                f"{properties.multi_processor_count} multiprocessors"
+            )
+    if torch.backends.mps.is_available():
+        lines.append("mps: runs stock, kernels need CUDA or ROCm")
+    return lines
+
+
+def path(op: Op, why: str | None) -> str:
+    """Who runs an op here: the shared reason, else what the size gate of the first GPU says."""
+    if why is not None:
+        return "stock"
+    if _mode.INTERPRET:
+        return "kernel, interpreted"
+    if _mode.current_mode() == "triton":
+        return "kernel"
+    architecture = _gpus.architecture(0)
+    source = _gate.crossover(op.name, architecture, op.variants[0]).source
+    return f"{_gate.described(op.name, op.variants, architecture)} ({source})"
+
+
+def _short(dtypes: tuple[torch.dtype, ...]) -> str:
+    names = {"float": "fp", "bfloat": "bf", "int": "int"}
+    found = []
+    for dtype in dtypes:
+        name = str(dtype).removeprefix("torch.")
+        kind = name.rstrip("0123456789")
+        found.append(names.get(kind, kind) + name[len(kind) :])
+    return " ".join(found)
+
+
+def run(args: argparse.Namespace) -> int:
+    console = _cli.console()
+    from rich.table import Table
+
+    from fastnn.ops import REGISTRY
+
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, version in _cli.versions().items():
+        facts.add_row(name, version)
+    runtime = torch.version.cuda or torch.version.hip
+    if runtime:
+        facts.add_row("rocm" if torch.version.hip else "cuda", runtime)
+    for line in devices():
+        facts.add_row("device", line)
+    facts.add_row("backend", f'"{_mode.current_mode()}"')
+    why = _cli.why_no_kernels()
+    how = "yes, interpreted on the CPU: slow, for tests" if _mode.INTERPRET else "yes"
+    facts.add_row("kernels", how if why is None else f"no: {why}")
+    console.print(facts)
+
+    table = Table(title=f"{len(REGISTRY)} ops with kernels, forward and backward")
+    for column in ("op", "dtypes", "autocast", "here", "what is fused"):
+        table.add_column(column, overflow="fold", no_wrap=column == "op")
+    for name, op in sorted(REGISTRY.items()):
+        summary = (op.fused.__doc__ or "").strip().split("\n\n")[0]
+        table.add_row(
+            name, _short(op.dtypes), op.autocast or "", path(op, why), " ".join(summary.split())
+        )
+    console.print(table)
+    return 0

@@ -1,0 +1,54 @@
+"""Which tensors a kernel reads by their strides, and which are made dense for it.
+
+A record names the arguments that its kernels read by strides (`strided`); all other tensors are
+made dense before the fused function sees them. So to forget a name costs a copy, never a wrong
+result.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fastnn.kernels._tl import dense, is_dense
+
+
+def not_strided(function: Callable, strided: tuple[str, ...], skip: int = 0):
+    """(positions, names) of the parameters of `function`, from the `skip`-th on, that may be
+    tensors and are not called `strided`. Raises TypeError for a name that is no parameter."""
+    parameters = list(inspect.signature(function).parameters.values())[skip:]
+    unknown = set(strided) - {p.name for p in parameters}
+    if unknown:
+        raise TypeError(f"{function.__qualname__}: strided={sorted(unknown)}, not its parameters")
+    # A parameter whose default is of these types is never a tensor.
+    rest = [p.name not in strided and type(p.default) not in (bool, str) for p in parameters]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    at = [i for i, p in enumerate(parameters) if rest[i] and p.kind in positional]
+    return tuple(at), frozenset(p.name for p, yes in zip(parameters, rest, strict=True) if yes)
+
+
+def make_dense(at: tuple[int, ...], names: frozenset[str], args: tuple, kwargs: dict):
+    """(args, kwargs), in which the tensors at the positions `at` and under `names` are dense."""
+    for i in at:
+        value = args[i]
+        if isinstance(value, Tensor) and not is_dense(value):
+            args = (*args[:i], dense(value), *args[i + 1 :])
+    for name, value in kwargs.items():
+        if name in names and isinstance(value, Tensor) and not is_dense(value):
+            kwargs = {**kwargs, name: dense(value)}
+    return args, kwargs
+
+
+def with_dense_gradients(backward: Callable, at: tuple[int, ...]) -> Callable:
+    """`backward(ctx, *grads)`, which gets the gradients at the positions `at` dense."""
+
+    def call(ctx, *grads):
+        for i in at:
+            g = grads[i]
+            if g is not None and not is_dense(g):
+                grads = (*grads[:i], dense(g), *grads[i + 1 :])
+        return backward(ctx, *grads)
+
+    return call

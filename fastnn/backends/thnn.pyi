@@ -1,5 +1,0 @@
-# Written by `python -m tests.stubs`.
-# ruff: noqa: F403  (whatever stock exports, by whatever name)
-
-from torch.nn.backends.thnn import *
-from torch.nn.backends.thnn import _get_thnn_function_backend as _get_thnn_function_backend

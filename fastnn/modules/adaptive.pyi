@@ -1,5 +1,0 @@
-# Written by `python -m tests.stubs`.
-# ruff: noqa: F403  (whatever stock exports, by whatever name)
-
-from torch.nn.modules.adaptive import *
-from torch.nn.modules.adaptive import _ASMoutput as _ASMoutput

@@ -1,7 +1,0 @@
-# Written by `python -m tests.stubs`.
-# ruff: noqa: F403  (whatever stock exports, by whatever name)
-
-from torch.nn.modules.container import *
-from torch.nn.modules.container import _V as _V
-from torch.nn.modules.container import T as T
-from torch.nn.modules.container import _addindent as _addindent

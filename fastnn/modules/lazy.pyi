@@ -1,5 +1,0 @@
-# Written by `python -m tests.stubs`.
-# ruff: noqa: F403  (whatever stock exports, by whatever name)
-
-from torch.nn.modules.lazy import *
-from torch.nn.modules.lazy import _LazyProtocol as _LazyProtocol

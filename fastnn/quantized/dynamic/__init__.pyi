@@ -1,4 +1,0 @@
-# Written by `python -m tests.stubs`.
-# ruff: noqa: F403  (whatever stock exports, by whatever name)
-
-from torch.nn.quantized.dynamic import *

@@ -1,5 +1,0 @@
-# Written by `python -m tests.stubs`.
-# ruff: noqa: F403  (whatever stock exports, by whatever name)
-
-from torch.nn.quantized.modules.conv import *
-from torch.nn.quantized.modules.conv import _reverse_repeat_padding as _reverse_repeat_padding

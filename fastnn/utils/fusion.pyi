@@ -1,6 +1,0 @@
-# Written by `python -m tests.stubs`.
-# ruff: noqa: F403  (whatever stock exports, by whatever name)
-
-from torch.nn.utils.fusion import *
-from torch.nn.utils.fusion import ConvT as ConvT
-from torch.nn.utils.fusion import LinearT as LinearT

@@ -1,5 +1,0 @@
-# Written by `python -m tests.stubs`.
-# ruff: noqa: F403  (whatever stock exports, by whatever name)
-
-from torch.nn.utils.memory_format import *
-from torch.nn.utils.memory_format import _M as _M

@@ -1,5 +1,0 @@
-# Written by `python -m tests.stubs`.
-# ruff: noqa: F403  (whatever stock exports, by whatever name)
-
-from torch.nn.utils.spectral_norm import *
-from torch.nn.utils.spectral_norm import T_module as T_module

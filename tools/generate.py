@@ -1,0 +1,140 @@
+"""Writes what the documents derive from the code: `python -m tools.generate`; `--check` compares.
+
+README.md    each ```python block is run, in order and in one process, and what it prints becomes
+             the ```text block after it; the layer table stands between its two markers.
+docs/ops.md  the whole file, from the record of each op.
+
+docs/commands.md is written by `python -m tools.generate --commands` alone, since that takes
+minutes: each ```sh line is run, and what it prints becomes the ```text block after it.
+"""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.S)
+COMMAND = re.compile(r"```sh\n(fastnn [^\n]*)\n```\n\n```text\n(?:(?!```)[^\n]*\n)*```\n")
+TABLE = re.compile(r"(<!-- layers -->\n).*?(<!-- /layers -->\n)", re.S)
+
+
+def layer_table() -> str:
+    """One row per op: the layers it serves, and who runs it by default."""
+    import torch.nn as stock
+
+    from fastnn import _gate
+    from fastnn.layers._layer import OURS
+    from fastnn.ops import REGISTRY
+
+    layers = [n for n in dir(stock) if isinstance(getattr(stock, n), type)]
+    layers = [n for n in layers if issubclass(getattr(stock, n), stock.Module) and n != "Module"]
+    ours = [n for n in layers if getattr(stock, n) in OURS]
+    rows = ["| function | in `auto`, on a GPU | dtypes |", "| --- | --- | --- |"]
+    for name, record in sorted(REGISTRY.items()):
+        source = _gate.crossover(name, "default", record.variants[0]).source
+        when = _gate.described(name, record.variants, "default")
+        dtypes = ", ".join(str(d).removeprefix("torch.") for d in record.dtypes)
+        rows.append(f"| `{name}` | {when} | {dtypes} |")
+    return (
+        f"{len(ours)} of the {len(layers)} layers of `torch.nn` have kernels: "
+        + ", ".join(f"`{n}`" for n in ours)
+        + ". All others are stock's own classes.\n\n"
+        + "\n".join(rows)
+        + f"\n\nThe sizes are an {source}; `fastnn tune` measures them.\n"
+    )
+
+
+def ops_page() -> str:
+    from fastnn import _gate
+    from fastnn.ops import REGISTRY
+
+    lines = [
+        "# Functions with kernels",
+        "",
+        "Made by `python -m tools.generate` from the record of each op. What a function declines",
+        "runs stock, and `fastnn.explain` says so.",
+    ]
+    for name, record in sorted(REGISTRY.items()):
+        source = _gate.crossover(name, "default", record.variants[0]).source
+        when = _gate.described(name, record.variants, "default")
+        under = {"fp32": "float32", "lower": "the autocast dtype", None: "the input's dtype"}
+        doc = " ".join((record.fused.__doc__ or "").split())
+        lines += ["", f"## {name}", "", doc, ""]
+        lines += [
+            f"- dtypes: {', '.join(str(d).removeprefix('torch.') for d in record.dtypes)}",
+            f"- result under CUDA autocast: {under[record.autocast]}; "
+            f"under CPU autocast: {under[record.autocast_cpu]}",
+            f"- in `auto`, on a GPU: {when} ({source})",
+            f"- under `torch.compile`: {record.compiled}"
+            + ("; its launches are registered ops" if record.opaque else ""),
+        ]
+        if record.source:
+            lines.append(f"- source: {record.source}")
+    return "\n".join(lines) + "\n"
+
+
+def run_blocks(text: str) -> str:
+    """README's text with each output block replaced by what its code prints."""
+    scope: dict = {"__name__": "readme"}
+
+    def replace(match):
+        code, printed = match.group(1), io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, "README.md", "exec"), scope)
+        shown = f"\n```text\n{printed.getvalue()}```\n" if printed.getvalue() else ""
+        return f"```python\n{code}```\n{shown}"
+
+    return BLOCK.sub(replace, text)
+
+
+def commands_page() -> None:
+    """Run every command of docs/commands.md and write down what it printed."""
+    page = ROOT / "docs" / "commands.md"
+    environment = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1"}
+    environment.pop("TRITON_INTERPRET", None)  # a user's shell has it not
+    with tempfile.TemporaryDirectory() as folder:
+
+        def replace(match):
+            command = [sys.executable, "-m", *shlex.split(match[1])]
+            done = subprocess.run(
+                command, cwd=folder, env=environment, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            lines = [line.rstrip() for line in done.stdout.strip("\n").splitlines()]
+            lines += [f"(exit code {done.returncode})"] if done.returncode else []
+            return f"```sh\n{match[1]}\n```\n\n```text\n" + "\n".join(lines) + "\n```\n"
+
+        page.write_text(COMMAND.sub(replace, page.read_text()))
+
+
+def main() -> int:
+    if "--commands" in sys.argv:
+        commands_page()
+        return 0
+    readme = ROOT / "README.md"
+    text = run_blocks(readme.read_text())
+    text = TABLE.sub(lambda m: m.group(1) + layer_table() + m.group(2), text)
+    stale = []
+    for path, content in ((readme, text), (ROOT / "docs" / "ops.md", ops_page())):
+        if not path.exists() or path.read_text() != content:
+            stale.append(path.name)
+            if "--check" not in sys.argv:
+                path.write_text(content)
+    if "--check" in sys.argv and stale:
+        print(f"stale: {', '.join(stale)}; run python -m tools.generate")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") != "1":  # before anything is imported
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-m", "tools.generate", *sys.argv[1:]]
+        sys.exit(subprocess.run(command, env=environment, cwd=ROOT).returncode)
+    sys.exit(main())

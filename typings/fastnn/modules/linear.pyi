@@ -1,0 +1,7 @@
+# Written by `python -m tools.stubs`.
+# ruff: noqa: F403  (whatever stock exports, by whatever name)
+
+from torch.nn.modules.linear import *
+from torch.nn.modules.linear import (
+    NonDynamicallyQuantizableLinear as NonDynamicallyQuantizableLinear,
+)
