@@ -37,7 +37,7 @@ def _key(declared: list[inspect.Parameter], settings: bool) -> str:
             parts += [f"getattr({p.name}, 'requires_grad', None)"]
         else:
             parts.append(f"{p.name} is None" if p.default is None else p.name)
-    return f"({', '.join(parts)}, {'settings()' if settings else ''})"
+    return f"({', '.join(parts)}, {'_its_settings()' if settings else ''})"
 
 
 def parameters(fused: Callable) -> list[inspect.Parameter]:
@@ -74,24 +74,25 @@ def front(record: Any, dispatch: Callable) -> Callable:
     # A warning's stack level counts the frames that lie between: this function, then dispatch.
     passed = passed.replace("_stacklevel", "_stacklevel + 1")
     dispatched = dispatched.replace("_stacklevel", "_stacklevel + 2")
+    # What is not a parameter has a name that no parameter has: an underscore, and two words.
     lines = [
-        f"def make(stock, record, dispatch, no_keywords, is_compiling, is_grad_enabled, "
+        "def make(stock, record, dispatch, no_keywords, is_compiling, is_grad_enabled, "
         f"{', '.join(defaults)}):",
-        "    declined, settings = record.declined, record.settings",
+        "    _declined_calls, _its_settings = record.declined, record.settings",
         f"    def {name}({', '.join(declared)}):",
         "        if _idle:",
         f"            return stock({passed})",
-        "        key = None",
+        "        _this_call = None",
         "        if _plain and not is_compiling():",
         "            try:",
-        f"                key = {key}",
-        "                known = key in declined",
+        f"                _this_call = {key}",
+        "                _was_declined = _this_call in _declined_calls",
         "            except Exception:  # arguments of the wrong kinds, or not hashable",
-        "                key = known = None",
-        "            if known:",
+        "                _this_call = _was_declined = None",
+        "            if _was_declined:",
         f"                return stock({passed})",
         f"        return dispatch(record, ({dispatched},), "
-        + (f"dict({', '.join(keyword)}), key)" if keyword else "no_keywords, key)"),
+        + (f"dict({', '.join(keyword)}), _this_call)" if keyword else "no_keywords, _this_call)"),
         f"    return {name}",
     ]
     if not isinstance(record.stock, FunctionType):  # a builtin, which also takes out=

@@ -11,12 +11,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-
-if TYPE_CHECKING:
-    from fastnn._op import Op
 
 Mode = Literal["auto", "triton", "torch"]
 _MODES = ("auto", "triton", "torch")
@@ -138,14 +135,14 @@ class backend:
 class Decision(NamedTuple):
     """One dispatch: the op, and None if a kernel ran, else the reason why PyTorch did."""
 
-    op: Op
+    op: Any  # an `Op`
     why: str | None
 
 
 _heard: ContextVar[tuple[list[Decision], ...]] = ContextVar("fastnn_decisions", default=())
 
 
-def note(op: Op, why: str | None) -> None:
+def note(op: Any, why: str | None) -> None:
     """Tell every open `decisions()` block of this thread who ran `op`: None is the kernel, a text
     is the reason for PyTorch."""
     for heard in _heard.get():
