@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import sys
+import warnings
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -20,6 +22,26 @@ from fastnn import _mode
 PRIVATE = ("out_dtype", "variant")
 
 _NO_KEYWORDS: dict = {}
+FRAMES = 2  # between the user and PyTorch's function, where dispatch calls it: front and dispatch
+_FILE = "<fastnn.functional."
+
+
+def depth() -> int:
+    """How many frames lie between the caller of this function and the line of the user, who called
+    a function that `front` made: the `stacklevel` of a warning that is to name that line."""
+    level = 1
+    frame = sys._getframe(1)
+    while not frame.f_code.co_filename.startswith(_FILE):
+        level += 1
+        if frame.f_back is None:  # nobody called such a function
+            return 1
+        frame = frame.f_back
+    return level + 1
+
+
+def warn(message: str) -> None:
+    """Warn the user, at the line that called a function that `front` made."""
+    warnings.warn(message, stacklevel=depth())
 
 
 def _key(declared: list[inspect.Parameter], settings: bool) -> str:
@@ -72,8 +94,9 @@ def front(record: Any, dispatch: Callable) -> Callable:
     passed = ", ".join(positional + keyword)
     dispatched = ", ".join(positional)
     # A warning's stack level counts the frames that lie between: this function, then dispatch.
+    # A warning by PyTorch's function is to name the line that called this one.
     passed = passed.replace("_stacklevel", "_stacklevel + 1")
-    dispatched = dispatched.replace("_stacklevel", "_stacklevel + 2")
+    dispatched = dispatched.replace("_stacklevel", f"_stacklevel + {FRAMES}")
     # What is not a parameter has a name that no parameter has: an underscore, and two words.
     lines = [
         "def make(stock, record, dispatch, no_keywords, is_compiling, is_grad_enabled, "
@@ -102,7 +125,7 @@ def front(record: Any, dispatch: Callable) -> Callable:
             "        if out is not None:",
             f"            return stock({passed}, out=out)",
         ]
-    file = f"<fastnn.functional.{name}>"
+    file = f"{_FILE}{name}>"
     source = "\n".join(lines) + "\n"
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
     scope: dict = {}

@@ -87,4 +87,4 @@ def pytest_terminal_summary(terminalreporter):
     write(f"{on_kernels} of {paths.total()} runs on kernels; to stock:")
     for (what, path, reason), n in sorted(paths.items()):
         if path != "kernel":
-            write(f"  {n:4} {what}: {reason.split('but stock: ')[-1]}")
+            write(f"  {n:4} {what}: {reason.split('on PyTorch: ')[-1]}")

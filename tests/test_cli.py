@@ -14,6 +14,7 @@ from fastnn import _cli, _mode
 from fastnn.__main__ import COMMANDS, main
 from fastnn._cli.parity import Outcome, _summary
 from fastnn.ops import REGISTRY
+from fastnn.testing import simulated
 from tests.marks import interpreted
 
 
@@ -151,10 +152,14 @@ def test_info_tells_why_no_kernel_can_run(monkeypatch, capsys):
 
 def test_info_reports_the_gate_of_the_gpu(monkeypatch):
     info = importlib.import_module("fastnn._cli.info")
-    op = next(iter(REGISTRY.values()))
+    op = REGISTRY["gelu"]
     monkeypatch.setattr(_mode, "INTERPRET", False)
-    monkeypatch.setattr(_mode, "architecture", lambda index: "sm_90")
-    for least, expected in ((4096, "kernel from size 4096 (here)"), (float("inf"), "stock (here)")):
-        monkeypatch.setattr(_mode, "_crossover", lambda name, arch, least=least: (least, "here"))
-        assert info.path(op, None) == expected
+    for least, expected in ((4096, "kernel from 4,096 elements (here)"), (None, "stock (here)")):
+        with simulated("sm_90", least={"gelu": least}, source="here"):
+            assert info.path(op, None) == expected
+    two = {("embedding", ""): 8, ("embedding", "few indices"): 9}
+    with simulated("sm_90", least=two, source="here"):
+        assert info.path(REGISTRY["embedding"], None) == (
+            "kernel from 8 elements; few indices: kernel from 9 elements (here)"
+        )
     assert info.path(op, "PyTorch finds no GPU") == "stock"

@@ -6,7 +6,6 @@ they stand for. An op below says what its tensors and numbers are, and what it d
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import kernels
+from fastnn._front import warn
 from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 from fastnn.ops.nll_loss import resolve_reduction
 
@@ -236,11 +236,10 @@ def _regression(loss, input, target, weight, p, legacy, reduction, out_dtype, by
 
 
 def _warn_of_broadcasting(input, target):
-    warnings.warn(
+    warn(
         f"Using a target size ({target.size()}) that is different to the input size "
         f"({input.size()}). This will likely lead to incorrect results due to broadcasting. "
-        "Please ensure they have the same size.",
-        stacklevel=6,  # the caller of fastnn.functional, past dispatch
+        "Please ensure they have the same size."
     )
 
 
@@ -412,11 +411,10 @@ def kl_div(
 
 
 def _warn_of_mean():
-    warnings.warn(
+    warn(
         "reduction: 'mean' divides the total loss by both the batch size and the support size."
         "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
-        "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
-        stacklevel=5,
+        "'mean' will be changed to behave the same as 'batchmean' in the next major release."
     )
 
 

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as stock
 
+from fastnn._front import FRAMES, depth
 from fastnn._op import FLOATS, Function, Invalid, Stock, launcher, op, run
 
 _fwd = launcher(
@@ -45,8 +46,9 @@ class Softmax(Function):
 
 def _softmax(name, x, dim, stacklevel, dtype, out_dtype, log=False, negate=False):
     if dim is None:
-        # Dispatch counted its own frames; the function above this one stands where stock's does.
-        dim = stock._get_softmax_dim(name, x.dim(), stacklevel + 1)
+        # By default `stacklevel` is 3: the caller of PyTorch's softmax, who calls _get_softmax_dim.
+        level = depth() + 1 + stacklevel - FRAMES - 3
+        dim = stock._get_softmax_dim(name, x.dim(), level)
     if not isinstance(dim, int) or isinstance(dim, bool):
         return Invalid(f"dim={dim!r}")
     dims = max(x.dim(), 1)
