@@ -15,9 +15,10 @@ import torch.nn
 
 OURS, STOCK = __name__.rpartition(".")[0], torch.nn.__name__
 
-# What has a .py file here; the folders of stubs do not count. An editable install maps `kernels`
-# from elsewhere, so that no listing of this folder shows it.
-OWN = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])} | {"kernels"}
+# What has a .py file here. An editable install maps `kernels` and `bench` from beside this folder,
+# so that no listing of it shows them.
+OWN = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])}
+OWN |= {"kernels", "bench"}
 
 
 def public():

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # Longest prefix wins. `fastnn` alone is the package's own __init__.
 RANKS = {
+    "fastnn._checkout": 0,
     "fastnn.kernels": 0,
     "fastnn._op": 1,
     "fastnn._rng": 1,
