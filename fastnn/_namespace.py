@@ -9,6 +9,7 @@ import importlib.util
 import pkgutil
 import sys
 from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import torch.nn
@@ -61,11 +62,12 @@ class _Finder(MetaPathFinder, Loader):
         if not hasattr(sys.modules.get(stock.rpartition(".")[0]), "__path__"):
             return None
         found = sys.modules.get(stock)
+        spec: ModuleSpec | None
         spec = getattr(found, "__spec__", None) if found else importlib.util.find_spec(stock)
         if found is None and spec is None:
             return None
-        alias = importlib.util.spec_from_loader(fullname, self, origin=spec and spec.origin)
-        alias.submodule_search_locations = spec and spec.submodule_search_locations
+        alias = ModuleSpec(fullname, self, origin=spec.origin if spec else None)
+        alias.submodule_search_locations = spec.submodule_search_locations if spec else None
         return alias
 
     def create_module(self, spec):
