@@ -44,9 +44,13 @@ class BenchCase(Case):
 
     @property
     def shape(self) -> str:
-        """Shapes of the inputs, as "8192x768, 8192"."""
+        """Shapes of the inputs, as "8192x768, 8192", and their layout where it is not the usual."""
         made = self.make(FP32, "meta")
-        return ", ".join("x".join(map(str, t.shape)) for t in made if isinstance(t, Tensor))
+        return ", ".join(
+            "x".join(map(str, t.shape)) + ("" if t.is_contiguous() else " channels last")
+            for t in made
+            if isinstance(t, Tensor)
+        )
 
     def __str__(self) -> str:
         options = [f"{k}={v}" for k, v in self.options.items()]

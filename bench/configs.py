@@ -213,7 +213,7 @@ def read(path: Path) -> dict[str, dict[str, dict]]:
 def write(path: Path, results: Results) -> None:
     """Put what was found in the table at `path`; of an older one stays what was not asked now."""
     new, source = table(results), measured(results.environment or environment())
-    old = json.loads(path.read_text()) if path.exists() else {"source": "", "configs": {}}
+    old: dict = json.loads(path.read_text()) if path.exists() else {"source": "", "configs": {}}
     asked = {(line["function"], line["arguments"]) for line in results.of("config")}
     merged = {
         function: {k: v for k, v in entries.items() if (function, k) not in asked}

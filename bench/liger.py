@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from fastnn.bench.cases import BenchCase
@@ -17,7 +18,7 @@ def version() -> str | None:
         return None
 
 
-def counterpart(case: BenchCase, layer: Callable) -> Callable | None:
+def counterpart(case: BenchCase, layer: Any) -> Callable | None:
     """Liger's function over the inputs of `case`, with the parameters of the stock `layer`.
 
     Only where both compute the same: Liger's softmax is over the last dimension, its cross entropy

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,11 +60,14 @@ def step(namespace, length: int, device: str):
 def measure(lengths: Sequence[int], device: str) -> list[dict]:
     """A record for each length: peak bytes of both sides, and the bytes of one B H L L tensor."""
     import fastnn
+    from fastnn import _op
 
     found = []
     for length in lengths:
         record: dict = {"length": length, "weights": 4 * BATCH * HEADS * length**2}
-        for name, namespace, mode in (("stock", torch.nn, "torch"), ("ours", fastnn, "triton")):
+        sides: tuple[tuple[str, Any, _op.Mode], ...]
+        sides = (("stock", torch.nn, "torch"), ("ours", fastnn, "triton"))
+        for name, namespace, mode in sides:
             call = step(namespace, length, device)
             with fastnn.backend(mode):
                 call()

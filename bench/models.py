@@ -143,10 +143,12 @@ class Step:
         size, n = self.size, self.batch
         if isinstance(size, Transformer) and size.patch is None:
             shape = (n, size.length)
-            return tuple(torch.randint(size.classes, shape, device=device) for _ in range(2))
+            tokens = torch.randint(size.classes, shape, device=device)
+            return tokens, torch.randint(size.classes, shape, device=device)
         if isinstance(size, ResNet):
             side = size.image
         else:
+            assert size.patch is not None
             side = int(size.length**0.5) * size.patch
         x = torch.randn(n, 3, side, side, device=device)
         return x, torch.randint(size.classes, (n,), device=device)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -85,7 +85,8 @@ def spread(
                 busy[connection] = item, process
                 with contextlib.suppress(OSError):  # it has ended, which the wait will see
                     connection.send(item)
-            for connection in wait(busy, timeout=1.0):
+            for ready in wait(busy, timeout=1.0):
+                connection = cast(Connection, ready)  # all that it was given are such
                 item, process = busy.pop(connection)
                 try:
                     result, usable = connection.recv()

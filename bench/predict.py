@@ -248,8 +248,8 @@ def predicted(case: BenchCase, dtype: torch.dtype, bandwidth: float = BANDWIDTH)
         record[name] = [{"bytes": c.bytes, "launches": c.launches} for c in costs]
     record["kernels"] = names
     record["least_bytes"] = least(case, dtype)
-    whole = [sum(costs, Cost(0, 0)) for costs in (stock, ours)]
-    p = predict(*whole, bandwidth)
+    whole_stock, whole_ours = (sum(costs, Cost(0, 0)) for costs in (stock, ours))
+    p = predict(whole_stock, whole_ours, bandwidth)
     record["auto"] = "kernel" if _gate_opens(case) else "stock"
     record |= {"stock_us": p.stock_us, "ours_us": p.ours_us, "speedup": p.speedup}
     return record

@@ -168,7 +168,7 @@ def plot_speedups(lines: list[dict], path: Path, title: str, prefix: str = "") -
     for i, side in enumerate(sides):
         values = [x["speedup"] if predicted else (speedup(x, side) or 0.0) for x in rows]
         longest = max(longest, *values)
-        colours = _COLOURS.get(side, "")
+        colours: str | list[str] = _COLOURS.get(side, "")
         if predicted:
             colours = [_COLOURS[AUTO] if x["auto"] == "kernel" else _PREDICTED for x in rows]
         at = [n + (i - (len(sides) - 1) / 2) * height for n in range(len(rows))]

@@ -85,7 +85,7 @@ def _sides(case: BenchCase, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     """(stock, ours) with equal parameters."""
     torch.manual_seed(0)
     stock, ours = (case.side(n, dtype, device) for n in (nn, fastnn))
-    if isinstance(stock, nn.Module):
+    if isinstance(stock, nn.Module) and isinstance(ours, nn.Module):
         ours.load_state_dict(stock.state_dict())
     return stock, ours
 
@@ -129,7 +129,8 @@ def check(case: BenchCase, dtype: torch.dtype, clock: Clock) -> dict:
 def _whole_row(case, dtype, clock, comparisons: list[Comparison]) -> list[str]:
     """A row too large for float64, ours against stock: its far end could be wrong alone."""
     found = []
-    for call, mode in zip(_sides(case, dtype, clock.name), ("torch", "triton"), strict=True):
+    modes: tuple[Mode, ...] = ("torch", "triton")
+    for call, mode in zip(_sides(case, dtype, clock.name), modes, strict=True):
         torch.manual_seed(0)
         inputs = case.make(dtype, clock.name)
         with fastnn.backend(mode):

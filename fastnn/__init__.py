@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch.nn
 from torch.nn import *  # noqa: F403  (every stock name, where editors and type checkers see it)
 
+import fastnn._checkout as _checkout  # noqa: F401  (first: it refuses kernels from elsewhere)
 import fastnn.functional as functional  # type: ignore[no-redef]  # the star had stock's
 from fastnn import _namespace
 from fastnn._mode import BackendError as BackendError

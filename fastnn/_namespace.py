@@ -9,15 +9,17 @@ import importlib.util
 import pkgutil
 import sys
 from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import torch.nn
 
 OURS, STOCK = __name__.rpartition(".")[0], torch.nn.__name__
 
-# What has a .py file here; the folders of stubs do not count. An editable install maps `kernels`
-# from elsewhere, so that no listing of this folder shows it.
-OWN = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])} | {"kernels"}
+# What has a .py file here. An editable install maps `kernels` and `bench` from beside this folder,
+# so that no listing of it shows them.
+OWN = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])}
+OWN |= {"kernels", "bench"}
 
 
 def public():
@@ -60,11 +62,12 @@ class _Finder(MetaPathFinder, Loader):
         if not hasattr(sys.modules.get(stock.rpartition(".")[0]), "__path__"):
             return None
         found = sys.modules.get(stock)
+        spec: ModuleSpec | None
         spec = getattr(found, "__spec__", None) if found else importlib.util.find_spec(stock)
         if found is None and spec is None:
             return None
-        alias = importlib.util.spec_from_loader(fullname, self, origin=spec and spec.origin)
-        alias.submodule_search_locations = spec and spec.submodule_search_locations
+        alias = ModuleSpec(fullname, self, origin=spec.origin if spec else None)
+        alias.submodule_search_locations = spec.submodule_search_locations if spec else None
         return alias
 
     def create_module(self, spec):

@@ -50,6 +50,12 @@ def test_every_op_has_a_row_and_a_sweep():
     assert tune.without_rows() == []
 
 
+def test_rows_have_keys_of_their_own():
+    """A result is filed under its row's key: of two rows with one key the second is not timed."""
+    keys = [case.key(dtype) for case, dtype in cases.matching()]
+    assert len(set(keys)) == len(keys) >= len(cases.CASES)
+
+
 def test_a_row_at_another_size_is_the_same_row():
     for case in cases.CASES:
         small = case.at(2)

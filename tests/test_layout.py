@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.nn import modules
 
 ROOT = Path(__file__).parents[1]
 
 # Longest prefix wins. `fastnn` alone is the package's own __init__.
 RANKS = {
+    "fastnn._checkout": 0,
     "fastnn.kernels": 0,
     "fastnn._graph": 1,
     "fastnn._mode": 1,
@@ -109,3 +111,26 @@ def test_import_stays_light():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+FAMILIES = {path.stem for path in (ROOT / "fastnn" / "ops").glob("[a-z]*.py")}
+# Kernel files from which several families take a part.
+PARTS = {"epilogue", "pointwise"}
+
+
+def test_a_family_has_one_name():
+    """That of its file in fastnn/ops: its kernels, its rows and its tests are found by it.
+
+    Layers stand in files named as in torch.nn.modules, or as their family.
+    """
+    for path in (ROOT / "kernels").glob("[a-z]*.py"):
+        family = any(path.stem == f or path.stem.startswith(f"{f}_") for f in FAMILIES)
+        assert family or path.stem in PARTS, f"{path.name} is named as no family"
+    rows = {path.stem for path in (ROOT / "fastnn" / "testing" / "cases").glob("[a-z]*.py")}
+    assert rows == FAMILIES | {"transformer"}  # layers made of several families
+    torch_files = {path.stem for path in Path(modules.__file__).parent.glob("[a-z]*.py")}
+    layers = {path.stem for path in (ROOT / "fastnn" / "layers").glob("[a-z]*.py")}
+    assert layers <= torch_files | FAMILIES
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert not tests & {f"{family}es" for family in FAMILIES}
+    assert not tests & {f"{family}s" for family in FAMILIES}

@@ -185,8 +185,8 @@ def test_a_missing_submodule_is_reported_under_our_name(parent):
 
 
 def test_own_files_stay_ours():
-    assert {"functional", "kernels", "layers", "ops", "testing", "_op"} <= _namespace.OWN
-    homes = (ROOT / "fastnn", ROOT / "kernels")
+    assert {"functional", "kernels", "bench", "layers", "ops", "testing", "_op"} <= _namespace.OWN
+    homes = (ROOT / "fastnn", ROOT / "kernels", ROOT / "bench")
     for name in _namespace.OWN - {"__main__"}:
         module = importlib.import_module(f"fastnn.{name}")
         assert getattr(fastnn, name) is module

@@ -72,9 +72,12 @@ def test_holds_the_package_whole(wheel):
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".pyi", ".json", ".typed")
     }
-    wanted = {name for name in wanted if not name.startswith("fastnn/bench/results/")}
+    left_out = ("fastnn/bench/results/", "fastnn/bench/tests/")
+    wanted = {name for name in wanted if not name.startswith(left_out)}
     assert {"fastnn/kernels/__init__.py", "fastnn/py.typed", "fastnn-stubs/utils/rnn.pyi"} <= wanted
     assert shipped == wanted
+    tests = [n for n in shipped if re.search(r"(^|/)(tests?/|test_|conftest\.py|pytest\.ini)", n)]
+    assert tests == [], "these are of no use to who installs the package"
 
 
 def test_requires_torch_and_triton_without_a_cap(wheel):

@@ -172,7 +172,7 @@ def _measured(results, rows):
     from fastnn.bench import report
     from fastnn.bench import run as bench
 
-    ceilings = next(iter(results.of("ceilings")), {})
+    ceilings: dict = next(iter(results.of("ceilings")), {})
     keys = {case.key(dtype) for case, dtype in rows}
     table = Table(title="forward and backward; speedups over stock eager")
     for column in ("row", "stock us", "ours", "auto", "compile", "Liger", "reached", "ceiling"):

@@ -27,19 +27,6 @@ def duplicate(*shape):
     return make
 
 
-def lists(*shape):
-    """Maker of class indices that end with -1 in every row but the first."""
-
-    def make(dtype, device):
-        C = shape[-1]
-        rows = [torch.randperm(C) for _ in range(shape[0] if len(shape) > 1 else 1)]
-        for i, row in enumerate(rows[1:]):
-            row[i % C] = -1
-        return torch.stack(rows).view(shape).to(device)
-
-    return make
-
-
 EMBEDDINGS = (randn(9, 40), randn(9, 40), signs(9))
 TRIPLET = (randn(9, 40), randn(9, 40), randn(9, 40))
 
@@ -138,22 +125,6 @@ CASES: list[Case] = [
     Case("MultiMarginLoss", (randn(40, 9), classes(9, high=40)), view=transposed,
          dtypes=(torch.float32,)),
     Case("MultiMarginLoss", (randn(3, 8), classes(3, high=8)), autocast=torch.bfloat16),
-    # multi-label margin
-    *(
-        Case("MultiLabelMarginLoss", (randn(5, 7), lists(5, 7)), {"reduction": r},
-             dtypes=(torch.float32,))
-        for r in REDUCTIONS
-    ),
-    *(
-        Case("MultiLabelMarginLoss", inputs, dtypes=(torch.float32,))
-        for inputs in (
-            (randn(2, 33, scale=3.0), lists(2, 33)),
-            (randn(7), lambda dtype, device: torch.tensor([3, 3, 0, -1, 6, 5, 1]).to(device)),
-        )
-    ),
-    Case("MultiLabelMarginLoss", (randn(6, 4), lists(4, 6)), view=transposed,
-         dtypes=(torch.float32,)),
-    Case("MultiLabelMarginLoss", (randn(3, 5), lists(3, 5)), autocast=torch.bfloat16),
     # multi-label soft margin
     *(
         Case("MultiLabelSoftMarginLoss", (randn(9, 40), uniform(9, 40)),

@@ -8,11 +8,12 @@ import time
 import pytest
 import torch
 import torch.nn.functional as stock
-from fastnn.bench.cases import CASES, matching
+from fastnn.bench.cases import matching
 from fastnn.bench.run import _both, _sides, check
 
 import fastnn
 import fastnn.functional as F
+from fastnn._op import Mode
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
 cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU pays")
@@ -37,7 +38,8 @@ def test_row(benchmark, case, dtype, side):
         assert not found["failures"] and found["path"] == "kernel", found
     theirs, ours = _sides(case, dtype, "cuda")
     inputs = case.make(dtype, "cuda")
-    with fastnn.backend({"stock": "torch", "ours": "triton", "auto": "auto"}[side]):
+    modes: dict[str, Mode] = {"stock": "torch", "ours": "triton", "auto": "auto"}
+    with fastnn.backend(modes[side]):
         both = _both(case, theirs if side == "stock" else ours, inputs)
         both()
 
@@ -54,7 +56,7 @@ def test_row(benchmark, case, dtype, side):
 
 def interleaved(calls, rounds=400, each=50):
     """{name: median seconds of a call}, in short batches in turn: all meet the same machine."""
-    times = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     gc.disable()
     try:
         for i in range(rounds):
@@ -128,8 +130,3 @@ def test_a_dispatched_call(benchmark, name):
     with launch_nothing(), fastnn.backend("triton"):
         call()
         benchmark(call)
-
-
-def test_rows_have_names_of_their_own():
-    keys = [case.key(dtype) for case, dtype in matching()]
-    assert len(keys) == len(set(keys)) >= len(CASES)
