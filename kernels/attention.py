@@ -77,9 +77,10 @@ def _last(S, causal, config):
 
 
 def _shape(q, k, v, mask, causal, noise, arch):
+    added = mask is not None and mask.dtype != torch.bool
     return Shape(
         q.shape[2], q.shape[3], v.shape[3], q.element_size(), arch, mask is not None, causal,
-        noise is not None, k.shape[1] != q.shape[1],
+        noise is not None, k.shape[1] != q.shape[1], mask.element_size() if added else 0,
     )  # fmt: skip
 
 
