@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 import fastnn
-from fastnn import _op, _rng
+from fastnn import _op, _rng, kernels
 from fastnn.kernels import _gpus
 from fastnn.testing.meter import AtenTraffic, Cost, as_on_cuda, predict, traffic
 
