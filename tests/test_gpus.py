@@ -12,6 +12,7 @@ import triton
 from fastnn import _op, kernels
 from fastnn._cli import parity
 from fastnn.kernels import _gpus
+from fastnn.ops.linear import matmul_precision
 from fastnn.testing.aot import TARGETS
 from tests.marks import interpreted
 
@@ -114,3 +115,17 @@ def test_kernel_files_name_no_architecture():
         if re.search(r"[\"'](sm_\d+|gfx\w+)[\"']", line) and path.name != "_gpus.py"
     }
     assert found <= EXCEPTIONS
+
+
+def test_float32_products_are_exact_on_a_gpu_without_tf32():
+    """Though torch's setting allows tf32: Triton refuses to compile such a product there."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    found = {}
+    try:
+        for name in _gpus.GPUS:
+            with _gpus.simulated(name):
+                found[name] = matmul_precision(-1)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert {name for name, how in found.items() if how == "ieee"} == {"gfx90a", "gfx950"}

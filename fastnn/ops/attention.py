@@ -281,7 +281,8 @@ def scaled_dot_product_attention(
         return Invalid("no backend of stock takes this call")
     if backend != _MATH and mask is not None and mask.dim() < 2:
         return Invalid(f"mask {tuple(mask.shape)}, of fewer than two dims")
-    precision, arch = matmul_precision(), _op.architecture(q.get_device())
+    precision = matmul_precision(q.get_device())
+    arch = _op.architecture(q.get_device())
     if _op.current_mode() == "auto":
         why = _why_not_worth_it(q, backend, precision, arch)
         if why is not None:

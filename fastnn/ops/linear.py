@@ -16,11 +16,14 @@ from fastnn.ops.activation import Formula
 from fastnn.ops.dropout import Dropout, Noise, _native_scales
 
 
-def matmul_precision() -> str:
-    """How products of float32 matrices are to be computed, by torch's settings: "tf32" or "ieee".
+def matmul_precision(device_index: int) -> str:
+    """How products of float32 matrices are to be computed: "tf32" or "ieee".
 
-    Reading the old setting after the new one was written raises, hence new before old.
+    torch's setting decides, on a GPU that has tf32. Reading the old setting after the new one was
+    written raises, hence new before old.
     """
+    if not kernels._gpus.facts(_op.architecture(device_index)).tf32:
+        return "ieee"
     matmul = torch.backends.cuda.matmul
     try:
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
@@ -124,7 +127,7 @@ def linear(input, weight, bias=None):
     why = _declined(input, weight, bias)
     if why is not None:
         return why
-    how = How(True, matmul_precision(), _op.architecture(input.get_device()))
+    how = How(True, matmul_precision(input.get_device()), _op.architecture(input.get_device()))
     return run(Linear, input, weight, bias, how)
 
 
@@ -374,6 +377,6 @@ def linear_act(
             if isinstance(draw, str):
                 return Stock(draw)
             noise = Noise(draw, "elements", bound, *_native_scales(p))
-    how = How(forced, matmul_precision(), arch)
+    how = How(forced, matmul_precision(input.get_device()), arch)
     rest = Neighbours(activation, float(a), float(b), plan, noise, y, how)
     return run(LinearAct, input, weight, bias, rest)[0]

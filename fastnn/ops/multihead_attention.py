@@ -263,7 +263,7 @@ def multi_head_attention_forward(
     elif more or add_zero_attn:
         return Stock("bias_k or add_zero_attn under autocast")
     dtype = low or query.dtype
-    precision = "ieee" if dtype != torch.float32 else matmul_precision()
+    precision = "ieee" if dtype != torch.float32 else matmul_precision(query.get_device())
     arch = _op.architecture(query.get_device())
     if dtype == torch.float32 and precision == "ieee" and device == "cuda":
         if _op.current_mode() != "triton":
