@@ -236,12 +236,16 @@ EXCEPTIONS = (
         ("dkdv",), _MEDIUM, lambda s: s.masked, most=_tile(32, 64), gpus=_SMALL_SM,
     ),
     Rule(
+        "a float32 mask: 15 spills",
+        ("dmask",), _SMALL, lambda s: s.mask_itemsize == 4, most=_tile(64, 32), gpus=_SMALL_SM,
+    ),
+    Rule(
         "mask and dropout together: four warps spill",
         ("dq",), _SMALL, lambda s: s.masked and s.noisy, sets={"num_warps": 8}, gpus=_SMALL_SM,
     ),
     Rule(
-        "dropout: 14 spills; nothing else to hold: smaller tiles, more of them at a time",
-        ("fwd",), (16, 128), lambda s: s.plain or s.noisy,
+        "dropout: 14 spills; a float32 mask: 11; without either, more blocks at a time",
+        ("fwd",), (16, 128), lambda s: s.plain or s.noisy or s.mask_itemsize == 4,
         sets={**_tile(64, 32), "num_warps": 8, "num_stages": 2}, gpus=_SM_120,
     ),
     Rule("two sums", ("dkdv",), (16, 128), lambda s: True, most=_tile(32, 64), gpus=_SM_120),
@@ -257,6 +261,11 @@ EXCEPTIONS = (
     Rule(
         "mask and dropout together, around a sum of scores: 7 spills",
         ("dmask",), _SMALL, lambda s: s.masked and s.noisy, most=_tile(32, 16), gpus=_SM_120,
+    ),
+    Rule(
+        "one more loop, with a mask: 5 spills, with one stage 4",
+        ("dkdv",), _LARGE, lambda s: s.grouped and s.masked,
+        most=_tile(32, 16), gpus=_SM_120,
     ),
     # AMD's kernels spill all the same, so `auto` runs stock there.
     Rule(
