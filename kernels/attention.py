@@ -55,7 +55,10 @@ def _attention_keep_kernel(
     OUT, SEED, OFFSET, L, S, seed: tl.int64, offset: tl.int64, blocks, bound: tl.uint32,
     VEC: tl.constexpr, BY_FOUR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program decides on a tile of one batch and head; OUT (B * H, L, S) uint8, 1 where kept."""
+    """A program decides on a tile of one batch and head.
+
+    OUT (B * H, L, S): uint8, 1 where kept. SEED, OFFSET: int64, of one element, or None.
+    """
     blocks_n = tl.cdiv(S, BLOCK_N)
     blocks_m = tl.cdiv(L, BLOCK_M)
     n0 = tl.program_id(0) % blocks_n * BLOCK_N

@@ -222,8 +222,10 @@ def _attention_bwd_dkdv_kernel(
     D: tl.constexpr, E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """A program makes dk and dv of BLOCK_N keys of one head of keys, and loops over the G heads of
-    queries that share it, and over their queries. DK or DV may be None: it is not wanted."""
+    """A program makes dk and dv of BLOCK_N keys of one head, and loops over all who query them.
+
+    These are the queries of the G heads of a group. DK or DV may be None: it is not wanted.
+    """
     blocks_n = tl.cdiv(S, BLOCK_N)
     j = tl.program_id(0) // blocks_n
     n0 = tl.program_id(0) % blocks_n * BLOCK_N
@@ -394,11 +396,10 @@ def _attention_bwd_dmask_kernel(
     D: tl.constexpr, E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """A program makes a tile of dmask, and loops over the batches and heads, and with SUM_ROWS over
-    the rows, that share the mask.
+    """A program makes a tile of dmask, and loops over the batches and heads that share the mask.
 
-    The mask has B // over_b batches and H // over_h heads, where `over` is all of them or 1. DMASK:
-    float, of the mask's shape.
+    With SUM_ROWS it also loops over the rows. The mask has B // over_b batches and H // over_h
+    heads, where `over` is all of them or 1. DMASK: float, of the mask's shape.
     """
     blocks_n = tl.cdiv(S, BLOCK_N)
     blocks_m = 1 if SUM_ROWS else tl.cdiv(L, BLOCK_M)
