@@ -76,6 +76,13 @@ def _gemm_kernel(
     FORMULA: tl.constexpr, VEC: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    """A program makes one tile of C, and loops over its share of K.
+
+    A (M, K), B (K, N): one float dtype, contiguous along K if A_KMAJOR or B_KMAJOR, else along M or
+    N. C (splits, M, N): float, fp32 partial sums where splits > 1. BIAS (N,): float, or None. Z (M,
+    N): float, C before FORMULA and dropout, or None. SEED, OFFSET, STATE: int64, or None; see
+    _philox.load_state and save_state.
+    """
     # Sizes come divided by what divides them, so that the compiler sees the factor and makes
     # accesses 128 bits wide; its own test, for 16, would miss every width such as 1000 or 72.
     M = m * M_VEC
