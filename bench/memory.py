@@ -60,12 +60,12 @@ def step(namespace, length: int, device: str):
 def measure(lengths: Sequence[int], device: str) -> list[dict]:
     """A record for each length: peak bytes of both sides, and the bytes of one B H L L tensor."""
     import fastnn
-    from fastnn import _op
+    from fastnn._mode import Mode
 
     found = []
     for length in lengths:
         record: dict = {"length": length, "weights": 4 * BATCH * HEADS * length**2}
-        sides: tuple[tuple[str, Any, _op.Mode], ...]
+        sides: tuple[tuple[str, Any, Mode], ...]
         sides = (("stock", torch.nn, "torch"), ("ours", fastnn, "triton"))
         for name, namespace, mode in sides:
             call = step(namespace, length, device)

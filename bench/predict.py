@@ -28,8 +28,8 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 import fastnn
-from fastnn import _gate, _rng
-from fastnn.kernels import _gpus, _interpreter
+from fastnn import _gate, _rng, kernels
+from fastnn.kernels import _gpus
 from fastnn.testing.meter import AtenTraffic, Cost, as_on_cuda, predict, traffic
 
 ARCHITECTURE = "sm_90"
@@ -49,7 +49,7 @@ def _sampled(programs: Callable[[int], int], grids: list[tuple[int, int]]) -> It
 
     Fills `grids` with (executed, whole) for each launch.
     """
-    _interpreter.install()  # before it is wrapped
+    kernels._interpreter.install()  # before it is wrapped
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
     stock_call, set_dim, set_idx = executor.__call__, builder.set_grid_dim, builder.set_grid_idx
     state: dict[str, Any] = {}

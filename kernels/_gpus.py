@@ -55,6 +55,8 @@ class GPU:
     """Registers of 32 bits that one thread may have."""
     lanes: int = 32
     """Threads of a warp."""
+    tf32: bool = True
+    """Whether its matrix units multiply fp32 rounded to tf32; elsewhere Triton refuses to."""
 
     @property
     def backend(self) -> str:
@@ -72,7 +74,8 @@ def _cdna(name: str, shared: int, **facts) -> GPU:
     """A data-centre GPU of AMD: 512 registers per thread, of which half take sums alone."""
     return GPU(
         name, "mfma", shared, shared, warps_per_sm=32, blocks_per_sm=32, shared_reserved=0,
-        registers_per_sm=128 * KIB, registers_per_thread=512, lanes=64, **facts,
+        registers_per_sm=128 * KIB, registers_per_thread=512, lanes=64, tf32=name == "gfx942",
+        **facts,
     )  # fmt: skip
 
 
@@ -97,7 +100,7 @@ GPUS: dict[str, GPU] = {
 # What is assumed of an architecture that has no row: the least that those with one have.
 _ELSEWHERE = {
     "cuda": GPU("", "mma", 48 * KIB, 64 * KIB, 32, 16, 40, 0.3e12, None),
-    "hip": GPU("", "mfma", 64 * KIB, 64 * KIB, 32, 16, 40, 0.3e12, None, 0, lanes=32),
+    "hip": GPU("", "mfma", 64 * KIB, 64 * KIB, 32, 16, 40, 0.3e12, None, 0, tf32=False),
 }
 
 

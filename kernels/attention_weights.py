@@ -16,7 +16,14 @@ import triton.language as tl
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
-from fastnn.kernels.attention import PAST_END, _kept, _logits, _row_tile, _weights
+from fastnn.kernels.attention_tiles import (
+    PAST_END,
+    at_head,
+    kept_tile,
+    logits,
+    row_tile,
+    weights_of,
+)
 
 from fastnn.kernels import _philox, attention
 
@@ -39,7 +46,12 @@ def _attention_weights_kernel(
     S_UNIT: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the average over `heads` heads: over all H, or over one."""
+    """A program makes a tile of the average over `heads` heads, all H or one, and loops over them.
+
+    Q (B, H, L, D), K (B, H, S, D): one float dtype, unit stride in the last dim. MASK (B, H, L, S)
+    or None: uint8, 0 where masked, if KEEP, else float, added. STATS (2, B * H, L) fp32, of the
+    forward. WEIGHTS (B * H / heads, L, S) float. SEED, OFFSET: int64, of one element, or None.
+    """
     blocks_n = tl.cdiv(S, BLOCK_N)
     blocks_m = tl.cdiv(L, BLOCK_M)
     n0 = tl.program_id(0) % blocks_n * BLOCK_N
@@ -58,24 +70,24 @@ def _attention_weights_kernel(
         i = which * heads + head
         b = (i // H).to(tl.int64)
         h = (i % H).to(tl.int64)
-        q_ptr = Q + (b * stride_qb + h * stride_qh) * UNIT + m0 * stride_qm.to(tl.int64)
-        k_ptr = K + (b * stride_kb + h * stride_kh) * UNIT + n0 * stride_kn.to(tl.int64)
-        q = _row_tile(q_ptr, stride_qm, L - m0, D, BLOCK_M, BLOCK_D)
-        k = _row_tile(k_ptr, stride_kn, S - n0, D, BLOCK_N, BLOCK_D)
+        q_ptr = at_head(Q, b, h, stride_qb, stride_qh, UNIT) + m0 * stride_qm.to(tl.int64)
+        k_ptr = at_head(K, b, h, stride_kb, stride_kh, UNIT) + n0 * stride_kn.to(tl.int64)
+        q = row_tile(q_ptr, stride_qm, L - m0, D, BLOCK_M, BLOCK_D)
+        k = row_tile(k_ptr, stride_kn, S - n0, D, BLOCK_N, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         mask_ptr = MASK
         if MASK is not None:
-            mask_ptr = MASK + (b * stride_mb + h * stride_mh) * MASK_UNIT
-        t = _logits(
+            mask_ptr = at_head(MASK, b, h, stride_mb, stride_mh, MASK_UNIT)
+        t = logits(
             s, m0, n0, rows, cols, L, S, mask_ptr, stride_mm, stride_mn, scale,
             KEEP, BY_ROW, BY_COL, False, True, PAST_END,
         )  # fmt: skip
         at = STATS + i.to(tl.int64) * L + m0
         top = tl.load(at + stats, mask=stats < L - m0, other=float("inf"))
         rest = tl.load(at + batch_heads * L + stats, mask=stats < L - m0, other=0.0)
-        p = _weights(t, top[:, None], rest[:, None], scale, True)
+        p = weights_of(t, top[:, None], rest[:, None], scale, True)
         if VEC:  # a product, as in stock: what is nan stays so
-            keep = _kept(
+            keep = kept_tile(
                 i, m0, n0, L, S, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N
             )
             p *= tl.where(keep, noise_scale, 0.0)

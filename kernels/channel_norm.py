@@ -189,6 +189,11 @@ def _channel_fwd_kernel(
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, D_UNIT: tl.constexpr, GROUPED: tl.constexpr,
     FORMULA: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    """A program normalises BLOCK_C channels of one outer index, or a group of them, held whole.
+
+    X, R, Y: (O, C, J) in LAYOUT, float; R may be None. W, B (C,): float, or None. MEAN, RSTD: (O *
+    C,), or (O * groups,) if GROUPED, fp32. RUNNING_MEAN, RUNNING_VAR (C,): float, or None; updated.
+    """
     C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
     U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
     o, c, limit, st = _members(C, D, D_UNIT, GROUPED, BLOCK_C)
@@ -232,6 +237,12 @@ def _channel_bwd_kernel(
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, D_UNIT: tl.constexpr, GROUPED: tl.constexpr,
     FORMULA: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    """A program makes dx of BLOCK_C channels of one outer index, or of one group, held whole.
+
+    DY, X, Y, DX, DZ: (O, C, J) in LAYOUT, float; Y is read where f' is made from y, DZ is written
+    unless None. W, B (C,): float, or None. MEAN, RSTD: as of the forward, fp32. DW, DB: (O, C),
+    fp32 partial sums, or the gradients themselves where O is 1; or None.
+    """
     C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
     U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
     o, c, limit, st = _members(C, D, D_UNIT, GROUPED, BLOCK_C)
@@ -270,6 +281,10 @@ def _channel_moments_kernel(
     X, MEAN, M2, C, S, N, span, K,
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    """A program takes the moments of chunk k of J of BLOCK_C channels, and loops over it.
+
+    X: (O, C, J) in LAYOUT, float. MEAN, M2: (O, K, C) fp32, of each chunk.
+    """
     C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
     U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
     o, first = _at_program(C, BLOCK_C)
@@ -318,6 +333,12 @@ def _channel_pool_kernel(
     PART_MEAN, PART_M2, MEAN, RSTD, RUNNING_MEAN, RUNNING_VAR, V, span, K, D, groups, outer, eps,
     momentum, U: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
+    """A program pools the chunks of BLOCK_G groups, and loops over outer indices and chunks, twice.
+
+    PART_MEAN, PART_M2: (O, K, groups * D) fp32. MEAN, RSTD: (O, groups) fp32. RUNNING_MEAN,
+    RUNNING_VAR (groups,): float, or None; updated, for D of 1. A chunk has `span` of the V vectors
+    of J.
+    """
     g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     total = (V * U).to(tl.float32) * D.to(tl.float32)
     sum_mean = tl.zeros((BLOCK_G,), tl.float32)
@@ -356,6 +377,11 @@ def _channel_apply_kernel(
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, VARIANCE: tl.constexpr, FORMULA: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    """A program normalises a chunk of J of BLOCK_C channels, and loops over it.
+
+    X, R, Y: (O, C, J) in LAYOUT, float; R may be None. W, B (C,): float, or None. MEAN (O, C // D):
+    float. RSTD: the same; a variance if VARIANCE.
+    """
     C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
     U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
     o, first = _at_program(C, BLOCK_C)
@@ -383,6 +409,12 @@ def _channel_sums_kernel(
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, VARIANCE: tl.constexpr, FORMULA: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    """A program sums dz x_hat and dz over chunk k of J of BLOCK_C channels, and loops over it.
+
+    DY, X, Y, DZ: (O, C, J) in LAYOUT, float; Y is read where f' is made from y, DZ is written
+    unless None. W, B (C,): float, or None. MEAN, RSTD: as of `_channel_apply_kernel`. ALONG, TOTAL:
+    (O, K, C) fp32, or None.
+    """
     C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
     U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
     o, first = _at_program(C, BLOCK_C)
@@ -421,6 +453,11 @@ def _channel_totals_kernel(
     ALONG, TOTAL, W, SUM_ALONG, SUM_TOTAL, DW, DB, K, D, groups, outer,
     BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
+    """A program adds up the chunks of BLOCK_G groups, and loops over outer indices and chunks.
+
+    ALONG, TOTAL: (O, K, groups * D) fp32. W (groups * D,): float, or None. SUM_ALONG, SUM_TOTAL:
+    (O, groups) fp32, of the sums times w. DW, DB (groups,): float, or None; only for D and O of 1.
+    """
     g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     for o in range(tl.program_id(1).to(tl.int64), outer, tl.num_programs(1)):
         along = tl.zeros((BLOCK_E, BLOCK_G), tl.float32)
@@ -455,6 +492,12 @@ def _channel_dx_kernel(
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, VARIANCE: tl.constexpr, FORMULA: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    """A program makes dx of a chunk of J of BLOCK_C channels, and loops over it.
+
+    DY, X, DX: (O, C, J) in LAYOUT, float. W, B (C,): float, or None. MEAN, RSTD: as of
+    `_channel_apply_kernel`. SUM_ALONG, SUM_TOTAL: (O, C // D) fp32, or None where the statistics
+    are constants.
+    """
     C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
     U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
     o, first = _at_program(C, BLOCK_C)

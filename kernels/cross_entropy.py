@@ -50,6 +50,13 @@ def _cross_entropy_fwd_kernel(
     CLASSES_LAST: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
+    """A program has ROWS positions of one batch entry, and loops once over their classes.
+
+    X (B, C, S): float, its classes or its positions contiguous. TARGET (B, S): ints, or as X if
+    PROBABILITIES. WEIGHT (C,): float, or None. LOSS (B, S): float, written unless REDUCE. STATS:
+    fp32 rows of M: largest x, log of the sum, and if soft the mass of u. PARTIAL (2, programs):
+    fp64 sums of losses and of their weights, if REDUCE.
+    """
     SOFT: tl.constexpr = PROBABILITIES or SMOOTH
     pid = tl.program_id(0)
     b = (pid // row_blocks).to(tl.int64)
@@ -156,6 +163,12 @@ def _cross_entropy_bwd_kernel(
     kept, uniform, PROBABILITIES: tl.constexpr, SMOOTH: tl.constexpr, REDUCTION: tl.constexpr,
     CLASSES_LAST: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """A program has ROWS positions of one batch entry, and loops over its share of the classes.
+
+    DLOSS: float, (B, S), or one element where the loss was reduced. X, TARGET, WEIGHT: as of the
+    forward. STATS: what the forward wrote, then the divisor of a mean. DX, DT (B, C, S): float,
+    laid out as X, or None.
+    """
     SOFT: tl.constexpr = PROBABILITIES or SMOOTH
     pid = tl.program_id(0)
     b = (pid // class_blocks // row_blocks).to(tl.int64)

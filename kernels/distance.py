@@ -329,6 +329,13 @@ def _rows_fwd_kernel(
     NORM: tl.constexpr, SWAP: tl.constexpr, REDUCE: tl.constexpr, CLASSES_LAST: tl.constexpr,
     UNIT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    """A program has ROWS rows, and loops over their classes once, or twice where squares overflow.
+
+    X1, X2, X3 (B, C, S): float, their classes or their positions contiguous; X2 and X3 may be None.
+    T (B, S): a number of each row, the index of a class if INDEX, or None. WEIGHT (C,): float, or
+    None. Y (B, S): float, unless REDUCE. STATS (SUMS, B * S): fp32. PARTIAL (programs,): fp64 sums,
+    if REDUCE.
+    """
     pid = tl.program_id(0)
     b = (pid // row_blocks).to(tl.int64)
     X1 += b * multiple(stride_1b, UNIT)
@@ -416,6 +423,12 @@ def _rows_bwd_kernel(
     INDEX: tl.constexpr, NORM: tl.constexpr, SWAP: tl.constexpr, REDUCE: tl.constexpr,
     CLASSES_LAST: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """A program has ROWS rows, and loops over its share of their classes.
+
+    DY: float, (B, S), or one element if REDUCE. X1, X2, X3, T, WEIGHT: as of the forward. STATS
+    (SUMS, B * S): fp32, of the forward. D1, D2, D3 (B, C, S): float gradients of X1, X2 and X3, or
+    None.
+    """
     pid = tl.program_id(0)
     b = (pid // class_blocks // row_blocks).to(tl.int64)
     rows = (pid // class_blocks % row_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -38,6 +38,10 @@ def _dropout_kernel(
     X, Y, n: tl.int64, scale, seed: tl.int64, offset: tl.int64, SEED, OFFSET, STATE,
     blocks, bound: tl.uint32, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A program drops elements of one block of BLOCK, by a draw of accesses VEC wide.
+
+    X, Y (n,): float. SEED, OFFSET, STATE: int64, or None; see _philox.load_state and save_state.
+    """
     seed, offset = _philox.load_state(seed, offset, SEED, OFFSET)
     _philox.save_state(STATE, seed, offset)
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -59,6 +63,10 @@ def _strided_dropout_kernel(
     X, Y, n: tl.int64, scale, kept, dropped, seed: tl.int64, offset: tl.int64, SEED,
     OFFSET, STATE, blocks, bound: tl.uint32, tiles, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A program drops four blocks of BLOCK that one Philox call each decides on, T apart.
+
+    X, Y (n,): float. SEED, OFFSET, STATE: int64, or None; see _philox.load_state and save_state.
+    """
     # With VEC 1 the four words of a call belong to elements T apart: a program takes four runs.
     seed, offset = _philox.load_state(seed, offset, SEED, OFFSET)
     _philox.save_state(STATE, seed, offset)
@@ -90,6 +98,11 @@ def _feature_dropout_kernel(
     SEED, OFFSET, STATE, blocks, bound: tl.uint32, row_tiles, col_tiles, SHIFT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """A program drops whole channels in one tile of ROWS by COLS.
+
+    X, Y (outer, rows, cols): float, contiguous. SEED, OFFSET, STATE: int64, or None; see
+    _philox.load_state and save_state.
+    """
     # X is (outer, rows, cols): (1, N * C, positions), or channels last (N, positions, C).
     seed, offset = _philox.load_state(seed, offset, SEED, OFFSET)
     _philox.save_state(STATE, seed, offset)

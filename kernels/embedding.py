@@ -26,6 +26,10 @@ def _embedding_fwd_kernel(
     W, INDEX, Y, N: tl.int64, V: tl.int64, D, stride_w, col_tiles,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """A program copies COLS columns of the rows of ROWS indices.
+
+    W (V, D): float, unit stride in D. INDEX (N,): ints. Y (N, D): float, contiguous.
+    """
     pid = tl.program_id(0)
     n = (pid // col_tiles).to(tl.int64) * ROWS
     col = pid % col_tiles * COLS
@@ -55,6 +59,11 @@ def _sum_of_rows(DY, ORDER, first, last, D, c, in_row, acc, ROWS: tl.constexpr):
 def _embedding_bwd_blocks_kernel(
     DY, SORTED, ORDER, PARTIAL, D, col_tiles, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
+    """A program sums COLS columns of one block of 64 sorted indices, if they are all the same.
+
+    DY (N, D): float, contiguous. SORTED, ORDER (N,): ints, the sorted indices and where each was.
+    PARTIAL (N // 64, D): fp32.
+    """
     block = tl.program_id(0) // col_tiles
     first = block * _RUN
     if tl.load(SORTED + first) == tl.load(SORTED + first + _RUN - 1):
@@ -69,6 +78,11 @@ def _embedding_bwd_dw_kernel(
     DY, BOUNDS, ORDER, PARTIAL, DW, D, padding_idx: tl.int64, col_tiles,
     BY_FREQUENCY: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """A program makes COLS columns of one row of dW, and loops over the run of its index.
+
+    DY (N, D): float, contiguous. BOUNDS (V + 1,): ints, where the run of each row begins. ORDER
+    (N,): ints. PARTIAL (N // 64, D): fp32, sums of whole blocks. DW (V, D): float, contiguous.
+    """
     v = (tl.program_id(0) // col_tiles).to(tl.int64)
     c = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)
     r = tl.arange(0, ROWS)

@@ -58,6 +58,10 @@ def _epilogue_fwd_kernel(
     Z, Y, n: tl.int64, a, b, scale, seed: tl.int64, offset: tl.int64, SEED, OFFSET, STATE, blocks,
     bound: tl.uint32, FORMULA: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A program makes y of one block of BLOCK elements of z.
+
+    Z, Y (n,): float. SEED, OFFSET, STATE: int64, or None; see _philox.load_state and save_state.
+    """
     seed, offset = _philox.load_state(seed, offset, SEED, OFFSET)
     _philox.save_state(STATE, seed, offset)
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -83,6 +87,12 @@ def _epilogue_bwd_kernel(
     FORMULA: tl.constexpr, GRADIENT: tl.constexpr, VEC: tl.constexpr, BY_FOUR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """A program makes dz of rows_each rows of BLOCK_N columns, and loops over those rows.
+
+    DY (m, N): float, rows ld apart. S, DZ (m, N): float, contiguous, or None. PARTIALS (parts, N):
+    fp32 sums of dz over the rows of a program, or None. SEED, OFFSET: int64, or None; see
+    _philox.load_state.
+    """
     # n comes divided by what divides it, so that the compiler sees the factor: see linear.py.
     N = n * N_VEC
     ld = ld.to(tl.int64) * LD_VEC
@@ -126,6 +136,10 @@ def _epilogue_bwd_kernel(
 
 @kernel(do_not_specialize=["g", "n"])
 def _sum_partials_kernel(PARTIALS, OUT, g, n, BLOCK: tl.constexpr):
+    """A program sums BLOCK columns, and loops over the g partial sums of each.
+
+    PARTIALS (g, n): fp32. OUT (n,): float.
+    """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
     PARTIALS += offs

@@ -32,6 +32,11 @@ def _tile(R, L, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr):
 
 @kernel(do_not_specialize=["R"])
 def _glu_fwd_kernel(X, Y, R, L, half, stride_xr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr):
+    """A program makes one tile of y, of BLOCK_R rows by BLOCK_L elements.
+
+    X (R, 2, L): float, its rows stride_xr apart and the halves of one `half` apart. Y (R, L):
+    float, contiguous.
+    """
     r, first, rows, cols = _tile(R, L, BLOCK_R, BLOCK_L)
     X += r * stride_xr + first + rows * stride_xr + cols
     Y += r * L + first + rows * L + cols
@@ -55,6 +60,11 @@ def _grads(dy, a, b):
 
 @kernel(do_not_specialize=["R"])
 def _glu_bwd_kernel(DY, X, DX, R, L, half, stride_xr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr):
+    """A program makes both halves of dx for one tile of BLOCK_R rows by BLOCK_L elements.
+
+    DY (R, L): float, contiguous. X (R, 2, L): float, as of the forward. DX (R, 2, L): float,
+    contiguous.
+    """
     r, first, rows, cols = _tile(R, L, BLOCK_R, BLOCK_L)
     X += r * stride_xr + first + rows * stride_xr + cols
     DY += r * L + first + rows * L + cols

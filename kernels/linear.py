@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from fastnn.kernels._config import tunable
-from fastnn.kernels._gpus import multiprocessors
+from fastnn.kernels._gpus import KIB, facts, multiprocessors
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels.epilogue import keep_tile, width
@@ -76,6 +76,13 @@ def _gemm_kernel(
     FORMULA: tl.constexpr, VEC: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    """A program makes one tile of C, and loops over its share of K.
+
+    A (M, K), B (K, N): one float dtype, contiguous along K if A_KMAJOR or B_KMAJOR, else along M or
+    N. C (splits, M, N): float, fp32 partial sums where splits > 1. BIAS (N,): float, or None. Z (M,
+    N): float, C before FORMULA and dropout, or None. SEED, OFFSET, STATE: int64, or None; see
+    _philox.load_state and save_state.
+    """
     # Sizes come divided by what divides them, so that the compiler sees the factor and makes
     # accesses 128 bits wide; its own test, for 16, would miss every width such as 1000 or 72.
     M = m * M_VEC
@@ -120,15 +127,22 @@ def _gemm_kernel(
 
 # ---- Configurations ------------------------------------------------------------------------------
 
-# Per architecture: (BLOCK_M, BLOCK_N, BLOCK_K of 16-bit inputs, num_warps, num_stages), largest
-# first. None spills, and all fit in shared memory: compiled, not yet timed.
+# By matrix instructions: (BLOCK_M, BLOCK_N, BLOCK_K of 16-bit inputs, num_warps, num_stages),
+# largest first. None spills, and all fit in shared memory: compiled, not yet timed.
 _TILES = {
-    "sm_80": ((128, 256, 32, 8, 3), (128, 128, 32, 8, 4), (64, 64, 64, 4, 4)),
-    "sm_90": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 64, 64, 4, 5)),
-    "sm_100": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 64, 64, 4, 5)),
-    "gfx942": ((256, 128, 32, 8, 2), (128, 128, 32, 4, 2), (64, 64, 64, 4, 2)),
+    "mma": ((128, 256, 32, 8, 3), (128, 128, 32, 8, 4), (64, 64, 64, 4, 4)),
+    "wgmma": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 64, 64, 4, 5)),
+    "tcgen05": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 64, 64, 4, 5)),
+    "mfma": ((256, 128, 32, 8, 2), (128, 128, 32, 4, 2), (64, 64, 64, 4, 2)),
 }
-_TILES_ELSEWHERE = ((128, 128, 32, 8, 3), (64, 64, 32, 4, 3))
+# Of "mma" with less than 128 KiB of shared memory, and of the interpreter, which gains nothing by
+# large tiles.
+_SMALL_TILES = ((128, 128, 32, 8, 3), (64, 64, 32, 4, 3))
+
+
+def _tiles(gpu):
+    small = gpu.shared_per_block < 128 * KIB or not gpu.backend
+    return _SMALL_TILES if gpu.matrix == "mma" and small else _TILES[gpu.matrix]
 
 
 def _tile(M, N, itemsize, precision, arch, sms, aligned, epilogue):
@@ -137,11 +151,12 @@ def _tile(M, N, itemsize, precision, arch, sms, aligned, epilogue):
         return (64, 64, 32, 8, 2) if aligned or epilogue else (64, 64, 32, 4, 3)
     if not aligned:  # loads of one element each, which no copy to shared memory can take over
         return 64, 64, 32, 8 if epilogue else 4, 2
-    tiles = _TILES.get(arch, _TILES_ELSEWHERE)
+    gpu = facts(arch)
+    tiles = _tiles(gpu)
     # Formulas, and random words more so, spill beside many accumulators, first of all where these
     # are the operands' neighbours in registers too. So do tf32 operands that do not run along K.
     most = 128 * 128 if epilogue or itemsize == 4 else 128 * 256
-    if epilogue == "noise" or (epilogue and arch not in ("sm_90", "sm_100", "gfx942")):
+    if epilogue == "noise" or (epilogue and gpu.matrix == "mma"):
         most = 64 * 64
     for tile in tiles:
         if tile[0] * tile[1] > most:

@@ -42,6 +42,10 @@ def _lrn_fwd_kernel(
     X, Y, C, S_units, span, blocks, size, alpha, beta, k,
     UNIT: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A program has BLOCK positions of one sample, and loops over its span of channels.
+
+    X, Y (N, C, S): float, contiguous.
+    """
     S = S_units * UNIT  # so that the compiler sees the divisor
     n = (tl.program_id(0) // blocks).to(tl.int64)
     s = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -66,6 +70,10 @@ def _lrn_bwd_kernel(
     DY, X, DX, C, S_units, span, blocks, size, alpha, beta, k,
     UNIT: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A program has BLOCK positions of one sample, and loops over its span of channels.
+
+    DY, X, DX (N, C, S): float, contiguous.
+    """
     S = S_units * UNIT
     n = (tl.program_id(0) // blocks).to(tl.int64)
     s = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)

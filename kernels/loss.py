@@ -434,6 +434,12 @@ def _loss_fwd_kernel(
     w1, w2, p, q, FORMULA: tl.constexpr, REDUCE: tl.constexpr, WIDE: tl.constexpr,
     WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A program makes the losses of `blocks` blocks of BLOCK, or their sum, and loops over these.
+
+    A, B, C, W: float, of one broadcast shape of n elements, or None; read through strides over
+    three dims, the last two of D1 and D2. LOSS (n,): float, unless REDUCE. PARTIAL (1 or 2,
+    programs): fp64 sums of losses, and if WEIGHTS of weights.
+    """
     pid = tl.program_id(0)
     losses = tl.zeros((BLOCK,), tl.float32)
     weights = tl.zeros((BLOCK,), tl.float32)
@@ -465,6 +471,11 @@ def _loss_fwd_kernel(
 def _loss_finish_kernel(
     PARTIAL, LOSS, COUNT, G, divisor: tl.int64, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """The one program adds up all partial sums, and loops over them.
+
+    PARTIAL (1 or 2, G): fp64. LOSS: float, one element. COUNT: fp32, one element, the sum of
+    weights, or None.
+    """
     offs = tl.arange(0, BLOCK)
     loss = tl.zeros((BLOCK,), tl.float64)
     count = tl.zeros((BLOCK,), tl.float64)
@@ -526,6 +537,11 @@ def _loss_bwd_kernel(
     a1, a2, b0, b1, b2, c0, c1, c2, w0, w1, w2, p, q, FORMULA: tl.constexpr, REDUCE: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A program makes the gradients of one block of BLOCK elements.
+
+    DLOSS: float, of n elements through strides, or one if REDUCE. A, B, C, W, D1, D2: as of the
+    forward. COUNT: fp32, one element, or None. DA, DB, DC (n,): float, or None.
+    """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     scale = 1.0
     G = DLOSS

@@ -46,6 +46,11 @@ def _score(X, t, C):
 def _multilabel_margin_fwd_kernel(
     X, T, LOSS, PARTIAL, C, REDUCE: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """A program has one row of scores, and loops over its list of targets, twice.
+
+    X (N, C): float, contiguous. T (N, C): int64, contiguous. LOSS (N,): float, unless REDUCE.
+    PARTIAL (N,): fp64, if REDUCE.
+    """
     pid = tl.program_id(0)
     X += pid.to(tl.int64) * C
     T += pid.to(tl.int64) * C
@@ -71,6 +76,11 @@ def _multilabel_margin_fwd_kernel(
 def _multilabel_margin_bwd_kernel(
     DLOSS, X, T, DX, C, divisor: tl.int64, REDUCE: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """A program makes one row of dx, and loops over its list of targets, twice.
+
+    DLOSS: float, (N,), or one element if REDUCE. X, DX (N, C): float, contiguous. T (N, C): int64,
+    contiguous.
+    """
     pid = tl.program_id(0)
     X += pid.to(tl.int64) * C
     T += pid.to(tl.int64) * C

@@ -135,6 +135,11 @@ def checked(target, keep, C):
 
 @kernel(do_not_specialize=["G"])
 def _finish_kernel(PARTIAL, LOSS, COUNT, G, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """The one program adds up all partial sums, and loops over them.
+
+    PARTIAL (2, G): fp64 sums of losses and of weights. LOSS: float, one element. COUNT: fp32, one
+    element, the divisor of a mean.
+    """
     offs = tl.arange(0, BLOCK)
     loss = tl.zeros((BLOCK,), tl.float64)
     count = tl.zeros((BLOCK,), tl.float64)
@@ -170,6 +175,12 @@ def _nll_loss_fwd_kernel(
     stride_xc: tl.int64, stride_xs: tl.int64, blocks, ignore_index: tl.int64,
     REDUCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A program has `blocks` blocks of BLOCK positions, and loops over these.
+
+    X (B, C, S): float, any strides. TARGET (B, S): ints, contiguous. WEIGHT (C,): float, or None.
+    LOSS (B, S): float, unless REDUCE. PARTIAL (2, programs): fp64 sums of losses and of weights, if
+    REDUCE.
+    """
     pid = tl.program_id(0)
     losses = tl.zeros((BLOCK,), tl.float64)
     counts = tl.zeros((BLOCK,), tl.float64)
@@ -240,6 +251,12 @@ def _nll_loss_bwd_kernel(
     class_blocks, ignore_index: tl.int64, REDUCTION: tl.constexpr, CLASSES_LAST: tl.constexpr,
     UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """A program has ROWS positions of one batch entry, and loops over its share of the classes.
+
+    DLOSS: float, (B, S), or one element where the loss was reduced. TARGET (B, S): ints,
+    contiguous. WEIGHT (C,): float, or None. COUNT: fp32, one element. DX (B, C, S): float, its
+    classes or its positions contiguous.
+    """
     pid = tl.program_id(0)
     b = (pid // class_blocks // row_blocks).to(tl.int64)
     rows = (pid // class_blocks % row_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -91,6 +91,11 @@ def _norm_fwd_kernel(
     X, W, B, Y, MEAN, RSTD, M: tl.int64, N_units, stride_units: tl.int64, eps,
     UNIT: tl.constexpr, CENTER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """A program normalises a tile of BLOCK_M whole rows.
+
+    X, Y (M, N): float; rows of X a stride apart, Y contiguous. W, B (N,): float, or None. MEAN (if
+    CENTER), RSTD (M,): fp32.
+    """
     N = N_units * UNIT  # so that the compiler sees the divisor, and accesses are as wide as it is
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
@@ -115,6 +120,10 @@ def _norm_fwd_chunk_kernel(
     X, MEAN, M2, N_units, stride_units: tl.int64, S, chunk_blocks,
     UNIT: tl.constexpr, CENTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A program takes the moments of one of S chunks of a row, and loops over it.
+
+    X (M, N): float, rows a stride apart. MEAN (if CENTER), M2 (M, S): fp32.
+    """
     N = N_units * UNIT
     pid = tl.program_id(0)
     m = (pid // S).to(tl.int64)
@@ -132,6 +141,11 @@ def _norm_fwd_wide_kernel(
     chunk_blocks, eps, UNIT: tl.constexpr, CENTER: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    """A program normalises one of S chunks of a row, and loops over it; where S is 1, twice.
+
+    X, Y (M, N): float; rows of X a stride apart, Y contiguous. W, B (N,): float, or None. MEAN (if
+    CENTER), RSTD (M,): fp32. CHUNK_MEAN (if CENTER), CHUNK_M2 (M, S): fp32, for S > 1.
+    """
     N = N_units * UNIT
     pid = tl.program_id(0)
     m = (pid // S).to(tl.int64)
@@ -186,6 +200,12 @@ def _norm_bwd_kernel(
     DY, X, W, MEAN, RSTD, DX, DW, DB, M: tl.int64, N_units, stride_units: tl.int64,
     UNIT: tl.constexpr, CENTER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """A program makes dx of tiles of BLOCK_M whole rows, and loops over every G-th tile.
+
+    DY, X, DX (M, N): float; rows of X a stride apart, the others contiguous. W (N,): float, or
+    None. MEAN (if CENTER), RSTD (M,): fp32. DW, DB (G, N): fp32 sums over a program's rows, or the
+    gradients where G is 1; or None.
+    """
     N = N_units * UNIT
     cols = tl.arange(0, BLOCK_N)
     dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -237,6 +257,11 @@ def _norm_bwd_chunk_kernel(
     DY, X, W, MEAN, RSTD, ALONG, TOTAL, N_units, stride_units: tl.int64, S, chunk_blocks,
     UNIT: tl.constexpr, CENTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A program sums over one of S chunks of a row, and loops over it.
+
+    DY, X (M, N): float; rows of X a stride apart. W (N,): float, or None. MEAN (if CENTER), RSTD
+    (M,): fp32. ALONG, TOTAL (if CENTER) (M, S): fp32 sums of g x_hat and of g.
+    """
     N = N_units * UNIT
     pid = tl.program_id(0)
     m = (pid // S).to(tl.int64)
@@ -261,6 +286,11 @@ def _norm_bwd_wide_kernel(
     DY, X, W, MEAN, RSTD, DX, ALONG, TOTAL, N_units, stride_units: tl.int64, S, chunk_blocks,
     UNIT: tl.constexpr, CENTER: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    """A program makes dx of one of S chunks of a row, and loops over it; where S is 1, twice.
+
+    DY, X, DX (M, N): float; rows of X a stride apart, the others contiguous. W (N,): float, or
+    None. MEAN (if CENTER), RSTD (M,): fp32. ALONG, TOTAL (if CENTER) (M, S): fp32, for S > 1.
+    """
     N = N_units * UNIT
     pid = tl.program_id(0)
     m = (pid // S).to(tl.int64)
@@ -299,6 +329,11 @@ def _norm_bwd_params_kernel(
     DY, X, MEAN, RSTD, DW, DB, M: tl.int64, N_units, stride_units: tl.int64, span: tl.int64,
     UNIT: tl.constexpr, CENTER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """A program sums dw and db of BLOCK_N columns over its span of rows, and loops over these.
+
+    DY, X (M, N): float; rows of X a stride apart, DY contiguous. MEAN (if CENTER), RSTD (M,): fp32.
+    DW, DB (G, N): fp32 partial sums, or the gradients where G is 1; or None.
+    """
     N = N_units * UNIT
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     g = tl.program_id(1).to(tl.int64)
@@ -334,6 +369,11 @@ def _sum_partials(PARTIALS, OUT, G, N, cols, BLOCK_G: tl.constexpr, BLOCK_N: tl.
 def _norm_bwd_sum_kernel(
     PARTIALS, DW, DB, G, N_units, UNIT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr
 ):
+    """A program sums BLOCK_N columns of dw and db, and loops over their G partial sums.
+
+    PARTIALS (1 or 2, G, N): fp32, of dw, then of db, those that are wanted. DW, DB (N,): float, or
+    None.
+    """
     N = N_units * UNIT
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if DW is not None:

@@ -281,6 +281,10 @@ def logsigmoid_grad(dy, x, a, b):
 def _pointwise_fwd_kernel(
     X, Y, KEPT, n: tl.int64, a, b, FORMULA: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """A program applies FORMULA to one block of BLOCK elements.
+
+    X, Y, KEPT (n,): float; KEPT is written with KEEP(x), unless KEEP is None.
+    """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     X += start
     Y += start
@@ -301,6 +305,10 @@ def _pointwise_fwd_kernel(
 
 @kernel(do_not_specialize=["n"])
 def _pointwise_bwd_kernel(DY, S, DX, n: tl.int64, a, b, FORMULA: tl.constexpr, BLOCK: tl.constexpr):
+    """A program applies a gradient's FORMULA to one block of BLOCK elements.
+
+    DY, S, DX (n,): float; S is the saved input or output.
+    """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     DY += start
     S += start

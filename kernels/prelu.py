@@ -47,6 +47,10 @@ def _weights(W, c, C, LAYOUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.c
 def _prelu_fwd_kernel(
     X, W, Y, N, C, S, LAYOUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
 ):
+    """A program makes one tile of y.
+
+    X, Y (N, C, S): float, contiguous. W (C,): float.
+    """
     pid = tl.program_id(0)
     if LAYOUT == COLUMNS:
         blocks = tl.cdiv(C, BLOCK_K)
@@ -85,6 +89,11 @@ def _prelu_bwd_kernel(
     LAYOUT: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DW: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """A program has a block of channels, and loops over every G-th of their tiles.
+
+    DY, X, DX (N, C, S): float, contiguous. W (C,): float. PARTIAL (G, C): fp32 sums of dw, if
+    NEEDS_DW.
+    """
     c = tl.program_id(0) * (BLOCK_K if LAYOUT == COLUMNS else BLOCK_R)
     w = _weights(W, c, C, LAYOUT, BLOCK_R, BLOCK_K)
     rows = tl.arange(0, BLOCK_R)[:, None]
@@ -131,6 +140,10 @@ def _prelu_bwd_kernel(
 
 @kernel(do_not_specialize=["G"])
 def _prelu_dw_kernel(PARTIAL, DW, G, C, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A program sums dw of BLOCK_C channels, and loops over their G partial sums.
+
+    PARTIAL (G, C): fp32. DW (C,): float.
+    """
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     dw = tl.zeros((BLOCK_G, BLOCK_C), tl.float32)
     for g in range(0, G, BLOCK_G):

@@ -54,6 +54,12 @@ def _residual_norm_fwd_kernel(
     SWAPPED: tl.constexpr, STRIDED: tl.constexpr, CENTER: tl.constexpr, VEC: tl.constexpr,
     BY_FOUR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """A program makes s and y of a tile of BLOCK_M whole rows.
+
+    Z, X, S, Y (M, N): float; Z is contiguous, rows of the others are where `_row_starts` says; S or
+    Y may be None; rows are i * J + j. W, B (N,): float, or None. MEAN (if CENTER), RSTD (M,): fp32,
+    or None. SEED, OFFSET, STATE: int64, or None; see _philox.load_state and save_state.
+    """
     N = N_units * UNIT  # so that the compiler sees the divisor, and accesses are as wide as it is
     m0 = tl.program_id(0) * BLOCK_M
     m = m0 + tl.arange(0, BLOCK_M)
@@ -98,6 +104,13 @@ def _residual_norm_bwd_kernel(
     SWAPPED: tl.constexpr, STRIDED: tl.constexpr, CENTER: tl.constexpr, VEC: tl.constexpr,
     BY_FOUR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """A program makes dx, dz of tiles of BLOCK_M whole rows, and loops over every G-th tile.
+
+    DY, S, DS, DX, DZ (M, N): float; DZ is contiguous, rows of the others are where `_row_starts`
+    says; DS, DX and DZ may be None; rows are i * J + j. W (N,): float, or None. MEAN (if CENTER),
+    RSTD (M,): fp32. DW, DB (G, N): fp32 partial sums, or the gradients where G is 1; or None. SEED,
+    OFFSET: int64, or None; see _philox.load_state.
+    """
     N = N_units * UNIT
     cols = tl.arange(0, BLOCK_N)
     if VEC:

@@ -99,6 +99,10 @@ def _softmax_fwd_kernel(
     X, Y, M: tl.int64, N_units, stride_units: tl.int64, UNIT: tl.constexpr, LOG: tl.constexpr,
     NEGATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """A program makes a tile of BLOCK_M whole rows of y.
+
+    X, Y (M, N): float; rows of X a stride apart, Y contiguous.
+    """
     N = N_units * UNIT  # so that the compiler sees the divisor, and accesses are as wide as it is
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
@@ -122,6 +126,10 @@ def _softmax_bwd_kernel(
     DY, Y, DX, M: tl.int64, N_units, UNIT: tl.constexpr, LOG: tl.constexpr,
     NEGATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """A program makes a tile of BLOCK_M whole rows of dx.
+
+    DY, Y, DX (M, N): float, contiguous.
+    """
     N = N_units * UNIT
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
@@ -149,6 +157,10 @@ def _softmax_fwd_chunk_kernel(
     X, Y, PEAK, TOTAL, N_units, stride_units: tl.int64, S, chunk_blocks, UNIT: tl.constexpr,
     NEGATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A program takes the maximum and the sum of one of S chunks of a row, and loops over it.
+
+    X (M, N): float, rows a stride apart. Y: only its dtype is used. PEAK, TOTAL (M, S): fp32.
+    """
     N = N_units * UNIT
     pid = tl.program_id(0)
     start = (pid % S) * chunk_blocks * BLOCK
@@ -164,6 +176,10 @@ def _softmax_fwd_long_kernel(
     X, Y, PEAK, TOTAL, N_units, stride_units: tl.int64, S, chunk_blocks, UNIT: tl.constexpr,
     LOG: tl.constexpr, NEGATE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    """A program makes y of one of S chunks of a row, and loops over it; where S is 1, twice.
+
+    X, Y (M, N): float; rows of X a stride apart, Y contiguous. PEAK, TOTAL (M, S): fp32, for S > 1.
+    """
     N = N_units * UNIT
     pid = tl.program_id(0)
     m = (pid // S).to(tl.int64)
@@ -202,6 +218,10 @@ def _softmax_bwd_chunk_kernel(
     DY, Y, TOTAL, N_units, S, chunk_blocks, UNIT: tl.constexpr, LOG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A program sums over one of S chunks of a row, and loops over it.
+
+    DY, Y (M, N): float, contiguous. TOTAL (M, S): fp32.
+    """
     N = N_units * UNIT
     pid = tl.program_id(0)
     start = (pid % S) * chunk_blocks * BLOCK
@@ -215,6 +235,10 @@ def _softmax_bwd_long_kernel(
     DY, Y, DX, TOTAL, N_units, S, chunk_blocks, UNIT: tl.constexpr, LOG: tl.constexpr,
     NEGATE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    """A program makes dx of one of S chunks of a row, and loops over it; where S is 1, twice.
+
+    DY, Y, DX (M, N): float, contiguous. TOTAL (M, S): fp32, for S > 1.
+    """
     N = N_units * UNIT
     pid = tl.program_id(0)
     m = (pid // S).to(tl.int64)
@@ -256,6 +280,10 @@ def _softmax_columns_fwd_kernel(
     X, Y, outer, D, inner_units, UNIT: tl.constexpr, LOG: tl.constexpr, NEGATE: tl.constexpr,
     INDEX: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """A program makes BLOCK_C columns of y: whole if ONE_PASS, else in two loops over D.
+
+    X, Y (outer, D, inner): float, contiguous.
+    """
     inner = inner_units.to(INDEX) * UNIT
     base, live = _columns(outer, D, inner, INDEX, BLOCK_C)
     rows = tl.arange(0, BLOCK_D)[:, None]
@@ -288,6 +316,10 @@ def _softmax_columns_bwd_kernel(
     DY, Y, DX, outer, D, inner_units, UNIT: tl.constexpr, LOG: tl.constexpr, NEGATE: tl.constexpr,
     INDEX: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """A program makes BLOCK_C columns of dx: whole if ONE_PASS, else in two loops over D.
+
+    DY, Y, DX (outer, D, inner): float, contiguous.
+    """
     inner = inner_units.to(INDEX) * UNIT
     base, live = _columns(outer, D, inner, INDEX, BLOCK_C)
     rows = tl.arange(0, BLOCK_D)[:, None]

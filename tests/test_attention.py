@@ -26,7 +26,7 @@ attention = F.scaled_dot_product_attention
 def small_tiles(monkeypatch):
     """Tiles so small that a dozen queries and keys make several of each."""
     tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
-    monkeypatch.setattr(kernels.attention, "_config", lambda kind, shape: dict(tiles))
+    monkeypatch.setattr(kernels.attention_config, "config", lambda kind, shape: dict(tiles))
 
 
 # ---- fuzz ---------------------------------------------------------------------------------------

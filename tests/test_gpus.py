@@ -10,8 +10,9 @@ import torch
 import triton
 
 from fastnn import _gate, kernels
-from fastnn._cli import parity as _cli_parity
+from fastnn._cli import parity
 from fastnn.kernels import _gpus
+from fastnn.ops.linear import matmul_precision
 from fastnn.testing.aot import TARGETS
 from tests.marks import interpreted
 
@@ -33,7 +34,7 @@ def test_a_row_is_all_that_a_new_architecture_needs():
     assert target.facts == NEW and target.gpu.arch == 199 and "cuda:199" in list(TARGETS)
     assert _gate.unproven("sm_199") is None  # the gate
     assert _gate.crossover("layer_norm", "sm_199") == _gate.crossover("layer_norm", "sm_89")
-    assert "sm_199" in _cli_parity._emulated("sm_199")[0]  # the command line
+    assert "sm_199" in parity._emulated("sm_199")[0]  # the command line
     with _gpus.simulated("sm_199"):  # launch configurations
         assert _gpus.architecture(0) == kernels._config.here() == "sm_199"
         assert _gpus.multiprocessors(0) == 7
@@ -114,3 +115,17 @@ def test_kernel_files_name_no_architecture():
         if re.search(r"[\"'](sm_\d+|gfx\w+)[\"']", line) and path.name != "_gpus.py"
     }
     assert found <= EXCEPTIONS
+
+
+def test_float32_products_are_exact_on_a_gpu_without_tf32():
+    """Though torch's setting allows tf32: Triton refuses to compile such a product there."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    found = {}
+    try:
+        for name in _gpus.GPUS:
+            with _gpus.simulated(name):
+                found[name] = matmul_precision(-1)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert {name for name, how in found.items() if how == "ieee"} == {"gfx90a", "gfx950"}

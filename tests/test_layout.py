@@ -1,6 +1,7 @@
 """Imports run downward: a file imports from layers with smaller numbers and from its own folder."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,3 +135,27 @@ def test_a_family_has_one_name():
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     assert not tests & {f"{family}es" for family in FAMILIES}
     assert not tests & {f"{family}s" for family in FAMILIES}
+
+
+def entry_kernels():
+    """(file, its tree, function) of the kernels that a program launches."""
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef):
+                by = [ast.unparse(d).split("(")[0] for d in node.decorator_list]
+                if {"kernel", "attention_kernel"} & set(by):
+                    yield path, tree, node
+
+
+def test_kernels_say_what_a_program_does_and_what_its_pointers_are():
+    """The first line says the former; each name in capitals is explained there or in the file's."""
+    found = list(entry_kernels())
+    assert len(found) >= 60
+    for path, tree, node in found:
+        where = f"{path.name}: {node.name}"
+        text = ast.get_docstring(node) or ""
+        assert re.match(r"(A|The one) program .*\.$", text.split("\n")[0] or "-"), where
+        words = set(re.findall(r"\w+", text + (ast.get_docstring(tree) or "")))
+        names = {a.arg for a in node.args.args if a.annotation is None and a.arg.isupper()}
+        assert names <= words, f"{where}: {sorted(names - words)}"

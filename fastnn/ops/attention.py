@@ -13,7 +13,7 @@ from fastnn import _rng, kernels
 from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 from fastnn.kernels import _gpus
 from fastnn.ops.dropout import _native_scales
-from fastnn.ops.linear import matmul_precision
+from fastnn.ops.linear import matmul_precision, tf32_setting
 
 # What stock's choice of a backend means, `torch.nn.attention.SDPBackend`.
 _MATH, _EFFICIENT, _ERROR = 0, 2, -1
@@ -238,7 +238,8 @@ def _weights(
     )  # fmt: skip
     if backend not in (_MATH, _ERROR):
         return Work(weights, "attention weights", BESIDE_FUSED)
-    if query.dtype == torch.float32 and matmul_precision() == "ieee" and query.is_cuda:
+    precision = matmul_precision(query.get_device())
+    if query.dtype == torch.float32 and precision == "ieee" and query.is_cuda:
         return Stock("float32 products without TF32: cuBLAS is faster than a kernel")
     return Work(weights, "attention weights")
 
@@ -246,7 +247,7 @@ def _weights(
 def _settings():
     cuda = torch.backends.cuda
     allowed = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
-    return allowed, cuda.cudnn_sdp_enabled(), matmul_precision()
+    return allowed, cuda.cudnn_sdp_enabled(), tf32_setting()
 
 
 @op(
@@ -292,7 +293,8 @@ def scaled_dot_product_attention(
         return Invalid("no backend of stock takes this call")
     if backend != _MATH and mask is not None and mask.dim() < 2:
         return Invalid(f"mask {tuple(mask.shape)}, of fewer than two dims")
-    precision, arch = matmul_precision(), _gpus.architecture(q.get_device())
+    precision = matmul_precision(q.get_device())
+    arch = _gpus.architecture(q.get_device())
     noise, grad_scale = None, 1.0
     if dropout_p > 0:
         drawn = _noise(q, S, dropout_p)

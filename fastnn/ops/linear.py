@@ -17,8 +17,16 @@ from fastnn.ops.activation import Formula
 from fastnn.ops.dropout import Dropout, Noise, _native_scales
 
 
-def matmul_precision() -> str:
-    """How products of float32 matrices are to be computed, by torch's settings: "tf32" or "ieee".
+def matmul_precision(device_index: int) -> str:
+    """How products of float32 matrices are to be computed: "tf32" or "ieee".
+
+    PyTorch's setting decides, on a GPU that has tf32.
+    """
+    return tf32_setting() if _gpus.facts(_gpus.architecture(device_index)).tf32 else "ieee"
+
+
+def tf32_setting() -> str:
+    """PyTorch's setting for products of float32 matrices: "tf32" or "ieee".
 
     Reading the old setting after the new one was written raises, hence new before old.
     """
@@ -125,7 +133,7 @@ def linear(input, weight, bias=None):
     why = _declined(input, weight, bias)
     if why is not None:
         return why
-    how = How(True, matmul_precision(), _gpus.architecture(input.get_device()))
+    how = How(True, matmul_precision(input.get_device()), _gpus.architecture(input.get_device()))
     return run(Linear, input, weight, bias, how)
 
 
@@ -375,6 +383,6 @@ def linear_act(
                 return Stock(draw)
             noise = Noise(draw, "elements", bound, *_native_scales(p))
     # Forced onto kernels there is no variant: our GEMM multiplies, in the backward too.
-    how = How(not variant, matmul_precision(), arch)
+    how = How(not variant, matmul_precision(input.get_device()), arch)
     rest = Neighbours(activation, float(a), float(b), variant or "gemm", noise, y, how)
     return run(LinearAct, input, weight, bias, rest)[0]

@@ -14,7 +14,7 @@ from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 from fastnn.kernels import _gpus
 from fastnn.ops.attention import scaled_dot_product_attention
 from fastnn.ops.dropout import _native_scales
-from fastnn.ops.linear import matmul_precision
+from fastnn.ops.linear import matmul_precision, tf32_setting
 
 
 class How(NamedTuple):
@@ -204,7 +204,7 @@ def _scores(query, key, value, embed_dim_to_check, num_heads, *rest, **options):
     """The gate's policy: the elements of the attention weights of all heads."""
     device = query.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    if device == "cuda" and low == torch.float32 and matmul_precision() == "ieee":
+    if device == "cuda" and low == torch.float32 and matmul_precision(query.get_device()) == "ieee":
         return Stock("float32 products without TF32: cuBLAS is faster than a kernel")
     batch = query.shape[1] if query.dim() == 3 else 1
     return Work(batch * num_heads * query.shape[0] * key.shape[0], "attention weights")
@@ -222,7 +222,7 @@ _TENSORS = (
     strided=_TENSORS,
     integers=(torch.bool,),
     policy=_scores,
-    settings=matmul_precision,
+    settings=tf32_setting,
     source="arXiv:1706.03762, section 3.2; arXiv:2205.14135; arXiv:2307.08691",
 )
 def multi_head_attention_forward(
@@ -267,7 +267,7 @@ def multi_head_attention_forward(
     elif more or add_zero_attn:
         return Stock("bias_k or add_zero_attn under autocast")
     dtype = low or query.dtype
-    precision = "ieee" if dtype != torch.float32 else matmul_precision()
+    precision = "ieee" if dtype != torch.float32 else matmul_precision(query.get_device())
     arch = _gpus.architecture(query.get_device())
     B = query.shape[1] if query.dim() == 3 else 1
     L, S, E, H = query.shape[0], key.shape[0], query.shape[-1], num_heads

@@ -1,0 +1,176 @@
+"""What the attention kernels share: where a program works, and its tiles of scores.
+
+`rows` and `cols` index a tile from its corner (m0, n0), each with a dimension of 1 where the other
+one runs: so the same code makes tiles of queries by keys, and of keys by queries.
+"""
+
+import triton
+import triton.language as tl
+from fastnn.kernels._launch import kernel
+from fastnn.kernels.epilogue import keep_tile
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# Which draw decides on an element, as the constexpr VEC of the kernels: 0 for no dropout, ROWS, or
+# the width that `native_dropout` has over the contiguous (B * H, L, S).
+ROWS = tl.constexpr(-1)
+
+# What a tile may reach over, as the constexpr EDGE: nothing (0), the diagonal, the last key too.
+DIAGONAL = tl.constexpr(1)
+PAST_END = tl.constexpr(2)
+
+# Integers that do not decide on the code. G is not among them: where it is known to be 1, there is
+# no loop over a group's heads, and sums need not leave the tensor cores' own memory or layout
+# between two loops.
+_RUNTIME = [
+    "H", "L", "S", "seed", "offset", "blocks", "bound",
+    *(f"stride_{x}" for x in (
+        "qb", "qh", "qm", "kb", "kh", "kn", "vb", "vh", "vn", "ob", "oh", "om", "mb", "mh", "mm",
+        "mn", "db", "dh", "dm", "wb", "wh", "wm", "wn",
+    )),
+]  # fmt: skip
+
+
+def attention_kernel(*more):
+    """An entry kernel; `more` names integers of its own that do not decide on the code."""
+
+    def decorate(fn):
+        names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
+        return kernel(fn, do_not_specialize=[n for n in (*_RUNTIME, *more) if n in names])
+
+    return decorate
+
+
+# ---- Where a program works -----------------------------------------------------------------------
+
+
+@triton.jit
+def query_block(L, H, BLOCK_M: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """(i, b, h, m0) of this program: batch and head i, which is head h of batch b, and the first of
+    its BLOCK_M queries. LAST_FIRST: programs run from the last block to the first."""
+    blocks_m = tl.cdiv(L, BLOCK_M)
+    i = tl.program_id(0) // blocks_m
+    m = tl.program_id(0) % blocks_m
+    if LAST_FIRST:
+        m = blocks_m - 1 - m
+    m0 = m * BLOCK_M
+    return i, (i // H).to(tl.int64), (i % H).to(tl.int64), m0
+
+
+@triton.jit
+def at_head(X, b, h, stride_b, stride_h, UNIT: tl.constexpr):
+    """X at head h of batch b; strides come divided by UNIT, so that the compiler sees it."""
+    return X + (b * stride_b + h * stride_h) * UNIT
+
+
+@triton.jit
+def key_range(S, m0, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(inner, end) of the keys that queries from m0 on see: tiles before `inner` are whole."""
+    end = S
+    inner = S // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        end = tl.minimum(S, m0 + BLOCK_M)
+        inner = tl.minimum(inner, (m0 + 1) // BLOCK_N * BLOCK_N)
+    return inner, end
+
+
+# ---- Tiles ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def row_tile(X, stride, left, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(BLOCK, BLOCK_D): rows from X on, of which `left` are there; zeros elsewhere."""
+    r = tl.arange(0, BLOCK)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    if D == BLOCK_D:
+        return tl.load(X + r * stride + d, mask=r < left, other=0.0)
+    return tl.load(X + r * stride + d, mask=(r < left) & (d < D), other=0.0)
+
+
+@triton.jit
+def store_rows(X, x, stride, left, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    r = tl.arange(0, BLOCK)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    tl.store(X + r * stride + d, x.to(X.dtype.element_ty), mask=(r < left) & (d < D))
+
+
+@triton.jit
+def broadcast_tile(
+    X, m0, n0, rows, cols, L, S, stride_m, stride_n,
+    BY_ROW: tl.constexpr, BY_COL: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """What X, (L, S) through its strides, holds at the tile; as small as the tile is constant.
+
+    BY_ROW, BY_COL: 0 where the stride is 0; BY_COL 1 where that is 1.
+    """
+    X += m0 * stride_m.to(tl.int64)
+    if BY_ROW:
+        X += tl.minimum(rows, L - 1 - m0) * stride_m  # rows past the end read the last one again
+    if BY_COL:
+        if BY_COL == 1:
+            X += n0 + cols
+        else:
+            X += n0 * stride_n.to(tl.int64)
+            X += cols * stride_n
+        if EDGE == PAST_END:
+            x = tl.load(X, mask=cols < S - n0, other=0.0)
+        else:
+            x = tl.load(X)
+    else:
+        x = tl.load(X)
+    return x
+
+
+@triton.jit
+def logits(
+    s, m0, n0, rows, cols, L, S, MASK, stride_mm, stride_mn, scale,
+    KEEP: tl.constexpr, BY_ROW: tl.constexpr, BY_COL: tl.constexpr, CAUSAL: tl.constexpr,
+    EXACT: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """t of a tile whose products are s; divided by `scale` unless EXACT."""
+    if EXACT:
+        s *= scale
+    if MASK is not None:
+        mask = broadcast_tile(
+            MASK, m0, n0, rows, cols, L, S, stride_mm, stride_mn, BY_ROW, BY_COL, EDGE
+        )
+        if KEEP:  # a sum, as in stock: what is nan stays so
+            s += tl.where(mask != 0, 0.0, -float("inf"))
+        else:
+            s += mask.to(tl.float32)
+    if EDGE == PAST_END:
+        s = tl.where(cols < S - n0, s, -float("inf"))
+    if EDGE and CAUSAL:
+        s = tl.where(rows + m0 >= cols + n0, s, -float("inf"))
+    return s
+
+
+@triton.jit
+def weights_of(t, top, rest, scale, EXACT: tl.constexpr):
+    """p out of t and the two statistics of its row; for EXACT, p of a lone key is 1 to the bit."""
+    if EXACT:
+        return tl.exp2((t - top - rest) * LOG2E)
+    return tl.exp2(t * (scale * LOG2E) - (top + rest) * LOG2E)
+
+
+@triton.jit
+def kept_tile(
+    i, m0, n0, L, S, seed, offset, blocks, bound,
+    VEC: tl.constexpr, BY_FOUR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Which weights of a tile, of batch and head i, are kept: int1 (BLOCK_M, BLOCK_N)."""
+    if VEC == ROWS:
+        zero = tl.zeros((BLOCK_M, BLOCK_N // 4), tl.int32)
+        row = (m0 + tl.arange(0, BLOCK_M))[:, None] + zero
+        call = (n0 // 4 + tl.arange(0, BLOCK_N // 4))[None, :] + zero
+        counter = offset // 4 + call.to(tl.int64)
+        lo = (counter & 0xFFFFFFFF).to(tl.uint32)
+        hi = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
+        a, b, c, d = tl.philox(seed, lo, hi, row.to(tl.uint32), (i + zero).to(tl.uint32))
+        word = tl.join(tl.join(a, c), tl.join(b, d)).reshape([BLOCK_M, BLOCK_N])
+        keep = word < bound
+    else:
+        keep = keep_tile(
+            i * L + m0, n0, S, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N
+        )
+    return keep
