@@ -28,7 +28,7 @@ from torch.nn import Parameter
 from torch.torch_version import TorchVersion
 from torch.utils._device import DeviceContext
 
-from fastnn.kernels._tl import dense, is_dense
+from fastnn.kernels._tl import dense, is_dense  # type: ignore[import-not-found]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -540,7 +540,7 @@ class Function(torch.autograd.Function):
                 f"{cls.__name__}.backward: *gradients are taken as they are; call them strided"
             )
         if at:
-            cls.backward = staticmethod(_with_dense_gradients(backward, at))  # type: ignore
+            cls.backward = staticmethod(_with_dense_gradients(backward, at))
 
 
 def _with_dense_gradients(backward: Callable, at: tuple[int, ...]) -> Callable:
