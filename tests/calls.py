@@ -61,7 +61,11 @@ def recorded() -> dict[str, list[Call]]:
             continue
         for call in _calls_of(case):
             found.setdefault(call.op.name, {}).setdefault(call.kind(), call)
-    return {name: list(calls.values()) for name, calls in found.items()}
+    return {name: sorted(calls.values(), key=_elements) for name, calls in found.items()}
+
+
+def _elements(call):
+    return sum(t.numel() for t in call.tensors().values())
 
 
 def _calls_of(case):
@@ -153,6 +157,10 @@ def fresh(call: Call, layouts: dict, dtype=None) -> tuple[Call, dict[str, Tensor
             made[name] = bases[name] = copies.setdefault(id(given), t.clone())
         if name in call.wanting:
             made[name] = made[name].detach().requires_grad_()
+    if dtype is not None:
+        for name, given in call.arguments.items():
+            if isinstance(given, torch.dtype) and given.is_floating_point:
+                made[name] = dtype  # an option such as softmax(dtype=...)
     return call.with_(**made), bases
 
 

@@ -22,6 +22,19 @@ from tests.marks import interpreted
 
 ROWS = 4  # of each op, in pytest
 
+# What differs from stock and stays so, by op and words of the difference: see docs/design.md.
+KNOWN = {
+    ("multi_margin_loss", "finite where stock is not"): "of no rows, stock leaves a sum unwritten",
+    ("multilabel_margin_loss", "finite where stock is not"): "the same",
+    ("scaled_dot_product_attention", "output 0: strides"): "of no elements, on a CPU",
+}
+# Calls of which stock on a CPU reads and writes beyond its tensors, and corrupts the process.
+LEFT_OUT = {"scaled_dot_product_attention": "query, key or value alone without elements"}
+
+
+def _known(name, difference):
+    return any(op == name and words in difference for op, words in KNOWN)
+
 
 def _resized(t: Tensor, shape) -> Tensor:
     """Values of `t` in a shape none of whose sizes is larger."""
@@ -56,7 +69,7 @@ def variants(call: Call):
             yield f"{size} to {to}", every.with_(**changed)
         for k, t in tensors.items():
             for d, s in enumerate(t.shape):
-                if s > to:
+                if s > to and not (to == 0 and call.op.name in LEFT_OUT):
                     shape = (*t.shape[:d], to, *t.shape[d + 1 :])
                     yield f"{k}.shape[{d}] to {to}", resized(call, {k: shape})
     yield "as it is", call
@@ -105,6 +118,9 @@ def sweep(name: str, every: bool):
                 if path not in ("kernel", "error"):
                     stock.append(path)
                 reduction = again.arguments.get("reduction", "")
+                if any(_known(name, w) for w in found):
+                    counts["differs as docs say"] += 1
+                found = [w for w in found if not _known(name, w)]
                 wrong += [f"{what} {reduction}: {w}   [{call.row}]" for w in found]
     return counts, wrong, stock
 

@@ -112,6 +112,7 @@ KNOWN = {
         "dropout",
         "strides",
     ): "empty_like on CUDA, as here, keeps odd strides of size 1; a CPU does not",
+    ("nll_loss", "grad_input must be contiguous"): "stock rejects channels last in its backward",
     ("logsigmoid", "output 0: strides"): "contiguous on a CPU; as the input on CUDA, and here",
 }
 
@@ -153,7 +154,7 @@ def sweep(name: str, every: bool):
         if not calls:
             counts["not possible"] += 1
             continue
-        start = n % len(calls)
+        start = n % min(len(calls), 4)  # in turn the smallest of them
         for call in calls[start:] + calls[:start]:
             path, found = run(call, argument, layout)
             counts[path if path in ("kernel", "error") else "stock"] += 1
