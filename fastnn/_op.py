@@ -8,7 +8,8 @@ All that op files import of the layers below is importable from here.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any, Literal, NoReturn
@@ -27,6 +28,7 @@ from fastnn._gate import Policy, Slow
 from fastnn._gate import Work as Work
 from fastnn._graph import launcher as launcher
 from fastnn._mode import BackendError, Invalid, Stock
+from fastnn._strides import is_dense as is_dense
 from fastnn._strides import make_dense, not_strided
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -230,6 +232,24 @@ def _dispatch_compiling(op: Op, args: tuple, kwargs: dict):
     return op.stock(*args, **kwargs)
 
 
+_interceptor: Callable[[Op, tuple, dict], Any] | None = None
+
+
+@contextmanager
+def intercept(call: Callable[[Op, tuple, dict], Any]) -> Iterator[None]:
+    """Every dispatch in the block returns `call(op, args, kwargs)` instead: for tests and tools.
+
+    `args` are the positional arguments, in the order of the signature.
+    """
+    global _interceptor
+    before, _interceptor = _interceptor, call
+    try:
+        with _mode.decisions():  # so that every call is dispatched
+            yield
+    finally:
+        _interceptor = before
+
+
 def dispatch(op: Op, args: tuple, kwargs: dict, key: tuple | None = None):
     """Run `op` by the path that its record, the arguments and the mode call for.
 
@@ -237,6 +257,8 @@ def dispatch(op: Op, args: tuple, kwargs: dict, key: tuple | None = None):
     """
     if torch.compiler.is_compiling():
         return _dispatch_compiling(op, args, kwargs)
+    if _interceptor is not None:
+        return _interceptor(op, args, kwargs)
     mode = _mode.current_mode()
     if mode == "torch":
         declined = Stock('backend("torch")')

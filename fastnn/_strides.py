@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from fastnn.kernels._tl import dense, is_dense
+from fastnn.kernels._tl import dense, is_dense  # type: ignore[import-not-found]
 
 
 def not_strided(function: Callable, strided: tuple[str, ...], skip: int = 0):

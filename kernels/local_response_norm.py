@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
+from fastnn.kernels._tl import empty_as
 from triton.language.extra import libdevice
 
 PROGRAMS = 2048  # of one warp; enough to fill a GPU
@@ -131,7 +132,7 @@ def _launch(x, size, tensors):
 
 def fwd(x, size, alpha, beta, k, out_dtype=None):
     """x (N, C, *) contiguous and not empty -> y, contiguous."""
-    y = torch.empty_like(x, dtype=out_dtype)
+    y = empty_as(x, out_dtype)
     grid, sizes, tile = _launch(x, size, (x,))
     _lrn_fwd_kernel(grid, x, y, *sizes, alpha / size, beta, k, **tile)
     return y

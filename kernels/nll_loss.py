@@ -30,6 +30,8 @@ def split(x):
 
 @functools.lru_cache(maxsize=4096)
 def _split(shape, strides):
+    if 0 in shape:  # whatever the strides, nothing is read
+        strides = (0,) * len(shape)
     if len(shape) == 1:
         return (1, shape[0], 1), (0, strides[0], 0)
     S, stride_s = 1, 0
@@ -60,6 +62,8 @@ def _common(layouts):
     if None in views:
         return None
     (B, C, S), _ = views[0]
+    if not B * C * S:
+        return (B, C, S), False, ((0, 0),) * len(views)
     strides = [strides for _, strides in views]
     if all(b == S * s for b, _, s in strides):
         B, S, strides = 1, B * S, [(0, c, s) for _, c, s in strides]
@@ -95,7 +99,7 @@ def tiles(sizes, classes_last, unit, itemsize, light=True):
     vector = 32 * 16 // itemsize  # elements of one 128-bit access of a warp
     if not classes_last:
         num_warps = 4 if B * S >= 1 << 18 else 1
-        rows = min(next_power_of_2(S), vector * num_warps)
+        rows = min(next_power_of_2(max(S, 1)), vector * num_warps)
         group = min(next_power_of_2(C), 32 * values * num_warps // rows)
         return {"ROWS": rows, "LANES": 1, "GROUP": group, "num_warps": num_warps}
     num_warps = 4 if C <= 4096 else 8

@@ -70,15 +70,27 @@ def uninitialised_memory_reads_as_nan():
     torch.use_deterministic_algorithms(False)
 
 
+SWEEPS = {"strides": "Sweep of strides", "sizes": "Sweep of sizes"}
+
+
 def pytest_terminal_summary(terminalreporter):
-    """What PyTorch's samples ran on, where tests say so by the property "path"."""
+    """What PyTorch's samples ran on, where tests say so by the property "path", and how many calls
+    the sweeps made, which tell their counts by the name of the sweep."""
     paths = collections.Counter()
+    sweeps = {name: collections.Counter() for name in SWEEPS}
     for reports in terminalreporter.stats.values():
         for report in reports:
             if getattr(report, "when", None) == "teardown":
                 for name, value in report.user_properties:
                     if name == "path":
                         paths[tuple(value)] += 1
+                    elif name in sweeps:
+                        sweeps[name].update(dict(value))
+    for name, counts in sweeps.items():
+        if counts:
+            told = ", ".join(f"{n} {what}" for what, n in counts.most_common())
+            terminalreporter.section(SWEEPS[name])
+            terminalreporter.write_line(f"{counts.total()} calls: {told}")
     if not paths:
         return
     write = terminalreporter.write_line

@@ -58,7 +58,8 @@ def ops_page() -> str:
         "# Functions with kernels",
         "",
         "Made by `python -m tools.generate` from the record of each op. What a function declines",
-        "runs stock, and `fastnn.explain` says so.",
+        "runs stock, and `fastnn.explain` says so. Tensors that are not read by their strides are",
+        "made dense first.",
     ]
     for name, record in sorted(REGISTRY.items()):
         source = _gate.crossover(name, "default", record.variants[0]).source
@@ -68,6 +69,7 @@ def ops_page() -> str:
         lines += ["", f"## {name}", "", doc, ""]
         lines += [
             f"- dtypes: {', '.join(str(d).removeprefix('torch.') for d in record.dtypes)}",
+            f"- read by strides: {', '.join(f'`{n}`' for n in record.strided) or 'none'}",
             f"- result under CUDA autocast: {under[record.autocast]}; "
             f"under CPU autocast: {under[record.autocast_cpu]}",
             f"- in `auto`, on a GPU: {when} ({source})",

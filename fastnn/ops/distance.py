@@ -13,7 +13,7 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
+from fastnn._op import Function, Invalid, Stock, Work, is_dense, op, run, second_order
 from fastnn.ops.loss import INTEGERS, broadcast, common_dtype, multilabel, number, refuse
 from fastnn.ops.nll_loss import resolve_reduction
 
@@ -140,7 +140,7 @@ def _classes_back(x, dim):
 
 def _laid_out_as_stocks(y, shape, dim, xs):
     present = [x for x in xs if x is not None]
-    if all(x.is_contiguous() and x.shape == shape for x in present):
+    if all(x.shape == shape and is_dense(x) for x in present):
         return y
     strides = _strides_of_sums(tuple([(x.shape, x.stride()) for x in present]), dim)
     if strides == y.stride():

@@ -69,6 +69,8 @@ def embedding(
     if weight.dim() != 2 or not weight.is_floating_point() or input.is_floating_point():
         return Invalid(f"weight {weight.dtype} {tuple(weight.shape)}, indices {input.dtype}")
     V, D = weight.shape
+    if not V and input.numel():
+        return Invalid("indices into no rows")
     if padding_idx is None:
         padding_idx = -1
     elif not -V <= padding_idx < max(V, 1):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastnn import kernels
 from fastnn._front import warn
-from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
+from fastnn._op import Function, Invalid, Stock, Work, is_dense, op, run, second_order
 from fastnn.ops.nll_loss import resolve_reduction
 
 aten = torch.ops.aten
@@ -139,7 +139,7 @@ def _result(loss, inputs, p, q, divisor, dtype):
     if divisor is not None:
         return first.new_empty((), dtype=dtype)
     present = [t for t in inputs if t is not None]
-    if all(t.is_contiguous() and t.shape == first.shape for t in present):
+    if all(t.shape == first.shape and is_dense(t) for t in present):
         return first.new_empty(first.shape, dtype=dtype)
     layouts = tuple([t if t is None else (t.shape, t.stride()) for t in inputs])
     shape, strides = _layout(loss, layouts, p, q)

@@ -1,0 +1,252 @@
+"""The calls of ops that the parity rows make, to be made again with other tensors.
+
+A row of a layer calls ops with its parameters, buffers and masks among the arguments; here they are
+all arguments, by name. What runs a call compares it with stock, and with stock in float64.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import fastnn
+from fastnn import testing as parity
+from fastnn._front import parameters
+from fastnn._mode import BackendError, backend, decisions
+from fastnn._op import Op, intercept
+from fastnn.testing.cases import CASES
+from fastnn.testing.noise import recording, replaying
+
+LARGEST = 1 << 13  # elements of a tensor; the interpreter is slow
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op. `arguments` are bound to the names of its parameters; tensors are dense
+    and detached, and those in `wanting` are to get gradients."""
+
+    op: Op
+    row: str
+    arguments: dict
+    wanting: frozenset[str]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.arguments.items() if isinstance(v, Tensor)}
+
+    def with_(self, **changed) -> Call:
+        return replace(self, arguments={**self.arguments, **changed})
+
+    def kind(self):
+        """What distinguishes it from other calls of the op, but for sizes."""
+        return tuple(
+            (k, v.dim(), v.dtype, k in self.wanting, 1 in v.shape)
+            if isinstance(v, Tensor)
+            else (k, str(v))
+            for k, v in self.arguments.items()
+        )
+
+
+@functools.cache
+def recorded() -> dict[str, list[Call]]:
+    """By the op's name, the calls in float32 that rows make, one of each kind."""
+    found: dict[str, dict] = {}
+    for case in CASES:
+        if torch.float32 not in case.dtypes or case.autocast is not None:
+            continue
+        for call in _calls_of(case):
+            found.setdefault(call.op.name, {}).setdefault(call.kind(), call)
+    return {name: sorted(calls.values(), key=_elements) for name, calls in found.items()}
+
+
+def _elements(call):
+    return sum(t.numel() for t in call.tensors().values())
+
+
+def _calls_of(case):
+    calls = []
+
+    def record(op, args, kwargs):
+        names = [p.name for p in parameters(op.fused)]
+        bound = {**dict(zip(names, args, strict=False)), **kwargs}
+        tensors = [v for v in bound.values() if isinstance(v, Tensor)]
+        if all(t.numel() <= LARGEST for t in tensors):
+            wanting = [k for k, v in bound.items() if isinstance(v, Tensor) and v.requires_grad]
+            if bound.get("inplace"):  # of a leaf that is an error
+                wanting = [k for k in wanting if k != "input"]
+            copies: dict[int, Tensor] = {}  # what is one tensor twice stays so
+            for k, v in bound.items():
+                if isinstance(v, Tensor):
+                    copy = v.detach().clone(memory_format=torch.contiguous_format)
+                    bound[k] = copies.setdefault(id(v), copy)
+            calls.append(Call(op, str(case), bound, frozenset(wanting)))
+        with backend("torch"):
+            return op.stock(*args, **kwargs)
+
+    torch.manual_seed(0)
+    inputs = case.make(torch.float32, "cpu")
+    if any(isinstance(v, Tensor) and v.numel() > LARGEST for v in inputs):
+        return calls
+    side = parity._side(case, fastnn, torch.float32, "cpu")
+    options = {k: v(torch.float32, "cpu") if callable(v) else v for k, v in case.options.items()}
+    if case.view is not None:
+        inputs[0] = case.view(inputs[0])
+    with intercept(record), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        side.call(*inputs, **({} if case.is_layer else options))
+    return calls
+
+
+@dataclass
+class Outcome:
+    """What a call came to: its results and gradients, or the error."""
+
+    error: Exception | None = None
+    values: dict[str, Tensor] | None = None
+    path: str = "kernel"
+    reason: str = ""
+
+
+def _invoke(call: Call, function, bases, upstream, layout):
+    """Results by name; tensors of `bases` are what was made to hold an argument."""
+    arguments = dict(call.arguments)
+    positional, keyword = [], {}
+    for p in parameters(call.op.fused):
+        if p.name not in arguments:
+            continue
+        if p.kind is p.KEYWORD_ONLY:
+            keyword[p.name] = arguments[p.name]
+        else:
+            positional.append(arguments[p.name])
+    out = function(*positional, **keyword)
+    outs = parity._tensors(out)
+    named = {f"output {i}": t for i, t in enumerate(outs)}
+    differentiable = [t for t in outs if t.requires_grad]
+    if upstream is not None and differentiable:
+        leaves = {k: arguments[k] for k in sorted(call.wanting)}
+        given = []
+        for i, t in enumerate(differentiable):
+            while len(upstream) <= i:
+                g = torch.Generator().manual_seed(2 + i)
+                upstream.append(torch.randn(t.shape, generator=g))
+            made = upstream[i].to(t.dtype)
+            given.append(made if layout is None else layout(made)[0])
+        kept = [g.clone() for g in given]
+        # Their strides are autograd's own where it lays them down; before that nobody defines them.
+        torch.autograd.backward(differentiable, given)
+        for g, k in zip(given, kept, strict=True):
+            assert torch.equal(g, k), "an incoming gradient was written to"
+        named |= {f"grad of {k}": x.grad for k, x in leaves.items() if x.grad is not None}
+    return named | {f"memory of {k}": base for k, base in bases.items()}
+
+
+def fresh(call: Call, layouts: dict, dtype=None) -> tuple[Call, dict[str, Tensor]]:
+    """The call with tensors of its own, laid out by `layouts` of arguments, and what holds them."""
+    made, bases = {}, {}
+    copies: dict[int, Tensor] = {}
+    for name, given in call.tensors().items():
+        t = given.to(dtype) if dtype is not None and given.is_floating_point() else given
+        if name in layouts:
+            made[name], bases[name] = layouts[name](t)
+        else:
+            made[name] = bases[name] = copies.setdefault(id(given), t.clone())
+        if name in call.wanting:
+            made[name] = made[name].detach().requires_grad_()
+    if dtype is not None:
+        for name, given in call.arguments.items():
+            if isinstance(given, torch.dtype) and given.is_floating_point:
+                made[name] = dtype  # an option such as softmax(dtype=...)
+    return call.with_(**made), bases
+
+
+def attempt(call, function, layouts, *, dtype=None, upstream=None, layout=None) -> Outcome:
+    mine, bases = fresh(call, layouts, dtype)
+    parity._seed("cpu")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Outcome(values=_invoke(mine, function, bases, upstream, layout))
+    except BackendError as e:
+        return Outcome(path="stock", reason=str(e).split("but stock: ")[-1])
+    except Exception as e:
+        return Outcome(error=e)
+
+
+def forced(call, layouts, *, upstream, layout=None) -> tuple[Outcome, list]:
+    with backend("triton"), decisions(), recording() as draws:
+        function = getattr(fastnn.functional, call.op.name)
+        return attempt(call, function, layouts, upstream=upstream, layout=layout), draws
+
+
+def differences(call: Call, layouts: dict, layout=None) -> tuple[str, list[str]]:
+    """(path or reason, what is not as in stock) of the call with arguments laid out by `layouts`,
+    and incoming gradients by `layout`."""
+    upstream: list[Tensor] = []
+    ours, draws = forced(call, layouts, upstream=upstream, layout=layout)
+    if ours.path == "stock":
+        return ours.reason, []
+    with replaying(draws) if draws else nullcontext():
+        stock = attempt(call, call.op.stock, layouts, upstream=upstream, layout=layout)
+    if ours.error is not None or stock.error is not None:
+        a, b = ours.error, stock.error
+        same = type(a) is type(b) and str(a).splitlines()[:1] == str(b).splitlines()[:1]
+        return "error", [] if same else [f"{a!r}; stock {b!r}"[:300]]
+    wrong = []
+    if ours.values.keys() != stock.values.keys():
+        return "kernel", [f"results {sorted(ours.values)}; stock {sorted(stock.values)}"]
+    exact = None
+    for what, a in ours.values.items():
+        b = stock.values[what]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            wrong.append(f"{what}: {a.dtype} {tuple(a.shape)}; stock {b.dtype} {tuple(b.shape)}")
+            continue
+        # A gradient has the strides of its tensor, by autograd; but where sizes are 1 it has any.
+        ignored = 1 if what.startswith("grad") else 0
+        strides = [
+            [d for d, size in zip(t.stride(), t.shape, strict=True) if size > ignored]
+            for t in (a, b)
+        ]
+        if strides[0] != strides[1] and not what.startswith("memory"):
+            wrong.append(f"{what}: strides {a.stride()}; stock {b.stride()}")
+        if torch.equal(a.nan_to_num(7), b.nan_to_num(7)) and torch.equal(a.isnan(), b.isnan()):
+            continue
+        if exact is None:
+            with replaying(draws) if draws else nullcontext():
+                exact = attempt(
+                    call,
+                    call.op.stock,
+                    layouts,
+                    dtype=torch.float64,
+                    upstream=upstream,
+                    layout=layout,
+                )
+        if exact.error is not None:
+            if not torch.allclose(a, b, equal_nan=True, rtol=1e-4, atol=1e-4):
+                wrong.append(f"{what}: differs from stock")
+            continue
+        comparison, failure = parity._compare(
+            what, a.detach(), b.detach(), exact.values[what].detach()
+        )
+        if failure is None and comparison.failure is not None:
+            # Beyond the bound by bad luck, perhaps: then dense arguments come to the same bits.
+            plain = _with_values_of(call, layouts)
+            again, _ = forced(plain, {}, upstream=upstream)
+            if again.values is None or not torch.equal(
+                again.values[what].nan_to_num(7), a.nan_to_num(7)
+            ):
+                failure = comparison.failure
+        if failure is not None:
+            wrong.append(failure)
+    return "kernel", wrong
+
+
+def _with_values_of(call: Call, layouts: dict) -> Call:
+    made = {
+        name: layouts[name](call.arguments[name])[0].clone(memory_format=torch.contiguous_format)
+        for name in layouts
+    }
+    return call.with_(**made)

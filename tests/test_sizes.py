@@ -1,0 +1,153 @@
+"""Every dimension of every row at 0 and at 1, with every reduction: stock is the oracle.
+
+Derived from the parity rows: the calls of ops that they make are made again with one dimension of
+another size; with all dimensions of the same size, which may be the same one, and with it alone,
+which stock mostly rejects. Where stock raises, ours raises the same; where it does not, values,
+gradients, dtypes and strides are its own. `python -m tests.test_sizes all` makes all the calls,
+`pytest` those of the first rows of each op.
+"""
+
+import sys
+import time
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastnn.ops import REGISTRY
+from fastnn.testing import meter
+from tests.calls import Call, attempt, differences, recorded
+from tests.marks import interpreted
+
+ROWS = 4  # of each op, in pytest
+
+# What differs from stock and stays so, by op and words of the difference: see docs/design.md.
+KNOWN = {
+    ("multi_margin_loss", "finite where stock is not"): "of no rows, stock leaves a sum unwritten",
+    ("multilabel_margin_loss", "finite where stock is not"): "the same",
+    ("scaled_dot_product_attention", "output 0: strides"): "of no elements, on a CPU",
+}
+# Calls of which stock on a CPU reads and writes beyond its tensors, and corrupts the process.
+LEFT_OUT = {"scaled_dot_product_attention": "query, key or value alone without elements"}
+
+
+def _known(name, difference):
+    return any(op == name and words in difference for op, words in KNOWN)
+
+
+def _resized(t: Tensor, shape) -> Tensor:
+    """Values of `t` in a shape none of whose sizes is larger."""
+    return t[tuple(slice(size) for size in shape)].clone(memory_format=torch.contiguous_format)
+
+
+def resized(call: Call, sizes: dict[str, tuple]) -> Call:
+    copies: dict[int, Tensor] = {}
+    made = {}
+    for name, shape in sizes.items():
+        t = call.arguments[name]
+        made[name] = copies.setdefault(id(t), _resized(t, shape)) if shape != t.shape else t
+    return call.with_(**made)
+
+
+def variants(call: Call):
+    """(what is changed, the call) for each size of a dimension, at 0 and at 1."""
+    tensors = call.tensors()
+    for to in (0, 1):
+        for size in sorted({s for t in tensors.values() for s in t.shape if s > to}):
+
+            def new(s, size=size, to=to):
+                return to if s == size else s
+
+            shapes = {k: tuple(map(new, t.shape)) for k, t in tensors.items()}
+            every = resized(call, shapes)
+            changed = {
+                k: type(v)(map(new, v))
+                for k, v in call.arguments.items()
+                if isinstance(v, (tuple, list)) and not isinstance(v, torch.Size)
+            }
+            yield f"{size} to {to}", every.with_(**changed)
+        for k, t in tensors.items():
+            for d, s in enumerate(t.shape):
+                if s > to and not (to == 0 and call.op.name in LEFT_OUT):
+                    shape = (*t.shape[:d], to, *t.shape[d + 1 :])
+                    yield f"{k}.shape[{d}] to {to}", resized(call, {k: shape})
+    yield "as it is", call
+
+
+def _valid(call: Call) -> Call:
+    """The call, or if an index no longer is one, with indices of 0."""
+    stock = attempt(call, call.op.stock, {}, upstream=[])
+    if isinstance(stock.error, (IndexError, RuntimeError)) and "out of" in str(stock.error):
+        integers = {
+            k: torch.zeros_like(t)
+            for k, t in call.tensors().items()
+            if not t.is_floating_point() and t.dtype != torch.bool
+        }
+        return call.with_(**integers)
+    return call
+
+
+def _reductions(call: Call):
+    given = call.arguments.get("reduction")
+    if given is None:
+        return [call]
+    more = ("batchmean",) if call.op.name == "kl_div" else ()
+    return [call.with_(reduction=r) for r in ("none", "mean", "sum", *more)]
+
+
+def sweep(name: str, every: bool):
+    counts: Counter = Counter()
+    wrong, stock, seen = [], [], set()
+    calls = recorded().get(name, [])
+    for call in calls if every else calls[:ROWS]:
+        for what, changed in variants(call):
+            for again in _reductions(changed):
+                key = str(
+                    [
+                        (k, v.shape if isinstance(v, Tensor) else v)
+                        for k, v in again.arguments.items()
+                    ]
+                )
+                if key in seen:
+                    continue
+                seen.add(key)
+                with meter.traffic(distinct=False):
+                    path, found = differences(_valid(again), {})
+                counts[path if path in ("kernel", "error") else "stock"] += 1
+                if path not in ("kernel", "error"):
+                    stock.append(path)
+                reduction = again.arguments.get("reduction", "")
+                if any(_known(name, w) for w in found):
+                    counts["differs as docs say"] += 1
+                found = [w for w in found if not _known(name, w)]
+                wrong += [f"{what} {reduction}: {w}   [{call.row}]" for w in found]
+    return counts, wrong, stock
+
+
+@interpreted
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_dimensions_of_no_and_of_one_element(name, record_property):
+    counts, wrong, _ = sweep(name, every=False)
+    record_property("sizes", tuple(counts.items()))
+    assert not wrong, "\n".join(wrong)
+    assert counts["kernel"] + counts["error"] > counts["stock"] / 3, f"{counts}"
+
+
+if __name__ == "__main__":
+    from fastnn.testing import interpreter
+
+    interpreter.install()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    total: Counter = Counter()
+    for name in sys.argv[2:] or sorted(REGISTRY):
+        start = time.process_time()
+        counts, wrong, stock = sweep(name, every=sys.argv[1:2] == ["all"])
+        total += counts
+        print(f"{name}: {dict(counts)} in {time.process_time() - start:.1f} s", flush=True)
+        for line in wrong:
+            print("   ", line)
+        for line, k in Counter(stock).items():
+            print("    stock:", k, line)
+    print(dict(total))

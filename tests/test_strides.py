@@ -1,0 +1,239 @@
+"""Each tensor that an op is given, in turn in every layout that a user's tensor may have.
+
+Derived from the parity rows: the calls of ops that they make are made again, with one argument (an
+input, parameter, index, target, mask, weight or statistic), or the incoming gradients, laid out
+anew, forced onto kernels with every access checked. Around a view lie nans or invalid indices.
+`python -m tests.test_strides` makes all of them, `pytest` one of each op, argument and layout.
+"""
+
+import math
+import sys
+import time
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastnn
+from fastnn import testing as parity
+from fastnn._mode import backend
+from fastnn.ops import REGISTRY
+from fastnn.testing import meter
+from fastnn.testing.cases import CASES
+from fastnn.testing.noise import recording, replaying
+from tests.calls import Call, differences, recorded
+from tests.marks import interpreted
+
+# ---- Layouts: a tensor -> (a tensor like it, the memory that holds it), or None ------------------
+
+
+def _poison(t: Tensor):
+    """What nobody may read or write beside a view of this dtype."""
+    if t.dtype == torch.bool:
+        return True
+    return math.nan if t.is_floating_point() else torch.iinfo(t.dtype).max // 2
+
+
+def column(t: Tensor):
+    """Every third element of a larger tensor."""
+    base = t.new_full((*t.shape, 3), _poison(t))
+    view = base[..., 1]
+    view.copy_(t)
+    return view, base
+
+
+def rows(t: Tensor):
+    """Rows of a wider tensor."""
+    if not t.dim():
+        return None
+    base = t.new_full((*t.shape[:-1], t.shape[-1] + 3), _poison(t))
+    view = base[..., 1:-2]
+    view.copy_(t)
+    return view, base
+
+
+def expanded(t: Tensor):
+    """One element, seen everywhere."""
+    if t.numel() < 2:
+        return None
+    base = t.new_full((3,), _poison(t))
+    base[1] = t.flatten()[0]
+    return base[1].expand(t.shape), base
+
+
+def spread(t: Tensor):
+    """The first along the first dimension, seen along all of it."""
+    if t.dim() < 2 or t.numel() < 2:
+        return None
+    base = t[:1].clone()
+    return base.expand(t.shape), base
+
+
+def transposed(t: Tensor):
+    """The dimensions in the opposite order in memory."""
+    if t.dim() < 2:
+        return None
+    base = t.permute(*reversed(range(t.dim()))).contiguous()
+    return base.permute(*reversed(range(t.dim()))), base
+
+
+def offset(t: Tensor):
+    """One element past where memory is aligned."""
+    base = t.new_full((t.numel() + 2,), _poison(t))
+    view = base[1:-1].view(t.shape)
+    view.copy_(t)
+    return view, base
+
+
+def odd(t: Tensor):
+    """Other strides where the size is 1, and of a single element."""
+    if 1 not in t.shape:
+        return None
+    strides = [7 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
+    base = t.clone(memory_format=torch.contiguous_format)
+    return base.as_strided(t.shape, strides), base
+
+
+def channels_last(t: Tensor):
+    if t.dim() not in (4, 5):
+        return None
+    format = torch.channels_last if t.dim() == 4 else torch.channels_last_3d
+    base = t.clone().contiguous(memory_format=format)
+    return base, base
+
+
+LAYOUTS = (column, rows, expanded, spread, transposed, offset, odd, channels_last)
+GRADIENTS = "incoming gradients"
+
+# What differs from stock and stays so, by op and words of the difference: see docs/design.md.
+KNOWN = {
+    (
+        "dropout",
+        "strides",
+    ): "empty_like on CUDA, as here, keeps odd strides of size 1; a CPU does not",
+    ("nll_loss", "grad_input must be contiguous"): "stock rejects channels last in its backward",
+    ("logsigmoid", "output 0: strides"): "contiguous on a CPU; as the input on CUDA, and here",
+}
+
+
+def _known(name, difference):
+    return any(op == name and words in difference for op, words in KNOWN)
+
+
+def attempts(name: str):
+    """(argument, layout, the calls of the op that have such an argument), of all there are."""
+    calls = recorded().get(name, [])
+    arguments = sorted({argument for call in calls for argument in call.tensors()})
+    for argument in (*arguments, GRADIENTS):
+        for layout in LAYOUTS:
+            if argument == GRADIENTS:
+                those = [c for c in calls if c.wanting]
+            else:
+                those = [c for c in calls if argument in c.tensors()]
+                those = [c for c in those if layout(c.arguments[argument]) is not None]
+            yield argument, layout, those
+
+
+def _again(layout):
+    """Of incoming gradients, whose shapes are known later: as they are where it does not apply."""
+    return lambda t: layout(t) or (t, t)
+
+
+def run(call: Call, argument: str, layout):
+    with meter.traffic(distinct=False):
+        if argument == GRADIENTS:
+            return differences(call, {}, _again(layout))
+        return differences(call, {argument: layout})
+
+
+def sweep(name: str, every: bool):
+    counts: Counter = Counter()
+    wrong, stock = [], []
+    for n, (argument, layout, calls) in enumerate(attempts(name)):
+        if not calls:
+            counts["not possible"] += 1
+            continue
+        start = n % min(len(calls), 4)  # in turn the smallest of them
+        for call in calls[start:] + calls[:start]:
+            path, found = run(call, argument, layout)
+            counts[path if path in ("kernel", "error") else "stock"] += 1
+            if path not in ("kernel", "error"):
+                stock.append((argument, layout.__name__, path))
+            if any(_known(name, w) for w in found):
+                counts["differs as docs say"] += 1
+            found = [w for w in found if not _known(name, w)]
+            wrong += [f"{argument}, {layout.__name__}: {w}   [{call.row}]" for w in found]
+            if path == "kernel" and not every:
+                break
+            if not every and counts["stock"] > 40:
+                break
+    return counts, wrong, stock
+
+
+@interpreted
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_arguments_in_every_layout(name, record_property):
+    counts, wrong, _ = sweep(name, every=False)
+    record_property("strides", tuple(counts.items()))
+    assert not wrong, "\n".join(wrong)
+    assert counts["kernel"], f"{name}: no row has it on kernels"
+
+
+# ---- Layers whose parameters are views -----------------------------------------------------------
+
+LAYERS = {
+    case.name: case
+    for case in reversed(CASES)
+    if case.is_layer and case.stock is None and case.autocast is None and case.view is None
+    and torch.float32 in case.dtypes
+}  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("name", sorted(LAYERS))
+def test_layers_with_parameters_that_are_views(name):
+    """As `torch.func.functional_call` and parametrisations give them."""
+    case = LAYERS[name]
+    torch.manual_seed(0)
+    inputs = case.make(torch.float32, "cpu")
+    ours, stock = (parity._side(case, n, torch.float32, "cpu") for n in (fastnn, torch.nn))
+    if not ours.parameters:
+        pytest.skip("a layer without parameters")
+    stock.call.load_state_dict(ours.call.state_dict())
+
+    def called(side, layout):
+        parity._seed("cpu")
+        views = {k: (layout(p.detach()) or (p.detach(), p))[0] for k, p in side.parameters.items()}
+        views = {k: v.requires_grad_() for k, v in views.items()}
+        given = [v.detach().clone() if isinstance(v, Tensor) else v for v in inputs]
+        out = torch.func.functional_call(side.call, views, tuple(given))
+        outs = [t for t in parity._tensors(out) if t.requires_grad]
+        sum(t.sum() for t in outs).backward()
+        return [*(t.detach() for t in parity._tensors(out)), *(v.grad for v in views.values())]
+
+    for layout in (column, expanded, offset):
+        with backend("triton"), recording() as draws, meter.traffic(distinct=False):
+            got = called(ours, layout)
+        with replaying(draws):
+            want = called(stock, layout)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+if __name__ == "__main__":
+    from fastnn.testing import interpreter
+
+    interpreter.install()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    total: Counter = Counter()
+    for name in sys.argv[2:] or sorted(REGISTRY):
+        start = time.process_time()
+        counts, wrong, stock = sweep(name, every=sys.argv[1:2] == ["all"])
+        total += counts
+        print(f"{name}: {dict(counts)} in {time.process_time() - start:.1f} s", flush=True)
+        for line in wrong:
+            print("   ", line)
+        for line, k in Counter(stock).items():
+            print("    stock:", k, *line)
+    print(dict(total))
