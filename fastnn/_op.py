@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import json
 import linecache
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -484,6 +485,21 @@ def op(*, stock: Callable, **fields) -> Callable[[Callable], Callable]:
 
 
 # ---- What op files call -------------------------------------------------------------------------
+
+
+def rounded(number: Any, dtype: torch.dtype) -> Any:
+    """A Python number as ATen sees it where it converts it to `dtype` before it computes.
+
+    None if it does not fit, which is an error there. What is no number is returned as it is. Which
+    numbers ATen converts on CUDA is told in docs/scalars.md.
+    """
+    return _rounded(float(number), dtype) if isinstance(number, (int, float)) else number
+
+
+@functools.lru_cache
+def _rounded(number: float, dtype: torch.dtype) -> float | None:
+    found = torch.tensor(number, dtype=dtype, device="cpu").item()
+    return found if math.isinf(found) == math.isinf(number) else None
 
 
 class _NoGraph:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Invalid, Stock, current_mode, op, run, second_order
+from fastnn._op import Invalid, Stock, current_mode, op, rounded, run, second_order
 from fastnn.ops.linear import _ACTIVATIONS, _activate
 
 
@@ -211,7 +211,10 @@ def _group_norm(input, num_groups, weight, bias, eps, out_dtype, act=None):
         return Invalid("parameters in another dtype than the input")  # to CUDA
     weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
     format = _format(input, False)
-    spec = Spec(num_groups, float(eps), format=format, out_dtype=out_dtype, act=act)
+    kept = rounded(eps, out_dtype or input.dtype)
+    if kept is None:
+        return Stock(f"eps={eps} in {input.dtype}")
+    spec = Spec(num_groups, kept, format=format, out_dtype=out_dtype, act=act)
     return run(ChannelNorm, input, weight, bias, None, None, None, spec)
 
 
