@@ -205,12 +205,12 @@ def multi_margin_grad(
     if NORM == 1:
         slope = tl.where(z > 0, 1.0, 0.0)
     else:
-        slope = tl.where(z > 0, 2.0 * z, 0.0)
+        slope = tl.where(z > 0, z, 0.0)
     g = tl.div_rn(g * t, C.to(tl.float32))
     if NORM == 1:
         return (g * tl.where(at, -s1, slope),)
     else:
-        return (tl.where(at, g * 2.0**21 * -s1, g * slope),)
+        return (tl.where(at, 2.0**21 * g, 2.0 * g) * tl.where(at, -s1, slope),)
 
 
 @triton.jit

@@ -43,7 +43,7 @@ def square(a, b, c, p, q):
 
 @triton.jit
 def square_grad(g, a, b, c, p, q):
-    d = 2.0 * (a - b) * g
+    d = (a - b) * (2.0 * g)  # the small factor first: twice the difference may be inf
     return d, -d
 
 
