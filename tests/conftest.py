@@ -61,14 +61,24 @@ def uninitialised_memory_reads_as_nan():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What PyTorch's samples ran on, where tests say so by the property "path"."""
+    """What PyTorch's samples ran on, where tests say so by the property "path"; how many tensors of
+    what magnitudes were compared, by the property "magnitudes"."""
     paths = collections.Counter()
+    swept = []
     for reports in terminalreporter.stats.values():
         for report in reports:
             if getattr(report, "when", None) == "teardown":
                 for name, value in report.user_properties:
                     if name == "path":
                         paths[tuple(value)] += 1
+                    elif name == "magnitudes":
+                        swept.append(value)
+    if swept:
+        runs, listed = (sum(counts) for counts in zip(*swept, strict=True))
+        terminalreporter.section("magnitudes")
+        terminalreporter.write_line(
+            f"{len(swept)} rows, {runs} runs; {listed} differences, listed in docs/magnitudes.md"
+        )
     if not paths:
         return
     write = terminalreporter.write_line
