@@ -28,6 +28,7 @@ from fastnn._gate import Policy, Slow
 from fastnn._gate import Work as Work
 from fastnn._graph import launcher as launcher
 from fastnn._mode import BackendError, Invalid, Stock
+from fastnn._scalars import rounded as rounded
 from fastnn._strides import is_dense as is_dense
 from fastnn._strides import make_dense, not_strided
 

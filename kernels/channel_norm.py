@@ -266,10 +266,14 @@ def _channel_bwd_kernel(
     count = (V * U).to(tl.float32)
     if GROUPED:
         count *= (D * D_UNIT).to(tl.float32)
-    along = tl.div_rn(_shared(along * w, GROUPED), count)
-    total = tl.div_rn(_shared(total * w, GROUPED), count)
-    dx = dz * w[:, None, None] - x_hat * along[:, None, None] - total[:, None, None]
-    dx *= rstd[:, None, None]
+    if GROUPED:
+        along = tl.div_rn(_shared(along * w, GROUPED), count)[:, None, None]
+        total = tl.div_rn(_shared(total * w, GROUPED), count)[:, None, None]
+        dx = (dz * w[:, None, None] - x_hat * along - total) * rstd[:, None, None]
+    else:  # a weight is one factor of all, and the last: sums of its products might overflow
+        along = tl.div_rn(along, count)[:, None, None]
+        total = tl.div_rn(total, count)[:, None, None]
+        dx = (dz - x_hat * along - total) * rstd[:, None, None] * w[:, None, None]
     tl.store(DX + base + offs, dx.to(DX.dtype.element_ty), mask=mask)
 
 
@@ -466,22 +470,17 @@ def _channel_totals_kernel(
             e = start + tl.arange(0, BLOCK_E)
             there, k, at = _parts(e, g, o, K, D, groups)
             w = 1.0
-            if W is not None and DW is None and DB is None:
+            if W is not None:
                 c = (e - k * D)[:, None] + (g * D)[None, :]
                 w = tl.load(W + c, mask=there, other=0.0).to(tl.float32)
             along += w * tl.load(ALONG + at, mask=there, other=0.0)
             total += w * tl.load(TOTAL + at, mask=there, other=0.0)
         sum_along = tl.sum(along, 0)
         sum_total = tl.sum(total, 0)
-        if DW is not None or DB is not None:  # channels by themselves, and o = 0
-            if DW is not None:
-                tl.store(DW + g, sum_along.to(DW.dtype.element_ty), mask=g < groups)
-            if DB is not None:
-                tl.store(DB + g, sum_total.to(DB.dtype.element_ty), mask=g < groups)
-            if W is not None:
-                w = _per_channel(W, g, groups)
-                sum_along *= w
-                sum_total *= w
+        if DW is not None:  # channels by themselves, and o = 0
+            tl.store(DW + g, sum_along.to(DW.dtype.element_ty), mask=g < groups)
+        if DB is not None:
+            tl.store(DB + g, sum_total.to(DB.dtype.element_ty), mask=g < groups)
         tl.store(SUM_ALONG + o * groups + g, sum_along, mask=g < groups)
         tl.store(SUM_TOTAL + o * groups + g, sum_total, mask=g < groups)
 
@@ -489,8 +488,8 @@ def _channel_totals_kernel(
 @kernel(do_not_specialize=["C", "S", "N", "D", "span"])
 def _channel_dx_kernel(
     DY, X, W, B, MEAN, RSTD, SUM_ALONG, SUM_TOTAL, DX, C, S, N, D, span, eps, a, b,
-    LAYOUT: tl.constexpr, UNIT: tl.constexpr, VARIANCE: tl.constexpr, FORMULA: tl.constexpr,
-    GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
+    LAYOUT: tl.constexpr, UNIT: tl.constexpr, VARIANCE: tl.constexpr, GROUPED: tl.constexpr,
+    FORMULA: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """A program makes dx of a chunk of J of BLOCK_C channels, and loops over it.
 
@@ -519,10 +518,14 @@ def _channel_dx_kernel(
             x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
             x_hat, z = _normalised(x, mean, rstd, w, bias)
         dz = _through(dz, z, None, base + offs, mask, a, b, FORMULA, GRADIENT)
-        dx = dz * w[:, None, None]
+        # The sums are of products with the weights in a group; else the weight is the last factor.
+        if GROUPED:
+            dz *= w[:, None, None]
         if SUM_ALONG is not None:
-            dx -= x_hat * along + total
-        dx *= rstd[:, None, None]
+            dz -= x_hat * along + total
+        dx = dz * rstd[:, None, None]
+        if not GROUPED:
+            dx *= w[:, None, None]
         tl.store(DX + base + offs, dx.to(DX.dtype.element_ty), mask=mask)
 
 
@@ -790,9 +793,9 @@ def bwd(
             tile = _pool_tile(K, view.D)
             G = C // view.D
             _channel_totals_kernel(
-                (cdiv(G, tile["BLOCK_G"]), min(view.outer, GRID_Y)), along, total, weight,
-                sum_along, sum_total, None if apart else dw, None if apart else db, K, view.D, G,
-                view.outer, **tile,
+                (cdiv(G, tile["BLOCK_G"]), min(view.outer, GRID_Y)), along, total,
+                weight if view.D > 1 else None, sum_along, sum_total, None if apart else dw,
+                None if apart else db, K, view.D, G, view.outer, **tile,
             )  # fmt: skip
         if params and (apart or not through):
             _add_up(parts if dw is not None else parts[1:], dw, db)
@@ -802,6 +805,7 @@ def bwd(
         grid, span = _split(view, config, 4)
         _channel_dx_kernel(
             grid, dy, x, weight, bias, mean, rstd, sum_along, sum_total, dx, *sizes, view.D, span,
-            0.0 if eps is None else eps, a, b, VARIANCE=eps is not None, **formulas, **config,
+            0.0 if eps is None else eps, a, b, VARIANCE=eps is not None, GROUPED=view.D > 1,
+            **formulas, **config,
         )  # fmt: skip
     return dx, dw, db, dz

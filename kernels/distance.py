@@ -188,7 +188,8 @@ def multi_margin_step(x1, x2, x3, r, at, p, eps, margin, NORM: tl.constexpr, SWA
     if NORM == 1:
         return tl.where(counts, z, 0.0), tl.where(counts, 1.0, 0.0)
     else:
-        return tl.where(counts, z * z, 0.0), tl.where(counts, 2.0 * z, 0.0)
+        # The second for the gradient, smaller by a power of two: the sum may pass what fp32 holds.
+        return tl.where(counts, z * z, 0.0), tl.where(counts, z * 2.0**-20, 0.0)
 
 
 @triton.jit
@@ -204,9 +205,12 @@ def multi_margin_grad(
     if NORM == 1:
         slope = tl.where(z > 0, 1.0, 0.0)
     else:
-        slope = tl.where(z > 0, 2.0 * z, 0.0)
+        slope = tl.where(z > 0, z, 0.0)
     g = tl.div_rn(g * t, C.to(tl.float32))
-    return (g * tl.where(at, -s1, slope),)
+    if NORM == 1:
+        return (g * tl.where(at, -s1, slope),)
+    else:
+        return (tl.where(at, 2.0**21 * g, 2.0 * g) * tl.where(at, -s1, slope),)
 
 
 @triton.jit

@@ -44,7 +44,7 @@ def square(a, b, c, p, q):
 
 @triton.jit
 def square_grad(g, a, b, c, p, q):
-    d = 2.0 * (a - b) * g
+    d = (a - b) * (2.0 * g)  # the small factor first: twice the difference may be inf
     return d, -d
 
 
@@ -215,7 +215,7 @@ def gaussian(a, b, c, p, q):  # c is the variance, p its least value, q a consta
 @triton.jit
 def gaussian_grad(g, a, b, c, p, q):
     v = tl.where(c < 0, float("nan"), _at_least(c, p))
-    da = tl.div_rn(a - b, v) * g
+    da = tl.div_rn(0.5 * g, v) * (2.0 * (a - b))  # stock's order: a small v makes quotients inf
     return da, -da, tl.div_rn(0.5 - tl.div_rn(0.5 * (a - b) * (a - b), v), v) * g
 
 
@@ -226,7 +226,7 @@ def gaussian_scalar(a, b, c, p, q):  # p is the variance, q a constant
 
 @triton.jit
 def gaussian_scalar_grad(g, a, b, c, p, q):
-    d = tl.div_rn(a - b, p) * g
+    d = tl.div_rn(0.5 * g, p) * (2.0 * (a - b))
     return d, -d
 
 

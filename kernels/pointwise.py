@@ -151,7 +151,7 @@ def softshrink(x, a, b):
 
 @triton.jit
 def softshrink_grad(dy, x, a, b):
-    return tl.where((x >= -b) & (x <= b), 0.0, dy)
+    return tl.where((x >= -a) & (x <= a), 0.0, dy)
 
 
 @triton.jit

@@ -70,7 +70,11 @@ def uninitialised_memory_reads_as_nan():
     torch.use_deterministic_algorithms(False)
 
 
-SWEEPS = {"strides": "Sweep of strides", "sizes": "Sweep of sizes"}
+SWEEPS = {
+    "strides": "Sweep of strides",
+    "sizes": "Sweep of sizes",
+    "magnitudes": "Sweep of magnitudes",
+}
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -18,6 +18,7 @@ RANKS = {
     "fastnn._graph": 1,
     "fastnn._mode": 1,
     "fastnn._rng": 1,
+    "fastnn._scalars": 1,
     "fastnn._strides": 1,
     "fastnn._front": 2,
     "fastnn._function": 2,

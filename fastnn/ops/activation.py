@@ -5,7 +5,6 @@ for the latter: what stock keeps, so that an edit in place after the call is cau
 there.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch._C._autograd import CreationMeta, _get_creation_meta  # type: ignore[attr-defined]
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, Stock, op, run, second_order
+from fastnn._op import Function, Invalid, Stock, op, rounded, run, second_order
 
 aten = torch.ops.aten
 _FLOAT_MAX = torch.finfo(torch.float32).max
@@ -146,17 +145,6 @@ def _not_writable(x) -> str | None:
     return None
 
 
-def _rounded(number, dtype):
-    """`number` as ATen sees it where it compares in `dtype`: None if it does not fit."""
-    return _round(float(number), dtype) if isinstance(number, (int, float)) else number
-
-
-@functools.lru_cache
-def _round(number, dtype):
-    rounded = torch.tensor(number, dtype=dtype, device="cpu").item()
-    return rounded if math.isinf(rounded) == math.isinf(number) else None
-
-
 @op(stock=stock.relu, strided=_X)
 def relu(input, inplace=False):
     """Fused in place too."""
@@ -197,7 +185,7 @@ def rrelu(input, lower=1.0 / 8, upper=1.0 / 3, training=False, inplace=False):
 def threshold(input, threshold, value, inplace=False):
     """Fused in place too."""
     dtype = input.dtype
-    return _pointwise(input, THRESHOLD, _rounded(threshold, dtype), _rounded(value, dtype), inplace)
+    return _pointwise(input, THRESHOLD, rounded(threshold, dtype), rounded(value, dtype), inplace)
 
 
 @op(stock=stock.hardtanh, strided=_X)
@@ -290,7 +278,7 @@ def hardswish(input, inplace=False):
 @op(stock=stock.hardshrink, strided=_X)
 def hardshrink(input, lambd=0.5):
     """Fused."""
-    return _pointwise(input, HARDSHRINK, _rounded(lambd, input.dtype))
+    return _pointwise(input, HARDSHRINK, rounded(lambd, input.dtype))
 
 
 @op(stock=stock.softshrink, strided=_X)
@@ -298,7 +286,7 @@ def softshrink(input, lambd=0.5):
     """Fused."""
     if isinstance(lambd, (int, float)) and not 0 <= lambd <= torch.finfo(input.dtype).max:
         return Invalid(f"lambd={lambd}")
-    return _pointwise(input, SOFTSHRINK, lambd, _rounded(lambd, input.dtype))
+    return _pointwise(input, SOFTSHRINK, rounded(lambd, input.dtype))
 
 
 @op(stock=stock.softplus, strided=_X, autocast="fp32")

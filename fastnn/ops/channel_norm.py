@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
+from fastnn._op import Function, Invalid, Stock, Work, op, rounded, run, second_order
 from fastnn.ops.linear import _ACTIVATIONS, _activate
 
 
@@ -212,7 +212,10 @@ def _group_norm(input, num_groups, weight, bias, eps, out_dtype, act=None):
     if out_dtype is None and any(p is not None and p.dtype != input.dtype for p in (weight, bias)):
         return Invalid("parameters in another dtype than the input")  # to CUDA
     format = _format(input, False)
-    spec = Spec(num_groups, float(eps), format=format, out_dtype=out_dtype, act=act)
+    kept = rounded(eps, out_dtype or input.dtype)
+    if kept is None:
+        return Stock(f"eps={eps} in {input.dtype}")
+    spec = Spec(num_groups, kept, format=format, out_dtype=out_dtype, act=act)
     return run(ChannelNorm, input, weight, bias, None, None, None, spec)
 
 

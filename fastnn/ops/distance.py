@@ -13,7 +13,7 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, Stock, Work, is_dense, op, run, second_order
+from fastnn._op import Function, Invalid, Stock, Work, is_dense, op, rounded, run, second_order
 from fastnn.ops.loss import INTEGERS, broadcast, common_dtype, multilabel, number, refuse
 from fastnn.ops.nll_loss import resolve_reduction
 
@@ -356,8 +356,11 @@ def multi_margin_loss(
     if size_average is not None or reduce is not None:
         reduction = resolve_reduction(size_average, reduce, reduction)
     xs = input, None, None
-    numbers = float(p), 0.0, float(margin)
     dtype = out_dtype or input.dtype
+    kept = rounded(margin, dtype)
+    if kept is None:
+        return Invalid(f"margin={margin!r} in {dtype}")
+    numbers = float(p), 0.0, kept
     divisor = row_divisor(reduction, target.numel())
     dim = input.dim() - 1
     return _rows(MULTI_MARGIN, xs, dim, numbers, int(p), False, divisor, dtype, target, weight)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, Stock, op, run, second_order
+from fastnn._op import Function, Invalid, Stock, op, rounded, run, second_order
 
 _WIDEST = 8  # the most channels of a window that registers hold
 
@@ -58,6 +58,7 @@ def local_response_norm(input, size, alpha=1e-4, beta=0.75, k=1.0, *, out_dtype=
         return Stock("input that is not contiguous")
     if input.dim() == 3 and input.device.type == "cpu":
         out_dtype = None  # there, autocast lists the pooling that stock uses for more dimensions
-    return run(
-        LocalResponseNorm, input, size, float(alpha), float(beta), float(k), out_dtype
-    )  # fmt: skip
+    exponent = rounded(beta, out_dtype or input.dtype)
+    if exponent is None:
+        return Invalid(f"beta={beta!r} in {input.dtype}")
+    return run(LocalResponseNorm, input, size, float(alpha), exponent, float(k), out_dtype)

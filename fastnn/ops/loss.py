@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastnn import kernels
 from fastnn._front import warn
-from fastnn._op import Function, Invalid, Stock, Work, is_dense, op, run, second_order
+from fastnn._op import Function, Invalid, Stock, Work, is_dense, op, rounded, run, second_order
 from fastnn.ops.nll_loss import resolve_reduction
 
 aten = torch.ops.aten
@@ -228,11 +228,15 @@ def _regression(loss, input, target, weight, p, legacy, reduction, out_dtype, by
     dtype = out_dtype or common_dtype(input, target, weight)
     if isinstance(dtype, Stock):
         return dtype
+    threshold = rounded(p, dtype)
+    if threshold is None:
+        return Stock(f"a threshold of {p!r} in {dtype}")
     if target.shape != input.shape:
         _warn_of_broadcasting(input, target)
     if legacy != (None, None):
         reduction = resolve_reduction(*legacy, reduction)
-    return _loss(loss, input, target, None, weight, p, 0.0, shape, reduction, dtype, by_weight)
+    inputs = input, target, None, weight
+    return _loss(loss, *inputs, threshold, 0.0, shape, reduction, dtype, by_weight)
 
 
 def _warn_of_broadcasting(input, target):
@@ -479,7 +483,10 @@ def gaussian_nll_loss(
     if isinstance(var, float):
         if not 0 <= var < 3e38:
             return Invalid(f"var={var}")
-        var = max(var, eps)
+        kept = rounded(var, input.dtype)  # in a tensor like the input
+        if kept is None:
+            return Stock(f"var={var} in {input.dtype}")
+        var = max(kept, eps)
         if var <= 0:
             return Stock(f"var={var}")
         constant += 0.5 * math.log(var)
@@ -521,7 +528,10 @@ def hinge_embedding_loss(
     legacy = size_average, reduce
     out_dtype = out_dtype or input.dtype
     inputs = input, target, None
-    return _chain(HINGE_EMBEDDING, inputs, None, margin, 0.0, legacy, reduction, out_dtype)
+    filled = rounded(margin, out_dtype)
+    if filled is None:
+        return Invalid(f"margin={margin!r} in {out_dtype}")
+    return _chain(HINGE_EMBEDDING, inputs, None, filled, 0.0, legacy, reduction, out_dtype)
 
 
 @op(

@@ -1,0 +1,468 @@
+"""Every pointwise op, norm, loss, softmax and distance over all that its dtype can hold.
+
+The rule, for each element of a result or gradient, with tensors from the smallest subnormal number
+to the largest finite one, of both signs, and with one infinity or nan among them:
+
+- It is finite where stock and float64, rounded to the dtype, are.
+- It is not finite where both are nan; nor, of finite inputs, where neither is finite.
+- Of tensors that have one magnitude, its error is at most four times the largest error of stock,
+  and four units in the last place of the largest result. (The harness's bound is half of that, for
+  many draws; here a draw is one.) What float32 has no normal number for counts for nothing.
+
+And rows that are constant, nearly so, or far from zero, for each norm, by the harness's bound.
+
+`pytest` runs a share; `python -m tests.test_magnitudes` every filling of every tensor.
+"""
+
+import copy
+import importlib
+import math
+import pkgutil
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastnn
+from fastnn import kernels
+from fastnn._mode import backend, decisions
+from fastnn.ops import REGISTRY
+from fastnn.testing import (
+    Case,
+    Side,
+    _compare_sides,
+    _leaves,
+    _pooled,
+    _run,
+    _side,
+    _tensors,
+    randn,
+)
+from fastnn.testing import cases as rows
+from tests.marks import interpreted
+
+# Families of rows that are not swept, and why.
+APART = {
+    "attention": "products of matrices, whose sums overflow where stock's do",
+    "dropout": "a product with a number that is drawn; tests/test_dropout.py has infinities",
+    "embedding": "a copy",
+    "linear": "products of matrices, whose sums overflow where stock's do",
+    "linear_cross_entropy": "products of matrices, whose sums overflow where stock's do",
+    "multihead_attention": "products of matrices, whose sums overflow where stock's do",
+    "transformer": "products of matrices, whose sums overflow where stock's do",
+}
+# Options that choose no other arithmetic.
+SHAPES = {"reduction", "normalized_shape", "dim", "ignore_index", "keepdim", "inplace", "prenorm"}
+
+
+def _elements(case: Case) -> int:
+    """Of the largest input; 0 if there is none, or it is not finite."""
+    tensors = _tensors(case.make(torch.float32, "cpu"))
+    if not all(t.isfinite().all() for t in tensors):
+        return 0
+    return max((t.numel() for t in tensors), default=0)
+
+
+def _arithmetic(case: Case) -> tuple:
+    """Rows that are equal in this differ in shapes and numbers alone."""
+    options = [
+        (k, v if isinstance(v, (str, bool, torch.dtype)) or k == "p" else None)
+        for k, v in sorted(case.options.items())
+        if k not in SHAPES and not k.startswith("num_")
+    ]
+    tensors = [isinstance(v, Tensor) for v in case.make(torch.float32, "cpu")]
+    return case.name, str(case.members), str(options), str(tensors)
+
+
+def _chosen() -> dict[str, Case]:
+    """Of each op with each set of options the row of 100 finite elements, or the next to that."""
+    found: dict[tuple, list[Case]] = {}
+    for file in pkgutil.iter_modules(rows.__path__):
+        if file.name in APART:
+            continue
+        for case in importlib.import_module(f"{rows.__name__}.{file.name}").CASES:
+            plain = case.stock is None and case.autocast is None and case.view is None
+            add = case.name.startswith("dropout_add")  # as dropout, unless nothing is drawn
+            drawn = add and case.options.get("training", case.name == "dropout_add")
+            if plain and rows._in_torch(case) and not case.options.get("inplace") and not drawn:
+                found.setdefault(_arithmetic(case), []).append(case)
+
+    def distance(case):
+        return abs(math.log((_elements(case) + 1e-3) / 100))
+
+    chosen = [min(cases, key=distance) for cases in found.values()]
+    return {str(case): case for case in chosen if 0 < _elements(case) < 5000}
+
+
+# ---- what tensors are filled with ---------------------------------------------------------------
+
+Filling = Callable[[Tensor, torch.Generator], Tensor]
+
+
+def _binades(dtype):
+    """Powers of two of the smallest subnormal number and of the largest finite one."""
+    info = torch.finfo(dtype)
+    return round(math.log2(info.smallest_normal * info.eps)), int(math.log2(info.max))
+
+
+def _unit(x):
+    """x in float64, its largest element just below 2: times a power of two, it is finite."""
+    x = x.double()
+    return x / x.abs().max().clamp(min=1e-300) * (2 - 2**-7)
+
+
+def _drawn(x, generator, shape):
+    """x with a magnitude of all that there are for each of `shape`."""
+    low, high = _binades(x.dtype)
+    powers = torch.randint(low, high + 1, shape, generator=generator)
+    return (_unit(x) * torch.exp2(powers.double())).to(x.dtype)
+
+
+def each(x, generator):
+    """Every element of another magnitude."""
+    return _drawn(x, generator, x.shape)
+
+
+def outer(x, generator):
+    """Of another magnitude along the first dimension."""
+    return _drawn(x, generator, (*x.shape[:1], *(1 for _ in x.shape[1:])))
+
+
+def inner(x, generator):
+    """Of another magnitude along the others."""
+    return _drawn(x, generator, (1, *x.shape[1:]) if x.dim() > 1 else x.shape)
+
+
+def scaled(part):
+    """All of one magnitude: from the smallest to the largest, as `part` goes from 0 to 1. A sum of
+    the largest overflows or not by the order of its terms: these add up to it at most."""
+
+    def fill(x, generator):
+        low, high = _binades(x.dtype)
+        most = math.ceil(math.log2(x.numel() + 1)) if x.numel() < 1000 else 0
+        return (_unit(x) * 2.0 ** round(low + part * (high - most - low))).to(x.dtype)
+
+    fill.__name__ = f"scaled({part:.2f})"
+    return fill
+
+
+def one(value):
+    """As it was but for one element."""
+
+    def fill(x, generator):
+        filled = x.clone()
+        at = int(torch.randint(x.numel(), (), generator=generator))
+        filled.view(-1)[at] = torch.finfo(x.dtype).max if value == "max" else value
+        return filled
+
+    fill.__name__ = f"one({value})"
+    return fill
+
+
+SCALES = [scaled(i / 12) for i in range(13)]
+ONES = [one(value) for value in (math.inf, -math.inf, math.nan, "max")]
+FILLINGS: list[Filling] = [each, each, outer, outer, inner, *SCALES, *ONES]
+
+
+# ---- what is compared ---------------------------------------------------------------------------
+
+
+def _sides(case: Case, dtype, filling: Filling, which: int | None, seed: int):
+    """Ours, stock, float64 and their arguments, with tensor `which`, or all, filled; None if there
+    is no such tensor. Parameters of layers are filled too."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    inputs = case.make(dtype, "cpu")
+    stock, ours = (_side(case, n, dtype, "cpu") for n in (torch.nn, fastnn))
+    kwargs = {}
+    if not case.is_layer:
+        kwargs = {k: v(dtype, "cpu") if callable(v) else v for k, v in case.options.items()}
+    inputs, kwargs = _leaves((inputs, kwargs))
+    made = [*_tensors((inputs, kwargs)), *stock.parameters.values()]
+    made = [t for t in made if t.is_floating_point() and t.numel()]
+    if which is not None and which >= len(made):
+        return None
+    with torch.no_grad():
+        for t in made if which is None else [made[which]]:
+            t.copy_(filling(t, generator))
+    exact = stock
+    if case.is_layer:
+        ours.call.load_state_dict(stock.call.state_dict())
+        twin = copy.deepcopy(stock.call).double()
+        exact = Side(twin, dict(twin.named_parameters()))
+    return ours, stock, exact, inputs, kwargs
+
+
+def _outside(error: Exception) -> bool:
+    """Whether stock refuses values: of probabilities, or of variances."""
+    return "between 0 and 1" in str(error) or "negative entry" in str(error)
+
+
+def compared(case: Case, dtype, filling: Filling, which: int | None, seed: int) -> list[str] | None:
+    """What is wrong with a row so filled, in words; None if stock refuses it."""
+    made = _sides(case, dtype, filling, which, seed)
+    if made is None:
+        return None
+    ours, stock, exact, inputs, kwargs = made
+    try:
+        theirs = _run(stock, _leaves((inputs, kwargs)), "cpu")
+        truth = _run(
+            exact, _leaves((inputs, kwargs), torch.float64), "cpu", None,
+            [u.double() for u in theirs.upstream],
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as e:
+        if _outside(e):
+            return None
+        raise
+    with backend("triton"), decisions() as heard:
+        mine = _run(ours, _leaves((inputs, kwargs)), "cpu", None, theirs.upstream)
+    HEARD.update(op.name for op, _ in heard)
+    finite = all(
+        t.isfinite().all() for t in _tensors((inputs, kwargs)) if t.is_floating_point()
+    ) and all(p.isfinite().all() for p in stock.parameters.values())
+    wrong = []
+    for what, a in mine.named.items():
+        b, c = theirs.named.get(what), truth.named[what]
+        if b is None or not a.is_floating_point() or not a.numel():
+            continue
+        wrong += [f"{what}: {w}" for w in _wrong(a, b, c, finite, filling.__name__)]
+    return wrong
+
+
+HEARD: set[str] = set()  # the ops that were swept
+
+
+def _floor(dtype):
+    """Errors that count for nothing: half a subnormal number, and what is subnormal on the way."""
+    info = torch.finfo(dtype)
+    return info.smallest_normal * info.eps / 2 + torch.finfo(torch.float32).smallest_normal
+
+
+def _wrong(ours, stock, exact, finite: bool, how: str) -> list[str]:
+    rounded = exact.to(stock.dtype).double()
+    a, b = ours.double(), stock.double()
+    both = b.isfinite() & rounded.isfinite()
+    wrong = []
+
+    def tell(where, what):
+        if where.any():
+            at = int(where.flatten().nonzero()[0])
+            values = (t.flatten()[at].item() for t in (a, b, exact))
+            wrong.append("{}: {:.4g} for stock's {:.4g}, float64's {:.4g}".format(what, *values))
+
+    tell(both & ~a.isfinite(), "not finite where both are")
+    tell(b.isnan() & exact.isnan() & a.isfinite(), "finite where both are nan")
+    if finite:
+        tell(~b.isfinite() & ~rounded.isfinite() & a.isfinite(), "finite where neither is")
+    good = both & a.isfinite()
+    # Where float64 has nothing but zeros, it was rounding that made them.
+    if how.startswith("scaled") and good.any() and exact[good].any():
+        eps, scale = torch.finfo(stock.dtype).eps, exact[good].abs().max().item()
+        its = (b[good] - exact[good]).abs().max().item()
+        bound = 4 * its + 4 * eps * scale + _floor(stock.dtype)
+        tell(good & ((a - exact).abs() > bound), f"beyond the bound {bound:.2g}")
+    return wrong
+
+
+# ---- what differs, and why it stays -------------------------------------------------------------
+#
+# (row, filling, words of what is told, reason); docs/magnitudes.md has them for users.
+
+VECTORS = "CUDA's branch: `x <= 0` is false of nan. The CPU's vector code takes the other one"
+UNREAD = "a row whose target is ignored is not read: its gradient is 0"
+ALPHA = "the CPU multiplies x by rstd * weight, and has inf - inf; CUDA has an infinity"
+MASS = "class probabilities whose sum passes the largest number: the kernel keeps the sum itself"
+ORDER = "factors and terms near the largest number: the order of products decides, in stock too"
+LISTED: list[tuple[str, str, str, str]] = [
+    (
+        "ELU|CELU|SELU|Hardswish|elu|.*activation=elu",
+        r"one\(nan",
+        r"grad of input \d: finite where both are nan",
+        VECTORS,
+    ),
+    (
+        "CrossEntropy|cross_entropy|nll_loss|NLLLoss",
+        r"one\((-?inf|nan)",
+        "grad .* finite where",
+        UNREAD,
+    ),
+    (
+        "batch_norm|BatchNorm|instance_norm|InstanceNorm",
+        r"one\(-?inf",
+        "finite where both are nan",
+        ALPHA,
+    ),
+    (
+        "batch_norm|BatchNorm|group_norm|GroupNorm|instance_norm|InstanceNorm",
+        r"one\(max|each|outer|inner|scaled\(1.00",
+        "not finite where both are",
+        ORDER,
+    ),
+    (
+        "CrossEntropyLoss|cross_entropy",
+        r"each|outer|inner|scaled\(1.00|one\(max",
+        "not finite where",
+        MASS,
+    ),
+]
+
+
+def _reason(name: str, filling: Filling, told: str) -> str | None:
+    for rows_, fillings, words, why in LISTED:
+        if (
+            re.match(rows_, name)
+            and re.match(fillings, filling.__name__)
+            and re.search(words, told)
+        ):
+            return why
+    return None
+
+
+CHOSEN = _chosen()
+
+
+def _share(number: int):
+    """(filling, tensor or None for all, seed): what `pytest` runs of a row, each its own share."""
+    yield each, None, number
+    yield outer, None, number
+    for i in range(number % 3, len(SCALES), 3):
+        yield SCALES[i], None, i
+    for i in range(number % 2, len(ONES), 2):
+        yield ONES[i], None, number
+    for which in range(5):
+        one_of = [each, inner, *SCALES, *ONES]
+        yield one_of[(7 * number + 5 * which) % len(one_of)], which, number
+
+
+def _all():
+    for k, filling in enumerate(FILLINGS):
+        for which in (None, 0, 1, 2, 3, 4):
+            yield filling, which, k
+
+
+def swept(name: str, share) -> tuple[int, list[str], list[str]]:
+    """(runs, faults, differences that are listed) of a row; dtypes take turns."""
+    case = CHOSEN[name]
+    dtypes = [d for d in case.dtypes if d in fastnn.testing.FLOATS]
+    runs, faults, listed = 0, [], []
+    for turn, (filling, which, seed) in enumerate(share):
+        dtype = dtypes[(turn + seed) % len(dtypes)]
+        found = compared(case, dtype, filling, which, seed)
+        if found is None:
+            continue
+        runs += 1
+        for told in found:
+            why = _reason(name, filling, told)
+            line = f"{filling.__name__} of {'all' if which is None else which} in {dtype}: {told}"
+            (faults if why is None else listed).append(line if why is None else why)
+    return runs, faults, listed
+
+
+@interpreted
+@pytest.mark.parametrize("number", range(len(CHOSEN)), ids=list(CHOSEN))
+def test_magnitudes(number, record_property):
+    runs, faults, listed = swept(list(CHOSEN)[number], _share(number))
+    record_property("magnitudes", [("compared", runs), ("listed differences", len(listed))])
+    assert runs and not faults, "\n".join(faults)
+
+
+@interpreted
+def test_every_op_is_swept_or_said_why_not():
+    HEARD.clear()
+    for name in CHOSEN:
+        swept(name, [(SCALES[6], None, 0)])
+    for name, op in REGISTRY.items():
+        assert name in HEARD or op.fused.__module__.split(".")[-1] in APART, name
+
+
+# ---- rows that a norm has trouble with ----------------------------------------------------------
+
+NORMS = [n for n, c in CHOSEN.items() if re.search("[nN]orm", n) and "add_relu" not in n]
+CENTRES = (12345.6, -0.7)
+
+
+def constant(x, centre):
+    return torch.full_like(x, centre)
+
+
+def nearly(x, centre):
+    """One or two units in the last place beside it."""
+    step = torch.finfo(x.dtype).eps * 2.0 ** math.floor(math.log2(abs(centre)))
+    return constant(x, centre) + x.sign() * (1 + (x.abs() > 1)) * step
+
+
+def far(x, centre):
+    return x + centre
+
+
+PATHS = ("whole", "long", "split")
+
+
+@interpreted
+@pytest.mark.parametrize("number", range(len(NORMS)), ids=NORMS)
+def test_rows_that_are_constant_or_far_from_zero(number, monkeypatch, record_property):
+    """Rows of a norm take turns on its paths."""
+    _trouble(NORMS[number], PATHS[number % 3], monkeypatch, record_property)
+
+
+@interpreted
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("case", [
+    Case("layer_norm", (randn(3, 1000), (1000,), randn(1000), randn(1000))),
+    Case("batch_norm", (randn(3, 2, 300), None, None, randn(2), randn(2), True)),
+    Case("group_norm", (randn(2, 4, 300), 2, randn(4), randn(4))),
+    Case("instance_norm", (randn(1, 2, 700),)),
+], ids=str)  # fmt: skip
+def test_wide_rows_that_are_constant_or_far_from_zero(case, path, monkeypatch, record_property):
+    monkeypatch.setitem(CHOSEN, str(case), case)
+    _trouble(str(case), path, monkeypatch, record_property)
+
+
+def _trouble(name, path, monkeypatch, record_property):
+    if path != "whole":
+        monkeypatch.setattr(kernels.norm, "ROW", 0)
+        monkeypatch.setattr(kernels.norm, "ROW_BWD", 0)
+        monkeypatch.setattr(kernels._rows, "BLOCK", 32)
+        monkeypatch.setattr(kernels._rows, "PROGRAMS", 1 if path == "long" else 1024)
+        monkeypatch.setattr(kernels.channel_norm, "WHOLE", 0)
+        monkeypatch.setattr(kernels.channel_norm, "WHOLE_BWD", 0)
+        monkeypatch.setattr(kernels.channel_norm, "TILE", 64)
+        monkeypatch.setattr(kernels.channel_norm, "PROGRAMS", 1 if path == "long" else 1024)
+    case, runs = CHOSEN[name], 0
+    dtype = case.dtypes[len(name) % len(case.dtypes)]
+    for filling in (constant, nearly, far):
+        results, failures = [], ["none drawn"]
+        for seed in range(5):  # as the harness: beyond its bound, judged by more draws
+            if seed > 0 and not failures:
+                break
+            for centre in CENTRES:
+                sides = _sides(case, dtype, lambda x, _, f=filling, c=centre: f(x, c), 0, seed)
+                done = _compare_sides(*sides, "cpu", "triton", None, False, twice=False)
+                results.append(done)
+                runs += 1
+            # Results of a norm are of order 1: a unit in the last place of that.
+            unit = torch.finfo(torch.float32).eps
+            failures = [failure for r in results for failure in r.failures] + [
+                f"{c.what}: {c.ours:.3g} from float64, bound {c.bound:.3g}"
+                for c in _pooled(results)
+                if c.ours > c.bound + unit
+            ]
+        assert not failures, f"{filling.__name__} in {dtype}: " + "; ".join(failures)
+    record_property("magnitudes", [("compared", runs)])
+
+
+if __name__ == "__main__":
+    from fastnn.testing import interpreter
+
+    interpreter.install()
+    torch.set_num_threads(1)
+    total = 0
+    for name in CHOSEN:
+        runs, faults, listed = swept(name, _all())
+        total += runs
+        print(f"{name}: {runs} runs, {len(listed)} listed differences, {len(faults)} faults")
+        for fault in faults:
+            print(f"    {fault}")
+    print(f"{total} runs; ops: {', '.join(sorted(HEARD))}")
