@@ -284,10 +284,11 @@ def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
     if isinstance(found, str):
         return Stock(found)
     tensor, most = found
-    variant: Stock | str = ""
+    variant = ""
     if mode == "auto":
         index = tensor.get_device()
-        variant = _gate.decide(op.name, op.policy, most, index, args, kwargs)
-        if isinstance(variant, Stock):
-            return variant
+        chosen = _gate.decide(op.name, op.policy, most, index, args, kwargs)
+        if isinstance(chosen, Stock):
+            return chosen
+        variant = chosen
     return _fused(op, tensor.device.type, args, kwargs, variant)

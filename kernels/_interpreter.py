@@ -3,8 +3,8 @@
 With `TRITON_INTERPRET=1` kernels run on the CPU in NumPy. As shipped (3.4 to 3.9) the interpreter
 keeps bfloat16 as raw 16-bit integers and mostly forgets that it did, truncates where a GPU rounds,
 has no libdevice, lets a nan through `tl.maximum`, and runs a tf32 dot in full fp32. Each of these
-makes a kernel fail, a test fail for no reason or, worse, pass for none. `repair()` mends them, before
-the first interpreted launch (`kernels/_launch.py`), for all kernels of the process:
+makes a kernel fail, or a test fail for no reason or, worse, pass for none. `repair()` mends them
+before the first interpreted launch (`kernels/_launch.py`), for all kernels of the process:
 
 - bfloat16: casts round to nearest even; arithmetic, comparisons, `tl.sum`, scans, `tl.dot` and
   scalars compute on values, in fp32, and round once (`tl.sum` too, where a GPU rounds at each step)

@@ -448,7 +448,7 @@ def test_stock_interpreter_fails():
 
 # ---- a process in which nobody installed the repair ----------------------------------------------
 
-# The smallest rows, until each family of ops (a file of fastnn/ops) has run: half of them in `auto`,
+# The smallest rows, until each family of ops (a file of fastnn/ops) has run: half of them in `auto`
 # with a gate that lets everything through, half of them forced.
 PLAIN = """
 import warnings; warnings.simplefilter("ignore")
