@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import fastnn.functional as F
 from fastnn._mode import backend
@@ -207,3 +209,22 @@ def test_a_number_that_the_dtype_does_not_hold():
     assert rounded(math.inf, torch.float16) == math.inf
     assert rounded(1e5, torch.bfloat16) == 99840.0
     assert rounded("a", torch.float16) == "a"
+
+
+@given(st.floats(allow_nan=False), st.sampled_from([*DTYPES.values(), torch.float32]))
+@example(-0.0, torch.float16)
+@example(65519.99, torch.float16)
+@example(65520.0, torch.float16)
+@example(3.5e38, torch.bfloat16)
+@example(2**-25, torch.float16)
+@settings(deadline=None, max_examples=300)
+def test_numbers_are_rounded_as_pytorch_rounds_them(number, dtype):
+    try:
+        want = torch.tensor(number, dtype=dtype).item()
+    except RuntimeError:  # it does not fit
+        want = math.inf
+    got = rounded(number, dtype)
+    if math.isinf(want) and not math.isinf(number):
+        assert got is None
+    else:
+        assert (got, math.copysign(1, got)) == (want, math.copysign(1, want))
