@@ -149,7 +149,7 @@ def kl_div_log(a, b, c, p, q):
 @triton.jit
 def kl_div_log_grad(g, a, b, c, p, q):
     e = libdevice.exp(b)
-    return -e * g, (e * (b - a) + e) * g
+    return -e * g, g * (b - a) * e + g * e  # as stock: e * (b - a) may be inf
 
 
 @triton.jit
