@@ -200,12 +200,17 @@ def _rejected(
     )
 
 
+def _settings():
+    low = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    return low, tf32_setting()
+
+
 def _scores(query, key, value, embed_dim_to_check, num_heads, *rest, **options):
     """The gate's policy: the elements of the attention weights of all heads."""
-    device = query.device.type
-    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    if device == "cuda" and low == torch.float32 and matmul_precision(query.get_device()) == "ieee":
-        return Stock("float32 products without TF32: cuBLAS is faster than a kernel")
+    if query.is_cuda:
+        dtype = _settings()[0] or query.dtype
+        if dtype == torch.float32 and matmul_precision(query.get_device()) == "ieee":
+            return Stock("float32 products without TF32: cuBLAS is faster than a kernel")
     batch = query.shape[1] if query.dim() == 3 else 1
     return Work(batch * num_heads * query.shape[0] * key.shape[0], "attention weights")
 
@@ -222,7 +227,7 @@ _TENSORS = (
     strided=_TENSORS,
     integers=(torch.bool,),
     policy=_scores,
-    settings=tf32_setting,
+    settings=_settings,
     source="arXiv:1706.03762, section 3.2; arXiv:2205.14135; arXiv:2307.08691",
 )
 def multi_head_attention_forward(
