@@ -275,7 +275,20 @@ UNREAD = "a row whose target is ignored is not read: its gradient is 0"
 ALPHA = "the CPU multiplies x by rstd * weight, and has inf - inf; CUDA has an infinity"
 MASS = "class probabilities whose sum passes the largest number: the kernel keeps the sum itself"
 ORDER = "factors and terms near the largest number: the order of products decides, in stock too"
+WEIGHTED = "weight times incoming gradient is subnormal, and is rounded before it is divided"
 LISTED: list[tuple[str, str, str, str]] = [
+    (
+        "BCELoss|binary_cross_entropy\\(",
+        r"scaled\(0\.0",
+        r"grad of input \d: beyond the bound",
+        WEIGHTED,
+    ),
+    (
+        "RMSNorm|rms_norm|LayerNorm|layer_norm|dropout_add",
+        r"one\(max",
+        "finite where neither is",
+        ORDER,
+    ),
     (
         "ELU|CELU|SELU|Hardswish|elu|.*activation=elu",
         r"one\(nan",
