@@ -167,7 +167,11 @@ def _has_stocks_kernel(layer, src: Tensor) -> bool:
 
 
 def _encode(layer, src, src_mask, src_key_padding_mask, is_causal):
-    if _one_by_one(layer, stock.TransformerEncoderLayer) or _has_stocks_kernel(layer, src):
+    if (
+        not isinstance(src, Tensor)  # stock says what is wrong with it
+        or _one_by_one(layer, stock.TransformerEncoderLayer)
+        or _has_stocks_kernel(layer, src)
+    ):
         return layer._plain(src, src_mask, src_key_padding_mask, is_causal)
     src_key_padding_mask = F._canonical_mask(  # type: ignore[attr-defined]
         mask=src_key_padding_mask,
@@ -204,7 +208,7 @@ def _decode(
     layer, tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
     tgt_is_causal, memory_is_causal,
 ):  # fmt: skip
-    if _one_by_one(layer, stock.TransformerDecoderLayer):
+    if not isinstance(tgt, Tensor) or _one_by_one(layer, stock.TransformerDecoderLayer):
         return layer._plain(
             tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
             tgt_is_causal, memory_is_causal,
