@@ -222,6 +222,9 @@ def explain(model: stock.Module, *inputs, **kwargs) -> Explanation:
         try:
             out = call()
             flush()
+            why = replaced(type(layer)) if type(layer) in STOCK else None
+            if why is not None:
+                rows.append(Row(names.get(id(layer), "?"), _class_name(layer), None, None, why))
             return out
         finally:
             stack.pop()
