@@ -12,7 +12,7 @@ import torch.nn as stock
 from torch.utils._pytree import tree_leaves
 
 from fastnn._mode import decisions
-from fastnn.layers._layer import OURS, STOCK
+from fastnn.layers._layer import CALLS, OURS, STOCK, replaced
 from fastnn.ops import FUNCTIONS
 
 
@@ -144,7 +144,7 @@ def _explain_statically(model: stock.Module) -> Explanation:
         kind = type(layer)
         path = None
         if kind in STOCK:
-            why = "has kernels"
+            why = replaced(kind) or "has kernels"
         elif kind in OURS:
             why = "stock class with kernels available: fastnn.convert(model) swaps it"
         else:
@@ -177,11 +177,14 @@ def _watch_calls(around: Callable) -> Iterator[None]:
                 return original(layer, *args, **kwargs)
             return around(layer, lambda: original(layer, *args, **kwargs))
 
+        if original in CALLS:
+            CALLS.add(watched)  # fused paths look at this, too
         stock.Module.__call__ = watched  # type: ignore[method-assign]
         try:
             yield
         finally:
             stock.Module.__call__ = original  # type: ignore[method-assign]
+            CALLS.discard(watched)
 
 
 @contextmanager
@@ -219,6 +222,9 @@ def explain(model: stock.Module, *inputs, **kwargs) -> Explanation:
         try:
             out = call()
             flush()
+            why = replaced(type(layer)) if type(layer) in STOCK else None
+            if why is not None:
+                rows.append(Row(names.get(id(layer), "?"), _class_name(layer), None, None, why))
             return out
         finally:
             stack.pop()

@@ -128,6 +128,9 @@ def _refuse_tensor(op: Op, t: Tensor) -> str | None:
     return None
 
 
+_NO_TENSOR = "there is no tensor among the arguments"
+
+
 def _survey(op: Op, args: tuple, kwargs: dict) -> str | tuple[Tensor, int]:
     """Why no kernel can take this call, of the reasons that all ops share; else a tensor among the
     arguments, and the most elements that one of them has.
@@ -168,7 +171,7 @@ def _survey(op: Op, args: tuple, kwargs: dict) -> str | tuple[Tensor, int]:
             if hasattr(kind, "__torch_function__"):
                 return f"an argument overrides torch functions ({kind.__name__})"
     if first is None:
-        return "there is no tensor among the arguments"
+        return _NO_TENSOR
     return first, most
 
 
@@ -278,11 +281,19 @@ def dispatch(op: Op, args: tuple, kwargs: dict, key: tuple | None = None):
     _forced_onto_stock(op.name, declined.why)
 
 
+def _raise_as_stock(op: Op, args: tuple, kwargs: dict) -> None:
+    """Raise what PyTorch raises for this call; return if it raises nothing."""
+    try:
+        op.stock(*args, **kwargs)
+    except Exception as e:
+        raise e from None
+
+
 def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
     """What the fused function returns; a `Stock` where no kernel can run, or none should."""
     found = _survey(op, args, kwargs)
     if isinstance(found, str):
-        return Stock(found)
+        return Invalid(found) if found is _NO_TENSOR else Stock(found)
     tensor, most = found
     variant = ""
     if mode == "auto":
@@ -291,4 +302,8 @@ def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
         if isinstance(chosen, Stock):
             return chosen
         variant = chosen
-    return _fused(op, tensor.device.type, args, kwargs, variant)
+    try:
+        return _fused(op, tensor.device.type, args, kwargs, variant)
+    except (AttributeError, TypeError):  # say, something else where a tensor belongs
+        _raise_as_stock(op, args, kwargs)
+        raise

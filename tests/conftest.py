@@ -74,6 +74,7 @@ SWEEPS = {
     "strides": "Sweep of strides",
     "sizes": "Sweep of sizes",
     "magnitudes": "Sweep of magnitudes",
+    "setups": "Set-ups, against stock",
 }
 
 

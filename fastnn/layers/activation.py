@@ -1,6 +1,8 @@
 """Activations. Mirrors torch/nn/modules/activation.py."""
 
+import torch
 import torch.nn as stock
+from torch import Tensor
 
 import fastnn.functional as F
 from fastnn.layers._layer import Layer, rebound
@@ -61,6 +63,8 @@ class ReLU6(stock.ReLU6, metaclass=Layer):
 
 class Sigmoid(stock.Sigmoid, metaclass=Layer):
     def forward(self, input):
+        if not isinstance(input, Tensor):
+            return torch.sigmoid(input)  # which stock calls here: its error is another than F's
         return F.sigmoid(input)
 
 
@@ -71,6 +75,8 @@ class Hardsigmoid(stock.Hardsigmoid, metaclass=Layer):
 
 class Tanh(stock.Tanh, metaclass=Layer):
     def forward(self, input):
+        if not isinstance(input, Tensor):
+            return torch.tanh(input)  # as for Sigmoid
         return F.tanh(input)
 
 

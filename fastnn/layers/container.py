@@ -18,7 +18,7 @@ from fastnn import _mode
 from fastnn._mode import current_mode, idle
 from fastnn.layers import activation as acts
 from fastnn.layers import batchnorm
-from fastnn.layers._layer import Layer
+from fastnn.layers._layer import Layer, watched
 from fastnn.layers.dropout import Dropout
 from fastnn.layers.linear import Linear
 from fastnn.layers.normalization import GroupNorm
@@ -66,22 +66,6 @@ def _clamp(m) -> _Told | None:
 def _sloped(name: str, a, b: float, inplace: bool) -> _Told | None:
     # In place, stock's backward refuses a negative slope.
     return (name, float(a), b) if type(a) in (int, float) and not (inplace and a < 0) else None
-
-
-def _watched(*members) -> str | None:
-    """Who would notice that these are not called one by one."""
-    for m in members:
-        d = m.__dict__
-        if (
-            d["_forward_hooks"]
-            or d["_forward_pre_hooks"]
-            or d["_backward_hooks"]
-            or d["_backward_pre_hooks"]
-        ):
-            return f"a hook on {type(m).__name__}"
-        if "forward" in d or d.get("_compiled_call_impl") is not None:
-            return f"{type(m).__name__} has a forward of its own"
-    return None
 
 
 def _plainly() -> bool:
@@ -137,7 +121,7 @@ def _run_neighbours(members, i: int, fuses, input):
     if told is None or current_mode() == "torch":
         return i, input
     name = _LEADS[type(lead)]
-    why = _watched(lead, activation)
+    why = watched(lead, activation)
     if why is not None:
         _mode.note(REGISTRY[name], f"not fused: {why}")
         return i, input
@@ -152,7 +136,7 @@ def _run_neighbours(members, i: int, fuses, input):
     if end < len(members) and type(members[end]) is Dropout:
         dropout = members[end]
         # In place, stock draws its mask in another way.
-        if not (dropout.inplace and dropout.training) and _watched(dropout) is None:
+        if not (dropout.inplace and dropout.training) and watched(dropout) is None:
             p, training = dropout.p, dropout.training
             end += 1
     return end, linear_act(input, lead.weight, lead.bias, *told, p, training)

@@ -7,15 +7,17 @@ from fastnn.layers._layer import Layer
 
 __all__ = ["LogSoftmax", "Softmax", "Softmax2d", "Softmin"]
 
+# A warning about `dim` names the line that it would in stock: forward lies one frame deeper.
+
 
 class Softmin(stock.Softmin, metaclass=Layer):
     def forward(self, input):
-        return F.softmin(input, self.dim, _stacklevel=5)
+        return F.softmin(input, self.dim, _stacklevel=6)
 
 
 class Softmax(stock.Softmax, metaclass=Layer):
     def forward(self, input):
-        return F.softmax(input, self.dim, _stacklevel=5)
+        return F.softmax(input, self.dim, _stacklevel=6)
 
 
 class Softmax2d(stock.Softmax2d, metaclass=Layer):
@@ -24,9 +26,9 @@ class Softmax2d(stock.Softmax2d, metaclass=Layer):
             raise ValueError(
                 f"Softmax2d: expected input to be 3D or 4D, got {input.dim()}D instead"
             )
-        return F.softmax(input, -3, _stacklevel=5)
+        return F.softmax(input, -3, _stacklevel=6)
 
 
 class LogSoftmax(stock.LogSoftmax, metaclass=Layer):
     def forward(self, input):
-        return F.log_softmax(input, self.dim, _stacklevel=5)
+        return F.log_softmax(input, self.dim, _stacklevel=6)

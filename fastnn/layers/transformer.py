@@ -17,9 +17,9 @@ from torch.nn.modules import transformer as _stock
 import fastnn.functional as F
 from fastnn import _mode
 from fastnn._mode import current_mode
-from fastnn.layers._layer import OURS, Layer, rebound
+from fastnn.layers._layer import OURS, Layer, as_torch_made, rebound, watched
 from fastnn.layers.activation import MultiheadAttention
-from fastnn.layers.container import _FUSES, _plainly, _Told, _watched
+from fastnn.layers.container import _FUSES, _plainly, _Told
 from fastnn.layers.dropout import Dropout
 from fastnn.layers.linear import Linear
 from fastnn.layers.normalization import LayerNorm, RMSNorm
@@ -51,7 +51,7 @@ def _activation(layer) -> Any:
     act = layer.activation
     if isinstance(act, stock.Module):
         fuses = _FUSES.get(OURS.get(type(act), type(act)))
-        return fuses(act) if fuses is not None and _watched(act) is None else None
+        return fuses(act) if fuses is not None and watched(act) is None else None
     try:
         return _FUNCTIONS.get(act)
     except TypeError:  # not hashable
@@ -85,7 +85,7 @@ class _Fused:
         elif told is None:
             why = f"the activation is {getattr(layer.activation, '__name__', layer.activation)}"
         else:
-            why = _watched(linear, dropout)
+            why = watched(linear, dropout)
         if why is not None:
             self.tell("linear_act", why)
             x = dropout(layer.activation(linear(x)))
@@ -96,7 +96,7 @@ class _Fused:
     def _plain_dropout(self, dropout) -> str | None:
         if not _is(dropout, Dropout) or (dropout.inplace and dropout.training):
             return f"a dropout is {dropout}"
-        return _watched(dropout)
+        return watched(dropout)
 
     def add(self, x: Tensor, z: Tensor, dropout) -> Tensor:
         """x + dropout(z)"""
@@ -110,9 +110,10 @@ class _Fused:
 
     def add_norm(self, x: Tensor, z: Tensor, dropout, norm, prenorm: bool):
         """norm(x + dropout(z)); (x + dropout(z), its norm) if `prenorm`."""
-        why = self._plain_dropout(dropout) or _watched(norm)
+        why = self._plain_dropout(dropout)
         if why is None and not _is(norm, LayerNorm, RMSNorm):
             why = f"a norm is a {type(norm).__name__}"
+        why = why or watched(norm)
         if why is not None:
             self.tell("dropout_add_layer_norm", why)
             s = x + dropout(z)
@@ -123,14 +124,22 @@ class _Fused:
         return dropout_add_layer_norm(z, x, norm.normalized_shape, norm.weight, norm.bias, *how)
 
 
+# The methods that stock's forward is made of, and that ours does not call.
+_BLOCKS: dict[type, dict[str, Any]] = {
+    cls: {
+        name: as_torch_made(method) for name, method in vars(cls).items() if name.endswith("_block")
+    }
+    for cls in (stock.TransformerEncoderLayer, stock.TransformerDecoderLayer)
+}
+
+
 def _one_by_one(layer, stocks: type) -> bool:
     """Whether stock's code must run: no kernel can, somebody looks on, or overrides a block."""
     if _plainly() or current_mode() == "torch":
         return True
-    blocks = [name for name in vars(stocks) if name.endswith("_block")]
     return any(
-        name in layer.__dict__ or getattr(type(layer), name) is not getattr(stocks, name)
-        for name in blocks
+        name in layer.__dict__ or getattr(type(layer), name) is not method
+        for name, method in _BLOCKS[stocks].items()
     )
 
 
@@ -158,7 +167,11 @@ def _has_stocks_kernel(layer, src: Tensor) -> bool:
 
 
 def _encode(layer, src, src_mask, src_key_padding_mask, is_causal):
-    if _one_by_one(layer, stock.TransformerEncoderLayer) or _has_stocks_kernel(layer, src):
+    if (
+        not isinstance(src, Tensor)  # stock says what is wrong with it
+        or _one_by_one(layer, stock.TransformerEncoderLayer)
+        or _has_stocks_kernel(layer, src)
+    ):
         return layer._plain(src, src_mask, src_key_padding_mask, is_causal)
     src_key_padding_mask = F._canonical_mask(  # type: ignore[attr-defined]
         mask=src_key_padding_mask,
@@ -195,7 +208,7 @@ def _decode(
     layer, tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
     tgt_is_causal, memory_is_causal,
 ):  # fmt: skip
-    if _one_by_one(layer, stock.TransformerDecoderLayer):
+    if not isinstance(tgt, Tensor) or _one_by_one(layer, stock.TransformerDecoderLayer):
         return layer._plain(
             tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
             tgt_is_causal, memory_is_causal,

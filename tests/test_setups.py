@@ -1,0 +1,898 @@
+"""What people build around layers: tiny models of every fused kind, through each set-up, as stock.
+
+A set-up trains or calls a model and says what it saw: tensors, which may be as far from float64 as
+the parity rule allows, and anything else (counts, shapes, names, errors), which must be equal. Each
+runs forced onto kernels, and in `auto` with a gate that lets every size through.
+"""
+
+import collections
+import contextlib
+import functools
+import itertools
+import subprocess
+import sys
+import threading
+import warnings
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy
+import pytest
+import torch
+import torch.nn as stock
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules import module as registry
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
+
+import fastnn
+from fastnn.layers._layer import OURS, STOCK
+from fastnn.testing import Comparison, _compare, _pooled, _side, simulated
+from fastnn.testing.cases import CASES
+from fastnn.testing.noise import recording, replaying
+from tests.marks import interpreted
+
+pytestmark = [
+    interpreted,
+    # Said by PyTorch, of set-ups that are wrong or rare on purpose.
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
+]
+
+
+# ---- Models ------------------------------------------------------------------------------------
+
+
+class Embedded(stock.Module):
+    """An embedding under losses: what is left of the plain ops."""
+
+    def __init__(self, nn):
+        super().__init__()
+        self.table, self.slope = nn.Embedding(7, 6), nn.PReLU()
+        self.losses = stock.ModuleList(
+            [nn.CrossEntropyLoss(torch.linspace(1, 2, 6)), nn.MSELoss(), nn.BCEWithLogitsLoss()]
+        )
+
+    def forward(self, x):
+        near = self.slope(self.table(torch.arange(5, device=x.device)) + x)
+        target = torch.arange(5, device=x.device)
+        classes, square, logits = self.losses
+        whole = classes(near, target) + square(near, x) + logits(near, x.detach().sigmoid())
+        return near * whole
+
+
+class Losing(stock.Module):
+    """A LinearCrossEntropyLoss, which older versions of torch do not have."""
+
+    def __init__(self, nn):
+        super().__init__()
+        self.loss = nn.LinearCrossEntropyLoss(6, 4, bias=True)
+
+    def forward(self, x):
+        return self.loss(x, torch.arange(5, device=x.device) % 4)
+
+
+class Attending(stock.Module):
+    def __init__(self, nn):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, dropout=0.2)
+
+    def forward(self, x):
+        out, weights = self.attention(x, x, x)
+        return out + weights.sum()
+
+
+class Decoding(stock.Module):
+    def __init__(self, nn, **options):
+        super().__init__()
+        self.layer = nn.TransformerDecoderLayer(6, 2, 5, dropout=0.2, **options)
+
+    def forward(self, x):
+        return self.layer(x, x.flip(0) * 2)
+
+
+def encoding(**options):
+    return lambda nn: nn.TransformerEncoderLayer(6, 2, 5, dropout=0.2, **options)
+
+
+def chain(*members):
+    """Members by class name and arguments."""
+    return lambda nn: nn.Sequential(*(getattr(nn, name)(*args) for name, *args in members))
+
+
+ROWS, SEQUENCE = (5, 6), (3, 1, 6)
+MODELS = {
+    "linear_act": (chain(("Linear", 6, 8), ("GELU",), ("Linear", 8, 8), ("ReLU",)), ROWS),
+    "linear_act_dropout": (chain(("Linear", 6, 6), ("Tanh",), ("Dropout", 0.4)), ROWS),
+    "batch_norm_act": (chain(("BatchNorm1d", 6), ("ReLU",)), ROWS),
+    "group_norm_act": (chain(("GroupNorm", 2, 6), ("SiLU",)), ROWS),
+    "plain": (
+        chain(("LayerNorm", 6), ("RMSNorm", 6), ("Softplus",), ("Dropout", 0.4), ("Softmax", 1)),
+        ROWS,
+    ),
+    "embedding": (Embedded, ROWS),
+    "attention": (Attending, SEQUENCE),
+    "encoder": (encoding(), SEQUENCE),
+    "encoder, norm first": (encoding(norm_first=True, activation="gelu"), SEQUENCE),
+    "decoder": (Decoding, SEQUENCE),
+    "decoder, norm first": (functools.partial(Decoding, norm_first=True), SEQUENCE),
+}
+if hasattr(stock, "LinearCrossEntropyLoss"):
+    MODELS["linear_cross_entropy"] = Losing, ROWS
+FUSED = {
+    "linear_act": {"linear_act"},
+    "linear_act_dropout": {"linear_act"},
+    "batch_norm_act": {"batch_norm_act"},
+    "group_norm_act": {"group_norm_act"},
+    "encoder": {"linear_act", "dropout_add_layer_norm"},
+    "encoder, norm first": {"linear_act", "dropout_add_layer_norm", "dropout_add"},
+    "decoder": {"linear_act", "dropout_add_layer_norm"},
+    "decoder, norm first": {"linear_act", "dropout_add_layer_norm", "dropout_add"},
+}
+
+
+@dataclass
+class Lab:
+    """A model on one of the sides, with what a set-up needs."""
+
+    net: stock.Module
+    x: Tensor
+    home: Any  # where the side has its classes: fastnn or torch.nn
+    mode: str
+
+    def loss(self, out=None):
+        out = self.net(self.x) if out is None else out
+        weights = torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=out.device)
+        return (out * weights.view_as(out)).sum()
+
+    def grads(self) -> dict[str, Tensor]:
+        found = {f"grad of {n}": p.grad for n, p in self.net.named_parameters()}
+        return {"grad of the input": self.x.grad, **found}
+
+    def all(self, out) -> dict[str, Any]:
+        self.loss(out).backward()
+        buffers = {f"{n} afterwards": b for n, b in self.net.named_buffers()}
+        return {"output": out.detach(), **self.grads(), **buffers}
+
+
+def never(net):
+    """Without dropout."""
+    for m in net.modules():
+        if isinstance(m, stock.Dropout):
+            m.p = 0.0
+        if isinstance(m, stock.MultiheadAttention):
+            m.dropout = 0.0
+    return net
+
+
+# ---- Set-ups -----------------------------------------------------------------------------------
+
+SETUPS: dict[str, tuple] = {}
+
+
+def setup(prepare=None, names=None):
+    """Register a set-up; `prepare(net)` is done to the float32 model, before it goes to a dtype."""
+
+    def register(run):
+        for name in names or [run.__name__]:
+            SETUPS[f"{run.__name__}[{name}]" if names else name] = (
+                functools.partial(prepare, name) if names and prepare else prepare,
+                functools.partial(run, name) if names else run,
+            )
+        return run
+
+    return register
+
+
+@setup()
+def accumulation(lab):
+    for scale in (1.0, 0.5):
+        (lab.loss(lab.net(lab.x * scale)) / 2).backward()
+    return lab.grads()
+
+
+@setup()
+def two_losses(lab):
+    out = lab.net(lab.x)
+    out.sum().backward(retain_graph=True)
+    lab.loss(out).backward()
+    return lab.grads()
+
+
+@setup(names=["reentrant", "not reentrant", "nested", "nested, reentrant inside", "in two halves"])
+def checkpointing(how, lab):
+    again = functools.partial(checkpoint, use_reentrant=how == "reentrant")
+    if how.startswith("nested"):
+        inner = functools.partial(checkpoint, use_reentrant="inside" in how)
+        return lab.all(again(lambda x: inner(lab.net, x) * 2, lab.x))
+    if how == "in two halves" and isinstance(lab.net, stock.Sequential):
+        return lab.all(again(lab.net[2:], again(lab.net[:2], lab.x)))
+    return lab.all(again(lab.net, lab.x))
+
+
+class Strided(stock.Module):
+    def forward(self, p):
+        return torch.stack([p, torch.full_like(p, torch.nan)], -1)[..., 0]
+
+
+class Expanded(stock.Module):
+    def forward(self, p):
+        return p[:1].expand(p.shape)
+
+
+class Shared(stock.Module):
+    """One result for all whose parametrisation this is."""
+
+    def __init__(self):
+        super().__init__()
+        self.results = {}
+
+    def forward(self, p):
+        return self.results.setdefault((tuple(p.shape), p.dtype), p * 1.5)
+
+
+def parametrised(how, net):
+    one = Shared()
+    for m in list(net.modules()):
+        for name, p in list(m.named_parameters(recurse=False)):
+            if how in ("strided", "expanded", "shared"):
+                made = {"strided": Strided, "expanded": Expanded, "shared": lambda: one}[how]
+                parametrize.register_parametrization(m, name, made())
+            elif name == "weight" and p.dim() == 2:
+                getattr(parametrizations, how)(m)
+
+
+@setup(
+    parametrised, ["strided", "expanded", "shared", "weight_norm", "spectral_norm", "orthogonal"]
+)
+def parametrisation(how, lab):
+    for m in lab.net.modules():
+        if isinstance(m, Shared):
+            m.results.clear()  # the model was built in another dtype
+    return lab.all(lab.net(lab.x))
+
+
+@setup(names=["strided", "expanded", "transposed", "fresh", "offset"])
+def functional(how, lab):
+    leaves, given = {}, {}
+    for name, p in lab.net.named_parameters():
+        leaf = leaves[name] = p.detach().clone().requires_grad_()
+        if how == "strided":
+            given[name] = Strided()(leaf)
+        elif how == "expanded":
+            given[name] = Expanded()(leaf)
+        elif how == "transposed":
+            given[name] = leaf.t().contiguous().t() if leaf.dim() == 2 else leaf
+        elif how == "offset":
+            given[name] = torch.cat([leaf.new_full((1,), torch.nan), leaf.flatten()])[1:].view_as(p)
+        else:
+            given[name] = leaf * 1.0
+    out = functional_call(lab.net, given, (lab.x,))
+    lab.loss(out).backward()
+    grads = {f"grad of {name}": leaf.grad for name, leaf in leaves.items()}
+    return {"output": out.detach(), "grad of the input": lab.x.grad, **grads}
+
+
+def shapes(tree):
+    return torch.utils._pytree.tree_map(
+        lambda v: (tuple(v.shape), v.requires_grad) if isinstance(v, Tensor) else type(v).__name__,
+        tree,
+    )
+
+
+MODULE_HOOKS = {
+    "forward": lambda m, note: m.register_forward_hook(lambda m, a, out: note(m, a, out)),
+    "forward with kwargs": lambda m, note: m.register_forward_hook(
+        lambda m, a, k, out: note(m, a, k, out), with_kwargs=True
+    ),
+    "forward, always called": lambda m, note: m.register_forward_hook(
+        lambda m, a, out: note(m, a, out), always_call=True
+    ),
+    "forward, changing": lambda m, note: m.register_forward_hook(
+        lambda m, a, out: note(m) or (out * 1.5 if isinstance(out, Tensor) else None)
+    ),
+    "pre": lambda m, note: m.register_forward_pre_hook(lambda m, a: note(m, a)),
+    "pre with kwargs": lambda m, note: m.register_forward_pre_hook(
+        lambda m, a, k: note(m, a, k), with_kwargs=True
+    ),
+    "full backward": lambda m, note: m.register_full_backward_hook(
+        lambda m, into, out: note(m, into, out)
+    ),
+    "full backward, changing": lambda m, note: m.register_full_backward_hook(
+        lambda m, into, out: note(m) or tuple(None if g is None else g * 2 for g in into)
+    ),
+    "full backward pre": lambda m, note: m.register_full_backward_pre_hook(
+        lambda m, out: note(m, out)
+    ),
+}
+
+
+@setup(names=list(MODULE_HOOKS))
+def hooks(kind, lab):
+    names, seen = {id(m): n for n, m in lab.net.named_modules()}, []
+
+    def note(m, *given):
+        seen.append((names[id(m)], shapes(given)))
+
+    for m in lab.net.modules():
+        MODULE_HOOKS[kind](m, note)
+    return {"seen": seen, **lab.all(lab.net(lab.x)), "all seen": list(seen)}
+
+
+@setup(names=["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def global_hooks(kind, lab):
+    names, seen = {id(m): n for n, m in lab.net.named_modules()}, []
+
+    def note(m, *given):
+        seen.append((names.get(id(m)), shapes(given)))
+
+    handle = getattr(registry, f"register_module_{kind}_hook")(note)
+    try:
+        return {**lab.all(lab.net(lab.x)), "seen": seen}
+    finally:
+        handle.remove()
+
+
+@setup(names=["one member", "after removal"])
+def member_hooks(how, lab):
+    """The other members stay fused."""
+    seen = []
+    members = [m for m in lab.net.modules() if not list(m.children())]
+    for i, m in enumerate(members):
+        if i % 3 == 0:
+            handle = m.register_forward_hook(lambda m, a, out: seen.append(shapes((a, out))))
+            if how == "after removal":
+                handle.remove()
+    return {**lab.all(lab.net(lab.x)), "seen": seen}
+
+
+@setup()
+def tensor_hooks(lab):
+    """On the input, the output and parameters, before and after accumulation."""
+    seen = collections.Counter()
+    out = lab.net(lab.x * 1)
+    for name, t in [("output", out), ("input", lab.x), *lab.net.named_parameters()]:
+        t.register_hook(lambda g, name=name: seen.update([(name, tuple(g.shape))]) or g * 2)
+        if t.is_leaf:
+            t.register_post_accumulate_grad_hook(
+                lambda p, name=name: seen.update([f"{name} accumulated {p.grad is not None}"])
+            )
+    return {**lab.all(out), "seen": seen}
+
+
+@setup()
+def state_dict_hooks(lab):
+    seen = []
+    for m in lab.net.modules():
+        kind = type(m).__name__
+        m.register_state_dict_post_hook(lambda m, d, p, meta, k=kind: seen.append((k, p, list(d))))
+        m.register_state_dict_pre_hook(lambda m, p, keep, k=kind: seen.append((k, p, keep)))
+        m.register_load_state_dict_pre_hook(
+            lambda m, d, p, *a, k=kind: seen.append((k, p, list(d)))
+        )
+        m.register_load_state_dict_post_hook(lambda m, keys, k=kind: seen.append((k, str(keys))))
+    state = {k: v * 2 for k, v in lab.net.state_dict().items()}
+    lab.net.load_state_dict(state)
+    return {**lab.all(lab.net(lab.x)), "seen": seen}
+
+
+@contextlib.contextmanager
+def counting(owners, name, seen):
+    """`owner.name` is wrapped on each of these classes, and calls are counted by class."""
+    kept = []
+    for owner in owners:
+        method = getattr(owner, name)
+
+        def counted(self, *args, method=method, **kwargs):
+            seen.update([type(self).__name__])
+            return method(self, *args, **kwargs)
+
+        kept.append((owner, vars(owner).get(name)))
+        setattr(owner, name, counted)
+    try:
+        yield
+    finally:
+        for owner, method in kept:
+            delattr(owner, name) if method is None else setattr(owner, name, method)
+
+
+@setup(
+    lambda what, net: never(net) if "stock" in what else None,  # which then draws stock's noise
+    ["forward", "stock forward", "__call__", "Module.__call__", "Module._call_impl"],
+)
+def replaced_on_the_class(what, lab):
+    """Each class at a time, then all of them."""
+    found, name = {}, what.split()[-1].split(".")[-1]
+    if "Module" in what:
+        each = [[stock.Module]]
+    else:
+        classes = {type(m) for m in lab.net.modules() if type(m) in OURS or type(m) in STOCK}
+        if "stock" in what:
+            classes = {STOCK.get(c, c) for c in classes}
+        each = [*([c] for c in sorted(classes, key=lambda c: c.__name__)), sorted(classes, key=str)]
+    for owners in each:
+        seen = collections.Counter()
+        with counting(owners, name, seen):
+            out = lab.net(lab.x)
+        found[str([c.__name__ for c in owners] if len(owners) < 2 else "all")] = seen
+    return {**found, **lab.all(out)}
+
+
+@setup(names=["weights", "biases", "all", "the input", "a member"])
+def freezing(what, lab):
+    if what == "the input":
+        lab.x.requires_grad_(False)
+    for i, (name, p) in enumerate(lab.net.named_parameters()):
+        if what == "all" or name.endswith(what[:-1]) or (what == "a member" and i < 2):
+            p.requires_grad_(False)
+    return lab.all(lab.net(lab.x))
+
+
+@setup(names=["inference_mode", "no_grad"])
+def eval_then_train(how, lab):
+    lab.net.eval()
+    with getattr(torch, how)():
+        first = lab.net(lab.x)
+        kept = first.is_inference(), first.requires_grad
+    lab.net.train()
+    return {"evaluated": first.clone(), "kept": kept, **lab.all(lab.net(lab.x))}
+
+
+@setup()
+def train_then_eval(lab):
+    lab.loss().backward()
+    lab.net.eval()
+    return lab.all(lab.net(lab.x))
+
+
+@setup()
+def tied(lab):
+    """Parameters of one shape are one, within and across members."""
+    first: dict = {}
+    for m in lab.net.modules():
+        for name, p in list(m.named_parameters(recurse=False)):
+            setattr(m, name, first.setdefault((name.split("_")[-1], p.shape), p))
+    return lab.all(lab.net(lab.x) + lab.net(lab.x * 0.5))
+
+
+@setup()
+def edited_in_place(lab):
+    """Between forward and backward: an optimizer's step on a parameter that the graph needs."""
+    out = lab.net(lab.x)
+    with torch.no_grad():
+        for p in lab.net.parameters():
+            p.mul_(1.01)
+    try:
+        lab.loss(out).backward()
+    except RuntimeError as e:
+        return {"said": str(e)[:60]}
+    return lab.grads()
+
+
+@setup()
+def stepping(lab):
+    optimizer = torch.optim.SGD(lab.net.parameters(), lr=0.01, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        lab.loss().backward()
+        torch.nn.utils.clip_grad_norm_(lab.net.parameters(), 10.0)
+        optimizer.step()
+    return {name: p.detach() for name, p in lab.net.named_parameters()}
+
+
+@setup(lambda net: never(net))
+def penalty(lab):
+    """A gradient of a gradient."""
+    with sdpa_kernel(SDPBackend.MATH):  # of the others PyTorch has no second derivative
+        (g,) = torch.autograd.grad(lab.loss(), lab.x, create_graph=True)
+        (g.square().sum() + lab.loss()).backward()
+    return {"first": g.detach(), **lab.grads()}
+
+
+@setup()
+def packed(lab):
+    """As people do who wrap an RNN's input: the error is stock's."""
+    wrong = pack_padded_sequence(lab.x.detach().view(lab.x.shape[0], -1, 6), [lab.x.shape[0]])
+    try:
+        lab.net(wrong)
+    except Exception as e:
+        return {"said": (type(e).__name__, str(e))}
+    return {"said": None}
+
+
+# ---- The comparison ------------------------------------------------------------------------------
+
+
+def prepared(name, home, converts, prepare, seed, dtype):
+    build, shape = MODELS[name]
+    torch.manual_seed(seed)
+    net = fastnn.convert(build(stock)) if converts else build(home)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    if prepare is not None:
+        prepare(net)
+    return net.to(dtype), torch.randn(shape).to(dtype).requires_grad_()
+
+
+def outcome(name, prepare, run, home, mode, seed, dtype, draws):
+    converts = home is fastnn and mode == "auto"
+    net, x = prepared(name, home, converts, prepare, seed, dtype)
+    torch.manual_seed(seed)
+    noise = recording() if draws is None else replaying(draws) if draws else None
+    with fastnn.backend(mode), noise or contextlib.nullcontext() as noted:
+        if home is fastnn:
+            with fastnn.decisions() as heard:
+                return run(Lab(net, x, home, mode)), noted, heard
+        with mock.patch.object(stock.functional, "batch_norm", batch_norm_of_dense_weights):
+            return run(Lab(net, x, home, mode)), None, None
+
+
+def batch_norm_of_dense_weights(
+    input, mean, var, weight=None, bias=None, *rest, stock=stock.functional.batch_norm
+):
+    """The backward of PyTorch on a CPU reads a weight that is a view as if it were dense."""
+    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
+    return stock(input, mean, var, weight, bias, *rest)
+
+
+def compared(name, prepare, run, mode, seed):
+    """(comparisons, what else differs, what was dispatched)."""
+    ours, draws, heard = outcome(name, prepare, run, fastnn, mode, seed, torch.float32, None)
+    its, _, _ = outcome(name, prepare, run, stock, mode, seed, torch.float32, draws)
+    exact, _, _ = outcome(name, prepare, run, stock, mode, seed, torch.float64, draws)
+    comparisons: list[Comparison] = []
+    wrong = [] if ours.keys() == its.keys() else [f"found {sorted(ours)}; stock {sorted(its)}"]
+    for what in ours.keys() & its.keys():
+        a, b = ours[what], its[what]
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point():
+            if (a.shape, a.dtype) != (b.shape, b.dtype):
+                wrong.append(
+                    f"{what}: {a.dtype} {tuple(a.shape)}; stock {b.dtype} {tuple(b.shape)}"
+                )
+                continue
+            comparison, failure = _compare(what, a, b, exact[what])
+            comparisons += [comparison] if comparison else []
+            wrong += [failure] if failure else []
+        elif isinstance(a, Tensor) and isinstance(b, Tensor):
+            wrong += [] if torch.equal(a, b) else [f"{what}: differs from stock"]
+        elif a != b:
+            wrong.append(f"{what}: {a}; stock {b}")
+    return comparisons, wrong, heard
+
+
+def differences(name, prepare, run, mode):
+    """In words; judged over more draws where one leaves a comparison beyond its bound."""
+    found = []
+    for draws in (1, 3, 9, 25):
+        try:
+            found += [compared(name, prepare, run, mode, seed) for seed in range(len(found), draws)]
+        except (
+            fastnn.BackendError
+        ):  # an op declines the set-up, and says why: then its way in `auto`
+            return differences(name, prepare, run, "auto")
+        wrong = [w for _, these, _ in found for w in these]
+        pooled = _pooled([mock.Mock(comparisons=c) for c, _, _ in found])
+        failures = [c.failure for c in pooled if c.failure]
+        if wrong or not failures:
+            break
+    return [*wrong, *failures], found[0][2]
+
+
+@pytest.fixture(autouse=True)
+def no_size_gate(simulate):
+    simulate(least=0, source="the test")
+
+
+def share(name):
+    """(model, mode) for a set-up: of the models that cost most one, and of the others all, in turn
+    forced and in `auto`. `python -m tests.test_setups` runs all of them in both."""
+    at = list(SETUPS).index(name)
+    small = [m for m in MODELS if m not in LARGE]
+    chosen = [*small, LARGE[at % len(LARGE)]]
+    return [(m, MODES[(at // len(LARGE) + i) % 2]) for i, m in enumerate(chosen)]
+
+
+MODES = ("triton", "auto")
+LARGE = [m for m, (_, shape) in MODELS.items() if shape == SEQUENCE]
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_setup(name, record_property):
+    wrong = []
+    for model, mode in share(name):
+        told, _ = differences(model, *SETUPS[name], mode)
+        wrong += [f"{model}, {mode}: {w}" for w in told]
+    modes = collections.Counter("forced" if m == "triton" else m for _, m in share(name))
+    record_property("setups", [(f"runs of a model, {mode}", n) for mode, n in modes.items()])
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", FUSED)
+def test_the_models_are_fused(name, mode):
+    """Or the set-ups would show nothing: each model on the path that it is here for."""
+    wrong, heard = differences(name, None, lambda lab: lab.all(lab.net(lab.x)), mode)
+    assert not wrong
+    assert FUSED[name] <= {op.name for op, why in heard if why is None}
+
+
+# ---- Hooks of the old kind ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["linear_act", "batch_norm_act", "plain"])
+def test_old_backward_hooks(name, mode):
+    """They get the gradients of whatever node comes last in the layer, which stock warns about: so
+    the inputs' gradients differ, in number and order. The rest does not."""
+
+    def run(lab):
+        seen = []
+        for n, m in lab.net.named_children():
+            m.register_backward_hook(lambda m, into, out, n=n: seen.append((n, shapes(out))))
+        return {**lab.all(lab.net(lab.x)), "seen": seen}
+
+    wrong, _ = differences(name, None, run, mode)
+    assert not wrong
+
+
+# ---- Methods replaced on a class ---------------------------------------------------------------
+
+
+def calls(owners, net, x, name="forward"):
+    seen = collections.Counter()
+    with counting(owners, name, seen), fastnn.backend("triton"):
+        net(x)
+    return seen
+
+
+@pytest.mark.parametrize("home", [fastnn, stock])
+def test_a_tool_that_wraps_every_class_counts_a_call_once(home):
+    net = never(MODELS["encoder"][0](fastnn))
+    both = calls(
+        [fastnn.Linear, stock.Linear, fastnn.Dropout, stock.Dropout], net, torch.ones(3, 6)
+    )
+    assert both == {"Linear": 2, "Dropout": 3}
+    assert calls([home.LayerNorm], net, torch.ones(3, 6)) == {"LayerNorm": 2}
+
+
+@pytest.mark.parametrize("block", ["_sa_block", "_ff_block"])
+def test_a_block_replaced_on_the_stock_class_is_called(block):
+    net = never(MODELS["encoder"][0](fastnn))
+    seen = calls([stock.TransformerEncoderLayer], net, torch.ones(3, 6), block)
+    assert seen == {"TransformerEncoderLayer": 1}
+
+
+def test_explain_tells_of_it_and_does_not_count_itself():
+    net, x = MODELS["linear_act"][0](fastnn), torch.ones(5, 6)
+    assert {row.op for row in fastnn.explain(net, x)} == {"linear_act"}
+    with counting([stock.Linear], "forward", collections.Counter()):
+        assert "torch.nn.Linear.forward was replaced" in str(fastnn.explain(net, x))
+        assert "torch.nn.Linear.forward was replaced" in str(fastnn.explain(net))
+    with counting([stock.Module], "__call__", collections.Counter()):
+        assert "Linear.__call__ was replaced" in str(fastnn.explain(net, x))
+    assert {row.op for row in fastnn.explain(net, x)} == {"linear_act"}
+
+
+def test_what_was_replaced_before_the_import_is_called():
+    code = (
+        "import torch; calls = []; old = torch.nn.Linear.forward\n"
+        "def forward(self, x): calls.append(1); return old(self, x)\n"
+        "torch.nn.Linear.forward = forward\n"
+        "import fastnn; x = torch.ones(2, 3)\n"
+        "fastnn.Linear(3, 4)(x)\n"
+        "with fastnn.backend('triton'):\n"
+        "    fastnn.Sequential(fastnn.Linear(3, 4), fastnn.GELU())(x)\n"
+        "print(len(calls))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "2\n", done.stderr
+
+
+# ---- Something else where a tensor belongs -------------------------------------------------------
+
+WRONG = {
+    "a packed sequence": lambda: pack_padded_sequence(torch.ones(3, 1, 2), [3]),
+    "a list": lambda: [1.0, 2.0],
+    "a number": lambda: 3.0,
+    "a string": lambda: "x",
+    "nothing": lambda: None,
+    "an array": lambda: numpy.ones((2, 2), numpy.float32),
+}
+
+
+def size(case):
+    return sum(x.numel() for x in case.make(torch.float32, "cpu") if isinstance(x, Tensor))
+
+
+# The smallest row of each. Functions that only we have are asked for tensors by their names.
+BY_NAME = {
+    case.name: case
+    for case in sorted(CASES, key=lambda case: -size(case))
+    if case.stock is None and hasattr(stock if case.is_layer else stock.functional, case.name)
+}
+
+
+def said(call, mode, args, kwargs):
+    try:
+        with fastnn.backend(mode):
+            call(*args, **kwargs)
+    except fastnn.BackendError:
+        return "declined"
+    except Exception as e:
+        return type(e), str(e)
+    return "nothing"
+
+
+def test_arguments_that_are_no_tensors(record_property):
+    """Each argument of a row of each op and layer in turn: the error is that of stock."""
+    different, runs = [], 0
+    for case in BY_NAME.values():
+        sides = [_side(case, home, torch.float32, "cpu").call for home in (fastnn, stock)]
+        given = case.make(torch.float32, "cpu")
+        options = {} if case.is_layer else case.options
+        options = {k: v(torch.float32, "cpu") if callable(v) else v for k, v in options.items()}
+        for i, (n, wrong) in itertools.product(range(len(given)), enumerate(WRONG)):
+            mode = MODES[(runs + n) % 2]
+            if isinstance(given[i], Tensor):
+                args = [*given[:i], WRONG[wrong](), *given[i + 1 :]]
+                ours, its = (said(side, mode, args, options) for side in sides)
+                runs += 1
+                # Forced, a call may be declined before anybody looks at what is wrong with it.
+                if ours != its and (ours != "declined" or mode == "auto"):
+                    different.append(f"{case}, {wrong} for {i}, {mode}: {ours}; stock {its}")
+    record_property("setups", [("wrong arguments", runs)])
+    assert not different, "\n".join(different)
+
+
+# ---- Threads -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["linear_act", "encoder"])
+def test_threads_with_modes_of_their_own(name):
+    """Each gets what it gets alone, to the bit, by the path that it asked for."""
+
+    def model():
+        return prepared(name, fastnn, False, never, 0, torch.float32)
+
+    def play(mode, net, x):
+        with fastnn.backend(mode), fastnn.decisions() as heard:
+            found = Lab(net, x, fastnn, mode).all(net(x))
+        return found, {why for _, why in heard if why and not why.startswith("not fused")}
+
+    modes = ("triton", "torch", "auto", "triton", "torch", "auto")
+    alone = {mode: play(mode, *model()) for mode in set(modes)}
+    models = [model() for _ in modes]  # threads would mix up the generator's numbers
+    together = {}
+    ready = threading.Barrier(len(modes))
+
+    def work(i, mode):
+        ready.wait()
+        together[i] = play(mode, *models[i])
+
+    threads = [threading.Thread(target=work, args=item) for item in enumerate(modes)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for i, mode in enumerate(modes):
+        found, whys = together[i]
+        assert whys == alone[mode][1]
+        if mode != "auto":
+            assert whys == ({'backend("torch")'} if mode == "torch" else set())
+        for what, value in alone[mode][0].items():
+            assert torch.equal(found[what], value), (mode, what)
+
+
+# ---- Two processes -----------------------------------------------------------------------------
+
+WAYS = ["ddp", "ddp, accumulating", "ddp, autocast", "fully_shard", "fully_shard, each layer"]
+SPREAD = [
+    (name, way)
+    for name, way in itertools.product(("linear_act", "batch_norm_act", "encoder"), WAYS)
+    # Stock has no batch norm on a CPU of bfloat16 parameters and float32 statistics.
+    if (name != "batch_norm_act" or way.startswith("ddp"))
+    and (name != "encoder" or way in ("ddp", "fully_shard, each layer"))  # which costs most
+]
+
+
+def spread(name, way, home, mode, seed, rank):
+    """The averaged gradients of a model and its buffers, over both processes."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    net, _ = prepared(name, home, home is fastnn and mode == "auto", never, seed, torch.float32)
+    torch.manual_seed(50 * seed + rank)
+    x = torch.randn(MODELS[name][1])
+    if way.startswith("ddp"):
+        wrapped = stock.parallel.DistributedDataParallel(net)
+    else:
+        low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if "each" in way:
+            for m in net.children():
+                if list(m.parameters()):
+                    fully_shard(m, mp_policy=low)
+        wrapped = fully_shard(net, mp_policy=low)
+    with fastnn.backend(mode), torch.autocast("cpu", torch.bfloat16, enabled="autocast" in way):
+        if way == "ddp, accumulating":
+            with wrapped.no_sync():
+                wrapped(x * 0.5).float().square().sum().backward()
+        wrapped(x).float().square().sum().backward()
+    found = {f"grad of {n}": p.grad for n, p in net.named_parameters()}
+    found = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in found.items()}
+    return found | dict(net.named_buffers())
+
+
+def exactly(name, way, seed):
+    """The same in one process, in float64."""
+    total: dict[str, Tensor] = {}
+    for rank in range(2):
+        net, _ = prepared(name, stock, False, never, seed, torch.float64)
+        torch.manual_seed(50 * seed + rank)
+        x = torch.randn(MODELS[name][1]).double()
+        if way == "ddp, accumulating":
+            net(x * 0.5).square().sum().backward()
+        net(x).square().sum().backward()
+        for n, p in net.named_parameters():
+            total[f"grad of {n}"] = total.get(f"grad of {n}", 0) + p.grad / 2
+        for n, b in net.named_buffers():
+            total.setdefault(n, b)
+    return total
+
+
+def process(rank, folder):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    wrong, runs = [], 0
+    for i, (name, way) in enumerate(SPREAD):
+        mode = MODES[i % 2]
+        comparisons, used = [], mode
+        for seed in range(2):
+            with simulated(least=0):
+                try:
+                    ours = spread(name, way, fastnn, used, seed, rank)
+                except fastnn.BackendError:  # as in `differences`; in both processes alike
+                    used = "auto"
+                    ours = spread(name, way, fastnn, used, seed, rank)
+            its = spread(name, way, stock, "auto", seed, rank)
+            exact = exactly(name, way, seed)
+            found = [
+                _compare(n, ours[n], its[n], exact[n]) for n in its if its[n].is_floating_point()
+            ]
+            comparisons.append(mock.Mock(comparisons=[c for c, _ in found if c]))
+            wrong += [f"{name}, {way}, {mode}: {failure}" for _, failure in found if failure]
+            if ours.keys() != its.keys():
+                wrong.append(f"{name}, {way}, {mode}: {sorted(ours)}; stock {sorted(its)}")
+        runs += 1
+        wrong += [f"{name}, {way}, {mode}: {c.failure}" for c in _pooled(comparisons) if c.failure]
+    torch.save((wrong, runs), f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes(tmp_path, record_property):
+    """DDP and FSDP2, in mixed precision, too; gradients against those of one process in float64."""
+    torch.multiprocessing.spawn(process, (tmp_path,), nprocs=2)
+    found = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    record_property("setups", [("runs of a model in two processes", found[0][1])])
+    assert not found[0][0] + found[1][0], "\n".join(found[0][0] + found[1][0])
+
+
+def everything() -> bool:
+    """Every set-up on every model, forced and in `auto`; whether all is as in stock."""
+    warnings.simplefilter("ignore")
+    right = True
+    for name, (model, mode) in itertools.product(SETUPS, itertools.product(MODELS, MODES)):
+        with simulated(least=0):
+            told, _ = differences(model, *SETUPS[name], mode)
+        right &= not told
+        print(f"{name}, {model}, {mode}: {'; '.join(told) or 'as stock'}", flush=True)
+    return right
+
+
+if __name__ == "__main__":
+    sys.exit(not everything())
