@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastnn.bench.cases import BenchCase
-from fastnn.bench.environment import environment, measured
-from fastnn.bench.measure import Clock, interleaved
-from fastnn.bench.run import FORCED, Results, _around, _both, _sides, check, geometric_mean
 
 import fastnn
 from fastnn import kernels
 from fastnn.bench import predict
+from fastnn.bench.cases import BenchCase
+from fastnn.bench.environment import environment, measured
+from fastnn.bench.measure import Clock, interleaved
+from fastnn.bench.run import FORCED, Results, _around, _both, _sides, check, geometric_mean
 
 MARGIN = 0.03
 MOST_STEPS = 4

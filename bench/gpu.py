@@ -151,9 +151,8 @@ def _prepare(work: Work, items: list[tuple]) -> bool:
 def _prepared(work: Work, item: tuple[str, str, dict]) -> None:
     """Forward and backward of a row, on kernels or compiled. What fails here does so again where
     it is reported."""
-    from fastnn.bench.run import FORCED, _around, _both, _sides
-
     from fastnn import kernels
+    from fastnn.bench.run import FORCED, _around, _both, _sides
 
     what, key, table = item
     with contextlib.suppress(Exception):
@@ -321,9 +320,8 @@ def steps(work: Work) -> bool:
 
 
 def _train(step, namespace, mode, start, data, work: Work, compiled: bool) -> dict:
-    from fastnn.bench.measure import summary
-
     import fastnn
+    from fastnn.bench.measure import summary
 
     device = work.clock.name
     model = step.build(namespace)
@@ -357,9 +355,8 @@ def _train(step, namespace, mode, start, data, work: Work, compiled: bool) -> di
 
 def determinism(work: Work) -> bool:
     """Gradients twice on one stream and at once on two others: the same bits."""
-    from fastnn.bench.run import _both, _sides
-
     import fastnn
+    from fastnn.bench.run import _both, _sides
 
     seen = set()
     for case, dtype in work.bench:
@@ -424,9 +421,8 @@ def huge(work: Work) -> bool:
 
 
 def _huge(case, dtype, device: str) -> list[str]:
-    from fastnn.bench.run import _leaves, _sides
-
     import fastnn
+    from fastnn.bench.run import _leaves, _sides
 
     _, ours = _sides(case, dtype, device)
     inputs = case.make(dtype, device)
@@ -568,9 +564,8 @@ def summarise(work: Work, state: dict[str, str], plots: bool = False) -> None:
 
 
 def _work(args: argparse.Namespace, deadline: float, results=None) -> Work:
-    from fastnn.bench.measure import Cpu, Cuda
-
     from fastnn.bench import cases, models, tune
+    from fastnn.bench.measure import Cpu, Cuda
     from fastnn.testing.cases import CASES
 
     if args.tiny:
@@ -629,9 +624,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*_plan(args, _work(args, 0.0)), sep="\n")
         return 0
     interpreted = _interpret(args)
-    from fastnn.bench.run import Mismatch, Results
-
     from fastnn import _mode
+    from fastnn.bench.run import Mismatch, Results
 
     if args.tiny:
         if not interpreted:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from fastnn.bench.cases import BenchCase
 
 

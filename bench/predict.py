@@ -19,9 +19,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fastnn.bench.cases import BenchCase
-from fastnn.bench.run import describe, least_bytes
-from fastnn.bench.tune import gate_work
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -29,6 +26,9 @@ from triton.runtime import interpreter
 
 import fastnn
 from fastnn import _gate, _rng, kernels
+from fastnn.bench.cases import BenchCase
+from fastnn.bench.run import describe, least_bytes
+from fastnn.bench.tune import gate_work
 from fastnn.kernels import _gpus
 from fastnn.testing.meter import AtenTraffic, Cost, as_on_cuda, predict, traffic
 

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastnn.bench.cases import BenchCase
-from fastnn.bench.environment import IDENTITY, environment
-from fastnn.bench.measure import REPEATS, Call, Clock, interleaved
 from torch import Tensor, nn
 
 import fastnn
 from fastnn._mode import Mode, decisions
 from fastnn.bench import liger
+from fastnn.bench.cases import BenchCase
+from fastnn.bench.environment import IDENTITY, environment
+from fastnn.bench.measure import REPEATS, Call, Clock, interleaved
 from fastnn.testing import Comparison, Side, _tensors, compare_sides
 from fastnn.testing.meter import nbytes
 

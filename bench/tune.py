@@ -15,14 +15,14 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from fastnn.bench.cases import BF16, CASES, FP32, BenchCase
-from fastnn.bench.environment import environment, measured
-from fastnn.bench.measure import Clock, interleaved
-from fastnn.bench.run import AUTO, STOCK, Results, _around, _both, _sides
 
 import fastnn
 from fastnn import _gate, _mode
 from fastnn._gate import Work
+from fastnn.bench.cases import BF16, CASES, FP32, BenchCase
+from fastnn.bench.environment import environment, measured
+from fastnn.bench.measure import Clock, interleaved
+from fastnn.bench.run import AUTO, STOCK, Results, _around, _both, _sides
 from fastnn.kernels import _gpus
 from fastnn.ops import REGISTRY
 from fastnn.testing import simulated

@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastnn.kernels._sizes import next_power_of_2
 from triton import knobs
 from triton.runtime import driver
 
 from fastnn.kernels import _gpus
+from fastnn.kernels._sizes import next_power_of_2
 
 FOLDER = Path(__file__).with_name("configs")
 OPTIONS = ("num_warps", "num_stages")

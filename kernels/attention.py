@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
+
+from fastnn.kernels import _philox, attention_bwd, attention_config, attention_fwd, epilogue
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense
 from fastnn.kernels.attention_config import Shape
 from fastnn.kernels.attention_tiles import DIAGONAL, PAST_END, ROWS, kept_tile
 from fastnn.kernels.epilogue import width
-
-from fastnn.kernels import _philox, attention_bwd, attention_config, attention_fwd, epilogue
 
 
 class Noise(NamedTuple):

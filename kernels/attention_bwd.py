@@ -15,6 +15,8 @@ pointers are common to them:
 
 import triton
 import triton.language as tl
+
+from fastnn.kernels import _philox
 from fastnn.kernels.attention_tiles import (
     LOG2E,
     PAST_END,
@@ -29,8 +31,6 @@ from fastnn.kernels.attention_tiles import (
     store_rows,
     weights_of,
 )
-
-from fastnn.kernels import _philox
 
 
 @attention_kernel()

@@ -2,6 +2,8 @@
 
 import triton
 import triton.language as tl
+
+from fastnn.kernels import _philox
 from fastnn.kernels.attention_tiles import (
     LOG2E,
     PAST_END,
@@ -14,8 +16,6 @@ from fastnn.kernels.attention_tiles import (
     row_tile,
     store_rows,
 )
-
-from fastnn.kernels import _philox
 
 
 @triton.jit

@@ -6,6 +6,7 @@ one runs: so the same code makes tiles of queries by keys, and of keys by querie
 
 import triton
 import triton.language as tl
+
 from fastnn.kernels._launch import kernel
 from fastnn.kernels.epilogue import keep_tile
 

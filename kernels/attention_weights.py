@@ -13,6 +13,8 @@ from L2, for the tiles that share them run side by side.
 """
 
 import triton.language as tl
+
+from fastnn.kernels import _philox, attention
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
@@ -24,8 +26,6 @@ from fastnn.kernels.attention_tiles import (
     row_tile,
     weights_of,
 )
-
-from fastnn.kernels import _philox, attention
 
 _STRIDES = ["qb", "qh", "qm", "kb", "kh", "kn", "mb", "mh", "mm", "mn"]
 

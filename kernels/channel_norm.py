@@ -30,11 +30,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
+from fastnn.kernels import norm, pointwise
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
-
-from fastnn.kernels import norm, pointwise
 
 WHOLE = 16384  # the most elements of statistics that stay in registers from load to store, forward
 WHOLE_BWD = 8192  # and backward, which also holds dy

@@ -16,6 +16,8 @@ not read.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
+
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels._tl import dense, dense_like
@@ -29,7 +31,6 @@ from fastnn.kernels.nll_loss import (
     tiles,
     unit,
 )
-from triton.language.extra import libdevice
 
 
 @triton.jit

@@ -13,11 +13,11 @@ Alpha dropout adds to each element one of two constants, for a kept or for a dro
 import torch
 import triton
 import triton.language as tl
+
+from fastnn.kernels import _philox
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
-
-from fastnn.kernels import _philox
 
 _RUNTIME = ["n", "seed", "offset", "blocks", "bound", "tiles"]
 

@@ -13,6 +13,7 @@ An index outside [0, V) reads nothing: its output is nan, and its gradient goes 
 import torch
 import triton
 import triton.language as tl
+
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2

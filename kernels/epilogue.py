@@ -11,11 +11,11 @@ The random words are drawn again in the backward (`_philox`), so there is no mas
 import torch
 import triton
 import triton.language as tl
+
+from fastnn.kernels import _philox, pointwise
 from fastnn.kernels._gpus import multiprocessors
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
-
-from fastnn.kernels import _philox, pointwise
 
 _RANDOM = ["seed", "offset", "blocks", "bound"]
 

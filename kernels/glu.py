@@ -12,11 +12,12 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
+
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import empty_as
-from triton.language.extra import libdevice
 
 
 @triton.jit

@@ -12,13 +12,13 @@ W stays [N, K]: a transpose is only another stride. Products accumulate in fp32 
 import torch
 import triton
 import triton.language as tl
+
+from fastnn.kernels import _philox, epilogue, pointwise
 from fastnn.kernels._config import tunable
 from fastnn.kernels._gpus import KIB, facts, multiprocessors
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels.epilogue import keep_tile, width
-
-from fastnn.kernels import _philox, epilogue, pointwise
 
 
 @triton.jit

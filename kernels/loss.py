@@ -21,11 +21,12 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
+
 from fastnn.kernels._config import here, lanes, tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels._tl import dense
-from triton.language.extra import libdevice
 
 # ---- formulas -----------------------------------------------------------------------------------
 #

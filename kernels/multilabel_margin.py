@@ -9,6 +9,7 @@ then their margins. Forward reads x and the targets once; backward reads both ag
 import torch
 import triton
 import triton.language as tl
+
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import next_power_of_2
 from fastnn.kernels.loss import finish

@@ -12,6 +12,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2

@@ -19,11 +19,11 @@ import math
 import torch
 import triton
 import triton.language as tl
+
+from fastnn.kernels import _gpus, _rows
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense
-
-from fastnn.kernels import _gpus, _rows
 
 ROW = 16384  # the widest row that stays in registers from load to store, forward
 ROW_BWD = 8192  # and backward, which also holds dy; half of it for float32 with dw and db

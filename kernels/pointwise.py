@@ -14,11 +14,12 @@ ATen selects a zero gradient, so do we: 0 * inf would be nan.
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
+
 from fastnn.kernels._config import lanes, tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels._tl import dense_like, empty_as
-from triton.language.extra import libdevice
 
 # ---- formulas ---------------------------------------------------------------------------------
 #

@@ -20,11 +20,11 @@ import math
 import torch
 import triton
 import triton.language as tl
+
+from fastnn.kernels import _philox, _rows, _tl, norm
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels.epilogue import by_four, keep_tile, random_arguments
-
-from fastnn.kernels import _philox, _rows, _tl, norm
 
 _RANDOM = ["seed", "offset", "blocks", "bound"]
 _ROWS = ["M", "N_units", "J", "x_i", "x_j"]

@@ -19,13 +19,13 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
+
+from fastnn.kernels import _rows
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense
-from triton.language.extra import libdevice
-
-from fastnn.kernels import _rows
 
 ROW = 16384  # the longest row that stays in registers
 COLUMN = 256  # the longest column that stays in registers

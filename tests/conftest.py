@@ -38,9 +38,8 @@ def kernels_take_cpu_tensors_where_declared(request, monkeypatch):
     """Elsewhere they do not, as on a GPU: see tests/marks.py."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
-    from fastnn.kernels._launch import Kernel
-
     from fastnn import _op
+    from fastnn.kernels._launch import Kernel
     from tests.marks import interpreted
 
     fixtures = {"device", "on_device"} & set(request.fixturenames)

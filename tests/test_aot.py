@@ -18,9 +18,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastnn.kernels._launch import kernel
 
 from fastnn import _gate
+from fastnn.kernels._launch import kernel
 from fastnn.testing.aot import TARGETS, check, compile_only, launch_nothing
 from tools.aot import put
 

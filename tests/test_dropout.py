@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as stock
 import triton.language as tl
-from fastnn.kernels._launch import kernel
 from torch.utils.checkpoint import checkpoint
 
 import fastnn
 import fastnn.functional as F
 from fastnn import _rng, kernels
 from fastnn.kernels import _philox
+from fastnn.kernels._launch import kernel
 from fastnn.testing.meter import traffic
 from fastnn.testing.noise import recording
 from tests.errors import assert_same_error

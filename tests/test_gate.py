@@ -8,12 +8,12 @@ from unittest import mock
 import pytest
 import torch
 import triton
-from fastnn.bench.cases import CASES as BENCH_CASES
-from fastnn.bench.tune import gate_work
 
 import fastnn
 import fastnn.functional as F
 from fastnn import _gate
+from fastnn.bench.cases import CASES as BENCH_CASES
+from fastnn.bench.tune import gate_work
 from fastnn.kernels import _gpus
 from fastnn.ops import REGISTRY
 from fastnn.testing import simulated

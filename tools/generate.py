@@ -1,8 +1,9 @@
 """Writes what the documents derive from the code: `python -m tools.generate`; `--check` compares.
 
-README.md    each ```python block is run, in order and in one process, and what it prints becomes
-             the ```text block after it; the layer table stands between its two markers.
-docs/ops.md  the whole file, from the record of each op.
+README.md       each ```python block is run, in order and in one process, and what it prints becomes
+                the ```text block after it; the table of families stands between its two markers.
+docs/layers.md  its tables of layers and of functions, between their markers.
+docs/ops.md     the whole file, from the record of each op.
 
 docs/commands.md is written by `python -m tools.generate --commands` alone, since that takes
 minutes: each ```sh line is run, and what it prints becomes the ```text block after it.
@@ -21,33 +22,95 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.S)
 COMMAND = re.compile(r"```sh\n(fastnn [^\n]*)\n```\n\n```text\n(?:(?!```)[^\n]*\n)*```\n")
-TABLE = re.compile(r"(<!-- layers -->\n).*?(<!-- /layers -->\n)", re.S)
 
 
-def layer_table() -> str:
-    """One row per op: the layers it serves, and who runs it by default."""
+def _layers() -> tuple[list[str], list[str]]:
+    """Names of the layers of `torch.nn`: those with kernels, and all."""
     import torch.nn as stock
 
-    from fastnn import _gate
     from fastnn.layers._layer import OURS
+
+    names = [n for n in dir(stock) if isinstance(getattr(stock, n), type)]
+    names = [n for n in names if issubclass(getattr(stock, n), stock.Module) and n != "Module"]
+    return [n for n in names if getattr(stock, n) in OURS], names
+
+
+def layers_table() -> str:
+    ours, everything = _layers()
+    return (
+        f"{len(ours)} of the {len(everything)} layers of `torch.nn` have kernels: "
+        + ", ".join(f"`{n}`" for n in ours)
+        + ". All others are PyTorch's own classes.\n"
+    )
+
+
+def functions_table() -> str:
+    """One row per op: who runs it by default."""
+    from fastnn import _gate
     from fastnn.ops import REGISTRY
 
-    layers = [n for n in dir(stock) if isinstance(getattr(stock, n), type)]
-    layers = [n for n in layers if issubclass(getattr(stock, n), stock.Module) and n != "Module"]
-    ours = [n for n in layers if getattr(stock, n) in OURS]
     rows = ["| function | in `auto`, on a GPU | dtypes |", "| --- | --- | --- |"]
     for name, record in sorted(REGISTRY.items()):
         source = _gate.crossover(name, "default", record.variants[0]).source
         when = _gate.described(name, record.variants, "default")
         dtypes = ", ".join(str(d).removeprefix("torch.") for d in record.dtypes)
         rows.append(f"| `{name}` | {when} | {dtypes} |")
+    return "\n".join(rows) + f"\n\nThe sizes are an {source}; `fastnn tune` measures them.\n"
+
+
+# What the README's table has on one line. A family that is in none has a line of its own.
+AREAS = {
+    "activations": (("activation", "glu", "prelu", "softmax"), None),
+    "attention and transformers": (
+        ("attention", "multihead_attention", "residual_norm"),
+        "[attention](docs/attention.md), [transformers](docs/transformer.md)",
+    ),
+    "dropout": (("dropout",), None),
+    "linear, embedding": (("linear", "embedding"), None),
+    "losses, distances": (
+        (
+            "cross_entropy",
+            "distance",
+            "linear_cross_entropy",
+            "loss",
+            "multilabel_margin",
+            "nll_loss",
+        ),
+        "[losses](docs/losses.md)",
+    ),
+    "norms": (("norm", "channel_norm", "local_response_norm"), "[norms](docs/norms.md)"),
+}
+
+
+def family_table() -> str:
+    """The functions by family, related families on one line."""
+    from fastnn.ops import FUNCTIONS
+
+    families: dict[str, list[str]] = {}
+    for name, function in FUNCTIONS.items():
+        families.setdefault(function.op.fused.__module__.rpartition(".")[2], []).append(name)
+    rows = ["| | functions with kernels, by family | more |", "| --- | --- | --- |"]
+    placed = [family for members, _ in AREAS.values() for family in members]
+    lines = dict(AREAS)
+    lines |= {family: ((family,), None) for family in families if family not in placed}
+    for area, (members, page) in sorted(lines.items()):
+        named = "; ".join(
+            ", ".join(f"`{name}`" for name in sorted(families[member])) for member in members
+        )
+        rows.append(f"| {area} | {named} | {page or '[functions](docs/ops.md)'} |")
+    ours, everything = _layers()
     return (
-        f"{len(ours)} of the {len(layers)} layers of `torch.nn` have kernels: "
-        + ", ".join(f"`{n}`" for n in ours)
-        + ". All others are stock's own classes.\n\n"
-        + "\n".join(rows)
-        + f"\n\nThe sizes are an {source}; `fastnn tune` measures them.\n"
+        f"{len(ours)} of the {len(everything)} layers of `torch.nn` run on these functions.\n"
+        "[docs/layers.md](docs/layers.md) lists them, and the size from which each function takes\n"
+        "its kernel.\n\n" + "\n".join(rows) + "\n"
     )
+
+
+def between(text: str, mark: str, content: str) -> str:
+    """`text` with `content` between its two comments of that mark."""
+    pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->\n)", re.S)
+    assert pattern.search(text), f"no place for {mark}"
+    return pattern.sub(lambda m: f"{m[1]}\n{content}\n{m[2]}", text)
 
 
 def ops_page() -> str:
@@ -119,11 +182,13 @@ def main() -> int:
     if "--commands" in sys.argv:
         commands_page()
         return 0
-    readme = ROOT / "README.md"
-    text = run_blocks(readme.read_text())
-    text = TABLE.sub(lambda m: m.group(1) + layer_table() + m.group(2), text)
+    readme, layers = ROOT / "README.md", ROOT / "docs" / "layers.md"
+    front = between(run_blocks(readme.read_text()), "families", family_table())
+    tables = between(layers.read_text(), "layers", layers_table())
+    tables = between(tables, "functions", functions_table())
     stale = []
-    for path, content in ((readme, text), (ROOT / "docs" / "ops.md", ops_page())):
+    pages = ((readme, front), (layers, tables), (ROOT / "docs" / "ops.md", ops_page()))
+    for path, content in pages:
         if not path.exists() or path.read_text() != content:
             stale.append(path.name)
             if "--check" not in sys.argv:

@@ -8,12 +8,12 @@ import time
 import pytest
 import torch
 import torch.nn.functional as stock
-from fastnn.bench.cases import matching
-from fastnn.bench.run import _both, _sides, check
 
 import fastnn
 import fastnn.functional as F
-from fastnn._op import Mode
+from fastnn._mode import Mode
+from fastnn.bench.cases import matching
+from fastnn.bench.run import _both, _sides, check
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
 cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU pays")
