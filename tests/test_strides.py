@@ -113,6 +113,7 @@ KNOWN = {
         "strides",
     ): "empty_like on CUDA, as here, keeps odd strides of size 1; a CPU does not",
     ("nll_loss", "grad_input must be contiguous"): "stock rejects channels last in its backward",
+    ("batch_norm", "grad of input: finite"): "stock reads a strided weight as dense on a CPU",
     ("logsigmoid", "output 0: strides"): "contiguous on a CPU; as the input on CUDA, and here",
 }
 
@@ -187,6 +188,8 @@ LAYERS = {
     for case in reversed(CASES)
     if case.is_layer and case.stock is None and case.autocast is None and case.view is None
     and torch.float32 in case.dtypes
+    # These are made of layers that are there.
+    and case.name not in ("Transformer", "TransformerEncoder", "TransformerDecoder")
 }  # fmt: skip
 
 
@@ -212,12 +215,19 @@ def test_layers_with_parameters_that_are_views(name):
         sum(t.sum() for t in outs).backward()
         return [*(t.detach() for t in parity._tensors(out)), *(v.grad for v in views.values())]
 
-    for layout in (column, expanded, offset):
-        with backend("triton"), recording() as draws, meter.traffic(distinct=False):
-            got = called(ours, layout)
+    ran = 0
+    for layout in (column, expanded, rows):
+        try:
+            with backend("triton"), recording() as draws, meter.traffic(distinct=False):
+                got = called(ours, layout)
+        except fastnn.BackendError as e:  # of the one that strides decline
+            assert "a weight of strides" in str(e)
+            continue
+        ran += 1
         with replaying(draws):
             want = called(stock, layout)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert ran
 
 
 if __name__ == "__main__":
