@@ -200,17 +200,27 @@ def differences(call: Call, layouts: dict, layout=None) -> tuple[str, list[str]]
     and incoming gradients by `layout`.
 
     Beyond the bound of parity, errors are judged as there: by the largest over several draws, here
-    of incoming gradients.
+    of incoming gradients and of the order of values in each tensor.
     """
     path, wrong, comparisons = _compared(call, layouts, layout, 0)
     found = [comparisons]
     while any(c.failure for c in comparisons) and len(found) < DRAWS:
-        found.append(_compared(call, layouts, layout, len(found))[2])
+        again = _shuffled(call, len(found))
+        found.append(_compared(again, layouts, layout, len(found))[2])
         comparisons = parity._pooled([parity.Result("kernel", None, cs) for cs in found])
     return path, wrong + [c.failure for c in comparisons if c.failure]
 
 
-DRAWS = 8
+DRAWS = 25
+
+
+def _shuffled(call, draw):
+    g = torch.Generator().manual_seed(draw)
+    copies: dict[int, Tensor] = {}
+    for t in call.tensors().values():
+        if t.is_floating_point() and id(t) not in copies:
+            copies[id(t)] = t.flatten()[torch.randperm(t.numel(), generator=g)].view(t.shape)
+    return call.with_(**{k: copies.get(id(t), t) for k, t in call.tensors().items()})
 
 
 def _compared(call, layouts, layout, draw):

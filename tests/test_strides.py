@@ -106,6 +106,9 @@ def channels_last(t: Tensor):
 LAYOUTS = (column, rows, expanded, spread, transposed, offset, odd, channels_last)
 GRADIENTS = "incoming gradients"
 
+# In pytest one in so many of these; an interpreted call takes long.
+SHARE = {"multi_head_attention_forward": 4}
+
 # What differs from stock and stays so, by op and words of the difference: see docs/design.md.
 KNOWN = {
     (
@@ -154,6 +157,9 @@ def sweep(name: str, every: bool):
     for n, (argument, layout, calls) in enumerate(attempts(name)):
         if not calls:
             counts["not possible"] += 1
+            continue
+        if not every and n % SHARE.get(name, 1):
+            counts["left out of pytest"] += 1
             continue
         start = n % min(len(calls), 4)  # in turn the smallest of them
         for call in calls[start:] + calls[:start]:
