@@ -130,10 +130,7 @@ def _invoke(call: Call, function, bases, upstream, layout):
         leaves = {k: arguments[k] for k in sorted(call.wanting)}
         given = []
         for i, t in enumerate(differentiable):
-            while len(upstream) <= i:
-                g = torch.Generator().manual_seed(2 + i)
-                upstream.append(torch.randn(t.shape, generator=g))
-            made = upstream[i].to(t.dtype)
+            made = upstream.gradient(i, t)
             given.append(made if layout is None else layout(made)[0])
         kept = [g.clone() for g in given]
         # Their strides are autograd's own where it lays them down; before that nobody defines them.
@@ -141,7 +138,23 @@ def _invoke(call: Call, function, bases, upstream, layout):
         for g, k in zip(given, kept, strict=True):
             assert torch.equal(g, k), "an incoming gradient was written to"
         named |= {f"grad of {k}": x.grad for k, x in leaves.items() if x.grad is not None}
-    return named | {f"memory of {k}": base for k, base in bases.items()}
+    named |= {f"{k} afterwards": arguments[k] for k in bases}
+    named |= {f"memory of {k}": base for k, base in bases.items()}
+    return {k: t.detach() for k, t in named.items()}
+
+
+class _Upstream:
+    """Incoming gradients, the same for each side of a comparison."""
+
+    def __init__(self, draw: int):
+        self.draw = draw
+        self.made: list[Tensor] = []
+
+    def gradient(self, i: int, like: Tensor) -> Tensor:
+        while len(self.made) <= i:
+            g = torch.Generator().manual_seed(2 + i + 100 * self.draw)
+            self.made.append(torch.randn(like.shape, generator=g))
+        return self.made[i].to(like.dtype)
 
 
 def fresh(call: Call, layouts: dict, dtype=None) -> tuple[Call, dict[str, Tensor]]:
@@ -184,25 +197,62 @@ def forced(call, layouts, *, upstream, layout=None) -> tuple[Outcome, list]:
 
 def differences(call: Call, layouts: dict, layout=None) -> tuple[str, list[str]]:
     """(path or reason, what is not as in stock) of the call with arguments laid out by `layouts`,
-    and incoming gradients by `layout`."""
-    upstream: list[Tensor] = []
+    and incoming gradients by `layout`.
+
+    Beyond the bound of parity, errors are judged as there: by the largest over several draws, here
+    of incoming gradients and of the order of values in each tensor.
+    """
+    path, wrong, comparisons = _compared(call, layouts, layout, 0)
+    found = [comparisons]
+    while any(c.failure for c in comparisons) and len(found) < DRAWS:
+        again = _shuffled(call, len(found))
+        found.append(_compared(again, layouts, layout, len(found))[2])
+        comparisons = parity._pooled([parity.Result("kernel", None, cs) for cs in found])
+    return path, wrong + [c.failure for c in comparisons if c.failure]
+
+
+DRAWS = 25
+
+
+def _shuffled(call, draw):
+    g = torch.Generator().manual_seed(draw)
+    copies: dict[int, Tensor] = {}
+    for t in call.tensors().values():
+        if t.is_floating_point() and id(t) not in copies:
+            copies[id(t)] = t.flatten()[torch.randperm(t.numel(), generator=g)].view(t.shape)
+    return call.with_(**{k: copies.get(id(t), t) for k, t in call.tensors().items()})
+
+
+def _compared(call, layouts, layout, draw):
+    """(path or reason, failures, comparisons of errors)."""
+    upstream = _Upstream(draw)
     ours, draws = forced(call, layouts, upstream=upstream, layout=layout)
     if ours.path == "stock":
-        return ours.reason, []
-    with replaying(draws) if draws else nullcontext():
-        stock = attempt(call, call.op.stock, layouts, upstream=upstream, layout=layout)
+        return ours.reason, [], []
+
+    def theirs(dtype=None):
+        with replaying(draws) if draws else nullcontext():
+            return attempt(
+                call, call.op.stock, layouts, dtype=dtype, upstream=upstream, layout=layout
+            )
+
+    stock = theirs()
     if ours.error is not None or stock.error is not None:
         a, b = ours.error, stock.error
         same = type(a) is type(b) and str(a).splitlines()[:1] == str(b).splitlines()[:1]
-        return "error", [] if same else [f"{a!r}; stock {b!r}"[:300]]
-    wrong = []
+        return "error", [] if same else [f"{a!r}; stock {b!r}"[:300]], []
     if ours.values.keys() != stock.values.keys():
-        return "kernel", [f"results {sorted(ours.values)}; stock {sorted(stock.values)}"]
+        return "kernel", [f"results {sorted(ours.values)}; stock {sorted(stock.values)}"], []
     exact = None
+    wrong, comparisons = [], []
     for what, a in ours.values.items():
         b = stock.values[what]
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             wrong.append(f"{what}: {a.dtype} {tuple(a.shape)}; stock {b.dtype} {tuple(b.shape)}")
+            continue
+        if what.startswith("memory"):  # where nothing may be written
+            if not torch.equal(a.isnan(), b.isnan()):
+                wrong.append(f"{what}: written to beside the tensor")
             continue
         # A gradient has the strides of its tensor, by autograd; but where sizes are 1 it has any.
         ignored = 1 if what.startswith("grad") else 0
@@ -210,43 +260,18 @@ def differences(call: Call, layouts: dict, layout=None) -> tuple[str, list[str]]
             [d for d, size in zip(t.stride(), t.shape, strict=True) if size > ignored]
             for t in (a, b)
         ]
-        if strides[0] != strides[1] and not what.startswith("memory"):
+        if strides[0] != strides[1]:
             wrong.append(f"{what}: strides {a.stride()}; stock {b.stride()}")
         if torch.equal(a.nan_to_num(7), b.nan_to_num(7)) and torch.equal(a.isnan(), b.isnan()):
             continue
-        if exact is None:
-            with replaying(draws) if draws else nullcontext():
-                exact = attempt(
-                    call,
-                    call.op.stock,
-                    layouts,
-                    dtype=torch.float64,
-                    upstream=upstream,
-                    layout=layout,
-                )
+        exact = exact or theirs(torch.float64)
         if exact.error is not None:
             if not torch.allclose(a, b, equal_nan=True, rtol=1e-4, atol=1e-4):
                 wrong.append(f"{what}: differs from stock")
             continue
-        comparison, failure = parity._compare(
-            what, a.detach(), b.detach(), exact.values[what].detach()
-        )
-        if failure is None and comparison.failure is not None:
-            # Beyond the bound by bad luck, perhaps: then dense arguments come to the same bits.
-            plain = _with_values_of(call, layouts)
-            again, _ = forced(plain, {}, upstream=upstream)
-            if again.values is None or not torch.equal(
-                again.values[what].nan_to_num(7), a.nan_to_num(7)
-            ):
-                failure = comparison.failure
+        comparison, failure = parity._compare(what, a, b, exact.values[what])
         if failure is not None:
             wrong.append(failure)
-    return "kernel", wrong
-
-
-def _with_values_of(call: Call, layouts: dict) -> Call:
-    made = {
-        name: layouts[name](call.arguments[name])[0].clone(memory_format=torch.contiguous_format)
-        for name in layouts
-    }
-    return call.with_(**made)
+        else:
+            comparisons.append(comparison)
+    return "kernel", wrong, comparisons

@@ -106,6 +106,9 @@ def channels_last(t: Tensor):
 LAYOUTS = (column, rows, expanded, spread, transposed, offset, odd, channels_last)
 GRADIENTS = "incoming gradients"
 
+# In pytest one in so many of these; an interpreted call takes long.
+SHARE = {"multi_head_attention_forward": 4}
+
 # What differs from stock and stays so, by op and words of the difference: see docs/design.md.
 KNOWN = {
     (
@@ -113,6 +116,7 @@ KNOWN = {
         "strides",
     ): "empty_like on CUDA, as here, keeps odd strides of size 1; a CPU does not",
     ("nll_loss", "grad_input must be contiguous"): "stock rejects channels last in its backward",
+    ("batch_norm", "grad of input: finite"): "stock reads a strided weight as dense on a CPU",
     ("logsigmoid", "output 0: strides"): "contiguous on a CPU; as the input on CUDA, and here",
 }
 
@@ -154,6 +158,9 @@ def sweep(name: str, every: bool):
         if not calls:
             counts["not possible"] += 1
             continue
+        if not every and n % SHARE.get(name, 1):
+            counts["left out of pytest"] += 1
+            continue
         start = n % min(len(calls), 4)  # in turn the smallest of them
         for call in calls[start:] + calls[:start]:
             path, found = run(call, argument, layout)
@@ -187,6 +194,8 @@ LAYERS = {
     for case in reversed(CASES)
     if case.is_layer and case.stock is None and case.autocast is None and case.view is None
     and torch.float32 in case.dtypes
+    # These are made of layers that are there.
+    and case.name not in ("Transformer", "TransformerEncoder", "TransformerDecoder")
 }  # fmt: skip
 
 
@@ -212,12 +221,19 @@ def test_layers_with_parameters_that_are_views(name):
         sum(t.sum() for t in outs).backward()
         return [*(t.detach() for t in parity._tensors(out)), *(v.grad for v in views.values())]
 
-    for layout in (column, expanded, offset):
-        with backend("triton"), recording() as draws, meter.traffic(distinct=False):
-            got = called(ours, layout)
+    ran = 0
+    for layout in (column, expanded, rows):
+        try:
+            with backend("triton"), recording() as draws, meter.traffic(distinct=False):
+                got = called(ours, layout)
+        except fastnn.BackendError as e:  # of the one that strides decline
+            assert "a weight of strides" in str(e)
+            continue
+        ran += 1
         with replaying(draws):
             want = called(stock, layout)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert ran
 
 
 if __name__ == "__main__":

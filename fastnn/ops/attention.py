@@ -189,6 +189,8 @@ def _shapes(q, k, v, mask, gqa: bool) -> tuple[int, ...] | Stock:
     try:
         if gqa:
             H = q.shape[-3]
+            if not H:
+                return Stock("no heads of queries")
             if not k.shape[-3] or not v.shape[-3] or H % k.shape[-3] or H % v.shape[-3]:
                 return Invalid(shapes)
             if k.shape[-3] != v.shape[-3]:

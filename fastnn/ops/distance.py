@@ -297,6 +297,8 @@ def cosine_embedding_loss(
         return Stock(f"an input in {input2.dtype}")
     if target.dim() > 1 or not input1.dim() == input2.dim() == target.dim() + 1:
         return Invalid("a target that has not one number for each row")
+    if input1.shape[-1] != input2.shape[-1]:
+        return Stock("rows of two lengths")  # each of whose norms stock takes before it broadcasts
     found = _row_shape(-1, input1, input2)
     if isinstance(found, Stock):
         return found

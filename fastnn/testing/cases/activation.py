@@ -58,7 +58,6 @@ ALL: list[tuple[str, dict[str, Any]]] = [
 ]
 
 CASES: list[Case] = [
-    Case("relu6", (randn(3, 5, scale=4.0),)),  # the layer calls hardtanh
     *(
         Case(name, (shape,), options, train=False)
         for name, options in ALL
