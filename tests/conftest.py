@@ -1,6 +1,8 @@
 import collections
 import contextlib
 import os
+import random
+import sys
 
 import torch
 
@@ -10,6 +12,33 @@ if not torch.cuda.is_available():
 import pytest
 
 torch.set_num_threads(1)  # pytest-xdist fills the cores with processes
+
+
+# The quick tier, `pytest -m quick`: every test of these files, and a share of the others.
+QUICK_FILES = {
+    "test_checkout", "test_cli", "test_docs", "test_gate", "test_gpus", "test_layout", "test_model",
+    "test_scalars",
+}  # fmt: skip
+SHARE = 24  # one test in so many, of each file; others for each file
+
+
+def pytest_collection_modifyitems(items):
+    count: collections.Counter[str] = collections.Counter()
+    for item in items:
+        name = item.path.stem
+        count[name] += 1
+        slow = item.get_closest_marker("slow")
+        if slow is None and (name in QUICK_FILES or count[name] % SHARE == len(name) % SHARE):
+            item.add_marker(pytest.mark.quick)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, whatever ran before it in its process."""
+    random.seed(0)
+    torch.manual_seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -78,9 +107,11 @@ SWEEPS = {
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What PyTorch's samples ran on, where tests say so by the property "path", and how many calls
-    the sweeps made, which tell their counts by the name of the sweep."""
+    """What PyTorch's samples ran on, where tests say so by the property "path"; how many calls the
+    sweeps made, which tell their counts by the name of the sweep; and the rows that were judged by
+    more than one draw of their inputs, by the property "draws"."""
     paths = collections.Counter()
+    draws = {}
     sweeps = {name: collections.Counter() for name in SWEEPS}
     for reports in terminalreporter.stats.values():
         for report in reports:
@@ -88,16 +119,22 @@ def pytest_terminal_summary(terminalreporter):
                 for name, value in report.user_properties:
                     if name == "path":
                         paths[tuple(value)] += 1
+                    elif name == "draws":
+                        draws[value[0]] = value[1]
                     elif name in sweeps:
                         sweeps[name].update(dict(value))
+    write = terminalreporter.write_line
     for name, counts in sweeps.items():
         if counts:
             told = ", ".join(f"{n} {what}" for what, n in counts.most_common())
             terminalreporter.section(SWEEPS[name])
-            terminalreporter.write_line(f"{counts.total()} calls: {told}")
+            write(f"{counts.total()} calls: {told}")
+    if draws:
+        terminalreporter.section("Rows judged by more than one draw of their inputs")
+        for row, n in sorted(draws.items()):
+            write(f"  {n:2} draws: {row}")
     if not paths:
         return
-    write = terminalreporter.write_line
     on_kernels = sum(n for (_, path, _), n in paths.items() if path == "kernel")
     terminalreporter.section("PyTorch's samples")
     write(f"{on_kernels} of {paths.total()} runs on kernels; to stock:")

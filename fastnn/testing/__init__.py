@@ -161,12 +161,14 @@ class Comparison:
 
 @dataclass
 class Result:
-    """What was found: the path, a `Comparison` per tensor, and every disagreement in words."""
+    """What was found: the path, a `Comparison` per tensor, every disagreement in words, and how
+    many draws of inputs it took to judge (see `check`)."""
 
     path: str
     reason: str | None
     comparisons: list[Comparison] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    draws: int = 1
 
     def _judge(self) -> Result:
         self.failures += [c.failure for c in self.comparisons if c.failure]
@@ -398,7 +400,8 @@ def check(case: Case, dtype: torch.dtype, device: str = "cpu", mode: Mode = "tri
         results += [_check(case, dtype, device, mode, n) for n in range(len(results), draws)]
         comparisons = _pooled(results)
     failures = [failure for r in results for failure in r.failures]
-    return Result(results[0].path, results[0].reason, comparisons, failures)._judge()
+    first = results[0]
+    return Result(first.path, first.reason, comparisons, failures, len(results))._judge()
 
 
 def _pooled(results: Sequence[Result]) -> list[Comparison]:
