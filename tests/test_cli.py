@@ -120,6 +120,7 @@ def test_parity_fits_the_terminal(monkeypatch, capsys, width):
     assert ("│        24 │" in printed) == (width == 160)  # its gradients
 
 
+@pytest.mark.slow
 def test_parity_of_code_compiled_for_a_gpu():
     """In a process that may compile; `_start_over` sees to it even under TRITON_INTERPRET=1."""
     command = [sys.executable, "-m", "fastnn", "parity", "--only", "Softshrink", "--emulate"]
