@@ -264,6 +264,26 @@ CHANNEL_NORMS = [
     row("LocalResponseNorm", "GoogLeNet, 128 images", 128, (192, 56, 56), options={"size": 5}),
 ]  # fmt: skip
 
+# ---- Pooling ----------------------------------------------------------------------------------
+
+
+def pool(name: str, model: str, rows: int, *shape: int, last=False, dtypes=(BF16,), **options):
+    """Pooling of (rows, *shape), channels last if `last`; what it keeps is small beside that."""
+    shaped = (lambda n: (channels_last(n, *shape),)) if last else shape
+    return row(name, model, rows, shaped, dtypes, options=options, rereads=False)
+
+
+STEM = {"kernel_size": 3, "stride": 2, "padding": 1}
+POOLING = [
+    pool("MaxPool2d", "ResNet-50, stem, 64 images", 64, 64, 112, 112, dtypes=(BF16, FP32), **STEM),
+    pool("MaxPool2d", "ResNet-50, stem, channels last", 64, 64, 112, 112, last=True, **STEM),
+    pool("MaxPool2d", "VGG-16, 64 images", 64, 64, 224, 224, kernel_size=2),
+    pool("MaxPool2d", "U-Net, 8 images, channels last", 8, 128, 256, 256, last=True,
+        kernel_size=2),
+    pool("MaxPool1d", "speech, 64 clips", 64, 512, 1600, kernel_size=2),
+    pool("MaxPool3d", "3-d U-Net, 2 volumes", 2, 32, 64, 128, 128, kernel_size=2),
+]  # fmt: skip
+
 # ---- Softmax ----------------------------------------------------------------------------------
 
 SOFTMAX = [
@@ -645,8 +665,8 @@ TRANSFORMERS = [
 ]
 
 CASES = [
-    *ACTIVATIONS, *NORMS, *CHANNEL_NORMS, *SOFTMAX, *DROPOUT, *EMBEDDING, *LOSSES,
-    *RESIDUALS, *LINEAR, *ATTENTION, *TRANSFORMERS,
+    *ACTIVATIONS, *NORMS, *CHANNEL_NORMS, *POOLING, *SOFTMAX, *DROPOUT, *EMBEDDING,
+    *LOSSES, *RESIDUALS, *LINEAR, *ATTENTION, *TRANSFORMERS,
 ]  # fmt: skip
 
 # Rows whose results are independent: on a GPU the ends of one beyond 2**31 elements are compared.

@@ -146,6 +146,10 @@ def front(record: Any, dispatch: Callable) -> Callable:
 def _tell_torchscript(call: Callable, stock: Callable) -> None:
     """Have TorchScript compile PyTorch's function where it meets `call`."""
     call.__prepare_scriptable__ = lambda: stock  # type: ignore[attr-defined]
+    two = torch._jit_internal.boolean_dispatched.get(stock)
+    if two is not None:  # `max_pool2d` and its like: which of two functions runs, a flag decides
+        torch._jit_internal.boolean_dispatched[call] = two
+        call.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]
     if not isinstance(stock, FunctionType):
         # A builtin is looked up by identity, in a table that is slow to build: only listed here.
         builtins = torch.jit._builtins

@@ -127,6 +127,8 @@ MOVES_MORE = {
     r"Tanhshrink": (6 / 5, "stock keeps tanh(x), so that x may be written to; so do we"),
     r"LayerNorm\(.*(12288|4099|1048576|56\))": (2, "rows that no registers hold are read again"),
     r"Softmax\(.*(32000|128256|262144)": (8 / 5, "rows that no registers hold are read again"),
+    r"MaxPool1d": (7 / 6, "a byte of each window says where its maximum was"),
+    r"MaxPool": (11 / 10, "a byte of each window says where its maximum was"),
     r"CrossEntropyLoss\(16x21x": (1.07, "lse in fp32 beside only 21 classes"),
     r"(Sequential\[)?(Batch|Group|Instance)Norm": (
         8 / 5,

@@ -13,6 +13,7 @@ from fastnn.layers.linear import *  # noqa: F403
 from fastnn.layers.linear_cross_entropy import *  # noqa: F403
 from fastnn.layers.loss import *  # noqa: F403
 from fastnn.layers.normalization import *  # noqa: F403
+from fastnn.layers.pooling import *  # noqa: F403
 from fastnn.layers.softmax import *  # noqa: F403
 from fastnn.layers.sparse import *  # noqa: F403
 from fastnn.layers.transformer import *  # noqa: F403

@@ -370,7 +370,24 @@ _GATHERS |= {"nll_loss_forward", "nll_loss2d_forward"}
 _UNREAD = {
     "nll_loss_backward": 1,
     "nll_loss2d_backward": 1,
+    **{
+        f"{name}_backward": 1
+        for d in "23"
+        for name in (
+            f"max_pool{d}d_with_indices",
+            f"adaptive_max_pool{d}d",
+            f"fractional_max_pool{d}d",
+            f"avg_pool{d}d",
+            f"_adaptive_avg_pool{d}d",
+        )
+    },
 }  # position of an argument kept for shape
+# Operators that fill their result with zeros before the kernel that adds to it.
+_ZEROED = {
+    f"{name}_backward"
+    for d in "23"
+    for name in (f"max_pool{d}d_with_indices", f"adaptive_max_pool{d}d", f"fractional_max_pool{d}d")
+}
 # Kernels beyond the first, and passes over the largest operand beyond its arguments and results,
 # that ATen's CUDA code makes inside one operator. Read off its sources, not measured.
 _HIDDEN = {
@@ -432,6 +449,8 @@ class AtenTraffic(TorchDispatchMode):
             moved += min(nbytes(read[0]), _gathered(name, read, results)) - nbytes(read[0])
         launches, passes = _HIDDEN.get(name, (0, 0))
         largest = max((nbytes(t) for t in (*read, *results)), default=0)
+        if name in _ZEROED:
+            launches, written = launches + 1, 2 * written
         if name in _REDUCED and results[0].numel() == 1 < read[0].numel():
             launches, passes = 1, 2
         return AtenOp(name, moved + passes * largest, written, 1 + launches)

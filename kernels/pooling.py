@@ -1,0 +1,682 @@
+"""Pooling: one kernel per direction, with windows and reduction as constexpr functions.
+
+    y[o]  = finish(reduce(x[i] for i in the window of o))      window = product of 1 to 3 intervals
+    dx[i] = sum of what each o whose window has i sends back   in that order: equal bits each time
+
+One axis of a window is (start, end) of an output position: `regular` (stride, padding, dilation),
+`adaptive` or `fractional`; the first output position whose window may have i is its inverse. All of
+1-d, 2-d and 3-d is one walk over (N, C, D, H, W), sizes of 1 standing for axes that are not there;
+channels first has its lanes along W, channels last along C. Every tensor is read through strides.
+
+Memory-bound, so count bytes, x in 16 bits, by windows of K elements that do not overlap:
+    max, stock   x 2K, y 2, index 8; backward dy 2, index 8, zeros 2K, dx 2K      6K + 20
+    max, here    x 2K, y 2, place 1; backward dy 2, place 1, dx 2K                4K + 6
+    mean         x 2K, y 2; backward dy 2, dx 2K, as stock                        4K + 4
+    power        x 2K, y 2, slope 4; backward dy 2, slope 4, x 2K, dx 2K          6K + 12
+The place of a maximum is its number among the elements of its window, in the narrowest integer that
+holds it; nothing is written where no gradient is wanted.
+
+A comparison has ATen's polarity: of equal values the first is the maximum, of nans the last.
+"""
+
+import functools
+import math
+import typing
+
+import torch
+import triton
+import triton.language as tl
+from fastnn.kernels._config import tunable
+from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import cdiv, next_power_of_2
+from triton.language.extra import libdevice
+
+# ---- windows along one axis ---------------------------------------------------------------------
+#
+# (o, I, O, k, s, p, d, u, ROUND) -> start, end of the window of output position o, of O, in an axis
+# of I elements; k, s, p, d are its size, stride, padding and dilation, u the sample that shifts it.
+# The start may lie before the axis, the end not behind it.
+
+
+@triton.jit
+def regular(o, I, O, k, s, p, d, u, ROUND: tl.constexpr):  # noqa: E741
+    start = o * s - p
+    return start, tl.minimum(start + (k - 1) * d + 1, I)
+
+
+@triton.jit
+def adaptive(o, I, O, k, s, p, d, u, ROUND: tl.constexpr):  # noqa: E741
+    return o * I // O, ((o + 1) * I + O - 1) // O
+
+
+@triton.jit
+def _rounded(x, ROUND: tl.constexpr):
+    """As arithmetic in that dtype leaves it."""
+    if ROUND is not None:
+        x = x.to(ROUND).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _step(I, O, k, ROUND: tl.constexpr):  # noqa: E741
+    apart = _rounded((I - k).to(tl.float32), ROUND)
+    return _rounded(tl.div_rn(apart, _rounded(tl.maximum(O - 1, 1).to(tl.float32), ROUND)), ROUND)
+
+
+@triton.jit
+def fractional(o, I, O, k, s, p, d, u, ROUND: tl.constexpr):  # noqa: E741
+    step = _step(I, O, k, ROUND)
+    moved = _rounded(_rounded(o.to(tl.float32), ROUND) + u, ROUND)
+    start = _rounded(moved * step, ROUND).to(tl.int32) - _rounded(u * step, ROUND).to(tl.int32)
+    start = tl.where(o == O - 1, I - k, start)
+    return start, start + k
+
+
+# The same arguments, with an element's position i -> the least o whose window may have i.
+
+
+@triton.jit
+def regular_first(i, I, O, k, s, p, d, u, ROUND: tl.constexpr):  # noqa: E741
+    return tl.maximum(i + p - (k - 1) * d + s - 1, 0) // s
+
+
+@triton.jit
+def adaptive_first(i, I, O, k, s, p, d, u, ROUND: tl.constexpr):  # noqa: E741
+    return i * O // I
+
+
+@triton.jit
+def fractional_first(i, I, O, k, s, p, d, u, ROUND: tl.constexpr):  # noqa: E741
+    if ROUND is not None:  # so coarse that all are tried
+        return i * 0
+    step = _step(I, O, k, ROUND)
+    # Less two, for the roundings here and there; `_sharing` has room for them on both sides.
+    least = (i - k + 1 + (u * step).to(tl.int32)).to(tl.float32) / tl.maximum(step, 1e-6) - u
+    return tl.maximum(tl.minimum(least, O.to(tl.float32)).to(tl.int32) - 2, 0)
+
+
+# ---- reductions ---------------------------------------------------------------------------------
+#
+# reduce: (acc, at, v, t, ok, p) -> acc, at with the value v of the window's element number t.
+# finish: (acc, count, taps, p) -> y, and the factor of dy that the gradient of each power has.
+# send: (sum of what windows send back, x, p) -> dx.
+
+
+@triton.jit
+def maximum(acc, at, v, t, ok, p):
+    take = (v > acc) | (v != v)
+    return tl.where(take, v, acc), tl.where(take, t, at)
+
+
+@triton.jit
+def largest(acc, at, v, t, ok, p):
+    return maximum(acc, at, tl.where(ok, tl.abs(v), v), t, ok, p)
+
+
+@triton.jit
+def smallest(acc, at, v, t, ok, p):
+    return maximum(acc, at, tl.where(ok, -tl.abs(v), v), t, ok, p)
+
+
+@triton.jit
+def total(acc, at, v, t, ok, p):
+    return acc + v, at
+
+
+@triton.jit
+def squares(acc, at, v, t, ok, p):
+    return acc + v * v, at
+
+
+@triton.jit
+def powers(acc, at, v, t, ok, p):
+    return acc + tl.where(ok, libdevice.pow(v, p), 0.0), at
+
+
+@triton.jit
+def itself(acc, count, taps, p):
+    return acc, acc
+
+
+@triton.jit
+def negated(acc, count, taps, p):
+    return -acc, acc
+
+
+@triton.jit
+def mean(acc, count, taps, p):
+    return tl.div_rn(acc, count), acc
+
+
+@triton.jit
+def square_root(acc, count, taps, p):
+    share = tl.div_rn(taps, count)  # not 1 where the border clips the window
+    y = tl.sqrt_rn(acc * share)
+    return y, tl.where(y == 0, 0.0, tl.div_rn(share, y))
+
+
+@triton.jit
+def root(acc, count, taps, p):
+    share = tl.div_rn(taps, count)
+    b = acc * share
+    inverse = 1.0 / p
+    y = libdevice.pow(b, inverse)
+    return y, tl.where(b == 0, 0.0, libdevice.pow(b, inverse - 1.0) * share)
+
+
+@triton.jit
+def straight(g, x, p):
+    return g
+
+
+@triton.jit
+def by_sign(g, x, p):
+    return tl.where(x > 0, g, tl.where(x < 0, -g, x * g))
+
+
+@triton.jit
+def by_value(g, x, p):
+    return g * x
+
+
+@triton.jit
+def by_power(g, x, p):
+    return g * libdevice.pow(x, p - 1.0)
+
+
+# What a reduction starts from; its functions; whether the gradient reads x.
+REDUCTIONS = {
+    "max": (-math.inf, maximum, itself, straight, False),
+    "max_abs": (-math.inf, largest, itself, by_sign, True),
+    "min_abs": (-math.inf, smallest, negated, by_sign, True),
+    "mean": (0.0, total, mean, straight, False),
+    "square": (0.0, squares, square_root, by_value, True),
+    "power": (0.0, powers, root, by_power, True),
+}
+WINDOWS = {
+    "regular": (regular, regular_first),
+    "adaptive": (adaptive, adaptive_first),
+    "fractional": (fractional, fractional_first),
+}
+
+# ---- kernels ------------------------------------------------------------------------------------
+
+_WINDOW = ["kd", "kh", "kw", "sd", "sh", "sw", "pd", "ph", "pw", "dd", "dh", "dw"]
+_SIZES = ["C", "D", "H", "W", "OD", "OH", "OW", "rows", "inner_units", *_WINDOW, "divisor"]
+_STRIDES = [f"{t}{d}" for t in "xyg" for d in "ncdhw"]
+
+
+@triton.jit
+def _tile(
+    rows, inner, C, D, H, W, LAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """The program's mask, and n, c, d, h, w of its positions; each broadcasts with the others."""
+    tiles = tl.cdiv(inner, BLOCK_I)
+    r = tl.program_id(0) // tiles * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    i = tl.program_id(0) % tiles * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    mask = (r < rows) & (i < inner)
+    if LAST:
+        c = i
+        w = r % W
+        r = r // W
+    else:
+        w = i
+    h = r % H
+    r = r // H
+    d = r % D
+    r = r // D
+    if LAST:
+        n = r
+    else:
+        c = r % C
+        n = r // C
+    if WIDE:
+        n = n.to(tl.int64)
+        c = c.to(tl.int64)
+    return mask, n, c, d, h, w
+
+
+@triton.jit
+def _inner(i, stride):
+    if stride is None:
+        return i
+    else:
+        return i * stride
+
+
+@triton.jit
+def _samples(U, n, c, C, d: tl.constexpr, DIMS: tl.constexpr):
+    """Of axis d, of which 2 is W. Of two, that for W comes first; of three, last."""
+    if U is None:
+        u = 0.0
+    elif d < 3 - DIMS:
+        u = 0.0
+    else:
+        at = 2 - d if DIMS == 2 else d
+        u = tl.load(U + (n * C + c) * DIMS + at).to(tl.float32)
+    return u
+
+
+@triton.jit
+def _planes(n, c, sn, sc, VEC: tl.constexpr, LAST: tl.constexpr):
+    if LAST:
+        at = n * (sn * VEC) + _inner(c, sc)
+    else:
+        at = n * (sn * VEC) + c * (sc * VEC)
+    return at
+
+
+@triton.jit
+def _place(d, h, w, sd, sh, sw, VEC: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr):
+    if WIDE:
+        d = d.to(tl.int64)
+        h = h.to(tl.int64)
+        w = w.to(tl.int64)
+    if LAST:
+        at = d * (sd * VEC) + h * (sh * VEC) + w * (sw * VEC)
+    else:
+        at = d * (sd * VEC) + h * (sh * VEC) + _inner(w, sw)
+    return at
+
+
+@triton.jit
+def _counted(start, end, I, k, p, COUNT: tl.constexpr):  # noqa: E741
+    """What an axis adds to the divisor: padding too, where `COUNT`, but nothing beyond it."""
+    if COUNT:
+        return tl.minimum(start + k, I + p) - start
+    else:
+        return end - tl.maximum(start, 0)
+
+
+@kernel(do_not_specialize=[*_SIZES, *_STRIDES[:10]])
+def _pool_fwd_kernel(
+    X, U, Y, AT, INDEX, SLOPE, C, D, H, W, OD, OH, OW, rows, inner_units,
+    xn, xc, xd, xh, xw, yn, yc, yd, yh, yw,
+    kd, kh, kw, sd, sh, sw, pd, ph, pw, dd, dh, dw, divisor, norm,
+    WINDOW: tl.constexpr, REDUCE: tl.constexpr, FINISH: tl.constexpr, START: tl.constexpr,
+    COUNT: tl.constexpr, DIMS: tl.constexpr, ROUND: tl.constexpr,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    LAST: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, X_VEC: tl.constexpr,
+    Y_VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    mask, n, c, od, oh, ow = _tile(
+        rows, inner_units * UNIT, C, OD, OH, OW, LAST, WIDE, BLOCK_R, BLOCK_I
+    )
+    ud = _samples(U, n, c, C, 0, DIMS)
+    uh = _samples(U, n, c, C, 1, DIMS)
+    uw = _samples(U, n, c, C, 2, DIMS)
+    start_d, end_d = WINDOW(od, D, OD, kd, sd, pd, dd, ud, ROUND)
+    start_h, end_h = WINDOW(oh, H, OH, kh, sh, ph, dh, uh, ROUND)
+    start_w, end_w = WINDOW(ow, W, OW, kw, sw, pw, dw, uw, ROUND)
+    planes = X + _planes(n, c, xn, xc, X_VEC, LAST)
+    # The first element of the window that lies in the image, for windows of -inf alone.
+    at = (tl.maximum(-start_d, 0) + dd - 1) // dd
+    at = at * kh + (tl.maximum(-start_h, 0) + dh - 1) // dh
+    at = at * kw + (tl.maximum(-start_w, 0) + dw - 1) // dw
+    at = tl.broadcast_to(at, (BLOCK_R, BLOCK_I))
+    if KD is not None:
+        acc = tl.full((BLOCK_R, BLOCK_I), START, tl.float32)
+        for a in tl.static_range(KD):
+            for b in tl.static_range(KH):
+                for e in tl.static_range(KW):
+                    i, j, k = start_d + a * dd, start_h + b * dh, start_w + e * dw
+                    ok = (i >= 0) & (i < end_d) & (j >= 0) & (j < end_h)
+                    ok = ok & (k >= 0) & (k < end_w) & mask
+                    place = _place(i, j, k, xd, xh, xw, X_VEC, LAST, WIDE)
+                    v = tl.load(planes + place, mask=ok, other=START).to(tl.float32)
+                    acc, at = REDUCE(acc, at, v, (a * KH + b) * KW + e, ok, norm)
+    else:
+        # Of so many elements, a sum of fp32 would lose what stock's may keep.
+        acc = tl.full((BLOCK_R, BLOCK_I), START, tl.float64 if START == 0 else tl.float32)
+        for a in range(kd):
+            for b in range(kh):
+                for e in range(kw):
+                    i, j, k = start_d + a * dd, start_h + b * dh, start_w + e * dw
+                    ok = (i >= 0) & (i < end_d) & (j >= 0) & (j < end_h)
+                    ok = ok & (k >= 0) & (k < end_w) & mask
+                    place = _place(i, j, k, xd, xh, xw, X_VEC, LAST, WIDE)
+                    v = tl.load(planes + place, mask=ok, other=START).to(tl.float32)
+                    acc, at = REDUCE(acc, at, v, (a * kh + b) * kw + e, ok, norm)
+        acc = acc.to(tl.float32)
+    if divisor is None:
+        count = _counted(start_d, end_d, D, kd, pd, COUNT)
+        count = count * _counted(start_h, end_h, H, kh, ph, COUNT)
+        count = count * _counted(start_w, end_w, W, kw, pw, COUNT)
+    else:
+        count = divisor
+    y, slope = FINISH(acc, count.to(tl.float32), (kd * kh * kw).to(tl.float32), norm)
+    to = _planes(n, c, yn, yc, Y_VEC, LAST) + _place(od, oh, ow, yd, yh, yw, Y_VEC, LAST, WIDE)
+    tl.store(Y + to, y.to(Y.dtype.element_ty), mask=mask)
+    if AT is not None:
+        tl.store(AT + to, at.to(AT.dtype.element_ty), mask=mask)
+    if SLOPE is not None:
+        tl.store(SLOPE + to, slope, mask=mask)
+    if INDEX is not None:
+        i = start_d + at // (kh * kw) * dd
+        j = start_h + at // kw % kh * dh
+        k = start_w + at % kw * dw
+        if WIDE:
+            i = i.to(tl.int64)
+        tl.store(INDEX + to, ((i * H + j) * W + k).to(tl.int64), mask=mask)
+
+
+@triton.jit
+def _sent(
+    DY, AT, SLOPE, g_planes, y_planes, i, j, k, od, oh, ow, ud, uh, uw, mask,
+    D, H, W, OD, OH, OW, gd, gh, gw, yd, yh, yw,
+    kd, kh, kw, sd, sh, sw, pd, ph, pw, dd, dh, dw, divisor,
+    WINDOW: tl.constexpr, COUNT: tl.constexpr, ROUND: tl.constexpr, DILATED: tl.constexpr,
+    LAST: tl.constexpr, WIDE: tl.constexpr, G_VEC: tl.constexpr, Y_VEC: tl.constexpr,
+):  # fmt: skip
+    """What output positions (od, oh, ow) send to elements (i, j, k)."""
+    start_d, end_d = WINDOW(od, D, OD, kd, sd, pd, dd, ud, ROUND)
+    start_h, end_h = WINDOW(oh, H, OH, kh, sh, ph, dh, uh, ROUND)
+    start_w, end_w = WINDOW(ow, W, OW, kw, sw, pw, dw, uw, ROUND)
+    a, b, e = i - start_d, j - start_h, k - start_w
+    ok = (od < OD) & (a >= 0) & (i < end_d) & (oh < OH) & (b >= 0) & (j < end_h)
+    ok = ok & (ow < OW) & (e >= 0) & (k < end_w) & mask
+    if DILATED:
+        ok = ok & (a % dd == 0) & (b % dh == 0) & (e % dw == 0)
+        a = a // dd
+        b = b // dh
+        e = e // dw
+    dy = DY + g_planes + _place(od, oh, ow, gd, gh, gw, G_VEC, LAST, WIDE)
+    g = tl.load(dy, mask=ok, other=0.0).to(tl.float32)
+    if AT is not None or SLOPE is not None:
+        place = y_planes + _place(od, oh, ow, yd, yh, yw, Y_VEC, LAST, WIDE)
+        if AT is not None:
+            at = tl.load(AT + place, mask=ok, other=0).to(tl.int32)
+            g = tl.where(at == (a * kh + b) * kw + e, g, 0.0)
+        else:
+            g = g * tl.load(SLOPE + place, mask=ok, other=0.0)
+    elif divisor is not None:
+        g = tl.div_rn(g, divisor.to(tl.float32))
+    else:
+        count = _counted(start_d, end_d, D, kd, pd, COUNT)
+        count = count * _counted(start_h, end_h, H, kh, ph, COUNT)
+        count = count * _counted(start_w, end_w, W, kw, pw, COUNT)
+        g = tl.where(ok, tl.div_rn(g, count.to(tl.float32)), 0.0)
+    return g
+
+
+@kernel(do_not_specialize=[*_SIZES, *_STRIDES, "zn", "zc", "zd", "zh", "zw", "md", "mh", "mw"])
+def _pool_bwd_kernel(
+    DY, AT, SLOPE, X, U, DX, C, D, H, W, OD, OH, OW, rows, inner_units,
+    gn, gc, gd, gh, gw, yn, yc, yd, yh, yw, xn, xc, xd, xh, xw, zn, zc, zd, zh, zw,
+    kd, kh, kw, sd, sh, sw, pd, ph, pw, dd, dh, dw, md, mh, mw, divisor, norm,
+    WINDOW: tl.constexpr, FIRST: tl.constexpr, SEND: tl.constexpr,
+    COUNT: tl.constexpr, DIMS: tl.constexpr, ROUND: tl.constexpr, DILATED: tl.constexpr,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    MD: tl.constexpr, MH: tl.constexpr, MW: tl.constexpr,
+    LAST: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, G_VEC: tl.constexpr,
+    Y_VEC: tl.constexpr, X_VEC: tl.constexpr, Z_VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    if MD is not None:  # the compiler sees divisors, and how many windows share an element
+        kd, kh, kw, sd, sh, sw = KD, KH, KW, SD, SH, SW
+    mask, n, c, i, j, k = _tile(rows, inner_units * UNIT, C, D, H, W, LAST, WIDE, BLOCK_R, BLOCK_I)
+    ud = _samples(U, n, c, C, 0, DIMS)
+    uh = _samples(U, n, c, C, 1, DIMS)
+    uw = _samples(U, n, c, C, 2, DIMS)
+    od = FIRST(i, D, OD, kd, sd, pd, dd, ud, ROUND)
+    oh = FIRST(j, H, OH, kh, sh, ph, dh, uh, ROUND)
+    ow = FIRST(k, W, OW, kw, sw, pw, dw, uw, ROUND)
+    g_planes = _planes(n, c, gn, gc, G_VEC, LAST)
+    y_planes = _planes(n, c, yn, yc, Y_VEC, LAST)
+    acc = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
+    if MD is not None:
+        for a in tl.static_range(MD):
+            for b in tl.static_range(MH):
+                for e in tl.static_range(MW):
+                    acc += _sent(
+                        DY, AT, SLOPE, g_planes, y_planes, i, j, k, od + a, oh + b, ow + e,
+                        ud, uh, uw, mask, D, H, W, OD, OH, OW, gd, gh, gw, yd, yh, yw,
+                        kd, kh, kw, sd, sh, sw, pd, ph, pw, dd, dh, dw, divisor,
+                        WINDOW, COUNT, ROUND, DILATED, LAST, WIDE, G_VEC, Y_VEC,
+                    )  # fmt: skip
+    else:
+        for a in range(md):
+            for b in range(mh):
+                for e in range(mw):
+                    acc += _sent(
+                        DY, AT, SLOPE, g_planes, y_planes, i, j, k, od + a, oh + b, ow + e,
+                        ud, uh, uw, mask, D, H, W, OD, OH, OW, gd, gh, gw, yd, yh, yw,
+                        kd, kh, kw, sd, sh, sw, pd, ph, pw, dd, dh, dw, divisor,
+                        WINDOW, COUNT, ROUND, DILATED, LAST, WIDE, G_VEC, Y_VEC,
+                    )  # fmt: skip
+    if X is None:
+        x = acc
+    else:
+        place = _planes(n, c, xn, xc, X_VEC, LAST) + _place(i, j, k, xd, xh, xw, X_VEC, LAST, WIDE)
+        x = tl.load(X + place, mask=mask, other=0.0).to(tl.float32)
+    dx = SEND(acc, x, norm)
+    place = _planes(n, c, zn, zc, Z_VEC, LAST) + _place(i, j, k, zd, zh, zw, Z_VEC, LAST, WIDE)
+    tl.store(DX + place, dx.to(DX.dtype.element_ty), mask=mask)
+
+
+# ---- launchers ----------------------------------------------------------------------------------
+
+_UNROLLED = 32  # elements of a window, or windows of an element, that the compiler sees one by one
+
+
+class Pooling(typing.NamedTuple):
+    """What is pooled how. Tuples are along D, H, W; axes that a tensor does not have are 1."""
+
+    reduction: str
+    window: str
+    dims: int
+    out: tuple[int, int, int]
+    k: tuple[int, int, int]
+    s: tuple[int, int, int] = (1, 1, 1)
+    p: tuple[int, int, int] = (0, 0, 0)
+    d: tuple[int, int, int] = (1, 1, 1)
+    last: bool = False  # whether the result is channels last
+    by_size: bool = False  # whether k follows from the input's size, so that no code is for it
+    count_padding: bool = False
+    divisor: int | None = None
+    norm: float = 1.0
+
+
+def _unit(*numbers):
+    """What divides all of them, 16 at most."""
+    return math.gcd(16, *numbers)
+
+
+def _five(shape, stride, dims):
+    """(N, C, D, H, W) and strides of a tensor that may lack N, D, H; 0 is that of a size of 1."""
+    if len(shape) == dims + 1:
+        shape, stride = (1, *shape), (0, *stride)
+    missing = 3 - dims
+    shape = (*shape[:2], *(1,) * missing, *shape[2:])
+    stride = (*stride[:2], *(0,) * missing, *stride[2:])
+    return shape, tuple(0 if n == 1 else s for n, s in zip(shape, stride, strict=True))
+
+
+def _dense(shape, last):
+    """Strides of (N, C, D, H, W), as ATen makes them."""
+    _, C, D, H, W = (max(n, 1) for n in shape)
+    if last:
+        return D * H * W * C, 1, H * W * C, W * C, C
+    return C * D * H * W, D * H * W, H * W, W, 1
+
+
+def _addressed(shape, stride, last):
+    """Strides as a kernel takes them, in units; the unit. The innermost is None where it is 1."""
+    stride = [0 if n == 1 else s for n, s in zip(shape, stride, strict=True)]
+    at = 1 if last else 4
+    inner = stride[at]
+    unit = _unit(*stride[:at], *stride[at + 1 :]) if inner == 1 else 1
+    taken = [s // unit for s in stride]
+    taken[at] = None if inner == 1 or shape[at] == 1 else inner
+    return tuple(taken), unit
+
+
+def _wide(shape, *strides):
+    return any(
+        sum((n - 1) * abs(s) for n, s in zip(shape, one, strict=True)) >= 2**31 for one in strides
+    )
+
+
+@tunable("BLOCK_R", "BLOCK_I")
+def _config(inner, last):
+    # 8 elements per lane; channels last, neighbouring positions share what their windows share.
+    block = min(next_power_of_2(inner), 64 if last else 128)
+    return {"BLOCK_R": 1024 // block, "BLOCK_I": block, "num_warps": 4}
+
+
+def _walk(shape, last):
+    """(rows, units in a row, unit, grid, tile) for positions of (N, C, D, H, W)."""
+    inner = shape[1] if last else shape[4]
+    rows = math.prod(shape) // inner if inner else 0
+    unit = _unit(inner)
+    config = _config(inner, last)
+    grid = (cdiv(rows, config["BLOCK_R"]) * cdiv(inner, config["BLOCK_I"]),)
+    return rows, inner // unit, unit, grid, config
+
+
+class _Plan:
+    __slots__ = ("args", "grid", "last", "meta", "out", "shape", "strides", "x_strides")
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(shape, stride, spec, rounding):
+    """How `fwd` runs on an x of such a layout."""
+    x_shape, x_stride = _five(shape, stride, spec.dims)
+    y_shape = (*x_shape[:2], *spec.out)
+    y_stride = _dense(y_shape, spec.last)
+    plan = _Plan()
+    plan.last = x_stride[1] == 1 and x_stride[4] != 1 and spec.window != "fractional"
+    lead = 2 if len(shape) > spec.dims + 1 else 1
+    kept = [*range(2 - lead, 2), *range(5 - spec.dims, 5)]
+    plan.shape = tuple(y_shape[a] for a in kept)
+    plan.strides = tuple(y_stride[a] for a in kept)
+    xs, x_unit = _addressed(x_shape, x_stride, plan.last)
+    ys, y_unit = _addressed(y_shape, y_stride, plan.last)
+    rows, units, unit, plan.grid, config = _walk(y_shape, plan.last)
+    start, reduce, finish, _, _ = REDUCTIONS[spec.reduction]
+    plan.args = (
+        *x_shape[1:], *spec.out, rows, units, *xs, *ys, *spec.k, *spec.s, *spec.p, *spec.d,
+        spec.divisor, spec.norm,
+    )  # fmt: skip
+    unrolled = math.prod(spec.k) <= _UNROLLED and not spec.by_size
+    plan.meta = {
+        "WINDOW": WINDOWS[spec.window][0], "REDUCE": reduce, "FINISH": finish, "START": start,
+        "COUNT": spec.count_padding, "DIMS": spec.dims, "ROUND": rounding,
+        **dict(zip(("KD", "KH", "KW"), spec.k if unrolled else (None,) * 3, strict=True)),
+        "LAST": plan.last, "WIDE": _wide(x_shape, x_stride, _dense(x_shape, False)), "UNIT": unit,
+        "X_VEC": x_unit, "Y_VEC": y_unit, **config,
+    }  # fmt: skip
+    return plan
+
+
+def _sharing(spec, sizes, rounding):
+    """Along each axis, the most windows that may have the same element."""
+    found = []
+    for I, O, k, s, d in zip(sizes, spec.out, spec.k, spec.s, spec.d, strict=True):  # noqa: E741
+        if spec.window == "regular":
+            m = cdiv((k - 1) * d + 1, s)
+        elif spec.window == "adaptive":
+            m = cdiv(O, I) + 1
+        elif rounding is not None or O == 1 or I == k:
+            m = O
+        else:
+            m = cdiv(k * (O - 1), I - k) + 5
+        found.append(min(m, O))
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_back(shape, stride, g_stride, spec, rounding):
+    """How `bwd` runs, for an x and a dy of such layouts."""
+    x_shape, x_stride = _five(shape, stride, spec.dims)
+    y_shape = (*x_shape[:2], *spec.out)
+    y_stride = _dense(y_shape, spec.last)
+    lead = y_shape[1:2] if len(shape) == spec.dims + 1 else y_shape[:2]
+    _, g_stride = _five((*lead, *spec.out[3 - spec.dims :]), g_stride, spec.dims)
+    plan = _Plan()
+    plan.last = last = x_stride[1] == 1 and x_stride[4] != 1 and spec.window != "fractional"
+    z_stride = _dense(x_shape, last)
+    kept = [*range(len(shape) == spec.dims + 1, 2), *range(5 - spec.dims, 5)]
+    plan.strides = tuple(z_stride[a] for a in kept)
+    rows, units, unit, plan.grid, config = _walk(x_shape, last)
+    taken, vec = zip(
+        *(
+            _addressed(s, t, last)
+            for s, t in (
+                (y_shape, g_stride), (y_shape, y_stride), (x_shape, x_stride), (x_shape, z_stride)
+            )
+        ),
+        strict=True,
+    )  # fmt: skip
+    sharing = _sharing(spec, x_shape[2:], rounding)
+    unrolled = spec.window == "regular" and not spec.by_size and math.prod(sharing) <= _UNROLLED
+    hidden = (None,) * 3
+    plan.args = (
+        *x_shape[1:], *spec.out, rows, units, *taken[0], *taken[1], *taken[2], *taken[3],
+        *(hidden * 2 if unrolled else (*spec.k, *spec.s)), *spec.p, *spec.d,
+        *(hidden if unrolled else sharing), spec.divisor, spec.norm,
+    )  # fmt: skip
+    plan.meta = {
+        "WINDOW": WINDOWS[spec.window][0], "FIRST": WINDOWS[spec.window][1],
+        "SEND": REDUCTIONS[spec.reduction][3], "COUNT": spec.count_padding, "DIMS": spec.dims,
+        "ROUND": rounding, "DILATED": spec.d != (1, 1, 1),
+        **dict(zip(("KD", "KH", "KW"), spec.k if unrolled else hidden, strict=True)),
+        **dict(zip(("SD", "SH", "SW"), spec.s if unrolled else hidden, strict=True)),
+        **dict(zip(("MD", "MH", "MW"), sharing if unrolled else hidden, strict=True)),
+        "LAST": last, "WIDE": _wide(x_shape, x_stride, z_stride), "UNIT": unit,
+        "G_VEC": vec[0], "Y_VEC": vec[1], "X_VEC": vec[2], "Z_VEC": vec[3], **config,
+    }  # fmt: skip
+    return plan
+
+
+def _place_dtype(spec):
+    """The narrowest integer for the number of an element of a window."""
+    elements = math.prod(spec.k)
+    if elements <= 256:
+        return torch.uint8
+    return torch.int16 if elements <= 32768 else torch.int32
+
+
+def _rounding(u, dtype):
+    """The dtype that ATen computes the windows of samples `u` in, on a CPU; on CUDA it is fp32."""
+    if u is None or u.is_cuda or dtype is torch.float32:
+        return None
+    return tl.float16 if dtype is torch.float16 else tl.bfloat16
+
+
+def fwd(x, u, spec, dtype, indices, keep):
+    """x ([N], C, *) of any strides, samples u (N, C, dims) or None -> y, indices, at, slope.
+
+    `indices` (int64, as ATen's) where asked for; `keep`: what `bwd` needs, at or slope, or neither.
+    All are laid out as y.
+    """
+    rounding = _rounding(u, dtype)
+    plan = _plan(x.shape, x.stride(), spec, rounding)
+
+    def made(dtype):
+        return torch.empty_strided(plan.shape, plan.strides, dtype=dtype, device=x.device)
+
+    y = made(dtype)
+    index = made(torch.int64) if indices else None
+    at = slope = None
+    if keep and spec.reduction in ("max", "max_abs", "min_abs"):
+        at = made(_place_dtype(spec))
+    elif keep and spec.reduction != "mean":
+        slope = made(torch.float32)
+    _pool_fwd_kernel(plan.grid, x, u, y, at, index, slope, *plan.args, **plan.meta)
+    return y, index, at, slope
+
+
+def bwd(dy, at, slope, x, u, spec, dtype):
+    """dy of any strides, at or slope as `fwd` made them -> dx, dense, in x's dtype.
+
+    `dtype` is y's. Of x, only what the gradient of a power or an absolute value reads is read.
+    """
+    rounding = _rounding(u, dtype)
+    plan = _plan_back(x.shape, x.stride(), dy.stride(), spec, rounding)
+    dx = torch.empty_strided(x.shape, plan.strides, dtype=x.dtype, device=x.device)
+    read = x if REDUCTIONS[spec.reduction][4] else None
+    _pool_bwd_kernel(plan.grid, dy, at, slope, read, u, dx, *plan.args, **plan.meta)
+    return dx
