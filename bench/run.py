@@ -98,7 +98,7 @@ def _checked_rows(case: BenchCase, dtype: torch.dtype, free: int) -> int:
     """As much of the row as can be held in float64 three times over, with gradients."""
     elements = sum(t.numel() for t in case.make(dtype, "meta")) / case.rows
     if case.gathers:
-        elements *= case.options["embedding_dim"]
+        elements *= case.options.get("embedding_dim", 1)
     return max(1, min(case.rows, int(0.5 * free / (12 * 8 * elements))))
 
 

@@ -171,7 +171,7 @@ def straight(g, x, p):
 
 @triton.jit
 def by_sign(g, x, p):
-    return tl.where(x > 0, g, tl.where(x < 0, -g, x * g))
+    return tl.where(x > 0, g, tl.where(x < 0, -g, 0.0 * g))  # of nan, too, ATen's sign is 0
 
 
 @triton.jit
@@ -211,11 +211,12 @@ def _tile(
     rows, inner, C, D, H, W, LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """The program's mask, and n, c, d, h, w of its positions; each broadcasts with the others."""
+    """The program's mask, that of its rows, and n, c, d, h, w of its positions. All broadcast."""
     tiles = tl.cdiv(inner, BLOCK_I)
     r = tl.program_id(0) // tiles * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     i = tl.program_id(0) % tiles * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
-    mask = (r < rows) & (i < inner)
+    there = r < rows
+    mask = there & (i < inner)
     if LAST:
         c = i
         w = r % W
@@ -234,7 +235,7 @@ def _tile(
     if WIDE:
         n = n.to(tl.int64)
         c = c.to(tl.int64)
-    return mask, n, c, d, h, w
+    return mask, there, n, c, d, h, w
 
 
 @triton.jit
@@ -246,7 +247,7 @@ def _inner(i, stride):
 
 
 @triton.jit
-def _samples(U, n, c, C, d: tl.constexpr, DIMS: tl.constexpr):
+def _samples(U, n, c, C, there, d: tl.constexpr, DIMS: tl.constexpr):
     """Of axis d, of which 2 is W. Of two, that for W comes first; of three, last."""
     if U is None:
         u = 0.0
@@ -254,7 +255,7 @@ def _samples(U, n, c, C, d: tl.constexpr, DIMS: tl.constexpr):
         u = 0.0
     else:
         at = 2 - d if DIMS == 2 else d
-        u = tl.load(U + (n * C + c) * DIMS + at).to(tl.float32)
+        u = tl.load(U + (n * C + c) * DIMS + at, mask=there, other=0.0).to(tl.float32)
     return u
 
 
@@ -300,12 +301,12 @@ def _pool_fwd_kernel(
     LAST: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, X_VEC: tl.constexpr,
     Y_VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    mask, n, c, od, oh, ow = _tile(
+    mask, there, n, c, od, oh, ow = _tile(
         rows, inner_units * UNIT, C, OD, OH, OW, LAST, WIDE, BLOCK_R, BLOCK_I
     )
-    ud = _samples(U, n, c, C, 0, DIMS)
-    uh = _samples(U, n, c, C, 1, DIMS)
-    uw = _samples(U, n, c, C, 2, DIMS)
+    ud = _samples(U, n, c, C, there, 0, DIMS)
+    uh = _samples(U, n, c, C, there, 1, DIMS)
+    uw = _samples(U, n, c, C, there, 2, DIMS)
     start_d, end_d = WINDOW(od, D, OD, kd, sd, pd, dd, ud, ROUND)
     start_h, end_h = WINDOW(oh, H, OH, kh, sh, ph, dh, uh, ROUND)
     start_w, end_w = WINDOW(ow, W, OW, kw, sw, pw, dw, uw, ROUND)
@@ -416,10 +417,12 @@ def _pool_bwd_kernel(
 ):  # fmt: skip
     if MD is not None:  # the compiler sees divisors, and how many windows share an element
         kd, kh, kw, sd, sh, sw = KD, KH, KW, SD, SH, SW
-    mask, n, c, i, j, k = _tile(rows, inner_units * UNIT, C, D, H, W, LAST, WIDE, BLOCK_R, BLOCK_I)
-    ud = _samples(U, n, c, C, 0, DIMS)
-    uh = _samples(U, n, c, C, 1, DIMS)
-    uw = _samples(U, n, c, C, 2, DIMS)
+    mask, there, n, c, i, j, k = _tile(
+        rows, inner_units * UNIT, C, D, H, W, LAST, WIDE, BLOCK_R, BLOCK_I
+    )
+    ud = _samples(U, n, c, C, there, 0, DIMS)
+    uh = _samples(U, n, c, C, there, 1, DIMS)
+    uw = _samples(U, n, c, C, there, 2, DIMS)
     od = FIRST(i, D, OD, kd, sd, pd, dd, ud, ROUND)
     oh = FIRST(j, H, OH, kh, sh, ph, dh, uh, ROUND)
     ow = FIRST(k, W, OW, kw, sw, pw, dw, uw, ROUND)
@@ -454,6 +457,65 @@ def _pool_bwd_kernel(
     dx = SEND(acc, x, norm)
     place = _planes(n, c, zn, zc, Z_VEC, LAST) + _place(i, j, k, zd, zh, zw, Z_VEC, LAST, WIDE)
     tl.store(DX + place, dx.to(DX.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _cells(rows, length, BLOCK: tl.constexpr):
+    """The program's plane, in 64 bits, its positions within the plane, and which of them exist."""
+    tiles = tl.cdiv(length, BLOCK)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    at = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    return row, at, at < length
+
+
+@triton.jit
+def _strided(row, at, C, H, W, sn, sc, sd, sh, sw):
+    """Where position `at` of a plane (D, H, W) lies."""
+    d = (at // (H * W)).to(tl.int64)
+    plane = row // C * sn + row % C * sc
+    return plane + d * sd + (at // W % H).to(tl.int64) * sh + (at % W).to(tl.int64) * sw
+
+
+_PLANES = ["rows", "length", "other", "C", *(f"{t}{d}" for t in "ab" for d in "hw")]
+_PLANES += [f"{t}{d}" for t in "xy" for d in "ncdhw"]
+
+
+@kernel(do_not_specialize=_PLANES)
+def _unpool_place_kernel(
+    INDEX, WINNER, rows, length, other, C, ah, aw, xn, xc, xd, xh, xw, BLOCK: tl.constexpr
+):
+    """WINNER (rows, other), -1 at first, becomes the last position whose index leads there."""
+    row, at, mask = _cells(rows, length, BLOCK)
+    to = tl.load(INDEX + _strided(row, at, C, ah, aw, xn, xc, xd, xh, xw), mask=mask, other=0)
+    valid = (to >= 0) & (to < other)
+    tl.device_assert(valid | ~mask, "max_unpool: index out of range")
+    tl.atomic_max(WINNER + row * other + to, at, mask=mask & valid)  # of integers: in any order
+
+
+@kernel(do_not_specialize=_PLANES)
+def _unpool_fwd_kernel(
+    X, WINNER, Y, rows, length, C, ah, aw, bh, bw, xn, xc, xd, xh, xw, yn, yc, yd, yh, yw,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, at, mask = _cells(rows, length, BLOCK)
+    winner = tl.load(WINNER + row * length + at, mask=mask, other=-1)
+    x = X + _strided(row, tl.maximum(winner, 0), C, ah, aw, xn, xc, xd, xh, xw)
+    y = tl.load(x, mask=winner >= 0, other=0.0)
+    y = y.to(tl.float32).to(Y.dtype.element_ty)
+    tl.store(Y + _strided(row, at, C, bh, bw, yn, yc, yd, yh, yw), y, mask=mask)
+
+
+@kernel(do_not_specialize=[*_PLANES, "gn", "gc", "gd", "gh", "gw"])
+def _unpool_bwd_kernel(
+    DY, INDEX, DX, rows, length, other, C, ah, aw, bh, bw, xn, xc, xd, xh, xw, gn, gc, gd, gh, gw,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, at, mask = _cells(rows, length, BLOCK)
+    to = tl.load(INDEX + _strided(row, at, C, ah, aw, xn, xc, xd, xh, xw), mask=mask, other=-1)
+    valid = (to >= 0) & (to < other)
+    dy = DY + _strided(row, tl.where(valid, to, 0).to(tl.int32), C, bh, bw, gn, gc, gd, gh, gw)
+    g = tl.load(dy, mask=valid, other=0.0)
+    tl.store(DX + row * length + at, g.to(tl.float32).to(DX.dtype.element_ty), mask=mask)
 
 
 # ---- launchers ----------------------------------------------------------------------------------
@@ -679,4 +741,47 @@ def bwd(dy, at, slope, x, u, spec, dtype):
     dx = torch.empty_strided(x.shape, plan.strides, dtype=x.dtype, device=x.device)
     read = x if REDUCTIONS[spec.reduction][4] else None
     _pool_bwd_kernel(plan.grid, dy, at, slope, read, u, dx, *plan.args, **plan.meta)
+    return dx
+
+
+_CELLS = {"BLOCK": 1024, "num_warps": 4}
+
+
+def _planes_of(t, dims):
+    """(rows, length, C), (H, W), strides of ([N], C, *)."""
+    shape, stride = _five(t.shape, t.stride(), dims)
+    return (shape[0] * shape[1], math.prod(shape[2:]), shape[1]), shape[3:], stride
+
+
+def unpool(x, indices, dims, out, last, dtype):
+    """x and indices (int64) ([N], C, *) of any strides -> y ([N], C, *out), laid out as told.
+
+    y is x where an index of its plane leads, of several the last; elsewhere 0.
+    """
+    shape = (*x.shape[:-dims], *out)
+    format = torch.channels_last if last else torch.contiguous_format
+    y = torch.empty(shape, dtype=dtype, device=x.device, memory_format=format)
+    (rows, length, C), inner, stride = _planes_of(x, dims)
+    (_, other, _), outer, y_stride = _planes_of(y, dims)
+    winner = torch.full((rows, other), -1, dtype=torch.int32, device=x.device)
+    _unpool_place_kernel(
+        (rows * cdiv(length, _CELLS["BLOCK"]),), indices, winner, rows, length, other, C, *inner,
+        *_planes_of(indices, dims)[2], **_CELLS,
+    )  # fmt: skip
+    _unpool_fwd_kernel(
+        (rows * cdiv(other, _CELLS["BLOCK"]),), x, winner, y, rows, other, C, *inner, *outer,
+        *stride, *y_stride, **_CELLS,
+    )  # fmt: skip
+    return y
+
+
+def unpool_bwd(dy, indices, dims, dtype):
+    """dy of any strides, indices as in `unpool` -> dx, contiguous."""
+    dx = torch.empty(indices.shape, dtype=dtype, device=dy.device)
+    (rows, length, C), inner, stride = _planes_of(indices, dims)
+    (_, other, _), outer, g_stride = _planes_of(dy, dims)
+    _unpool_bwd_kernel(
+        (rows * cdiv(length, _CELLS["BLOCK"]),), dy, indices, dx, rows, length, other, C, *inner,
+        *outer, *stride, *g_stride, **_CELLS,
+    )  # fmt: skip
     return dx

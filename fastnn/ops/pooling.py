@@ -1,23 +1,26 @@
-"""Pooling: max, mean and power means over windows; unpooling.
+"""Pooling: maxima, means and power means of windows; unpooling.
 
 An op below turns its arguments into a `kernels.pooling.Pooling`, or declines them; one
-`autograd.Function` runs all.
+`autograd.Function` runs all. Layouts of results are those that stock has on the tensor's device.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Invalid, Stock, op, run, second_order
+from fastnn._op import Function, Invalid, Stock, op, run, second_order
 
 
-class Pool(torch.autograd.Function):
+class Pool(Function):
     """x ([N], C, *) -> y, or (y, indices). Keeps x, as stock does, and what `fwd` says of each
     window: a byte, or a factor in fp32."""
+
+    strided = ("dy", "dindex")
 
     @staticmethod
     def forward(ctx, x, samples, spec, dtype, indices, formula):
@@ -44,6 +47,8 @@ class Pool(torch.autograd.Function):
         return dx, None, None, None, None, None
 
 
+_INPUT = ("input",)  # read in place, whatever its strides
+
 # ---- arguments ----------------------------------------------------------------------------------
 
 
@@ -64,9 +69,12 @@ def _three(values, fill):
 
 
 @functools.lru_cache(maxsize=4096)
-def _channels_last(shape, stride, lead=2):
-    """Whether ATen makes a result of (N, C, *) with such strides channels last. A tensor of three
-    dimensions has it inserted the one that stock does."""
+def _channels_last(shape, stride):
+    """Whether ATen makes a result of (N, C, *) with such strides channels last.
+
+    It asks the strides, those of sizes of 1 too. To three dimensions a fourth is added, as stock
+    adds it.
+    """
     if len(shape) == 3:
         shape, stride = (*shape[:2], 1, shape[2]), (*stride[:2], shape[2] * stride[2], stride[2])
     if stride[1] == 0 or 0 in shape:
@@ -79,7 +87,7 @@ def _channels_last(shape, stride, lead=2):
     return True
 
 
-def _unusable(input, dims, name):
+def _unusable(input, dims):
     """Why no kernel pools `input`, if so."""
     if input.dim() not in (dims + 1, dims + 2):
         return Invalid(f"{input.dim()} dimensions")
@@ -92,7 +100,7 @@ def _unusable(input, dims, name):
 
 def _regular(input, dims, kernel_size, stride, padding, dilation, ceil_mode):
     """(k, s, p, d, out) along the axes of `input`, or why not."""
-    why = _unusable(input, dims, "pool")
+    why = _unusable(input, dims)
     if why is not None:
         return why
     k = _along(kernel_size, dims)
@@ -144,8 +152,9 @@ def _max_pool(
 _MAX = {1: stock.max_pool1d, 2: stock.max_pool2d, 3: stock.max_pool3d}
 
 
-def _max_last(input, dims, return_indices):
-    shape, stride = input.shape, input.stride()
+def _max_last(input, dims, return_indices, stride=None):
+    """Whether max pooling gives a result that is channels last."""
+    shape, stride = input.shape, stride or input.stride()
     if dims == 3 and len(shape) == 4:
         shape, stride = (1, *shape), (shape[0] * stride[0], *stride)
     if len(shape) == dims + 1:
@@ -156,7 +165,7 @@ def _max_last(input, dims, return_indices):
     return _channels_last(shape, stride)
 
 
-@op(stock=stock.max_pool1d, source="ATen's rules for nan, ties and ceil_mode")
+@op(stock=stock.max_pool1d, strided=_INPUT, source="ATen's rules for nan, ties and ceil_mode")
 def max_pool1d(
     input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False,
     *, out_dtype=None,
@@ -167,7 +176,7 @@ def max_pool1d(
     )
 
 
-@op(stock=stock.max_pool2d, source="ATen's rules for nan, ties and ceil_mode")
+@op(stock=stock.max_pool2d, strided=_INPUT, source="ATen's rules for nan, ties and ceil_mode")
 def max_pool2d(
     input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False,
     *, out_dtype=None,
@@ -183,7 +192,12 @@ def max_pool2d(
     )
 
 
-@op(stock=stock.max_pool3d, autocast_cpu="fp32", source="ATen's rules for nan, ties and ceil_mode")
+@op(
+    stock=stock.max_pool3d,
+    strided=_INPUT,
+    autocast_cpu="fp32",
+    source="ATen's rules for nan, ties and ceil_mode",
+)
 def max_pool3d(
     input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False,
     *, out_dtype=None,
@@ -192,3 +206,413 @@ def max_pool3d(
     return _max_pool(
         3, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, out_dtype
     )
+
+
+# ---- mean ---------------------------------------------------------------------------------------
+
+
+def _avg_pool(
+    dims, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor, dtype
+):
+    found = _regular(input, dims, kernel_size, stride, padding, 1, ceil_mode)
+    if isinstance(found, Stock):
+        return found
+    if type(count_include_pad) is not bool or (divisor is not None and type(divisor) is not int):
+        return Invalid(f"count_include_pad={count_include_pad!r}, divisor_override={divisor!r}")
+    if divisor == 0:
+        return Invalid("divisor_override=0")
+    k, s, p, _, out = found
+    spec = kernels.pooling.Pooling(
+        "mean", "regular", dims, _three(out, 1), _three(k, 1), _three(s, 1), _three(p, 0),
+        last=_last(input, dims), count_padding=count_include_pad, divisor=divisor,
+    )  # fmt: skip
+
+    def formula(x):
+        if dims == 1:
+            return stock.avg_pool1d(x, k, s, p, ceil_mode, count_include_pad)
+        return _AVG[dims](x, k, s, p, ceil_mode, count_include_pad, divisor)
+
+    return run(Pool, input, None, spec, dtype or input.dtype, False, formula)
+
+
+_AVG = {2: stock.avg_pool2d, 3: stock.avg_pool3d}
+
+
+def _last(input, dims):
+    """Whether pooling other than max gives a result that is channels last: not in 3-d."""
+    batched = input.dim() == dims + 2
+    return batched and dims < 3 and _channels_last(input.shape, input.stride())
+
+
+@op(stock=stock.avg_pool1d, strided=_INPUT)
+def avg_pool1d(
+    input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True
+):  # fmt: skip
+    """Fused, as avg_pool2d is."""
+    return _avg_pool(
+        1, input, kernel_size, stride, padding, ceil_mode, count_include_pad, None, None
+    )
+
+
+@op(stock=stock.avg_pool2d, strided=_INPUT)
+def avg_pool2d(
+    input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True,
+    divisor_override=None,
+):  # fmt: skip
+    """Fused for every window, channels first and last, one launch each way. Sums are of float32,
+    of more than 32 elements float64."""
+    return _avg_pool(
+        2, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, None
+    )
+
+
+@op(stock=stock.avg_pool3d, strided=_INPUT, autocast_cpu="fp32")
+def avg_pool3d(
+    input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True,
+    divisor_override=None, *, out_dtype=None,
+):  # fmt: skip
+    """Fused, as avg_pool2d is. The result is never channels last, as in stock."""
+    return _avg_pool(
+        3, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override,
+        out_dtype,
+    )  # fmt: skip
+
+
+# ---- adaptive -----------------------------------------------------------------------------------
+
+
+def _adaptive(input, dims, output_size):
+    """(window, k, s, out) of windows that cover the input, or why not."""
+    why = _unusable(input, dims)
+    if why is not None:
+        return why
+    sizes = input.shape[-dims:]
+    if dims > 1 and isinstance(output_size, tuple | list) and len(output_size) == dims:
+        output_size = [size if o is None else o for o, size in zip(output_size, sizes, strict=True)]
+    elif dims > 1 and type(output_size) is not int:
+        return Invalid(f"output_size={output_size!r}")
+    out = _along(output_size, dims)
+    if out is None or min(out) < 0:
+        return Invalid(f"output_size={output_size!r}")
+    if min(out) == 0:
+        return Stock("an empty result")
+    pairs = list(zip(sizes, out, strict=True))
+    if any((o + 1) * (size + 1) >= 2**31 for size, o in pairs):
+        return Stock(f"{tuple(sizes)} to {out}: positions that 32 bits do not hold")
+    if all(size % o == 0 for size, o in pairs):  # windows of one size, one after the other
+        k = tuple(size // o for size, o in pairs)
+        return "regular", k, k, out
+    k = tuple(size // o + (2 if size % o else 0) for size, o in pairs)  # the most there can be
+    return "adaptive", k, (1,) * dims, out
+
+
+def _adaptive_pool(reduction, function, dims, input, output_size, indices, last, dtype):
+    found = _adaptive(input, dims, output_size)
+    if isinstance(found, Stock):
+        return found
+    window, k, s, out = found
+    spec = kernels.pooling.Pooling(
+        reduction, window, dims, _three(out, 1), _three(k, 1), _three(s, 1),
+        last=last(input, dims, out), by_size=True,
+    )  # fmt: skip
+
+    def formula(x):
+        return function(x, out)
+
+    return run(Pool, input, None, spec, dtype or input.dtype, bool(indices), formula)
+
+
+def _avg_last(input, dims, out):
+    if dims == 3 and out == (1, 1, 1):  # of the whole volume, which stock takes the mean of
+        return input.dim() == 5 and _channels_last(input.shape, input.stride())
+    return _last(input, dims)
+
+
+def _adaptive_max_last(input, dims, out):
+    return _last(input, dims)
+
+
+@op(stock=stock.adaptive_avg_pool1d, strided=_INPUT)
+def adaptive_avg_pool1d(input, output_size):
+    """Fused, as adaptive_avg_pool2d is."""
+    return _adaptive_pool(
+        "mean", stock.adaptive_avg_pool1d, 1, input, output_size, False, _avg_last, None
+    )
+
+
+@op(stock=stock.adaptive_avg_pool2d, strided=_INPUT)
+def adaptive_avg_pool2d(input, output_size):
+    """Fused for every size but 0, one launch each way; sums are of float64. The backward adds up in
+    a fixed order, without atomics."""
+    return _adaptive_pool(
+        "mean", stock.adaptive_avg_pool2d, 2, input, output_size, False, _avg_last, None
+    )
+
+
+@op(stock=stock.adaptive_avg_pool3d, strided=_INPUT, autocast_cpu="fp32")
+def adaptive_avg_pool3d(input, output_size, *, out_dtype=None):
+    """Fused, as adaptive_avg_pool2d is."""
+    return _adaptive_pool(
+        "mean", stock.adaptive_avg_pool3d, 3, input, output_size, False, _avg_last, out_dtype
+    )
+
+
+def _adaptive_max_pool(function, dims, input, output_size, return_indices, dtype=None):
+    return _adaptive_pool(
+        "max", function, dims, input, output_size, return_indices, _adaptive_max_last, dtype
+    )
+
+
+@op(stock=stock.adaptive_max_pool1d, strided=_INPUT)
+def adaptive_max_pool1d(input, output_size, return_indices=False):
+    """Fused, as adaptive_max_pool2d is."""
+    return _adaptive_max_pool(stock.adaptive_max_pool1d, 1, input, output_size, return_indices)
+
+
+@op(stock=stock.adaptive_max_pool2d, strided=_INPUT)
+def adaptive_max_pool2d(input, output_size, return_indices=False):
+    """Fused for every size but 0, one launch each way, with what max_pool2d keeps of a window and
+    the fixed order of its backward."""
+    return _adaptive_max_pool(stock.adaptive_max_pool2d, 2, input, output_size, return_indices)
+
+
+@op(stock=stock.adaptive_max_pool3d, strided=_INPUT, autocast_cpu="fp32")
+def adaptive_max_pool3d(input, output_size, return_indices=False, *, out_dtype=None):
+    """Fused, as adaptive_max_pool2d is. The result is never channels last, as in stock."""
+    return _adaptive_max_pool(
+        stock.adaptive_max_pool3d, 3, input, output_size, return_indices, out_dtype
+    )
+
+
+# ---- power means --------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)
+def _pointwise(shape, stride):
+    """Strides of what a pointwise operator makes of such a tensor."""
+    return torch.empty_strided(shape, stride, device="meta").abs().stride()
+
+
+def _lp_pool(dims, input, norm_type, kernel_size, stride, ceil_mode, dtype):
+    if type(norm_type) not in (int, float) or norm_type != norm_type:
+        return Stock(f"norm_type={norm_type!r}")
+    if norm_type == 0 or (dims == 1 and type(kernel_size) is not int):
+        return Invalid(f"norm_type={norm_type!r}, kernel_size={kernel_size!r}")
+    found = _regular(input, dims, kernel_size, stride, 0, 1, ceil_mode)
+    if isinstance(found, Stock):
+        return found
+    k, s, _, _, out = found
+    between = _pointwise(input.shape, input.stride())
+    if math.isinf(norm_type):
+        reduction = "max_abs" if norm_type > 0 else "min_abs"
+        last = _max_last(input, dims, False, between)
+        if input.is_cuda:
+            dtype = None  # max pooling, which is on no list there
+    else:
+        reduction = "square" if norm_type == 2 else "power"
+        last = input.dim() == dims + 2 and dims < 3 and _channels_last(input.shape, between)
+    if reduction != "max_abs":  # a pointwise operator comes last: dense both ways is channels first
+        last = last and input.shape[1] > 1 and math.prod(out) > 1
+    spec = kernels.pooling.Pooling(
+        reduction, "regular", dims, _three(out, 1), _three(k, 1), _three(s, 1), last=last,
+        norm=float(norm_type),
+    )  # fmt: skip
+    function = _LP[dims]
+
+    def formula(x):
+        return function(x, norm_type, k[0] if dims == 1 else k, s, ceil_mode)
+
+    return run(Pool, input, None, spec, dtype or input.dtype, False, formula)
+
+
+_LP = {1: stock.lp_pool1d, 2: stock.lp_pool2d, 3: stock.lp_pool3d}
+
+
+@op(stock=stock.lp_pool1d, strided=_INPUT, autocast="fp32")
+def lp_pool1d(input, norm_type, kernel_size, stride=None, ceil_mode=False, *, out_dtype=None):
+    """Fused, as lp_pool2d is."""
+    return _lp_pool(1, input, norm_type, kernel_size, stride, ceil_mode, out_dtype)
+
+
+@op(stock=stock.lp_pool2d, strided=_INPUT, autocast="fp32")
+def lp_pool2d(input, norm_type, kernel_size, stride=None, ceil_mode=False, *, out_dtype=None):
+    """Fused for every power but 0, the infinite ones too, one launch each way.
+
+    Powers and roots are taken in float32, where stock takes each in the dtype of the input: in
+    float16 a sum of squares beyond 65504 is finite here. Editing the result or the input in place
+    before the backward raises, or does not, as in stock.
+    """
+    return _lp_pool(2, input, norm_type, kernel_size, stride, ceil_mode, out_dtype)
+
+
+@op(stock=stock.lp_pool3d, strided=_INPUT, autocast="fp32", autocast_cpu="fp32")
+def lp_pool3d(input, norm_type, kernel_size, stride=None, ceil_mode=False, *, out_dtype=None):
+    """Fused, as lp_pool2d is."""
+    return _lp_pool(3, input, norm_type, kernel_size, stride, ceil_mode, out_dtype)
+
+
+# ---- fractional ---------------------------------------------------------------------------------
+
+
+def _fractional(
+    dims, input, kernel_size, output_size, output_ratio, return_indices, samples, dtype
+):
+    why = _unusable(input, dims)
+    if why is not None:
+        return why
+    sizes = input.shape[-dims:]
+    if output_size is None:
+        if not isinstance(output_ratio, tuple | list) or len(output_ratio) != dims:
+            return Invalid(f"output_ratio={output_ratio!r}")
+        output_size = [int(size * r) for size, r in zip(sizes, output_ratio, strict=True)]
+    k, out = _along(kernel_size, dims), _along(output_size, dims)
+    if k is None or out is None:
+        return Invalid(f"kernel_size={kernel_size!r}, output_size={output_size!r}")
+    room = 0 if dims == 2 else 1
+    for size, a, o in zip(sizes, k, out, strict=True):
+        if a < 1 or o < 1 or o + a - 1 + room > size:
+            return Invalid(f"{o} windows of {a} over {size}")
+    if not input.numel():
+        return Invalid("no elements")
+    batch = input.shape[0] if input.dim() == dims + 2 else 1
+    channels = input.shape[-dims - 1]
+    if samples is None:
+        samples = torch.rand(batch, channels, dims, dtype=input.dtype, device=input.device)
+    elif (
+        samples.dtype is not input.dtype
+        or samples.dim() != 3
+        or samples.shape[0] < batch
+        or samples.shape[1:] != (channels, dims)
+    ):
+        return Invalid(f"_random_samples {tuple(samples.shape)} {samples.dtype}")
+    samples = samples.detach().contiguous()
+    spec = kernels.pooling.Pooling("max", "fractional", dims, _three(out, 1), _three(k, 1))
+    function = stock.fractional_max_pool2d if dims == 2 else stock.fractional_max_pool3d
+
+    def formula(x):
+        return function(x, k, out, _random_samples=samples.to(x.dtype))
+
+    return run(Pool, input, samples, spec, dtype or input.dtype, bool(return_indices), formula)
+
+
+@op(
+    stock=stock.fractional_max_pool2d, strided=_INPUT, autocast_cpu="fp32", source="arXiv:1412.6071"
+)
+def fractional_max_pool2d(
+    input, kernel_size, output_size=None, output_ratio=None, return_indices=False,
+    _random_samples=None, *, out_dtype=None,
+):  # fmt: skip
+    """Fused, one launch each way; a seed gives the windows that stock gives.
+
+    Keeps what max_pool2d keeps of a window; the backward adds up in a fixed order, without atomics.
+    """
+    return _fractional(
+        2, input, kernel_size, output_size, output_ratio, return_indices, _random_samples, out_dtype
+    )
+
+
+@op(
+    stock=stock.fractional_max_pool3d, strided=_INPUT, autocast_cpu="fp32", source="arXiv:1412.6071"
+)
+def fractional_max_pool3d(
+    input, kernel_size, output_size=None, output_ratio=None, return_indices=False,
+    _random_samples=None, *, out_dtype=None,
+):  # fmt: skip
+    """Fused, as fractional_max_pool2d is."""
+    return _fractional(
+        3, input, kernel_size, output_size, output_ratio, return_indices, _random_samples, out_dtype
+    )
+
+
+# ---- unpooling ----------------------------------------------------------------------------------
+
+
+class Unpool(Function):
+    """x and indices ([N], C, *) -> y ([N], C, *out), zero where no index leads. Keeps indices."""
+
+    strided = ("dy",)
+
+    @staticmethod
+    def forward(ctx, x, indices, dims, out, last, dtype):
+        ctx.save_for_backward(indices)
+        ctx.rest = dims, x.dtype
+        return kernels.pooling.unpool(x, indices, dims, out, last, dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (indices,) = ctx.saved_tensors
+        dims, dtype = ctx.rest
+        if torch.is_grad_enabled():  # it is linear: a gather, which has a derivative
+            found = dy.flatten(-dims).gather(-1, indices.flatten(-dims))
+            dx = found.view(indices.shape).to(dtype)
+        else:
+            dx = kernels.pooling.unpool_bwd(dy, indices, dims, dtype)
+        return dx, None, None, None, None, None
+
+
+def _unpool(dims, input, indices, kernel_size, stride, padding, output_size, dtype):
+    why = _unusable(input, dims)
+    if why is not None:
+        return why
+    if not isinstance(indices, torch.Tensor) or indices.dtype is not torch.int64:
+        return Invalid("indices that are not a tensor of int64")
+    if indices.shape != input.shape or not input.numel() or not input.is_floating_point():
+        return Invalid(f"input {tuple(input.shape)}, indices {tuple(indices.shape)}")
+    k, p = _along(kernel_size, dims), _along(padding, dims)
+    s = k if stride is None else _along(stride, dims)
+    if None in (k, s, p) or min(s) < 1:
+        return Invalid(f"kernel_size={kernel_size!r}, stride={stride!r}, padding={padding!r}")
+    sizes = zip(input.shape[-dims:], k, s, p, strict=True)
+    out = tuple((size - 1) * b + a - 2 * c for size, a, b, c in sizes)
+    if output_size is not None:
+        if not isinstance(output_size, tuple | list):
+            return Invalid(f"output_size={output_size!r}")
+        wanted = tuple(output_size[2:] if len(output_size) == dims + 2 else output_size)
+        if len(wanted) != dims or any(type(o) is not int for o in wanted):
+            return Invalid(f"output_size={output_size!r}")
+        if any(abs(o - usual) >= b for o, usual, b in zip(wanted, out, s, strict=True)):
+            return Invalid(f"output_size={output_size!r}")
+        out = wanted
+    if min(out) < 1:
+        return Invalid(f"a result of {out}")
+    if math.prod(out) >= 2**31:
+        return Stock(f"a result of {out}: positions that 32 bits do not hold")
+    if not input.is_cuda:  # where the values are at hand
+        least, most = torch.aminmax(indices)
+        if least < 0 or most >= math.prod(out):
+            return Invalid("an index outside the result")
+    last = dims == 2 and not input.is_cuda and _last(input, 2)
+    return run(Unpool, input, indices, dims, out, last, dtype or input.dtype)
+
+
+_UNPOOL = {"strided": ("input", "indices"), "integers": (torch.int64,), "autocast_cpu": "fp32"}
+
+
+@op(stock=stock.max_unpool1d, **_UNPOOL)
+def max_unpool1d(
+    input, indices, kernel_size, stride=None, padding=0, output_size=None, *, out_dtype=None
+):
+    """Fused, as max_unpool2d is."""
+    return _unpool(1, input, indices, kernel_size, stride, padding, output_size, out_dtype)
+
+
+@op(stock=stock.max_unpool2d, **_UNPOOL)
+def max_unpool2d(
+    input, indices, kernel_size, stride=None, padding=0, output_size=None, *, out_dtype=None
+):
+    """Fused. Where an index occurs twice, the last of its elements is taken, each time: so
+    `torch.use_deterministic_algorithms(True)`, at which stock raises, has nothing to raise.
+
+    On CUDA an index outside the result is left out, and its gradient is 0; with TRITON_DEBUG=1 the
+    kernel asserts. On a CPU such a call runs stock, which raises. The result is channels last where
+    stock's is: on a CPU for an input that is, on CUDA never.
+    """
+    return _unpool(2, input, indices, kernel_size, stride, padding, output_size, out_dtype)
+
+
+@op(stock=stock.max_unpool3d, **_UNPOOL)
+def max_unpool3d(
+    input, indices, kernel_size, stride=None, padding=0, output_size=None, *, out_dtype=None
+):
+    """Fused, as max_unpool2d is."""
+    return _unpool(3, input, indices, kernel_size, stride, padding, output_size, out_dtype)
