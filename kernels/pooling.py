@@ -26,10 +26,11 @@ import typing
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
+
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
-from triton.language.extra import libdevice
 
 # ---- windows along one axis ---------------------------------------------------------------------
 #
