@@ -89,7 +89,8 @@ def _as_on_the_gpu() -> Iterator[None]:
     """Kernel files choose their grids as on the GPU predicted for."""
     with ExitStack() as stack:
         stack.enter_context(_gpus.simulated(ARCHITECTURE))
-        for name in ("draw_native", "draw_bernoulli"):  # on CUDA these make no tensor
+        # On CUDA these make no tensor.
+        for name in ("draw_native", "draw_native_of_new", "draw_bernoulli"):
             draw = mock.patch.object(_rng, name, _uncounted(getattr(_rng, name)))
             stack.enter_context(draw)
         yield

@@ -125,6 +125,17 @@ def draw_native(x: Tensor) -> Draw | str:
     return _draw(device, _plan_native(x, widest))
 
 
+def draw_native_of_new(n: int, itemsize: int, device: int) -> Draw | str:
+    """What `native_dropout` draws for n > 0 elements of a dense tensor yet to be allocated.
+
+    Allocators align to more than the widest access, so that no address need be known.
+    """
+    widest = width_limit(device, itemsize)
+    if isinstance(widest, str):
+        return widest
+    return _draw(device, plan(n, most_blocks(device), widest, 0, itemsize))
+
+
 def draw_bernoulli(n: int, device: int) -> Draw | str:
     """What `bernoulli_` draws for n > 0 elements, in storage order."""
     agrees = _probe_bernoulli(device)

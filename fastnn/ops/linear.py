@@ -178,8 +178,6 @@ class Neighbours(NamedTuple):
     b: float
     plan: str
     noise: Noise | None
-    y: Tensor | None
-    """Where the result goes, if there is noise: its layout was part of the draw."""
     how: How
 
     @property
@@ -256,15 +254,17 @@ class LinearAct(Function):
 
 def _forward(x, weight, bias, rest, noise, keeps_z):
     formula, how = rest.formula, rest.how
-    y, z = rest.y, None
+    z = None
     if rest.plan == "epilogue":
         z = stock.linear(x, weight, bias)
-        if y is None:
+        # Noise goes by the order of storage, and so into a tensor that is contiguous.
+        if noise is not None:
+            y = z.new_empty(z.shape)
+        else:
             y = torch.empty_like(z) if keeps_z else z
         kernels.epilogue.fwd(z, y, formula.value, rest.a, rest.b, *(noise or (None, 0, 1.0)))
         return y, z if keeps_z else None
-    if y is None:
-        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     if rest.plan == "gemm":
         if keeps_z:
             z = torch.empty_like(y)
@@ -370,19 +370,18 @@ def linear_act(
     if drops and M * N >= 2**31:
         return Stock(f"dropout of {M * N} elements, more than 32 bits can index")
     arch = _gpus.architecture(input.get_device())
-    noise = y = None
+    noise = None
     if drops:
-        y = input.new_empty((*input.shape[:-1], N))
         bound = kernels._philox.bound(1.0 - p)
         if p == 1:
             draw: Any = _rng.draw_nothing(M * N, input.get_device())
             noise = Noise(draw, "elements", bound, 0.0, 0.0)
         else:
-            draw = _rng.draw_native(y)
+            draw = _rng.draw_native_of_new(M * N, input.element_size(), input.get_device())
             if isinstance(draw, str):
                 return Stock(draw)
             noise = Noise(draw, "elements", bound, *_native_scales(p))
     # Forced onto kernels there is no variant: our GEMM multiplies, in the backward too.
     how = How(not variant, matmul_precision(input.get_device()), arch)
-    rest = Neighbours(activation, float(a), float(b), variant or "gemm", noise, y, how)
+    rest = Neighbours(activation, float(a), float(b), variant or "gemm", noise, how)
     return run(LinearAct, input, weight, bias, rest)[0]

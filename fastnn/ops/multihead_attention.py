@@ -344,10 +344,7 @@ def _noise(p, n, dtype, device):
     if p == 1:
         draw: Any = _rng.draw_nothing(n, device)
         return kernels.attention.Noise(draw, bound, 0.0), 0.0
-    widest = _rng.width_limit(device, dtype.itemsize)
-    if isinstance(widest, str):
-        return Stock(widest)
-    draw = _rng._draw(device, _rng.plan(n, _rng.most_blocks(device), widest, 0, dtype.itemsize))
+    draw = _rng.draw_native_of_new(n, dtype.itemsize, device)
     if isinstance(draw, str):
         return Stock(draw)
     scale, grad_scale = _native_scales(p)
