@@ -88,7 +88,7 @@ class LinearCrossEntropy(Function):
     (N, C, *shape), P the product of `shape` -> loss, (N, *shape) or a scalar.
 
     Where the loss is one number, its gradients are made with it, chunk by chunk, but for the factor
-    that comes from above. Else the backward multiplies the logits again.
+    that comes from above, and saved as tensors are. Else the backward multiplies the logits again.
     """
 
     @staticmethod
@@ -98,6 +98,7 @@ class LinearCrossEntropy(Function):
         size = chunk_rows(N, w.shape[0], x.element_size())
         losses = x.new_empty((N, *shape), dtype=torch.float32)
         divisor = made = None
+        late = False
         if reduction == "mean" and target.is_floating_point():
             divisor = losses.new_full((), float(losses.numel()))
         elif reduction == "mean":
@@ -109,9 +110,6 @@ class LinearCrossEntropy(Function):
             seed = x.new_ones((), dtype=torch.float32)
             if divisor is not None and not late:
                 seed = seed / divisor
-        ctx.save_for_backward(x, w, b, target, weight)
-        ctx.options = shape, ignore_index, smoothing, reduction
-        ctx.made = None
         for start in range(0, N, size):
             rows = slice(start, start + size)
             logits = _logits(x[rows], w, b, shape)
@@ -122,11 +120,14 @@ class LinearCrossEntropy(Function):
                     seed, logits, target[rows], weight, stats, ignore_index, smoothing, "sum"
                 )
                 made.add(rows, dlogits)
+        found: tuple = (None, None, None, None)
         if made is not None:
             dw = made.dw
             if dw is not None and not late:
                 dw = dw.to(w.dtype)
-            ctx.made = made.dx, dw, made.db, divisor if late else None
+            found = made.dx, dw, made.db, divisor if late else None
+        ctx.save_for_backward(x, w, b, target, weight, *found)
+        ctx.options = shape, ignore_index, smoothing, reduction
         if reduction == "none":
             return losses.to(dtype)
         loss = losses.sum()
@@ -134,7 +135,7 @@ class LinearCrossEntropy(Function):
 
     @staticmethod
     def backward(ctx, dloss):
-        x, w, b, target, weight = ctx.saved_tensors
+        x, w, b, target, weight, *made, divisor = ctx.saved_tensors
         shape, ignore_index, smoothing, reduction = ctx.options
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
@@ -151,12 +152,11 @@ class LinearCrossEntropy(Function):
                 )
 
             return *second_order(formula, (x, w, b), dloss, needs), *[None] * 7
-        if ctx.made is None:
-            found = _gradients_of_rows(ctx, dloss)
+        if reduction == "none":
+            found = _gradients_of_rows(ctx, dloss, x, w, b, target, weight)
         else:
-            *found, divisor = ctx.made
             scale = dloss.float() if divisor is None else dloss.float() / divisor
-            found = (t if t is None else t * scale for t in found)
+            found = (t if t is None else t * scale for t in made)
         grads = (
             t.to(like.dtype) if need else None
             for t, like, need in zip(found, (x, w, b), needs, strict=True)
@@ -185,9 +185,8 @@ def _dlogits(dloss, logits, target, weight, stats, *options):
     return found.reshape(logits.shape[0], -1)
 
 
-def _gradients_of_rows(ctx, dloss):
+def _gradients_of_rows(ctx, dloss, x, w, b, target, weight):
     """The gradients of losses kept apart: each chunk's logits once more."""
-    x, w, b, target, weight = ctx.saved_tensors
     shape, *options, reduction = ctx.options
     size = chunk_rows(x.shape[0], w.shape[0], x.element_size())
     made = _Gradients(x, w, b, ctx.needs_input_grad[:3], math.ceil(x.shape[0] / size))
