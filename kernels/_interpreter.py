@@ -322,7 +322,25 @@ class _Scalar:
 
 
 def _repair_launch() -> None:
-    stock_call, stock_convert = stock.GridExecutor.__call__, stock._implicit_cvt
+    stock_convert = stock._implicit_cvt
+    executor = stock.GridExecutor
+    stock_call = executor.__call__
+    stock_take, stock_restore = executor._init_args_hst, executor._restore_args_dev
+
+    # Tensors on the CPU are used as they are. Triton's own for the host share their memory, and two
+    # cycles of references keep that memory until Python's collector comes by.
+    def on_host(args, kwargs):
+        given = (*args, *kwargs.values())
+        return all(t.is_cpu for t in given if isinstance(t, torch.Tensor))
+
+    def take(self, args, kwargs):
+        if on_host(args, kwargs):
+            return list(args), dict(kwargs)
+        return stock_take(self, args, kwargs)
+
+    def restore(self, args, args_hst, kwargs, kwargs_hst):
+        if not on_host(args, kwargs):
+            stock_restore(self, args, args_hst, kwargs, kwargs_hst)
 
     def convert(arg):
         if isinstance(arg, bool):
@@ -347,7 +365,8 @@ def _repair_launch() -> None:
         return self.rewrite()(*args, **kwargs)
 
     stock._implicit_cvt = convert
-    stock.GridExecutor.__call__ = call
+    executor.__call__ = call
+    executor._init_args_hst, executor._restore_args_dev = take, restore
     stock.InterpretedFunction.__call__ = call_device_function
 
 
