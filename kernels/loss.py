@@ -31,11 +31,21 @@ from fastnn.kernels._tl import dense
 # ---- formulas -----------------------------------------------------------------------------------
 #
 # A gradient gets the incoming gradient g and returns those of a, b and c, as many as it has.
+#
+# Where stock keeps neither a nor b for the backward, but what it made of them, so does a loss here:
+# the forward writes their `difference`, or the `<loss>_slope`, and `<loss>_of_difference` or
+# `<loss>_of_slope` is the gradient, given that for a. An edit of an input between the passes is then as harmless as in stock, and no
+# byte more is moved: one tensor is written and read, where two would be read.
 
 
 @triton.jit
 def _at_least(x, low):
     return tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def difference(a, b, c, p, q):
+    return a - b
 
 
 @triton.jit
@@ -50,13 +60,19 @@ def square_grad(g, a, b, c, p, q):
 
 
 @triton.jit
+def square_of_difference(g, k, b, c, p, q):
+    d = 2.0 * k * g
+    return d, -d
+
+
+@triton.jit
 def absolute(a, b, c, p, q):
     return tl.abs(a - b)
 
 
 @triton.jit
-def absolute_grad(g, a, b, c, p, q):
-    d = tl.where(a > b, g, tl.where(a < b, -g, 0.0 * g))
+def absolute_of_difference(g, k, b, c, p, q):
+    d = tl.where(k > 0, g, tl.where(k < 0, -g, 0.0 * g))
     return d, -d
 
 
@@ -214,10 +230,11 @@ def gaussian(a, b, c, p, q):  # c is the variance, p its least value, q a consta
 
 
 @triton.jit
-def gaussian_grad(g, a, b, c, p, q):
+def gaussian_of_difference(g, k, b, c, p, q):
     v = tl.where(c < 0, float("nan"), _at_least(c, p))
-    da = tl.div_rn(0.5 * g, v) * (2.0 * (a - b))  # stock's order: a small v makes quotients inf
-    return da, -da, tl.div_rn(0.5 - tl.div_rn(0.5 * (a - b) * (a - b), v), v) * g
+    # Stock's order: a small v makes quotients inf.
+    da = tl.div_rn(0.5 * g, v) * (2.0 * k)
+    return da, -da, tl.div_rn(0.5 - tl.div_rn(0.5 * k * k, v), v) * g
 
 
 @triton.jit
@@ -226,8 +243,8 @@ def gaussian_scalar(a, b, c, p, q):  # p is the variance, q a constant
 
 
 @triton.jit
-def gaussian_scalar_grad(g, a, b, c, p, q):
-    d = tl.div_rn(0.5 * g, p) * (2.0 * (a - b))
+def gaussian_scalar_of_difference(g, k, b, c, p, q):
+    d = tl.div_rn(0.5 * g, p) * (2.0 * k)
     return d, -d
 
 
@@ -237,9 +254,14 @@ def hinge_embedding(a, b, c, p, q):
 
 
 @triton.jit
-def hinge_embedding_grad(g, a, b, c, p, q):
-    away = tl.where(b != 1, tl.where(p - a >= 0, g, 0.0), 0.0)
-    return (tl.where(b != -1, g, 0.0) - away,)
+def hinge_embedding_slope(a, b, c, p, q):
+    away = tl.where(b != 1, tl.where(p - a >= 0, 1.0, 0.0), 0.0)
+    return tl.where(b != -1, 1.0, 0.0) - away
+
+
+@triton.jit
+def hinge_embedding_of_slope(g, k, b, c, p, q):
+    return (tl.where(k > 0, g, tl.where(k < 0, -g, 0.0)),)
 
 
 @triton.jit
@@ -259,9 +281,20 @@ def margin_ranking(a, b, c, p, q):
 
 
 @triton.jit
-def margin_ranking_grad(g, a, b, c, p, q):
-    g = tl.where(-c * (a - b) + p >= 0, g, 0.0)
-    return -c * g, c * g, (b - a) * g
+def margin_ranking_slope(a, b, c, p, q):
+    return tl.where(-c * (a - b) + p >= 0, -c, 0.0)
+
+
+@triton.jit
+def margin_ranking_of_slope(g, k, b, c, p, q):
+    d = tl.where(k == 0, 0.0, k * g)
+    return d, -d
+
+
+@triton.jit
+def margin_ranking_of_difference(g, k, b, c, p, q):
+    g = tl.where(-c * k + p >= 0, g, 0.0)
+    return -c * g, c * g, -k * g
 
 
 @triton.jit
@@ -404,9 +437,9 @@ _SIZES = [
 
 @triton.jit
 def _loss_tile(
-    A, B, C, W, LOSS, n, start, D1, D2, a0, a1, a2, b0, b1, b2, c0, c1, c2, w0, w1, w2, p, q,
-    FORMULA: tl.constexpr, REDUCE: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    A, B, C, W, LOSS, KEPT, n, start, D1, D2, a0, a1, a2, b0, b1, b2, c0, c1, c2, w0, w1, w2, p, q,
+    FORMULA: tl.constexpr, KEEP: tl.constexpr, REDUCE: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, BLOCK)
     mask = i < n - start
@@ -415,6 +448,12 @@ def _loss_tile(
     c = _read(C, start, i, mask, D1, D2, c0, c1, c2, MASKED, WIDE)
     w = _read(W, start, i, mask, D1, D2, w0, w1, w2, MASKED, WIDE)
     loss = FORMULA(a, b, c, p, q)
+    if KEPT is not None:
+        kept = KEEP(a, b, c, p, q).to(KEPT.dtype.element_ty)
+        if MASKED:
+            tl.store(KEPT + start + i, kept, mask=mask)
+        else:
+            tl.store(KEPT + start + i, kept)
     if W is not None:
         loss *= w
     if REDUCE:
@@ -431,9 +470,9 @@ def _loss_tile(
 
 @kernel(do_not_specialize=_SIZES)
 def _loss_fwd_kernel(
-    A, B, C, W, LOSS, PARTIAL, n: tl.int64, blocks, D1, D2, a0, a1, a2, b0, b1, b2, c0, c1, c2, w0,
-    w1, w2, p, q, FORMULA: tl.constexpr, REDUCE: tl.constexpr, WIDE: tl.constexpr,
-    WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+    A, B, C, W, LOSS, KEPT, PARTIAL, n: tl.int64, blocks, D1, D2, a0, a1, a2, b0, b1, b2, c0, c1,
+    c2, w0, w1, w2, p, q, FORMULA: tl.constexpr, KEEP: tl.constexpr, REDUCE: tl.constexpr,
+    WIDE: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program makes the losses of `blocks` blocks of BLOCK, or their sum, and loops over these.
 
@@ -448,16 +487,16 @@ def _loss_fwd_kernel(
         start = (pid.to(tl.int64) * blocks + k) * BLOCK
         if start + BLOCK <= n:  # without a mask, so that accesses are 128 bits wide for every n
             loss, w = _loss_tile(
-                A, B, C, W, LOSS, n, start, D1, D2, a0, a1, a2, b0, b1, b2, c0, c1, c2, w0, w1, w2,
-                p, q, FORMULA, REDUCE, WIDE, False, BLOCK,
+                A, B, C, W, LOSS, KEPT, n, start, D1, D2, a0, a1, a2, b0, b1, b2, c0, c1, c2, w0,
+                w1, w2, p, q, FORMULA, KEEP, REDUCE, WIDE, False, BLOCK,
             )  # fmt: skip
             losses += loss
             if WEIGHTS:
                 weights += w
         else:
             loss, w = _loss_tile(
-                A, B, C, W, LOSS, n, start, D1, D2, a0, a1, a2, b0, b1, b2, c0, c1, c2, w0, w1, w2,
-                p, q, FORMULA, REDUCE, WIDE, True, BLOCK,
+                A, B, C, W, LOSS, KEPT, n, start, D1, D2, a0, a1, a2, b0, b1, b2, c0, c1, c2, w0,
+                w1, w2, p, q, FORMULA, KEEP, REDUCE, WIDE, True, BLOCK,
             )  # fmt: skip
             losses += loss
             if WEIGHTS:
@@ -597,11 +636,12 @@ def finish(partial, loss, count, divisor):
     )  # fmt: skip
 
 
-def fwd(inputs, formula, p, q, loss, divisor, weights):
-    """inputs (a, b, c, w), broadcast together, those absent None -> loss, filled in, and count.
+def fwd(inputs, formula, p, q, loss, divisor, weights, keep=None, kept_dtype=None):
+    """inputs (a, b, c, w), broadcast together, those absent None -> loss, filled in, count, kept.
 
     `loss` is 0-d, and then divided by `divisor`, or with `weights` by the sum of the weights, which
-    is `count` (0-d fp32, else None); or it has the broadcast shape, in any dense layout.
+    is `count` (0-d fp32, else None); or it has the broadcast shape, in any dense layout. `kept` is
+    what the function named `keep` makes, of the broadcast shape, in `kept_dtype`; else None.
     """
     reduce = divisor is not None
     # First the result, whose layout is given.
@@ -611,18 +651,21 @@ def fwd(inputs, formula, p, q, loss, divisor, weights):
     tiles = cdiv(found.n, config["BLOCK"])
     blocks = max(cdiv(tiles, PARTIALS), 1) if reduce else 1
     programs = cdiv(tiles, blocks)
-    partial = count = None
+    partial = count = kept = None
+    if keep is not None:
+        kept = found.like(kept_dtype, a.device)
     if reduce:
         partial = a.new_empty((2 if weights else 1, programs), dtype=torch.float64)
         count = a.new_empty((), dtype=torch.float32) if weights else None
     D1, D2, _, _, _, *steps = found.addressing
     _loss_fwd_kernel(
-        (programs,), *inputs, out, partial, found.n, blocks, D1, D2, *steps, p, q,
-        FORMULA=globals()[formula], REDUCE=reduce, WIDE=found.wide, WEIGHTS=weights, **config,
+        (programs,), *inputs, out, kept, partial, found.n, blocks, D1, D2, *steps, p, q,
+        FORMULA=globals()[formula], KEEP=keep and globals()[keep], REDUCE=reduce, WIDE=found.wide,
+        WEIGHTS=weights, **config,
     )  # fmt: skip
     if reduce:
         finish(partial, loss, count, divisor)
-    return loss, count
+    return loss, count, kept
 
 
 def bwd(dloss, inputs, wanted, formula, p, q, divisor, count):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, Work, is_dense, op, rounded, run, second_order
-from fastnn.ops.loss import INTEGERS, broadcast, common_dtype, multilabel, number, refuse
+from fastnn.ops.loss import INTEGERS, broadcast, common_dtype, multilabel, number, own, refuse
 from fastnn.ops.nll_loss import resolve_reduction
 
 
@@ -30,6 +30,10 @@ class RowOp(NamedTuple):
     """Whether the target is the index of a class."""
     keeps_y: bool = False
     """Whether stock keeps y, so that editing it in place before the backward is an error."""
+    of_kept: Callable[..., Tensor] | None = None
+    """Where stock keeps differences in place of the tensors, and so do we: y of up to three of them
+    and the numbers, differentiable; `differences` says of which two tensors each is."""
+    differences: tuple[tuple[int, int], ...] = ()
 
 
 def _multi_margin(x, x2, x3, target, weight, dim, p, eps, margin, norm, swap):
@@ -40,10 +44,18 @@ def _multilabel(x, target, weight, t, w, dim, *numbers):
     return stock.multilabel_soft_margin_loss(x, target, weight, reduction="none")
 
 
+def _triplet(near, far, *rest):
+    *swapped, p, margin = rest
+    far = far.norm(p, -1)
+    for k in swapped:
+        far = torch.min(far, k.norm(p, -1))
+    return (margin + near.norm(p, -1) - far).clamp_min(0)
+
+
 PAIRWISE = RowOp(
     "pairwise", "pairwise_step", 1,
     lambda a, b, c, t, w, dim, p, eps, *rest: torch.pairwise_distance(a, b, p, eps),
-    keeps_y=True,
+    keeps_y=True, of_kept=lambda k, p, *rest: k.norm(p, -1), differences=((0, 1),),
 )  # fmt: skip
 COSINE = RowOp(
     "cosine", "products_step", 3,
@@ -60,13 +72,19 @@ TRIPLET = RowOp(
     lambda a, b, c, t, w, dim, p, eps, margin, norm, swap: torch.triplet_margin_loss(
         a, b, c, margin, p, eps, swap, 0
     ),
+    of_kept=_triplet, differences=((0, 1), (0, 2), (1, 2)),
 )  # fmt: skip
 MULTI_MARGIN = RowOp("multi_margin", "multi_margin_step", 2, _multi_margin, by_class=True)
 MULTILABEL_SOFT = RowOp("multilabel_soft", "multilabel_soft_step", 1, _multilabel)
 
 
 class Rows(Function):
-    """One number for each row along `dim` of up to three tensors; reduced if there is a divisor."""
+    """One number for each row along `dim` of up to three tensors; reduced if there is a divisor.
+
+    Differences that are kept are outputs, so that a second derivative finds its way through them.
+    """
+
+    strided = ("dkept",)
 
     @staticmethod
     def forward(ctx, x1, x2, x3, target, weight, rows, dim, numbers, norm, swap, divisor, dtype):
@@ -77,23 +95,31 @@ class Rows(Function):
         sums = rows.sums + swap
         rest = () if divisor is not None else (*shape[:dim], *shape[dim + 1 :])
         y = torch.empty(rest, dtype=dtype, device=x1.device)
-        stats = kernels.distance.fwd(
-            views, target, weight, rows.step, rows.name, sums, numbers, flags, divisor, y
-        )
+        # As many differences as sums.
+        keeps = sums if rows.of_kept and any(ctx.needs_input_grad) else 0
+        stats, kept = kernels.distance.fwd(
+            views, target, weight, rows.step, rows.name, sums, numbers, flags, divisor, y,
+            rows.of_kept is not None, keeps,
+        )  # fmt: skip
         if divisor is None:
             y = _laid_out_as_stocks(y, shape, dim, xs)
-        kept = y if rows.keeps_y else None
-        ctx.save_for_backward(x1, x2, x3, target, weight, stats, kept)
-        ctx.rest = rows, dim, shape, numbers, norm, swap, divisor, dtype
-        return y
+        kept = [_classes_back(k, dim) for k in kept]
+        saved = (*kept, *(None,) * (3 - keeps)) if rows.of_kept else xs
+        ctx.save_for_backward(*saved, target, weight, stats, y if rows.keeps_y else None)
+        kinds = [x if x is None else (x.shape, x.dtype) for x in xs]
+        ctx.rest = rows, dim, shape, numbers, norm, swap, divisor, dtype, kinds
+        ctx.set_materialize_grads(False)
+        return y, *kept
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy, *dkept):
         x1, x2, x3, target, weight, stats, _ = ctx.saved_tensors
-        rows, dim, _, numbers, norm, swap, divisor, dtype = ctx.rest
+        rows, dim, _, numbers, norm, swap, divisor, dtype, _ = ctx.rest
         xs = (x1, x2, x3)
         needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if rows.of_kept and (dy is None or torch.is_grad_enabled()):
+            grads = _through_kept(ctx, dy, dkept, xs[: len(dkept)], needs)
+        elif torch.is_grad_enabled():
 
             def formula(*xs):
                 xs = [x if x is None else x.to(dtype) for x in xs]
@@ -107,19 +133,44 @@ class Rows(Function):
         return *grads, *(None,) * 9
 
 
+def _through_kept(ctx, dy, dkept, kept, needs):
+    """The gradients of x1, x2 and x3 by way of their differences, with graphs of their own."""
+    rows, *_, numbers, _, _, divisor, _, _ = ctx.rest
+    if dy is not None:
+
+        def formula(*kept):
+            y = rows.of_kept(*kept, numbers[0], numbers[2])
+            return y if divisor is None else y.sum() / divisor
+
+        through = second_order(formula, kept, dy, (True,) * len(kept))
+        dkept = [a if b is None else a + b for a, b in zip(through, dkept, strict=True)]
+    grads: list = [None, None, None]
+    for d, (plus, minus) in zip(dkept, rows.differences, strict=False):
+        if d is not None:
+            grads[plus] = d if grads[plus] is None else grads[plus] + d
+            grads[minus] = -d if grads[minus] is None else grads[minus] - d
+    return [g if need else None for g, need in zip(grads, needs, strict=True)]
+
+
 def _gradients(ctx, dy, xs, target, weight, stats, needs):
-    rows, dim, shape, numbers, norm, swap, divisor, _ = ctx.rest
+    rows, dim, shape, numbers, norm, swap, divisor, _, kinds = ctx.rest
+    device = stats.device
     wanted = [None, None, None]
-    for k, (x, need) in enumerate(zip(xs, needs, strict=True)):
-        if need and x.shape == shape:
-            wanted[k] = torch.empty_like(x)
-        elif need:
-            wanted[k] = torch.empty(shape, dtype=torch.float32, device=x.device)
+    for k, (kind, need) in enumerate(zip(kinds, needs, strict=True)):
+        if need:
+            whole = kind[0] == shape
+            like = next(x for x in (xs[k], *xs) if x is not None)
+            wanted[k] = (
+                torch.empty_like(like, dtype=kind[1])
+                if whole
+                else torch.empty(shape, dtype=torch.float32, device=device)
+            )
+    gradient = f"{rows.name}_of_kept" if rows.of_kept else f"{rows.name}_grad"
     made = kernels.distance.bwd(
         dy,
         [x if x is None else _classes_second(x.expand(shape), dim) for x in xs],
         [w if w is None else _classes_second(w, dim) for w in wanted],
-        target, weight, stats, f"{rows.name}_grad", numbers, (rows.by_class, norm, swap), divisor,
+        target, weight, stats, gradient, numbers, (rows.by_class, norm, swap), divisor,
     )  # fmt: skip
     # Autograd sums those of what was broadcast.
     return [d if d is None else _classes_back(d, dim) for d in made]
@@ -156,7 +207,7 @@ def _strides_of_sums(layouts, dim):
 
 
 def _rows(rows, xs, dim, numbers, norm, swap, divisor, dtype, target=None, weight=None):
-    return run(Rows, *xs, target, weight, rows, dim, numbers, norm, swap, divisor, dtype)
+    return run(Rows, *xs, target, weight, rows, dim, numbers, norm, swap, divisor, dtype)[0]
 
 
 def _norm(p):
@@ -213,7 +264,8 @@ def cosine_similarity(x1, x2, dim=1, eps=1e-8, *, out_dtype=None):
     dtype = out_dtype or common_dtype(x1, x2)
     if isinstance(dtype, Stock):
         return dtype
-    return _rows(COSINE, (x1, x2, None), found[1], (2.0, float(eps), 0.0), 2, False, None, dtype)
+    xs = own(x1, x2), own(x2, x1), None
+    return _rows(COSINE, xs, found[1], (2.0, float(eps), 0.0), 2, False, None, dtype)
 
 
 @op(stock=stock.pairwise_distance, strided=("x1", "x2"), policy=_in_rows, autocast="fp32")
@@ -393,6 +445,7 @@ def multilabel_soft_margin_loss(
     if size_average is not None or reduce is not None:
         reduction = resolve_reduction(size_average, reduce, reduction)
     C = shape[-1]
+    input = own(input, target)
     if reduction == "none":
         xs = input, target, weight
         return _rows(MULTILABEL_SOFT, xs, dim, (0.0, 0.0, 0.0), 2, False, None, dtype)

@@ -283,7 +283,10 @@ def linear_cross_entropy(
     if x.dtype != w.dtype or (b is not None and b.dtype != w.dtype):
         return Invalid("input, weight and bias in several dtypes")
     w = w.reshape(-1, w.shape[-1])
-    b = None if b is None else b.reshape(-1)
+    if b is not None:
+        b = b.reshape(-1)
+        if torch.is_grad_enabled() and any(v.requires_grad for v in (x, w, b)):
+            b = b.clone()  # which stock does not keep: an edit of the bias given is harmless
     loss = run(
         LinearCrossEntropy, x, w, b, t, weight, shape,
         -100 if ignore_index is None else ignore_index, max(float(label_smoothing), 0.0), reduction,

@@ -7,7 +7,7 @@ they stand for. An op below says what its tensors and numbers are, and what it d
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as stock
@@ -30,18 +30,28 @@ class Loss(NamedTuple):
     """The losses of (a, b, c, p, q), not reduced. Differentiable, as often as stock."""
     reads_a: bool = True
     """Whether the gradient of a reads a; else a is not kept for it."""
+    keep: Literal["difference", "slope"] | None = None
+    """What is kept in place of a and b, as stock does: a - b, of which the losses are a function
+    (`stock`, with None for b), or their derivative by a. That by b is the negative."""
 
     @property
     def gradient(self):
-        return f"{self.value}_grad"
+        return f"{self.value}_of_{self.keep}" if self.keep else f"{self.value}_grad"
 
 
-def _gaussian(a, b, v):
-    return 0.5 * (torch.log(v) + (a - b) ** 2 / v)
+def _difference(a, b):
+    return a if b is None else a - b
+
+
+def _gaussian(d, v):
+    return 0.5 * (torch.log(v) + d**2 / v)
 
 
 MSE = Loss("square", lambda a, b, c, p, q: aten.mse_loss(a, b, 0))
-L1 = Loss("absolute", lambda a, b, c, p, q: (a - b).abs())
+MSE_WEIGHTED = Loss(
+    "square", lambda a, b, c, p, q: torch.square(_difference(a, b)), keep="difference"
+)
+L1 = Loss("absolute", lambda a, b, c, p, q: _difference(a, b).abs(), keep="difference")
 SMOOTH_L1 = Loss("smooth_l1", lambda a, b, c, p, q: aten.smooth_l1_loss(a, b, 0, p))
 HUBER = Loss("huber", lambda a, b, c, p, q: aten.huber_loss(a, b, 0, p))
 BCE = Loss("bce", lambda a, b, c, p, q: aten.binary_cross_entropy(a, b, None, 0))
@@ -64,16 +74,25 @@ POISSON = {
     for full in (False, True)
 }
 GAUSSIAN = Loss(
-    "gaussian", lambda a, b, c, p, q: _gaussian(a, b, c + (c.clamp(p) - c).detach()) + q
+    "gaussian",
+    lambda a, b, c, p, q: _gaussian(_difference(a, b), c + (c.clamp(p) - c).detach()) + q,
+    keep="difference",
 )
-GAUSSIAN_SCALAR = Loss("gaussian_scalar", lambda a, b, c, p, q: 0.5 * (a - b) ** 2 / p + q)
+GAUSSIAN_SCALAR = Loss(
+    "gaussian_scalar",
+    lambda a, b, c, p, q: 0.5 * _difference(a, b) ** 2 / p + q,
+    keep="difference",
+)
 HINGE_EMBEDDING = Loss(
-    "hinge_embedding", lambda a, b, c, p, q: torch.hinge_embedding_loss(a, b, p, 0)
+    "hinge_embedding", lambda a, b, c, p, q: torch.hinge_embedding_loss(a, b, p, 0), keep="slope"
 )
 SOFT_MARGIN = Loss("soft_margin", lambda a, b, c, p, q: aten.soft_margin_loss(a, b, 0))
 MARGIN_RANKING = Loss(
-    "margin_ranking", lambda a, b, c, p, q: torch.margin_ranking_loss(a, b, c, p, 0)
+    "margin_ranking",
+    lambda a, b, c, p, q: (-c * _difference(a, b) + p).clamp_min(0),
+    keep="slope",
 )
+MARGIN_RANKING_TARGET = MARGIN_RANKING._replace(keep="difference")
 MULTILABEL_SOFT_MARGIN = Loss(
     "multilabel_soft_margin",
     lambda a, b, c, p, q: -(b * stock.logsigmoid(a) + (1 - b) * stock.logsigmoid(-a)),
@@ -90,27 +109,43 @@ def _reduced(*args, **options):
 class Elementwise(Function):
     """weight * loss(a, b, c; p, q) in `dtype`, reduced if `divisor` is not None.
 
-    The divisor is a number, or with `by_weight` the sum of the weights.
+    The divisor is a number, or with `by_weight` the sum of the weights. A difference that is kept
+    is an output, so that a second derivative finds its way through it; else that output is None.
     """
 
-    strided = ("dloss",)
+    strided = ("dloss", "dkept")
 
     @staticmethod
     def forward(ctx, a, b, c, weight, loss, p, q, divisor, by_weight, dtype):
         inputs = (a, b, c, weight)
         result = _result(loss, inputs, p, q, divisor, dtype)
-        result, count = kernels.loss.fwd(inputs, loss.value, p, q, result, divisor, by_weight)
-        keeps_a = loss.reads_a or a.shape != b.shape or any(ctx.needs_input_grad[1:3])
-        ctx.save_for_backward(a if keeps_a else None, b, c, weight, count)
+        keep = None
+        if loss.keep and any(ctx.needs_input_grad):
+            keep = "difference" if loss.keep == "difference" else f"{loss.value}_slope"
+        result, count, kept = kernels.loss.fwd(
+            inputs, loss.value, p, q, result, divisor, by_weight, keep, dtype
+        )
+        if loss.keep:
+            ctx.save_for_backward(kept, None, None if loss.keep == "slope" else c, weight, count)
+        else:
+            keeps_a = loss.reads_a or a.shape != b.shape or any(ctx.needs_input_grad[1:3])
+            ctx.save_for_backward(a if keeps_a else None, b, c, weight, count)
         kinds = [t if t is None else (t.shape, t.dtype) for t in (a, b, c)]
         ctx.rest = loss, p, q, divisor, dtype, kinds
-        return result
+        ctx.set_materialize_grads(False)
+        return result, kept if loss.keep == "difference" else None
 
     @staticmethod
-    def backward(ctx, dloss):
+    def backward(ctx, dloss, dkept):
         *inputs, weight, count = ctx.saved_tensors
         loss, p, q, divisor, dtype, kinds = ctx.rest
         needs = ctx.needs_input_grad[:3]
+        if loss.keep and (dloss is None or torch.is_grad_enabled()):
+            da, dc = dkept, None
+            if dloss is not None:
+                through, dc = _through_kept(ctx, dloss, inputs[0], inputs[2], weight, count)
+                da = through if da is None else through + da
+            return da if needs[0] else None, -da if needs[1] else None, dc, *(None,) * 7
         if torch.is_grad_enabled():
             if inputs[0] is None:  # whatever its values, these are its derivatives
                 inputs[0] = torch.zeros(kinds[0][0], dtype=kinds[0][1], device=dloss.device)
@@ -119,10 +154,7 @@ class Elementwise(Function):
             def formula(*inputs):
                 a, b, c, w = (t if t is None else t.to(dtype) for t in (*inputs, weight))
                 losses = loss.stock(a, b, c, p, q)
-                losses = losses if w is None else losses * w
-                if divisor is None:
-                    return losses
-                return losses.sum() / (divisor if count is None else w.sum())
+                return _reduce(losses, w, divisor, count)
 
             grads = second_order(formula, tuple(inputs), dloss, needs)
         else:
@@ -131,6 +163,27 @@ class Elementwise(Function):
                 dloss, (*inputs, weight), wanted, loss.gradient, p, q, divisor, count
             )
         return *grads, *(None,) * 7
+
+
+def _reduce(losses, w, divisor, count):
+    losses = losses if w is None else losses * w
+    if divisor is None:
+        return losses
+    return losses.sum() / (divisor if count is None else w.sum())
+
+
+def _through_kept(ctx, dloss, kept, c, weight, count):
+    """The gradients of a, by way of what was kept, and of c, with graphs of their own."""
+    loss, p, q, divisor, dtype, _ = ctx.rest
+    differs = loss.keep == "difference"
+
+    def formula(k, c):
+        c, w = (t if t is None else t.to(dtype) for t in (c, weight))
+        losses = loss.stock(k, None, c, p, q) if differs else k * kept
+        return _reduce(losses, w, divisor, count)
+
+    of = kept if differs else torch.zeros_like(kept, requires_grad=True)
+    return second_order(formula, (of, c), dloss, (True, ctx.needs_input_grad[2]))
 
 
 def _result(loss, inputs, p, q, divisor, dtype):
@@ -196,6 +249,16 @@ def broadcast(*tensors):
         return None
 
 
+def own(x, *others):
+    """x, or where x wants no gradient and others do, a copy of it.
+
+    For a gradient that reads x where stock's reads what was made of x, so that users may edit x.
+    """
+    if not torch.is_grad_enabled() or x.requires_grad or not any(t.requires_grad for t in others):
+        return x
+    return x.clone()
+
+
 def number(value):
     return isinstance(value, (int, float)) and abs(value) < 3e38
 
@@ -203,7 +266,8 @@ def number(value):
 def _loss(loss, a, b, c, w, p, q, shape, reduction, dtype, by_weight=False):
     divisor = {"none": None, "sum": 1, "mean": shape.numel()}[reduction]
     by_weight = by_weight and w is not None and reduction == "mean"
-    return run(Elementwise, a, b, c, w, loss, float(p), float(q), divisor, by_weight, dtype)
+    numbers = float(p), float(q)
+    return run(Elementwise, a, b, c, w, loss, *numbers, divisor, by_weight, dtype)[0]
 
 
 def _regression(loss, input, target, weight, p, legacy, reduction, out_dtype, by_weight=True):
@@ -260,7 +324,8 @@ def mse_loss(
 ):  # fmt: skip
     """Fused with its reduction, with weights and broadcasting."""
     legacy = size_average, reduce
-    return _regression(MSE, input, target, weight, 0.0, legacy, reduction, out_dtype)
+    loss = MSE if weight is None else MSE_WEIGHTED
+    return _regression(loss, input, target, weight, 0.0, legacy, reduction, out_dtype)
 
 
 @op(
@@ -411,7 +476,8 @@ def kl_div(
         divisor = shape.numel() if reduction == "mean" else 1
         if batchmean and input.dim():
             divisor = input.shape[0]
-    return run(Elementwise, input, target, None, None, loss, 0.0, 0.0, divisor, False, dtype)
+    numbers = 0.0, 0.0
+    return run(Elementwise, input, target, None, None, loss, *numbers, divisor, False, dtype)[0]
 
 
 def _warn_of_mean():
@@ -444,7 +510,7 @@ def poisson_nll_loss(
 def multilabel(input, target, weight, divisor, dtype):
     """multilabel_soft_margin_loss, summed and divided: over all elements, whatever their row."""
     inputs = input, target, None, weight
-    return run(Elementwise, *inputs, MULTILABEL_SOFT_MARGIN, 0.0, 0.0, divisor, False, dtype)
+    return run(Elementwise, *inputs, MULTILABEL_SOFT_MARGIN, 0.0, 0.0, divisor, False, dtype)[0]
 
 
 def _chain(loss, inputs, weight, p, q, legacy, reduction, out_dtype):
@@ -504,6 +570,8 @@ def gaussian_nll_loss(
                 sum(v for x, v in zip(input.shape, var.shape, strict=True) if x != v) != 1
             ):
                 return Invalid("a variance of incorrect size")
+        if torch.is_grad_enabled():
+            var = var.clone()  # as stock, which clamps it: an edit of the tensor given is harmless
         inputs, loss, p = (input, target, var), GAUSSIAN, eps
     return _chain(loss, inputs, None, p, constant, (None, None), reduction, out_dtype)
 
@@ -579,6 +647,9 @@ def margin_ranking_loss(
         return Stock(f"an input in {input2.dtype}")
     if not input1.dim() == input2.dim() == target.dim():
         return Invalid("tensors of different dimensions")
+    loss = MARGIN_RANKING
+    if target.requires_grad and torch.is_grad_enabled():
+        loss, target = MARGIN_RANKING_TARGET, target.clone()  # as stock, which negates it
     inputs = input1, input2, target
     legacy = size_average, reduce
-    return _chain(MARGIN_RANKING, inputs, None, margin, 0.0, legacy, reduction, out_dtype)
+    return _chain(loss, inputs, None, margin, 0.0, legacy, reduction, out_dtype)

@@ -297,6 +297,7 @@ CASES: list[Case] = [
         for r in REDUCTIONS
     ),
     Case("MarginRankingLoss", (randn(3, 1), randn(1, 5), signs(1, 1, dtype=torch.int64))),
+    Case("MarginRankingLoss", (randn(3, 5), randn(3, 5), randn(3, 5, grad=False))),
     Case("MarginRankingLoss", (randn(3, 5), randn(3, 5), randn(3, 5))),
     Case("MarginRankingLoss", (SPECIAL, ZEROS, ONES), {"reduction": "none"}),
     Case("MarginRankingLoss", (randn(3, 5), randn(3, 5), signs(3, 5)), autocast=torch.bfloat16),
