@@ -87,10 +87,11 @@ def _reserve(generator, increment: int):
 
 @functools.cache
 def _no_state(device: int) -> tuple[Tensor, Tensor]:
-    """Where no graph is captured: zeros for kernels to read, and a place they may write to."""
+    """Where no graph is captured: zeros for kernels to read, and a place they may write to, of
+    which these zeros are the end (`Draw.new_state`)."""
     where = f"cuda:{device}" if device >= 0 else "cpu"
-    zeros, scratch = torch.zeros((2, 4), dtype=torch.int64, device=where)
-    return zeros, scratch
+    scratch = torch.zeros(6, dtype=torch.int64, device=where)
+    return scratch[4:], scratch
 
 
 def _plain(device: int, seed: int, offset: int, launch: Plan) -> Draw:

@@ -29,28 +29,40 @@ class Draw(NamedTuple):
     The kernel's seed is `seed` plus what `SEED` holds, its offset `offset` plus what `OFFSET`
     holds. Each replay of a captured CUDA graph refills the two tensors; elsewhere they hold 0, so
     that a call before the capture compiles just what the capture needs.
+
+    Between the passes a node keeps the draw without its tensors (`kept`), and saves the state.
     """
 
-    seed: int
+    seed: int | None
     offset: int
-    SEED: torch.Tensor
-    OFFSET: torch.Tensor
+    SEED: torch.Tensor | None
+    OFFSET: torch.Tensor | None
     blocks: int
     vec: int
     scratch: torch.Tensor | None = None  # None under capture
 
     def new_state(self, like):
-        """int64 (4,), where the forward kernel keeps what it used (`save_state`).
+        """int64, where the forward kernel keeps what it used (`save_state`).
 
-        Under capture the backward needs it, for it may belong to another graph.
+        Under capture the backward needs it, for it may belong to another graph. Elsewhere it is one
+        tensor for all calls, of which the last two elements stay 0.
         """
         return like.new_empty(4, dtype=torch.int64) if self.scratch is None else self.scratch
 
+    def kept(self):
+        """The draw without its tensors; under capture, whose seed is in the state, it has none."""
+        if self.SEED is None:
+            return self
+        seed = None if self.scratch is None else self.seed
+        return self._replace(seed=seed, SEED=None, OFFSET=None, scratch=None)
+
     def from_state(self, STATE):
         """The draw of the backward, given the state of the forward."""
-        if self.scratch is not None:
-            return self
-        return self._replace(seed=0, offset=0, SEED=STATE, OFFSET=STATE[2:])
+        kept = self.kept()
+        if kept.seed is None:
+            return kept._replace(seed=0, offset=0, SEED=STATE, OFFSET=STATE[2:])
+        zeros = STATE[4:]
+        return kept._replace(SEED=zeros, OFFSET=zeros, scratch=STATE)
 
 
 def _float32(x):

@@ -34,8 +34,9 @@ from fastnn.kernels._tl import dense
 #
 # Where stock keeps neither a nor b for the backward, but what it made of them, so does a loss here:
 # the forward writes their `difference`, or the `<loss>_slope`, and `<loss>_of_difference` or
-# `<loss>_of_slope` is the gradient, given that for a. An edit of an input between the passes is then as harmless as in stock, and no
-# byte more is moved: one tensor is written and read, where two would be read.
+# `<loss>_of_slope` is the gradient, given that for a. An edit of an input between the passes is
+# then as harmless as in stock, and no byte more is moved: one tensor is written and read, where two
+# would be read.
 
 
 @triton.jit

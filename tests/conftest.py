@@ -102,6 +102,7 @@ SWEEPS = {
     "strides": "Sweep of strides",
     "sizes": "Sweep of sizes",
     "magnitudes": "Sweep of magnitudes",
+    "lifetimes": "Sweep of lifetimes",
     "setups": "Set-ups, against stock",
 }
 

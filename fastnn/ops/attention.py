@@ -105,6 +105,8 @@ class Attention(Function):
         # Without `out` it may be edited in place, as stock's may that does not keep it.
         keeps_out = not kernels.attention.fits(*fours, mask, plan.causal, noise, plan.arch)
         ctx.save_for_backward(q, k, v, mask, out if keeps_out else None, stats, state)
+        if noise is not None:
+            plan = plan._replace(noise=plan.noise._replace(draw=noise.draw.kept()))
         ctx.plan = plan
         return out
 
@@ -267,7 +269,11 @@ def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,
     enable_gqa=False,
 ):  # fmt: skip
-    """Fused, with any mask read as it is, broadcast batches and grouped heads, both ways."""
+    """Fused, with any mask read as it is, broadcast batches and grouped heads, both ways.
+
+    Keeps query, key, value and mask for the backward, as the fused kernels of stock do; where stock
+    would take its formula, an edit of one of them before the backward raises here alone.
+    """
     q, k, v, mask = query, key, value, attn_mask
     if q.dtype != k.dtype or q.dtype != v.dtype or q.dtype == torch.bool:
         return Invalid(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}")

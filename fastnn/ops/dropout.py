@@ -21,6 +21,10 @@ class Noise(NamedTuple):
     grad_scale: float  # of its gradient: ATen computes the two in different ways
     shift: tuple[float, float] | None = None  # added to kept and dropped elements
 
+    def kept(self):
+        """What a node keeps: no tensors, which go through `save_for_backward`."""
+        return self._replace(draw=self.draw.kept())
+
 
 class Dropout(Function):
     """y = x * noise (+ shift). Linear in x, so the backward is the same function of dy."""
@@ -37,7 +41,7 @@ class Dropout(Function):
         launch = getattr(kernels.dropout, noise.launcher)
         y = launch(x, noise.draw, noise.bound, noise.scale, noise.shift, state, out)
         ctx.save_for_backward(state)
-        ctx.noise, ctx.layout = noise, y.stride()
+        ctx.noise, ctx.layout = noise.kept(), y.stride()
         return y
 
     @staticmethod

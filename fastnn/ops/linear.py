@@ -206,6 +206,7 @@ class LinearAct(Function):
             n = rest.noise
             state = n.draw.new_state(x)
             noise = n.draw, n.bound, n.scale, state
+            rest = rest._replace(noise=n.kept())
         keeps_z = wanted and not rest.keeps_y
         y, z = _forward(x, weight, bias, rest, noise, keeps_z)
         ctx.save_for_backward(

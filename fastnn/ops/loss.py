@@ -499,7 +499,11 @@ def poisson_nll_loss(
     input, target, log_input=True, full=False, size_average=None, eps=1e-8, reduce=None,
     reduction="mean", *, out_dtype=None,
 ):  # fmt: skip
-    """Fused with its reduction, with broadcasting, and with Stirling's term."""
+    """Fused with its reduction, with broadcasting, and with Stirling's term.
+
+    Keeps the input for the backward, where stock keeps its exponential, or the input plus eps: an
+    input edited before the backward raises autograd's error here alone.
+    """
     if not number(eps):
         return Invalid(f"eps={eps!r}")
     loss = POISSON[bool(log_input), bool(full)]

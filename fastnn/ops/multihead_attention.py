@@ -58,6 +58,8 @@ class WeightedAttention(Function):
             precision=how.precision,
         )  # fmt: skip
         ctx.save_for_backward(mask, out, stats, noise and noise.state, *sources)
+        if noise is not None:
+            how = how._replace(noise=how.noise._replace(draw=noise.draw.kept()))
         ctx.rest = how, E
         ctx.set_materialize_grads(False)
         return out, weights

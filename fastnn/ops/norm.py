@@ -126,7 +126,11 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, out
     source="arXiv:1910.07467",
 )
 def rms_norm(input, normalized_shape, weight=None, eps=None, *, out_dtype=None):
-    """Fused for every normalized_shape and any mixture of dtypes; statistics in fp32."""
+    """Fused for every normalized_shape and any mixture of dtypes; statistics in fp32.
+
+    Keeps input and weight for the backward, as stock's fused kernel does; where stock composes the
+    norm of operators, an edit of one of them before the backward may raise here alone.
+    """
     if eps is None:
         eps = FINFO_EPS
     declined = _unfit(input, normalized_shape, eps, weight)

@@ -47,6 +47,8 @@ class ResidualNorm(Function):
             how.swapped, wanted or how.returns_sum, how.normalises, wanted,
         )  # fmt: skip
         ctx.save_for_backward(s if how.normalises else None, weight, bias, mean, rstd, state)
+        if how.noise is not None:
+            how = how._replace(noise=how.noise.kept())
         ctx.rest = how, z.dtype, x.dtype, None if y is None else y.dtype
         ctx.set_materialize_grads(False)
         if s is not None and not any(ctx.needs_input_grad[:2]):
