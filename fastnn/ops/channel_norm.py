@@ -215,6 +215,7 @@ def _group_norm(input, num_groups, weight, bias, eps, out_dtype, act=None):
     kept = rounded(eps, out_dtype or input.dtype)
     if kept is None:
         return Stock(f"eps={eps} in {input.dtype}")
+    input = input.contiguous(memory_format=format)  # which is what stock keeps for the backward
     spec = Spec(num_groups, kept, format=format, out_dtype=out_dtype, act=act)
     return run(ChannelNorm, input, weight, bias, None, None, None, spec)
 

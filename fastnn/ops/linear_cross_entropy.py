@@ -254,7 +254,8 @@ def linear_cross_entropy(
 
     In `auto` from 2**30 logits on, where memory decides. It makes the products that stock makes,
     and with `reduction="none"` that of the logits twice. `options` asks for stock's own chunks.
-    What differs from stock is what `cross_entropy` says of targets and of ignored positions.
+    What differs from stock is what `cross_entropy` says of targets and of ignored positions; and
+    input and weight are kept for the backward even where stock keeps the logits alone.
     """
     if options is not None:
         return Stock("options: stock's own chunked path")
