@@ -341,7 +341,7 @@ def _large(row: Row, side: Held) -> int:
     What is smaller are statistics: at most a few float32 numbers a row.
     """
     largest = max(t.numel() for t in row.call(True).given.values())
-    return nbytes(s for s in side.between if 2 * s.nbytes // s.itemsize >= max(largest, 24))
+    return nbytes(s for s in side.between if 2 * s.nbytes // s.itemsize >= max(largest, 48))
 
 
 def disagreements(row: Row) -> list[str]:
