@@ -376,7 +376,7 @@ def _rows_fwd_kernel(
     X1, X2, X3 (B, C, S): float, their classes or their positions contiguous; X2 and X3 may be None.
     T (B, S): a number of each row, the index of a class if INDEX, or None. WEIGHT (C,): float, or
     None. Y (B, S): float, unless REDUCE. STATS (SUMS, B * S): fp32. PARTIAL (programs,): fp64 sums,
-    if REDUCE.
+    if REDUCE. K1, K2, K3 (B, C, S): float, the differences that are kept for the backward, or None.
     """
     pid = tl.program_id(0)
     b = (pid // row_blocks).to(tl.int64)
