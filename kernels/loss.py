@@ -480,6 +480,7 @@ def _loss_fwd_kernel(
     A, B, C, W: float, of one broadcast shape of n elements, or None; read through strides over
     three dims, the last two of D1 and D2. LOSS (n,): float, unless REDUCE. PARTIAL (1 or 2,
     programs): fp64 sums of losses, and if WEIGHTS of weights.
+    KEPT (n,): float, what is kept of each element for the backward, or None.
     """
     pid = tl.program_id(0)
     losses = tl.zeros((BLOCK,), tl.float32)
