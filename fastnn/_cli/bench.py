@@ -40,7 +40,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _interpret() -> None:
-    """Without a GPU, start over with the kernels interpreted: that is decided at import."""
+    """Without a GPU, restart the process with interpreted kernels. Import decides on that."""
     if torch.cuda.is_available() or _mode.INTERPRET:
         return
     if not _mode.HAS_TRITON:

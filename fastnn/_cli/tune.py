@@ -47,7 +47,7 @@ def _progress(console):
 
 
 def _questions(only: list[str] | None, make, console) -> list:
-    """What the rows of these ops ask of configuration functions."""
+    """The questions that the rows of these ops ask configuration functions."""
     from fastnn.bench import cases, configs, tune
 
     rows = [
