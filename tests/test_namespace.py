@@ -133,7 +133,8 @@ def test_submodule(name):
 
 
 # Prints for each submodule everything that the import system could have changed. It runs with
-# stock's name and with ours, in both orders, so that ours is first imported and first removed.
+# PyTorch's name and with ours, in opposite orders, so that ours is imported first and removed
+# first.
 DESCRIBE = """
     import importlib, importlib.util, json, sys, warnings
     package, names = sys.argv[1], sys.argv[2:]

@@ -38,16 +38,16 @@ DTYPES = {str(d).removeprefix("torch."): d for d in FLOATS}
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--only", action="append", metavar="NAME", help="rows of layers and functions so named"
+        "--only", action="append", metavar="NAME", help="only rows whose name has NAME"
     )
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="default: all three")
     parser.add_argument(
         "--emulate", metavar="ARCH",
-        help="compile kernels for an NVIDIA GPU that need not be there (sm_80, sm_90, ...) and run "
-        "that code on the CPU, instruction by instruction",
+        help="compile kernels for an NVIDIA GPU (sm_80, sm_90, ...), which need not be present, "
+        "and run that code on the CPU, one instruction at a time",
     )  # fmt: skip
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report, one file")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row's figures")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report as one file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every row")
 
 
 @dataclasses.dataclass
