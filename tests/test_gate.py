@@ -1,4 +1,4 @@
-"""Whose estimates `auto` follows: architectures that kernels were compiled for, by a new Triton."""
+"""`auto` follows estimates only for architectures that a new Triton has compiled kernels for."""
 
 import contextlib
 import math
@@ -86,7 +86,7 @@ def test_a_policy_counts_in_the_unit_of_the_table(case):
 
 
 def _asked_of(call, *args, **kwargs):
-    """How often the gate was asked when `call` was made."""
+    """How often `call` asks the gate."""
     asked = []
     decide = _gate.decide
 
@@ -113,7 +113,7 @@ def test_a_declined_call_is_asked_about_once():
         lambda: F.scaled_dot_product_attention(x, x, x),
     ):
         assert [_asked_of(call) for _ in range(3)] == [1, 0, 0]
-        with fastnn.decisions() as heard:  # who watches hears the reason each time
+        with fastnn.decisions() as heard:  # a watcher gets the reason each time
             call()
             call()
         assert len(heard) == 2 and heard[0].why == heard[1].why is not None
