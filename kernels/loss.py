@@ -477,7 +477,7 @@ def _loss_fwd_kernel(
 def _loss_finish_kernel(
     PARTIAL, LOSS, COUNT, G, divisor: tl.int64, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The only program adds up all partial sums, and loops over them.
+    """The one program adds up all partial sums, and loops over them.
 
     PARTIAL (1 or 2, G): fp64. LOSS: float, one element. COUNT: fp32, one element, the sum of
     weights, or None.

@@ -145,7 +145,7 @@ def checked(target, keep, C):
 
 @kernel(do_not_specialize=["G"])
 def _finish_kernel(PARTIAL, LOSS, COUNT, G, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """The only program adds up all partial sums, and loops over them.
+    """The one program adds up all partial sums, and loops over them.
 
     PARTIAL (2, G): fp64 sums of losses and of weights. LOSS: float, one element. COUNT: fp32, one
     element, the divisor of a mean.
