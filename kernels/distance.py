@@ -1,18 +1,19 @@
 """Distances, similarities and losses of rows: one kernel per direction, formulas as constexprs.
 
     s[k] = sum_c step(x1[c], x2[c], x3[c])[k]      up to three sums over each row
-    s = distances, or a cosine and two norms       where an op is made of those
+    s = distances, or a cosine and two norms       if the op is computed from those
     y = value(s)                                   kept, summed, or summed and divided
     d1, d2, d3 [c] = grad(g, s, x1[c], ...)        those that are wanted, in one pass
 
-A row is a class dimension C of tensors (B, C, S), as in kernels/nll_loss.py; x2, x3 may be absent.
-Memory-bound: forward reads each tensor once, backward reads them once more and writes one gradient
-for each tensor that wants it; between them a float per sum and row is kept. Stock has a kernel for
-each of the chain's operators: 35 of them in cosine similarity, 56 passes over a tensor, for 6 here.
+A row is the class dimension C of tensors (B, C, S), as in kernels/nll_loss.py. x2 and x3 may be
+absent. Memory-bound: the forward reads each tensor once; the backward reads them once more, and
+writes one gradient for each tensor that needs it. In between, one float per sum and row is kept.
+PyTorch has a kernel for each operator of the chain. For cosine similarity it has 35 kernels, and 56
+passes over a tensor; here there are 6 passes.
 
-Sums are fp32 in each lane, fp64 across lanes and rows, in fixed order. Squares of what is above
-1.8e19 leave the range of fp32, while a norm and a cosine fit: rows whose sum is infinite are walked
-again, 2**80 times smaller.
+Sums are fp32 in each lane, and fp64 across lanes and rows, in a fixed order. The squares of numbers
+above 1.8e19 overflow fp32, although a norm and a cosine fit. So rows with an infinite sum are read
+again, scaled by 2**-80.
 """
 
 import torch
@@ -28,12 +29,12 @@ from fastnn.kernels.nll_loss import class_programs, common, multiple, tiles, uni
 
 # ---- formulas -----------------------------------------------------------------------------------
 #
-# step   (x1, x2, x3, r, at, p, eps, margin, NORM, SWAP) -> what to add to the sums
+# step   (x1, x2, x3, r, at, p, eps, margin, NORM, SWAP) -> terms of the sums
 # value  (s0, s1, s2, C, t, p, eps, margin, NORM, SWAP) -> y
 # grad   (g, s0, s1, s2, C, x1, x2, x3, r, at, t, p, eps, margin, NORM, SWAP) -> gradients of x1...
 #
-# What value and grad get for s are the sums of most ops; of pairwise and triplet they are the
-# distances; of cosine the cosine and the two norms.
+# For most ops, value and grad get the sums as s. For pairwise and triplet, s are the distances. For
+# cosine, s are the cosine and the two norms.
 #
 # Where stock keeps differences for the backward, and none of the tensors, so do we: an edit of a
 # tensor between the passes is then as harmless as in stock. The forward makes them of x1, x2 and
@@ -66,7 +67,7 @@ def _root(s, p, NORM: tl.constexpr):
 
 @triton.jit
 def _norm_grad(d, y, p, NORM: tl.constexpr):
-    """The derivative of y = |d| by an element of d; 0 where ATen selects that."""
+    """The derivative of y = |d| by an element of d; 0 where ATen selects 0."""
     if NORM == 2:
         slope = tl.where(y == 0, 0.0, tl.div_rn(d, y))
     else:
@@ -157,8 +158,9 @@ def cosine(s0, s1, s2, C, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.conste
 def cosine_grad(
     g, s0, s1, s2, C, x1, x2, x3, r, at, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr
 ):
-    # Stock's derivative of a norm at its lower limit eps is that of the norm itself. Each element
-    # is divided by its own norm first: products of norms, and their reciprocals, leave fp32.
+    # Where a norm is at its lower limit eps, PyTorch's derivative is that of the norm itself. Each
+    # element is first divided by its own norm, because products of norms, and their reciprocals,
+    # overflow fp32.
     n1 = tl.maximum(s1, eps, propagate_nan=tl.PropagateNan.ALL)
     n2 = tl.maximum(s2, eps, propagate_nan=tl.PropagateNan.ALL)
     along1 = tl.where(s1 == 0, 0.0, s0 * tl.div_rn(x1, tl.broadcast_to(s1, x1.shape)))
@@ -199,7 +201,8 @@ def multi_margin_step(x1, x2, x3, r, at, p, eps, margin, NORM: tl.constexpr, SWA
     if NORM == 1:
         return tl.where(counts, z, 0.0), tl.where(counts, 1.0, 0.0)
     else:
-        # The second for the gradient, smaller by a power of two: the sum may pass what fp32 holds.
+        # The second sum is for the gradient. It is scaled by a power of two, because it might
+        # overflow.
         return tl.where(counts, z * z, 0.0), tl.where(counts, z * 2.0**-20, 0.0)
 
 
@@ -248,7 +251,7 @@ def multilabel_soft_grad(
 
 @triton.jit
 def _row_strides(other, CLASSES_LAST: tl.constexpr, UNIT: tl.constexpr):
-    """(stride of classes, stride of rows); one of them is 1."""
+    """(stride of classes, stride of rows). One of them is 1."""
     if CLASSES_LAST:
         return 1, multiple(other, UNIT)
     else:
@@ -257,7 +260,7 @@ def _row_strides(other, CLASSES_LAST: tl.constexpr, UNIT: tl.constexpr):
 
 @triton.jit
 def _row_load(X, cols, rows, inside, other, CLASSES_LAST: tl.constexpr, UNIT: tl.constexpr):
-    """Elements (cols, rows) in fp32, 0 outside, of a tensor that may be None: then 1."""
+    """Elements (cols, rows) in fp32, 0 outside; 1 if X is None."""
     if X is None:
         return 1.0
     else:
@@ -353,7 +356,7 @@ def _row_sums(
     return s0, s1, s2
 
 
-SMALLER = tl.constexpr(2.0**-80)  # the square of 3e38 times that is 1e29, and 4e9 of them fit
+SMALLER = tl.constexpr(2.0**-80)  # the square of 3e38 * 2**-80 is 1e29, and 4e9 of them fit
 
 _COUNTS = [
     "C", "S", "M", "stride_1b", "stride_2b", "stride_3b", "row_blocks", "class_blocks", "divisor",
@@ -371,7 +374,7 @@ def _rows_fwd_kernel(
     CLASSES_LAST: tl.constexpr,
     UNIT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A program has ROWS rows, and loops over their classes once, or twice where squares overflow.
+    """A program has ROWS rows, and loops over their classes once, or twice if squares overflow.
 
     X1, X2, X3 (B, C, S): float, their classes or their positions contiguous; X2 and X3 may be None.
     T (B, S): a number of each row, the index of a class if INDEX, or None. WEIGHT (C,): float, or
@@ -403,14 +406,16 @@ def _rows_fwd_kernel(
         UNIT, LANES, GROUP,
     )  # fmt: skip
     if LENGTHS is not None:
-        lost0 = (tl.abs(s0) < float("inf")) == 0  # so are rows that have a nan or an infinity
+        # this is also true of rows with a nan or an infinity
+        lost0 = (tl.abs(s0) < float("inf")) == 0
         lost1 = (s1 < float("inf")) == 0
         lost2 = (s2 < float("inf")) == 0
         k1 = tl.full((ROWS,), 1.0, tl.float32)
         k2 = tl.full((ROWS,), 1.0, tl.float32)
         if NORM == 2:
             if tl.max((lost0 | lost1 | lost2).to(tl.int32), 0) > 0:
-                if LENGTHS == "cosine":  # not both tensors: squares of the smaller would be 0
+                # not both tensors, because squares of the smaller might become 0
+                if LENGTHS == "cosine":
                     k1 = tl.where(lost1, SMALLER, 1.0)
                     k2 = tl.where(lost2, SMALLER, 1.0)
                 else:
@@ -459,9 +464,9 @@ def _rows_bwd_kernel(
 ):  # fmt: skip
     """A program has ROWS rows, and loops over its share of their classes.
 
-    DY: float, (B, S), or one element if REDUCE. X1, X2, X3, T, WEIGHT: as of the forward. STATS
-    (SUMS, B * S): fp32, of the forward. D1, D2, D3 (B, C, S): float gradients of X1, X2 and X3, or
-    None.
+    DY: float, (B, S), or one element if REDUCE. X1, X2, X3, T, WEIGHT: as in the forward. STATS
+    (SUMS, B * S): fp32, from the forward. D1, D2, D3 (B, C, S): float gradients of X1, X2 and X3,
+    or None.
     """
     pid = tl.program_id(0)
     b = (pid // class_blocks // row_blocks).to(tl.int64)
@@ -522,7 +527,8 @@ def _rows_bwd_kernel(
 
 # ---- launchers ----------------------------------------------------------------------------------
 
-# What is made of lengths, of which the squares may overflow: see above what its stats are.
+# Ops that are computed from lengths, whose squares may overflow. What their stats are is said
+# above.
 _LENGTHS = {"pairwise": "distances", "triplet": "distances", "cosine": "cosine"}
 
 
@@ -547,7 +553,7 @@ def _tiling(view, tensors, made):
 
 
 def _placed(given, present, values, absent):
-    """`values` of the tensors that are there, in the places of `given`, `absent` in the others."""
+    """`values` in the places of the present tensors, `absent` in the other places of `given`."""
     values = iter(values)
     return [next(values) if there else absent for there in present]
 
@@ -592,8 +598,8 @@ def fwd(xs, target, weight, step, value, sums, numbers, flags, divisor, y, diffe
 def bwd(dy, xs, wanted, target, weight, stats, gradient, numbers, flags, divisor):
     """dy, the tensors and stats of `fwd` -> the gradients, written to the tensors `wanted`.
 
-    `wanted` has 3 tensors of the shape of xs, None for those that are not. Returns them, or copies
-    where layouts do not go together.
+    `wanted` has 3 tensors with the shape of xs, or None. Returns them, or copies if the layouts do
+    not agree.
     """
     present = [x is not None for x in xs]
     asked = [w is not None for w in wanted]

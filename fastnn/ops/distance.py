@@ -1,7 +1,7 @@
-"""Distances, similarities, and losses that are made of one number for each row.
+"""Distances, similarities, and losses that are computed from one number per row.
 
-A `RowOp` says which device functions compute it, and which function of stock it stands for. An op
-below says what its tensors and numbers are, and what it declines.
+A `RowOp` says which device functions compute an op, and which PyTorch function it stands for. Each
+op below says what its tensors and numbers are, and which calls it declines.
 """
 
 import functools
@@ -19,13 +19,13 @@ from fastnn.ops.nll_loss import resolve_reduction
 
 
 class RowOp(NamedTuple):
-    """An op of rows, by the names of its functions in kernels/distance.py."""
+    """An op on rows, by the names of its functions in kernels/distance.py."""
 
     name: str
     step: str
     sums: int
     stock: Callable[..., Tensor]
-    """y of (x1, x2, x3, target, weight), given the numbers and flags. Differentiable."""
+    """y from (x1, x2, x3, target, weight), the numbers and the flags. Differentiable."""
     by_class: bool = False
     """Whether the target is the index of a class."""
     keeps_y: bool = False
@@ -172,12 +172,12 @@ def _gradients(ctx, dy, xs, target, weight, stats, needs):
         [w if w is None else _classes_second(w, dim) for w in wanted],
         target, weight, stats, gradient, numbers, (rows.by_class, norm, swap), divisor,
     )  # fmt: skip
-    # Autograd sums those of what was broadcast.
+    # Autograd sums the gradients of broadcast inputs.
     return [d if d is None else _classes_back(d, dim) for d in made]
 
 
 def _classes_second(x, dim):
-    """(N, C, ...) with `dim` as C; (C,) stays."""
+    """x (N, C, ...), with `dim` as C; x (C,) stays as it is."""
     if x.dim() == 1:
         return x
     return x.unsqueeze(0) if dim == 0 else x.movedim(dim, 1)
@@ -201,7 +201,7 @@ def _laid_out_as_stocks(y, shape, dim, xs):
 
 @functools.lru_cache(maxsize=4096)
 def _strides_of_sums(layouts, dim):
-    """Of a sum over a dimension of what a chain of operators makes of these layouts."""
+    """The strides of a sum over `dim` of the result of pointwise operators on these layouts."""
     metas = [torch.empty_strided(*layout, device="meta") for layout in layouts]
     return sum(metas[1:], metas[0]).sum(dim).stride()
 
@@ -211,14 +211,14 @@ def _rows(rows, xs, dim, numbers, norm, swap, divisor, dtype, target=None, weigh
 
 
 def _norm(p):
-    """How kernels call the exponent; None if they have no such norm."""
+    """The constexpr NORM for the exponent p; None if the kernels have no such norm."""
     if p in (1, 2):
         return int(p)
     return 0 if number(p) and 0 < p <= 64 else None
 
 
 def _row_shape(dim, *xs):
-    """The common shape of `xs`, and `dim` in it from 0 on; or why there are no rows."""
+    """(common shape of `xs`, `dim` as an index from 0 on), or why there are no rows."""
     shape = broadcast(*xs)
     if shape is None:
         return Invalid("tensors that do not broadcast")
@@ -235,7 +235,10 @@ FEW_ROWS = 64
 
 
 def _in_rows(*args, dim=-1, **options):
-    """The gate's policy where one program computes one row: the elements of the largest tensor."""
+    """The gate's policy for kernels in which one program computes one row.
+
+    The size is the element count of the largest tensor.
+    """
     most = max((v for v in args if isinstance(v, Tensor)), key=Tensor.numel)
     width = most.shape[dim] if most.dim() else 1
     if most.numel() < FEW_ROWS * width:
@@ -252,7 +255,7 @@ def _along(x1, x2, dim=1, eps=1e-8):
 
 @op(stock=stock.cosine_similarity, strided=("x1", "x2"), policy=_along, autocast="fp32")
 def cosine_similarity(x1, x2, dim=1, eps=1e-8, *, out_dtype=None):
-    """Fused: one kernel per direction for the 35 of stock's chain."""
+    """Fused: one kernel per direction. PyTorch's chain needs 35."""
     why = refuse((x1, x2), "none")
     if why is not None:
         return why
@@ -348,9 +351,10 @@ def cosine_embedding_loss(
     if not input2.is_floating_point():
         return Stock(f"an input in {input2.dtype}")
     if target.dim() > 1 or not input1.dim() == input2.dim() == target.dim() + 1:
-        return Invalid("a target that has not one number for each row")
+        return Invalid("a target without one number for each row")
     if input1.shape[-1] != input2.shape[-1]:
-        return Stock("rows of two lengths")  # each of whose norms stock takes before it broadcasts
+        # PyTorch computes the norm of each before it broadcasts
+        return Stock("rows of two lengths")
     found = _row_shape(-1, input1, input2)
     if isinstance(found, Stock):
         return found
@@ -382,8 +386,8 @@ def multi_margin_loss(
 ):  # fmt: skip
     """Fused with its reduction; deterministic.
 
-    A target outside [0, C) makes the loss nan, and its gradients. There stock fails an assertion
-    that ends all use of CUDA in the process, or raises RuntimeError on a CPU; with TRITON_DEBUG=1
+    A target outside [0, C) makes the loss and its gradients nan. PyTorch fails an assertion, after
+    which the process cannot use CUDA any more, or raises RuntimeError on a CPU. With TRITON_DEBUG=1
     the kernel asserts as well.
     """
     why = refuse((input, target), reduction, (weight,))

@@ -1,7 +1,7 @@
-"""Losses computed element by element, then reduced.
+"""Losses that are computed element by element, and then reduced.
 
-A `Loss` says which device functions compute a loss and its gradients, and which formula of stock
-they stand for. An op below says what its tensors and numbers are, and what it declines.
+A `Loss` says which device functions compute a loss and its gradients, and which PyTorch formula
+they stand for. Each op below says what its tensors and numbers are, and which calls it declines.
 """
 
 import functools
@@ -27,7 +27,7 @@ class Loss(NamedTuple):
 
     value: str
     stock: Callable[..., Tensor]
-    """The losses of (a, b, c, p, q), not reduced. Differentiable, as often as stock."""
+    """The losses of (a, b, c, p, q), not reduced. Differentiable as often as in PyTorch."""
     reads_a: bool = True
     """Whether the gradient of a reads a; else a is not kept for it."""
     keep: Literal["difference", "slope"] | None = None
@@ -100,7 +100,7 @@ MULTILABEL_SOFT_MARGIN = Loss(
 
 
 def _reduced(*args, **options):
-    """The gate's policy for a loss that PyTorch computes in one kernel if it is not reduced."""
+    """The gate's policy for a loss that needs only one PyTorch kernel if it is not reduced."""
     if options.get("reduction") == "none" or any(type(v) is str and v == "none" for v in args):
         return Stock("reduction='none': PyTorch already needs one kernel, so nothing can be saved")
     return Work(max(v.numel() for v in args if isinstance(v, Tensor)))
@@ -147,7 +147,7 @@ class Elementwise(Function):
                 da = through if da is None else through + da
             return da if needs[0] else None, -da if needs[1] else None, dc, *(None,) * 7
         if torch.is_grad_enabled():
-            if inputs[0] is None:  # whatever its values, these are its derivatives
+            if inputs[0] is None:  # the derivatives do not depend on its values
                 inputs[0] = torch.zeros(kinds[0][0], dtype=kinds[0][1], device=dloss.device)
                 inputs[0].requires_grad_()
 
@@ -187,7 +187,7 @@ def _through_kept(ctx, dloss, kept, c, weight, count):
 
 
 def _result(loss, inputs, p, q, divisor, dtype):
-    """Uninitialised: 0-d, or losses laid out as stock's."""
+    """Uninitialised: 0-d, or losses with the layout of PyTorch's."""
     first = inputs[0]
     if divisor is not None:
         return first.new_empty((), dtype=dtype)
@@ -201,8 +201,10 @@ def _result(loss, inputs, p, q, divisor, dtype):
 
 @functools.lru_cache(maxsize=4096)
 def _layout(loss, layouts, p, q):
-    """(shape, strides) of stock's losses, found without their memory; hundreds of us the first
-    time."""
+    """(shape, strides) of PyTorch's losses, found without allocating them.
+
+    The first call for a layout takes hundreds of us.
+    """
     *metas, w = (
         layout if layout is None else torch.empty_strided(*layout, device="meta")
         for layout in layouts
@@ -214,7 +216,7 @@ def _layout(loss, layouts, p, q):
 
 
 def common_dtype(*tensors):
-    """What stock's chain of operators computes in; or a reason not to follow it."""
+    """The dtype in which PyTorch's chain of operators computes, or why we cannot follow it."""
     floating = [t for t in tensors if t is not None and t.is_floating_point()]
     dtype = floating[0].dtype
     for t in floating[1:]:
@@ -226,11 +228,11 @@ def common_dtype(*tensors):
 
 
 def refuse(tensors, reduction, optional=()):
-    """Why no loss of these tensors can be computed, else None; the first is the input."""
+    """Why no loss of these tensors can be computed, else None. The first tensor is the input."""
     given = [*tensors, *(t for t in optional if t is not None)]
     for t in given:
         if not isinstance(t, Tensor):
-            return Invalid(f"an argument that is no tensor: {type(t).__name__}")
+            return Invalid(f"an argument is not a tensor: {type(t).__name__}")
     if not tensors[0].is_floating_point():
         return Stock(f"an input in {tensors[0].dtype}")
     if reduction not in ("none", "mean", "sum"):
@@ -239,7 +241,7 @@ def refuse(tensors, reduction, optional=()):
 
 
 def broadcast(*tensors):
-    """The broadcast shape, or None."""
+    """The broadcast shape, or None if the tensors do not broadcast."""
     shapes = [t.shape for t in tensors if t is not None]
     if all(s == shapes[0] for s in shapes):
         return shapes[0]
@@ -271,7 +273,7 @@ def _loss(loss, a, b, c, w, p, q, shape, reduction, dtype, by_weight=False):
 
 
 def _regression(loss, input, target, weight, p, legacy, reduction, out_dtype, by_weight=True):
-    """The losses that warn of broadcasting, as they broadcast before they compute."""
+    """The losses that warn about broadcasting, because they broadcast before they compute."""
     why = refuse((input, target), reduction, (weight,))
     if why is not None:
         return why
@@ -282,13 +284,13 @@ def _regression(loss, input, target, weight, p, legacy, reduction, out_dtype, by
         return Invalid(f"a threshold of {p!r}")
     if weight is not None:
         if weight.shape != input.shape:
-            return Invalid("a weight that has not the input's shape")
+            return Invalid("a weight without the input's shape")
         if target.shape != input.shape:
             return Stock("a weight together with broadcasting")
         if weight.requires_grad and torch.is_grad_enabled():
             return Stock("a weight that requires grad")
         if out_dtype is not None and by_weight:
-            return Stock("a weight under autocast")  # where stock's chain leaves float32
+            return Stock("a weight under autocast")  # PyTorch's chain leaves float32 there
     dtype = out_dtype or common_dtype(input, target, weight)
     if isinstance(dtype, Stock):
         return dtype
@@ -365,18 +367,18 @@ def huber_loss(input, target, reduction="mean", delta=1.0, weight=None, *, out_d
     if not isinstance(delta, (int, float)) or not delta > 0:
         return Invalid(f"delta={delta!r}")
     if isinstance(target, Tensor) and target.dtype != input.dtype and out_dtype is None:
-        return Stock(f"a target in {target.dtype}")  # with which stock's backward fails
+        return Stock(f"a target in {target.dtype}")  # PyTorch's backward fails with it
     legacy = None, None
     return _regression(HUBER, input, target, weight, delta, legacy, reduction, out_dtype, False)
 
 
 def _refuse_binary(input, target, weights, reduction, out_dtype):
-    """Why neither binary cross entropy can be computed, else None."""
+    """Why neither of the two binary cross entropies can be computed; None if they can."""
     why = refuse((input, target), reduction, weights)
     if why is not None:
         return why
     if target.shape != input.shape:
-        return Invalid("a target that has not the input's shape")
+        return Invalid("a target without the input's shape")
     if target.dtype != input.dtype and (out_dtype is None or not target.is_floating_point()):
         return Invalid(f"a target in {target.dtype}")
     for w in weights:
@@ -402,9 +404,9 @@ def binary_cross_entropy(
 ):  # fmt: skip
     """Fused with its reduction and a weight that broadcasts.
 
-    An input or target outside [0, 1] makes the loss nan. There stock fails an assertion that ends
-    all use of CUDA in the process, or raises RuntimeError on a CPU; with TRITON_DEBUG=1 the kernel
-    asserts as well.
+    An input or target outside [0, 1] makes the loss nan. PyTorch fails an assertion, after which
+    the process cannot use CUDA any more, or raises RuntimeError on a CPU. With TRITON_DEBUG=1 the
+    kernel asserts as well.
     """
     why = _refuse_binary(input, target, (weight,), reduction, out_dtype)
     if why is not None:
@@ -512,13 +514,13 @@ def poisson_nll_loss(
 
 
 def multilabel(input, target, weight, divisor, dtype):
-    """multilabel_soft_margin_loss, summed and divided: over all elements, whatever their row."""
+    """multilabel_soft_margin_loss, summed over all elements of all rows and divided."""
     inputs = input, target, None, weight
     return run(Elementwise, *inputs, MULTILABEL_SOFT_MARGIN, 0.0, 0.0, divisor, False, dtype)[0]
 
 
 def _chain(loss, inputs, weight, p, q, legacy, reduction, out_dtype):
-    """The losses that are a chain of operators in stock: they broadcast, and promote dtypes."""
+    """The losses that are a chain of operators in PyTorch: they broadcast and promote dtypes."""
     why = refuse(inputs[:2], reduction, (*inputs[2:], weight))
     if why is not None:
         return why
@@ -544,8 +546,8 @@ def gaussian_nll_loss(
 ):
     """Fused with its reduction, for a variance that is a tensor or a float.
 
-    A negative variance in a tensor makes the loss nan. To raise ValueError, as stock does, the host
-    would have to wait for the device.
+    A negative variance in a tensor makes the loss nan. PyTorch raises ValueError. For that, the
+    host would have to wait for the device.
     """
     if not number(eps):
         return Invalid(f"eps={eps!r}")
@@ -553,7 +555,7 @@ def gaussian_nll_loss(
     if isinstance(var, float):
         if not 0 <= var < 3e38:
             return Invalid(f"var={var}")
-        kept = rounded(var, input.dtype)  # in a tensor like the input
+        kept = rounded(var, input.dtype)  # PyTorch puts it in a tensor like the input
         if kept is None:
             return Stock(f"var={var} in {input.dtype}")
         var = max(kept, eps)
@@ -596,7 +598,7 @@ def hinge_embedding_loss(
     why = refuse((input, target), reduction)
     if why is not None:
         return why
-    target = target.detach()  # only compared
+    target = target.detach()  # it is only compared, so it has no gradient
     legacy = size_average, reduce
     out_dtype = out_dtype or input.dtype
     inputs = input, target, None
