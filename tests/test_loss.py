@@ -80,9 +80,9 @@ def gradients(y, tensors, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", [n for n in CALLS if n != "multilabel_margin_loss"])
 def test_each_input_is_read_once(name, dtype, device):
-    """The forward reads each input once, and writes what is kept in the place of inputs. The backward
-    reads that, or the inputs, once, and writes the gradients. No PyTorch operator runs beside the
-    kernels, so none waits for the device. A copy of a variance is the one exception."""
+    """The forward reads each input once, and writes what is kept in the place of inputs. The
+    backward reads that, or the inputs, once, and writes the gradients. No PyTorch operator runs
+    beside the kernels, so none waits for the device. The one exception copies a variance."""
     from fastnn.testing.meter import AtenTraffic, nbytes, traffic
 
     tensors, options = made(name, device, dtype)
