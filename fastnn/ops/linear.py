@@ -294,6 +294,8 @@ def _composed(
     input, weight, bias=None, activation="relu", a=0.0, b=0.0, p=0.0, training=False
 ):  # fmt: skip
     y = _activate(activation)(stock.linear(input, weight, bias), a, b)
+    if p == 0 and not training:  # nothing follows the activation
+        return y
     return stock.dropout(y, p, training)
 
 
