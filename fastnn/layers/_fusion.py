@@ -273,7 +273,7 @@ def _group(rule: Rule, classes: tuple[type | None, ...]) -> Group | None:
     """The members at the beginning of `classes` that `rule` takes."""
     if not rule.neighbours:
         return None
-    taken = []
+    taken: list[Any] = []
     for place, cls in zip(rule.places, (*classes, *(None,) * len(rule.places)), strict=False):
         if cls not in place.tells:
             return Group(rule, tuple(taken), None) if place.optional else None
