@@ -286,7 +286,7 @@ def margin_ranking(a, b, c, p, q):
 
 @triton.jit
 def margin_ranking_slope(a, b, c, p, q):
-    return tl.where(-c * (a - b) + p >= 0, -c, 0.0)
+    return tl.where(-c * (a - b) + p >= 0, -c, -c * 0.0)  # nan for an infinite target, as in stock
 
 
 @triton.jit

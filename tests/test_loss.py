@@ -82,7 +82,8 @@ def gradients(y, tensors, **options):
 def test_each_input_is_read_once(name, dtype, device):
     """The forward reads each input once, and writes what is kept in the place of inputs. The
     backward reads that, or the inputs, once, and writes the gradients. No PyTorch operator runs
-    beside the kernels, so none waits for the device. The one exception copies a variance."""
+    beside the kernels, so none waits for the device. The exceptions copy a variance, and the
+    target of cosine_embedding_loss, one number for a row, of which PyTorch keeps masks."""
     from fastnn.testing.meter import AtenTraffic, nbytes, traffic
 
     tensors, options = made(name, device, dtype)
@@ -93,7 +94,8 @@ def test_each_input_is_read_once(name, dtype, device):
     saved = [t for t in y.grad_fn.saved_tensors if t is not None and t.numel() >= N * C]
     kept = [t for t in saved if t.data_ptr() not in given]
     copies = [t for t in kept if name == "gaussian_nll_loss"][1:]
-    assert len(forward) <= 2 and len(between.ops) == len(copies)
+    rows_copied = name == "cosine_embedding_loss"
+    assert len(forward) <= 2 and len(between.ops) == len(copies) + rows_copied
     assert forward.sectors.total() <= 1.05 * (nbytes(*tensors, *kept) - nbytes(*copies) + rows)
     wanting = [t for t in tensors if t.requires_grad]
     seed = torch.ones_like(y)
