@@ -22,6 +22,7 @@ from fastnn import _mode
 PRIVATE = ("out_dtype", "variant")
 
 _NO_KEYWORDS: dict = {}
+_EXACT_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 FRAMES = 2  # frames between the user and PyTorch's function: ours, and `dispatch`
 _FILE = "<fastnn.functional."
 
@@ -59,8 +60,9 @@ def _key(declared: list[inspect.Parameter], settings: bool) -> str:
     parts = ["is_grad_enabled()", f"{first}.dtype", f"{first}.device"]
     for p in declared:
         if p.default is p.empty:
-            parts += [f"getattr({p.name}, 'shape', {p.name})"]
-            parts += [f"getattr({p.name}, 'requires_grad', None)"]
+            # A tensor subclass would see that its attributes are read.
+            facts = f"({p.name}.shape, {p.name}.requires_grad)"
+            parts.append(f"{facts} if type({p.name}) in _exact_types else {p.name}")
         else:
             parts.append(f"{p.name} is None" if p.default is None else p.name)
     return f"({', '.join(parts)}, {'_its_settings()' if settings else ''})"
@@ -104,17 +106,17 @@ def front(record: Any, dispatch: Callable) -> Callable:
     # Names that are not parameters begin with an underscore and have two words: no parameter does.
     lines = [
         "def make(stock, record, dispatch, no_keywords, is_compiling, is_grad_enabled, "
-        f"{', '.join(defaults)}):",
+        f"_function_modes, _exact_types, {', '.join(defaults)}):",
         "    _declined_calls, _its_settings = record.declined, record.settings",
         f"    def {name}({', '.join(declared)}):",
         "        if _idle:",
         f"            return stock({passed})",
         "        _this_call = None",
-        "        if _plain and not is_compiling():",
+        "        if _plain and not is_compiling() and not _function_modes() "
+        f"and type({positional[0]}) in _exact_types:",
         "            try:",
         f"                _this_call = {key}",
         "                _was_declined = _this_call in _declined_calls",
-        # arguments of the wrong kinds, or not hashable
         "            except Exception:  # arguments of the wrong kinds, or not hashable",
         "                _this_call = _was_declined = None",
         "            if _was_declined:",
@@ -138,7 +140,7 @@ def front(record: Any, dispatch: Callable) -> Callable:
     exec(compile(source, file, "exec"), vars(_mode), scope)
     call = scope["make"](
         record.stock, record, dispatch, _NO_KEYWORDS, torch.compiler.is_dynamo_compiling,
-        torch.is_grad_enabled, **defaults,
+        torch.is_grad_enabled, torch._C._len_torch_function_stack, _EXACT_TYPES, **defaults,
     )  # fmt: skip
     call.__qualname__ = name
     call.__module__ = "fastnn.functional"

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import triton
+from torch.overrides import TorchFunctionMode
 
 import fastnn
 import fastnn.functional as F
@@ -179,3 +180,36 @@ def test_memory_is_bounded():
     for i in range(5000):
         _gate.remember(declined, (i,))
     assert len(declined) <= 1024
+
+
+@interpreted
+def test_a_mode_and_a_subclass_see_what_they_see_in_pytorch():
+    """No attribute is read for the memory of declined calls where somebody would notice."""
+
+    class Log(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    class Mine(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    x, w, t = torch.randn(4, 3), torch.randn(2, 3), torch.tensor([0, 1, 2, 0])
+    found = []
+    for functions in (F, torch.nn.functional):
+        for mine in (False, True):
+            seen: list = []
+            given = [v.as_subclass(Mine) if mine else v for v in (x, w)]
+            for _ in range(2):
+                with contextlib.nullcontext() if mine else Log():
+                    functions.relu(given[0])
+                    functions.linear(*given)
+                    functions.linear(x, given[1])
+                    functions.cross_entropy(given[0], t)
+                    functions.layer_norm(given[0], (3,))
+            found.append([str(getattr(f, "__name__", f)) for f in seen])
+    ours, ours_of_mine, its, its_of_mine = found
+    assert ours == its and ours_of_mine == its_of_mine
