@@ -86,8 +86,9 @@ def front(record: Any, dispatch: Callable) -> Callable:
     positional: list[str] = []
     keyword: list[str] = []
     defaults = {}
-    key = _key(parameters(record.fused), record.settings is not None)
-    for p in parameters(record.fused):
+    seen = parameters(record.fused)
+    key = _key(seen, record.settings is not None)
+    for p in seen:
         if p.kind is p.KEYWORD_ONLY:
             keyword.append(f"{p.name}={p.name}")
             if len(keyword) == 1:

@@ -369,7 +369,7 @@ def cosine_embedding_loss(
     xs = input1, input2, None
     numbers = 2.0, 0.0, float(margin)
     divisor = row_divisor(reduction, target.numel())
-    target = target.detach().clone()  # stock keeps masks of it
+    target = own(target.detach(), input1, input2)  # stock keeps masks of it
     return _rows(COSINE_EMBEDDING, xs, dim, numbers, 2, False, divisor, dtype, target)
 
 
