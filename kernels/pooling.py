@@ -599,8 +599,14 @@ def _walk(shape, last):
     return rows, inner // unit, unit, grid, config
 
 
-class _Plan:
-    __slots__ = ("args", "grid", "last", "meta", "out", "shape", "strides", "x_strides")
+class _Plan(typing.NamedTuple):
+    """How a kernel runs on tensors of some layouts."""
+
+    shape: tuple[int, ...]  # of the tensor that the kernel makes
+    strides: tuple[int, ...]
+    grid: tuple[int]
+    args: tuple  # the kernel's arguments after the tensors
+    meta: dict  # its constexprs
 
 
 @functools.lru_cache(maxsize=4096)
@@ -609,29 +615,27 @@ def _plan(shape, stride, spec, rounding):
     x_shape, x_stride = _five(shape, stride, spec.dims)
     y_shape = (*x_shape[:2], *spec.out)
     y_stride = _dense(y_shape, spec.last)
-    plan = _Plan()
-    plan.last = x_stride[1] == 1 and x_stride[4] != 1 and spec.window != "fractional"
+    last = x_stride[1] == 1 and x_stride[4] != 1 and spec.window != "fractional"
     lead = 2 if len(shape) > spec.dims + 1 else 1
     kept = [*range(2 - lead, 2), *range(5 - spec.dims, 5)]
-    plan.shape = tuple(y_shape[a] for a in kept)
-    plan.strides = tuple(y_stride[a] for a in kept)
-    xs, x_unit = _addressed(x_shape, x_stride, plan.last)
-    ys, y_unit = _addressed(y_shape, y_stride, plan.last)
-    rows, units, unit, plan.grid, config = _walk(y_shape, plan.last)
+    xs, x_unit = _addressed(x_shape, x_stride, last)
+    ys, y_unit = _addressed(y_shape, y_stride, last)
+    rows, units, unit, grid, config = _walk(y_shape, last)
     start, reduce, finish, _, _ = REDUCTIONS[spec.reduction]
-    plan.args = (
+    args = (
         *x_shape[1:], *spec.out, rows, units, *xs, *ys, *spec.k, *spec.s, *spec.p, *spec.d,
         spec.divisor, spec.norm,
     )  # fmt: skip
     unrolled = math.prod(spec.k) <= _UNROLLED and not spec.by_size
-    plan.meta = {
+    meta = {
         "WINDOW": WINDOWS[spec.window][0], "REDUCE": reduce, "FINISH": finish, "START": start,
         "COUNT": spec.count_padding, "DIMS": spec.dims, "ROUND": rounding,
         **dict(zip(("KD", "KH", "KW"), spec.k if unrolled else (None,) * 3, strict=True)),
-        "LAST": plan.last, "WIDE": _wide(x_shape, x_stride, _dense(x_shape, False)), "UNIT": unit,
+        "LAST": last, "WIDE": _wide(x_shape, x_stride, _dense(x_shape, False)), "UNIT": unit,
         "X_VEC": x_unit, "Y_VEC": y_unit, **config,
     }  # fmt: skip
-    return plan
+    shape, strides = (tuple(of[a] for a in kept) for of in (y_shape, y_stride))
+    return _Plan(shape, strides, grid, args, meta)
 
 
 def _sharing(spec, sizes, rounding):
@@ -658,12 +662,10 @@ def _plan_back(shape, stride, g_stride, spec, rounding):
     y_stride = _dense(y_shape, spec.last)
     lead = y_shape[1:2] if len(shape) == spec.dims + 1 else y_shape[:2]
     _, g_stride = _five((*lead, *spec.out[3 - spec.dims :]), g_stride, spec.dims)
-    plan = _Plan()
-    plan.last = last = x_stride[1] == 1 and x_stride[4] != 1 and spec.window != "fractional"
+    last = x_stride[1] == 1 and x_stride[4] != 1 and spec.window != "fractional"
     z_stride = _dense(x_shape, last)
     kept = [*range(len(shape) == spec.dims + 1, 2), *range(5 - spec.dims, 5)]
-    plan.strides = tuple(z_stride[a] for a in kept)
-    rows, units, unit, plan.grid, config = _walk(x_shape, last)
+    rows, units, unit, grid, config = _walk(x_shape, last)
     taken, vec = zip(
         *(
             _addressed(s, t, last)
@@ -676,12 +678,12 @@ def _plan_back(shape, stride, g_stride, spec, rounding):
     sharing = _sharing(spec, x_shape[2:], rounding)
     unrolled = spec.window == "regular" and not spec.by_size and math.prod(sharing) <= _UNROLLED
     hidden = (None,) * 3
-    plan.args = (
+    args = (
         *x_shape[1:], *spec.out, rows, units, *taken[0], *taken[1], *taken[2], *taken[3],
         *(hidden * 2 if unrolled else (*spec.k, *spec.s)), *spec.p, *spec.d,
         *(hidden if unrolled else sharing), spec.divisor, spec.norm,
     )  # fmt: skip
-    plan.meta = {
+    meta = {
         "WINDOW": WINDOWS[spec.window][0], "FIRST": WINDOWS[spec.window][1],
         "SEND": REDUCTIONS[spec.reduction][3], "COUNT": spec.count_padding, "DIMS": spec.dims,
         "ROUND": rounding, "DILATED": spec.d != (1, 1, 1),
@@ -691,7 +693,7 @@ def _plan_back(shape, stride, g_stride, spec, rounding):
         "LAST": last, "WIDE": _wide(x_shape, x_stride, z_stride), "UNIT": unit,
         "G_VEC": vec[0], "Y_VEC": vec[1], "X_VEC": vec[2], "Z_VEC": vec[3], **config,
     }  # fmt: skip
-    return plan
+    return _Plan(shape, tuple(z_stride[a] for a in kept), grid, args, meta)
 
 
 def _place_dtype(spec):

@@ -1,5 +1,8 @@
 """Pooling. Mirrors torch/nn/modules/pooling.py."""
 
+# The stubs of PyTorch's functions do not accept all arguments that PyTorch's layers pass to them.
+# mypy: disable-error-code="arg-type, call-overload"
+
 import torch.nn as stock
 
 import fastnn.functional as F
