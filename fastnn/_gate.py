@@ -28,12 +28,12 @@ TABLE = Path(__file__).with_name("crossover.json")
 class Work(NamedTuple):
     """The amount of work in one call, as the gate compares it.
 
-    size: how much of `unit` the call has to do.
+    size: how much of `unit` the call has to do; infinity if the kernel is wanted at every size.
     unit: what `size` counts, in the plural: "elements", "outputs", "logits", ...
     variant: which of the op's variants this call would run; "" for an op that has only one.
     """
 
-    size: int
+    size: float
     unit: str = "elements"
     variant: str = ""
 
@@ -61,6 +61,12 @@ class Crossover(NamedTuple):
 
 
 Policy = Callable[..., Work | Stock]
+
+
+def only_deterministic() -> bool:
+    """Whether PyTorch raises for operators that have no deterministic implementation."""
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled() and not warns
 
 
 # ---- The table ----------------------------------------------------------------------------------
@@ -190,8 +196,9 @@ def decide(
         return Stock("the gate was only asked")
     if isinstance(work, Stock):
         return Slow(work.why)
-    least, source, _ = crossover(op, _gpus.architecture(device_index), work.variant)
-    if work.size >= least:
+    architecture = _gpus.architecture(device_index)
+    least, source, _ = crossover(op, architecture, work.variant)
+    if work.size >= least and (least < math.inf or unproven(architecture) is None):
         return work.variant
     if least == math.inf:
         return Slow(f"size gate: PyTorch is as fast at every size ({source})")

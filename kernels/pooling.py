@@ -1,22 +1,25 @@
-"""Pooling: one kernel per direction, with windows and reduction as constexpr functions.
+"""Pooling: one kernel per direction. The window and the reduction are constexpr functions.
 
-    y[o]  = finish(reduce(x[i] for i in the window of o))      window = product of 1 to 3 intervals
-    dx[i] = sum of what each o whose window has i sends back   in that order: equal bits each time
+    y[o]  = finish(reduce(x[i] for i in the window of o))
+    dx[i] = sum over the o whose window has i, of what o sends back to i
 
-One axis of a window is (start, end) of an output position: `regular` (stride, padding, dilation),
-`adaptive` or `fractional`; the first output position whose window may have i is its inverse. All of
-1-d, 2-d and 3-d is one walk over (N, C, D, H, W), sizes of 1 standing for axes that are not there;
-channels first has its lanes along W, channels last along C. Every tensor is read through strides.
+A window is a product of one to three intervals. `regular` (stride, padding, dilation), `adaptive`
+and `fractional` give the interval of an output position along one axis; `<window>_first` gives the
+first output position whose window may have the element i. 1-D, 2-D and 3-D pooling all walk over
+(N, C, D, H, W); axes that do not exist have size 1. The lanes of a program lie along W, or along C
+if the tensor is channels last. Every tensor is read by its strides. The sum of the backward has a
+fixed order, so equal inputs give equal bits.
 
-Memory-bound, so count bytes, x in 16 bits, by windows of K elements that do not overlap:
+Memory-bound. Bytes for each window of K elements, in 16 bits, if windows do not overlap:
     max, stock   x 2K, y 2, index 8; backward dy 2, index 8, zeros 2K, dx 2K      6K + 20
     max, here    x 2K, y 2, place 1; backward dy 2, place 1, dx 2K                4K + 6
     mean         x 2K, y 2; backward dy 2, dx 2K, as stock                        4K + 4
     power        x 2K, y 2, slope 4; backward dy 2, slope 4, x 2K, dx 2K          6K + 12
 The place of a maximum is its number among the elements of its window, in the narrowest integer that
-holds it; nothing is written where no gradient is wanted.
+holds it. It is not written if no gradient is wanted. CUDA's backward of max pooling fills dx with
+zeros before its kernel.
 
-A comparison has ATen's polarity: of equal values the first is the maximum, of nans the last.
+Comparisons are those of ATen: the first of equal values is the maximum, and so is the last nan.
 """
 
 import functools
@@ -34,9 +37,9 @@ from fastnn.kernels._sizes import cdiv, next_power_of_2
 
 # ---- windows along one axis ---------------------------------------------------------------------
 #
-# (o, I, O, k, s, p, d, u, ROUND) -> start, end of the window of output position o, of O, in an axis
-# of I elements; k, s, p, d are its size, stride, padding and dilation, u the sample that shifts it.
-# The start may lie before the axis, the end not behind it.
+# (o, I, O, k, s, p, d, u, ROUND) -> start, end of the window of output position o (of O positions)
+# in an axis of I elements. k, s, p, d are size, stride, padding and dilation of the window; u is
+# the sample that shifts fractional windows. The start may lie before the axis; end is at most I.
 
 
 @triton.jit
@@ -52,7 +55,7 @@ def adaptive(o, I, O, k, s, p, d, u, ROUND: tl.constexpr):  # noqa: E741
 
 @triton.jit
 def _rounded(x, ROUND: tl.constexpr):
-    """As arithmetic in that dtype leaves it."""
+    """x as arithmetic in the dtype ROUND rounds it."""
     if ROUND is not None:
         x = x.to(ROUND).to(tl.float32)
     return x
@@ -70,10 +73,12 @@ def fractional(o, I, O, k, s, p, d, u, ROUND: tl.constexpr):  # noqa: E741
     moved = _rounded(_rounded(o.to(tl.float32), ROUND) + u, ROUND)
     start = _rounded(moved * step, ROUND).to(tl.int32) - _rounded(u * step, ROUND).to(tl.int32)
     start = tl.where(o == O - 1, I - k, start)
+    # Samples outside [0, 1] lead to windows outside the axis; nothing there may be read.
+    start = tl.minimum(tl.maximum(start, 0), I - k)
     return start, start + k
 
 
-# The same arguments, with an element's position i -> the least o whose window may have i.
+# The same arguments, but i, the position of an element -> the least o whose window may have i.
 
 
 @triton.jit
@@ -88,18 +93,19 @@ def adaptive_first(i, I, O, k, s, p, d, u, ROUND: tl.constexpr):  # noqa: E741
 
 @triton.jit
 def fractional_first(i, I, O, k, s, p, d, u, ROUND: tl.constexpr):  # noqa: E741
-    if ROUND is not None:  # so coarse that all are tried
+    if ROUND is not None:  # 16 bits are so coarse that all positions are tried
         return i * 0
     step = _step(I, O, k, ROUND)
-    # Less two, for the roundings here and there; `_sharing` has room for them on both sides.
+    # Two less, for rounding errors. `_sharing` leaves room for them on both sides.
     least = (i - k + 1 + (u * step).to(tl.int32)).to(tl.float32) / tl.maximum(step, 1e-6) - u
     return tl.maximum(tl.minimum(least, O.to(tl.float32)).to(tl.int32) - 2, 0)
 
 
 # ---- reductions ---------------------------------------------------------------------------------
 #
-# reduce: (acc, at, v, t, ok, p) -> acc, at with the value v of the window's element number t.
-# finish: (acc, count, taps, p) -> y, and the factor of dy that the gradient of each power has.
+# reduce: (acc, at, v, t, ok, p) -> acc, at after the value v of element number t of the window.
+# finish: (acc, count, taps, p) -> y, and the factor of dy in the gradients of a power mean. `count`
+# is the divisor of a mean; `taps` is the number of elements of a window that no border clips.
 # send: (sum of what windows send back, x, p) -> dx.
 
 
@@ -151,7 +157,7 @@ def mean(acc, count, taps, p):
 
 @triton.jit
 def square_root(acc, count, taps, p):
-    share = tl.div_rn(taps, count)  # not 1 where the border clips the window
+    share = tl.div_rn(taps, count)  # above 1 if the border clips the window
     y = tl.sqrt_rn(acc * share)
     return y, tl.where(y == 0, 0.0, tl.div_rn(share, y))
 
@@ -172,7 +178,7 @@ def straight(g, x, p):
 
 @triton.jit
 def by_sign(g, x, p):
-    return tl.where(x > 0, g, tl.where(x < 0, -g, 0.0 * g))  # of nan, too, ATen's sign is 0
+    return tl.where(x > 0, g, tl.where(x < 0, -g, 0.0 * g))  # for ATen, the sign of nan is 0, too
 
 
 @triton.jit
@@ -185,7 +191,7 @@ def by_power(g, x, p):
     return g * libdevice.pow(x, p - 1.0)
 
 
-# What a reduction starts from; its functions; whether the gradient reads x.
+# The value that a reduction starts from; its functions; whether the gradient reads x.
 REDUCTIONS = {
     "max": (-math.inf, maximum, itself, straight, False),
     "max_abs": (-math.inf, largest, itself, by_sign, True),
@@ -212,7 +218,7 @@ def _tile(
     rows, inner, C, D, H, W, LAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """The program's mask, that of its rows, and n, c, d, h, w of its positions. All broadcast."""
+    """The mask of the program, the mask of its rows, and n, c, d, h, w of its positions."""
     tiles = tl.cdiv(inner, BLOCK_I)
     r = tl.program_id(0) // tiles * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     i = tl.program_id(0) % tiles * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
@@ -249,7 +255,7 @@ def _inner(i, stride):
 
 @triton.jit
 def _samples(U, n, c, C, there, d: tl.constexpr, DIMS: tl.constexpr):
-    """Of axis d, of which 2 is W. Of two, that for W comes first; of three, last."""
+    """The samples of axis d (2 is W). In 2-D the sample for W comes first, in 3-D last."""
     if U is None:
         u = 0.0
     elif d < 3 - DIMS:
@@ -284,7 +290,7 @@ def _place(d, h, w, sd, sh, sw, VEC: tl.constexpr, LAST: tl.constexpr, WIDE: tl.
 
 @triton.jit
 def _counted(start, end, I, k, p, COUNT: tl.constexpr):  # noqa: E741
-    """What an axis adds to the divisor: padding too, where `COUNT`, but nothing beyond it."""
+    """The factor of an axis in the divisor. COUNT: padding counts, but nothing beyond it."""
     if COUNT:
         return tl.minimum(start + k, I + p) - start
     else:
@@ -302,6 +308,13 @@ def _pool_fwd_kernel(
     LAST: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, X_VEC: tl.constexpr,
     Y_VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
+    """A program has BLOCK_R by BLOCK_I output positions, and loops over the elements of a window.
+
+    X (N, C, D, H, W): float, any strides. Y, AT (integers: places), SLOPE (fp32), INDEX (int64)
+    (N, C, OD, OH, OW): the same strides. U (N, C, DIMS): float, contiguous, the samples of
+    fractional windows. U, AT, SLOPE and INDEX may be None. KD, KH, KW are the window, if it is
+    unrolled.
+    """
     mask, there, n, c, od, oh, ow = _tile(
         rows, inner_units * UNIT, C, OD, OH, OW, LAST, WIDE, BLOCK_R, BLOCK_I
     )
@@ -312,7 +325,7 @@ def _pool_fwd_kernel(
     start_h, end_h = WINDOW(oh, H, OH, kh, sh, ph, dh, uh, ROUND)
     start_w, end_w = WINDOW(ow, W, OW, kw, sw, pw, dw, uw, ROUND)
     planes = X + _planes(n, c, xn, xc, X_VEC, LAST)
-    # The first element of the window that lies in the image, for windows of -inf alone.
+    # In a window that has only -inf, the first element inside the image is the maximum.
     at = (tl.maximum(-start_d, 0) + dd - 1) // dd
     at = at * kh + (tl.maximum(-start_h, 0) + dh - 1) // dh
     at = at * kw + (tl.maximum(-start_w, 0) + dw - 1) // dw
@@ -329,7 +342,7 @@ def _pool_fwd_kernel(
                     v = tl.load(planes + place, mask=ok, other=START).to(tl.float32)
                     acc, at = REDUCE(acc, at, v, (a * KH + b) * KW + e, ok, norm)
     else:
-        # Of so many elements, a sum of fp32 would lose what stock's may keep.
+        # A float32 sum of so many elements, one after the other, would be less exact than stock.
         acc = tl.full((BLOCK_R, BLOCK_I), START, tl.float64 if START == 0 else tl.float32)
         for a in range(kd):
             for b in range(kh):
@@ -371,7 +384,7 @@ def _sent(
     WINDOW: tl.constexpr, COUNT: tl.constexpr, ROUND: tl.constexpr, DILATED: tl.constexpr,
     LAST: tl.constexpr, WIDE: tl.constexpr, G_VEC: tl.constexpr, Y_VEC: tl.constexpr,
 ):  # fmt: skip
-    """What output positions (od, oh, ow) send to elements (i, j, k)."""
+    """What the output positions (od, oh, ow) send to the elements (i, j, k)."""
     start_d, end_d = WINDOW(od, D, OD, kd, sd, pd, dd, ud, ROUND)
     start_h, end_h = WINDOW(oh, H, OH, kh, sh, ph, dh, uh, ROUND)
     start_w, end_w = WINDOW(ow, W, OW, kw, sw, pw, dw, uw, ROUND)
@@ -416,7 +429,13 @@ def _pool_bwd_kernel(
     Y_VEC: tl.constexpr, X_VEC: tl.constexpr, Z_VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    if MD is not None:  # the compiler sees divisors, and how many windows share an element
+    """A program has BLOCK_R by BLOCK_I elements, and loops over the windows that may have them.
+
+    DY (N, C, OD, OH, OW): float, any strides. AT, SLOPE, U: as the forward made or read them, or
+    None. X, DX (N, C, D, H, W): float, any strides and dense; X is None if the gradient does not
+    read it. MD, MH, MW: so many windows along an axis may share an element, if loops are unrolled.
+    """
+    if MD is not None:  # the compiler knows divisors, and how many windows share an element
         kd, kh, kw, sd, sh, sw = KD, KH, KW, SD, SH, SW
     mask, there, n, c, i, j, k = _tile(
         rows, inner_units * UNIT, C, D, H, W, LAST, WIDE, BLOCK_R, BLOCK_I
@@ -462,7 +481,7 @@ def _pool_bwd_kernel(
 
 @triton.jit
 def _cells(rows, length, BLOCK: tl.constexpr):
-    """The program's plane, in 64 bits, its positions within the plane, and which of them exist."""
+    """The plane of the program (64 bits), positions within the plane, and their mask."""
     tiles = tl.cdiv(length, BLOCK)
     row = (tl.program_id(0) // tiles).to(tl.int64)
     at = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -471,7 +490,7 @@ def _cells(rows, length, BLOCK: tl.constexpr):
 
 @triton.jit
 def _strided(row, at, C, H, W, sn, sc, sd, sh, sw):
-    """Where position `at` of a plane (D, H, W) lies."""
+    """The offset of position `at` of a plane (D, H, W)."""
     d = (at // (H * W)).to(tl.int64)
     plane = row // C * sn + row % C * sc
     return plane + d * sd + (at // W % H).to(tl.int64) * sh + (at % W).to(tl.int64) * sw
@@ -485,12 +504,16 @@ _PLANES += [f"{t}{d}" for t in "xy" for d in "ncdhw"]
 def _unpool_place_kernel(
     INDEX, WINNER, rows, length, other, C, ah, aw, xn, xc, xd, xh, xw, BLOCK: tl.constexpr
 ):
-    """WINNER (rows, other), -1 at first, becomes the last position whose index leads there."""
+    """A program has BLOCK positions of a plane, and writes itself where their indices point.
+
+    INDEX (N, C, *): int64, any strides. WINNER (rows, other): int32, -1 before; afterwards the last
+    position of a plane whose index points there.
+    """
     row, at, mask = _cells(rows, length, BLOCK)
     to = tl.load(INDEX + _strided(row, at, C, ah, aw, xn, xc, xd, xh, xw), mask=mask, other=0)
     valid = (to >= 0) & (to < other)
     tl.device_assert(valid | ~mask, "max_unpool: index out of range")
-    tl.atomic_max(WINNER + row * other + to, at, mask=mask & valid)  # of integers: in any order
+    tl.atomic_max(WINNER + row * other + to, at, mask=mask & valid)  # integers: any order
 
 
 @kernel(do_not_specialize=_PLANES)
@@ -498,6 +521,10 @@ def _unpool_fwd_kernel(
     X, WINNER, Y, rows, length, C, ah, aw, bh, bw, xn, xc, xd, xh, xw, yn, yc, yd, yh, yw,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A program has BLOCK positions of a plane of the result.
+
+    X (N, C, *), Y (N, C, *): float, any strides. WINNER: as `_unpool_place_kernel` made it.
+    """
     row, at, mask = _cells(rows, length, BLOCK)
     winner = tl.load(WINNER + row * length + at, mask=mask, other=-1)
     x = X + _strided(row, tl.maximum(winner, 0), C, ah, aw, xn, xc, xd, xh, xw)
@@ -511,6 +538,10 @@ def _unpool_bwd_kernel(
     DY, INDEX, DX, rows, length, other, C, ah, aw, bh, bw, xn, xc, xd, xh, xw, gn, gc, gd, gh, gw,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A program has BLOCK positions of a plane of the input.
+
+    DY, INDEX (N, C, *): float and int64, any strides. DX (N, C, *): contiguous.
+    """
     row, at, mask = _cells(rows, length, BLOCK)
     to = tl.load(INDEX + _strided(row, at, C, ah, aw, xn, xc, xd, xh, xw), mask=mask, other=-1)
     valid = (to >= 0) & (to < other)
@@ -521,11 +552,11 @@ def _unpool_bwd_kernel(
 
 # ---- launchers ----------------------------------------------------------------------------------
 
-_UNROLLED = 32  # elements of a window, or windows of an element, that the compiler sees one by one
+_UNROLLED = 32  # loops over up to so many elements of a window, or windows of an element, unroll
 
 
 class Pooling(typing.NamedTuple):
-    """What is pooled how. Tuples are along D, H, W; axes that a tensor does not have are 1."""
+    """A kind of pooling. Tuples are along D, H, W; they have 1 for axes that do not exist."""
 
     reduction: str
     window: str
@@ -536,19 +567,23 @@ class Pooling(typing.NamedTuple):
     p: tuple[int, int, int] = (0, 0, 0)
     d: tuple[int, int, int] = (1, 1, 1)
     last: bool = False  # whether the result is channels last
-    by_size: bool = False  # whether k follows from the input's size, so that no code is for it
+    by_size: bool = False  # whether k follows from the input's size; then k is not compiled in
     count_padding: bool = False
     divisor: int | None = None
     norm: float = 1.0
 
+    @property
+    def is_mean_of_planes(self):
+        return self.reduction == "mean" and self.by_size and self.out == (1, 1, 1)
+
 
 def _unit(*numbers):
-    """What divides all of them, 16 at most."""
+    """The greatest common divisor of the numbers and 16."""
     return math.gcd(16, *numbers)
 
 
 def _five(shape, stride, dims):
-    """(N, C, D, H, W) and strides of a tensor that may lack N, D, H; 0 is that of a size of 1."""
+    """(N, C, D, H, W) and strides of a tensor that may lack N, D, H. Sizes of 1 have stride 0."""
     if len(shape) == dims + 1:
         shape, stride = (1, *shape), (0, *stride)
     missing = 3 - dims
@@ -558,7 +593,7 @@ def _five(shape, stride, dims):
 
 
 def _dense(shape, last):
-    """Strides of (N, C, D, H, W), as ATen makes them."""
+    """The strides that ATen gives a new tensor (N, C, D, H, W)."""
     _, C, D, H, W = (max(n, 1) for n in shape)
     if last:
         return D * H * W * C, 1, H * W * C, W * C, C
@@ -566,7 +601,7 @@ def _dense(shape, last):
 
 
 def _addressed(shape, stride, last):
-    """Strides as a kernel takes them, in units; the unit. The innermost is None where it is 1."""
+    """Strides as a kernel takes them, in units, and the unit. An innermost stride of 1 is None."""
     stride = [0 if n == 1 else s for n, s in zip(shape, stride, strict=True)]
     at = 1 if last else 4
     inner = stride[at]
@@ -576,21 +611,24 @@ def _addressed(shape, stride, last):
     return tuple(taken), unit
 
 
-def _wide(shape, *strides):
+def _wide(*tensors):
+    """Whether 32 bits do not hold the offsets within one of the tensors, each (shape, strides)."""
     return any(
-        sum((n - 1) * abs(s) for n, s in zip(shape, one, strict=True)) >= 2**31 for one in strides
+        sum((n - 1) * abs(s) for n, s in zip(shape, stride, strict=True)) >= 2**31
+        for shape, stride in tensors
     )
 
 
 @tunable("BLOCK_R", "BLOCK_I")
 def _config(inner, last):
-    # 8 elements per lane; channels last, neighbouring positions share what their windows share.
+    # 8 elements per lane. If channels are last, a program has neighbouring positions, so that what
+    # their windows share is read from the cache.
     block = min(next_power_of_2(inner), 64 if last else 128)
     return {"BLOCK_R": 1024 // block, "BLOCK_I": block, "num_warps": 4}
 
 
 def _walk(shape, last):
-    """(rows, units in a row, unit, grid, tile) for positions of (N, C, D, H, W)."""
+    """(rows, units in a row, unit, grid, tile) for the positions of (N, C, D, H, W)."""
     inner = shape[1] if last else shape[4]
     rows = math.prod(shape) // inner if inner else 0
     unit = _unit(inner)
@@ -611,7 +649,7 @@ class _Plan(typing.NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _plan(shape, stride, spec, rounding):
-    """How `fwd` runs on an x of such a layout."""
+    """How `fwd` runs on an x of this layout."""
     x_shape, x_stride = _five(shape, stride, spec.dims)
     y_shape = (*x_shape[:2], *spec.out)
     y_stride = _dense(y_shape, spec.last)
@@ -627,11 +665,13 @@ def _plan(shape, stride, spec, rounding):
         spec.divisor, spec.norm,
     )  # fmt: skip
     unrolled = math.prod(spec.k) <= _UNROLLED and not spec.by_size
+    # The second layout is that of the indices that ATen gives.
+    wide = _wide((x_shape, x_stride), (x_shape, _dense(x_shape, False)), (y_shape, y_stride))
     meta = {
         "WINDOW": WINDOWS[spec.window][0], "REDUCE": reduce, "FINISH": finish, "START": start,
         "COUNT": spec.count_padding, "DIMS": spec.dims, "ROUND": rounding,
         **dict(zip(("KD", "KH", "KW"), spec.k if unrolled else (None,) * 3, strict=True)),
-        "LAST": last, "WIDE": _wide(x_shape, x_stride, _dense(x_shape, False)), "UNIT": unit,
+        "LAST": last, "WIDE": wide, "UNIT": unit,
         "X_VEC": x_unit, "Y_VEC": y_unit, **config,
     }  # fmt: skip
     shape, strides = (tuple(of[a] for a in kept) for of in (y_shape, y_stride))
@@ -639,7 +679,7 @@ def _plan(shape, stride, spec, rounding):
 
 
 def _sharing(spec, sizes, rounding):
-    """Along each axis, the most windows that may have the same element."""
+    """For each axis, the largest number of windows that may share an element."""
     found = []
     for I, O, k, s, d in zip(sizes, spec.out, spec.k, spec.s, spec.d, strict=True):  # noqa: E741
         if spec.window == "regular":
@@ -656,7 +696,7 @@ def _sharing(spec, sizes, rounding):
 
 @functools.lru_cache(maxsize=4096)
 def _plan_back(shape, stride, g_stride, spec, rounding):
-    """How `bwd` runs, for an x and a dy of such layouts."""
+    """How `bwd` runs for an x and a dy of these layouts."""
     x_shape, x_stride = _five(shape, stride, spec.dims)
     y_shape = (*x_shape[:2], *spec.out)
     y_stride = _dense(y_shape, spec.last)
@@ -666,15 +706,8 @@ def _plan_back(shape, stride, g_stride, spec, rounding):
     z_stride = _dense(x_shape, last)
     kept = [*range(len(shape) == spec.dims + 1, 2), *range(5 - spec.dims, 5)]
     rows, units, unit, grid, config = _walk(x_shape, last)
-    taken, vec = zip(
-        *(
-            _addressed(s, t, last)
-            for s, t in (
-                (y_shape, g_stride), (y_shape, y_stride), (x_shape, x_stride), (x_shape, z_stride)
-            )
-        ),
-        strict=True,
-    )  # fmt: skip
+    layouts = (y_shape, g_stride), (y_shape, y_stride), (x_shape, x_stride), (x_shape, z_stride)
+    taken, vec = zip(*(_addressed(s, t, last) for s, t in layouts), strict=True)
     sharing = _sharing(spec, x_shape[2:], rounding)
     unrolled = spec.window == "regular" and not spec.by_size and math.prod(sharing) <= _UNROLLED
     hidden = (None,) * 3
@@ -690,14 +723,14 @@ def _plan_back(shape, stride, g_stride, spec, rounding):
         **dict(zip(("KD", "KH", "KW"), spec.k if unrolled else hidden, strict=True)),
         **dict(zip(("SD", "SH", "SW"), spec.s if unrolled else hidden, strict=True)),
         **dict(zip(("MD", "MH", "MW"), sharing if unrolled else hidden, strict=True)),
-        "LAST": last, "WIDE": _wide(x_shape, x_stride, z_stride), "UNIT": unit,
+        "LAST": last, "WIDE": _wide(*layouts), "UNIT": unit,
         "G_VEC": vec[0], "Y_VEC": vec[1], "X_VEC": vec[2], "Z_VEC": vec[3], **config,
     }  # fmt: skip
     return _Plan(shape, tuple(z_stride[a] for a in kept), grid, args, meta)
 
 
 def _place_dtype(spec):
-    """The narrowest integer for the number of an element of a window."""
+    """The narrowest integer that holds the number of an element of a window."""
     elements = math.prod(spec.k)
     if elements <= 256:
         return torch.uint8
@@ -705,7 +738,7 @@ def _place_dtype(spec):
 
 
 def _rounding(u, dtype):
-    """The dtype that ATen computes the windows of samples `u` in, on a CPU; on CUDA it is fp32."""
+    """The 16-bit dtype in which ATen computes fractional windows on a CPU, or None for fp32."""
     if u is None or u.is_cuda or dtype is torch.float32:
         return None
     return tl.float16 if dtype is torch.float16 else tl.bfloat16
@@ -714,8 +747,8 @@ def _rounding(u, dtype):
 def fwd(x, u, spec, dtype, indices, keep):
     """x ([N], C, *) of any strides, samples u (N, C, dims) or None -> y, indices, at, slope.
 
-    `indices` (int64, as ATen's) where asked for; `keep`: what `bwd` needs, at or slope, or neither.
-    All are laid out as y.
+    `indices`: whether int64 indices are wanted. `keep`: whether `bwd` will run; if so, a maximum
+    gives `at` (places) and a power mean gives `slope`. All have the layout of y.
     """
     rounding = _rounding(u, dtype)
     plan = _plan(x.shape, x.stride(), spec, rounding)
@@ -734,14 +767,16 @@ def fwd(x, u, spec, dtype, indices, keep):
     return y, index, at, slope
 
 
-def bwd(dy, at, slope, x, u, spec, dtype):
-    """dy of any strides, at or slope as `fwd` made them -> dx, dense, in x's dtype.
+def bwd(dy, at, slope, x, u, spec, dtype, layout):
+    """dy of any strides, at or slope as `fwd` made them -> dx, dense.
 
-    `dtype` is y's. Of x, only what the gradient of a power or an absolute value reads is read.
+    `dtype` is that of y; `layout` is (shape, strides, dtype) of x. x itself is read only for the
+    gradient of a power or an absolute value.
     """
+    shape, stride, x_dtype = layout
     rounding = _rounding(u, dtype)
-    plan = _plan_back(x.shape, x.stride(), dy.stride(), spec, rounding)
-    dx = torch.empty_strided(x.shape, plan.strides, dtype=x.dtype, device=x.device)
+    plan = _plan_back(shape, stride, dy.stride(), spec, rounding)
+    dx = torch.empty_strided(shape, plan.strides, dtype=x_dtype, device=dy.device)
     read = x if REDUCTIONS[spec.reduction][4] else None
     _pool_bwd_kernel(plan.grid, dy, at, slope, read, u, dx, *plan.args, **plan.meta)
     return dx
@@ -757,9 +792,9 @@ def _planes_of(t, dims):
 
 
 def unpool(x, indices, dims, out, last, dtype):
-    """x and indices (int64) ([N], C, *) of any strides -> y ([N], C, *out), laid out as told.
+    """x and indices (int64) ([N], C, *) of any strides -> y ([N], C, *out), `last`: channels last.
 
-    y is x where an index of its plane leads, of several the last; elsewhere 0.
+    y has the element of x whose index points there, the last one if there are several, else 0.
     """
     shape = (*x.shape[:-dims], *out)
     format = torch.channels_last if last else torch.contiguous_format

@@ -1,7 +1,8 @@
 """Pooling: maxima, means and power means of windows; unpooling.
 
-An op below turns its arguments into a `kernels.pooling.Pooling`, or declines them; one
-`autograd.Function` runs all. Layouts of results are those that stock has on the tensor's device.
+Each op turns its arguments into a `kernels.pooling.Pooling`, or declines them. One
+`autograd.Function` runs them all. A result has the layout that the stock result has on the same
+device.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, Stock, op, run, second_order
+from fastnn._gate import only_deterministic
+from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 
 
 class Pool(Function):
-    """x ([N], C, *) -> y, or (y, indices). Keeps x, as stock does, and what `fwd` says of each
-    window: a byte, or a factor in fp32."""
+    """x ([N], C, *) -> y, or (y, indices).
+
+    Keeps x where stock does, and what `kernels.pooling.fwd` returns for each window: the place of
+    the maximum, or a factor in fp32. `formula(x, samples)` is the stock function of these options.
+    """
 
     strided = ("dy", "dindex")
 
@@ -26,8 +31,10 @@ class Pool(Function):
     def forward(ctx, x, samples, spec, dtype, indices, formula):
         keep = ctx.needs_input_grad[0]
         y, index, at, slope = kernels.pooling.fwd(x, samples, spec, dtype, indices, keep)
-        ctx.save_for_backward(x, samples, at, slope)
-        ctx.rest = spec, dtype, formula
+        # Stock takes the mean of whole planes by another operator, which keeps nothing.
+        kept = () if spec.is_mean_of_planes else (x, samples, at, slope)
+        ctx.save_for_backward(*kept)
+        ctx.rest = spec, dtype, formula, (x.shape, x.stride(), x.dtype)
         if not indices:
             return y
         ctx.mark_non_differentiable(index)
@@ -38,16 +45,27 @@ class Pool(Function):
     def backward(ctx, dy, dindex=None):
         if dy is None:
             return (None,) * 6
-        x, samples, at, slope = ctx.saved_tensors
-        spec, dtype, formula = ctx.rest
+        spec, dtype, formula, layout = ctx.rest
+        kept = (None,) * 4 if spec.is_mean_of_planes else ctx.saved_tensors
+        x, samples, at, slope = kept
         if torch.is_grad_enabled():  # create_graph=True: a kernel's gradient would carry no graph
-            (dx,) = second_order(lambda x: formula(x.to(dtype)), (x,), dy, (True,))
+            if x is None:  # the gradient of a mean does not depend on values
+                x = torch.zeros(layout[0], dtype=layout[2], device=dy.device)
+            (dx,) = second_order(lambda x: formula(x.to(dtype), samples), (x,), dy, (True,))
         else:
-            dx = kernels.pooling.bwd(dy, at, slope, x, samples, spec, dtype)
+            dx = kernels.pooling.bwd(dy, at, slope, x, samples, spec, dtype, layout)
         return dx, None, None, None, None, None
 
 
-_INPUT = ("input",)  # read in place, whatever its strides
+def _elements(input, *args, **kwargs):
+    """The work of a call whose stock backward may be refused as not deterministic on CUDA."""
+    if only_deterministic() and input.requires_grad and torch.is_grad_enabled():
+        return Work(math.inf)
+    return Work(input.numel())
+
+
+# Tensors are read by their strides. Where PyTorch raises in deterministic mode, kernels run.
+_POOL = {"strided": ("input",), "policy": _elements, "settings": only_deterministic}
 
 # ---- arguments ----------------------------------------------------------------------------------
 
@@ -70,9 +88,9 @@ def _three(values, fill):
 
 @functools.lru_cache(maxsize=4096)
 def _channels_last(shape, stride):
-    """Whether ATen makes a result of (N, C, *) with such strides channels last.
+    """Whether ATen makes the result for (N, C, *) with such strides channels last.
 
-    It asks the strides, those of sizes of 1 too. To three dimensions a fourth is added, as stock
+    ATen looks at all strides, also in dimensions of size 1. Three dimensions get a fourth, as ATen
     adds it.
     """
     if len(shape) == 3:
@@ -87,14 +105,27 @@ def _channels_last(shape, stride):
     return True
 
 
+# Rows of a tensor, positions along an axis, elements of a window: sums of such numbers fit into the
+# 32 bits in which kernels compute them.
+_MOST = 2**28
+
+
 def _unusable(input, dims):
     """Why no kernel pools `input`, if so."""
     if input.dim() not in (dims + 1, dims + 2):
         return Invalid(f"{input.dim()} dimensions")
     if 0 in input.shape[-dims - 1 :]:
         return Invalid(f"an input of shape {tuple(input.shape)}")
-    if input.numel() // min(input.shape[-1], input.shape[-dims - 1]) >= 2**31:
-        return Stock(f"{input.numel()} elements")  # rows that 32 bits do not count
+    return _too_large(input, dims, input.shape[-dims:])
+
+
+def _too_large(input, dims, sizes):
+    """Why no kernel walks through a tensor of the batch and channels of `input`, and of `sizes`."""
+    channels = input.shape[-dims - 1]
+    batch = input.shape[0] if input.dim() == dims + 2 else 1
+    rows = batch * channels * math.prod(sizes) // min(sizes[-1], channels)
+    if max(rows, channels, *sizes) >= _MOST:
+        return Stock(f"a tensor of {batch} x {channels} x {tuple(sizes)}: 32 bits are too few")
     return None
 
 
@@ -113,7 +144,7 @@ def _regular(input, dims, kernel_size, stride, padding, dilation, ceil_mode):
         )
     out = []
     for size, a, b, c, e in zip(input.shape[-dims:], k, s, p, d, strict=True):
-        if a < 1 or b < 1 or c < 0 or e < 1 or 2 * c > a:
+        if a < 1 or b < 1 or c < 0 or e < 1 or 2 * c > a or max(b, e) >= _MOST:
             return Invalid(f"kernel_size={a}, stride={b}, padding={c}, dilation={e}")
         span = size + 2 * c - e * (a - 1) - 1
         o = (span + (b - 1 if ceil_mode else 0)) // b + 1
@@ -124,7 +155,9 @@ def _regular(input, dims, kernel_size, stride, padding, dilation, ceil_mode):
         if c and e > size:
             return Stock(f"dilation={e}: a window may lie in the padding alone")
         out.append(o)
-    return k, s, p, d, tuple(out)
+    if math.prod(k) >= _MOST:
+        return Stock(f"a window of {math.prod(k)} elements: 32 bits are too few")
+    return _too_large(input, dims, out) or (k, s, p, d, tuple(out))
 
 
 # ---- max ----------------------------------------------------------------------------------------
@@ -143,7 +176,7 @@ def _max_pool(
     )  # fmt: skip
     function = _MAX[dims]
 
-    def formula(x):
+    def formula(x, samples):
         return function(x, k, s, p, d, ceil_mode)
 
     return run(Pool, input, None, spec, dtype or input.dtype, bool(return_indices), formula)
@@ -153,7 +186,7 @@ _MAX = {1: stock.max_pool1d, 2: stock.max_pool2d, 3: stock.max_pool3d}
 
 
 def _max_last(input, dims, return_indices, stride=None):
-    """Whether max pooling gives a result that is channels last."""
+    """Whether the result of max pooling is channels last."""
     shape, stride = input.shape, stride or input.stride()
     if dims == 3 and len(shape) == 4:
         shape, stride = (1, *shape), (shape[0] * stride[0], *stride)
@@ -161,31 +194,30 @@ def _max_last(input, dims, return_indices, stride=None):
         return False
     if dims == 1 and not (input.is_cuda or return_indices):
         if not (input.requires_grad and torch.is_grad_enabled()):
-            return False  # a kernel of its own on a CPU
+            return False  # the CPU has a kernel of its own for this case
     return _channels_last(shape, stride)
 
 
-@op(stock=stock.max_pool1d, strided=_INPUT, source="ATen's rules for nan, ties and ceil_mode")
+@op(stock=stock.max_pool1d, **_POOL, source="ATen's rules for nan, ties and ceil_mode")
 def max_pool1d(
     input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False,
     *, out_dtype=None,
 ):  # fmt: skip
-    """Fused, as max_pool2d is."""
+    """Fused like `max_pool2d`."""
     return _max_pool(
         1, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, out_dtype
     )
 
 
-@op(stock=stock.max_pool2d, strided=_INPUT, source="ATen's rules for nan, ties and ceil_mode")
+@op(stock=stock.max_pool2d, **_POOL, source="ATen's rules for nan, ties and ceil_mode")
 def max_pool2d(
     input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False,
     *, out_dtype=None,
 ):  # fmt: skip
-    """Fused for every window, channels first and last, one launch each way.
+    """Fused for every window, contiguous and channels last, with one launch per direction.
 
-    For the gradient a byte is kept of each window, where stock keeps an index of eight; without a
-    gradient nothing. The backward adds up in a fixed order, without atomics: the same bits each
-    time, and `torch.use_deterministic_algorithms(True)` has nothing to raise.
+    For the backward the kernel keeps one byte per window, where PyTorch keeps an int64 index; it
+    keeps nothing if no gradient is wanted. The backward adds in a fixed order, without atomics.
     """
     return _max_pool(
         2, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, out_dtype
@@ -194,7 +226,7 @@ def max_pool2d(
 
 @op(
     stock=stock.max_pool3d,
-    strided=_INPUT,
+    **_POOL,
     autocast_cpu="fp32",
     source="ATen's rules for nan, ties and ceil_mode",
 )
@@ -202,7 +234,7 @@ def max_pool3d(
     input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False,
     *, out_dtype=None,
 ):  # fmt: skip
-    """Fused, as max_pool2d is."""
+    """Fused like `max_pool2d`."""
     return _max_pool(
         3, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, out_dtype
     )
@@ -227,7 +259,7 @@ def _avg_pool(
         last=_last(input, dims), count_padding=count_include_pad, divisor=divisor,
     )  # fmt: skip
 
-    def formula(x):
+    def formula(x, samples):
         if dims == 1:
             return stock.avg_pool1d(x, k, s, p, ceil_mode, count_include_pad)
         return _AVG[dims](x, k, s, p, ceil_mode, count_include_pad, divisor)
@@ -239,39 +271,39 @@ _AVG = {2: stock.avg_pool2d, 3: stock.avg_pool3d}
 
 
 def _last(input, dims):
-    """Whether pooling other than max gives a result that is channels last: not in 3-d."""
+    """Whether the result of pooling other than max pooling is channels last; never in 3-D."""
     batched = input.dim() == dims + 2
     return batched and dims < 3 and _channels_last(input.shape, input.stride())
 
 
-@op(stock=stock.avg_pool1d, strided=_INPUT)
+@op(stock=stock.avg_pool1d, **_POOL)
 def avg_pool1d(
     input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True
 ):  # fmt: skip
-    """Fused, as avg_pool2d is."""
+    """Fused like `avg_pool2d`."""
     return _avg_pool(
         1, input, kernel_size, stride, padding, ceil_mode, count_include_pad, None, None
     )
 
 
-@op(stock=stock.avg_pool2d, strided=_INPUT)
+@op(stock=stock.avg_pool2d, **_POOL)
 def avg_pool2d(
     input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True,
     divisor_override=None,
 ):  # fmt: skip
-    """Fused for every window, channels first and last, one launch each way. Sums are of float32,
-    of more than 32 elements float64."""
+    """Fused for every window, contiguous and channels last, with one launch per direction. Sums are
+    float32; sums of more than 32 elements are float64."""
     return _avg_pool(
         2, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, None
     )
 
 
-@op(stock=stock.avg_pool3d, strided=_INPUT, autocast_cpu="fp32")
+@op(stock=stock.avg_pool3d, **_POOL, autocast_cpu="fp32")
 def avg_pool3d(
     input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True,
     divisor_override=None, *, out_dtype=None,
 ):  # fmt: skip
-    """Fused, as avg_pool2d is. The result is never channels last, as in stock."""
+    """Fused like `avg_pool2d`. The result is never channels last, as in PyTorch."""
     return _avg_pool(
         3, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override,
         out_dtype,
@@ -282,7 +314,7 @@ def avg_pool3d(
 
 
 def _adaptive(input, dims, output_size):
-    """(window, k, s, out) of windows that cover the input, or why not."""
+    """(window, k, s, out) for windows that cover the input, or why not."""
     why = _unusable(input, dims)
     if why is not None:
         return why
@@ -297,9 +329,12 @@ def _adaptive(input, dims, output_size):
     if min(out) == 0:
         return Stock("an empty result")
     pairs = list(zip(sizes, out, strict=True))
+    why = _too_large(input, dims, out)
+    if why is not None:
+        return why
     if any((o + 1) * (size + 1) >= 2**31 for size, o in pairs):
-        return Stock(f"{tuple(sizes)} to {out}: positions that 32 bits do not hold")
-    if all(size % o == 0 for size, o in pairs):  # windows of one size, one after the other
+        return Stock(f"{tuple(sizes)} to {out}: 32 bits are too few")
+    if all(size % o == 0 for size, o in pairs):  # windows of equal size that do not overlap
         k = tuple(size // o for size, o in pairs)
         return "regular", k, k, out
     k = tuple(size // o + (2 if size % o else 0) for size, o in pairs)  # the most there can be
@@ -316,7 +351,7 @@ def _adaptive_pool(reduction, function, dims, input, output_size, indices, last,
         last=last(input, dims, out), by_size=True,
     )  # fmt: skip
 
-    def formula(x):
+    def formula(x, samples):
         return function(x, out)
 
     return run(Pool, input, None, spec, dtype or input.dtype, bool(indices), formula)
@@ -332,26 +367,26 @@ def _adaptive_max_last(input, dims, out):
     return _last(input, dims)
 
 
-@op(stock=stock.adaptive_avg_pool1d, strided=_INPUT)
+@op(stock=stock.adaptive_avg_pool1d, **_POOL)
 def adaptive_avg_pool1d(input, output_size):
-    """Fused, as adaptive_avg_pool2d is."""
+    """Fused like `adaptive_avg_pool2d`."""
     return _adaptive_pool(
         "mean", stock.adaptive_avg_pool1d, 1, input, output_size, False, _avg_last, None
     )
 
 
-@op(stock=stock.adaptive_avg_pool2d, strided=_INPUT)
+@op(stock=stock.adaptive_avg_pool2d, **_POOL)
 def adaptive_avg_pool2d(input, output_size):
-    """Fused for every size but 0, one launch each way; sums are of float64. The backward adds up in
-    a fixed order, without atomics."""
+    """Fused for every output size except 0, with one launch per direction. Sums are float64. The
+    backward adds in a fixed order, without atomics."""
     return _adaptive_pool(
         "mean", stock.adaptive_avg_pool2d, 2, input, output_size, False, _avg_last, None
     )
 
 
-@op(stock=stock.adaptive_avg_pool3d, strided=_INPUT, autocast_cpu="fp32")
+@op(stock=stock.adaptive_avg_pool3d, **_POOL, autocast_cpu="fp32")
 def adaptive_avg_pool3d(input, output_size, *, out_dtype=None):
-    """Fused, as adaptive_avg_pool2d is."""
+    """Fused like `adaptive_avg_pool2d`."""
     return _adaptive_pool(
         "mean", stock.adaptive_avg_pool3d, 3, input, output_size, False, _avg_last, out_dtype
     )
@@ -363,22 +398,22 @@ def _adaptive_max_pool(function, dims, input, output_size, return_indices, dtype
     )
 
 
-@op(stock=stock.adaptive_max_pool1d, strided=_INPUT)
+@op(stock=stock.adaptive_max_pool1d, **_POOL)
 def adaptive_max_pool1d(input, output_size, return_indices=False):
-    """Fused, as adaptive_max_pool2d is."""
+    """Fused like `adaptive_max_pool2d`."""
     return _adaptive_max_pool(stock.adaptive_max_pool1d, 1, input, output_size, return_indices)
 
 
-@op(stock=stock.adaptive_max_pool2d, strided=_INPUT)
+@op(stock=stock.adaptive_max_pool2d, **_POOL)
 def adaptive_max_pool2d(input, output_size, return_indices=False):
-    """Fused for every size but 0, one launch each way, with what max_pool2d keeps of a window and
-    the fixed order of its backward."""
+    """Fused for every output size except 0, with one launch per direction. It keeps what
+    `max_pool2d` keeps of a window. The backward adds in a fixed order, without atomics."""
     return _adaptive_max_pool(stock.adaptive_max_pool2d, 2, input, output_size, return_indices)
 
 
-@op(stock=stock.adaptive_max_pool3d, strided=_INPUT, autocast_cpu="fp32")
+@op(stock=stock.adaptive_max_pool3d, **_POOL, autocast_cpu="fp32")
 def adaptive_max_pool3d(input, output_size, return_indices=False, *, out_dtype=None):
-    """Fused, as adaptive_max_pool2d is. The result is never channels last, as in stock."""
+    """Fused like `adaptive_max_pool2d`. The result is never channels last, as in PyTorch."""
     return _adaptive_max_pool(
         stock.adaptive_max_pool3d, 3, input, output_size, return_indices, out_dtype
     )
@@ -389,7 +424,7 @@ def adaptive_max_pool3d(input, output_size, return_indices=False, *, out_dtype=N
 
 @functools.lru_cache(maxsize=4096)
 def _pointwise(shape, stride):
-    """Strides of what a pointwise operator makes of such a tensor."""
+    """The strides of a pointwise operator's result for such a tensor."""
     return torch.empty_strided(shape, stride, device="meta").abs().stride()
 
 
@@ -411,7 +446,9 @@ def _lp_pool(dims, input, norm_type, kernel_size, stride, ceil_mode, dtype):
     else:
         reduction = "square" if norm_type == 2 else "power"
         last = input.dim() == dims + 2 and dims < 3 and _channels_last(input.shape, between)
-    if reduction != "max_abs":  # a pointwise operator comes last: dense both ways is channels first
+    if reduction != "max_abs":
+        # Stock ends with a pointwise operator, which makes a result that is dense in both layouts
+        # contiguous.
         last = last and input.shape[1] > 1 and math.prod(out) > 1
     spec = kernels.pooling.Pooling(
         reduction, "regular", dims, _three(out, 1), _three(k, 1), _three(s, 1), last=last,
@@ -419,7 +456,7 @@ def _lp_pool(dims, input, norm_type, kernel_size, stride, ceil_mode, dtype):
     )  # fmt: skip
     function = _LP[dims]
 
-    def formula(x):
+    def formula(x, samples):
         return function(x, norm_type, k[0] if dims == 1 else k, s, ceil_mode)
 
     return run(Pool, input, None, spec, dtype or input.dtype, False, formula)
@@ -428,26 +465,25 @@ def _lp_pool(dims, input, norm_type, kernel_size, stride, ceil_mode, dtype):
 _LP = {1: stock.lp_pool1d, 2: stock.lp_pool2d, 3: stock.lp_pool3d}
 
 
-@op(stock=stock.lp_pool1d, strided=_INPUT, autocast="fp32")
+@op(stock=stock.lp_pool1d, **_POOL, autocast="fp32")
 def lp_pool1d(input, norm_type, kernel_size, stride=None, ceil_mode=False, *, out_dtype=None):
-    """Fused, as lp_pool2d is."""
+    """Fused like `lp_pool2d`."""
     return _lp_pool(1, input, norm_type, kernel_size, stride, ceil_mode, out_dtype)
 
 
-@op(stock=stock.lp_pool2d, strided=_INPUT, autocast="fp32")
+@op(stock=stock.lp_pool2d, **_POOL, autocast="fp32")
 def lp_pool2d(input, norm_type, kernel_size, stride=None, ceil_mode=False, *, out_dtype=None):
-    """Fused for every power but 0, the infinite ones too, one launch each way.
+    """Fused for every power except 0, also the infinite ones, with one launch per direction.
 
-    Powers and roots are taken in float32, where stock takes each in the dtype of the input: in
-    float16 a sum of squares beyond 65504 is finite here. Editing the result or the input in place
-    before the backward raises, or does not, as in stock.
+    Powers, sums and roots are float32. PyTorch rounds each of them to the dtype of the input, so in
+    float16 a sum of squares above 65504 is infinite there, and finite here.
     """
     return _lp_pool(2, input, norm_type, kernel_size, stride, ceil_mode, out_dtype)
 
 
-@op(stock=stock.lp_pool3d, strided=_INPUT, autocast="fp32", autocast_cpu="fp32")
+@op(stock=stock.lp_pool3d, **_POOL, autocast="fp32", autocast_cpu="fp32")
 def lp_pool3d(input, norm_type, kernel_size, stride=None, ceil_mode=False, *, out_dtype=None):
-    """Fused, as lp_pool2d is."""
+    """Fused like `lp_pool2d`."""
     return _lp_pool(3, input, norm_type, kernel_size, stride, ceil_mode, out_dtype)
 
 
@@ -478,47 +514,48 @@ def _fractional(
     channels = input.shape[-dims - 1]
     if samples is None:
         samples = torch.rand(batch, channels, dims, dtype=input.dtype, device=input.device)
-    elif (
-        samples.dtype is not input.dtype
+    if dtype is not None:  # autocast casts all tensors
+        samples = samples.to(dtype)
+    if (
+        samples.dtype is not (dtype or input.dtype)
         or samples.dim() != 3
         or samples.shape[0] < batch
         or samples.shape[1:] != (channels, dims)
     ):
         return Invalid(f"_random_samples {tuple(samples.shape)} {samples.dtype}")
     samples = samples.detach().contiguous()
+    if not samples.is_cuda and not ((samples >= 0) & (samples <= 1)).all():
+        return Stock("_random_samples outside [0, 1]")
     spec = kernels.pooling.Pooling("max", "fractional", dims, _three(out, 1), _three(k, 1))
     function = stock.fractional_max_pool2d if dims == 2 else stock.fractional_max_pool3d
 
-    def formula(x):
-        return function(x, k, out, _random_samples=samples.to(x.dtype))
+    def formula(x, samples):
+        return function(x, k, out, _random_samples=samples)
 
     return run(Pool, input, samples, spec, dtype or input.dtype, bool(return_indices), formula)
 
 
-@op(
-    stock=stock.fractional_max_pool2d, strided=_INPUT, autocast_cpu="fp32", source="arXiv:1412.6071"
-)
+@op(stock=stock.fractional_max_pool2d, **_POOL, autocast_cpu="fp32", source="arXiv:1412.6071")
 def fractional_max_pool2d(
     input, kernel_size, output_size=None, output_ratio=None, return_indices=False,
     _random_samples=None, *, out_dtype=None,
 ):  # fmt: skip
-    """Fused, one launch each way; a seed gives the windows that stock gives.
+    """Fused with one launch per direction. A seed gives the windows that it gives in PyTorch.
 
-    Keeps what max_pool2d keeps of a window; the backward adds up in a fixed order, without atomics.
+    It keeps what `max_pool2d` keeps of a window. The backward adds in a fixed order, without
+    atomics.
     """
     return _fractional(
         2, input, kernel_size, output_size, output_ratio, return_indices, _random_samples, out_dtype
     )
 
 
-@op(
-    stock=stock.fractional_max_pool3d, strided=_INPUT, autocast_cpu="fp32", source="arXiv:1412.6071"
-)
+@op(stock=stock.fractional_max_pool3d, **_POOL, autocast_cpu="fp32", source="arXiv:1412.6071")
 def fractional_max_pool3d(
     input, kernel_size, output_size=None, output_ratio=None, return_indices=False,
     _random_samples=None, *, out_dtype=None,
 ):  # fmt: skip
-    """Fused, as fractional_max_pool2d is."""
+    """Fused like `fractional_max_pool2d`."""
     return _fractional(
         3, input, kernel_size, output_size, output_ratio, return_indices, _random_samples, out_dtype
     )
@@ -528,7 +565,7 @@ def fractional_max_pool3d(
 
 
 class Unpool(Function):
-    """x and indices ([N], C, *) -> y ([N], C, *out), zero where no index leads. Keeps indices."""
+    """x and indices ([N], C, *) -> y ([N], C, *out), 0 where no index points. Keeps the indices."""
 
     strided = ("dy",)
 
@@ -542,7 +579,7 @@ class Unpool(Function):
     def backward(ctx, dy):
         (indices,) = ctx.saved_tensors
         dims, dtype = ctx.rest
-        if torch.is_grad_enabled():  # it is linear: a gather, which has a derivative
+        if torch.is_grad_enabled():  # the gather has a derivative of its own
             found = dy.flatten(-dims).gather(-1, indices.flatten(-dims))
             dx = found.view(indices.shape).to(dtype)
         else:
@@ -575,9 +612,9 @@ def _unpool(dims, input, indices, kernel_size, stride, padding, output_size, dty
         out = wanted
     if min(out) < 1:
         return Invalid(f"a result of {out}")
-    if math.prod(out) >= 2**31:
-        return Stock(f"a result of {out}: positions that 32 bits do not hold")
-    if not input.is_cuda:  # where the values are at hand
+    if math.prod(out) >= _MOST:
+        return Stock(f"a result of {out}: 32 bits are too few")
+    if not input.is_cuda:  # on a CPU the values can be read without waiting
         least, most = torch.aminmax(indices)
         if least < 0 or most >= math.prod(out):
             return Invalid("an index outside the result")
@@ -585,14 +622,24 @@ def _unpool(dims, input, indices, kernel_size, stride, padding, output_size, dty
     return run(Unpool, input, indices, dims, out, last, dtype or input.dtype)
 
 
-_UNPOOL = {"strided": ("input", "indices"), "integers": (torch.int64,), "autocast_cpu": "fp32"}
+def _of_unpooling(input, *args, **kwargs):
+    return Work(math.inf if only_deterministic() else input.numel())  # stock raises in the forward
+
+
+_UNPOOL = {
+    "strided": ("input", "indices"),
+    "integers": (torch.int64,),
+    "autocast_cpu": "fp32",
+    "policy": _of_unpooling,
+    "settings": only_deterministic,
+}
 
 
 @op(stock=stock.max_unpool1d, **_UNPOOL)
 def max_unpool1d(
     input, indices, kernel_size, stride=None, padding=0, output_size=None, *, out_dtype=None
 ):
-    """Fused, as max_unpool2d is."""
+    """Fused like `max_unpool2d`."""
     return _unpool(1, input, indices, kernel_size, stride, padding, output_size, out_dtype)
 
 
@@ -600,12 +647,11 @@ def max_unpool1d(
 def max_unpool2d(
     input, indices, kernel_size, stride=None, padding=0, output_size=None, *, out_dtype=None
 ):
-    """Fused. Where an index occurs twice, the last of its elements is taken, each time: so
-    `torch.use_deterministic_algorithms(True)`, at which stock raises, has nothing to raise.
+    """Fused. If an index occurs twice, the last element that has it is taken, each time.
 
-    On CUDA an index outside the result is left out, and its gradient is 0; with TRITON_DEBUG=1 the
-    kernel asserts. On a CPU such a call runs stock, which raises. The result is channels last where
-    stock's is: on a CPU for an input that is, on CUDA never.
+    On CUDA an element whose index is outside the result is left out, and its gradient is 0; with
+    TRITON_DEBUG=1 the kernel asserts. On a CPU such a call raises PyTorch's error. On a CPU the
+    result for channels-last input is channels last, on CUDA it is contiguous, as in PyTorch.
     """
     return _unpool(2, input, indices, kernel_size, stride, padding, output_size, out_dtype)
 
@@ -614,5 +660,5 @@ def max_unpool2d(
 def max_unpool3d(
     input, indices, kernel_size, stride=None, padding=0, output_size=None, *, out_dtype=None
 ):
-    """Fused, as max_unpool2d is."""
+    """Fused like `max_unpool2d`."""
     return _unpool(3, input, indices, kernel_size, stride, padding, output_size, out_dtype)

@@ -163,10 +163,13 @@ CASES: list[Case] = [
     Case("LPPool3d", (randn(1, 2, 3, 4, 5),), {"norm_type": 2, "kernel_size": 2}, dtypes=F32),
     Case("lp_pool3d", (randn(1, 2, 2, 2, 2), 2, 2), autocast=torch.bfloat16, dtypes=BF16),
     # ---- fractional
+    Case("fractional_max_pool2d", (randn(2, 3, 9, 8), 2), {"output_size": (4, 5)}),
     Case(
         "fractional_max_pool2d",
         (randn(2, 3, 9, 8), 2),
         {"output_size": (4, 5), "return_indices": True, "_random_samples": samples},
+        view=last,
+        dtypes=F32,
     ),
     Case(
         "fractional_max_pool2d",
@@ -197,6 +200,11 @@ CASES: list[Case] = [
         dtypes=F32,
     ),
     Case("MaxUnpool1d", (randn(3, 4), places(3, 4, high=11)), {"kernel_size": 3}, dtypes=F32),
+    Case(
+        "max_unpool3d",
+        (randn(1, 2, 2, 1, 2), places(1, 2, 2, 1, 2, high=32), 2),
+        dtypes=F32,
+    ),
     Case(
         "MaxUnpool3d",
         (randn(1, 2, 2, 1, 2), places(1, 2, 2, 1, 2, high=32)),
