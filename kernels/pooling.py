@@ -93,12 +93,17 @@ def adaptive_first(i, I, O, k, s, p, d, u, ROUND: tl.constexpr):  # noqa: E741
 
 @triton.jit
 def fractional_first(i, I, O, k, s, p, d, u, ROUND: tl.constexpr):  # noqa: E741
-    if ROUND is not None:  # 16 bits are so coarse that all positions are tried
-        return i * 0
-    step = _step(I, O, k, ROUND)
-    # Two less, for rounding errors. `_sharing` leaves room for them on both sides.
-    least = (i - k + 1 + (u * step).to(tl.int32)).to(tl.float32) / tl.maximum(step, 1e-6) - u
-    return tl.maximum(tl.minimum(least, O.to(tl.float32)).to(tl.int32) - 2, 0)
+    # Ends grow with o, in any arithmetic, so a binary search counts the windows that end before i.
+    first = tl.minimum(i, 0)
+    bit = 1
+    while bit * 2 <= O:
+        bit = bit * 2
+    while bit > 0:
+        there = first + bit
+        _, end = fractional(tl.minimum(there, O) - 1, I, O, k, s, p, d, u, ROUND)
+        first = tl.where((there <= O) & (end <= i), there, first)
+        bit = bit // 2
+    return first
 
 
 # ---- reductions ---------------------------------------------------------------------------------
@@ -686,10 +691,13 @@ def _sharing(spec, sizes, rounding):
             m = cdiv((k - 1) * d + 1, s)
         elif spec.window == "adaptive":
             m = cdiv(O, I) + 1
-        elif rounding is not None or O == 1 or I == k:
+        elif I == k:
             m = O
         else:
-            m = cdiv(k * (O - 1), I - k) + 5
+            # Starts are points in steps of (I - k) / (O - 1), rounded down, and at last I - k.
+            # In 16 bits five roundings move a point by up to I / 64.
+            extent = k if rounding is None else k + 2 + I // 32
+            m = extent * (O - 1) // (I - k) + 2
         found.append(min(m, O))
     return found
 

@@ -81,7 +81,8 @@ CASES: list[Case] = [
     Case("max_pool2d", (randn(3, 8, 12), 2, 3, 1), view=every_other, dtypes=F32),
     Case("max_pool2d", (randn(1, 1, 5, 5), 2), view=odd_strides, dtypes=F32),
     Case("max_pool2d", (randn(0, 3, 4, 4), 2), dtypes=F32),
-    Case("max_pool1d", (randn(1, 1, 300), 260, 100, 130), dtypes=F32),  # more than a byte counts
+    # more elements than a byte counts
+    Case("max_pool1d", (randn(1, 1, 600), 260, 100, 130), view=every_other, dtypes=F32),
     Case(
         "max_pool2d",
         (SPECIAL, 2, 2, 1),
@@ -130,6 +131,7 @@ CASES: list[Case] = [
     Case(
         "AvgPool3d", (randn(1, 4, 4, 5, 3),), {"kernel_size": 2, "stride": 1}, view=last, dtypes=F32
     ),
+    Case("avg_pool3d", (randn(1, 2, 2, 3, 2), 2, 1, 1), dtypes=F32),
     Case("avg_pool3d", (randn(1, 1, 2, 2, 2), 2), autocast=torch.bfloat16, dtypes=BF16),
     # ---- adaptive
     Case("AdaptiveAvgPool2d", (randn(2, 3, 7, 5),), {"output_size": 1}, view=last),
@@ -152,6 +154,9 @@ CASES: list[Case] = [
     Case("adaptive_max_pool2d", (SPECIAL, (2, 4), True), view=image(1, 1, 4, 6), dtypes=F32),
     Case("AdaptiveMaxPool1d", (randn(2, 6, 3),), {"output_size": 3}, view=swapped, dtypes=F32),
     Case("AdaptiveMaxPool3d", (randn(2, 3, 4, 5),), {"output_size": 2}, dtypes=F32),
+    Case("adaptive_avg_pool3d", (randn(1, 1, 2, 3, 3), (1, 2, 2)), dtypes=F32),
+    Case("adaptive_max_pool1d", (randn(2, 7), 3), dtypes=F32),
+    Case("adaptive_max_pool2d", (randn(1, 2, 4, 5), (2, 3)), dtypes=F32),
     Case("adaptive_avg_pool2d", (randn(1, 2, 3, 3), 0), dtypes=F32, stock="an empty result"),
     # ---- power means
     Case("LPPool2d", (randn(2, 3, 5, 7),), {"norm_type": 2, "kernel_size": 2, "ceil_mode": True}),
