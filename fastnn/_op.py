@@ -24,7 +24,7 @@ from fastnn import _front, _gate, _mode
 from fastnn._function import Function as Function
 from fastnn._function import run as run
 from fastnn._function import second_order as second_order
-from fastnn._gate import Policy, Slow
+from fastnn._gate import Policy
 from fastnn._gate import Work as Work
 from fastnn._graph import launcher as launcher
 from fastnn._mode import BackendError, Invalid, Stock
@@ -56,15 +56,15 @@ class Op:
     autocast_cpu: Literal["fp32", "lower", None] = None
     compiled: Literal["stock", "opaque"] = "stock"  # what runs it under torch.compile
     opaque: bool = False  # whether its launches are registered, so that a graph can hold them
-    policy: Policy | None = None  # how much work a call is; by default the largest element count
+    policy: Policy | None = None  # how much work a call is; default: elements of the first argument
+    # source of a bound on the size that the policy gives; default: elements of the first argument
+    at_most: str | None = None
     variants: tuple[str, ...] = ("",)  # the variants that the policy may name
-    settings: Callable[[], Any] | None = None  # the PyTorch settings on which the policy depends
     source: str = ""
     takes_variant: bool = field(init=False)  # whether `fused` is told which variant to run
     dense_at: tuple[int, ...] = field(init=False)  # positions of arguments that are made dense
     dense_names: frozenset[str] = field(init=False)
-    # the calls that the gate declined
-    declined: set = field(init=False, default_factory=_gate.memory)
+    floor: _gate.Floor = field(init=False, default_factory=_gate.Floor)
 
     def __post_init__(self):
         declared = inspect.signature(self.fused).parameters
@@ -134,10 +134,9 @@ def _refuse_tensor(op: Op, t: Tensor) -> str | None:
 _NO_TENSOR = "there is no tensor among the arguments"
 
 
-def _survey(op: Op, args: tuple, kwargs: dict) -> str | tuple[Tensor, int]:
-    """Why no kernel can take this call, for the reasons that all ops share; else (tensor, most).
+def _survey(op: Op, args: tuple, kwargs: dict) -> str | Tensor:
+    """Why no kernel can take this call, for reasons that all ops share; else one of its tensors.
 
-    tensor: one of the tensors among the arguments. most: the element count of the largest of them.
     Tensors inside tuples and lists count, too.
     """
     if not _mode.HAS_TRITON:
@@ -153,7 +152,7 @@ def _survey(op: Op, args: tuple, kwargs: dict) -> str | tuple[Tensor, int]:
     if torch._C._len_torch_function_stack() and (why := _refuse_mode_stack()):
         return why
     first = None
-    index = most = 0
+    index = 0
     values = [*args, *kwargs.values()]
     for value in values:
         kind = type(value)
@@ -165,7 +164,6 @@ def _survey(op: Op, args: tuple, kwargs: dict) -> str | tuple[Tensor, int]:
                 first, index = value, value.get_device()
             elif index != value.get_device():
                 return "the tensors are on several devices"
-            most = max(most, value.numel())
         elif kind is tuple or kind is list:
             values.extend(value)  # the loop continues with these values
         elif kind not in _SCALARS:
@@ -175,7 +173,7 @@ def _survey(op: Op, args: tuple, kwargs: dict) -> str | tuple[Tensor, int]:
                 return f"an argument overrides torch functions ({kind.__name__})"
     if first is None:
         return _NO_TENSOR
-    return first, most
+    return first
 
 
 # ---- Dispatch -----------------------------------------------------------------------------------
@@ -259,11 +257,8 @@ def intercept(call: Callable[[Op, tuple, dict], Any]) -> Iterator[None]:
         _interceptor = before
 
 
-def dispatch(op: Op, args: tuple, kwargs: dict, key: tuple | None = None):
-    """Run `op` on the path that its record, the arguments and the mode determine.
-
-    If the gate declines the call, `key` is remembered.
-    """
+def dispatch(op: Op, args: tuple, kwargs: dict):
+    """Run `op` on the path that its record, the arguments and the mode determine."""
     if torch.compiler.is_compiling():
         return _dispatch_compiling(op, args, kwargs)
     if _interceptor is not None:
@@ -272,13 +267,13 @@ def dispatch(op: Op, args: tuple, kwargs: dict, key: tuple | None = None):
     if mode == "torch":
         declined = Stock('backend("torch")')
     else:
+        if not op.floor.known and _gate.answers():
+            op.floor.set(_gate.floor(op.name, op.variants))
         declined = _try_kernel(op, args, kwargs, mode)
         if not isinstance(declined, Stock):
             _mode.note(op, None)
             return declined
     _mode.note(op, declined.why)
-    if key is not None and isinstance(declined, Slow):
-        _gate.remember(op.declined, key)
     if mode != "triton":
         return op.stock(*args, **kwargs)
     if isinstance(declined, Invalid):
@@ -299,11 +294,9 @@ def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
     found = _survey(op, args, kwargs)
     if isinstance(found, str):
         return Invalid(found) if found is _NO_TENSOR else Stock(found)
-    tensor, most = found
-    variant = ""
+    tensor, variant = found, ""
     if mode == "auto":
-        index = tensor.get_device()
-        chosen = _gate.decide(op.name, op.policy, most, index, args, kwargs)
+        chosen = _gate.decide(op.name, op.policy, tensor.get_device(), args, kwargs)
         if isinstance(chosen, Stock):
             return chosen
         variant = chosen

@@ -347,6 +347,7 @@ def _outputs(
     autocast="lower",
     autocast_cpu="lower",
     policy=_outputs,
+    at_most="input.numel() // weight.size(1) * weight.size(0)",
     variants=("gemm", "addmm", "epilogue"),
 )
 def linear_act(

@@ -92,6 +92,7 @@ def _positions(input, target, *rest, **options):
     autocast="fp32",
     autocast_cpu="fp32",
     policy=_positions,
+    at_most="target.numel()",
 )
 def nll_loss(
     input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
