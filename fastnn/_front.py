@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastnn import _mode
+from fastnn._plan import UNFIT, impossible
 
 # Keyword-only arguments that dispatch passes to a fused function, and that no user sees.
 PRIVATE = ("out_dtype", "variant")
@@ -47,6 +48,7 @@ def depth() -> int:
 
 def warn(message: str) -> None:
     """Warn the user, naming the line that called a function made by `front`."""
+    impossible("it warns")  # a plan would not
     warnings.warn(message, stacklevel=depth())
 
 
@@ -61,8 +63,8 @@ class Below(NamedTuple):
 
     tensors: the arguments of which the size is a function; they must be exactly of class Tensor.
     others: other arguments that the size depends on.
-    ready: whether the floor holds for the call: the modes are plain, and nobody would notice that
-        attributes of the tensors are read.
+    ready: whether the tensors may be looked at: Dynamo does not trace, and nobody would notice that
+        their attributes are read.
     size: a bound on the size of the call.
     """
 
@@ -72,10 +74,10 @@ class Below(NamedTuple):
     size: str
 
 
-def below(record: Any, first: str, plain: str = "_plain") -> Below:
+def below(record: Any, first: str) -> Below:
     """The sources for `record`, an `Op`. `first` is the name of its first argument.
 
-    They use the names in `BELOW`, and `plain`, the source of `_mode._plain`.
+    They use the names in `BELOW`.
     """
     size = record.at_most or f"{first}.numel()"
     tree = list(ast.walk(ast.parse(size, mode="eval")))
@@ -85,7 +87,7 @@ def below(record: Any, first: str, plain: str = "_plain") -> Below:
     names = {n.id for n in tree if isinstance(n, ast.Name)} - vars(builtins).keys()
     tensors = tuple(sorted(read))
     kinds = " and ".join(f"type({t}) in _exact_types" for t in tensors)
-    ready = f"{plain} and not _is_compiling() and not _function_modes() and {kinds}"
+    ready = f"not _is_compiling() and not _function_modes() and {kinds}"
     return Below(tensors, tuple(sorted(names - read)), ready, size)
 
 
@@ -110,10 +112,12 @@ def front(record: Any, dispatch: Callable) -> Callable:
     declared: list[str] = []
     positional: list[str] = []
     keyword: list[str] = []
+    names: list[str] = []  # of the keyword-only ones
     defaults = {}
     for p in parameters(record.fused):
         if p.kind is p.KEYWORD_ONLY:
             keyword.append(f"{p.name}={p.name}")
+            names.append(p.name)
             if len(keyword) == 1:
                 declared.append("*")
         else:
@@ -130,23 +134,30 @@ def front(record: Any, dispatch: Callable) -> Callable:
     asked = below(record, positional[0])
     # Names that are not parameters begin with an underscore and have two words: no parameter does.
     lines = [
-        f"def make(stock, record, dispatch, no_keywords, {', '.join((*BELOW, *defaults))}):",
+        "def make(stock, record, dispatch, no_keywords, the_plans, unfit, is_grad_enabled, "
+        f"{', '.join((*BELOW, *defaults))}):",
         "    _the_floor = -1",
         f"    def {name}({', '.join(declared)}):",
         "        if _idle:",
         f"            return stock({passed})",
-        f"        if {asked.ready}:",
+        f"        if _uniform and {asked.ready}:",
         "            try:",
-        f"                _is_small = {asked.size} < _the_floor",
+        f"                _is_small = _plain and {asked.size} < _the_floor",
         "            except Exception:  # arguments of the wrong kinds",
         "                _is_small = False",
         "            if _is_small:",
         f"                return stock({passed})",
+        "            if the_plans:",
+        f"                _this_key = {asked.tensors[0]}.shape, is_grad_enabled(), _uniform",
+        "                for _one_plan in the_plans.get(_this_key, ()):",
+        f"                    _its_result = _one_plan({', '.join(positional + names)})",
+        "                    if _its_result is not unfit:",
+        "                        return _its_result",
         f"        return dispatch(record, ({dispatched},), "
         + (f"dict({', '.join(keyword)}))" if keyword else "no_keywords)"),
         f"    def small({', '.join(asked.tensors + asked.others)}):",
         "        try:",
-        f"            return {asked.ready} and {asked.size} < _the_floor",
+        f"            return _plain and {asked.ready} and {asked.size} < _the_floor",
         "        except Exception:",
         "            return False",
         "    def set_floor(least):",
@@ -168,8 +179,9 @@ def front(record: Any, dispatch: Callable) -> Callable:
     # The code runs in the namespace of `_mode`, because it reads `_idle` and `_plain` there.
     exec(compile(source, file, "exec"), vars(_mode), scope)
     call, call_small, set_floor = scope["make"](
-        record.stock, record, dispatch, _NO_KEYWORDS, **BELOW, **defaults
-    )
+        record.stock, record, dispatch, _NO_KEYWORDS, record.plans.ready, UNFIT,
+        torch.is_grad_enabled, **BELOW, **defaults,
+    )  # fmt: skip
     record.floor.follow(set_floor)
     call.__qualname__ = name
     call.__module__ = "fastnn.functional"

@@ -28,6 +28,8 @@ from fastnn._gate import Policy
 from fastnn._gate import Work as Work
 from fastnn._graph import launcher as launcher
 from fastnn._mode import BackendError, Invalid, Stock
+from fastnn._plan import Plans, active
+from fastnn._plan import impossible as impossible
 from fastnn._scalars import rounded as rounded
 from fastnn._strides import is_dense as is_dense
 from fastnn._strides import make_dense, not_strided
@@ -60,19 +62,27 @@ class Op:
     # source of a bound on the size that the policy gives; default: elements of the first argument
     at_most: str | None = None
     variants: tuple[str, ...] = ("",)  # the variants that the policy may name
+    settings: Callable[[], Any] | None = None  # the PyTorch settings on which a call depends
     source: str = ""
     takes_variant: bool = field(init=False)  # whether `fused` is told which variant to run
     dense_at: tuple[int, ...] = field(init=False)  # positions of arguments that are made dense
     dense_names: frozenset[str] = field(init=False)
     floor: _gate.Floor = field(init=False, default_factory=_gate.Floor)
+    names: tuple[str, ...] = field(init=False)  # of the public function's parameters
+    keyed_by: int = field(init=False)  # the parameter by whose shape plans are found
+    plans: Plans = field(init=False)
 
     def __post_init__(self):
         declared = inspect.signature(self.fused).parameters
-        at, names = not_strided(self.fused, self.strided)
+        at, dense = not_strided(self.fused, self.strided)
+        names = tuple([p.name for p in _front.parameters(self.fused)])
         for name, value in (
             ("takes_variant", "variant" in declared),
             ("dense_at", at),
-            ("dense_names", names),
+            ("dense_names", dense),
+            ("names", names),
+            ("keyed_by", names.index(_front.below(self, names[0]).tensors[0])),
+            ("plans", Plans(self)),
         ):
             object.__setattr__(self, name, value)
 
@@ -147,7 +157,7 @@ def _survey(op: Op, args: tuple, kwargs: dict) -> str | Tensor:
         return "the call is inside torch.jit.trace"
     if forward_ad._current_level >= 0:
         return "forward-mode automatic differentiation is active"
-    if torch._C._len_torch_dispatch_stack():
+    if torch._C._len_torch_dispatch_stack() > (active.recorder is not None):
         return "a torch dispatch mode is active (FakeTensorMode, FlopCounterMode, ...)"
     if torch._C._len_torch_function_stack() and (why := _refuse_mode_stack()):
         return why
@@ -301,7 +311,9 @@ def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
             return chosen
         variant = chosen
     try:
-        return _fused(op, tensor.device.type, args, kwargs, variant)
+        return op.plans.heard(
+            args, kwargs, mode, lambda: _fused(op, tensor.device.type, args, kwargs, variant)
+        )
     # for example, an argument that should be a tensor is not one
     except (AttributeError, TypeError):
         _raise_as_stock(op, args, kwargs)

@@ -100,10 +100,10 @@ def _front(cls: type, its: type, name: str, method: Any, op: Any) -> Any:
     given = ", ".join(passed)
     small = []
     if op is not None:
-        asked = _front_of_op.below(op, passed[1], "_mode._plain")
+        asked = _front_of_op.below(op, passed[1])
         assert {*asked.tensors, *asked.others} <= {*passed}, (cls, asked)
         small = [
-            f"        elif {asked.ready}:",
+            f"        elif _mode._plain and {asked.ready}:",
             "            try:",
             f"                _is_small = {asked.size} < _the_floor",
             "            except Exception:",

@@ -1,0 +1,692 @@
+"""Plans: what a call did, recorded once for its signature, and replayed by the next such calls.
+
+Two calls of the same signature allocate the same tensors, launch the same kernels and keep the same
+tensors for the backward. So the second call of a signature is recorded: it runs as always, while a
+`Recorder` listens to the operators of PyTorch and to the launches. The result is a `Plan`. The
+following calls run the plan, behind one guard on everything that could make them differ.
+
+A plan knows nothing of single ops. What cannot be a plan runs as always, and `refusals` tells why.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fastnn import _mode
+
+aten = torch.ops.aten
+
+MOST = 1024  # plans kept per op
+_TRIES = 64  # calls of an op that are recorded in vain before the op is left alone
+
+
+class Refused(Exception):
+    """Why a call cannot be a plan."""
+
+
+# ---- What a plan consists of --------------------------------------------------------------------
+
+
+class Slot(NamedTuple):
+    """A tensor of a plan: the given tensors come first, then those that the steps make."""
+
+    index: int
+
+
+class Pointer(NamedTuple):
+    """The address that lies `offset` bytes behind the first element of a slot."""
+
+    slot: int
+    offset: int
+
+
+class Allocate(NamedTuple):
+    """Make an uninitialised tensor."""
+
+    slot: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Call(NamedTuple):
+    """Call an operator of PyTorch. `args` and `kwargs` hold a `Slot` for each tensor."""
+
+    function: Any
+    args: tuple
+    kwargs: dict
+    results: tuple[int | None, ...]  # slots, in the order of the leaves of what it returns
+
+
+class Launch(NamedTuple):
+    """Launch a kernel. `args` holds a `Pointer` for each tensor."""
+
+    kernel: Any  # kernels._launch.Kernel
+    grid: tuple[int, ...]
+    args: tuple
+    meta: dict
+    compiled: Any  # what Triton compiled, and the constants of its launcher; None if interpreted
+
+
+class Program(NamedTuple):
+    """The steps of one pass. `results` and `saved` are slots, or None.
+
+    given: how many tensors it is given.
+    """
+
+    given: int
+    device: torch.device
+    steps: tuple
+    results: tuple[int | None, ...]
+    saved: tuple[int | None, ...]
+
+
+# ---- Listening ----------------------------------------------------------------------------------
+
+_ALLOCATIONS = frozenset(
+    (
+        aten.empty.memory_format,
+        aten.empty_like.default,
+        aten.empty_strided.default,
+        aten.new_empty.default,
+        aten.new_empty_strided.default,
+    )
+)
+# These give a value of a tensor to Python, or depend on such values.
+_READS = frozenset((aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default))
+
+
+class _Active(threading.local):
+    recorder: Recorder | None = None
+
+
+active = _Active()  # `active.recorder` listens to the calls of this thread
+
+
+def impossible(why: str) -> None:
+    """Tell a listening recorder that the call cannot be a plan. For effects that it cannot see."""
+    if active.recorder is not None:
+        active.recorder.refuse(why)
+
+
+class _Operators(TorchDispatchMode):
+    """Tells a log about every operator of PyTorch."""
+
+    def __init__(self, log: _Log):
+        super().__init__()
+        self.log = log
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        self.log.called(function, args, kwargs, out)
+        return out
+
+
+class _Log:
+    """Listens to one pass, and makes a `Program` of it."""
+
+    def __init__(self, given: tuple[Tensor, ...]):
+        self.given = given
+        self.slots: dict[int, int] = {}
+        self.alive: list[Tensor] = []  # keeps the ids in `slots` unique
+        self.steps: list = []
+        self.views: dict[
+            int, tuple[int, Tensor, Tensor]
+        ] = {}  # slot -> (base, view, base's tensor)
+        self.why: str | None = None
+        self.paused = False
+        self.device = given[0].device
+        storages = set()
+        for t in given:
+            self._new(t)
+            storages.add(t.untyped_storage().data_ptr())
+        if len(storages) != len(given):
+            self.refuse("two tensors share their memory")
+
+    def refuse(self, why: str) -> None:
+        self.why = self.why or why
+
+    def _new(self, t: Tensor) -> int:
+        slot = self.slots[id(t)] = len(self.alive)
+        self.alive.append(t)
+        return slot
+
+    def _slot(self, t: Tensor) -> int:
+        slot = self.slots.get(id(t))
+        if slot is None:
+            raise Refused("a tensor comes from elsewhere")
+        return slot
+
+    def called(self, function, args, kwargs, out) -> None:
+        """Log a call of an operator, which returned `out`."""
+        if self.paused or self.why is not None:
+            return
+        try:
+            self._called(function, args, kwargs, out)
+        except Refused as e:
+            self.refuse(str(e))
+
+    def _called(self, function, args, kwargs, out) -> None:
+        tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if tensors and all(t.is_meta for t in tensors):
+            return  # a question about shapes
+        if function in _ALLOCATIONS:
+            if out.device != self.device or out.layout is not torch.strided:
+                raise Refused("a tensor on another device is made")
+            self.steps.append(Allocate(self._new(out), tuple(out.shape), out.stride(), out.dtype))
+            return
+        if function in _READS:
+            raise Refused("a value of a tensor is read")
+        if torch.Tag.nondeterministic_seeded in function.tags:
+            raise Refused("random numbers are drawn")
+        given, named = tree_map(self._as_slot, (tuple(args), dict(kwargs)))
+        results = tuple([self._result(leaf) for leaf in tree_leaves(out)])
+        self.steps.append(Call(function, given, named, results))
+        if len(results) == 1 and results[0] is not None:
+            self._view(results[0], out if isinstance(out, Tensor) else tree_leaves(out)[0], args)
+
+    def _as_slot(self, value):
+        return Slot(self._slot(value)) if isinstance(value, Tensor) else value
+
+    def _result(self, leaf) -> int | None:
+        if not isinstance(leaf, Tensor):
+            if leaf is None:
+                return None
+            raise Refused("an operator returns a value that is no tensor")
+        known = self.slots.get(id(leaf))  # an operator that wrote into its argument returns it
+        return self._new(leaf) if known is None else known
+
+    def _view(self, slot: int, out: Tensor, args) -> None:
+        if slot in self.views or slot < len(self.given):
+            return
+        storage = out.untyped_storage().data_ptr()
+        for base in args:
+            if isinstance(base, Tensor) and base.untyped_storage().data_ptr() == storage:
+                root = self.slots[id(base)]
+                root, _, of = self.views.get(root, (root, base, base))
+                if root != slot and of.dtype == out.dtype:
+                    self.views[slot] = root, out, of
+                return
+
+    def launched(self, kernel, grid, args, meta) -> None:
+        """Log a launch."""
+        if self.why is not None:
+            return
+        try:
+            given = tuple([self._argument(a) for a in args])
+            compiled = kernel.compiled(args, meta)
+        except Refused as e:
+            self.refuse(str(e))
+            return
+        if compiled is None and not kernel.interpreted:
+            self.refuse("a kernel that Triton did not return")
+            return
+        self.steps.append(Launch(kernel, tuple(grid), given, meta, compiled))
+
+    def _argument(self, value):
+        if isinstance(value, Tensor):
+            slot = self._slot(value)
+            if slot in self.views:
+                slot, _, base = self.views[slot]
+                return Pointer(slot, value.data_ptr() - base.data_ptr())
+            return Pointer(slot, 0)
+        if value is None or type(value) in (int, float, bool):
+            return value
+        raise Refused(f"an argument of a kernel is a {type(value).__name__}")
+
+    def program(self, results, saved) -> Program:
+        """The program of what was heard. Raises `Refused` if there is none."""
+        if self.why is not None:
+            raise Refused(self.why)
+        out = tuple([None if t is None else self._slot(t) for t in results])
+        kept = tuple([None if t is None else self._slot(t) for t in saved])
+        steps = _needed(self.steps, {*out, *kept})
+        return Program(len(self.given), self.device, steps, out, kept)
+
+
+def _reads(step) -> set[int]:
+    if isinstance(step, Launch):
+        return {a.slot for a in step.args if isinstance(a, Pointer)}
+    if isinstance(step, Call):
+        leaves = tree_leaves((step.args, step.kwargs), is_leaf=lambda v: isinstance(v, Slot))
+        return {leaf.index for leaf in leaves if isinstance(leaf, Slot)}
+    return set()
+
+
+def _needed(steps: list, wanted: set) -> tuple:
+    """The steps without those whose tensors nobody uses."""
+    kept: list = []
+    for step in reversed(steps):
+        if isinstance(step, Allocate):
+            needed = step.slot in wanted
+        elif isinstance(step, Call):
+            makes = {r for r in step.results if r is not None}
+            changes = step.function._schema.is_mutable or not makes
+            needed = changes or bool(makes & wanted)
+        else:
+            needed = True
+        if needed:
+            kept.append(step)
+            wanted |= _reads(step)
+    return tuple(reversed(kept))
+
+
+@contextmanager
+def _listening(log: _Log) -> Iterator[None]:
+    from fastnn import kernels
+
+    listeners = kernels._launch.listeners
+    before, listeners.log = listeners.log, log
+    try:
+        with _Operators(log):
+            yield
+    finally:
+        listeners.log = before
+
+
+# ---- Recording ----------------------------------------------------------------------------------
+
+
+class Context:
+    """Stands for the autograd context of a function: what its forward and backward use of it."""
+
+    def __init__(self, needs_input_grad: tuple[bool, ...]):
+        self.needs_input_grad = needs_input_grad
+        self.saved_tensors: tuple = ()
+        self._plan = _Facts()
+
+    def save_for_backward(self, *tensors) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors) -> None:
+        self._plan.constant = tensors
+
+    def mark_dirty(self, *tensors) -> None:
+        self._plan.dirty = True
+
+    def set_materialize_grads(self, value: bool) -> None:
+        self._plan.materialize = value
+
+
+class _Facts:
+    constant: tuple = ()
+    dirty = False
+    materialize = True
+
+
+class Recorder:
+    """Listens to one call of a fused function. `tensors` are the tensors among its arguments."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]):
+        self.tensors = tensors
+        self.log = _Log(tensors)
+        self.pass_: Pass | None = None
+        self.inside = False
+
+    def refuse(self, why: str) -> None:
+        self.log.refuse(why)
+
+    def run(self, function, args: tuple):
+        """What `_function.run` does, heard."""
+        if self.inside or self.log.why is not None:
+            return None
+        if self.pass_ is not None:
+            self.refuse("it runs two autograd functions")
+            return None
+        at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+        if any(self.log.slots.get(id(args[i]), len(self.tensors)) >= len(self.tensors) for i in at):
+            self.refuse("an argument was converted first")
+            return None
+        graph = torch.is_grad_enabled() and any(args[i].requires_grad for i in at)
+        needs = tuple([graph and isinstance(a, Tensor) and a.requires_grad for a in args])
+        ctx = Context(needs)
+        self.inside = True
+        try:
+            with torch.no_grad():
+                out = function.forward(ctx, *args)
+        finally:
+            self.inside = False
+        many = isinstance(out, tuple)
+        self.pass_ = Pass(function, ctx, args, at, out if many else (out,), many, graph)
+        return self.pass_.attach()
+
+
+class Pass:
+    """One run of an autograd function that was heard."""
+
+    def __init__(self, function, ctx, args, at, outputs, many, graph):
+        self.function = function
+        self.ctx = ctx
+        self.args = args
+        self.at = at
+        self.raw = self.outputs = outputs
+        self.saved = ctx.saved_tensors
+        self.many = many
+        self.graph = graph
+        self.plan = Plan(function, ctx, len(args), at, outputs, many, graph)
+        ctx.saved_tensors = ()
+
+    def attach(self):
+        """The outputs, with a node of autograd if a gradient is wanted."""
+        if self.graph:
+            tensors = [self.args[i] for i in self.at]
+            result = self.plan.node(self.plan, (self.outputs, self.saved), *tensors)
+            self.outputs = result if self.many else (result,)
+            return result
+        return self.outputs if self.many else self.outputs[0]
+
+
+class Plan:
+    """How to run an autograd function for one signature, both ways."""
+
+    __slots__ = (
+        "attributes",
+        "backward",
+        "constant",
+        "forward",
+        "function",
+        "many",
+        "materialize",
+        "needs",
+        "node",
+        "places",
+        "program",
+        "tries",
+        "width",
+    )  # fmt: skip
+
+    def __init__(self, function, ctx: Context, width: int, at, outputs, many, graph):
+        facts = ctx._plan
+        self.function = function
+        self.attributes = {
+            k: v for k, v in vars(ctx).items() if k not in ("saved_tensors", "_plan")
+        }
+        self.needs = ctx.needs_input_grad
+        self.constant = tuple(
+            [i for i, o in enumerate(outputs) if any(o is c for c in facts.constant)]
+        )
+        self.materialize = facts.materialize
+        self.many = many
+        self.places = tuple(at)
+        self.width = width
+        self.node = _node(function) if graph else None
+        self.forward: Callable | None = None
+        self.program: Program | None = None
+        self.backward: Callable | None = None  # of the gradients and what was saved
+        self.tries = 2  # of recording the backward
+
+    def context(self, saved: tuple) -> Context:
+        """The context that the function's own backward expects."""
+        ctx = Context(self.needs)
+        vars(ctx).update(self.attributes)
+        ctx.saved_tensors = saved
+        return ctx
+
+    def gradients(self, grads) -> tuple:
+        """The gradients of a node's inputs, of what the function's backward returned."""
+        if not isinstance(grads, tuple):
+            grads = (grads,)
+        return (None, None, *[grads[i] for i in self.places])
+
+
+# ---- The node of autograd -----------------------------------------------------------------------
+
+
+class _Replay(torch.autograd.Function):
+    """The node of every plan. Its inputs: the plan, what was computed already, the tensors."""
+
+    @staticmethod
+    def forward(ctx, plan, computed, *tensors):
+        outputs, saved = plan.forward(*tensors) if computed is None else computed
+        ctx.plan = plan
+        ctx.save_for_backward(*saved)
+        if plan.constant:
+            ctx.mark_non_differentiable(*[outputs[i] for i in plan.constant])
+        if not plan.materialize:
+            ctx.set_materialize_grads(False)
+        return outputs if plan.many else outputs[0]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        plan = ctx.plan
+        saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            if plan.backward is not None:
+                result = plan.backward(*grads, *saved)
+                if type(result) is tuple:
+                    return result
+            elif plan.tries and enabled():
+                return _record_backward(plan, grads, saved)
+        return plan.gradients(plan.function.backward(plan.context(saved), *grads))
+
+
+_nodes: dict[type, Callable] = {}
+
+
+def _node(function: type) -> Callable:
+    """`apply` of the node for plans of `function`; its name is that of the function."""
+    known = _nodes.get(function)
+    if known is None:
+        node = type(function.__name__, (_Replay,), {"__doc__": function.__doc__})
+        # The wrapper of `apply` asks for functorch and for a setup_context; the guards rule these
+        # out, and there is none.
+        known = super(torch.autograd.Function, node).apply  # type: ignore[misc]
+        _nodes[function] = known
+    return known
+
+
+def _record_backward(plan: Plan, grads: tuple, saved: tuple) -> tuple:
+    plan.tries -= 1
+    given = [t for t in (*grads, *saved) if t is not None]
+    if not all(map(_plannable, given)):
+        return plan.gradients(plan.function.backward(plan.context(saved), *grads))
+    log = _Log(tuple(given))
+    with _listening(log):
+        found = plan.function.backward(plan.context(saved), *grads)
+    result = plan.gradients(found)
+    try:
+        program = log.program(result[2:], ())
+    except Refused as e:
+        refusals[plan.function.__name__ + ".backward", str(e)] += 1
+        return result
+    from fastnn import _runner
+
+    plan.backward = _runner.backward(program, grads, saved)
+    return result
+
+
+# ---- Which calls are recorded, and where plans are kept ----------------------------------------
+
+UNFIT = object()  # what a plan's function returns for a call that does not fit
+_CONSTANTS = frozenset((int, float, bool, str, type(None), torch.dtype, FunctionType))
+_TENSORS = (Tensor, Parameter)
+
+refusals: Counter[tuple[str, str]] = Counter()  # (op, why) -> how often a recording was in vain
+
+_on = os.environ.get("FASTNN_PLANS", "1") != "0"
+
+
+def enabled() -> bool:
+    """Whether plans are recorded and replayed: `FASTNN_PLANS` is not 0."""
+    return _on
+
+
+@contextmanager
+def using(on: bool) -> Iterator[None]:
+    """Whether plans are recorded and replayed inside the block, in all threads. For tests."""
+    global _on
+    before, _on = _on, on
+    forget()
+    try:
+        yield
+    finally:
+        _on = before
+        forget()
+
+
+def _plannable(t: Tensor) -> bool:
+    """Whether a plan may be given `t`: memory of its own, at an address that kernels like."""
+    return (
+        type(t) in _TENSORS
+        and t.numel() > 0
+        and not t.is_inference()
+        and t.data_ptr() % 16 == 0
+        and t.data_ptr() != 0
+    )
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two arguments that are not tensors are the same: equal, and of the same classes."""
+    if a is b:
+        return type(a) is not list
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def _constant(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_constant, value))
+    return type(value) in _CONSTANTS
+
+
+class Plans:
+    """The plans of one op.
+
+    ready: key -> functions that run a plan. Each is called as the op's public function; it returns
+        UNFIT if the call does not fit its plan.
+    """
+
+    def __init__(self, record: Any):
+        self.record = record
+        self.ready: dict[tuple, list[Callable]] = {}
+        self.count = 0
+        self.seen: set[tuple] = set()
+        self.vain = 0
+        _all.append(self)
+
+    def forget(self) -> None:
+        """Forget all plans, and which calls were seen."""
+        self.ready.clear()
+        self.seen.clear()
+        self.count = self.vain = 0
+
+    def heard(self, args: tuple, kwargs: dict, mode: str, call: Callable[[], Any]) -> Any:
+        """`call()`, which runs the fused function; recorded if this is the signature's second."""
+        if not _on or self.vain >= _TRIES or active.recorder is not None or not _mode.uniform():
+            return call()
+        values = (*args, *kwargs.values())
+        tensors = tuple([v for v in values if isinstance(v, Tensor)])
+        device = tensors[0].device.type
+        if torch.is_autocast_enabled(device) or torch.is_inference_mode_enabled() or _HIP:
+            return call()
+        if not all(map(_plannable, tensors)):
+            return call()
+        facts = [_fact(v) for v in values]
+        key = (torch.is_grad_enabled(), mode, self._settings(), *facts)
+        try:
+            seen = key in self.seen
+        except TypeError:  # an argument that does not hash
+            return call()
+        if not seen:
+            if len(self.seen) >= MOST:
+                self.seen.clear()
+            self.seen.add(key)
+            return call()
+        if not all(isinstance(v, Tensor) or _constant(v) for v in values):
+            return call()
+        return self._record(values, tensors, mode, call)
+
+    def _settings(self):
+        return None if self.record.settings is None else self.record.settings()
+
+    def _record(self, values: tuple, tensors: tuple, mode: str, call: Callable[[], Any]) -> Any:
+        recorder = Recorder(tensors)
+        active.recorder = recorder
+        try:
+            with _listening(recorder.log):
+                result = call()
+        finally:
+            active.recorder = None
+        if isinstance(result, _mode.Stock):
+            return result
+        try:
+            self._add(recorder, result, values, mode)
+        except Refused as e:
+            self.vain += 1
+            refusals[self.record.name, str(e)] += 1
+        return result
+
+    def _add(self, recorder: Recorder, result: Any, values: tuple, mode: str) -> None:
+        from fastnn import _runner
+
+        heard = recorder.pass_
+        if recorder.log.why is not None:
+            raise Refused(recorder.log.why)
+        if heard is None:
+            raise Refused("it runs no autograd function")
+        if heard.ctx._plan.dirty:
+            raise Refused("it writes into an argument")
+        picked = _picked(result, heard.outputs, heard.many)
+        if any(isinstance(v, Tensor) for v in tree_leaves(heard.plan.attributes)):
+            raise Refused("a tensor is kept beside those of save_for_backward")
+        program = recorder.log.program(heard.raw, heard.saved)
+        if any(r is not None and r < program.given for r in program.results):
+            raise Refused("a result is one of the arguments")
+        plan = heard.plan
+        plan.program = program
+        run = _runner.call(self.record, plan, program, values, recorder.tensors, heard, picked)
+        if self.count >= MOST:
+            self.ready.clear()
+            self.count = 0
+        key = values[self.record.keyed_by].shape, torch.is_grad_enabled(), mode
+        self.ready.setdefault(key, []).append(run)
+        self.count += 1
+        self.vain = 0
+
+
+def _picked(result: Any, outputs: tuple, many: bool) -> int | None:
+    """Which of the outputs the call returns; None: all of them."""
+    if many and isinstance(result, tuple) and len(result) == len(outputs):
+        if all(a is b for a, b in zip(result, outputs, strict=True)):
+            return None
+    for i, out in enumerate(outputs):
+        if result is out:
+            return i
+    raise Refused("it does something after its autograd function")
+
+
+def _fact(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return (
+            type(value), value.dtype, value.device, value.shape, value.stride(),
+            value.requires_grad,
+        )  # fmt: skip
+    if isinstance(value, list):
+        return list, tuple(value)
+    return type(value), value
+
+
+_all: list[Plans] = []
+_HIP = torch.version.hip is not None
+
+
+def forget() -> None:
+    """Forget all plans, because something has changed that no guard looks at."""
+    for plans in _all:
+        plans.forget()
