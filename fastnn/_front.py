@@ -87,13 +87,15 @@ def below(record: Any, first: str) -> Below:
     names = {n.id for n in tree if isinstance(n, ast.Name)} - vars(builtins).keys()
     tensors = tuple(sorted(read))
     kinds = " and ".join(f"type({t}) in _exact_types" for t in tensors)
-    ready = f"not _is_compiling() and not _function_modes() and {kinds}"
+    state = "not _is_compiling() and not _function_modes() and not _is_tracing()"
+    ready = f"{state} and {kinds}"
     return Below(tensors, tuple(sorted(names - read)), ready, size)
 
 
 BELOW = {
     "_is_compiling": torch.compiler.is_dynamo_compiling,
     "_function_modes": torch._C._len_torch_function_stack,
+    "_is_tracing": torch._C._is_tracing,  # sizes would be tensors
     "_exact_types": _EXACT_TYPES,
 }
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.torch_version import TorchVersion
 
+from fastnn import _plan
 from fastnn._mode import HAS_TRITON, INTERPRET, Stock
 from fastnn.kernels import _gpus
 
@@ -242,9 +243,10 @@ def floor(op: str, variants: tuple[str, ...]) -> float:
 
 
 def forget() -> None:
-    """Forget all floors, because the table or the devices have changed."""
+    """Forget all floors and plans, because the table or the devices have changed."""
     for each in _floors:
         each.set(-1)
+    _plan.forget()
 
 
 _gpus.on_change.append(forget)

@@ -63,8 +63,8 @@ def _settle() -> None:
     _fallback = _open_modes[-1] if _open_modes else _initial  # type: ignore[assignment]
     _idle = not (_awake or _watching or _initial == "triton" or "triton" in _open_modes)
     _plain = not _watching and all(mode == "auto" for mode in (_initial, *_open_modes))
-    open_modes = {*_open_modes} or {_initial}
-    _uniform = open_modes.pop() if len(open_modes) == 1 and not _watching else None  # type: ignore
+    open_modes: set[Any] = {*_open_modes} or {_initial}
+    _uniform = open_modes.pop() if len(open_modes) == 1 and not _watching else None
 
 
 def _wake() -> None:

@@ -42,7 +42,7 @@ class Refused(Exception):
 class Slot(NamedTuple):
     """A tensor of a plan: the given tensors come first, then those that the steps make."""
 
-    index: int
+    number: int
 
 
 class Pointer(NamedTuple):
@@ -70,8 +70,21 @@ class Call(NamedTuple):
     results: tuple[int | None, ...]  # slots, in the order of the leaves of what it returns
 
 
+class Draw(NamedTuple):
+    """Reserve random numbers, as `_rng.numbers` does."""
+
+    device: int
+    launch: Any  # _rng.Plan
+
+
+class Drawn(NamedTuple):
+    """The seed (0) or the offset (1) of what a `Draw` reserved."""
+
+    number: int
+
+
 class Launch(NamedTuple):
-    """Launch a kernel. `args` holds a `Pointer` for each tensor."""
+    """Launch a kernel. `args` holds a `Pointer` for each tensor, and a `Drawn` for each number."""
 
     kernel: Any  # kernels._launch.Kernel
     grid: tuple[int, ...]
@@ -84,10 +97,14 @@ class Program(NamedTuple):
     """The steps of one pass. `results` and `saved` are slots, or None.
 
     given: how many tensors it is given.
+    lasting: slots of tensors that exist as long as the process.
+    draws: whether it needs random numbers.
     """
 
     given: int
     device: torch.device
+    lasting: dict[int, Tensor]
+    draws: bool
     steps: tuple
     results: tuple[int | None, ...]
     saved: tuple[int | None, ...]
@@ -104,6 +121,11 @@ _ALLOCATIONS = frozenset(
         aten.new_empty_strided.default,
     )
 )
+_DRAWN = ("seed", "offset")  # what kernels call the numbers of a draw
+# Questions about tensors, whose answers do not depend on their values.
+_QUESTIONS = frozenset((aten.promote_types.default, aten.is_same_size.default))
+# Such questions, whose answers depend on settings of PyTorch.
+_OF_SETTINGS = frozenset((aten._fused_sdp_choice.default,))
 # These give a value of a tensor to Python, or depend on such values.
 _READS = frozenset((aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default))
 
@@ -119,6 +141,15 @@ def impossible(why: str) -> None:
     """Tell a listening recorder that the call cannot be a plan. For effects that it cannot see."""
     if active.recorder is not None:
         active.recorder.refuse(why)
+
+
+def reads_setting() -> None:
+    """Tell a listening recorder that the call depends on a setting of PyTorch.
+
+    The record of the op must name it (`Op.settings`); else the call cannot be a plan.
+    """
+    if active.recorder is not None:
+        active.recorder.log.reads_setting = True
 
 
 class _Operators(TorchDispatchMode):
@@ -138,7 +169,7 @@ class _Operators(TorchDispatchMode):
 class _Log:
     """Listens to one pass, and makes a `Program` of it."""
 
-    def __init__(self, given: tuple[Tensor, ...]):
+    def __init__(self, given: tuple[Tensor, ...], drawn: tuple[int, int] | None = None):
         self.given = given
         self.slots: dict[int, int] = {}
         self.alive: list[Tensor] = []  # keeps the ids in `slots` unique
@@ -148,13 +179,14 @@ class _Log:
         ] = {}  # slot -> (base, view, base's tensor)
         self.why: str | None = None
         self.paused = False
+        self.constants: dict[int, Tensor] = {}
+        self.reads_setting = False
+        self.drawn: tuple[int, int] | None = drawn
         self.device = given[0].device
-        storages = set()
         for t in given:
+            if id(t) in self.slots:
+                self.refuse("a tensor is given twice")
             self._new(t)
-            storages.add(t.untyped_storage().data_ptr())
-        if len(storages) != len(given):
-            self.refuse("two tensors share their memory")
 
     def refuse(self, why: str) -> None:
         self.why = self.why or why
@@ -169,6 +201,31 @@ class _Log:
         if slot is None:
             raise Refused("a tensor comes from elsewhere")
         return slot
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Hear nothing inside the block."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+    def lasting(self, *tensors: Tensor) -> None:
+        """Log tensors that exist as long as the process."""
+        for t in tensors:
+            if id(t) not in self.slots:
+                self.constants[self._new(t)] = t
+
+    def drew(self, device: int, launch: Any, draw: Any) -> None:
+        """Log a reservation of random numbers."""
+        if self.drawn is not None:
+            self.refuse("random numbers are drawn twice")
+        elif isinstance(draw, str) or draw.scratch is None:
+            self.refuse("random numbers under graph capture")
+        else:
+            self.drawn = draw.seed, draw.offset
+            self.steps.append(Draw(device, launch))
 
     def called(self, function, args, kwargs, out) -> None:
         """Log a call of an operator, which returned `out`."""
@@ -188,12 +245,17 @@ class _Log:
                 raise Refused("a tensor on another device is made")
             self.steps.append(Allocate(self._new(out), tuple(out.shape), out.stride(), out.dtype))
             return
+        if function in _QUESTIONS:
+            return
+        if function in _OF_SETTINGS:
+            self.reads_setting = True
+            return
         if function in _READS:
-            raise Refused("a value of a tensor is read")
+            raise Refused(f"{function} reads a value of a tensor")
         if torch.Tag.nondeterministic_seeded in function.tags:
-            raise Refused("random numbers are drawn")
+            raise Refused(f"{function} draws random numbers")
         given, named = tree_map(self._as_slot, (tuple(args), dict(kwargs)))
-        results = tuple([self._result(leaf) for leaf in tree_leaves(out)])
+        results = tuple([self._result(leaf, function) for leaf in tree_leaves(out)])
         self.steps.append(Call(function, given, named, results))
         if len(results) == 1 and results[0] is not None:
             self._view(results[0], out if isinstance(out, Tensor) else tree_leaves(out)[0], args)
@@ -201,11 +263,11 @@ class _Log:
     def _as_slot(self, value):
         return Slot(self._slot(value)) if isinstance(value, Tensor) else value
 
-    def _result(self, leaf) -> int | None:
+    def _result(self, leaf, function) -> int | None:
         if not isinstance(leaf, Tensor):
             if leaf is None:
                 return None
-            raise Refused("an operator returns a value that is no tensor")
+            raise Refused(f"{function} returns a value that is no tensor")
         known = self.slots.get(id(leaf))  # an operator that wrote into its argument returns it
         return self._new(leaf) if known is None else known
 
@@ -213,20 +275,21 @@ class _Log:
         if slot in self.views or slot < len(self.given):
             return
         storage = out.untyped_storage().data_ptr()
-        for base in args:
-            if isinstance(base, Tensor) and base.untyped_storage().data_ptr() == storage:
-                root = self.slots[id(base)]
-                root, _, of = self.views.get(root, (root, base, base))
-                if root != slot and of.dtype == out.dtype:
-                    self.views[slot] = root, out, of
-                return
+        tensors = [t for t in args if isinstance(t, Tensor)]
+        if len(tensors) == 1 and tensors[0].untyped_storage().data_ptr() == storage:
+            base = tensors[0]
+            root = self.slots[id(base)]
+            root, _, of = self.views.get(root, (root, base, base))
+            if of.dtype == out.dtype:
+                self.views[slot] = root, out, of
 
     def launched(self, kernel, grid, args, meta) -> None:
         """Log a launch."""
         if self.why is not None:
             return
         try:
-            given = tuple([self._argument(a) for a in args])
+            named = kernel.parameters
+            given = tuple([self._argument(a, n) for a, n in zip(args, named, strict=False)])
             compiled = kernel.compiled(args, meta)
         except Refused as e:
             self.refuse(str(e))
@@ -236,7 +299,14 @@ class _Log:
             return
         self.steps.append(Launch(kernel, tuple(grid), given, meta, compiled))
 
-    def _argument(self, value):
+    def _argument(self, value, name: str):
+        if self.drawn is not None and name in _DRAWN:
+            index = _DRAWN.index(name)
+            if value == 0:  # a kernel that draws nothing is given 0
+                return Drawn(index) if self.drawn[index] == 0 else 0
+            if value != self.drawn[index]:
+                raise Refused("a kernel draws other random numbers than were reserved")
+            return Drawn(index)
         if isinstance(value, Tensor):
             slot = self._slot(value)
             if slot in self.views:
@@ -247,14 +317,21 @@ class _Log:
             return value
         raise Refused(f"an argument of a kernel is a {type(value).__name__}")
 
-    def program(self, results, saved) -> Program:
-        """The program of what was heard. Raises `Refused` if there is none."""
+    def slot_of(self, t: Tensor) -> int:
+        """The slot of a tensor. Raises `Refused` if it has none."""
+        return self._slot(t)
+
+    def program(self, results, saved, first: int = 0, last: int | None = None) -> Program:
+        """The program of the steps from `first` to `last`. Raises `Refused` if there is none."""
         if self.why is not None:
             raise Refused(self.why)
         out = tuple([None if t is None else self._slot(t) for t in results])
         kept = tuple([None if t is None else self._slot(t) for t in saved])
-        steps = _needed(self.steps, {*out, *kept})
-        return Program(len(self.given), self.device, steps, out, kept)
+        steps = _needed(self.steps[first:last], {*out, *kept})
+        needed = {*out, *kept}.union(*map(_reads, steps))
+        lasting = {slot: t for slot, t in self.constants.items() if slot in needed}
+        draws = self.drawn is not None
+        return Program(len(self.given), self.device, lasting, draws, steps, out, kept)
 
 
 def _reads(step) -> set[int]:
@@ -262,7 +339,7 @@ def _reads(step) -> set[int]:
         return {a.slot for a in step.args if isinstance(a, Pointer)}
     if isinstance(step, Call):
         leaves = tree_leaves((step.args, step.kwargs), is_leaf=lambda v: isinstance(v, Slot))
-        return {leaf.index for leaf in leaves if isinstance(leaf, Slot)}
+        return {leaf.number for leaf in leaves if isinstance(leaf, Slot)}
     return set()
 
 
@@ -328,11 +405,15 @@ class _Facts:
 
 
 class Recorder:
-    """Listens to one call of a fused function. `tensors` are the tensors among its arguments."""
+    """Listens to one call of a fused function, or to one backward.
 
-    def __init__(self, tensors: tuple[Tensor, ...]):
+    tensors: those among the arguments. drawn: the random numbers that the forward drew. inside:
+    whether an autograd function runs.
+    """
+
+    def __init__(self, tensors: tuple[Tensor, ...], drawn: tuple[int, int] | None = None):
         self.tensors = tensors
-        self.log = _Log(tensors)
+        self.log = _Log(tensors, drawn)
         self.pass_: Pass | None = None
         self.inside = False
 
@@ -347,13 +428,17 @@ class Recorder:
             self.refuse("it runs two autograd functions")
             return None
         at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
-        if any(self.log.slots.get(id(args[i]), len(self.tensors)) >= len(self.tensors) for i in at):
-            self.refuse("an argument was converted first")
-            return None
+        for i in at:
+            slot = self.log.slots.get(id(args[i]))
+            if slot is None or (slot >= len(self.tensors) and args[i].requires_grad):
+                self.refuse("an argument was converted first")
+                return None
+            self.log.views.pop(slot, None)  # the function is given this tensor, not its base
         graph = torch.is_grad_enabled() and any(args[i].requires_grad for i in at)
         needs = tuple([graph and isinstance(a, Tensor) and a.requires_grad for a in args])
         ctx = Context(needs)
         self.inside = True
+        prologue = len(self.log.steps)
         try:
             with torch.no_grad():
                 out = function.forward(ctx, *args)
@@ -361,6 +446,8 @@ class Recorder:
             self.inside = False
         many = isinstance(out, tuple)
         self.pass_ = Pass(function, ctx, args, at, out if many else (out,), many, graph)
+        self.pass_.drawn = self.log.drawn
+        self.pass_.prologue = prologue
         return self.pass_.attach()
 
 
@@ -376,6 +463,8 @@ class Pass:
         self.saved = ctx.saved_tensors
         self.many = many
         self.graph = graph
+        self.drawn: tuple[int, int] | None = None
+        self.prologue = 0  # how many steps came before
         self.plan = Plan(function, ctx, len(args), at, outputs, many, graph)
         ctx.saved_tensors = ()
 
@@ -383,7 +472,9 @@ class Pass:
         """The outputs, with a node of autograd if a gradient is wanted."""
         if self.graph:
             tensors = [self.args[i] for i in self.at]
-            result = self.plan.node(self.plan, (self.outputs, self.saved), *tensors)
+            computed = self.outputs, self.saved, self.drawn
+            assert self.plan.node is not None
+            result = self.plan.node(self.plan, computed, None, *tensors)
             self.outputs = result if self.many else (result,)
             return result
         return self.outputs if self.many else self.outputs[0]
@@ -403,7 +494,6 @@ class Plan:
         "needs",
         "node",
         "places",
-        "program",
         "tries",
         "width",
     )  # fmt: skip
@@ -424,14 +514,15 @@ class Plan:
         self.width = width
         self.node = _node(function) if graph else None
         self.forward: Callable | None = None
-        self.program: Program | None = None
         self.backward: Callable | None = None  # of the gradients and what was saved
         self.tries = 2  # of recording the backward
 
-    def context(self, saved: tuple) -> Context:
+    def context(self, saved: tuple, drawn: tuple[int, int] | None) -> Context:
         """The context that the function's own backward expects."""
         ctx = Context(self.needs)
         vars(ctx).update(self.attributes)
+        if drawn is not None:
+            vars(ctx).update({k: _redrawn(v, drawn) for k, v in self.attributes.items()})
         ctx.saved_tensors = saved
         return ctx
 
@@ -439,19 +530,37 @@ class Plan:
         """The gradients of a node's inputs, of what the function's backward returned."""
         if not isinstance(grads, tuple):
             grads = (grads,)
-        return (None, None, *[grads[i] for i in self.places])
+        return (None, None, None, *[grads[i] for i in self.places])
+
+
+def _redrawn(value: Any, drawn: tuple[int, int]) -> Any:
+    """`value`, in which every `Draw` of kernels/_philox.py has these numbers."""
+    from fastnn.kernels._philox import Draw
+
+    if isinstance(value, Draw):
+        return value._replace(seed=drawn[0], offset=drawn[1])
+    if isinstance(value, tuple):
+        found = [_redrawn(v, drawn) for v in value]
+        return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
+    return value
 
 
 # ---- The node of autograd -----------------------------------------------------------------------
 
 
 class _Replay(torch.autograd.Function):
-    """The node of every plan. Its inputs: the plan, what was computed already, the tensors."""
+    """The node of every plan.
+
+    Its inputs: the plan, what was computed already, the random numbers if they are drawn already,
+    and the tensors.
+    """
 
     @staticmethod
-    def forward(ctx, plan, computed, *tensors):
-        outputs, saved = plan.forward(*tensors) if computed is None else computed
+    def forward(ctx, plan, computed, drawn, *tensors):
+        found = plan.forward(drawn, *tensors) if computed is None else computed
+        outputs, saved, drawn = found
         ctx.plan = plan
+        ctx.drawn = drawn
         ctx.save_for_backward(*saved)
         if plan.constant:
             ctx.mark_non_differentiable(*[outputs[i] for i in plan.constant])
@@ -465,12 +574,12 @@ class _Replay(torch.autograd.Function):
         saved = ctx.saved_tensors
         if not torch.is_grad_enabled():
             if plan.backward is not None:
-                result = plan.backward(*grads, *saved)
+                result = plan.backward(ctx.drawn, *grads, *saved)
                 if type(result) is tuple:
                     return result
             elif plan.tries and enabled():
-                return _record_backward(plan, grads, saved)
-        return plan.gradients(plan.function.backward(plan.context(saved), *grads))
+                return _record_backward(plan, ctx.drawn, grads, saved)
+        return plan.gradients(plan.function.backward(plan.context(saved, ctx.drawn), *grads))
 
 
 _nodes: dict[type, Callable] = {}
@@ -488,17 +597,25 @@ def _node(function: type) -> Callable:
     return known
 
 
-def _record_backward(plan: Plan, grads: tuple, saved: tuple) -> tuple:
+def _record_backward(plan: Plan, drawn, grads: tuple, saved: tuple) -> tuple:
     plan.tries -= 1
     given = [t for t in (*grads, *saved) if t is not None]
     if not all(map(_plannable, given)):
-        return plan.gradients(plan.function.backward(plan.context(saved), *grads))
-    log = _Log(tuple(given))
-    with _listening(log):
-        found = plan.function.backward(plan.context(saved), *grads)
+        return plan.gradients(plan.function.backward(plan.context(saved, drawn), *grads))
+    recorder = Recorder(tuple(given), drawn)
+    recorder.inside = True
+    log = recorder.log
+    before, active.recorder = active.recorder, recorder
+    try:
+        with _listening(log):
+            found = plan.function.backward(plan.context(saved, drawn), *grads)
+    finally:
+        active.recorder = before
     result = plan.gradients(found)
     try:
-        program = log.program(result[2:], ())
+        if log.reads_setting:
+            raise Refused("it depends on a setting")
+        program = log.program(result[3:], ())
     except Refused as e:
         refusals[plan.function.__name__ + ".backward", str(e)] += 1
         return result
@@ -576,7 +693,7 @@ class Plans:
         self.record = record
         self.ready: dict[tuple, list[Callable]] = {}
         self.count = 0
-        self.seen: set[tuple] = set()
+        self.seen: dict[tuple, bool] = {}  # key -> whether its recording was in vain
         self.vain = 0
         _all.append(self)
 
@@ -600,16 +717,17 @@ class Plans:
         facts = [_fact(v) for v in values]
         key = (torch.is_grad_enabled(), mode, self._settings(), *facts)
         try:
-            seen = key in self.seen
+            in_vain = self.seen.get(key)
         except TypeError:  # an argument that does not hash
             return call()
-        if not seen:
+        if in_vain is None:
             if len(self.seen) >= MOST:
                 self.seen.clear()
-            self.seen.add(key)
+            self.seen[key] = False
             return call()
-        if not all(isinstance(v, Tensor) or _constant(v) for v in values):
+        if in_vain or not all(isinstance(v, Tensor) or _constant(v) for v in values):
             return call()
+        self.seen[key] = True
         return self._record(values, tensors, mode, call)
 
     def _settings(self):
@@ -628,6 +746,8 @@ class Plans:
         try:
             self._add(recorder, result, values, mode)
         except Refused as e:
+            if recorder.pass_ is not None:
+                recorder.pass_.plan.tries = 0
             self.vain += 1
             refusals[self.record.name, str(e)] += 1
         return result
@@ -645,12 +765,15 @@ class Plans:
         picked = _picked(result, heard.outputs, heard.many)
         if any(isinstance(v, Tensor) for v in tree_leaves(heard.plan.attributes)):
             raise Refused("a tensor is kept beside those of save_for_backward")
-        program = recorder.log.program(heard.raw, heard.saved)
-        if any(r is not None and r < program.given for r in program.results):
+        if recorder.log.reads_setting and self.record.settings is None:
+            raise Refused("it depends on a setting that the record of the op does not name")
+        log, inputs = recorder.log, [heard.args[i] for i in heard.at]
+        before = log.program(inputs, (), 0, heard.prologue)
+        after = log.program(heard.raw, heard.saved, heard.prologue)
+        if any(r is not None and r < after.given for r in after.results):
             raise Refused("a result is one of the arguments")
         plan = heard.plan
-        plan.program = program
-        run = _runner.call(self.record, plan, program, values, recorder.tensors, heard, picked)
+        run = _runner.call(self.record, plan, before, after, values, heard, picked)
         if self.count >= MOST:
             self.ready.clear()
             self.count = 0
@@ -677,8 +800,8 @@ def _fact(value: Any) -> Any:
             type(value), value.dtype, value.device, value.shape, value.stride(),
             value.requires_grad,
         )  # fmt: skip
-    if isinstance(value, list):
-        return list, tuple(value)
+    if isinstance(value, (tuple, list)):
+        return type(value), *map(_fact, value)
     return type(value), value
 
 

@@ -15,7 +15,20 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastnn import _plan
-from fastnn._plan import UNFIT, Allocate, Call, Launch, Plan, Pointer, Program, Refused, Slot, same
+from fastnn._plan import (
+    UNFIT,
+    Allocate,
+    Call,
+    Draw,
+    Drawn,
+    Launch,
+    Plan,
+    Pointer,
+    Program,
+    Refused,
+    Slot,
+    same,
+)
 
 try:
     from torch._C._dynamo.guards import TensorGuards
@@ -23,11 +36,19 @@ except ImportError:  # a private name: without it, calls run as always
     TensorGuards = None  # type: ignore[assignment,misc]
 
 
-def available() -> str | None:
+@functools.cache
+def unavailable() -> str | None:
     """Why this PyTorch cannot run plans; None if it can."""
     if TensorGuards is None:
         return "this torch has no TensorGuards"
-    return None
+    x, y = torch.empty(2), torch.empty(3)
+    try:
+        check = _guard([x])
+        if check(x) and not check(y) and not check(None):
+            return None
+    except Exception as e:
+        return f"TensorGuards of this torch is another one: {e}"
+    return "TensorGuards of this torch is another one"
 
 
 def _guard(tensors) -> Callable[..., bool]:
@@ -49,6 +70,12 @@ def _allocator(device: torch.device) -> Callable[..., Tensor]:
         return quick
     empty = torch.empty_strided
     return lambda size, stride, dtype: empty(size, stride, dtype=dtype, device=device)
+
+
+def _rng_numbers() -> Callable:
+    from fastnn import _rng
+
+    return _rng.numbers
 
 
 def _at(base: Tensor, offset: int) -> Tensor:
@@ -79,7 +106,7 @@ def _name(slot: int) -> str:
 
 def _steps(program: Program, cells: _Cells) -> list[str]:
     """The source lines that carry out the steps."""
-    lines = []
+    lines = [f"{_name(slot)} = {cells(t)}" for slot, t in program.lasting.items()]
     device = program.device
     if any(isinstance(s, Allocate) for s in program.steps):
         cells.values["alloc"] = _allocator(device)
@@ -92,6 +119,9 @@ def _steps(program: Program, cells: _Cells) -> list[str]:
         if isinstance(step, Allocate):
             size, stride, dtype = cells(step.size), cells(step.stride), cells(step.dtype)
             lines.append(f"{_name(step.slot)} = alloc({size}, {stride}, {dtype})")
+        elif isinstance(step, Draw):
+            numbers = cells(_rng_numbers())
+            lines.append(f"drawn = {numbers}({cells(step.device)}, {cells(step.launch)})")
         elif isinstance(step, Launch):
             lines.append(_launch(step, cells))
         else:
@@ -103,7 +133,9 @@ def _launch(step: Launch, cells: _Cells) -> str:
     interpreted = step.compiled is None
     args = []
     for a in step.args:
-        if not isinstance(a, Pointer):
+        if isinstance(a, Drawn):
+            args.append(f"drawn[{a.number}]")
+        elif not isinstance(a, Pointer):
             args.append(cells(a))
         elif interpreted:
             name = _name(a.slot)
@@ -127,7 +159,7 @@ def _launch(step: Launch, cells: _Cells) -> str:
 def _value(value: Any, cells: _Cells) -> str:
     """The source of an argument of an operator."""
     if isinstance(value, Slot):
-        return _name(value.index)
+        return _name(value.number)
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         inner = ", ".join(_value(v, cells) for v in value)
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if value else ''})"
@@ -176,8 +208,9 @@ def _aligned(names: list[str]) -> str:
 # ---- Both passes --------------------------------------------------------------------------------
 
 
-def _ready(record: Any, device: torch.device, cells: _Cells) -> list[str]:
-    """Sources of what must hold for a plan on `device`, beside the metadata of its tensors."""
+def _ready(record: Any, program: Program, cells: _Cells) -> list[str]:
+    """Sources of what must hold for a plan, beside the metadata of its tensors."""
+    device = program.device
     asked = [f"{cells(forward_ad)}._current_level < 0"]
     if record is not None and record.settings is not None:
         asked.append(f"{cells(record.settings)}() == {cells(record.settings())}")
@@ -187,50 +220,67 @@ def _ready(record: Any, device: torch.device, cells: _Cells) -> list[str]:
         current = cells(torch._C._cuda_getDevice)  # type: ignore[attr-defined]
         asked.append(f"{current}() == {cells(device.index)}")
         asked.append(f"not {cells(kernels._launch.listened)}()")
+        if program.draws:
+            asked.append(f"not {cells(torch.cuda.is_current_stream_capturing)}()")
     return asked
 
 
 def call(
-    record: Any, plan: Plan, program: Program, values: tuple, tensors: tuple, heard: Any, picked
+    record: Any, plan: Plan, before: Program, after: Program, values: tuple, heard: Any, picked
 ) -> Callable:
     """A function that runs `plan` for calls of the op's public function, or returns UNFIT.
 
-    values: the arguments of the call that was recorded. tensors: those that are tensors, which are
-    the first slots. picked: which of the outputs the call returns; None: all.
+    before: makes the tensors that the autograd function is given. after: its forward.
+    values: the arguments of the call that was recorded. picked: which of the outputs the call
+    returns; None: all.
     """
-    if TensorGuards is None:
-        raise Refused("this torch has no TensorGuards")
-    slot_of = {id(t): i for i, t in enumerate(tensors)}
-    order = [slot_of[id(heard.args[i])] for i in heard.at]
-    used = {r for step in program.steps for r in _plan._reads(step) if r < program.given}
-    used |= {s for s in program.saved if s is not None and s < program.given}
-    if not used <= {*order}:
+    why = unavailable()
+    if why is not None:
+        raise Refused(why)
+    order = [s for s in before.results if s is not None]
+    used = {r for step in after.steps for r in _plan._reads(step)}
+    used |= {s for s in after.saved if s is not None}
+    made: set[int | None] = {s.slot for s in after.steps if isinstance(s, Allocate)}
+    made |= {r for s in after.steps if isinstance(s, Call) for r in s.results}
+    if not used <= {*order, *made, *after.lasting}:
         raise Refused("it uses a tensor that its autograd function is not given")
     given = [_name(s) if order.index(s) == i else f"again{i}" for i, s in enumerate(order)]
+    results = _slots(after.results)
 
     def body(result: str) -> Callable:
         cells = _Cells()
-        lines = [*_steps(program, cells), f"return {result}"]
-        return _make(cells, f"def function({', '.join(given)}):", lines)
+        lines = [*_steps(after, cells), f"return {result}"]
+        return _make(cells, f"def function({', '.join(['drawn', *given])}):", lines)
 
-    results = _slots(program.results)
-    plan.forward = body(f"{results}, {_slots(program.saved)}")
-    wanted = results if picked is None else _slots((program.results[picked],))[1:-3]
+    plan.forward = body(f"{results}, {_slots(after.saved)}, drawn")
+    wanted = results if picked is None else _slots((after.results[picked],))[1:-3]
     cells = _Cells()
     names = [f"a{i}" for i in range(len(values))]
     mine = [n for n, v in zip(names, values, strict=True) if isinstance(v, Tensor)]
+    tensors = [v for v in values if isinstance(v, Tensor)]
     asked = [f"{cells(_guard(tensors))}({', '.join(mine)})"]
     for name, value, said in zip(names, values, record.names, strict=True):
         if not isinstance(value, Tensor) and said != "_stacklevel":
             asked.append(_equals(name, value, cells))
-    asked += [_aligned(mine), *_ready(record, program.device, cells)]
-    passed = ", ".join(mine[s] for s in order)
+    asked += [_aligned(mine), *_ready(record, after, cells)]
+    lines = []
+    passed = [mine[s] if s < len(mine) else _name(s) for s in order]
+    if before.steps:
+        lines += [f"{_name(i)} = {n}" for i, n in enumerate(mine)]
+        lines += _steps(before, cells)
+    early_draw = any(isinstance(s, Draw) for s in before.steps)
+    passed.insert(0, "drawn" if early_draw else "None")
     if heard.graph:
-        run = f"{cells(plan.node)}({cells(plan)}, None, {passed})"
+        run = f"{cells(plan.node)}({cells(plan)}, None, {', '.join(passed)})"
         run += "" if picked is None or not heard.many else f"[{picked}]"
     else:
-        run = f"{cells(body(wanted))}({passed})"
-    lines = [f"if {' and '.join(asked)}:", f"    return {run}", f"return {cells(UNFIT)}"]
+        run = f"{cells(body(wanted))}({', '.join(passed)})"
+    lines = [
+        f"if {' and '.join(asked)}:",
+        *(f"    {line}" for line in lines),
+        f"    return {run}",
+        f"return {cells(UNFIT)}",
+    ]
     return _make(cells, f"def function({', '.join(names)}):", lines)
 
 
@@ -245,12 +295,16 @@ def _equals(name: str, value: Any, cells: _Cells) -> str:
 
 
 def backward(program: Program, grads: tuple, saved: tuple) -> Callable:
-    """A function of (*grads, *saved) that returns the gradients of a node's inputs, or UNFIT."""
+    """A function of (drawn, *grads, *saved) that returns the gradients of a node's inputs.
+
+    It returns UNFIT for tensors that do not fit.
+    """
     values = (*grads, *saved)
     tensors = [t for t in values if t is not None]
     cells = _Cells()
-    names, mine = [], []
-    asked = []
+    names: list[str] = []
+    mine: list[str] = []
+    asked: list[str] = []
     for i, t in enumerate(values):
         if t is None:
             names.append(f"none{i}")
@@ -259,13 +313,13 @@ def backward(program: Program, grads: tuple, saved: tuple) -> Callable:
             names.append(_name(len(mine)))
             mine.append(names[-1])
     asked[:0] = [f"{cells(_guard(tensors))}({', '.join(mine)})"]
-    asked += [_aligned(mine), *_ready(None, program.device, cells)]
+    asked += [_aligned(mine), *_ready(None, program, cells)]
     steps = _steps(program, cells)
-    results = _slots((None, None, *program.results))
+    results = _slots((None, None, None, *program.results))
     lines = [
         f"if {' and '.join(asked)}:",
         *(f"    {line}" for line in steps),
         f"    return {results}",
         f"return {cells(UNFIT)}",
     ]
-    return _make(cells, f"def function({', '.join(names)}):", lines)
+    return _make(cells, f"def function({', '.join(['drawn', *names])}):", lines)

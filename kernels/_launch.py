@@ -9,6 +9,7 @@ has no loop, because it is written for the types of the arguments.
 
 from __future__ import annotations
 
+import inspect
 import threading
 
 import torch
@@ -113,6 +114,11 @@ class Kernel:
         for arg in args:
             if isinstance(arg, torch.Tensor) and not arg.data_ptr() and arg.numel():
                 raise RuntimeError(f"{self.__name__}: a tensor without memory (a zero tensor?)")
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the parameters."""
+        return list(inspect.signature(self.fn.fn).parameters)
 
     @property
     def interpreted(self) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import math
+import warnings
 from unittest import mock
 
 import pytest
@@ -197,6 +198,19 @@ def test_wrong_arguments_meet_the_same_error_each_time(device):
             F.pairwise_distance(x, None)
         with pytest.raises((TypeError, AttributeError)):
             fastnn.LayerNorm(4)(None)
+
+
+@interpreted
+def test_tracing_does_not_ask_for_sizes():
+    """Under `torch.jit.trace` a size is a tensor, and a comparison with it would warn."""
+    x, norm = torch.randn(4, 3), fastnn.LayerNorm(3)
+    for _ in range(2):
+        F.gelu(x), norm(x)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        traced = torch.jit.trace(lambda t: norm(F.gelu(t)), x)
+    assert not [w for w in told if issubclass(w.category, torch.jit.TracerWarning)]
+    assert torch.equal(traced(x), norm(F.gelu(x)))
 
 
 @interpreted

@@ -13,7 +13,7 @@ from fastnn import _rng, kernels
 from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 from fastnn.kernels import _gpus
 from fastnn.ops.dropout import _native_scales
-from fastnn.ops.linear import matmul_precision
+from fastnn.ops.linear import matmul_precision, tf32_setting
 
 # The backends that PyTorch may choose, values of `torch.nn.attention.SDPBackend`.
 _MATH, _EFFICIENT, _ERROR = 0, 2, -1
@@ -252,6 +252,12 @@ def _weights(
     return Work(weights, "attention weights")
 
 
+def _settings():
+    cuda = torch.backends.cuda
+    allowed = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
+    return allowed, cuda.cudnn_sdp_enabled(), tf32_setting()
+
+
 @op(
     stock=stock.scaled_dot_product_attention,
     strided=("query", "key", "value", "attn_mask"),
@@ -260,6 +266,7 @@ def _weights(
     autocast_cpu="lower",
     policy=_weights,
     at_most="query.numel() // query.size(-1) * key.size(-2)",
+    settings=_settings,
     variants=("", BESIDE_FUSED),
     source="arXiv:2307.08691 (FlashAttention-2)",
 )
