@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.torch_version import TorchVersion
 
-from fastnn import _plan
 from fastnn._mode import HAS_TRITON, INTERPRET, Stock
 from fastnn.kernels import _gpus
 
@@ -139,13 +138,13 @@ def using(new: Mapping[str, Any]) -> Iterator[None]:
     global _table
     before, _table = _table, new
     crossover.cache_clear()
-    forget()
+    _gpus.changed()
     try:
         yield
     finally:
         _table = before
         crossover.cache_clear()
-        forget()
+        _gpus.changed()
 
 
 # ---- The decision -------------------------------------------------------------------------------
@@ -160,12 +159,12 @@ def asked() -> Iterator[list[tuple[str, Work | Stock]]]:
     PyTorch."""
     global _asked
     before, _asked = _asked, []
-    forget()
+    _gpus.changed()
     try:
         yield _asked
     finally:
         _asked = before
-        forget()
+        _gpus.changed()
 
 
 def answers() -> bool:
@@ -243,10 +242,9 @@ def floor(op: str, variants: tuple[str, ...]) -> float:
 
 
 def forget() -> None:
-    """Forget all floors and plans, because the table or the devices have changed."""
+    """Forget all floors, because the table or the devices have changed."""
     for each in _floors:
         each.set(-1)
-    _plan.forget()
 
 
 _gpus.on_change.append(forget)

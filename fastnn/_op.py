@@ -28,9 +28,10 @@ from fastnn._gate import Policy
 from fastnn._gate import Work as Work
 from fastnn._graph import launcher as launcher
 from fastnn._mode import BackendError, Invalid, Stock
-from fastnn._plan import Plans, active
+from fastnn._plan import active
 from fastnn._plan import impossible as impossible
 from fastnn._plan import reads_setting as reads_setting
+from fastnn._record import Plans
 from fastnn._scalars import rounded as rounded
 from fastnn._strides import is_dense as is_dense
 from fastnn._strides import make_dense, not_strided

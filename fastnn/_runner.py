@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastnn import _plan
+from fastnn import _rng, kernels
 from fastnn._plan import (
     UNFIT,
     Allocate,
@@ -22,11 +22,11 @@ from fastnn._plan import (
     Draw,
     Drawn,
     Launch,
-    Plan,
     Pointer,
     Program,
     Refused,
     Slot,
+    reads,
     same,
 )
 
@@ -72,12 +72,6 @@ def _allocator(device: torch.device) -> Callable[..., Tensor]:
     return lambda size, stride, dtype: empty(size, stride, dtype=dtype, device=device)
 
 
-def _rng_numbers() -> Callable:
-    from fastnn import _rng
-
-    return _rng.numbers
-
-
 def _at(base: Tensor, offset: int) -> Tensor:
     """A tensor whose memory begins `offset` bytes behind that of `base`. For the interpreter."""
     start = base.storage_offset() + offset // base.element_size()
@@ -111,16 +105,14 @@ def _steps(program: Program, cells: _Cells) -> list[str]:
     if any(isinstance(s, Allocate) for s in program.steps):
         cells.values["alloc"] = _allocator(device)
     if any(isinstance(s, Launch) and s.compiled is not None for s in program.steps):
-        from triton.runtime import driver
-
-        cells.values["get_stream"] = driver.active.get_current_stream
+        cells.values["get_stream"] = kernels._launch.current_stream()
         lines.append(f"stream = get_stream({device.index or 0})")
     for step in program.steps:
         if isinstance(step, Allocate):
             size, stride, dtype = cells(step.size), cells(step.stride), cells(step.dtype)
             lines.append(f"{_name(step.slot)} = alloc({size}, {stride}, {dtype})")
         elif isinstance(step, Draw):
-            numbers = cells(_rng_numbers())
+            numbers = cells(_rng.numbers)
             lines.append(f"drawn = {numbers}({cells(step.device)}, {cells(step.launch)})")
         elif isinstance(step, Launch):
             lines.append(_launch(step, cells))
@@ -215,8 +207,6 @@ def _ready(record: Any, program: Program, cells: _Cells) -> list[str]:
     if record is not None and record.settings is not None:
         asked.append(f"{cells(record.settings)}() == {cells(record.settings())}")
     if device.type != "cpu":
-        from fastnn import kernels
-
         current = cells(torch._C._cuda_getDevice)  # type: ignore[attr-defined]
         asked.append(f"{current}() == {cells(device.index)}")
         asked.append(f"not {cells(kernels._launch.listened)}()")
@@ -226,7 +216,7 @@ def _ready(record: Any, program: Program, cells: _Cells) -> list[str]:
 
 
 def call(
-    record: Any, plan: Plan, before: Program, after: Program, values: tuple, heard: Any, picked
+    record: Any, plan: Any, before: Program, after: Program, values: tuple, heard: Any, picked
 ) -> Callable:
     """A function that runs `plan` for calls of the op's public function, or returns UNFIT.
 
@@ -238,7 +228,7 @@ def call(
     if why is not None:
         raise Refused(why)
     order = [s for s in before.results if s is not None]
-    used = {r for step in after.steps for r in _plan._reads(step)}
+    used = {r for step in after.steps for r in reads(step)}
     used |= {s for s in after.saved if s is not None}
     made: set[int | None] = {s.slot for s in after.steps if isinstance(s, Allocate)}
     made |= {r for s in after.steps if isinstance(s, Call) for r in s.results}

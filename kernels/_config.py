@@ -145,8 +145,7 @@ def tunable(*sizes: str) -> Callable[[Callable[..., dict]], Tunable]:
 def _forget() -> None:
     for one in TUNABLES.values():
         one._known.clear()
-    for call in _gpus.on_change:
-        call()
+    _gpus.changed()
 
 
 @contextmanager

@@ -45,6 +45,11 @@ def listened() -> bool:
     return _hooked(runtime.launch_enter_hook) or _hooked(runtime.launch_exit_hook)
 
 
+def current_stream():
+    """The function that gives the current stream of a device, as Triton asks for it."""
+    return driver.active.get_current_stream
+
+
 class Kernel:
     """An entry kernel, called as `kernel(grid, *args, **meta)`.
 
