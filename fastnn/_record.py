@@ -591,12 +591,13 @@ class Plans:
         values = (*args, *kwargs.values())
         tensors = tuple([v for v in values if isinstance(v, Tensor)])
         device = tensors[0].device.type
-        if torch.is_autocast_enabled(device) or torch.is_inference_mode_enabled() or _HIP:
+        if torch.is_inference_mode_enabled() or _HIP:
             return call()
         if not all(map(_plannable, tensors)):
             return call()
         facts = [_fact(v) for v in values]
-        key = (torch.is_grad_enabled(), mode, self._settings(), *facts)
+        state = torch.is_grad_enabled(), mode, self._settings(), _runner.autocast(device)
+        key = (*state, *facts)
         try:
             in_vain = self.seen.get(key)
         except TypeError:  # an argument that does not hash

@@ -200,10 +200,20 @@ def _aligned(names: list[str]) -> str:
 # ---- Both passes --------------------------------------------------------------------------------
 
 
+def autocast(device_type: str) -> torch.dtype | None:
+    """The dtype of autocast; None if it is off."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
 def _ready(record: Any, program: Program, cells: _Cells) -> list[str]:
     """Sources of what must hold for a plan, beside the metadata of its tensors."""
     device = program.device
     asked = [f"{cells(forward_ad)}._current_level < 0"]
+    if record is not None and autocast(device.type) is not None:
+        dtype = cells(autocast(device.type))
+        asked.append(f"{cells(torch.get_autocast_dtype)}({device.type!r}) is {dtype}")
     if record is not None and record.settings is not None:
         asked.append(f"{cells(record.settings)}() == {cells(record.settings())}")
     if device.type != "cpu":

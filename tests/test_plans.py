@@ -138,6 +138,7 @@ STATES = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast in float16": lambda: torch.autocast("cpu", torch.float16),
     "a function mode": Functions,
     "a dispatch mode": Operators,
     "forward AD": forward_ad.dual_level,
@@ -389,6 +390,17 @@ def test_hooks_see_what_is_kept():
         ):
             call()
     assert seen[0] == seen[1] != [] and not surveys
+
+
+def test_calls_under_autocast_have_plans():
+    x = torch.randn(4, 8, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.randn(4, 8, dtype=torch.bfloat16)
+    call = lambda: F.mse_loss(x, target)  # noqa: E731
+    with torch.autocast("cpu", torch.bfloat16):
+        _warm(lambda: _step(call, x))
+        assert _replayed(call).dtype == torch.float32
+    with fastnn.backend("triton"):
+        assert call().dtype == torch.bfloat16
 
 
 def test_an_upstream_gradient_of_another_layout():
