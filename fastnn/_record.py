@@ -80,7 +80,8 @@ class _Log:
     def __init__(self, given: tuple[Tensor, ...], drawn: tuple[int, int] | None = None):
         self.given = given
         self.slots: dict[int, int] = {}
-        self.alive: list[Tensor] = []  # keeps the ids in `slots` unique
+        self.alive: list[Tensor] = []  # by slot; keeps the ids in `slots` unique
+        self.alias: list[Tensor] = []  # other tensors with an id in `slots`
         self.steps: list = []
         self.views: dict[
             int, tuple[int, Tensor, Tensor]
@@ -155,6 +156,13 @@ class _Log:
             return
         if function in _QUESTIONS:
             return
+        last = self.steps[-1] if self.steps else None
+        if function is aten.detach.default and isinstance(last, Allocate):
+            if self.slots.get(id(args[0])) == last.slot:
+                # A factory function does this only under a dispatch mode.
+                self.slots[id(out)] = last.slot
+                self.alias.append(out)
+                return
         if function in _OF_SETTINGS:
             self.reads_setting = True
             return
@@ -484,7 +492,10 @@ def _node(function: type) -> Callable:
     """`apply` of the node for plans of `function`; its name is that of the function."""
     known = _nodes.get(function)
     if known is None:
-        node = type(function.__name__, (_Replay,), {"__doc__": function.__doc__})
+        node: Any = type(function.__name__, (_Replay,), {"__doc__": function.__doc__})
+        # The engine calls `apply` of the node, whose wrapper looks for the user's function anew.
+        if hasattr(node, "_backward_cls"):
+            node._backward_cls.apply = _Replay.backward
         # The wrapper of `apply` asks for functorch and for a setup_context; the guards rule these
         # out, and there is none.
         known = super(torch.autograd.Function, node).apply  # type: ignore[misc]

@@ -135,17 +135,22 @@ def _launch(step: Launch, cells: _Cells) -> str:
         else:
             plus = f" + {cells(a.offset)}" if a.offset else ""
             args.append(f"{_name(a.slot)}.data_ptr(){plus}")
-    given = ", ".join(args)
     if interpreted:
+        given = ", ".join(args)
         kernel, grid, meta = cells(step.kernel), cells(step.grid), cells(step.meta)
         return f"{kernel}({grid}, {given}, **{meta})"
     compiled, consts = step.compiled
-    run, function, packed = (
-        cells(v) for v in (compiled.run, compiled.function, compiled.packed_metadata)
-    )
+    function, packed = cells(compiled.function), cells(compiled.packed_metadata)
     grid = ", ".join(cells(g) for g in (*step.grid, 1, 1)[:3])
-    last = f", *{cells(consts)}" if consts else ""
-    return f"{run}({grid}, stream, {function}, {packed}, None, None, None, {given}{last})"
+    given = ", ".join([*args, *map(cells, consts)])
+    quick = kernels._launch.direct(compiled)
+    if quick is None:
+        run = cells(compiled.run)
+        return f"{run}({grid}, stream, {function}, {packed}, None, None, None, {given})"
+    launch, flags, rest = quick
+    flags, rest = (", ".join(map(cells, v)) for v in (flags, rest))
+    run = cells(launch)
+    return f"{run}({grid}, stream, {function}, {flags}, {packed}, {rest}, ({given},))"
 
 
 def _value(value: Any, cells: _Cells) -> str:

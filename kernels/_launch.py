@@ -45,6 +45,22 @@ def listened() -> bool:
     return _hooked(runtime.launch_enter_hook) or _hooked(runtime.launch_exit_hook)
 
 
+def direct(compiled):
+    """(function, the arguments after packed_metadata) by which `compiled.run` launches; or None.
+
+    The function is written in C. It takes: the grid, the stream, the kernel, whether the grid is
+    cooperative, whether launches overlap, packed_metadata, and these arguments, of which the last
+    is the tuple of the kernel's arguments. None if this Triton launches in another way.
+    """
+    run = compiled.run
+    if not triton.__version__.startswith("3.7.") or type(run).__name__ != "CudaLauncher":
+        return None
+    if run.global_scratch_size or run.profile_scratch_size:
+        return None  # memory must be allocated
+    flags = run.launch_cooperative_grid, run.launch_pdl
+    return run.launch, flags, (None,) * 5 + (run.arg_annotations, run.kernel_signature)
+
+
 def current_stream():
     """The function that gives the current stream of a device, as Triton asks for it."""
     return driver.active.get_current_stream
