@@ -234,10 +234,19 @@ NOTHING(cuStreamQuery)
 """
 
 
+def _compiler() -> str | None:
+    return shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+
+
+def has_compiler() -> bool:
+    """Whether there is a C compiler, which `launch_nothing(real_launcher=True)` needs."""
+    return _compiler() is not None
+
+
 @functools.cache
 def _libcuda() -> str:
     """The folder of a libcuda that does nothing. Raises RuntimeError without a C compiler."""
-    compiler = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    compiler = _compiler()
     if compiler is None:
         raise RuntimeError("launch_nothing: an empty libcuda needs a C compiler")
     folder = Path(tempfile.mkdtemp(prefix="fastnn-libcuda-"))
