@@ -37,7 +37,7 @@ ARCHITECTURE = "sm_90"
 BANDWIDTH = _gpus.GPUS[ARCHITECTURE].bandwidth
 FORMULA = (
     "max(bytes of stock / BW, launches of stock * 4 us) / "
-    "max(bytes of ours / (0.9 * BW), launches of ours * 16 us)"
+    "max(bytes of ours / (0.9 * BW), launches of ours * 10 us)"
 )
 FEW = 2  # programs of the first run; the second has enough for _ACCESSES loads and stores
 _ACCESSES = 150

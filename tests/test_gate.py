@@ -3,6 +3,9 @@
 import contextlib
 import inspect
 import math
+import os
+import subprocess
+import sys
 import warnings
 from unittest import mock
 
@@ -14,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 import fastnn
 import fastnn.functional as F
 from fastnn import _front, _gate, _op
+from fastnn.bench import gates
 from fastnn.bench.cases import CASES as BENCH_CASES
 from fastnn.bench.tune import gate_work
 from fastnn.kernels import _gpus
@@ -244,3 +248,57 @@ def test_a_mode_and_a_subclass_see_what_they_see_in_pytorch():
             found.append([str(getattr(f, "__name__", f)) for f in seen])
     ours, ours_of_mine, its, its_of_mine = found
     assert ours == its and ours_of_mine == its_of_mine
+
+
+# ---- Estimates ----------------------------------------------------------------------------------
+
+
+def test_a_free_host_opens_the_gates_of_estimates_that_save_something():
+    code = (
+        "import math; from fastnn import _gate; "
+        "print(_gate.crossover('layer_norm', 'sm_90').least, "
+        "_gate.crossover('layer_norm', 'sm_90', 'long rows').least)"
+    )
+    found = {}
+    for host in ("", "free", "fre"):
+        env = {**os.environ, "FASTNN_HOST": host}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        found[host] = done.stdout.split() or done.stderr.splitlines()[-1]
+    assert found["free"] == ["65536", "inf"] and int(found[""][0]) > 65536
+    assert "FASTNN_HOST='fre'" in found["fre"]
+
+
+def test_an_estimate_weighs_what_is_saved_against_what_the_host_pays(tmp_path):
+    row = {"ops": ["relu"], "stock_us": 1000.0, "stock_launches": 2, "ours_launches": 2}
+    costs = [gates.host_costs([{**row, "ours_us": us}])["relu"] for us in (21.6, 31.6)]
+    assert costs == pytest.approx([gates.MARGIN, gates.MARGIN + gates.SHARE * 10])
+    assert [gates.rounded(n) for n in (1, 70000, 2**20 + 1)] == [65536, 131072, 2**21]
+    path = tmp_path / "crossover.json"
+    path.write_text(_gate.TABLE.read_text())
+    gates.write([gates.Estimate("relu", "", 1.0, 1.0, 123)], path)
+    before, after = (_gate.read(p)["default"]["crossovers"] for p in (_gate.TABLE, path))
+    changed = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
+    assert [(b["op"], b["least"]) for _, b in changed] == [("relu", 123)]
+
+
+def test_shapes_whose_kernels_save_nothing_are_a_variant_that_never_wins(simulate):
+    simulate("sm_90")
+    for call, variant in (
+        (lambda: F.layer_norm(torch.empty(8, 768), (768,)), ""),
+        (lambda: F.layer_norm(torch.empty(2, 2**17), (2**17,)), "long rows"),
+        (lambda: F.rms_norm(torch.empty(2, 2**17), (2**17,)), "long rows"),
+        (lambda: F.batch_norm(torch.empty(4, 8, 7, 7), None, None, training=True), ""),
+        (
+            lambda: F.batch_norm(torch.empty(9, 2, 99, 99), None, None, training=True),
+            "several passes",
+        ),
+        (lambda: F.group_norm(torch.empty(4, 8, 99, 99), 2), "several passes"),
+        (lambda: F.instance_norm(torch.empty(4, 8, 32, 32)), ""),
+        (lambda: F.instance_norm(torch.empty(2, 2, 199, 199)), "several passes"),
+    ):
+        with _gate.asked() as asked, mock.patch.object(_op, "kernel_devices", {"cuda", "cpu"}):
+            call()
+        ((op, work),) = asked
+        assert work.variant == variant, op
+        if variant:
+            assert _gate.crossover(op, "sm_90", variant).least == math.inf
