@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-class MaxPool1d(stock.MaxPool1d, metaclass=Layer):
+class MaxPool1d(stock.MaxPool1d, metaclass=Layer, op=F.max_pool1d):
     def forward(self, input):
         return F.max_pool1d(
             input,
@@ -45,7 +45,7 @@ class MaxPool1d(stock.MaxPool1d, metaclass=Layer):
         )
 
 
-class MaxPool2d(stock.MaxPool2d, metaclass=Layer):
+class MaxPool2d(stock.MaxPool2d, metaclass=Layer, op=F.max_pool2d):
     def forward(self, input):
         return F.max_pool2d(
             input,
@@ -58,7 +58,7 @@ class MaxPool2d(stock.MaxPool2d, metaclass=Layer):
         )
 
 
-class MaxPool3d(stock.MaxPool3d, metaclass=Layer):
+class MaxPool3d(stock.MaxPool3d, metaclass=Layer, op=F.max_pool3d):
     def forward(self, input):
         return F.max_pool3d(
             input,
@@ -71,28 +71,28 @@ class MaxPool3d(stock.MaxPool3d, metaclass=Layer):
         )
 
 
-class MaxUnpool1d(stock.MaxUnpool1d, metaclass=Layer):
+class MaxUnpool1d(stock.MaxUnpool1d, metaclass=Layer, op=F.max_unpool1d):
     def forward(self, input, indices, output_size=None):
         return F.max_unpool1d(
             input, indices, self.kernel_size, self.stride, self.padding, output_size
         )
 
 
-class MaxUnpool2d(stock.MaxUnpool2d, metaclass=Layer):
+class MaxUnpool2d(stock.MaxUnpool2d, metaclass=Layer, op=F.max_unpool2d):
     def forward(self, input, indices, output_size=None):
         return F.max_unpool2d(
             input, indices, self.kernel_size, self.stride, self.padding, output_size
         )
 
 
-class MaxUnpool3d(stock.MaxUnpool3d, metaclass=Layer):
+class MaxUnpool3d(stock.MaxUnpool3d, metaclass=Layer, op=F.max_unpool3d):
     def forward(self, input, indices, output_size=None):
         return F.max_unpool3d(
             input, indices, self.kernel_size, self.stride, self.padding, output_size
         )
 
 
-class AvgPool1d(stock.AvgPool1d, metaclass=Layer):
+class AvgPool1d(stock.AvgPool1d, metaclass=Layer, op=F.avg_pool1d):
     def forward(self, input):
         return F.avg_pool1d(
             input,
@@ -104,7 +104,7 @@ class AvgPool1d(stock.AvgPool1d, metaclass=Layer):
         )
 
 
-class AvgPool2d(stock.AvgPool2d, metaclass=Layer):
+class AvgPool2d(stock.AvgPool2d, metaclass=Layer, op=F.avg_pool2d):
     def forward(self, input):
         return F.avg_pool2d(
             input,
@@ -117,7 +117,7 @@ class AvgPool2d(stock.AvgPool2d, metaclass=Layer):
         )
 
 
-class AvgPool3d(stock.AvgPool3d, metaclass=Layer):
+class AvgPool3d(stock.AvgPool3d, metaclass=Layer, op=F.avg_pool3d):
     def forward(self, input):
         return F.avg_pool3d(
             input,
@@ -130,7 +130,7 @@ class AvgPool3d(stock.AvgPool3d, metaclass=Layer):
         )
 
 
-class FractionalMaxPool2d(stock.FractionalMaxPool2d, metaclass=Layer):
+class FractionalMaxPool2d(stock.FractionalMaxPool2d, metaclass=Layer, op=F.fractional_max_pool2d):
     def forward(self, input):
         return F.fractional_max_pool2d(
             input,
@@ -142,7 +142,7 @@ class FractionalMaxPool2d(stock.FractionalMaxPool2d, metaclass=Layer):
         )
 
 
-class FractionalMaxPool3d(stock.FractionalMaxPool3d, metaclass=Layer):
+class FractionalMaxPool3d(stock.FractionalMaxPool3d, metaclass=Layer, op=F.fractional_max_pool3d):
     def forward(self, input):
         return F.fractional_max_pool3d(
             input,
@@ -154,52 +154,52 @@ class FractionalMaxPool3d(stock.FractionalMaxPool3d, metaclass=Layer):
         )
 
 
-class LPPool1d(stock.LPPool1d, metaclass=Layer):
+class LPPool1d(stock.LPPool1d, metaclass=Layer, op=F.lp_pool1d):
     def forward(self, input):
         return F.lp_pool1d(
             input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode
         )
 
 
-class LPPool2d(stock.LPPool2d, metaclass=Layer):
+class LPPool2d(stock.LPPool2d, metaclass=Layer, op=F.lp_pool2d):
     def forward(self, input):
         return F.lp_pool2d(
             input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode
         )
 
 
-class LPPool3d(stock.LPPool3d, metaclass=Layer):
+class LPPool3d(stock.LPPool3d, metaclass=Layer, op=F.lp_pool3d):
     def forward(self, input):
         return F.lp_pool3d(
             input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode
         )
 
 
-class AdaptiveMaxPool1d(stock.AdaptiveMaxPool1d, metaclass=Layer):
+class AdaptiveMaxPool1d(stock.AdaptiveMaxPool1d, metaclass=Layer, op=F.adaptive_max_pool1d):
     def forward(self, input):
         return F.adaptive_max_pool1d(input, self.output_size, self.return_indices)
 
 
-class AdaptiveMaxPool2d(stock.AdaptiveMaxPool2d, metaclass=Layer):
+class AdaptiveMaxPool2d(stock.AdaptiveMaxPool2d, metaclass=Layer, op=F.adaptive_max_pool2d):
     def forward(self, input):
         return F.adaptive_max_pool2d(input, self.output_size, self.return_indices)
 
 
-class AdaptiveMaxPool3d(stock.AdaptiveMaxPool3d, metaclass=Layer):
+class AdaptiveMaxPool3d(stock.AdaptiveMaxPool3d, metaclass=Layer, op=F.adaptive_max_pool3d):
     def forward(self, input):
         return F.adaptive_max_pool3d(input, self.output_size, self.return_indices)
 
 
-class AdaptiveAvgPool1d(stock.AdaptiveAvgPool1d, metaclass=Layer):
+class AdaptiveAvgPool1d(stock.AdaptiveAvgPool1d, metaclass=Layer, op=F.adaptive_avg_pool1d):
     def forward(self, input):
         return F.adaptive_avg_pool1d(input, self.output_size)
 
 
-class AdaptiveAvgPool2d(stock.AdaptiveAvgPool2d, metaclass=Layer):
+class AdaptiveAvgPool2d(stock.AdaptiveAvgPool2d, metaclass=Layer, op=F.adaptive_avg_pool2d):
     def forward(self, input):
         return F.adaptive_avg_pool2d(input, self.output_size)
 
 
-class AdaptiveAvgPool3d(stock.AdaptiveAvgPool3d, metaclass=Layer):
+class AdaptiveAvgPool3d(stock.AdaptiveAvgPool3d, metaclass=Layer, op=F.adaptive_avg_pool3d):
     def forward(self, input):
         return F.adaptive_avg_pool3d(input, self.output_size)

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._gate import only_deterministic
-from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
+from fastnn._op import Function, Invalid, Stock, impossible, op, run, second_order
 
 
 class Pool(Function):
@@ -57,15 +56,7 @@ class Pool(Function):
         return dx, None, None, None, None, None
 
 
-def _elements(input, *args, **kwargs):
-    """The work of a call whose stock backward may be refused as not deterministic on CUDA."""
-    if only_deterministic() and input.requires_grad and torch.is_grad_enabled():
-        return Work(math.inf)
-    return Work(input.numel())
-
-
-# Tensors are read by their strides. Where PyTorch raises in deterministic mode, kernels run.
-_POOL = {"strided": ("input",), "policy": _elements, "settings": only_deterministic}
+_INPUT = ("input",)  # read in place, whatever its strides
 
 # ---- arguments ----------------------------------------------------------------------------------
 
@@ -198,7 +189,7 @@ def _max_last(input, dims, return_indices, stride=None):
     return _channels_last(shape, stride)
 
 
-@op(stock=stock.max_pool1d, **_POOL, source="ATen's rules for nan, ties and ceil_mode")
+@op(stock=stock.max_pool1d, strided=_INPUT, source="ATen's rules for nan, ties and ceil_mode")
 def max_pool1d(
     input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False,
     *, out_dtype=None,
@@ -209,7 +200,7 @@ def max_pool1d(
     )
 
 
-@op(stock=stock.max_pool2d, **_POOL, source="ATen's rules for nan, ties and ceil_mode")
+@op(stock=stock.max_pool2d, strided=_INPUT, source="ATen's rules for nan, ties and ceil_mode")
 def max_pool2d(
     input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False,
     *, out_dtype=None,
@@ -226,7 +217,7 @@ def max_pool2d(
 
 @op(
     stock=stock.max_pool3d,
-    **_POOL,
+    strided=_INPUT,
     autocast_cpu="fp32",
     source="ATen's rules for nan, ties and ceil_mode",
 )
@@ -276,7 +267,7 @@ def _last(input, dims):
     return batched and dims < 3 and _channels_last(input.shape, input.stride())
 
 
-@op(stock=stock.avg_pool1d, **_POOL)
+@op(stock=stock.avg_pool1d, strided=_INPUT)
 def avg_pool1d(
     input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True
 ):  # fmt: skip
@@ -286,7 +277,7 @@ def avg_pool1d(
     )
 
 
-@op(stock=stock.avg_pool2d, **_POOL)
+@op(stock=stock.avg_pool2d, strided=_INPUT)
 def avg_pool2d(
     input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True,
     divisor_override=None,
@@ -298,7 +289,7 @@ def avg_pool2d(
     )
 
 
-@op(stock=stock.avg_pool3d, **_POOL, autocast_cpu="fp32")
+@op(stock=stock.avg_pool3d, strided=_INPUT, autocast_cpu="fp32")
 def avg_pool3d(
     input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True,
     divisor_override=None, *, out_dtype=None,
@@ -367,7 +358,7 @@ def _adaptive_max_last(input, dims, out):
     return _last(input, dims)
 
 
-@op(stock=stock.adaptive_avg_pool1d, **_POOL)
+@op(stock=stock.adaptive_avg_pool1d, strided=_INPUT)
 def adaptive_avg_pool1d(input, output_size):
     """Fused like `adaptive_avg_pool2d`."""
     return _adaptive_pool(
@@ -375,7 +366,7 @@ def adaptive_avg_pool1d(input, output_size):
     )
 
 
-@op(stock=stock.adaptive_avg_pool2d, **_POOL)
+@op(stock=stock.adaptive_avg_pool2d, strided=_INPUT)
 def adaptive_avg_pool2d(input, output_size):
     """Fused for every output size except 0, with one launch per direction. Sums are float64. The
     backward adds in a fixed order, without atomics."""
@@ -384,7 +375,7 @@ def adaptive_avg_pool2d(input, output_size):
     )
 
 
-@op(stock=stock.adaptive_avg_pool3d, **_POOL, autocast_cpu="fp32")
+@op(stock=stock.adaptive_avg_pool3d, strided=_INPUT, autocast_cpu="fp32")
 def adaptive_avg_pool3d(input, output_size, *, out_dtype=None):
     """Fused like `adaptive_avg_pool2d`."""
     return _adaptive_pool(
@@ -398,20 +389,20 @@ def _adaptive_max_pool(function, dims, input, output_size, return_indices, dtype
     )
 
 
-@op(stock=stock.adaptive_max_pool1d, **_POOL)
+@op(stock=stock.adaptive_max_pool1d, strided=_INPUT)
 def adaptive_max_pool1d(input, output_size, return_indices=False):
     """Fused like `adaptive_max_pool2d`."""
     return _adaptive_max_pool(stock.adaptive_max_pool1d, 1, input, output_size, return_indices)
 
 
-@op(stock=stock.adaptive_max_pool2d, **_POOL)
+@op(stock=stock.adaptive_max_pool2d, strided=_INPUT)
 def adaptive_max_pool2d(input, output_size, return_indices=False):
     """Fused for every output size except 0, with one launch per direction. It keeps what
     `max_pool2d` keeps of a window. The backward adds in a fixed order, without atomics."""
     return _adaptive_max_pool(stock.adaptive_max_pool2d, 2, input, output_size, return_indices)
 
 
-@op(stock=stock.adaptive_max_pool3d, **_POOL, autocast_cpu="fp32")
+@op(stock=stock.adaptive_max_pool3d, strided=_INPUT, autocast_cpu="fp32")
 def adaptive_max_pool3d(input, output_size, return_indices=False, *, out_dtype=None):
     """Fused like `adaptive_max_pool2d`. The result is never channels last, as in PyTorch."""
     return _adaptive_max_pool(
@@ -465,13 +456,13 @@ def _lp_pool(dims, input, norm_type, kernel_size, stride, ceil_mode, dtype):
 _LP = {1: stock.lp_pool1d, 2: stock.lp_pool2d, 3: stock.lp_pool3d}
 
 
-@op(stock=stock.lp_pool1d, **_POOL, autocast="fp32")
+@op(stock=stock.lp_pool1d, strided=_INPUT, autocast="fp32")
 def lp_pool1d(input, norm_type, kernel_size, stride=None, ceil_mode=False, *, out_dtype=None):
     """Fused like `lp_pool2d`."""
     return _lp_pool(1, input, norm_type, kernel_size, stride, ceil_mode, out_dtype)
 
 
-@op(stock=stock.lp_pool2d, **_POOL, autocast="fp32")
+@op(stock=stock.lp_pool2d, strided=_INPUT, autocast="fp32")
 def lp_pool2d(input, norm_type, kernel_size, stride=None, ceil_mode=False, *, out_dtype=None):
     """Fused for every power except 0, also the infinite ones, with one launch per direction.
 
@@ -481,7 +472,7 @@ def lp_pool2d(input, norm_type, kernel_size, stride=None, ceil_mode=False, *, ou
     return _lp_pool(2, input, norm_type, kernel_size, stride, ceil_mode, out_dtype)
 
 
-@op(stock=stock.lp_pool3d, **_POOL, autocast="fp32", autocast_cpu="fp32")
+@op(stock=stock.lp_pool3d, strided=_INPUT, autocast="fp32", autocast_cpu="fp32")
 def lp_pool3d(input, norm_type, kernel_size, stride=None, ceil_mode=False, *, out_dtype=None):
     """Fused like `lp_pool2d`."""
     return _lp_pool(3, input, norm_type, kernel_size, stride, ceil_mode, out_dtype)
@@ -524,6 +515,7 @@ def _fractional(
     ):
         return Invalid(f"_random_samples {tuple(samples.shape)} {samples.dtype}")
     samples = samples.detach().contiguous()
+    impossible("it looks at the samples, or draws them")
     if not samples.is_cuda and not ((samples >= 0) & (samples <= 1)).all():
         return Stock("_random_samples outside [0, 1]")
     spec = kernels.pooling.Pooling("max", "fractional", dims, _three(out, 1), _three(k, 1))
@@ -535,7 +527,9 @@ def _fractional(
     return run(Pool, input, samples, spec, dtype or input.dtype, bool(return_indices), formula)
 
 
-@op(stock=stock.fractional_max_pool2d, **_POOL, autocast_cpu="fp32", source="arXiv:1412.6071")
+@op(
+    stock=stock.fractional_max_pool2d, strided=_INPUT, autocast_cpu="fp32", source="arXiv:1412.6071"
+)
 def fractional_max_pool2d(
     input, kernel_size, output_size=None, output_ratio=None, return_indices=False,
     _random_samples=None, *, out_dtype=None,
@@ -550,7 +544,9 @@ def fractional_max_pool2d(
     )
 
 
-@op(stock=stock.fractional_max_pool3d, **_POOL, autocast_cpu="fp32", source="arXiv:1412.6071")
+@op(
+    stock=stock.fractional_max_pool3d, strided=_INPUT, autocast_cpu="fp32", source="arXiv:1412.6071"
+)
 def fractional_max_pool3d(
     input, kernel_size, output_size=None, output_ratio=None, return_indices=False,
     _random_samples=None, *, out_dtype=None,
@@ -615,6 +611,7 @@ def _unpool(dims, input, indices, kernel_size, stride, padding, output_size, dty
     if math.prod(out) >= _MOST:
         return Stock(f"a result of {out}: 32 bits are too few")
     if not input.is_cuda:  # on a CPU the values can be read without waiting
+        impossible("it looks at the indices")
         least, most = torch.aminmax(indices)
         if least < 0 or most >= math.prod(out):
             return Invalid("an index outside the result")
@@ -622,17 +619,7 @@ def _unpool(dims, input, indices, kernel_size, stride, padding, output_size, dty
     return run(Unpool, input, indices, dims, out, last, dtype or input.dtype)
 
 
-def _of_unpooling(input, *args, **kwargs):
-    return Work(math.inf if only_deterministic() else input.numel())  # stock raises in the forward
-
-
-_UNPOOL = {
-    "strided": ("input", "indices"),
-    "integers": (torch.int64,),
-    "autocast_cpu": "fp32",
-    "policy": _of_unpooling,
-    "settings": only_deterministic,
-}
+_UNPOOL = {"strided": ("input", "indices"), "integers": (torch.int64,), "autocast_cpu": "fp32"}
 
 
 @op(stock=stock.max_unpool1d, **_UNPOOL)
