@@ -94,7 +94,7 @@ def adaptive_first(i, I, O, k, s, p, d, u, ROUND: tl.constexpr):  # noqa: E741
 @triton.jit
 def fractional_first(i, I, O, k, s, p, d, u, ROUND: tl.constexpr):  # noqa: E741
     # Ends grow with o, in any arithmetic, so a binary search counts the windows that end before i.
-    first = tl.minimum(i, 0)
+    first = tl.where(u == u, i, i) * 0  # in the shape that a sample for each row gives it
     bit = 1
     while bit * 2 <= O:
         bit = bit * 2
