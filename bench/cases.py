@@ -272,7 +272,9 @@ CHANNEL_NORMS = [
 def pool(name: str, model: str, rows: int, *shape: int, last=False, dtypes=(BF16,), **options):
     """Pooling of (rows, *shape), channels last if `last`; what it keeps is small beside that."""
     shaped = (lambda n: (channels_last(n, *shape),)) if last else shape
-    return row(name, model, rows, shaped, dtypes, options=options, rereads=False)
+    # The windows of fractional pooling depend on samples, and PyTorch cannot count the 3-D backward.
+    drawn = name == "FractionalMaxPool3d"
+    return row(name, model, rows, shaped, dtypes, options=options, rereads=False, gathers=drawn)
 
 
 def unpool(name: str, model: str, rows: int, *shape: int):

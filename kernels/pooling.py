@@ -718,6 +718,8 @@ def _plan_back(shape, stride, g_stride, spec, rounding):
     taken, vec = zip(*(_addressed(s, t, last) for s, t in layouts), strict=True)
     sharing = _sharing(spec, x_shape[2:], rounding)
     unrolled = spec.window == "regular" and not spec.by_size and math.prod(sharing) <= _UNROLLED
+    if not unrolled:  # 4 elements per lane; the loops need the registers
+        config = {**config, "num_warps": 2 * config["num_warps"]}
     hidden = (None,) * 3
     args = (
         *x_shape[1:], *spec.out, rows, units, *taken[0], *taken[1], *taken[2], *taken[3],
