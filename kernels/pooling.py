@@ -632,12 +632,14 @@ def _config(inner, last):
     return {"BLOCK_R": 1024 // block, "BLOCK_I": block, "num_warps": 4}
 
 
-def _walk(shape, last):
+def _walk(shape, last, unrolled=True):
     """(rows, units in a row, unit, grid, tile) for the positions of (N, C, D, H, W)."""
     inner = shape[1] if last else shape[4]
     rows = math.prod(shape) // inner if inner else 0
     unit = _unit(inner)
     config = _config(inner, last)
+    if not unrolled:  # 4 elements per lane; the loops need the registers
+        config = {**config, "BLOCK_R": max(1, config["BLOCK_R"] // 2)}
     grid = (cdiv(rows, config["BLOCK_R"]) * cdiv(inner, config["BLOCK_I"]),)
     return rows, inner // unit, unit, grid, config
 
@@ -713,13 +715,11 @@ def _plan_back(shape, stride, g_stride, spec, rounding):
     last = x_stride[1] == 1 and x_stride[4] != 1 and spec.window != "fractional"
     z_stride = _dense(x_shape, last)
     kept = [*range(len(shape) == spec.dims + 1, 2), *range(5 - spec.dims, 5)]
-    rows, units, unit, grid, config = _walk(x_shape, last)
     layouts = (y_shape, g_stride), (y_shape, y_stride), (x_shape, x_stride), (x_shape, z_stride)
     taken, vec = zip(*(_addressed(s, t, last) for s, t in layouts), strict=True)
     sharing = _sharing(spec, x_shape[2:], rounding)
     unrolled = spec.window == "regular" and not spec.by_size and math.prod(sharing) <= _UNROLLED
-    if not unrolled:  # 4 elements per lane; the loops need the registers
-        config = {**config, "num_warps": 2 * config["num_warps"]}
+    rows, units, unit, grid, config = _walk(x_shape, last, unrolled)
     hidden = (None,) * 3
     args = (
         *x_shape[1:], *spec.out, rows, units, *taken[0], *taken[1], *taken[2], *taken[3],
