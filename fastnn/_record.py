@@ -157,12 +157,11 @@ class _Log:
         if function in _QUESTIONS:
             return
         last = self.steps[-1] if self.steps else None
-        if function is aten.detach.default and isinstance(last, Allocate):
-            if self.slots.get(id(args[0])) == last.slot:
-                # A factory function does this only under a dispatch mode.
-                self.slots[id(out)] = last.slot
-                self.alias.append(out)
-                return
+        if function is aten.detach.default and self.slots.get(id(args[0])) == _made_by(last):
+            # A factory function does this only because the recorder keeps its result.
+            self.slots[id(out)] = self._slot(args[0])
+            self.alias.append(out)
+            return
         if function in _OF_SETTINGS:
             self.reads_setting = True
             return
@@ -248,6 +247,13 @@ class _Log:
         lasting = {slot: t for slot, t in self.constants.items() if slot in needed}
         draws = self.drawn is not None
         return Program(len(self.given), self.device, lasting, draws, steps, out, kept)
+
+
+def _made_by(step) -> int | None:
+    """The slot of the one tensor that a step makes; None if it makes several, or none."""
+    if isinstance(step, Allocate):
+        return step.slot
+    return step.results[0] if isinstance(step, Call) and len(step.results) == 1 else None
 
 
 def _needed(steps: list, wanted: set) -> tuple:
