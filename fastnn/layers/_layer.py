@@ -86,8 +86,8 @@ def _front(cls: type, its: type, name: str, method: Any, op: Any, eager: Any) ->
     It calls the stock class's method if that one was replaced and ours was not. It calls PyTorch's
     method if no kernel can run, or if the call is below the floor of `op`, the record of the op
     that `method` runs (None: of several, or of none). Else it calls `eager`, which does what
-    `method` does outside TorchScript, or `method` if there is none. It is generated as source code from the signature, so that
-    arguments bind and fail as declared.
+    `method` does outside TorchScript, or `method` if there is none. It is generated as source code
+    from the signature, so that arguments bind and fail as declared.
     """
     declared: list[str] = []
     passed: list[str] = []
