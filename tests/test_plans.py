@@ -66,6 +66,8 @@ def unequal(a: Outcome, b: Outcome) -> str | None:
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:
+    if t.layout is not torch.strided:
+        t = t.to_dense()
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return t.contiguous().view(kinds[t.element_size()]) if t.dtype != torch.bool else t
 
