@@ -20,3 +20,4 @@ from fastnn.layers.pixelshuffle import *  # noqa: F403
 from fastnn.layers.softmax import *  # noqa: F403
 from fastnn.layers.sparse import *  # noqa: F403
 from fastnn.layers.transformer import *  # noqa: F403
+from fastnn.layers.upsampling import *  # noqa: F403
