@@ -265,7 +265,7 @@ def _launch(launched, source, result, order, mode, align, axes, tail=()):
     unit = math.gcd(cols, *(s for d, s in enumerate(steps) if d != 1), 8) if wide else 1
     store_unit = math.gcd(cols, 8)
     backward = bool(tail)
-    config = _tile(cols, 1024 if wide or (TAPS[mode] < 4 and not backward) else 512)
+    config = _tile(cols, 4 if not wide and (backward or TAPS[mode] == 4) else 8)
     count, col_tiles = result.numel() // cols, cdiv(cols, config["COLS"])
     none = (1.0, 1.0, 1) if backward else (1.0,)  # of a dimension that is not there
     sizes = [
@@ -283,9 +283,9 @@ def _launch(launched, source, result, order, mode, align, axes, tail=()):
 
 
 @tunable("ROWS")
-def _tile(cols, elements):
-    """As that of gathers; where offsets and weights take registers, fewer elements."""
-    return _config(cols, elements)
+def _tile(cols, per_thread):
+    """As that of gathers; fewer elements per thread where offsets and weights take registers."""
+    return {**_config(cols), "num_warps": 32 // per_thread}
 
 
 def fwd(x, size, mode, align, scales, dtype, channels_last):

@@ -60,12 +60,12 @@ def functions_table() -> str:
 
 # What the README's table has on one line. A family that is in none has a line of its own.
 AREAS = {
-    "activations": (("activation", "glu", "prelu", "softmax"), None),
+    "activations, dropout": (("activation", "dropout", "glu", "prelu", "softmax"), None),
     "attention and transformers": (
         ("attention", "multihead_attention", "residual_norm"),
         "[attention](docs/attention.md), [transformers](docs/transformer.md)",
     ),
-    "dropout": (("dropout",), None),
+    "images": (("fold", "padding", "shuffle", "upsampling"), None),
     "linear, embedding": (("linear", "embedding"), None),
     "losses, distances": (
         (
