@@ -1,4 +1,4 @@
-"""What is timed, one row each: shapes that models have, odd ones, and ones about a crossover."""
+"""The rows that are timed: shapes of real models, odd shapes, and shapes around a crossover."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 class BenchCase(Case):
     """A `Case` that is timed; its first dimension can be changed with `at`.
 
-    model: where the shape is from.
+    model: the model from which the shape comes.
     rows: the size of the first dimension.
     shaped: rows -> makers of the inputs.
-    build: namespace -> module, where one layer of that namespace is not all.
+    build: namespace -> module, if the row is more than one layer of that namespace.
     flops: of a forward, for a row that matrix products bound; None for one that memory bounds.
     rereads: the backward needs an input, or the output, again.
-    gathers: of its parameters, only the rows that the indices name are read.
+    gathers: only the rows of its parameters that the indices name are read.
     """
 
     model: str = ""
@@ -44,7 +44,7 @@ class BenchCase(Case):
 
     @property
     def shape(self) -> str:
-        """Shapes of the inputs, as "8192x768, 8192", and their layout where it is not the usual."""
+        """Shapes of the inputs, such as "8192x768, 8192", and their layout if it is not usual."""
         made = self.make(FP32, "meta")
         return ", ".join(
             "x".join(map(str, t.shape)) + ("" if t.is_contiguous() else " channels last")
@@ -58,14 +58,14 @@ class BenchCase(Case):
         return f"{self.name}({', '.join([self.shape, *options])})"
 
     def key(self, dtype: torch.dtype) -> str:
-        """What a result is filed under."""
+        """The name under which a result is filed."""
         return f"{self} {str(dtype).removeprefix('torch.')}"
 
     def side(self, namespace: Any, dtype: torch.dtype, device: str) -> Callable:
         """The layer, or the function with its options, from `torch.nn` or from `fastnn`."""
         if self.build is None and not self.is_layer:
             function = getattr(namespace.functional, self.name, None)
-            if function is None:  # one that is ours alone
+            if function is None:  # only fastnn has it
                 function = getattr(fastnn.functional, self.name).op.stock
             return lambda *inputs: function(*inputs, **self.options)
         with torch.device(device):
@@ -75,7 +75,8 @@ class BenchCase(Case):
 
 
 def normal(*shape: int) -> Maker:
-    """As `fastnn.testing.randn`, made where it is needed: these are large, and may be on "meta"."""
+    """As `fastnn.testing.randn`, but made on the device that needs it, which may be "meta". These
+    tensors are large."""
 
     def make(dtype, device):
         return torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
@@ -84,7 +85,7 @@ def normal(*shape: int) -> Maker:
 
 
 def indices(*shape: int, high: int, ignored: float = 0.0) -> Maker:
-    """Class indices below `high`; about a share `ignored` of them is -100."""
+    """Class indices below `high`; a share of about `ignored` of them is -100."""
 
     def make(dtype, device):
         t = torch.randint(high, shape, device=device)
@@ -103,7 +104,7 @@ def probabilities(*shape: int) -> Maker:
 
 
 def row(name: str, model: str, rows: int, shaped: Any, dtypes=(BF16,), **fields) -> BenchCase:
-    """A row of one input (rows, *shaped), or of the inputs that the function `shaped` makes."""
+    """A row with one input (rows, *shaped), or with the inputs that the function `shaped` makes."""
     if not callable(shaped):
         rest = shaped if isinstance(shaped, tuple) else (shaped,)
         shaped = lambda n: (normal(n, *rest),)  # noqa: E731
@@ -178,7 +179,7 @@ NORMS = [
 
 
 def channels_last(*shape: int) -> Maker:
-    """As `normal`, channels last."""
+    """As `normal`, but channels last."""
 
     def make(dtype, device):
         format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
@@ -368,7 +369,7 @@ unit, positive = among(0.01, 0.99), among(0.5, 2.0)
 
 
 class Weights:
-    """A maker of weights with a name, for a row that has it among its options."""
+    """A maker of weights with a name, for a row that has the maker among its options."""
 
     def __init__(self, *shape: int):
         self.shape = shape
@@ -385,7 +386,7 @@ def plus_minus(*shape: int) -> Maker:
 
 
 def activated(*shape: int) -> Maker:
-    """Values between 0 and 1 that want a gradient: inputs of BCELoss."""
+    """Values between 0 and 1 with a gradient: inputs of BCELoss."""
     return lambda dtype, device: unit(*shape)(dtype, device).requires_grad_()
 
 
@@ -395,7 +396,7 @@ def pair(*shape: int, target: Callable[..., Maker] = positive, made=normal):
 
 
 def embeddings(width: int, count: int, *target: Callable[..., Maker]):
-    """So many tensors (n, width) that want a gradient, and targets (n)."""
+    """`count` tensors (n, width) with a gradient, and targets (n)."""
     return lambda n: (*(normal(n, width) for _ in range(count)), *(t(n) for t in target))
 
 
@@ -453,7 +454,7 @@ def linear(model: str, rows: int, k: int, n: int, dtypes=(BF16,)) -> BenchCase:
 
 
 def sequential(model: str, rows: int, k: int, n: int, activation: str, p: float = 0.0, **fields):
-    """Linear, an activation, and dropout where p is not 0; named by what it holds."""
+    """Linear, an activation, and dropout if p is not 0. The name of the row lists them."""
 
     def build(namespace):
         tail = [namespace.Dropout(p)] if p else []
@@ -464,7 +465,7 @@ def sequential(model: str, rows: int, k: int, n: int, activation: str, p: float 
 
 
 def vocabulary(model: str, rows: int, k: int, classes: int) -> BenchCase:
-    """A head and its loss in one."""
+    """A vocabulary head and its loss in one function."""
     return row(
         "LinearCrossEntropyLoss", model, rows,
         lambda n: (normal(n, k), indices(n, high=classes)),
@@ -509,7 +510,7 @@ LINEAR = [
 
 
 def padding(*shape: int) -> Maker:
-    """A bool mask that keeps the first keys, nine of ten."""
+    """A bool mask that keeps the first nine tenths of the keys."""
 
     def make(dtype, device):
         kept = torch.arange(shape[-1], device=device) < shape[-1] * 9 // 10
@@ -558,7 +559,7 @@ ATTENTION = [
 
 
 class _Calling(nn.Module):
-    """A layer, and how it is called; the first of several results."""
+    """A layer and the arguments of its call. Returns the first result if there are several."""
 
     def __init__(self, layer: nn.Module, call: Callable):
         super().__init__()
@@ -578,7 +579,7 @@ def encoder(
     model: str, rows: int, length: int, width: int, heads: int, layers: int = 1, norm_first=False,
     causal=False, rms=False, **fields,
 ):  # fmt: skip
-    """One encoder layer, or a stack of them, of (rows, length, width); gelu and dropout 0.1."""
+    """One encoder layer or a stack of them on (rows, length, width), with gelu and dropout 0.1."""
 
     def build(namespace):
         layer = namespace.TransformerEncoderLayer(
@@ -599,7 +600,7 @@ def encoder(
 
 
 def weighted(model: str, rows: int, queries: int, keys: int, width: int, heads: int, **options):
-    """`MultiheadAttention` that returns its weights, as it does by default; used for its output."""
+    """`MultiheadAttention` with returned weights, as is its default. Only its output is used."""
 
     def build(namespace):
         layer = namespace.MultiheadAttention(width, heads, batch_first=True, **options)
@@ -687,7 +688,7 @@ CASES = [
     *RESIDUALS, *LINEAR, *ATTENTION, *TRANSFORMERS, *MAPS,
 ]  # fmt: skip
 
-# Rows whose results are independent: on a GPU the ends of one beyond 2**31 elements are compared.
+# Rows with independent results. On a GPU the ends of a row beyond 2**31 elements are compared.
 HUGE = [
     row("GELU", "huge", (2**31 >> 12) + 3, 4096),
     row("LayerNorm", "huge", (2**31 >> 12) + 3, 4096, options={"normalized_shape": 4096}),

@@ -1,8 +1,8 @@
 """Finds launch configurations that beat the formulas on the present GPU: `fastnn tune`.
 
-Each question a row asks of a configuration function is answered by climbing: from the formula's
-answer to the best of its neighbours, as long as one is faster by a margin over all rows that ask
-the same, and slower for none of them.
+A question is a call of a configuration function with the arguments of some rows. The search begins
+at the formula's answer. It climbs to the best neighbour, as long as a neighbour is faster by a
+margin over all rows that ask the same question, and slower for none of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastnn.bench.run import FORCED, Results, _around, _both, _sides, check, geo
 
 MARGIN = 0.03
 MOST_STEPS = 4
-MOST_ROWS = 4  # that a question is judged by
+MOST_ROWS = 4  # a question is judged by at most so many rows
 REPEATS = 15
 
 Row = tuple[BenchCase, torch.dtype]
@@ -34,7 +34,7 @@ Row = tuple[BenchCase, torch.dtype]
 
 @dataclass
 class Question:
-    """A function of `kernels`, the arguments it is asked with, and the rows that ask."""
+    """A configuration function of `kernels`, its arguments, and the rows that call it so."""
 
     function: Any  # kernels._config.Tunable
     arguments: str
@@ -47,7 +47,7 @@ class Question:
 
 
 def plan(rows: Iterable[Row], make: Callable[[BenchCase, torch.dtype], Callable]) -> list[Question]:
-    """The questions that the rows ask; `make` gives what runs one of them."""
+    """The questions that the rows ask; `make` returns a function that runs one row."""
     found: dict[str, Question] = {}
     for case, dtype in rows:
         with kernels._config.trying({}), kernels._config.heard() as heard:
@@ -64,7 +64,7 @@ def plan(rows: Iterable[Row], make: Callable[[BenchCase, torch.dtype], Callable]
 
 @contextmanager
 def without_a_gpu(target: str = "cuda:90") -> Iterator[Callable]:
-    """Yields the `make` of a plan as on `target`: rows launch, nothing is compiled or run."""
+    """Yields the `make` of a plan as on `target`. Rows launch, but nothing is compiled or run."""
     from fastnn.testing.aot import compile_only
 
     def make(case, dtype):
@@ -83,7 +83,7 @@ def without_a_gpu(target: str = "cuda:90") -> Iterator[Callable]:
 
 
 def on(clock: Clock) -> Callable:
-    """The `make` of a plan on the present GPU."""
+    """The `make` for a plan on the present GPU."""
 
     def make(case, dtype):
         _, ours = _sides(case, dtype, clock.name)
@@ -99,7 +99,8 @@ def on(clock: Clock) -> Callable:
 
 
 def _faster(question: Question, ahead: dict, behind: dict, clock: Clock, repeats: int) -> float:
-    """How many times faster `ahead` is than `behind` over the rows; 0 if it fails or loses one."""
+    """How many times faster `ahead` is than `behind` over the rows. 0 if `ahead` fails, or is
+    slower for one row."""
     ratios = []
     for case, dtype in question.rows[:MOST_ROWS]:
         _, ours = _sides(case, dtype, clock.name)
@@ -126,7 +127,7 @@ def _faster(question: Question, ahead: dict, behind: dict, clock: Clock, repeats
 
 
 def entry(question: Question, config: dict) -> dict[str, dict[str, dict]]:
-    """The table that answers the question with `config`, and all others by their formulas."""
+    """A table that answers this question with `config`. All others are left to their formulas."""
     changes = question.function.changes(config, question.formula)
     return {question.function.name: {question.arguments: changes}}
 
@@ -136,7 +137,7 @@ def _as(question: Question, config: dict):
 
 
 def answer(question: Question, clock: Clock, repeats: int = REPEATS) -> dict:
-    """Climb: {"changes", "gain", "tried"}; "changes" is empty where the formula stands."""
+    """Climb: {"changes", "gain", "tried"}. "changes" is empty if the formula's answer stays."""
     best, tried = question.formula, []
     gain = 1.0
     seen = [best]
@@ -148,7 +149,7 @@ def answer(question: Question, clock: Clock, repeats: int = REPEATS) -> dict:
             seen.append(config)
             try:
                 ratio = _faster(question, config, best, clock, repeats)
-            except Exception as e:  # out of shared memory or registers, or no such tile
+            except Exception as e:  # no shared memory or registers left, or no such tile
                 tried.append({"config": config, "error": f"{type(e).__name__}: {e}"[:120]})
                 clock.clear()
                 continue
@@ -162,7 +163,7 @@ def answer(question: Question, clock: Clock, repeats: int = REPEATS) -> dict:
 
 
 def _right(question: Question, config: dict, clock: Clock) -> bool:
-    """Whether the rows are still in parity."""
+    """Whether the rows pass parity with `config`."""
     with _as(question, config):
         found = [check(case, dtype, clock) for case, dtype in question.rows[:1]]
     return not any(f["failures"] for f in found)
@@ -178,7 +179,7 @@ def run(
     on_question: Callable[[Question], None] = lambda question: None,
 ) -> bool:
     """Answer what `results` lacks, a line of kind "config" each. False if time ran out."""
-    # Those that most rows ask first: if the time runs out, the others keep their formula.
+    # Questions of most rows come first. If time runs out, the others keep their formula.
     for question in sorted(questions, key=lambda q: -len(q.rows)):
         if not results.has("config", question.key):
             if out_of_time():
@@ -191,13 +192,13 @@ def run(
             except Exception as e:
                 line |= {"changes": {}, "error": f"{type(e).__name__}: {e}"[:300]}
             results.add(line)
-            clock.clear()  # raises if the device is lost to this process
+            clock.clear()  # raises if this process has lost the device
         on_question(question)
     return True
 
 
 def table(results: Results) -> dict[str, dict[str, dict]]:
-    """{function: {arguments: what it changes}} of all that was found."""
+    """{function: {arguments: changes}} of all results."""
     found: dict[str, dict[str, dict]] = {}
     for line in results.of("config"):
         if line["changes"]:
@@ -206,12 +207,12 @@ def table(results: Results) -> dict[str, dict[str, dict]]:
 
 
 def read(path: Path) -> dict[str, dict[str, dict]]:
-    """The table at `path`; an empty one where there is no file."""
+    """The table at `path`; an empty table if there is no file."""
     return json.loads(path.read_text())["configs"] if path.exists() else {}
 
 
 def write(path: Path, results: Results) -> None:
-    """Put what was found in the table at `path`; of an older one stays what was not asked now."""
+    """Put the results in the table at `path`. Older entries stay if this run did not ask them."""
     new, source = table(results), measured(results.environment or environment())
     old: dict = json.loads(path.read_text()) if path.exists() else {"source": "", "configs": {}}
     asked = {(line["function"], line["arguments"]) for line in results.of("config")}
@@ -232,7 +233,7 @@ def write(path: Path, results: Results) -> None:
 
 
 def describe(questions: list[Question]) -> Iterator[str]:
-    """The plan, a line per question."""
+    """The plan, with one line per question."""
     for q in questions:
         near = sum(1 for _ in q.function.neighbours(q.formula))
         yield f"{q.key}: {q.formula}, {near} neighbours, {len(q.rows)} rows"

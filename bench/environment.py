@@ -1,4 +1,4 @@
-"""The record of where figures come from."""
+"""The record of the environment from which figures come."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastnn.kernels import _gpus
 
 
 def _said(*command: str) -> str | None:
-    """What a command prints; None where it is missing or fails."""
+    """The output of a command; None if the command is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     folder = Path(__file__).resolve().parent
@@ -26,7 +26,7 @@ def _said(*command: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with "+" where files differ from it; None outside one."""
+    """The commit of this checkout, with "+" if files differ from it; None outside a checkout."""
     found = _said("git", "rev-parse", "--short=12", "HEAD")
     if found is None or not (Path(__file__).resolve().parents[1] / ".git").exists():
         return None
@@ -49,12 +49,12 @@ def cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-# What decides whether two runs may stand in one table.
+# Two runs may be in one table only if these are equal.
 IDENTITY = ("device", "fastnn", "commit", "torch", "triton")
 
 
 def measured(e: dict) -> str:
-    """What a table says of where it comes from, given the environment of its run."""
+    """The line in which a table names its origin, from the environment of its run."""
     return f"measured on {e['device']}, {e['time'][:10]}, torch {e['torch']}, triton {e['triton']}"
 
 

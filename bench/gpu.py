@@ -1,10 +1,10 @@
 """Everything that needs a GPU, in one command: `python -m bench.gpu --out DIR --budget 20m`.
 
-Stages, in order: parity of every row forced onto kernels; what the others will time, compiled;
-ceilings; bench; launch configurations; crossover sizes; bench again by the new tables; whole
-training steps; determinism; more than 2**31 elements; a memory checker where one is installed. The
-first two run in a process per core, the others alone. Every finding is a line of
-DIR/results.jsonl the moment it is there; the same command goes on where it stopped. DIR/summary.md
+Stages, in order: parity of every row forced onto kernels; compilation of all that the other stages
+time; ceilings; bench; launch configurations; crossover sizes; bench again with the new tables;
+whole training steps; determinism; more than 2**31 elements; a memory checker if one is installed.
+The first two use one process per core, the others run alone. Every finding is written at once as a
+line of DIR/results.jsonl. The same command, started again, goes on where it stopped. DIR/summary.md
 says what was found, and is rewritten after each stage. Exit code 0: all right; 1: something is
 wrong or unfinished; 2: not started.
 """
@@ -61,7 +61,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @dataclasses.dataclass
 class Work:
-    """What a run does, and what it does it with."""
+    """The rows, options and tools of a run."""
 
     results: Any
     clock: Any
@@ -74,11 +74,11 @@ class Work:
     repeats: int
     compiled: bool
     deadline: float
-    asked: argparse.Namespace  # from which a process of the pool makes its own
+    asked: argparse.Namespace  # a process of the pool makes its own Work from it
     workers: int
 
     def add(self, line: dict) -> None:
-        """Record it. RuntimeError if it broke the device's context for whatever comes after."""
+        """Record a line. Raises RuntimeError if its error broke the device's context."""
         self.results.add(line)
         self.clock.synchronize()
 
@@ -90,7 +90,7 @@ class Work:
 
 
 def parity(work: Work) -> bool:
-    """Every parity row in every dtype: values, gradients, bits, the path."""
+    """Check every parity row in every dtype: values, gradients, bits, the path."""
     from fastnn.bench.pool import Ended
 
     rows = _parity_rows(work)
@@ -132,7 +132,7 @@ def _uninitialised_memory_is_nan():
 
 
 def prepare(work: Work) -> bool:
-    """Run once, side by side, what is to be timed: kernels are then in the caches on disk."""
+    """Run everything once, side by side, that will be timed, to fill the kernel caches on disk."""
     rows = {case.key(dtype): (case, dtype) for case, dtype in work.bench}
     kinds: list[tuple] = [("kernels", "row", rows)]
     kinds += [("sweep", "sweep", [sweep.key for sweep in work.sweeps])]
@@ -149,8 +149,8 @@ def _prepare(work: Work, items: list[tuple]) -> bool:
 
 
 def _prepared(work: Work, item: tuple[str, str, dict]) -> None:
-    """Forward and backward of a row, on kernels or compiled. What fails here does so again where
-    it is reported."""
+    """Run forward and backward of a row, on kernels or compiled. Errors are ignored, because the
+    stage that reports them meets them again."""
     from fastnn import kernels
     from fastnn.bench.run import FORCED, _around, _both, _sides
 
@@ -175,7 +175,7 @@ def _prepared(work: Work, item: tuple[str, str, dict]) -> None:
 
 
 def _spread(work: Work, row: Callable[[Work, Any], Any], items: list):
-    """(item, `row` of it) out of `work.workers` processes."""
+    """Yields (item, result of `row`) from `work.workers` processes."""
     from fastnn.bench.pool import spread
 
     argument = row.__name__, work.asked
@@ -183,9 +183,9 @@ def _spread(work: Work, row: Callable[[Work, Any], Any], items: list):
 
 
 def _server(argument: tuple[str, argparse.Namespace]) -> Callable:
-    """What a process of the pool does with an item."""
+    """The function that a process of the pool calls with an item."""
     name, asked = argument
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # there is a process per core already
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # there already is a process per core
     torch.set_num_threads(1)
     _interpret(asked)
     return functools.partial(globals()[name], _work(asked, math.inf))
@@ -213,7 +213,7 @@ def configs(work: Work) -> bool:
     from fastnn.bench import configs
 
     questions = configs.plan(work.bench, configs.on(work.clock))
-    # The first step of each search that is left; a process per core compiles what it needs.
+    # The first step of each search that is left. A process per core compiles its kernels.
     first = [
         ("kernels", case.key(dtype), configs.entry(question, config))
         for question in questions
@@ -250,7 +250,7 @@ def tune(work: Work) -> bool:
 
 
 def again(work: Work) -> bool:
-    """The rows once more, by the tables just measured."""
+    """Time the rows again, with the tables just measured."""
     from fastnn.bench.run import run_rows
 
     with _tables(work):
@@ -267,7 +267,7 @@ def _architecture(work: Work) -> str:
 
 
 def _table(path: Path):
-    """The size gate follows the table at `path` in the block, and the shipped one for the rest."""
+    """In the block the size gate follows the table at `path`, and the shipped table otherwise."""
     from fastnn import _gate
 
     return _gate.using({**_gate.table(), **_gate.read(path)})
@@ -275,7 +275,7 @@ def _table(path: Path):
 
 @contextlib.contextmanager
 def _tables(work: Work):
-    """Crossover sizes and launch configurations as measured so far in this run."""
+    """In the block, crossover sizes and launch configurations are those measured in this run."""
     from fastnn import kernels
     from fastnn.bench import configs
 
@@ -287,7 +287,7 @@ def _tables(work: Work):
 
 
 def steps(work: Work) -> bool:
-    """Training steps of whole models under bf16 autocast: stock, compiled, ours forced and auto."""
+    """Time training steps of models under bf16 autocast: stock, compiled, ours forced and auto."""
     import fastnn
 
     device = work.clock.name
@@ -354,7 +354,7 @@ def _train(step, namespace, mode, start, data, work: Work, compiled: bool) -> di
 
 
 def determinism(work: Work) -> bool:
-    """Gradients twice on one stream and at once on two others: the same bits."""
+    """Gradients must have the same bits twice on one stream, and at once on two other streams."""
     import fastnn
     from fastnn.bench.run import _both, _sides
 
@@ -395,14 +395,14 @@ def _on_two_streams(both: Callable, clock) -> list[list]:
     found = []
     for stream in streams:
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(1_000_000)  # so that both are in flight together
+            torch.cuda._sleep(1_000_000)  # so that both run at the same time
             found.append(_seeded(both))
     torch.cuda.synchronize()
     return found
 
 
 def huge(work: Work) -> bool:
-    """Beyond 2**31 elements: rows at both ends and the middle as in a small call."""
+    """Beyond 2**31 elements, both ends and the middle of a call must agree with a small call."""
     for case, dtype in work.huge:
         if work.results.has("huge", case.key(dtype)):
             continue
@@ -427,7 +427,7 @@ def _huge(case, dtype, device: str) -> list[str]:
     _, ours = _sides(case, dtype, device)
     inputs = case.make(dtype, device)
     each = 8
-    middle = case.rows // 2  # 2**30 elements in: 2**31 bytes of 16-bit ones
+    middle = case.rows // 2  # after 2**30 elements, which are 2**31 bytes in 16 bits
     parts = [slice(0, each), slice(middle, middle + each), slice(case.rows - each, case.rows)]
     failures = []
     with fastnn.backend("triton"):
@@ -449,7 +449,7 @@ def _huge(case, dtype, device: str) -> list[str]:
 
 
 def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Up to the order of sums, which a launch may choose by the number of rows."""
+    """Whether both are equal up to the order of sums, which may depend on the number of rows."""
     apart = (a.double() - b.double()).abs().max().item()
     return apart <= 2 * torch.finfo(a.dtype).eps * b.double().abs().max().item()
 
@@ -469,7 +469,7 @@ print(len(names), "rows")
 
 
 def sanitizer(work: Work) -> bool:
-    """compute-sanitizer's memcheck over a row of each layer."""
+    """Run compute-sanitizer's memcheck over a row of each layer."""
     if work.results.of("sanitizer"):
         return True
     tool = shutil.which("compute-sanitizer")
@@ -494,7 +494,7 @@ def sanitizer(work: Work) -> bool:
     return True
 
 
-# Each with the share of the budget after which it is left for the next run.
+# Each stage has the share of the budget after which the rest is left for the next run.
 STAGES: dict[str, tuple[Callable[[Work], bool], float]] = {
     "parity": (parity, 0.3),
     "prepare": (prepare, 0.25),
@@ -514,7 +514,7 @@ STAGES: dict[str, tuple[Callable[[Work], bool], float]] = {
 
 
 def failures(results) -> list[str]:
-    """Whatever is wrong in any line."""
+    """All faults in all lines."""
     found = []
     for line in results.lines:
         said = list(line.get("failures") or ())
@@ -584,7 +584,7 @@ def _work(args: argparse.Namespace, deadline: float, results=None) -> Work:
         out=args.out,
         bench=cases.matching(rows=rows),
         sweeps=[small] if small else tune.plan(),
-        # A dtype after the other, so that every layer has been seen when the time runs out.
+        # One dtype after the other, so that every layer was checked if the time runs out.
         parity=sorted(((c, d) for c in chosen for d in c.dtypes), key=lambda row: str(row[1])),
         steps=models.TINY[:1] if args.tiny else models.STEPS,
         huge=cases.matching(rows=huge),
@@ -647,7 +647,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             done = start < begun + args.budget and stage(work)
             said = "done" if done else "unfinished"
-        except RuntimeError as e:  # of the device, which is lost to this process
+        except RuntimeError as e:  # of the device, which this process has lost
             said = f"stopped by {type(e).__name__}: {str(e).splitlines()[0]}"
         state[name] = f"{said}, {time.monotonic() - start:.0f} s"
         print(f"{name}: {state[name]}", flush=True)
@@ -668,7 +668,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _interpret(args: argparse.Namespace) -> bool:
-    """Interpret kernels where the run is a tiny one; False where it is too late for that."""
+    """Interpret kernels if the run is a tiny one. False if it is too late for that."""
     if not args.tiny:
         return False
     if not torch.cuda.is_available():

@@ -1,10 +1,11 @@
-"""What calls cost the host, on any machine: `python -m bench.host --out DIR`.
+"""Measures what calls cost the host, on any machine: `python -m bench.host --out DIR`.
 
-For a layer or function each, its first training row of `fastnn.testing`: forward and backward
-together, inputs too small to count. Ours is forced onto kernels, whose launches a driver takes and
-does not carry out; stock runs on the CPU. Neither side has the GPU's own launches in it, some 2 us
-each, so their numbers stand beside the times. The size gate's estimates rest on these figures.
-Writes DIR/host.json, and with `--into PAGE.md` a table between that page's markers.
+For each layer or function it times the first training row of `fastnn.testing`, forward and backward
+together. The inputs are so small that their size does not matter. Ours is forced onto kernels; a
+driver accepts the launches and does not carry them out. Stock runs on the CPU. Neither time
+includes the launches by the GPU, about 2 us each, so the numbers of launches stand beside the
+times. The estimates of the size gate follow from these figures. The program writes DIR/host.json,
+and with `--into PAGE.md` a table between the markers of that page.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import fastnn
 
 
 def _rows(only: Sequence[str]) -> Iterator:
-    """The first row of each name that has gradients, and kernels in every mode."""
+    """The first row of each name that has gradients, and that runs on kernels in every mode."""
     from fastnn.testing.cases import CASES
 
     seen = set()
@@ -43,7 +44,7 @@ def _rows(only: Sequence[str]) -> Iterator:
 
 
 def _step(case, namespace) -> Callable[[], object]:
-    """A call of a row's forward and backward."""
+    """A function that runs forward and backward of a row."""
     from fastnn.testing import _side
 
     side = _side(case, namespace, torch.float32, "cpu")
@@ -90,7 +91,7 @@ def _launches(call: Callable[[], object]) -> int:
 
 
 def measure(only: Sequence[str] = (), rounds: int = 60) -> list[dict]:
-    """A record for each row: both sides' microseconds and launches."""
+    """One record for each row: the microseconds and launches of both sides."""
     from fastnn.testing.aot import launch_nothing
     from fastnn.testing.meter import AtenTraffic, as_on_cuda
 
@@ -117,7 +118,7 @@ def measure(only: Sequence[str] = (), rounds: int = 60) -> list[dict]:
 
 
 def table(environment: dict, rows: Sequence[dict]) -> str:
-    """Markdown, with the origin of the figures."""
+    """The table in Markdown, with the origin of its figures."""
     lines = [
         f"One core of {environment['cpu']}, torch {environment['torch']}, triton "
         f"{environment['triton']}, commit {environment['commit']}, {environment['time'][:10]}; "
@@ -151,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastnn.bench.environment import environment
 
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # stock's, of one row or another
+    warnings.simplefilter("ignore")  # stock warns in some rows
     rows = measure(args.only, args.rounds)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "host.json"

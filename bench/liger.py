@@ -1,4 +1,4 @@
-"""Liger Kernel's counterpart of a row, where it is installed and has one."""
+"""The function of Liger Kernel for a row, if Liger is installed and has one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def version() -> str | None:
 
 
 def counterpart(case: BenchCase, layer: Any) -> Callable | None:
-    """Liger's function over the inputs of `case`, with the parameters of the stock `layer`.
+    """Liger's function of the inputs of `case`, with the parameters of the stock `layer`.
 
-    Only where both compute the same: Liger's softmax is over the last dimension, its cross entropy
-    writes the gradient into the logits in its forward, which are copied first here, as a caller who
-    still needs them must.
+    None unless both compute the same: Liger's softmax is over the last dimension. In its forward,
+    Liger's cross entropy writes the gradient into the logits. They are copied first here, as a
+    caller who still needs them must do.
     """
     if version() is None or not case.train:
         return None
@@ -48,12 +48,12 @@ def counterpart(case: BenchCase, layer: Any) -> Callable | None:
         if case.name == "Embedding":
             table = importlib.import_module("liger_kernel.ops.experimental.embedding")
             return _owning(layer, lambda i: table.LigerEmbeddingFunction.apply(layer.weight, i))
-    except (ImportError, AttributeError):  # another version, which keeps it elsewhere
+    except (ImportError, AttributeError):  # another version has it in another place
         return None
     return None
 
 
 def _owning(layer, function):
-    """`function` with the parameters of `layer`, whose gradients count as its own."""
+    """`function` as a module that has the parameters of `layer`, so that their gradients count."""
     function.parameters = layer.parameters
     return function

@@ -1,9 +1,9 @@
-"""Timing. `Cuda` makes the figures; `Cpu` runs the same code where there is no GPU, for tests.
+"""Timing. `Cuda` makes the figures; `Cpu` runs the same code without a GPU, for tests.
 
-executed   time on the device, launched ahead of it, with nothing left in L2
-replayed   the same out of a CUDA graph
+executed   time on the device, launched while the device is busy, with nothing left in L2
+replayed   the same, replayed from a CUDA graph
 enqueued   time until the call returns on the host, with the device idle
-peak       most bytes allocated during a call, beyond those held before it
+peak       most bytes allocated during a call, beyond the bytes held before it
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any
 import torch
 
 Call = Callable[[], Any]
-REPEATS = 36  # in rounds, each of which times every side: clocks then drift for all alike
+REPEATS = 36  # in rounds that time every side, so that drifting clocks meet all sides
 ROUNDS = 3
 
 
 def summary(times: list[float]) -> dict[str, float]:
-    """Median and quartiles, in microseconds, and how many were taken."""
+    """Median and quartiles, in microseconds, and the number of times."""
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
     return {"median": middle, "q25": low, "q75": high, "n": len(times)}
 
 
 class Cpu:
-    """Times interpreted kernels: no figure means anything, every path is taken."""
+    """Times interpreted kernels. The figures mean nothing, but every path of the code runs."""
 
     name = "cpu"
     graphs = False
@@ -69,15 +69,15 @@ class Cuda:
 
     def __init__(self) -> None:
         l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
-        # Written whole between two calls; twice the cache, so that nothing of the last is left.
-        self._cycles_per_us = 2000  # no GPU's clock is faster by much
+        # Overwritten between two calls. It is twice as large as the cache, so nothing stays in it.
+        self._cycles_per_us = 2000  # no GPU has a much faster clock
         self._flush = torch.empty(max(2 * l2, 64 << 20), dtype=torch.int8, device="cuda")
 
     def flush(self) -> None:
         self._flush.zero_()
 
     def _launching(self, call: Call) -> int:
-        """Cycles of the device that are longer than the call takes on the host."""
+        """A number of device cycles that takes longer than the call takes on the host."""
         slowest = max(self.enqueued(call, 3))
         return int(2 * (slowest + 50) * self._cycles_per_us)
 
@@ -89,7 +89,7 @@ class Cuda:
         ahead = self._launching(call)
         for start, end in pairs:
             self.flush()
-            torch.cuda._sleep(ahead)  # the host gets ahead, so that only the device is timed
+            torch.cuda._sleep(ahead)  # the host gets ahead: only the device is timed
             start.record()
             call()
             end.record()
@@ -107,7 +107,7 @@ class Cuda:
         return times
 
     def captured(self, call: Call) -> Call:
-        """A call that replays `call` from a CUDA graph. Raises what the capture raises."""
+        """A call that replays `call` from a CUDA graph. Errors of the capture are raised."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -147,7 +147,7 @@ def interleaved(
     repeats: int,
     around: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
 ) -> dict[str, dict[str, float]]:
-    """Each call timed `repeats` times, in rounds over all of them, inside `around` of its name."""
+    """Time each call `repeats` times, in rounds over all calls, inside `around` of its name."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     share = -(-repeats // ROUNDS)
     for _ in range(ROUNDS):
@@ -158,7 +158,7 @@ def interleaved(
 
 
 def ceilings(clock: Clock, size: int = 1 << 30, n: int = 8192) -> dict[str, float]:
-    """What the device reaches at best: bytes per second of a copy, FLOP/s of square products."""
+    """The best rates of the device: bytes per second of a copy, FLOP/s of square products."""
     found = {}
     x = torch.empty(2, size, dtype=torch.int8, device=clock.name)
     median = summary(clock.executed(lambda: x[0].copy_(x[1]), 20))["median"]

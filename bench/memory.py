@@ -1,8 +1,8 @@
 """Peak memory of attention with returned weights against L: `python -m bench.memory --out DIR`.
 
-A training step of `MultiheadAttention(need_weights=True)`, stock and ours, forced onto kernels. On
-a GPU the allocator's own peak; without one allocations are counted in the interpreter, on the CPU.
-Writes attention-memory.json and attention-memory.png.
+It runs a training step of `MultiheadAttention(need_weights=True)`, stock, and ours forced onto
+kernels. On a GPU it reads the peak of the allocator. Without a GPU it counts allocations on the
+CPU, with interpreted kernels. It writes attention-memory.json and attention-memory.png.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LENGTHS_ON_GPU = (256, 512, 1024, 2048, 4096, 8192)
 
 
 def allocations(call) -> list[int]:
-    """The bytes of each allocation that `call` makes on the CPU; negative where one is freed."""
+    """The bytes of each allocation that `call` makes on the CPU; negative when one is freed."""
     from torch.profiler import profile
 
     with profile(profile_memory=True, acc_events=True) as profiled:
@@ -34,7 +34,7 @@ def allocations(call) -> list[int]:
 
 
 def peak(call, device: str) -> int:
-    """The most bytes that `call` holds at a time beyond what was there before."""
+    """The most bytes that `call` holds at a time, beyond the bytes held before."""
     if device == "cuda":
         from fastnn.bench.measure import Cuda
 
@@ -43,7 +43,7 @@ def peak(call, device: str) -> int:
 
 
 def step(namespace, length: int, device: str):
-    """A call of one training step; the layer and its input are made before it."""
+    """A function that runs one training step; the layer and its input are made before."""
     torch.manual_seed(0)
     layer = namespace.MultiheadAttention(WIDTH, HEADS, DROPOUT, batch_first=True).to(device)
     x = torch.randn(BATCH, length, WIDTH, device=device, requires_grad=True)

@@ -1,6 +1,7 @@
 """Whole training steps: GPT-2, BERT-base, ViT-B/16 and ResNet-50, built from any `nn` namespace.
 
-Written as a user would, so that what is replaced is what `import fastnn as nn` replaces.
+The models are written as a user would write them. `import fastnn as nn` therefore replaces in them
+what it replaces for users.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Transformer:
-    """A transformer's sizes. `patch`: of an image, in place of a vocabulary."""
+    """The sizes of a transformer. `patch`: the size of image patches, instead of a vocabulary."""
 
     width: int
     heads: int
@@ -29,7 +30,7 @@ class Transformer:
 
 @dataclass(frozen=True)
 class ResNet:
-    """Blocks per stage; 64 channels first."""
+    """The number of blocks per stage. The first stage has 64 channels."""
 
     blocks: tuple[int, ...] = (3, 4, 6, 3)
     classes: int = 1000

@@ -1,7 +1,7 @@
-"""Work spread over processes: kernels compile side by side, and a fault costs one item alone.
+"""Work spread over processes: kernels compile side by side, and a fault costs only one item.
 
-A CUDA error that a kernel causes fails every later call of its process; a process in that state,
-like one that ended, is replaced.
+After a CUDA error that a kernel causes, every later call of its process fails. A process in that
+state is replaced, and so is a process that ended.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 @dataclass(frozen=True)
 class Ended:
-    """In place of a result: the process ended before it had one."""
+    """Stands for a missing result: the process ended before it had the result."""
 
     exitcode: int | None
 
@@ -28,7 +28,7 @@ class Ended:
 
 
 def _usable() -> bool:
-    """Whether this process can go on: an error that a kernel caused on the device stays."""
+    """Whether this process can go on. It cannot after an error of a kernel on the device."""
     try:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -57,11 +57,11 @@ def spread(
     workers: int,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Any, Any]]:
-    """Yields (item, `prepare(argument)(item)`) in the order of completion; `Ended` as the result
-    where the process ended. Stops early once `out_of_time()`.
+    """Yields (item, `prepare(argument)(item)`) in the order of completion. The result is `Ended` if
+    the process ended. Stops early once `out_of_time()`.
 
-    `prepare`, which each of the `workers` processes calls once, has to be importable by its name;
-    arguments, items and results are pickled.
+    Each of the `workers` processes calls `prepare` once. `prepare` must be importable by its name.
+    Arguments, items and results are pickled.
     """
     context = multiprocessing.get_context("spawn")
     waiting = deque(items)
@@ -83,10 +83,10 @@ def spread(
                 connection, process = idle.pop()
                 item = waiting.popleft()
                 busy[connection] = item, process
-                with contextlib.suppress(OSError):  # it has ended, which the wait will see
+                with contextlib.suppress(OSError):  # the process has ended; the wait notices that
                     connection.send(item)
             for ready in wait(busy, timeout=1.0):
-                connection = cast(Connection, ready)  # all that it was given are such
+                connection = cast(Connection, ready)  # all given objects are connections
                 item, process = busy.pop(connection)
                 try:
                     result, usable = connection.recv()

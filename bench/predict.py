@@ -1,13 +1,14 @@
-"""What a row moves and launches on either side, counted without a GPU, and the speedup it implies.
+"""Counts the bytes and launches of a row on both sides, without a GPU, and predicts the speedup.
 
-Stock runs on "meta" tensors of the row's real shapes: nothing is computed, `AtenTraffic` counts
-every operator. Ours runs in Triton's interpreter with the launches of the real shapes, grids and
-configurations included. A few programs, spread over the grid, are executed, and in a second run
-more; the difference is what programs move alone, and with that the count is carried on to the whole
-grid. Operators of PyTorch that our side runs between launches count too.
+Stock runs on "meta" tensors with the row's real shapes. Nothing is computed; `AtenTraffic` counts
+every operator. Ours runs in Triton's interpreter with the launches of the real shapes, including
+grids and configurations. A few programs, spread over the grid, are executed, and in a second run
+more of them. The difference is what the additional programs move, and with it the count is extended
+to the whole grid. PyTorch operators that our side runs between launches count too.
 
-Memory is allocated and never filled, so results are garbage and only addresses count. Hence no
-figure where addresses depend on data (gathers), nor where matrix products bound the time.
+Memory is allocated and never filled, so results are garbage and only addresses count. Therefore
+there is no figure where addresses depend on data (gathers). There is also none where matrix
+products bound the time.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ FORMULA = (
     "max(bytes of stock / BW, launches of stock * 4 us) / "
     "max(bytes of ours / (0.9 * BW), launches of ours * 16 us)"
 )
-FEW = 2  # programs executed at first; then as many as make _ACCESSES loads and stores
+FEW = 2  # programs of the first run; the second has enough for _ACCESSES loads and stores
 _ACCESSES = 150
-_MOST_BYTES = 3 << 30  # of one tensor: virtual memory, but some operators do fill theirs
+_MOST_BYTES = 3 << 30  # of one tensor; the memory is virtual, but some operators fill it
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def _sampled(programs: Callable[[int], int], grids: list[tuple[int, int]]) -> It
 
     Fills `grids` with (executed, whole) for each launch.
     """
-    kernels._interpreter.install()  # before it is wrapped
+    kernels._interpreter.install()  # before the interpreter is wrapped
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
     stock_call, set_dim, set_idx = executor.__call__, builder.set_grid_dim, builder.set_grid_idx
     state: dict[str, Any] = {}
@@ -59,7 +60,8 @@ def _sampled(programs: Callable[[int], int], grids: list[tuple[int, int]]) -> It
         whole = grid[0] * grid[1] * grid[2]
         executed = min(programs(len(grids)), whole)
         state["grid"] = grid
-        # One of each of `executed` equal parts, elsewhere in each: grids repeat themselves.
+        # One program from each of `executed` equal parts, at a different place in each part,
+        # because grids repeat themselves.
         state["chosen"] = [
             int((i + (0.3 + 0.618034 * i) % 1) * whole / executed) for i in range(executed)
         ]
@@ -86,10 +88,11 @@ def _sampled(programs: Callable[[int], int], grids: list[tuple[int, int]]) -> It
 
 @contextmanager
 def _as_on_the_gpu() -> Iterator[None]:
-    """Kernel files choose their grids as on the GPU predicted for."""
+    """In the block, kernel files choose their grids as on the GPU of the prediction."""
     with ExitStack() as stack:
         stack.enter_context(_gpus.simulated(ARCHITECTURE))
-        for name in ("draw_native", "draw_bernoulli"):  # on CUDA these make no tensor
+        # On CUDA these make no tensor.
+        for name in ("draw_native", "draw_native_of_new", "draw_bernoulli"):
             draw = mock.patch.object(_rng, name, _uncounted(getattr(_rng, name)))
             stack.enter_context(draw)
         yield
@@ -112,7 +115,7 @@ def _unfilled(t: Any) -> Any:
 
 
 def _passes(case: BenchCase, call: Callable, inputs: list) -> list[Callable]:
-    """[forward, backward], to be called in turn, or [forward] of a row in eval mode."""
+    """[forward, backward], to be called in this order, or [forward] of a row in eval mode."""
     kept: list = []
 
     def forward():
@@ -128,7 +131,7 @@ def _passes(case: BenchCase, call: Callable, inputs: list) -> list[Callable]:
 
 
 def stock_costs(case: BenchCase, dtype: torch.dtype) -> list[Cost]:
-    """[forward, backward], or [forward] of a row in eval mode, by stock's operators on CUDA."""
+    """Costs of [forward, backward] on CUDA by stock operators; of [forward] in eval mode."""
     with as_on_cuda():
         inputs = case.make(dtype, "meta")
         passes = _passes(case, case.side(torch.nn, dtype, "meta"), inputs)
@@ -162,7 +165,7 @@ def _our_counts(case: BenchCase, dtype: torch.dtype, programs: list[Callable]) -
         with (
             traffic() as log,
             _sampled(sample, grids),
-            # Dispatch declines under a dispatch mode, and this one only looks.
+            # Dispatch declines under a dispatch mode, but this mode only observes.
             mock.patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0),
             AtenTraffic() as aten,
             fastnn.backend("triton"),
@@ -183,7 +186,7 @@ def _our_counts(case: BenchCase, dtype: torch.dtype, programs: list[Callable]) -
 
 
 def our_costs(case: BenchCase, dtype: torch.dtype) -> tuple[list[Cost], list[list[str]]]:
-    """As `stock_costs`, by our kernels; and the names of the kernels of each pass."""
+    """As `stock_costs`, but with our kernels; and the names of the kernels of each pass."""
     few = _our_counts(case, dtype, [lambda n: FEW] * 2)
 
     def enough(count: _Count) -> Callable[[int], int]:
@@ -194,18 +197,18 @@ def our_costs(case: BenchCase, dtype: torch.dtype) -> tuple[list[Cost], list[lis
     for a, b in zip(few, more, strict=True):
         total = b.aten
         for at, (executed, whole) in enumerate(b.grids):
-            # By access, not by program: of programs that loop, some take a turn more than others.
+            # Counted by access, not by program: programs with a loop differ in their iterations.
             moved, accesses = b.bytes[at] - a.bytes[at], b.accesses[at] - a.accesses[at]
             left = b.accesses[at] * (whole / executed - 1)
             bytes_ = b.bytes[at] + (left * moved / accesses if accesses else 0)
-            # The programs of other rows may share a weight, which these few did not show.
+            # Programs of other rows may read the same weight, which these few did not show.
             total += Cost(round(min(bytes_, b.extents[at])), 1)
         costs.append(total)
     return costs, [b.kernels for b in more]
 
 
 def least(case: BenchCase, dtype: torch.dtype) -> list[int]:
-    """The bytes that [forward, backward], or [forward], cannot do without."""
+    """The least bytes that [forward, backward], or [forward], must move."""
     with as_on_cuda():
         found = least_bytes(case, case.side(torch.nn, dtype, "meta"), case.make(dtype, "meta"))
     forward, *both = found.values()
@@ -213,7 +216,7 @@ def least(case: BenchCase, dtype: torch.dtype) -> list[int]:
 
 
 def why_not(case: BenchCase, dtype: torch.dtype) -> str | None:
-    """Why no figure can be had of this row; None if one can."""
+    """Why this row can have no figure; None if it can."""
     if case.flops is not None:
         return "matrix products bound it, not bytes"
     if case.gathers:
@@ -222,13 +225,13 @@ def why_not(case: BenchCase, dtype: torch.dtype) -> str | None:
 
 
 def too_large(case: BenchCase, dtype: torch.dtype) -> str | None:
-    """Why the row cannot be held here, be it unfilled; None if it can."""
+    """Why the row does not fit into this machine, even without values; None if it fits."""
     size = max(t.numel() * t.element_size() for t in case.make(dtype, "meta"))
     return f"a tensor of {size / 2**30:.1f} GiB" if size > _MOST_BYTES else None
 
 
 def _gate_opens(case: BenchCase) -> bool:
-    """Whether auto would run kernels, by the size gate of that architecture."""
+    """Whether `auto` would run kernels, by the size gate of the predicted architecture."""
     return all(
         work is not None and work.size >= _gate.crossover(op, ARCHITECTURE, work.variant).least
         for op, work in gate_work(case, ARCHITECTURE)
@@ -236,7 +239,7 @@ def _gate_opens(case: BenchCase) -> bool:
 
 
 def predicted(case: BenchCase, dtype: torch.dtype, bandwidth: float = BANDWIDTH) -> dict:
-    """The record of one row. "speedup" is None where there is none to be had; "why" says why."""
+    """The record of one row. Without a prediction, "speedup" is None and "why" has the reason."""
     record: dict[str, Any] = {"kind": "prediction", **describe(case, dtype)}
     record |= {"bandwidth": bandwidth, "why": why_not(case, dtype), "speedup": None}
     if record["why"] is not None:

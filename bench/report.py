@@ -1,4 +1,4 @@
-"""Tables of results, and plots where matplotlib is: `python -m bench.report FILE.jsonl`."""
+"""Tables of results, and plots if matplotlib is there: `python -m bench.report FILE.jsonl`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PREDICTED = "#6e7781"
 
 
 def reached(line: dict, side: str, ceilings: dict[str, float]) -> tuple[str, float | None]:
-    """("1234 GB/s" or "123 TFLOP/s", share of the measured ceiling) of the row's whole work."""
+    """("1234 GB/s" or "123 TFLOP/s", share of the measured ceiling) for all work of the row."""
     passes = line.get("sides", {}).get(side)
     if not passes:
         return "", None
@@ -60,7 +60,7 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def measured_table(lines: list[dict], ceilings: dict[str, float], prefix: str = "") -> str:
-    """Markdown: a line per row; times are forward and backward, or forward in eval mode."""
+    """Markdown with one line per row; times are forward and backward, or forward in eval mode."""
     head = ["row", "from", "stock us (IQR)", "ours us (IQR)", "ours", "auto", "compile", "Liger"]
     head += ["reached", "of ceiling", "enqueue us, stock", "ours", "peak MB, stock", "ours"]
     rows = []
@@ -91,7 +91,7 @@ def measured_table(lines: list[dict], ceilings: dict[str, float], prefix: str = 
 
 
 def predicted_table(lines: list[dict]) -> str:
-    """Markdown: a line per row that has a prediction; the rest are listed after it."""
+    """Markdown with one line per row that has a prediction, and a list of the other rows."""
     head = ["row", "from", "stock MB", "ours MB", "ours / least", "stock launches", "ours"]
     head += ["predicted", "auto runs"]
     rows, without = [], []
@@ -121,7 +121,7 @@ def predicted_table(lines: list[dict]) -> str:
 
 
 def verdict(lines: list[dict], prefix: str = "") -> dict[str, Any]:
-    """The figures that sum up a run: geometric means, rows of auto that lose, wrong rows."""
+    """The figures that sum up a run: geometric means, rows that lose in `auto`, wrong rows."""
     rows = with_compiled(lines, prefix)
     found: dict[str, Any] = {"rows": len(rows)}
     found["wrong"] = [r["key"] for r in rows if "error" in r or r["failures"]]
@@ -157,7 +157,7 @@ def _label(line: dict) -> str:
 
 
 def plot_speedups(lines: list[dict], path: Path, title: str, prefix: str = "") -> None:
-    """Bars of speedup over stock, a row each; measured ones of each side, or predicted ones."""
+    """Bars of speedup over stock, for each row: measured for each side, or predicted."""
     predicted = [x for x in lines if x["kind"] == "prediction" and x["speedup"] is not None]
     rows = predicted or [x for x in with_compiled(lines, prefix) if took(x, STOCK)]
     sides = [s for s in _NAMES if any(speedup(x, s) for x in rows)] if not predicted else [""]
@@ -201,7 +201,7 @@ def plot_speedups(lines: list[dict], path: Path, title: str, prefix: str = "") -
 def plot_roofline(
     lines: list[dict], ceilings: dict[str, float], path: Path, title: str, prefix: str = ""
 ) -> None:
-    """Rates reached under the measured ceilings: of memory, and of matrix products."""
+    """The rates reached, of memory and of matrix products, under the measured ceilings."""
     rows = [x for x in with_compiled(lines, prefix) if took(x, FORCED)]
     figure = _figure(11, 5)
     left, right = figure.subplots(1, 2)
@@ -245,7 +245,7 @@ def plot_roofline(
 
 
 def where(environment: dict) -> str:
-    """A line that says what produced the figures."""
+    """A line that says where the figures come from."""
     parts = [environment["device"]]
     if environment["device"] == "cpu":
         parts = [f"no GPU ({environment['cpu']})"]
@@ -255,7 +255,7 @@ def where(environment: dict) -> str:
 
 
 def write(results: Results, folder: Path, prefix: str = "", plots=True) -> list[Path]:
-    """`summary.md` and the plots of what a file of results holds so far."""
+    """Write `summary.md` and the plots of the results that a file has so far."""
     plots = plots and can_plot()
     environment = results.environment or {}
     at = where(environment)

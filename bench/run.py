@@ -1,7 +1,7 @@
 """Times rows: stock, `torch.compile(stock)`, ours forced, ours in auto, Liger.
 
-A row is checked before it is timed: against stock and float64, and for the path it took. One that
-is wrong, or ran stock when forced, is reported and has no speedup.
+A row is checked before it is timed: against stock and float64, and for the path that it took. A row
+that is wrong, or that ran stock when forced, is reported and has no speedup.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _MODES: dict[str, Mode] = {FORCED: "triton", AUTO: "auto"}
 
 
 class Mismatch(Exception):
-    """A file of results came from another device, commit or version than the present ones."""
+    """A file of results comes from another device, commit or version than this run."""
 
 
 class Results:
-    """A file of JSON lines, each with a "kind" and a "key"; begins with the environment.
+    """A file of JSON lines, each with a "kind" and a "key". The first line is the environment.
 
-    Opened again it goes on where it stopped. Raises `Mismatch` if `IDENTITY` has changed since,
-    unless it is only for `reading`.
+    When the file is opened again, it goes on where it stopped. Raises `Mismatch` if a value of
+    `IDENTITY` has changed, unless the file is opened only for `reading`.
     """
 
     def __init__(self, path: Path, reading: bool = False):
@@ -95,7 +95,7 @@ def _side(call: Any) -> Side:
 
 
 def _checked_rows(case: BenchCase, dtype: torch.dtype, free: int) -> int:
-    """As much of the row as can be held in float64 three times over, with gradients."""
+    """How many rows fit into memory three times in float64, with gradients."""
     elements = sum(t.numel() for t in case.make(dtype, "meta")) / case.rows
     if case.gathers:
         elements *= case.options["embedding_dim"]
@@ -103,7 +103,7 @@ def _checked_rows(case: BenchCase, dtype: torch.dtype, free: int) -> int:
 
 
 def check(case: BenchCase, dtype: torch.dtype, clock: Clock) -> dict:
-    """The path and the disagreements of a row, forced onto kernels."""
+    """The path of a row that is forced onto kernels, and its differences from stock."""
     rows = _checked_rows(case, dtype, clock.free())
     part = case.at(rows)
     stock, ours = _sides(part, dtype, clock.name)
@@ -127,7 +127,7 @@ def check(case: BenchCase, dtype: torch.dtype, clock: Clock) -> dict:
 
 
 def _whole_row(case, dtype, clock, comparisons: list[Comparison]) -> list[str]:
-    """A row too large for float64, ours against stock: its far end could be wrong alone."""
+    """Compare a row too large for float64 with stock: it may be wrong only at its far end."""
     found = []
     modes: tuple[Mode, ...] = ("torch", "triton")
     for call, mode in zip(_sides(case, dtype, clock.name), modes, strict=True):
@@ -135,7 +135,7 @@ def _whole_row(case, dtype, clock, comparisons: list[Comparison]) -> list[str]:
         inputs = case.make(dtype, clock.name)
         with fastnn.backend(mode):
             found.append([t.detach() for t in _both(case, call, inputs)()])
-    # Each may be as far from the truth as the part that was compared, on its own side of it.
+    # Both may have the error of the part that was compared, in opposite directions.
     bound = 4 * max((c.bound for c in comparisons), default=0.0)
     failures = []
     for a, b in zip(*found, strict=True):
@@ -158,7 +158,7 @@ def _leaves(call: Any, inputs: list) -> list[Tensor]:
 
 
 def _both(case: BenchCase, call: Any, inputs: list) -> Call:
-    """A call of forward and backward; returns the gradients. Of forward alone, in eval mode."""
+    """A call of forward and backward that returns the gradients; in eval mode only of forward."""
     if not case.train:
         return torch.no_grad()(lambda: _tensors(call(*inputs)))
     leaves = _leaves(call, inputs)
@@ -188,7 +188,7 @@ def time_sides(
     for name, call in calls.items():
         with _around(name):
             passes[name] = _passes(case, call, inputs)
-            for run in passes[name].values():  # compiles, and fills the allocator
+            for run in passes[name].values():  # compile, and fill the allocator
                 run()
                 run()
     clock.synchronize()
@@ -216,8 +216,8 @@ def _replayed(run: Call, clock: Clock, repeats: int) -> dict:
 
 
 def least_bytes(case: BenchCase, call: Any, inputs: list) -> dict[str, int]:
-    """What each pass cannot do without: inputs and parameters read once, results written once;
-    in the backward the incoming gradient too, and an input or output again where it needs one."""
+    """The least bytes of each pass: inputs and parameters read once, results written once. In the
+    backward also the incoming gradient, and an input or output again if the backward needs it."""
     floats = [t for t in inputs if t.is_floating_point()]
     others = [t for t in inputs if not t.is_floating_point()]
     parameters = [] if case.gathers or not hasattr(call, "parameters") else list(call.parameters())
@@ -247,7 +247,7 @@ def describe(case: BenchCase, dtype: torch.dtype) -> dict:
 def run_row(
     case: BenchCase, dtype: torch.dtype, clock: Clock, repeats: int = REPEATS, checked=True
 ) -> dict:
-    """Check a row, then time stock, ours, auto and Liger: a line of results, of kind "row"."""
+    """Check a row, then time stock, ours, auto and Liger. Returns a line of kind "row"."""
     line: dict = {"kind": "row", **describe(case, dtype)}
     line |= check(case, dtype, clock) if checked else {"path": "kernel", "failures": []}
     clock.clear()
@@ -268,7 +268,7 @@ def run_row(
 
 
 def run_compiled(case: BenchCase, dtype: torch.dtype, clock: Clock, repeats: int = REPEATS) -> dict:
-    """Time `torch.compile(stock)` of a row, default mode: a line of kind "compiled"."""
+    """Time `torch.compile(stock)` of a row in its default mode. Returns a "compiled" line."""
     torch._dynamo.reset()
     stock, _ = _sides(case, dtype, clock.name)
     compiled = torch.compile(stock, dynamic=False)
@@ -276,7 +276,7 @@ def run_compiled(case: BenchCase, dtype: torch.dtype, clock: Clock, repeats: int
     line = {"kind": "compiled", **describe(case, dtype)}
     try:
         line["sides"] = time_sides(case, {COMPILED: compiled}, inputs, clock, repeats)
-    except Exception as e:  # Inductor's own failures are results too
+    except Exception as e:  # failures of Inductor are results too
         line["error"] = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
     return line
 
@@ -293,9 +293,9 @@ def run_rows(
     out_of_time: Callable[[], bool] = lambda: False,
     on_row: Callable[[dict], None] = lambda line: None,
 ) -> bool:
-    """All rows, those that `results` has left out; then, apart because it is slow, compiled.
+    """Time all rows that `results` lacks. Then time `torch.compile`, last because it is slow.
 
-    Their kinds begin with `prefix`. False where `out_of_time` ended it.
+    The kinds of the lines begin with `prefix`. Returns False if `out_of_time` ended the run.
     """
     rows = list(rows)
     kinds: list[tuple[str, Callable]] = [("row", functools.partial(run_row, checked=checked))]
@@ -309,12 +309,12 @@ def run_rows(
                 return False
             try:
                 line = run(case, dtype, clock, repeats)
-            except Exception as e:  # one row must not cost the others
+            except Exception as e:  # one row must not stop the others
                 line = {"kind": kind, **describe(case, dtype)}
                 line["error"] = f"{type(e).__name__}: {e}"[:500]
             line["kind"] = prefix + kind
             results.add(line)
-            clock.clear()  # raises if the device is lost to this process
+            clock.clear()  # raises if this process has lost the device
             on_row(line)
     return True
 
@@ -323,7 +323,7 @@ def run_rows(
 
 
 def took(line: dict, side: str, which: str | None = None) -> float | None:
-    """Microseconds of a side: of executing it or of launching it, whichever is longer."""
+    """Microseconds of a side: of its execution or of its launch, whichever is longer."""
     passes = line.get("sides", {}).get(side)
     if not passes:
         return None
@@ -332,7 +332,7 @@ def took(line: dict, side: str, which: str | None = None) -> float | None:
 
 
 def speedup(line: dict, side: str) -> float | None:
-    """Stock's time over the side's, forward and backward; None for a row that is wrong."""
+    """Time of stock divided by the time of the side, forward and backward; None if it is wrong."""
     stock, theirs = took(line, STOCK), took(line, side)
     if stock is None or theirs is None or line.get("failures"):
         return None
@@ -340,7 +340,7 @@ def speedup(line: dict, side: str) -> float | None:
 
 
 def with_compiled(lines: list[dict], prefix: str = "") -> list[dict]:
-    """The lines of rows, each with its compiled side where there is one."""
+    """The lines of rows, each with its compiled side if there is one."""
     compiled = {line["key"]: line for line in lines if line["kind"] == prefix + "compiled"}
     rows = [line for line in lines if line["kind"] == prefix + "row"]
     more = [compiled.get(line["key"], {}).get("sides", {}) for line in rows]
@@ -351,6 +351,6 @@ def with_compiled(lines: list[dict], prefix: str = "") -> list[dict]:
 
 
 def geometric_mean(numbers: Iterable[float]) -> float | None:
-    """None of no numbers."""
+    """The geometric mean; None if there are no numbers."""
     logs = [math.log(x) for x in numbers]
     return math.exp(sum(logs) / len(logs)) if logs else None

@@ -1,8 +1,8 @@
-"""Finds from which size the kernels of each op win on the present GPU: `fastnn tune`.
+"""Finds the size from which the kernels of each op win on the present GPU: `fastnn tune`.
 
 The gate of an op compares one number (`fastnn._gate.Work`), so its threshold must hold for all
-shapes: each op is swept over several row widths and dtypes, and the largest threshold of each of
-its variants counts.
+shapes. Each op is therefore swept over several row widths and dtypes, and the largest threshold of
+each of its variants counts.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from fastnn.kernels import _gpus
 from fastnn.ops import REGISTRY
 from fastnn.testing import simulated
 
-MARGIN = 0.03  # by which ours must win, everywhere from the threshold on
+MARGIN = 0.03  # ours must win by this share, at the threshold and at all larger sizes
 MOST_ELEMENTS = 1 << 26  # of the largest tensor of a sweep
 SWEEPS = 3  # row widths per op
 REPEATS = 30
 
 
 def gate_work(case: BenchCase, architecture: str | None = None) -> list[tuple[str, Work | None]]:
-    """(op, what the gate would compare) of each call of this row, of which nothing is computed.
+    """(op, the work that the gate compares) for each call of this row. Nothing is computed.
 
-    None where the op's policy leaves the call to PyTorch at every size. As on `architecture`, by
-    default that of the present GPU.
+    The work is None if the op's policy leaves the call to PyTorch at every size. The answer is that
+    for `architecture`, by default the architecture of the present GPU.
     """
     if architecture is None:
         architecture = _gpus.architecture(0 if torch.cuda.is_available() else -1)
@@ -50,7 +50,7 @@ def gate_work(case: BenchCase, architecture: str | None = None) -> list[tuple[st
     ):
         try:
             case.side(fastnn, FP32, "meta")(*case.make(FP32, "meta"))
-        except RuntimeError:  # of PyTorch, where it asks for a value and "meta" has none
+        except RuntimeError:  # PyTorch asks for a value, and "meta" tensors have none
             if not asked:
                 raise
     return [(op, work if isinstance(work, Work) else None) for op, work in asked]
@@ -65,7 +65,7 @@ def _elements(case: BenchCase) -> int:
 
 @dataclass(frozen=True)
 class Sweep:
-    """One op over growing sizes of one kind of row."""
+    """One op at growing sizes of one kind of row."""
 
     op: str
     case: BenchCase
@@ -77,13 +77,13 @@ class Sweep:
         return f"{self.op}: {self.case.at(1)} by rows, {self.dtype}"
 
     def points(self) -> list[BenchCase]:
-        """The rows, the first dimension by fours from 1."""
+        """The rows; the first dimension grows from 1 by factors of four."""
         each = _elements(self.case.at(1))
         most = max(1, self.most // each)
         return [self.case.at(4**i) for i in range(int(math.log(most, 4) + 1e-9) + 1)]
 
     def work(self) -> list[tuple[BenchCase, Work]]:
-        """The rows that the size gate decides on, with what it compares."""
+        """The rows on which the size gate decides, with the work that it compares."""
         found = []
         for case in self.points():
             work = [w for op, w in gate_work(case) if op == self.op and w is not None]
@@ -99,7 +99,7 @@ def plan(only: list[str] | None = None) -> list[Sweep]:
             raise KeyError(name)
     found: dict[str, dict[tuple, BenchCase]] = {name: {} for name in REGISTRY}
     for case in CASES:
-        # Rows that hold one op, so that what is measured is its own.
+        # Only rows with one op, so that the time measured is that of the op.
         names = {op for op, _ in gate_work(case.at(1))}
         if len(names) == 1:
             found[names.pop()].setdefault((case.at(1).shape, case.train), case)
@@ -118,7 +118,7 @@ def without_rows() -> list[str]:
 
 
 def contest(case: BenchCase, dtype: torch.dtype, clock: Clock, repeats: int) -> tuple:
-    """(stock's, our) microseconds: of execution or of launching, whichever is longer."""
+    """Microseconds of (stock, ours): of execution or of launch, whichever is longer."""
     inputs = case.make(dtype, clock.name)
     calls = {}
     with simulated(least=0):  # so that `auto` runs the variant that it would run there
@@ -150,7 +150,7 @@ def run(
     out_of_time: Callable[[], bool] = lambda: False,
     on_sweep: Callable[[Sweep], None] = lambda sweep: None,
 ) -> bool:
-    """Measure what `results` lacks, a line of kind "sweep" each. False if time ran out."""
+    """Measure the sweeps that `results` lacks, one "sweep" line each. False if time ran out."""
     for sweep in sweeps:
         if not results.has("sweep", sweep.key):
             if out_of_time():
@@ -162,7 +162,7 @@ def run(
                     times = contest(case, sweep.dtype, clock, repeats)
                     points.setdefault((work.variant, work.unit), []).append((work.size, *times))
                     clock.clear()
-            except (RuntimeError, ValueError) as e:  # out of memory, declined, ...: no figure
+            except (RuntimeError, ValueError) as e:  # no figure: out of memory, declined, ...
                 line["error"] = f"{type(e).__name__}: {e}"[:300]
             for (variant, unit), measured_at in points.items():
                 least = None if "error" in line else threshold(measured_at)
@@ -170,14 +170,14 @@ def run(
                     {"variant": variant, "unit": unit, "least": least, "points": measured_at}
                 )
             results.add(line)
-            clock.clear()  # raises if the device is lost to this process
+            clock.clear()  # raises if this process has lost the device
         on_sweep(sweep)
     return True
 
 
 def entry(results: Results) -> dict:
-    """What `crossover.json` holds for this architecture: the largest threshold of the sweeps of
-    each op and variant, None where one of them never wins."""
+    """The entry of `crossover.json` for this architecture: for each op and variant the largest
+    threshold of its sweeps, or None if ours never wins in one of them."""
     found: dict[tuple[str, str], dict] = {}
     for line in results.of("sweep"):
         for one in line["variants"]:
@@ -192,8 +192,8 @@ def entry(results: Results) -> dict:
 
 
 def write(path: Path, architecture: str, new: dict) -> None:
-    """Put the entry in the table at `path`, over that of its architecture; what that one knows of
-    ops not measured now stays, and its source is named for it."""
+    """Put the entry in the table at `path`, over the entry of its architecture. Older values stay
+    for ops that were not measured now, and the older source is named for them."""
     table = _gate.read(path)
     old = table.get(architecture, {"crossovers": []})
     known = {(line["op"], line.get("variant", "")) for line in new["crossovers"]}
@@ -206,7 +206,7 @@ def write(path: Path, architecture: str, new: dict) -> None:
 
 
 def describe(sweeps: list[Sweep]) -> Iterator[str]:
-    """The plan, a line per sweep."""
+    """The plan, with one line per sweep."""
     for sweep in sweeps:
         points = sweep.work()
         dtype = str(sweep.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""What most programs do with torch.nn. With `import torch.nn as nn` it prints the same."""
+"""Does what most programs do with torch.nn. With `import torch.nn as nn` it prints the same."""
 
 import os
 import tempfile
@@ -20,7 +20,7 @@ class SimpleModel(nn.Module):
 
 
 class DeepModel(nn.Module):
-    """A ModuleList, walked in a loop."""
+    """A model with a ModuleList, used in a loop."""
 
     def __init__(self, width=16, depth=3):
         super().__init__()
@@ -35,7 +35,7 @@ class DeepModel(nn.Module):
 
 
 class AutoEncoder(nn.Module):
-    """A ModuleDict, looked up by name."""
+    """A model with a ModuleDict, used by name."""
 
     def __init__(self, features=12, code=3):
         super().__init__()

@@ -8,7 +8,7 @@ import torch.nn
 from torch.nn import *  # noqa: F403  (every stock name, where editors and type checkers see it)
 
 import fastnn._checkout as _checkout  # noqa: F401  (first: it refuses kernels from elsewhere)
-import fastnn.functional as functional  # type: ignore[no-redef]  # the star had stock's
+import fastnn.functional as functional  # type: ignore[no-redef]  # replaces PyTorch's module
 from fastnn import _namespace
 from fastnn._mode import BackendError as BackendError
 from fastnn._mode import backend as backend
@@ -24,12 +24,14 @@ __version__ = "0.1.0"
 
 _namespace.install()
 
-if not TYPE_CHECKING:  # to a checker, a module with __getattr__ has every name there could be
-    # On a reload the import above reads this attribute, which the star has just made stock's.
+if not TYPE_CHECKING:  # with a module-level __getattr__, a type checker would accept any name
+    # On a reload, the import above reads this attribute, which the star import has just set to
+    # torch.nn.functional.
     functional = sys.modules["fastnn.functional"]
 
     def __getattr__(name):
-        # Star-import takes stock's names alone: code that had a `patch` or a `convert` keeps it.
+        # `from fastnn import *` gives only the names of torch.nn. So code that has a `patch` or a
+        # `convert` of its own keeps it.
         if name == "__all__":
             return _namespace.public()
         if not name.startswith("__"):

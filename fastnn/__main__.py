@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import fastnn
 from fastnn._cli import CliError
 
-# A subcommand is one line here and one file with: EXAMPLES, a string; arguments(parser); and
-# run(args), which returns the exit code and raises CliError for what the user has to mend.
+# To add a subcommand, add one line here and one file. The file has EXAMPLES, a string;
+# arguments(parser); and run(args). run returns the exit code, and raises CliError for an error that
+# the user can correct.
 COMMANDS = {
     "demo": ("fastnn._cli.demo", "train a small GPT with torch.nn and with fastnn, and compare"),
     "parity": ("fastnn._cli.parity", "every function with kernels against stock and float64, here"),
@@ -44,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. 0: done and passed; 1: a check failed; 2: it could not be run."""
+    """Run one command. Returns 0 if it passed, 1 if a check failed, 2 if it could not run."""
     args = _parser().parse_args(argv)
     try:
         return args.run(args)

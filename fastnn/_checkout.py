@@ -1,8 +1,9 @@
 """Refuses to import kernels that belong to another checkout than the package.
 
-In a wheel, `kernels` and `bench` stand in the package; in a checkout they stand beside it, and an
-editable install finds them by an absolute path. When Python runs in a second checkout it finds
-`fastnn` there and the kernels in the first: tests would then judge kernels that nobody has changed.
+In a wheel, the folders `kernels` and `bench` are inside the package. In a checkout they are beside
+the package, and an editable install finds them by an absolute path. If Python runs in a second
+checkout, it finds `fastnn` there and the kernels in the first checkout. Tests would then check
+kernels that nobody has changed.
 """
 
 import importlib.util
@@ -29,7 +30,7 @@ for _name in ("kernels", "bench"):
         raise _refuse(f"no module fastnn.{_name} is installed")
     _folder = os.path.dirname(_spec.origin)
     _wanted = os.path.join(_PACKAGE, _name), os.path.join(_TREE, _name)
-    # The second comparison sees through links; it costs two calls of the system and is rare.
+    # The second comparison follows links. It costs two system calls, and is rarely needed.
     if _folder not in _wanted and not any(
         os.path.exists(folder) and os.path.samefile(folder, _folder) for folder in _wanted
     ):

@@ -1,7 +1,7 @@
-"""The function that users call, written out from the signature of an op's fused function.
+"""Writes the function that users call, from the signature of an op's fused function.
 
-Written out, so that arguments bind, default and fail as declared, at the cost of one call; and so
-that the function pickles by name, and Dynamo and TorchScript can follow it.
+The function is generated as source code for two reasons. Its arguments bind, default and fail as
+declared, at the cost of one call. And it pickles by name, and Dynamo and TorchScript can follow it.
 """
 
 from __future__ import annotations
@@ -22,66 +22,73 @@ from fastnn import _mode
 PRIVATE = ("out_dtype", "variant")
 
 _NO_KEYWORDS: dict = {}
-FRAMES = 2  # between the user and PyTorch's function, where dispatch calls it: front and dispatch
+_EXACT_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
+FRAMES = 2  # frames between the user and PyTorch's function: ours, and `dispatch`
 _FILE = "<fastnn.functional."
 
 
 def depth() -> int:
-    """How many frames lie between the caller of this function and the line of the user, who called
-    a function that `front` made: the `stacklevel` of a warning that is to name that line."""
+    """The `stacklevel` for a warning that is to name the user's line.
+
+    The user's line called a function that `front` made. The level counts the frames from the caller
+    of `depth` to that line.
+    """
     level = 1
     frame = sys._getframe(1)
     while not frame.f_code.co_filename.startswith(_FILE):
         level += 1
-        if frame.f_back is None:  # nobody called such a function
+        if frame.f_back is None:  # no such function is on the stack
             return 1
         frame = frame.f_back
     return level + 1
 
 
 def warn(message: str) -> None:
-    """Warn the user, at the line that called a function that `front` made."""
+    """Warn the user, naming the line that called a function made by `front`."""
     warnings.warn(message, stacklevel=depth())
 
 
 def _key(declared: list[inspect.Parameter], settings: bool) -> str:
-    """The expression of what the gate's answer follows from: its value stands for a call that was
-    declined, so that the next one need not ask again.
+    """The source of an expression whose value determines the answer of the gate.
 
-    Of an argument without a default: its shape and whether it requires a gradient, if it is a
-    tensor, else itself. Of one that defaults to None: whether it is there. Of the others: itself.
+    The value identifies a call that was declined, so that the gate is not asked about it again. It
+    holds, for an argument without a default: the shape and whether it requires a gradient, if it is
+    a tensor, else the argument itself; for an argument with the default None: whether it is None;
+    for any other argument: the argument itself.
     """
     first = declared[0].name
     parts = ["is_grad_enabled()", f"{first}.dtype", f"{first}.device"]
     for p in declared:
         if p.default is p.empty:
-            parts += [f"getattr({p.name}, 'shape', {p.name})"]
-            parts += [f"getattr({p.name}, 'requires_grad', None)"]
+            # A tensor subclass would see that its attributes are read.
+            facts = f"({p.name}.shape, {p.name}.requires_grad)"
+            parts.append(f"{facts} if type({p.name}) in _exact_types else {p.name}")
         else:
             parts.append(f"{p.name} is None" if p.default is None else p.name)
     return f"({', '.join(parts)}, {'_its_settings()' if settings else ''})"
 
 
 def parameters(fused: Callable) -> list[inspect.Parameter]:
-    """The parameters that users see."""
+    """The parameters of `fused` that users see."""
     declared = inspect.signature(fused).parameters.values()
     return [p for p in declared if p.name not in PRIVATE]
 
 
 def front(record: Any, dispatch: Callable) -> Callable:
-    """The function of `record`, an `Op`: PyTorch at once while idle, or where the gate declined the
-    same call before; else `dispatch`.
+    """The public function of `record`, an `Op`.
 
-    `dispatch(record, args, kwargs, key)` gets the positional arguments in the order of the
-    signature, and what to remember the call by if the gate declines it, or None.
+    It calls PyTorch at once if no kernel can run, or if the gate declined the same call before.
+    Else it calls `dispatch(record, args, kwargs, key)`. `args` are the positional arguments in the
+    order of the signature. `key` identifies the call in the memory of declined calls, or is None.
     """
     name = record.name
     declared: list[str] = []
     positional: list[str] = []
     keyword: list[str] = []
     defaults = {}
-    key = _key(parameters(record.fused), record.settings is not None)
-    for p in parameters(record.fused):
+    seen = parameters(record.fused)
+    key = _key(seen, record.settings is not None)
+    for p in seen:
         if p.kind is p.KEYWORD_ONLY:
             keyword.append(f"{p.name}={p.name}")
             if len(keyword) == 1:
@@ -93,20 +100,21 @@ def front(record: Any, dispatch: Callable) -> Callable:
         declared.append(p.name if p.default is p.empty else f"{p.name}=_{p.name}")
     passed = ", ".join(positional + keyword)
     dispatched = ", ".join(positional)
-    # A warning's stack level counts the frames that lie between: this function, then dispatch.
-    # A warning by PyTorch's function is to name the line that called this one.
+    # A warning by PyTorch's function must name the line that called this function. The stack level
+    # counts the frames between them: this function, then `dispatch`.
     passed = passed.replace("_stacklevel", "_stacklevel + 1")
     dispatched = dispatched.replace("_stacklevel", f"_stacklevel + {FRAMES}")
-    # What is not a parameter has a name that no parameter has: an underscore, and two words.
+    # Names that are not parameters begin with an underscore and have two words: no parameter does.
     lines = [
         "def make(stock, record, dispatch, no_keywords, is_compiling, is_grad_enabled, "
-        f"{', '.join(defaults)}):",
+        f"_function_modes, _exact_types, {', '.join(defaults)}):",
         "    _declined_calls, _its_settings = record.declined, record.settings",
         f"    def {name}({', '.join(declared)}):",
         "        if _idle:",
         f"            return stock({passed})",
         "        _this_call = None",
-        "        if _plain and not is_compiling():",
+        "        if _plain and not is_compiling() and not _function_modes() "
+        f"and type({positional[0]}) in _exact_types:",
         "            try:",
         f"                _this_call = {key}",
         "                _was_declined = _this_call in _declined_calls",
@@ -129,11 +137,11 @@ def front(record: Any, dispatch: Callable) -> Callable:
     source = "\n".join(lines) + "\n"
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
     scope: dict = {}
-    # In the namespace of `_mode`, whose `_idle` and `_plain` it reads.
+    # The code runs in the namespace of `_mode`, because it reads `_idle` and `_plain` there.
     exec(compile(source, file, "exec"), vars(_mode), scope)
     call = scope["make"](
         record.stock, record, dispatch, _NO_KEYWORDS, torch.compiler.is_dynamo_compiling,
-        torch.is_grad_enabled, **defaults,
+        torch.is_grad_enabled, torch._C._len_torch_function_stack, _EXACT_TYPES, **defaults,
     )  # fmt: skip
     call.__qualname__ = name
     call.__module__ = "fastnn.functional"
@@ -144,10 +152,11 @@ def front(record: Any, dispatch: Callable) -> Callable:
 
 
 def _tell_torchscript(call: Callable, stock: Callable) -> None:
-    """Have TorchScript compile PyTorch's function where it meets `call`."""
+    """Make TorchScript compile PyTorch's function where a scripted function calls `call`."""
     call.__prepare_scriptable__ = lambda: stock  # type: ignore[attr-defined]
     if not isinstance(stock, FunctionType):
-        # A builtin is looked up by identity, in a table that is slow to build: only listed here.
+        # TorchScript finds a builtin by identity in a table. Building the table is slow, so this
+        # only adds to the list from which it is built.
         builtins = torch.jit._builtins
         entry = call, f"aten::{stock.__name__}"
         if builtins._builtin_table is None:

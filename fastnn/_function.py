@@ -1,4 +1,4 @@
-"""What the autograd functions of op files share: how they are run, and second derivatives."""
+"""What the autograd functions of op files share: the base class, `run`, and `second_order`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fastnn._strides import not_strided, with_dense_gradients
 
 
 class Function(torch.autograd.Function):
-    """What op files derive theirs from: its `backward` gets incoming gradients dense.
+    """Base class of the autograd functions in op files: `backward` gets dense gradients.
 
-    All but those that the class calls `strided`, by the names of the parameters of `backward`,
-    which it takes with any strides.
+    The exceptions are the parameters of `backward` that the class names in `strided`: these
+    gradients may have any strides.
     """
 
     strided: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ class Function(torch.autograd.Function):
 
 
 class _NoGraph:
-    """Stands for an autograd context where no gradient is wanted; keeps nothing."""
+    """Stands for an autograd context where no gradient is wanted. It keeps nothing."""
 
     needs_input_grad = (False,) * 32
 
@@ -46,7 +46,7 @@ class _NoGraph:
 
     def mark_dirty(self, *tensors):
         for t in tensors:
-            if not t.is_inference():  # those count no versions
+            if not t.is_inference():  # inference tensors count no versions
                 torch.autograd.graph.increment_version(t)  # as `apply` does
 
 
@@ -54,7 +54,7 @@ _NO_GRAPH = _NoGraph()
 
 
 def run(function: type[torch.autograd.Function], *args):
-    """`function.apply(*args)`, or its bare forward where autograd has nothing to record."""
+    """`function.apply(*args)`, or only its forward if autograd has nothing to record."""
     if torch.is_grad_enabled():
         for value in args:
             if isinstance(value, Tensor) and value.requires_grad:
@@ -65,13 +65,13 @@ def run(function: type[torch.autograd.Function], *args):
 
 
 def second_order(formula: Callable, inputs: tuple, grad_outputs, needed: tuple[bool, ...]):
-    """Gradients of the stock `formula(*inputs)` that carry a graph of their own.
+    """Gradients of the stock `formula(*inputs)` that have a graph of their own.
 
-    For a backward that runs under `create_graph=True`, where a kernel's result could not be
-    differentiated again. Entries of `inputs` that are None or not `needed` get None.
+    For a backward under `create_graph=True`: the result of a kernel could not be differentiated
+    again. Entries of `inputs` that are None or not `needed` get None.
     """
     with torch.enable_grad():
-        # Aliases: the same tensor twice among the inputs must not collect the other's gradient.
+        # With aliases, a tensor that is two of the inputs gets a separate gradient for each.
         aliases = [t if t is None else t.view_as(t) for t in inputs]
         devices = {t.device.type for t in aliases if t is not None}
         with torch.autocast(devices.pop(), enabled=False):

@@ -1,8 +1,8 @@
-"""The size gate: in `auto`, whether a call is large enough for the kernel to win.
+"""The size gate: in `auto`, it decides whether a call is large enough for the kernel to win.
 
-Each op has a policy, a function of the call's arguments beside the op. The policy says what the
-call amounts to (`Work`), or why the kernel cannot win at any size (`Stock`). `crossover.json` says
-from which size on the kernel wins, by op and variant.
+Each op has a policy, a function of the call's arguments that is declared beside the op. The policy
+says how much work the call is (`Work`), or why the kernel cannot win at any size (`Stock`). For
+each op and variant, `crossover.json` gives the size from which the kernel wins.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ TABLE = Path(__file__).with_name("crossover.json")
 
 
 class Work(NamedTuple):
-    """What one call amounts to, as the gate compares it.
+    """The amount of work in one call, as the gate compares it.
 
     size: how much of `unit` the call has to do.
     unit: what `size` counts, in the plural: "elements", "outputs", "logits", ...
-    variant: which of the op's ways to run this call would take; "" for an op that has one.
+    variant: which of the op's variants this call would run; "" for an op that has only one.
     """
 
     size: int
@@ -39,12 +39,16 @@ class Work(NamedTuple):
 
 
 class Slow(Stock):
-    """Declines a call that a kernel could run, and for which PyTorch is as fast or faster."""
+    """Declines a call that a kernel could run, because PyTorch is as fast or faster."""
 
 
 class Crossover(NamedTuple):
-    """The least size at which the kernel wins, infinity where it never does; who says so; and what
-    the size counts."""
+    """From which size the kernel wins.
+
+    least: the least size at which the kernel wins; infinity if it never wins.
+    source: where this figure comes from.
+    unit: what the size counts.
+    """
 
     least: float
     source: str
@@ -63,11 +67,12 @@ Policy = Callable[..., Work | Stock]
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The table at `path`; {} where there is no file.
+    """The table at `path`; {} if there is no file.
 
-    Per architecture, and under "default" for all others: the `source` of the figures, and a list of
-    `crossovers`, each with the fields `op`, `variant` ("" if left out), `unit` and `least` (None:
-    the kernel never wins). A field that this version does not know is ignored.
+    The table has one entry per architecture, and the entry "default" for all others. An entry has
+    the `source` of the figures and a list of `crossovers`. Each crossover has the fields `op`,
+    `variant` ("" if left out), `unit` and `least` (None: the kernel never wins). Fields that this
+    version does not know are ignored.
     """
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -77,7 +82,7 @@ def _shipped() -> Mapping[str, Any]:
     return read(TABLE)
 
 
-_table: Mapping[str, Any] | None = None  # in place of the shipped one, inside `using`
+_table: Mapping[str, Any] | None = None  # replaces the shipped table inside `using`
 
 
 def table() -> Mapping[str, Any]:
@@ -87,7 +92,7 @@ def table() -> Mapping[str, Any]:
 
 @functools.cache
 def crossover(op: str, architecture: str, variant: str = "") -> Crossover:
-    """From which size on the kernel of `op` wins on `architecture`."""
+    """The size from which the kernel of `op` wins on `architecture`."""
     why = unproven(architecture)
     for key in (architecture, "default"):
         if key not in table() or (why and key != architecture):
@@ -101,7 +106,7 @@ def crossover(op: str, architecture: str, variant: str = "") -> Crossover:
 
 
 def described(op: str, variants: tuple[str, ...], architecture: str) -> str:
-    """Who runs `op` in `auto` on `architecture`, in words: for tables and documents."""
+    """What runs `op` in `auto` on `architecture`, in words, for tables and documents."""
     texts: dict[str, list[str]] = {}
     for variant in variants:
         texts.setdefault(str(crossover(op, architecture, variant)), []).append(variant)
@@ -114,14 +119,15 @@ def described(op: str, variants: tuple[str, ...], architecture: str) -> str:
 
 
 def unproven(architecture: str) -> str | None:
-    """Why estimates do not count on `architecture`, or None if they do.
+    """Why estimates do not count on `architecture`; None if they count.
 
-    They do where the kernels were compiled and read, by a Triton at least as new as this one.
-    What `fastnn tune` measured counts in any case.
+    Estimates count if the kernels were compiled for the architecture and the code was read, by a
+    Triton not newer than the installed one. Figures that `fastnn tune` measured always count.
     """
     if not HAS_TRITON or architecture in ("cpu", "default"):
         return None
-    from fastnn import kernels  # Triton is loaded with it, on the first question about a GPU
+    # This import loads Triton, so it waits for the first question about a GPU.
+    from fastnn import kernels
 
     least = _gpus.facts(architecture).compiled_from
     if least is None:
@@ -133,7 +139,7 @@ def unproven(architecture: str) -> str | None:
 
 @contextmanager
 def using(new: Mapping[str, Any]) -> Iterator[None]:
-    """`new` in place of the shipped table, inside the block and in all threads."""
+    """Use the table `new` instead of the shipped one inside the block, in all threads."""
     global _table
     before, _table = _table, new
     crossover.cache_clear()
@@ -154,7 +160,8 @@ _asked: list[tuple[str, Work | Stock]] | None = None
 
 @contextmanager
 def asked() -> Iterator[list[tuple[str, Work | Stock]]]:
-    """Collects (op, what its policy says) of every call in the block, all of which run PyTorch."""
+    """Collect (op, its policy's answer) for every call in the block. All these calls run
+    PyTorch."""
     global _asked
     before, _asked = _asked, []
     forget()
@@ -170,11 +177,13 @@ def decide(
 ) -> Stock | str:
     """The variant of `op` to run, or why PyTorch is to run the call.
 
-    The call amounts to what `policy` says, or to the `most` elements that one of its tensors has.
+    `policy` says how much work the call is. Without a policy, the size is `most`, the element count
+    of the largest tensor among the arguments.
     """
     try:
         work = Work(most) if policy is None else policy(*args, **kwargs)
-    except Exception:  # arguments of the wrong kinds, which PyTorch is going to reject in its words
+    # arguments of the wrong kinds: PyTorch is going to reject them with its own error
+    except Exception:
         return Stock("the size of the call cannot be told from its arguments")
     if _asked is not None:
         _asked.append((op, work))
@@ -193,15 +202,15 @@ def decide(
 
 # ---- Decisions remembered -----------------------------------------------------------------------
 #
-# A call that the gate declined need not be asked about again. To remember "PyTorch" wrongly would
-# cost speed, never a right answer.
+# The gate need not be asked again about a call that it declined. If "PyTorch" is remembered
+# wrongly, the call is slower, but its result is still right.
 
 _MOST = 1024  # calls remembered per op
 _memories: list[set] = []
 
 
 def memory() -> set:
-    """A new set, for the calls of one op that were declined."""
+    """A new set for the declined calls of one op."""
     _memories.append(set())
     return _memories[-1]
 
@@ -209,13 +218,13 @@ def memory() -> set:
 def remember(declined: set, key: tuple) -> None:
     """Add `key` to `declined`, unless it would keep a tensor alive."""
     if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(key)):
-        if len(declined) >= _MOST:  # of a model whose shapes never repeat
+        if len(declined) >= _MOST:  # a model whose shapes never repeat
             declined.clear()
         declined.add(key)
 
 
 def forget() -> None:
-    """Forget all of them: the table, or the device, is another one."""
+    """Forget all declined calls, because the table or the device has changed."""
     for declined in _memories:
         declined.clear()
 

@@ -1,4 +1,4 @@
-"""Launchers as operators of a graph: what `torch.compile` and `torch.export` can hold."""
+"""Launchers as graph operators, which `torch.compile` and `torch.export` can put in a graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who runs a call: the mode in force, and a record of the choices made.
+"""Which path runs a call: the mode in force, and a record of the decisions.
 
 A mode is "auto" (kernels where they win), "triton" (kernels at every size) or "torch" (PyTorch).
 """
@@ -28,7 +28,7 @@ _mode: ContextVar[Mode | None] = ContextVar("fastnn_backend", default=None)
 
 
 class BackendError(RuntimeError):
-    """Under `backend("triton")`, a call that no kernel can run. Names the op and the reason."""
+    """Raised under `backend("triton")` for a call that no kernel can run. Names op and reason."""
 
 
 class Stock(NamedTuple):
@@ -38,17 +38,18 @@ class Stock(NamedTuple):
 
 
 class Invalid(Stock):
-    """Declines a call that PyTorch is going to reject: in every mode the user gets that error."""
+    """Declines a call that PyTorch is going to reject. Every mode then raises PyTorch's error."""
 
 
 # ---- Whether anything but PyTorch can be chosen ------------------------------------------------
 #
-# While `_idle` holds, every op calls PyTorch at once. No CUDA tensor exists before CUDA is
-# initialised, and asking for a device at import would initialise it (and break a later fork).
+# While `_idle` is true, every op calls PyTorch at once. No CUDA tensor exists before CUDA is
+# initialised. We do not ask for a device at import, because that would initialise CUDA and break a
+# later fork.
 
 _lock = threading.Lock()
 _idle = True
-_plain = True  # everybody is in "auto" and nobody watches: a call may repeat an earlier decision
+_plain = True  # every mode is "auto" and no `decisions()` is open: earlier decisions stay valid
 _watching = 0  # open `decisions()` blocks, in all threads
 _open_modes: list[Mode] = []  # of all open `backend()` blocks, in all threads, oldest first
 _awake = INTERPRET
@@ -56,7 +57,7 @@ _fallback: Mode = _initial  # type: ignore[assignment]  # for threads that opene
 
 
 def _settle() -> None:
-    """Derive `_idle`, `_plain` and `_fallback` from what is open."""
+    """Derive `_idle`, `_plain` and `_fallback` from the blocks that are open."""
     global _idle, _plain, _fallback
     _fallback = _open_modes[-1] if _open_modes else _initial  # type: ignore[assignment]
     _idle = not (_awake or _watching or _initial == "triton" or "triton" in _open_modes)
@@ -71,12 +72,12 @@ def _wake() -> None:
 
 
 if HAS_TRITON and (torch.version.cuda or torch.version.hip):
-    torch.cuda._lazy_call(_wake)  # at once if CUDA is up, else when the first CUDA tensor is made
+    torch.cuda._lazy_call(_wake)  # at once if CUDA is initialised, else at the first CUDA tensor
 _settle()
 
 
 def idle() -> bool:
-    """True where no kernel can run and nobody asks why: PyTorch may be called directly."""
+    """True if no kernel can run and no one asks why. PyTorch may then be called directly."""
     return _idle
 
 
@@ -85,27 +86,33 @@ def current_mode() -> Mode:
     return _mode.get() or _fallback
 
 
-# A constant to Dynamo, without `torch.compiler.assume_constant_result`, which would import Dynamo.
+# Makes the function a constant to Dynamo. `torch.compiler.assume_constant_result` does the same,
+# but imports Dynamo.
 current_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def traced_mode() -> Mode:
     """The mode in force, for a function that Dynamo traces.
 
-    Dynamo guards on the global that is read here, so that another mode makes another graph.
+    Dynamo guards on the global `_fallback`, which is read here. So a change of mode makes a new
+    graph.
     """
     return current_mode() if _fallback else "auto"
 
 
 class backend:
-    """`with fastnn.backend(mode):` chooses who runs the calls made inside.
+    """`with fastnn.backend(mode):` chooses what runs the calls inside the block.
 
-    "auto": kernels where they win, PyTorch elsewhere. "triton": kernels at every size; a call that
-    would go to PyTorch for any cause but its size raises `BackendError`. "torch": PyTorch, always.
+    "auto": kernels where they win, PyTorch elsewhere.
+    "triton": kernels at every size. A call that would go to PyTorch for any reason except its size
+        raises `BackendError`.
+    "torch": always PyTorch.
+
     The default is the environment variable `FASTNN_BACKEND`, else "auto".
 
-    Holds in this thread, and in threads that opened no block of their own (those of autograd and of
-    DataParallel) while it is the block opened last. Raises ValueError for any other mode.
+    The block holds in this thread. It also holds in threads that opened no block of their own
+    (those of autograd and of DataParallel), as long as it is the most recently opened block. Raises
+    ValueError for any other mode.
     """
 
     def __init__(self, mode: Mode):
@@ -124,7 +131,7 @@ class backend:
     def __exit__(self, *exc) -> None:
         _mode.reset(self._tokens.pop())
         with _lock:
-            # The newest of this mode: among equals it does not matter whose it was.
+            # Remove the newest entry of this mode. Equal entries are the same to all threads.
             del _open_modes[len(_open_modes) - 1 - _open_modes[::-1].index(self.mode)]
             _settle()
 
@@ -133,7 +140,7 @@ class backend:
 
 
 class Decision(NamedTuple):
-    """One dispatch: the op, and None if a kernel ran, else the reason why PyTorch did."""
+    """One dispatch: the op, and None if a kernel ran, else the reason why PyTorch ran."""
 
     op: Any  # an `Op`
     why: str | None
@@ -143,8 +150,10 @@ _heard: ContextVar[tuple[list[Decision], ...]] = ContextVar("fastnn_decisions", 
 
 
 def note(op: Any, why: str | None) -> None:
-    """Tell every open `decisions()` block of this thread who ran `op`: None is the kernel, a text
-    is the reason for PyTorch."""
+    """Tell every open `decisions()` block of this thread what ran `op`.
+
+    why: None if a kernel ran, else the reason why PyTorch ran.
+    """
     for heard in _heard.get():
         heard.append(Decision(op, why))
 

@@ -31,11 +31,11 @@ def _reclass(model: stock.Module, classes: dict[type, type]) -> None:
 
 
 def convert(model: stock.Module) -> stock.Module:
-    """Give every stock layer of `model` that has an accelerated twin that class, in place.
+    """Give each stock layer of `model` its accelerated class, if there is one, in place.
 
     Parameters, buffers, hooks, names and training flags stay the same objects, so optimizers stay
-    valid. Only exact stock classes are swapped: a subclass may have a forward of its own and is
-    left alone, as `explain(model)` then tells. Doing it twice changes nothing.
+    valid. Only exact stock classes are swapped. A subclass may have a forward of its own, so it is
+    left alone, and `explain(model)` says so. A second call changes nothing.
 
     Returns `model`. Raises TypeError if `model` is not a Module.
     """
@@ -45,7 +45,7 @@ def convert(model: stock.Module) -> stock.Module:
 
 
 def revert(model: stock.Module) -> stock.Module:
-    """Give every accelerated layer of `model` its stock class back, in place.
+    """Give each accelerated layer of `model` its stock class back, in place.
 
     Returns `model`. Raises TypeError if `model` is not a Module.
     """
@@ -58,7 +58,7 @@ def revert(model: stock.Module) -> stock.Module:
 
 _patch_lock = threading.Lock()
 _patch_depth = 0
-_patched: list[tuple[Any, str, Any]] = []  # (module, name, what was there)
+_patched: list[tuple[Any, str, Any]] = []  # (module, name, the object that was replaced)
 
 
 def _replacements() -> Iterator[tuple[Any, str, Any]]:
@@ -72,10 +72,11 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
 
 
 class patch:
-    """`with fastnn.patch():` makes `torch.nn.X` and `torch.nn.functional.x` resolve to ours.
+    """`with fastnn.patch():` makes `torch.nn.X` and `torch.nn.functional.x` resolve to fastnn.
 
-    For code that builds its own layers from `torch.nn`. It holds for the whole process, may be
-    nested, and leaving the outermost block, also by an exception, puts back exactly what was there.
+    Use it for code that builds its layers from `torch.nn`. It holds for the whole process, and may
+    be nested. When the outermost block ends, also by an exception, the original objects are put
+    back.
     """
 
     def __enter__(self) -> patch:
@@ -103,8 +104,11 @@ class patch:
 class Row(NamedTuple):
     """One line of an explanation.
 
-    layer: the layer's name in the model ("" is the model itself); kind: its class; op: the function
-    dispatched, or None; path: "kernel", "stock", or None where nothing was run; reason: in words.
+    layer: the layer's name in the model; "" is the model itself.
+    kind: the class of the layer.
+    op: the function that was dispatched, or None.
+    path: "kernel", "stock", or None if nothing was run.
+    reason: the reason, in words.
     """
 
     layer: str
@@ -154,7 +158,7 @@ def _explain_statically(model: stock.Module) -> Explanation:
             base = next((c for c in kind.__mro__[1:] if c in OURS or c in STOCK), None)
             if base is None:
                 if next(layer.children(), None) is not None:
-                    continue  # a container: its members speak for themselves
+                    continue  # a container: its members have rows of their own
                 why = "no kernels for this class"
                 if kind in _PASSING_ON:
                     why = "passes its input on, as it is or as a view: there is nothing to run"
@@ -171,8 +175,10 @@ _watch_lock = threading.Lock()
 
 @contextmanager
 def _watch_calls(around: Callable) -> Iterator[None]:
-    """Have `around(layer, call)` make every layer call of this thread. No hook is set: fused paths
-    look at hooks."""
+    """Inside the block, every layer call of this thread is made by `around(layer, call)`.
+
+    No hook is set, because fused paths look at hooks.
+    """
     me = threading.get_ident()
     with _watch_lock:
         original = stock.Module.__call__
@@ -183,7 +189,7 @@ def _watch_calls(around: Callable) -> Iterator[None]:
             return around(layer, lambda: original(layer, *args, **kwargs))
 
         if original in CALLS:
-            CALLS.add(watched)  # fused paths look at this, too
+            CALLS.add(watched)  # fused paths also look at `__call__`
         stock.Module.__call__ = watched  # type: ignore[method-assign]
         try:
             yield
@@ -194,7 +200,7 @@ def _watch_calls(around: Callable) -> Iterator[None]:
 
 @contextmanager
 def _untouched(model: stock.Module) -> Iterator[None]:
-    """Buffers and random states are afterwards as they were before."""
+    """Put buffers and random states back at the end of the block."""
     buffers = [(b, b.clone()) for b in model.buffers()]
     with torch.random.fork_rng(enabled=True):
         try:
@@ -206,13 +212,14 @@ def _untouched(model: stock.Module) -> Iterator[None]:
 
 
 def explain(model: stock.Module, *inputs, **kwargs) -> Explanation:
-    """Which layers of `model` run on kernels, which run stock, and why.
+    """Which layers of `model` run on kernels, which run on PyTorch, and why.
 
-    With inputs: calls `model(*inputs, **kwargs)` once and gives a row per dispatched function, in
-    order. Buffers and random states are put back. Without: a row per layer, from its class alone.
+    With inputs, `explain` calls `model(*inputs, **kwargs)` once, and gives one row per dispatched
+    function, in order. Buffers and random states are put back. Without inputs, it gives one row per
+    layer, from the class of the layer alone.
 
     Returns an `Explanation`, a tuple of `Row`s that prints as a table. Raises TypeError if `model`
-    is not a Module, and whatever the model raises.
+    is not a Module, and any error that the model raises.
     """
     _expect_module("explain", model)
     if not inputs and not kwargs:
@@ -252,10 +259,12 @@ def explain(model: stock.Module, *inputs, **kwargs) -> Explanation:
 def warmup(model: stock.Module, *inputs, **kwargs) -> None:
     """Compile every kernel that `model(*inputs, **kwargs)` and its backward launch.
 
-    By running both once, so that later calls of these shapes and dtypes find the kernels ready:
-    before a benchmark, and before capturing a CUDA graph, during which nothing can be compiled.
-    Parameters, their `.grad`, buffers and random states stay as they are. Raises TypeError if
-    `model` is not a Module, and whatever the model raises.
+    It runs the forward and the backward once. Later calls with these shapes and dtypes then find
+    the kernels compiled. Use it before a benchmark, and before the capture of a CUDA graph: during
+    capture nothing can be compiled. Parameters, their `.grad`, buffers and random states stay as
+    they are.
+
+    Raises TypeError if `model` is not a Module, and any error that the model raises.
     """
     _expect_module("warmup", model)
     with _untouched(model), torch.enable_grad():

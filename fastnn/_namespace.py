@@ -1,7 +1,7 @@
-"""`fastnn.<x>` is `torch.nn.<x>` for each `x` that fastnn has no file of its own for.
+"""`fastnn.<x>` is `torch.nn.<x>` for each `x` for which fastnn has no file.
 
-One module under two names, never a second copy of a torch file: a copy's classes would fail
-`isinstance`, and its globals would drift from those that the rest of torch reads.
+It is one module under two names, never a second copy of a PyTorch file. The classes of a copy would
+fail `isinstance`, and its globals would drift from those that the rest of PyTorch reads.
 """
 
 import importlib
@@ -16,49 +16,51 @@ import torch.nn
 
 OURS, STOCK = __name__.rpartition(".")[0], torch.nn.__name__
 
-# What has a .py file here. An editable install maps `kernels` and `bench` from beside this folder,
-# so that no listing of it shows them.
+# The modules that have a file here. In an editable install, `kernels` and `bench` are beside this
+# folder, so a listing of the folder does not show them.
 OWN = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])}
 OWN |= {"kernels", "bench"}
 
 
 def public():
-    """What `from torch.nn import *` gives just now: a library may add to torch.nn as it loads."""
+    """The names that `from torch.nn import *` gives now: a library may add names to torch.nn."""
     names = getattr(torch.nn, "__all__", None)
     return list(names) if names else [name for name in vars(torch.nn) if name[0] != "_"]
 
 
 def _alias(stock):
-    """'torch.nn.utils.rnn' -> 'fastnn.utils.rnn'; None for a name under neither, or one of ours."""
+    """'torch.nn.utils.rnn' -> 'fastnn.utils.rnn'; None for other names, or if we have the file."""
     head, _, rest = stock.partition(STOCK + ".")
     return None if head or not rest or rest.partition(".")[0] in OWN else f"{OURS}.{rest}"
 
 
 def _mirror():
-    """Give each stock submodule that is loaded its second name.
+    """Register each loaded submodule of torch.nn under its second name.
 
-    A name found in sys.modules is all that `import` looks at. Left to the finder, the import of
-    `fastnn.utils.weight_norm` would end by binding that module in its parent, torch.nn.utils, in
-    place of the function of the same name which torch.nn.utils binds there.
+    `import` takes a name that it finds in sys.modules, and looks no further. Without this entry,
+    the finder would import `fastnn.utils.weight_norm`. That import would end by binding the module
+    in its parent, torch.nn.utils, and so would replace the function of the same name there.
     """
     for name, module in sys.modules.copy().items():
         alias = _alias(name)
         if alias is None or alias in sys.modules:
             continue
-        # Half loaded in another thread, whose lock goes by the stock name: leave it to the finder.
+        # Another thread is loading this module, and holds the lock of its stock name. Leave the
+        # module to the finder.
         if not getattr(getattr(module, "__spec__", None), "_initializing", False):
             sys.modules.setdefault(alias, module)
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Before the path finder, which would load a stock file again from its parent's `__path__`."""
+    """Runs before the path finder, which would load the file again by the parent's `__path__`."""
 
     def find_spec(self, fullname, path=None, target=None):
         head, _, rest = fullname.partition(OURS + ".")
         stock = f"{STOCK}.{rest}"
         if head or _alias(stock) is None:
             return None
-        # The import system has loaded the parent already, under both names, unless it is not ours.
+        # The import system has already loaded the parent under both names, unless the parent is not
+        # from torch.nn.
         if not hasattr(sys.modules.get(stock.rpartition(".")[0]), "__path__"):
             return None
         found = sys.modules.get(stock)
@@ -76,8 +78,8 @@ class _Finder(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module):
-        # The import system has just written the alias's spec over stock's, the one attribute that
-        # it does not leave alone when it is there.
+        # The import system has just replaced the module's `__spec__` by the spec of the alias. It
+        # leaves all other attributes that exist alone.
         module.__spec__ = module.__spec__.loader_state
         _mirror()
 

@@ -1,8 +1,8 @@
 """The record of one accelerated function, and the one place that picks kernel or PyTorch.
 
-An op file declares a function under its name and signature in `torch.nn.functional`; `@op` makes
-of it a plain function that calls PyTorch while no kernel could run, and otherwise asks `dispatch`.
-All that op files import of the layers below is importable from here.
+An op file declares a function under its name and signature in `torch.nn.functional`. `@op` turns it
+into a plain function, which calls PyTorch while no kernel can run, and otherwise calls `dispatch`.
+Op files can import from here everything that they need of the layers below.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fastnn._strides import make_dense, not_strided
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
-# The devices whose tensors kernels take: the interpreter runs them on the CPU.
+# The devices whose tensors kernels take. With the interpreter, kernels also run on the CPU.
 kernel_devices = {"cuda", "cpu"} if _mode.INTERPRET else {"cuda"}
 
 
@@ -43,26 +43,28 @@ kernel_devices = {"cuda", "cpu"} if _mode.INTERPRET else {"cuda"}
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """What fastnn knows of one function. Everything else is derived from these fields."""
+    """What fastnn knows about one function. Everything else is derived from these fields."""
 
     name: str
     fused: Callable  # PyTorch's signature; returns the result, or Stock(why)
     stock: Callable  # the fallback, and the reference of every check
     dtypes: tuple[torch.dtype, ...] = FLOATS
-    integers: tuple[torch.dtype, ...] = ()  # dtypes of index arguments, where there are any
-    strided: tuple[str, ...] = ()  # tensors that `fused` takes as they are; it gets others dense
-    autocast: Literal["fp32", "lower", None] = None  # the list that CUDA autocast has it on
+    integers: tuple[torch.dtype, ...] = ()  # the dtypes of index arguments, if any
+    # tensors that `fused` takes with any strides; all others are made dense
+    strided: tuple[str, ...] = ()
+    autocast: Literal["fp32", "lower", None] = None  # the autocast list of CUDA that has this op
     autocast_cpu: Literal["fp32", "lower", None] = None
-    compiled: Literal["stock", "opaque"] = "stock"  # who runs it under torch.compile
+    compiled: Literal["stock", "opaque"] = "stock"  # what runs it under torch.compile
     opaque: bool = False  # whether its launches are registered, so that a graph can hold them
-    policy: Policy | None = None  # what a call amounts to; by default its most elements
-    variants: tuple[str, ...] = ("",)  # those that the policy may name
-    settings: Callable[[], Any] | None = None  # settings of PyTorch's that the policy goes by
+    policy: Policy | None = None  # how much work a call is; by default the largest element count
+    variants: tuple[str, ...] = ("",)  # the variants that the policy may name
+    settings: Callable[[], Any] | None = None  # the PyTorch settings on which the policy depends
     source: str = ""
     takes_variant: bool = field(init=False)  # whether `fused` is told which variant to run
     dense_at: tuple[int, ...] = field(init=False)  # positions of arguments that are made dense
     dense_names: frozenset[str] = field(init=False)
-    declined: set = field(init=False, default_factory=_gate.memory)  # calls that the gate declined
+    # the calls that the gate declined
+    declined: set = field(init=False, default_factory=_gate.memory)
 
     def __post_init__(self):
         declared = inspect.signature(self.fused).parameters
@@ -84,10 +86,10 @@ class Op:
 def op(*, stock: Callable, **fields) -> Callable[[Callable], Callable]:
     """Declare a fused function under its name and signature in `torch.nn.functional`.
 
-    The decorated function becomes a plain function of the same signature that dispatches; its `Op`
-    is its attribute `op`. Two keyword-only arguments stay between dispatch and the fused function:
-    `out_dtype`, the dtype of the result under autocast to float32, and `variant`, which of
-    `variants` the policy named in `auto` ("" where a kernel is forced).
+    The decorator returns a plain function of the same signature that dispatches. Its attribute `op`
+    is the `Op`. Users do not see two keyword-only arguments, which dispatch passes to the fused
+    function: `out_dtype`, the dtype of the result under autocast to float32, and `variant`, the one
+    of `variants` that the policy named in `auto` ("" if a kernel is forced).
     """
 
     def declare(fused: Callable) -> Callable:
@@ -105,7 +107,8 @@ _SCALARS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size
 def _refuse_mode_stack() -> str | None:
     for i in range(torch._C._len_torch_function_stack()):
         mode = torch._C._get_function_stack_at(i)
-        if type(mode) is not DeviceContext:  # `with torch.device(...)` only concerns factories
+        # `with torch.device(...)` concerns only factory functions
+        if type(mode) is not DeviceContext:
             return f"a torch function mode is active ({type(mode).__name__})"
     return None
 
@@ -132,10 +135,10 @@ _NO_TENSOR = "there is no tensor among the arguments"
 
 
 def _survey(op: Op, args: tuple, kwargs: dict) -> str | tuple[Tensor, int]:
-    """Why no kernel can take this call, of the reasons that all ops share; else a tensor among the
-    arguments, and the most elements that one of them has.
+    """Why no kernel can take this call, for the reasons that all ops share; else (tensor, most).
 
-    Looks inside tuples and lists, too.
+    tensor: one of the tensors among the arguments. most: the element count of the largest of them.
+    Tensors inside tuples and lists count, too.
     """
     if not _mode.HAS_TRITON:
         return "triton is not installed"
@@ -164,7 +167,7 @@ def _survey(op: Op, args: tuple, kwargs: dict) -> str | tuple[Tensor, int]:
                 return "the tensors are on several devices"
             most = max(most, value.numel())
         elif kind is tuple or kind is list:
-            values.extend(value)  # the loop goes on with them
+            values.extend(value)  # the loop continues with these values
         elif kind not in _SCALARS:
             if isinstance(value, Tensor):
                 return f"an argument is a tensor subclass ({kind.__name__})"
@@ -179,13 +182,15 @@ def _survey(op: Op, args: tuple, kwargs: dict) -> str | tuple[Tensor, int]:
 
 
 def _under_autocast(op: Op, device_type: str, args: tuple, kwargs: dict):
-    """Arguments as PyTorch's autocast would pass them on, with the result's dtype where it sets
-    one."""
+    """The arguments as autocast would pass them to PyTorch.
+
+    If autocast sets the dtype of the result to float32, that dtype is added as `out_dtype`.
+    """
     rule = op.autocast_list(device_type)
     if rule is None or not torch.is_autocast_enabled(device_type):
         return args, kwargs
     if rule == "fp32":
-        # The kernel reads 16-bit values as they are and writes fp32: no pass to convert them.
+        # The kernel reads 16-bit values as they are and writes fp32, so no pass converts them.
         return args, {**kwargs, "out_dtype": torch.float32}
     low = torch.get_autocast_dtype(device_type)
 
@@ -198,7 +203,7 @@ def _under_autocast(op: Op, device_type: str, args: tuple, kwargs: dict):
 
 
 def _fused(op: Op, device_type: str, args: tuple, kwargs: dict, variant: str) -> Any:
-    """Call the fused function, with the arguments as autocast and its record want them."""
+    """Call the fused function with the arguments as autocast and the op's record require them."""
     args, kwargs = _under_autocast(op, device_type, args, kwargs)
     args, kwargs = make_dense(op.dense_at, op.dense_names, args, kwargs)
     if op.takes_variant:
@@ -213,12 +218,12 @@ def _forced_onto_stock(name: str, why: str) -> NoReturn:
     )
 
 
-# Dynamo then runs it as it is while tracing: the user meets the error, not Dynamo's words for it.
+# Dynamo then runs this function while tracing, so the user gets this error and not Dynamo's.
 _forced_onto_stock._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _dispatch_compiling(op: Op, args: tuple, kwargs: dict):
-    """The choice as Dynamo traces it: PyTorch, or the fused function with its launches opaque."""
+    """The choice when Dynamo traces: PyTorch, or the fused function with opaque launches."""
     mode = _mode.traced_mode()
     why = 'backend("torch")' if mode == "torch" else "torch.compile fuses PyTorch's formula itself"
     if op.opaque and mode != "torch" and (mode == "triton" or op.compiled == "opaque"):
@@ -241,23 +246,23 @@ _interceptor: Callable[[Op, tuple, dict], Any] | None = None
 
 @contextmanager
 def intercept(call: Callable[[Op, tuple, dict], Any]) -> Iterator[None]:
-    """Every dispatch in the block returns `call(op, args, kwargs)` instead: for tests and tools.
+    """Every dispatch in the block returns `call(op, args, kwargs)` instead. For tests and tools.
 
-    `args` are the positional arguments, in the order of the signature.
+    `args` are the positional arguments in the order of the signature.
     """
     global _interceptor
     before, _interceptor = _interceptor, call
     try:
-        with _mode.decisions():  # so that every call is dispatched
+        with _mode.decisions():  # this makes every call go through dispatch
             yield
     finally:
         _interceptor = before
 
 
 def dispatch(op: Op, args: tuple, kwargs: dict, key: tuple | None = None):
-    """Run `op` by the path that its record, the arguments and the mode call for.
+    """Run `op` on the path that its record, the arguments and the mode determine.
 
-    If the gate declines the call, it is remembered by `key`.
+    If the gate declines the call, `key` is remembered.
     """
     if torch.compiler.is_compiling():
         return _dispatch_compiling(op, args, kwargs)
@@ -277,12 +282,12 @@ def dispatch(op: Op, args: tuple, kwargs: dict, key: tuple | None = None):
     if mode != "triton":
         return op.stock(*args, **kwargs)
     if isinstance(declined, Invalid):
-        op.stock(*args, **kwargs)  # raises what PyTorch raises
+        op.stock(*args, **kwargs)  # raises PyTorch's error
     _forced_onto_stock(op.name, declined.why)
 
 
 def _raise_as_stock(op: Op, args: tuple, kwargs: dict) -> None:
-    """Raise what PyTorch raises for this call; return if it raises nothing."""
+    """Raise the error that PyTorch raises for this call; return if it raises none."""
     try:
         op.stock(*args, **kwargs)
     except Exception as e:
@@ -290,7 +295,7 @@ def _raise_as_stock(op: Op, args: tuple, kwargs: dict) -> None:
 
 
 def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
-    """What the fused function returns; a `Stock` where no kernel can run, or none should."""
+    """The result of the fused function; a `Stock` if no kernel can run, or if PyTorch is faster."""
     found = _survey(op, args, kwargs)
     if isinstance(found, str):
         return Invalid(found) if found is _NO_TENSOR else Stock(found)
@@ -304,6 +309,7 @@ def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
         variant = chosen
     try:
         return _fused(op, tensor.device.type, args, kwargs, variant)
-    except (AttributeError, TypeError):  # say, something else where a tensor belongs
+    # for example, an argument that should be a tensor is not one
+    except (AttributeError, TypeError):
         _raise_as_stock(op, args, kwargs)
         raise

@@ -1,9 +1,9 @@
-"""Random numbers out of torch's generators, reserved just as ATen's own kernels reserve them.
+"""Random numbers from PyTorch's generators, reserved exactly as ATen's own kernels reserve them.
 
-So `torch.manual_seed`, `fork_rng` and `torch.utils.checkpoint` hold, and on CUDA a seed gives the
-very mask that stock gives. The layout of the bits is `kernels/_philox.py`'s subject; here are the
-launch geometry it follows from, the reservation, and the check that this build of torch agrees.
-Where any of it fails, functions here return why, as a string.
+So `torch.manual_seed`, `fork_rng` and `torch.utils.checkpoint` work as usual, and on CUDA a seed
+gives the same mask as in PyTorch. `kernels/_philox.py` describes the layout of the bits. This file
+has the launch geometry that determines the layout, the reservation, and the check that the
+installed PyTorch agrees. If a step fails, the function returns the reason as a string.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from fastnn import kernels
 if TYPE_CHECKING:
     from fastnn.kernels._philox import Draw  # type: ignore[import-not-found]
 
-_THREADS = 256  # of a block, in all of ATen's random kernels
-_ROUNDS_OF_PROBE = 2.5  # so that every thread draws several times, and some once less than others
+_THREADS = 256  # threads per block in all random kernels of ATen
+# every thread draws several times, and some threads draw once less than others
+_ROUNDS_OF_PROBE = 2.5
 
 
 class Plan(NamedTuple):
-    """How ATen would launch a random kernel over some elements."""
+    """How ATen would launch a random kernel for a number of elements."""
 
     blocks: int
     vec: int
@@ -33,9 +34,10 @@ class Plan(NamedTuple):
 
 
 def plan(n: int, most_blocks: int, vec: int = 1, pointer: int = 0, itemsize: int = 1) -> Plan:
-    """The launch over n > 0 elements, with accesses at most `vec` wide.
+    """The launch for n > 0 elements, with accesses at most `vec` wide.
 
-    The width is halved until it divides n and the pointer is aligned to it; `bernoulli_` has 1.
+    The width is halved until it divides n and the pointer is aligned to it. For `bernoulli_` it is
+    1.
     """
     blocks = min(-(-n // _THREADS), most_blocks)
     while vec > 1 and (n % vec or pointer % (vec * itemsize)):
@@ -45,7 +47,7 @@ def plan(n: int, most_blocks: int, vec: int = 1, pointer: int = 0, itemsize: int
 
 @functools.cache
 def most_blocks(device: int) -> int:
-    """The largest grid that ATen gives a random kernel. The interpreter (-1) plays an H100."""
+    """The largest grid that ATen gives a random kernel. The interpreter (-1) acts as an H100."""
     if device < 0:
         played = kernels._gpus.GPUS["sm_90"]
         return played.sms * (played.warps_per_sm * played.lanes // _THREADS)
@@ -64,9 +66,9 @@ def _signed(value: int) -> int:
 
 
 def _reserve(generator, increment: int):
-    """(seed, offset, SEED, OFFSET) of a `Draw`, the generator advanced; None if it cannot be.
+    """(seed, offset, SEED, OFFSET) of a `Draw`; advances the generator. None if that is impossible.
 
-    The two tensors are None where no graph is being captured.
+    The two tensors are None if no graph is being captured.
     """
     reserve = getattr(generator, "philox_state", None)
     if reserve is None:
@@ -80,17 +82,20 @@ def _reserve(generator, increment: int):
             return None
         reserve = functools.partial(prims.inductor_reserve_rng_state, generator)
     seed, offset, within = reserve(increment)
-    if seed.is_cuda:  # refilled for each replay, which this call enters `within` from the start
+    # The tensors are filled anew for each replay. This call's numbers begin `within` after their
+    # offset.
+    if seed.is_cuda:
         return 0, int(within), seed, offset
     return int(seed), int(offset) + int(within), None, None
 
 
 @functools.cache
 def _no_state(device: int) -> tuple[Tensor, Tensor]:
-    """Where no graph is captured: zeros for kernels to read, and a place they may write to."""
+    """Where no graph is captured: zeros for kernels to read, and a place they may write to, of
+    which these zeros are the end (`Draw.new_state`)."""
     where = f"cuda:{device}" if device >= 0 else "cpu"
-    zeros, scratch = torch.zeros((2, 4), dtype=torch.int64, device=where)
-    return zeros, scratch
+    scratch = torch.zeros(6, dtype=torch.int64, device=where)
+    return scratch[4:], scratch
 
 
 def _plain(device: int, seed: int, offset: int, launch: Plan) -> Draw:
@@ -115,14 +120,25 @@ def _draw(device: int, launch: Plan) -> Draw | str:
 def draw_native(x: Tensor) -> Draw | str:
     """What `torch.native_dropout(x)` draws, in storage order. x: dense, not empty.
 
-    With `vec` 1 the order is the logical one; a caller whose x is not contiguous checks for that
-    beforehand (`width`).
+    If `vec` is 1, the order is the logical order. A caller whose x is not contiguous checks for
+    that case before (`width`).
     """
     device = x.get_device()
     widest = width_limit(device, x.element_size())
     if isinstance(widest, str):
         return widest
     return _draw(device, _plan_native(x, widest))
+
+
+def draw_native_of_new(n: int, itemsize: int, device: int) -> Draw | str:
+    """What `native_dropout` draws for n > 0 elements of a dense tensor yet to be allocated.
+
+    Allocators align to more than the widest access, so that no address need be known.
+    """
+    widest = width_limit(device, itemsize)
+    if isinstance(widest, str):
+        return widest
+    return _draw(device, plan(n, most_blocks(device), widest, 0, itemsize))
 
 
 def draw_bernoulli(n: int, device: int) -> Draw | str:
@@ -136,18 +152,18 @@ def draw_bernoulli(n: int, device: int) -> Draw | str:
 def draw_own(increment: int, device: int) -> Draw | str:
     """The next `increment` numbers of each thread, for a kernel that lays them out itself.
 
-    A multiple of 4. The draw has a `vec` of 0, as no layout of ATen's is meant.
+    `increment` is a multiple of 4. The draw has `vec` 0, because it follows no layout of ATen.
     """
     return _draw(device, Plan(1, 0, increment))
 
 
 def draw_nothing(n: int, device: int) -> Draw:
-    """For p = 1, where stock leaves the generator alone; good for any n with a bound of 0."""
+    """For p = 1, where PyTorch does not advance the generator. With bound 0, for any n."""
     return _plain(device, 0, 0, plan(n, most_blocks(device))._replace(vec=4))
 
 
 def width(x: Tensor) -> int:
-    """How wide `native_dropout` accesses the dense tensor x; 1 stands for logical order."""
+    """How wide `native_dropout` accesses the dense tensor x. 1 means the logical order."""
     widest = width_limit(x.get_device(), x.element_size())
     return 1 if isinstance(widest, str) else _plan_native(x, widest).vec
 
@@ -157,14 +173,14 @@ def _plan_native(x: Tensor, widest: int) -> Plan:
     return plan(x.numel(), blocks, widest, x.data_ptr(), x.element_size())
 
 
-# ---- Does this build of torch do as we think? -------------------------------------------------
+# ---- Does the installed PyTorch work as we expect? ---------------------------------------------
 #
-# Once per device and width, against the real thing. The generator is put back, so that the probe
-# cannot be noticed in the user's random numbers.
+# The probe runs once per device and width, against PyTorch's own function. It puts the generator
+# back, so that the user's random numbers do not change.
 
 
 def width_limit(device: int, itemsize: int) -> int | str:
-    """The widest access of this torch's `native_dropout`, or why its bits cannot be matched."""
+    """The widest access of PyTorch's `native_dropout`, or why its bits cannot be matched."""
     return 16 // itemsize if device < 0 else _once(("native", device, itemsize), _probe_native)
 
 
@@ -185,13 +201,13 @@ def _once(key: tuple, probe) -> int | str:
 
 
 def _home(device: int):
-    """Where the probe runs, and the generator it must leave as it was."""
+    """The device on which the probe runs, and the generator whose state it must put back."""
     return f"cuda:{device}", torch.cuda.default_generators[device]
 
 
 def _probe_native(device: int, itemsize: int) -> int | str:
     dtype = torch.float32 if itemsize == 4 else torch.float16
-    for vec in (16 // itemsize, 4):  # 16-bit accesses became 8 wide in some release
+    for vec in (16 // itemsize, 4):  # 16-bit accesses became 8 wide in a later release
         n = int(_ROUNDS_OF_PROBE * most_blocks(device) * _THREADS) * vec
         x = torch.ones(n, dtype=dtype, device=_home(device)[0])
         if _agrees(device, x, vec, lambda x: torch.native_dropout(x, 0.5, True)[1]):

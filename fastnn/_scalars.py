@@ -1,4 +1,4 @@
-"""Python numbers as PyTorch's CUDA kernels see them."""
+"""Python numbers, converted as PyTorch's CUDA kernels convert them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import torch
 
 
 def rounded(number: Any, dtype: torch.dtype) -> Any:
-    """A Python number as ATen sees it where it converts it to `dtype` before it computes.
+    """The number as ATen sees it if ATen converts it to `dtype` before it computes.
 
-    None if it does not fit, which is an error there. What is no number is returned as it is. Which
-    numbers ATen converts on CUDA is told in docs/scalars.md.
+    Returns None if the number does not fit, which is an error in ATen. A value that is not a number
+    is returned as it is. docs/scalars.md says which numbers ATen converts on CUDA.
     """
     if not isinstance(number, (int, float)):
         return number
     number = float(number)
-    return _rounded(number, dtype) if number else number  # a cache takes -0.0 for 0.0
+    # the cache treats -0.0 and 0.0 as the same key
+    return _rounded(number, dtype) if number else number
 
 
 @functools.lru_cache(maxsize=4096)
 def _rounded(number: float, dtype: torch.dtype) -> float | None:
-    # Without a tensor: a dispatch mode, which tools set, would see its operators.
+    # This uses no tensor, because an active dispatch mode (of a tool) would see its operators.
     if math.isinf(number) or math.isnan(number) or dtype is torch.float64:
         return number
     try:
@@ -33,7 +34,7 @@ def _rounded(number: float, dtype: torch.dtype) -> float | None:
             return struct.unpack("<e", struct.pack("<e", struct.unpack("<f", bits)[0]))[0]
     except OverflowError:
         return None
-    if dtype is torch.bfloat16:  # its bits are the upper half of float32's, to nearest even
+    if dtype is torch.bfloat16:  # the upper half of the float32 bits, rounded to nearest even
         (whole,) = struct.unpack("<I", bits)
         upper = (whole + 0x7FFF + (whole >> 16 & 1)) >> 16
         bits = struct.pack("<I", upper << 16)

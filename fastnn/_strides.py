@@ -1,7 +1,7 @@
 """Which tensors a kernel reads by their strides, and which are made dense for it.
 
-A record names the arguments that its kernels read by strides (`strided`); all other tensors are
-made dense before the fused function sees them. So to forget a name costs a copy, never a wrong
+A record names the arguments that its kernels read by strides (`strided`). All other tensors are
+made dense before they reach the fused function. So a forgotten name costs a copy, never a wrong
 result.
 """
 
@@ -16,13 +16,16 @@ from fastnn.kernels._tl import dense, is_dense  # type: ignore[import-not-found]
 
 
 def not_strided(function: Callable, strided: tuple[str, ...], skip: int = 0):
-    """(positions, names) of the parameters of `function`, from the `skip`-th on, that may be
-    tensors and are not called `strided`. Raises TypeError for a name that is no parameter."""
+    """(positions, names) of the parameters of `function` that must be dense.
+
+    These are the parameters from the `skip`-th on that may be tensors and are not named in
+    `strided`. Raises TypeError for a name in `strided` that is not a parameter.
+    """
     parameters = list(inspect.signature(function).parameters.values())[skip:]
     unknown = set(strided) - {p.name for p in parameters}
     if unknown:
         raise TypeError(f"{function.__qualname__}: strided={sorted(unknown)}, not its parameters")
-    # A parameter whose default is of these types is never a tensor.
+    # A parameter whose default has one of these types is never a tensor.
     rest = [p.name not in strided and type(p.default) not in (bool, str) for p in parameters]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     at = [i for i, p in enumerate(parameters) if rest[i] and p.kind in positional]
@@ -30,7 +33,7 @@ def not_strided(function: Callable, strided: tuple[str, ...], skip: int = 0):
 
 
 def make_dense(at: tuple[int, ...], names: frozenset[str], args: tuple, kwargs: dict):
-    """(args, kwargs), in which the tensors at the positions `at` and under `names` are dense."""
+    """(args, kwargs) with dense tensors at the positions `at` and under `names`."""
     for i in at:
         value = args[i]
         if isinstance(value, Tensor) and not is_dense(value):
@@ -42,7 +45,7 @@ def make_dense(at: tuple[int, ...], names: frozenset[str], args: tuple, kwargs: 
 
 
 def with_dense_gradients(backward: Callable, at: tuple[int, ...]) -> Callable:
-    """`backward(ctx, *grads)`, which gets the gradients at the positions `at` dense."""
+    """`backward(ctx, *grads)`, with the gradients at the positions `at` made dense."""
 
     def call(ctx, *grads):
         for i in at:

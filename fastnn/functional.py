@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING
 
 import torch.nn.functional
-from torch.nn.functional import *  # noqa: F403  (where editors and type checkers can see them)
+from torch.nn.functional import *  # noqa: F403  (here editors and type checkers see the names)
 
 from fastnn.ops import FUNCTIONS
 
 globals().update(FUNCTIONS)
 
-if not TYPE_CHECKING:  # to a checker, a module with __getattr__ has every name there could be
+if not TYPE_CHECKING:  # with a module-level __getattr__, a type checker would accept any name
 
     def __getattr__(name):
         try:

@@ -1,6 +1,6 @@
 """Triton kernels and their launchers: tensors in, tensors out. No autograd, no module, no fallback.
 
-Each file is loaded when first used, so that `import fastnn` works, and stays quick, without Triton.
+Each file is loaded on first use, so that `import fastnn` works without Triton and stays fast.
 """
 
 import importlib

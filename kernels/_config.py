@@ -1,11 +1,12 @@
-"""Launch configurations: those tuned on a GPU, which ship with the package, else a formula.
+"""Launch configurations: a table tuned on a GPU, which ships with the package, else a formula.
 
     @tunable("BLOCK")
     def _config(itemsize):
         return {"BLOCK": 1024, "num_warps": 4}
 
-`_config(2)` is the formula's answer, changed by what `configs/<architecture>.json` says for it.
-`fastnn tune` measures and writes that table; nothing is searched for at run time.
+`_config(2)` returns the result of the formula, with the changes that `configs/<architecture>.json`
+lists for these arguments. `fastnn tune` measures and writes that table. There is no search at run
+time.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ OPTIONS = ("num_warps", "num_stages")
 LARGEST_WARPS = 16
 
 TUNABLES: dict[str, Tunable] = {}
-_tried: Mapping[str, Mapping[str, dict]] | None = None  # in place of the shipped table
+_tried: Mapping[str, Mapping[str, dict]] | None = None  # replaces the shipped table
 _heard: list[tuple[Tunable, str, dict]] | None = None
 
 
@@ -38,18 +39,18 @@ def _device() -> int:
 
 
 def here() -> str:
-    """The architecture of the present device, after which its table is named."""
+    """The architecture of the current device. Its table has this name."""
     return _gpus.architecture(_device())
 
 
 def lanes() -> int:
-    """Threads of a warp on the present device, which may have no row in the table of GPUs."""
+    """Threads per warp of the current device, which may have no row in the table of GPUs."""
     return 32 if knobs.runtime.interpret else driver.active.get_current_target().warp_size
 
 
 @functools.cache
 def shipped(name: str) -> Mapping[str, Mapping[str, dict]]:
-    """{function: {arguments: what it changes}} of an architecture; empty where none was tuned."""
+    """{function: {arguments: changes to the formula}} of an architecture; {} if none was tuned."""
     path = FOLDER / f"{name}.json"
     return json.loads(path.read_text())["configs"] if path.exists() else {}
 
@@ -63,7 +64,7 @@ def _bucket(value: Any) -> str:
 
 
 class Tunable:
-    """A configuration function; see `tunable`. Returns a dict of its own at each call."""
+    """A configuration function; see `tunable`. Each call returns a new dict."""
 
     def __init__(self, formula: Callable[..., dict], sizes: tuple[str, ...]):
         functools.update_wrapper(self, formula)
@@ -78,7 +79,7 @@ class Tunable:
         return f"Tunable({self.name})"
 
     def key(self, *args, **kwargs) -> str:
-        """What the table files a call under: its arguments, sizes rounded up to powers of two."""
+        """The table's key for a call: its arguments, with sizes rounded up to powers of two."""
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return ", ".join(map(_bucket, bound.arguments.values()))
@@ -89,7 +90,7 @@ class Tunable:
         known = self._known.get(call)
         if known is None or _heard is not None:
             known = self._ask(name, args, kwargs)
-            if len(self._known) > 4096:  # of a model whose sizes never repeat
+            if len(self._known) > 4096:  # a model whose sizes never repeat
                 self._known.clear()
             self._known[call] = known
         return dict(known)
@@ -103,8 +104,11 @@ class Tunable:
         return {**formula, **table.get(self.name, {}).get(key, {})}
 
     def neighbours(self, config: dict) -> Iterator[dict]:
-        """Configurations one step away: a size or option halved or doubled, or a size with the
-        warps."""
+        """The configurations one step away from `config`.
+
+        A step halves or doubles one size, one option, or one size together with the warps.
+        `num_stages` goes up or down by one.
+        """
 
         def stepped(*names: str, up: bool) -> dict | None:
             new = dict(config)
@@ -125,13 +129,15 @@ class Tunable:
                     yield new
 
     def changes(self, config: dict, formula: dict) -> dict:
-        """The entries of `config` that the table has to hold."""
+        """The entries of `config` that differ from the formula: the table stores only these."""
         return {k: v for k, v in config.items() if formula[k] != v}
 
 
 def tunable(*sizes: str) -> Callable[[Callable[..., dict]], Tunable]:
-    """Decorates a function of shape and dtype that returns a launch configuration: constexpr sizes
-    and compile options. `sizes` names the powers of two in it that any other may take the place of.
+    """Decorates a function of shape and dtype that returns a launch configuration.
+
+    The configuration has constexpr sizes and compile options. `sizes` names those of its entries
+    that are powers of two and may be replaced by any other power of two.
     """
     return lambda formula: Tunable(formula, sizes)
 
@@ -143,7 +149,7 @@ def _forget() -> None:
 
 @contextmanager
 def trying(table: Mapping[str, Mapping[str, dict]]) -> Iterator[None]:
-    """`table` in place of the shipped one, as {function: {arguments: what it changes}}."""
+    """Use `table` instead of the shipped one: {function: {arguments: changes to the formula}}."""
     global _tried
     before, _tried = _tried, table
     _forget()
@@ -156,7 +162,7 @@ def trying(table: Mapping[str, Mapping[str, dict]]) -> Iterator[None]:
 
 @contextmanager
 def heard() -> Iterator[list[tuple[Tunable, str, dict]]]:
-    """Collects (function, key, the formula's answer) of every configuration asked for."""
+    """Collect (function, key, the formula's result) for every configuration that is asked for."""
     global _heard
     before, _heard = _heard, []
     try:

@@ -1,10 +1,9 @@
-"""The table of GPUs: what launch configurations, the size gate, compile checks and predictions know
-of an architecture.
+"""The table of GPUs, one row per architecture.
 
-A new architecture is one more row of `GPUS`; no other file names it, unless the compiler needs an
-exception there. A multiprocessor is a compute unit on AMD GPUs. The numbers are those of the CUDA
-C++ Programming Guide ("Technical Specifications per Compute Capability") and of AMD's CDNA white
-papers.
+Launch configurations, the size gate, compile checks and predictions read it. A new architecture is
+one more row of `GPUS`. No other file names it, unless the compiler needs an exception there. A
+"multiprocessor" is a compute unit on AMD GPUs. The numbers come from the CUDA C++ Programming Guide
+("Technical Specifications per Compute Capability") and from AMD's CDNA white papers.
 
 This file needs neither Triton nor a GPU.
 """
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-SCHEDULERS = 4  # of a multiprocessor, each with its own registers and warps: on all of them
+SCHEDULERS = 4  # of a multiprocessor, each with its own registers and warps; 4 on every GPU
 
 KIB = 1024
 
@@ -28,50 +27,53 @@ class GPU:
     """One architecture."""
 
     name: str
-    """As `architecture` returns it: "sm_90", "gfx942"; "cpu" for Triton's interpreter."""
+    """The name that `architecture` returns: "sm_90", "gfx942"; "cpu" for Triton's interpreter."""
     matrix: str
-    """The instructions of its matrix units. "mma", "mfma": operands and sums are in registers;
-    "wgmma": operands are in shared memory; "tcgen05": sums are in memory of their own too."""
+    """The kind of its matrix instructions. "mma", "mfma": operands and sums are in registers.
+    "wgmma": operands are in shared memory. "tcgen05": operands are in shared memory and sums in a
+    memory of their own (tensor memory)."""
     shared_per_block: int
     """Bytes of shared memory that one block may use."""
     shared_per_sm: int
-    """Bytes of shared memory of a multiprocessor."""
+    """Bytes of shared memory that a multiprocessor has."""
     warps_per_sm: int
-    """Warps that a multiprocessor holds."""
+    """Warps that a multiprocessor can hold."""
     blocks_per_sm: int
-    """Blocks that a multiprocessor holds."""
+    """Blocks that a multiprocessor can hold."""
     sms: int
-    """Multiprocessors of the usual GPU: for predictions and compile checks, where there is no
-    device. `multiprocessors` asks a device that is there."""
+    """Multiprocessors of the usual GPU of this architecture, for predictions and compile checks
+    without a device. If there is a device, `multiprocessors` asks it."""
     bandwidth: float
-    """Bytes per second from memory of that GPU, by its data sheet."""
+    """Bytes per second from the memory of that GPU, from its data sheet."""
     compiled_from: str | None
-    """The first Triton that compiled all kernels for it without a fault; None: none was tried."""
+    """The first Triton that compiled all kernels for it without a fault; None if none was tried."""
     shared_reserved: int = KIB
-    """Bytes of `shared_per_sm` that the driver takes for each block."""
+    """Bytes of `shared_per_sm` that the driver reserves for each block."""
     registers_per_sm: int = 64 * KIB
-    """Registers of 32 bits of a multiprocessor."""
+    """32-bit registers that a multiprocessor has."""
     registers_per_thread: int = 255
-    """Registers of 32 bits that one thread may have."""
+    """32-bit registers that one thread may use."""
     lanes: int = 32
-    """Threads of a warp."""
+    """Threads per warp."""
     tf32: bool = True
-    """Whether its matrix units multiply fp32 rounded to tf32; elsewhere Triton refuses to."""
+    """Whether its matrix units multiply fp32 rounded to tf32. If False, Triton refuses tf32."""
 
     @property
     def backend(self) -> str:
-        """Triton's name of the compiler: "cuda" or "hip"; "" where nothing is compiled."""
+        """Triton's name for the compiler: "cuda" or "hip"; "" if nothing is compiled."""
         return {"sm": "cuda", "gf": "hip"}.get(self.name[:2], "")
 
     @property
     def sums_beside_operands(self) -> bool:
-        """Whether the operands of a matrix product take registers, of which its sums then have
-        fewer."""
+        """Whether the operands of a matrix product are in registers.
+
+        If so, fewer registers are left for the sums.
+        """
         return self.matrix in ("mma", "mfma")
 
 
 def _cdna(name: str, shared: int, **facts) -> GPU:
-    """A data-centre GPU of AMD: 512 registers per thread, of which half take sums alone."""
+    """An AMD data-centre GPU: a thread has 512 registers, half of which can hold only sums."""
     return GPU(
         name, "mfma", shared, shared, warps_per_sm=32, blocks_per_sm=32, shared_reserved=0,
         registers_per_sm=128 * KIB, registers_per_thread=512, lanes=64, tf32=name == "gfx942",
@@ -82,7 +84,8 @@ def _cdna(name: str, shared: int, **facts) -> GPU:
 GPUS: dict[str, GPU] = {
     gpu.name: gpu
     for gpu in (
-        # matrix, shared memory per block and in all, warps, blocks, multiprocessors, bandwidth
+        # matrix, shared memory per block and per multiprocessor, warps, blocks, multiprocessors,
+        # bandwidth
         GPU("sm_80", "mma", 163 * KIB, 164 * KIB, 64, 32, 108, 2.04e12, "3.6"),  # A100
         GPU("sm_86", "mma", 99 * KIB, 100 * KIB, 48, 16, 84, 0.70e12, "3.7"),  # A40
         GPU("sm_89", "mma", 99 * KIB, 100 * KIB, 48, 24, 142, 0.86e12, "3.7"),  # L40S
@@ -92,12 +95,12 @@ GPUS: dict[str, GPU] = {
         _cdna("gfx90a", 64 * KIB, sms=104, bandwidth=1.64e12, compiled_from="3.7"),  # MI210
         _cdna("gfx942", 64 * KIB, sms=304, bandwidth=5.3e12, compiled_from="3.6"),  # MI300X
         _cdna("gfx950", 160 * KIB, sms=256, bandwidth=8.0e12, compiled_from=None),  # MI350X
-        # Triton's interpreter has the tiles of an A100, and as many programs as a small GPU.
+        # For Triton's interpreter: the tiles of an A100, and as many programs as on a small GPU.
         GPU("cpu", "mma", 163 * KIB, 164 * KIB, 64, 32, 100, 0.0, None),
     )
 }
 
-# What is assumed of an architecture that has no row: the least that those with one have.
+# Assumptions about an architecture without a row: the least that the listed ones have.
 _ELSEWHERE = {
     "cuda": GPU("", "mma", 48 * KIB, 64 * KIB, 32, 16, 40, 0.3e12, None),
     "hip": GPU("", "mfma", 64 * KIB, 64 * KIB, 32, 16, 40, 0.3e12, None, 0, tf32=False),
@@ -105,7 +108,7 @@ _ELSEWHERE = {
 
 
 def facts(architecture: str) -> GPU:
-    """The row of an architecture; of one that has none, what may be assumed of it."""
+    """The row of an architecture, or the assumptions if it has no row."""
     row = GPUS.get(architecture)
     if row is None:
         row = _ELSEWHERE["hip" if architecture.startswith("gfx") else "cuda"]
@@ -115,13 +118,16 @@ def facts(architecture: str) -> GPU:
 # ---- Devices -------------------------------------------------------------------------------------
 
 _simulated: list[str] = []
-on_change: list[Callable[[], None]] = []  # called when devices begin or cease to be simulated
+on_change: list[Callable[[], None]] = []  # called when a simulation of devices begins or ends
 
 
 @contextmanager
 def simulated(architecture: str) -> Iterator[None]:
-    """Every device in the block counts as one of `architecture`, the CPU included: for compile
-    checks, predictions and tests. It changes what `architecture` and `multiprocessors` return."""
+    """Inside the block, every device counts as one of `architecture`, also the CPU.
+
+    For compile checks, predictions and tests. It changes the results of `architecture` and
+    `multiprocessors`.
+    """
     _simulated.append(architecture)
     _changed()
     try:
@@ -150,10 +156,10 @@ def _asked(device_index: int) -> tuple[str, int]:
 
 
 def architecture(device_index: int) -> str:
-    """The name of a device's architecture: "sm_90", "gfx942", or "cpu" for the interpreter."""
+    """The name of the device's architecture: "sm_90", "gfx942", or "cpu" for the interpreter."""
     return _simulated[-1] if _simulated else _asked(device_index)[0]
 
 
 def multiprocessors(device_index: int) -> int:
-    """Multiprocessors (compute units) of a device."""
+    """The number of multiprocessors (compute units) of a device."""
     return facts(_simulated[-1]).sms if _simulated else _asked(device_index)[1]

@@ -1,20 +1,24 @@
-"""Make Triton's interpreter compute what a GPU would.
+"""Make Triton's interpreter compute the same as a GPU.
 
-With `TRITON_INTERPRET=1` kernels run on the CPU in NumPy. As shipped (3.4 to 3.9) the interpreter
-keeps bfloat16 as raw 16-bit integers and mostly forgets that it did, truncates where a GPU rounds,
-has no libdevice, lets a nan through `tl.maximum`, and runs a tf32 dot in full fp32. Each of these
-makes a kernel fail, or a test fail for no reason or, worse, pass for none. `repair()` mends them
-before the first interpreted launch (`kernels/_launch.py`), for all kernels of the process:
+With `TRITON_INTERPRET=1`, kernels run on the CPU in NumPy. The interpreter that Triton ships (3.4
+to 3.9) has these faults: it keeps bfloat16 as raw 16-bit integers and mostly treats them as
+integers; it truncates where a GPU rounds; it has no libdevice; `tl.maximum` lets a nan through; and
+it runs a tf32 dot in full fp32. Each fault makes a kernel fail, or makes a test fail without a
+reason, or, worse, makes a test pass without a reason. `repair()` fixes them before the first
+interpreted launch (`kernels/_launch.py`), for all kernels of the process:
 
-- bfloat16: casts round to nearest even; arithmetic, comparisons, `tl.sum`, scans, `tl.dot` and
-  scalars compute on values, in fp32, and round once (`tl.sum` too, where a GPU rounds at each step)
-- `libdevice.*`, through the table of symbols below, with a GPU's dtype checks
-- `tl.maximum`, `tl.minimum`, `tl.clamp` and `tl.max` drop nans unless told to propagate them
-- `tl.dot` of fp32 keeps 10 bits of mantissa unless `input_precision` says otherwise
-- run-time scalars have the type a compiled kernel gives them: floats are fp32, an annotation wins
-- no NumPy floating-point warnings
-- half the time: the language is pointed at the interpreter once and stays so, not for each launch
-  and each device function; types and shapes are made once; integer overflow is looked for in NumPy
+- bfloat16: casts round to nearest even. Arithmetic, comparisons, `tl.sum`, scans, `tl.dot` and
+  scalars compute on the values, in fp32, and round once. (`tl.sum` also rounds only once, while a
+  GPU rounds at each step.)
+- `libdevice.*` works, through the table of symbols below, with the dtype checks of a GPU.
+- `tl.maximum`, `tl.minimum`, `tl.clamp` and `tl.max` drop nans unless told to propagate them.
+- `tl.dot` of fp32 keeps 10 bits of mantissa unless `input_precision` says otherwise.
+- Run-time scalars have the type that a compiled kernel gives them: floats are fp32, except where
+  an annotation names another type.
+- NumPy gives no floating-point warnings.
+- It takes half the time: the language is pointed at the interpreter once and stays so, instead of
+  at each launch and each device function; types and shapes are made once; NumPy checks for integer
+  overflow.
 """
 
 import functools
@@ -36,20 +40,21 @@ from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from triton.runtime.jit import _normalize_ty
 
-Array = Any  # np.ndarray; its stubs make every expression here a cast
+Array = Any  # np.ndarray, whose stubs would need a cast in every expression here
 
 
-lock = threading.RLock()  # its state is global: one launch at a time, whatever the threads
+# the interpreter's state is global, so only one thread may launch at a time
+lock = threading.RLock()
 
 
 def install() -> None:
-    """Repair the interpreter of this process, once; does nothing where kernels are compiled."""
+    """Repair the interpreter of this process, once. Does nothing if kernels are compiled."""
     if triton.knobs.runtime.interpret:
         repair()
 
 
 def repair() -> None:
-    """`install`, of a process that is known to interpret kernels."""
+    """The same as `install`, for a process that is known to interpret kernels."""
     with lock:
         if hasattr(InterpreterBuilder, "_fastnn_repaired"):
             return
@@ -72,16 +77,17 @@ def widen(bits: Array) -> Array:
 
 
 def narrow(values: Array, toward_zero: bool = False) -> Array:
-    """Numbers of any dtype -> bfloat16 bit patterns (uint16), to nearest even."""
+    """Numbers of any dtype -> bfloat16 bit patterns (uint16), rounded to nearest even."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).reshape(np.shape(values))
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     up = np.uint32(0) if toward_zero else np.uint32(0x7FFF) + odd
-    nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)  # rounding up could make it an inf
+    # rounding up could turn a nan into an inf
+    nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
     return np.where(nan, np.uint16(0x7FC0), ((bits + up) >> np.uint32(16)).astype(np.uint16))
 
 
 def _is_bf16(handle) -> bool:
-    # A pointer's element type is bf16 too, hence the look at the data.
+    # The element type of a pointer is bf16 too, so the dtype of the data is checked.
     return (
         isinstance(handle, TensorHandle)
         and handle.data.dtype == np.uint16
@@ -125,7 +131,7 @@ def _repair_bfloat16() -> None:
         return TensorHandle(out, tl.int1) if out.dtype == np.bool_ else _bf16(out)
 
     def ternary_op(self, lhs, rhs, other, op):
-        if op is np.where or not _is_bf16(other):  # a select moves bits, whatever they mean
+        if op is np.where or not _is_bf16(other):  # a select only moves bits
             return stock_ternary(self, lhs, rhs, other, op)
         return _bf16(op(*(_float(x).data for x in (lhs, rhs, other))))
 
@@ -157,7 +163,7 @@ def _repair_bfloat16() -> None:
 
 
 def _tf32(values: Array) -> Array:
-    """What a tensor core sees of an fp32 operand: to nearest, ties away, as `cvt.rna.tf32`."""
+    """An fp32 operand as a tensor core sees it: rounded to nearest, ties away (`cvt.rna.tf32`)."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
     return np.where(np.isfinite(values), rounded.view(np.float32), values)
@@ -167,7 +173,7 @@ def _repair_reductions() -> None:
     ReduceOps, ScanOps = stock.ReduceOps, stock.ScanOps
 
     def on_values(reduce: Callable) -> Callable:
-        """`reduce(values, axis, keepdims)` in place of one over bit patterns."""
+        """Use `reduce(values, axis, keepdims)` instead of a reduction over bit patterns."""
 
         def repaired(self, input, stock):
             if input.dtype != tl.bfloat16:
@@ -182,7 +188,8 @@ def _repair_reductions() -> None:
         setattr(cls, name, repaired)
 
     def add_up(self, x: Array) -> Array:
-        # NumPy adds along an outer axis one by one; along the last one in a tree, as a GPU does.
+        # NumPy adds one by one along an outer axis. Along the last axis it adds in a tree, as a GPU
+        # does.
         if self.axis is None:
             return np.sum(x, keepdims=self.keep_dims)
         out = np.sum(np.ascontiguousarray(np.moveaxis(x, self.axis, -1)), axis=-1)
@@ -208,7 +215,7 @@ def _repair_nan_dropping() -> None:
 
     def min_max(self, input, val_reduce_op, idx_reduce_op=None):
         if idx_reduce_op is None:
-            # np.nanmax, which some versions use, warns where a whole row is nan.
+            # np.nanmax, which some versions use, warns if a whole row is nan.
             ufunc = np.fmax if val_reduce_op in (np.max, np.nanmax) else np.fmin
             val_reduce_op = ufunc.reduce
         return stock_min_max(self, input, val_reduce_op, idx_reduce_op)
@@ -223,7 +230,7 @@ def _repair_nan_dropping() -> None:
 
 
 def _torch(function: Callable) -> Callable:
-    """A NumPy function out of a torch one, for what NumPy lacks."""
+    """A NumPy function made from a torch function, for functions that NumPy lacks."""
     return lambda *args: function(*(torch.from_numpy(np.array(x)) for x in args)).numpy()
 
 
@@ -248,7 +255,7 @@ _SYMBOLS: dict[str, Callable] = {
     )},
     **{name: _torch(getattr(torch.special, name)) for name in ("erf", "erfc", "erfcx", "erfinv")},
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "fdivide": np.divide,
-    # NumPy's float32 exp is off by up to 2.5 units in the last place, libdevice's by 1.
+    # The error of NumPy's float32 exp is up to 2.5 units in the last place; that of libdevice is 1.
     "exp": lambda x: np.exp(x.astype(np.float64)).astype(x.dtype),
     "exp10": lambda x: np.power(x.dtype.type(10), x),
     "fdim": lambda x, y: np.where(np.isnan(x) | np.isnan(y), x + y, np.fmax(x - y, 0)),
@@ -267,7 +274,7 @@ _SYMBOLS: dict[str, Callable] = {
 
 
 def _libdevice(symbol: str) -> Callable:
-    """The function behind a libdevice symbol: `__nv_tanhf`, `__nv_ddiv_rn`, `__nv_fast_expf`."""
+    """The function for a libdevice symbol: `__nv_tanhf`, `__nv_ddiv_rn`, `__nv_fast_expf`."""
     name = symbol.removeprefix("__nv_").removeprefix("fast_").removesuffix("_rn")
     spellings = [name]
     if name[-1] in "fd":
@@ -289,7 +296,7 @@ def _repair_libdevice() -> None:
         return lambda *args: function(*args, _semantic=stock.interpreter_semantic)
 
     InterpreterBuilder.create_extern_elementwise = create_extern_elementwise
-    # The portable module holds empty stubs that only the compiler replaces.
+    # The portable module has only empty stubs, which the compiler replaces.
     for name, function in vars(cuda_libdevice).items():
         if tl.core.is_builtin(function) and hasattr(libdevice, name):
             setattr(libdevice, name, interpreted(function))
@@ -299,8 +306,8 @@ def _repair_libdevice() -> None:
 
 
 def _repair_scalars() -> None:
-    # A scalar is an array of one element, which Triton up to 3.6 hands to int(); NumPy from 2.4 on
-    # takes only those without dimensions.
+    # A scalar is an array of one element. Triton up to 3.6 passes it to int(). NumPy from 2.4 on
+    # accepts only arrays without dimensions there.
     stock_patch = stock._patch_lang_tensor
 
     def patch(tensor, *scope):
@@ -315,14 +322,32 @@ def _repair_scalars() -> None:
 
 @dataclass(frozen=True)
 class _Scalar:
-    """A run-time scalar and the type a compiled kernel would give it."""
+    """A run-time scalar and the type that a compiled kernel would give it."""
 
     value: Any
     type: Any
 
 
 def _repair_launch() -> None:
-    stock_call, stock_convert = stock.GridExecutor.__call__, stock._implicit_cvt
+    stock_convert = stock._implicit_cvt
+    executor = stock.GridExecutor
+    stock_call = executor.__call__
+    stock_take, stock_restore = executor._init_args_hst, executor._restore_args_dev
+
+    # Tensors on the CPU are used as they are. Triton's own for the host share their memory, and two
+    # cycles of references keep that memory until Python's collector comes by.
+    def on_host(args, kwargs):
+        given = (*args, *kwargs.values())
+        return all(t.is_cpu for t in given if isinstance(t, torch.Tensor))
+
+    def take(self, args, kwargs):
+        if on_host(args, kwargs):
+            return list(args), dict(kwargs)
+        return stock_take(self, args, kwargs)
+
+    def restore(self, args, args_hst, kwargs, kwargs_hst):
+        if not on_host(args, kwargs):
+            stock_restore(self, args, args_hst, kwargs, kwargs_hst)
 
     def convert(arg):
         if isinstance(arg, bool):
@@ -339,7 +364,7 @@ def _repair_launch() -> None:
         for name, ty in _annotated(self.fn).items():
             if isinstance(kwargs.get(name), (int, float)):
                 kwargs[name] = _Scalar(kwargs[name], ty)
-        with np.errstate(all="ignore"):  # inf and nan are results here, as on a GPU
+        with np.errstate(all="ignore"):  # inf and nan are normal results here, as on a GPU
             stock_call(self, **kwargs)
 
     def call_device_function(self, *args, **kwargs):
@@ -347,7 +372,8 @@ def _repair_launch() -> None:
         return self.rewrite()(*args, **kwargs)
 
     stock._implicit_cvt = convert
-    stock.GridExecutor.__call__ = call
+    executor.__call__ = call
+    executor._init_args_hst, executor._restore_args_dev = take, restore
     stock.InterpretedFunction.__call__ = call_device_function
 
 
@@ -359,7 +385,7 @@ _SCALARS = (
 
 @functools.cache
 def _annotated(fn) -> dict[str, Any]:
-    """The scalar types that a kernel's parameters are annotated with."""
+    """The scalar types in the annotations of a kernel's parameters."""
     spelled = {ty.name.replace("uint", "u").replace("int", "i"): ty for ty in _SCALARS}
     types = {name: _normalize_ty(ty) for name, ty in fn.__annotations__.items()}
     return {name: spelled[ty] for name, ty in types.items() if ty in spelled}
@@ -383,7 +409,7 @@ def _repair_costs() -> None:
     def patch_once(fn):
         if any(tl.core.is_builtin(language.load) for language in _languages(fn)):
             point_at_interpreter(fn)
-        return SimpleNamespace(restore=lambda: None)  # which Triton from 3.6 on does after a launch
+        return SimpleNamespace(restore=lambda: None)  # Triton from 3.6 on calls it after a launch
 
     def block_type(self, element_ty, shape):
         key = (element_ty.name, *(getattr(n, "value", n) for n in shape))
@@ -393,7 +419,8 @@ def _repair_costs() -> None:
         vars(self).update(block_types[key])
 
     def tensor(self, handle, type):
-        known = vars(type).get("_fastnn_tensor")  # all but the handle follows from the type
+        # all attributes except the handle follow from the type
+        known = vars(type).get("_fastnn_tensor")
         if known is None:
             make_tensor(self, handle, type)
             type._fastnn_tensor = {k: v for k, v in vars(self).items() if k != "handle"}

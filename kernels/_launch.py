@@ -1,10 +1,10 @@
-"""Launch a kernel cheaply: the compiled kernel is resolved once per signature, then called.
+"""Launch a kernel cheaply: the compiled kernel is found once per signature, then called.
 
-`triton.JITFunction` binds, specialises and hashes its arguments anew at each launch, 4 to 12 us of
-Python. A `Kernel` makes a key of what can change the compiled code (device, dtypes, 16-byte
-alignment, the classes of the specialised integers, constexprs, options) and holds the compiled
-kernel's own launcher behind it. The key is made by a function without a loop, written for the
-types of the arguments.
+`triton.JITFunction` binds, specialises and hashes its arguments again at each launch, which takes 4
+to 12 us of Python. A `Kernel` makes a key of everything that can change the compiled code (device,
+dtypes, 16-byte alignment, the classes of the specialised integers, constexprs, options). For each
+key it keeps the compiled kernel's own launcher. A generated function makes the key. That function
+has no loop, because it is written for the types of the arguments.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 _HIP = torch.version.hip is not None
-_VALUES = frozenset((int, bool, float, str, type(None)))  # constexprs keyed by value
+# constexprs of these types are keyed by value
+_VALUES = frozenset((int, bool, float, str, type(None)))
 
 
 def triton_version() -> str:
@@ -24,18 +25,20 @@ def triton_version() -> str:
 
 
 def _hooked(hook) -> bool:
-    """Whether a profiler listens to launches: then Triton's own path must run."""
+    """Whether a profiler listens to launches. If so, Triton's own path must run."""
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
 class Kernel:
     """An entry kernel, called as `kernel(grid, *args, **meta)`.
 
-    `grid` is a tuple of 1 to 3 ints; `args` the run-time arguments, by position; `meta` every
-    constexpr parameter and the compile options (`num_warps`, `num_stages`, ...), by name; `maxnreg`
-    is for NVIDIA GPUs, and left out elsewhere. The first argument is a tensor, whose device and
-    current stream are used; constexpr parameters come last in the kernel's signature. A grid with a
-    zero in it launches nothing.
+    grid: a tuple of 1 to 3 ints. If one of them is 0, nothing is launched.
+    args: the run-time arguments, by position. The first is a tensor, whose device and current
+        stream are used.
+    meta: every constexpr parameter and the compile options (`num_warps`, `num_stages`, ...), by
+        name. `maxnreg` is for NVIDIA GPUs, and is left out elsewhere.
+
+    Constexpr parameters come last in the kernel's signature.
     """
 
     def __init__(self, fn):
@@ -43,7 +46,8 @@ class Kernel:
         self.__name__ = fn.__name__
         self.__doc__ = fn.__doc__
         self._interpreted = not isinstance(fn, JITFunction)
-        self._known: dict = {}  # types of arguments: (what makes the key, {key: compiled})
+        # types of the arguments: (function that makes the key, {key: compiled})
+        self._known: dict = {}
         if not self._interpreted:
             runtime = [p for p in fn.params if not p.is_constexpr]
             self._consts = [p.name for p in fn.params if p.is_constexpr]
@@ -55,13 +59,13 @@ class Kernel:
         return f"Kernel({self.__name__})"
 
     def _keyer(self, args, meta):
-        """(device, args, the values of meta) -> key, for arguments of the types that these have."""
+        """A function (device, args, the values of meta) -> key, for arguments of these types."""
         parts = ["device"]
         pointers = []
         for i, (arg, specialised) in enumerate(zip(args, self._specialised, strict=True)):
             kind, a = type(arg), f"a{i}"
             if kind is int:
-                # Of 32 bits, of 64, or more: True, 3 or 2.
+                # True: it fits 32 bits; 3: it fits 64 bits; 2: it needs more.
                 parts.append(f"-{2**31} <= {a} < {2**31} or ({a} < {2**63}) + 2")
                 parts += [f"{a} == 1", f"{a} & 15 == 0"] if specialised else []
             elif kind is bool:
@@ -69,10 +73,10 @@ class Kernel:
             elif kind is not float and arg is not None:
                 pointers.append(i)
                 parts += [f"{a}.dtype", f"p{i} & 15 == 0"]
-                if _HIP:  # buffer instructions are chosen by the size of the storage
+                if _HIP:  # the size of the storage decides whether buffer instructions are used
                     parts.append(f"{a}.untyped_storage().nbytes() < {2**31}")
-        # A jit function or tl.dtype hashes in Python, slowly: it goes in by identity, and the
-        # resolved entry keeps it alive.
+        # A jit function or a tl.dtype hashes in Python, which is slow. So the key has its id. The
+        # resolved entry keeps the object alive, so the id stays unique.
         parts += [
             f"m{i}" if type(value) in _VALUES else f"id(m{i})"
             for i, value in enumerate(meta.values())
@@ -111,7 +115,7 @@ class Kernel:
             self._launch(active, current, grid, args, meta)
 
     def _interpret(self, grid, args, meta):
-        from fastnn.kernels import _interpreter  # loads NumPy and Triton's interpreter
+        from fastnn.kernels import _interpreter  # imports NumPy and Triton's interpreter
 
         with _interpreter.lock:
             _interpreter.repair()
@@ -127,7 +131,7 @@ class Kernel:
         ready = resolved.get(key)
         runtime = knobs.runtime
         if ready is None or _hooked(runtime.launch_enter_hook) or _hooked(runtime.launch_exit_hook):
-            # Compiles on first use, and launches by Triton's own path.
+            # Triton's own path compiles on first use, and launches.
             options = meta
             if "maxnreg" in meta and active.get_current_target().backend != "cuda":
                 options = {name: v for name, v in meta.items() if name != "maxnreg"}
@@ -155,8 +159,8 @@ class Kernel:
 def kernel(fn=None, *, do_not_specialize=()):
     """`triton.jit` for entry kernels: decorates a function and returns a `Kernel`.
 
-    `do_not_specialize` names the integers whose divisibility by 16 does not matter to the code, so
-    that they never cause a second compile. Seeds and 64-bit counts also take a `tl.int64`
+    `do_not_specialize` names the integers whose divisibility by 16 does not matter to the code.
+    They then never cause a second compile. Seeds and 64-bit counts also need a `tl.int64`
     annotation.
     """
     if fn is None:

@@ -1,15 +1,16 @@
-"""Random bits for dropout, laid over the elements exactly as ATen's CUDA kernels lay them.
+"""Random bits for dropout, assigned to the elements exactly as ATen's CUDA kernels assign them.
 
-ATen starts T threads, each on its own subsequence of Philox4x32-10. Element e gets word w of the
-call whose counter is offset/4 + c, with, for i = e % VEC,
+ATen starts T threads, each with its own subsequence of Philox4x32-10. Element e gets word w of the
+Philox call whose counter is offset/4 + c. With i = e % VEC:
 
     VEC 4, 8  q = e // VEC   subsequence q % T   c = q // T * (VEC // 4) + i // 4   w = e % 4
     VEC 2     q = e // 2     subsequence q % T   c = q // T                         w = e % 2
     VEC 1     q = e // T     subsequence e % T   c = q // 4                         w = q % 4
 
-VEC being the width of `native_dropout`'s accesses, or 1 for `bernoulli_`. An element is kept where
-float32(word) * 2**-32 + 2**-33 < float32(1 - p). That is monotone in the word, so the host turns it
-into `word < bound` once per p, which saves a conversion and a multiply-add per element.
+VEC is the access width of `native_dropout`, or 1 for `bernoulli_`. An element is kept if
+float32(word) * 2**-32 + 2**-33 < float32(1 - p). The left side is monotone in the word. So the host
+turns the test into `word < bound` once per p, which saves a conversion and a multiply-add per
+element.
 """
 
 import functools
@@ -20,37 +21,49 @@ import torch
 import triton
 import triton.language as tl
 
-THREADS = tl.constexpr(256)  # of an ATen block; `blocks` of them make T threads
+THREADS = tl.constexpr(256)  # threads of an ATen block; `blocks` such blocks have T threads
 
 
 class Draw(NamedTuple):
-    """Random numbers reserved from a generator, and which element gets which.
+    """Random numbers reserved from a generator, and which element gets which number.
 
     The kernel's seed is `seed` plus what `SEED` holds, its offset `offset` plus what `OFFSET`
     holds. Each replay of a captured CUDA graph refills the two tensors; elsewhere they hold 0, so
     that a call before the capture compiles just what the capture needs.
+
+    Between the passes a node keeps the draw without its tensors (`kept`), and saves the state.
     """
 
-    seed: int
+    seed: int | None
     offset: int
-    SEED: torch.Tensor
-    OFFSET: torch.Tensor
+    SEED: torch.Tensor | None
+    OFFSET: torch.Tensor | None
     blocks: int
     vec: int
     scratch: torch.Tensor | None = None  # None under capture
 
     def new_state(self, like):
-        """int64 (4,), where the forward kernel keeps what it used (`save_state`).
+        """int64, where the forward kernel keeps what it used (`save_state`).
 
-        Under capture the backward needs it, for it may belong to another graph.
+        Under capture the backward needs it, for it may belong to another graph. Elsewhere it is one
+        tensor for all calls, of which the last two elements stay 0.
         """
         return like.new_empty(4, dtype=torch.int64) if self.scratch is None else self.scratch
 
+    def kept(self):
+        """The draw without its tensors; under capture, whose seed is in the state, it has none."""
+        if self.SEED is None:
+            return self
+        seed = None if self.scratch is None else self.seed
+        return self._replace(seed=seed, SEED=None, OFFSET=None, scratch=None)
+
     def from_state(self, STATE):
         """The draw of the backward, given the state of the forward."""
-        if self.scratch is not None:
-            return self
-        return self._replace(seed=0, offset=0, SEED=STATE, OFFSET=STATE[2:])
+        kept = self.kept()
+        if kept.seed is None:
+            return kept._replace(seed=0, offset=0, SEED=STATE, OFFSET=STATE[2:])
+        zeros = STATE[4:]
+        return kept._replace(SEED=zeros, OFFSET=zeros, scratch=STATE)
 
 
 def _float32(x):
@@ -59,7 +72,7 @@ def _float32(x):
 
 @functools.lru_cache(maxsize=256)
 def bound(keep):
-    """How many of the 2**32 words keep an element that is kept with probability `keep`."""
+    """How many of the 2**32 words keep an element, if it is kept with probability `keep`."""
     keep = _float32(keep)
     low, high = 0, 2**32
     while low < high:
@@ -82,16 +95,17 @@ def load_state(seed, offset, SEED, OFFSET):
 
 @triton.jit
 def save_state(STATE, seed, offset):
-    """Keep, for `Draw.from_state`, what the forward used."""
+    """Store the seed and offset of the forward for `Draw.from_state`."""
     if STATE is not None:
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             tl.store(STATE, seed)
-            tl.store(STATE + 2, offset)  # not + 1: as an argument it is aligned to 16 bytes
+            # not + 1: with + 2, OFFSET of the backward is aligned to 16 bytes
+            tl.store(STATE + 2, offset)
 
 
 @triton.jit
 def words(counter, subsequence, seed):
-    """The four words of Philox at (int64 counter, int32 subsequence), each of their shape."""
+    """The four words of Philox at (int64 counter, int32 subsequence), each with their shape."""
     lo = (counter & 0xFFFFFFFF).to(tl.uint32)
     hi = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
     subsequence = subsequence.to(tl.uint32)
@@ -100,7 +114,7 @@ def words(counter, subsequence, seed):
 
 @triton.jit
 def _interleave(a, b, c, d):
-    # (G,) four times -> (4 * G,), so that a thread holds neighbours and stores them in one access.
+    # (G,) four times -> (4 * G,). A thread then holds neighbours and stores them in one access.
     return tl.join(tl.join(a, c), tl.join(b, d)).reshape([4 * a.shape[0]])
 
 
@@ -109,11 +123,12 @@ def keep_mask(start, seed, offset, blocks, bound, VEC: tl.constexpr, BLOCK: tl.c
     """Which of the elements start to start + BLOCK, in storage order, are kept: int1 (BLOCK,).
 
     start: int64, a multiple of BLOCK; seed, offset: int64 (`load_state`); bound: uint32 (`bound`);
-    blocks, VEC: of the `Draw`. A call of Philox makes 4 elements for VEC 4 and 8, 2 for VEC 2, else
-    1; so VEC 1 wants a kernel of its own.
+    blocks, VEC: of the `Draw`. One call of Philox serves 4 elements for VEC 4 and 8, 2 for VEC 2,
+    and 1 for VEC 1. So VEC 1 needs a kernel of its own.
     """
-    # Either T covers every element, or T is all the threads that the device can hold, thousands. So
-    # a block passes the end of T at most once, and one scalar division serves all its lanes.
+    # T is either at least the element count or the device's full thread count (thousands, so larger
+    # than BLOCK). A block therefore passes the end of T at most once, and one scalar division is
+    # enough for all its lanes.
     T = blocks.to(tl.int64) * THREADS
     base = start // VEC
     rnd = base // T
@@ -146,9 +161,10 @@ def keep_mask(start, seed, offset, blocks, bound, VEC: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def keep_mask_at(group, seed, offset, blocks, bound, VEC: tl.constexpr):
-    """`keep_mask` for tiles: `group` (R, C) holds e // 4 of runs of 4 elements -> int1 (R, 4 * C).
+    """`keep_mask` for tiles -> int1 (R, 4 * C).
 
-    VEC is 4 or 8. Takes a division per 4 elements, so prefer `keep_mask` where storage is walked.
+    group: (R, C), the value e // 4 of runs of 4 elements. VEC is 4 or 8. This takes a division per
+    4 elements, so prefer `keep_mask` for elements in storage order.
     """
     CALLS: tl.constexpr = VEC // 4
     q = group // CALLS

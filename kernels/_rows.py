@@ -1,14 +1,14 @@
-"""How kernels that reduce along rows cut them up: tiles of whole rows, or chunks of long ones."""
+"""How kernels that reduce along rows divide the work: tiles of whole rows, or chunks of rows."""
 
 from fastnn.kernels._config import tunable
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 
-BLOCK = 2048  # the step through a row too long for registers
+BLOCK = 2048  # the step through a row that is too long for registers
 PROGRAMS = 512  # enough to fill a GPU
 
 
 def as_rows(x, N):
-    """x as (M, N) rows of unit stride, and their stride; a copy only where no view has that."""
+    """x as (M, N) rows of unit stride, and the stride between rows; copies only if no view fits."""
     x = x.reshape(-1, N)
     if N > 1 and x.stride(1) != 1:
         x = x.contiguous()
@@ -17,11 +17,12 @@ def as_rows(x, N):
 
 @tunable("BLOCK_M")
 def row_config(N, unit, least_warps=4, noise=False):
-    """One row in a tile, or several short ones; `unit`, at most 8, divides N and all row strides.
+    """A tile of one row, or of several short rows.
 
-    Up to 32 values for each thread of 16 warps, all there can be where a warp is 64 threads. Values
-    accessed one by one take more registers, for an address and a predicate each; with `noise` among
-    them, short rows that share a tile are half as many.
+    `unit`, at most 8, divides N and all row strides. A tile has up to 32 values for each thread of
+    16 warps. More warps are impossible where a warp is 64 threads. Values that are accessed one by
+    one need more registers, for an address and a predicate each. With `noise`, a tile of short rows
+    has half as many rows.
     """
     block = next_power_of_2(N)
     rows = max(1, (128 if noise else 256) * least_warps // block)
@@ -33,11 +34,12 @@ def row_config(N, unit, least_warps=4, noise=False):
 
 
 def summing_programs(M, config, processors):
-    """How many programs share M rows, where each then writes its own partial sum of every column.
+    """How many programs share M rows, if each program writes its own partial sum of every column.
 
-    Two for each processor if they have 8 warps, and 36 rows for each: two partial sums in fp32,
-    written and read, are then under a twentieth of the traffic of a norm in 16 bits. Few rows are
-    no traffic to speak of, and are spread over all processors.
+    At most two programs of 8 warps per multiprocessor, and at least 36 rows per program. The two
+    partial sums, written and read in fp32, are then under a twentieth of the traffic of a 16-bit
+    norm. If there are few rows, the traffic does not matter, and the rows are spread over all
+    multiprocessors.
     """
     tiles = cdiv(M, config["BLOCK_M"])
     wanted = min(processors * 16 // config["num_warps"], max(M // 36, processors))
@@ -45,12 +47,12 @@ def summing_programs(M, config, processors):
 
 
 def fits(N, unit, most):
-    """Whether a row is short enough for `row_config`, where `most` is the limit for wide access."""
+    """Whether a row is short enough for `row_config`. `most` is the limit for wide accesses."""
     return N <= (most // 2 if unit == 1 else most)
 
 
 def split(M, N):
-    """(chunks of a row, blocks in each): as many programs as fill a GPU, of two blocks at least."""
+    """(chunks of a row, blocks per chunk): they fill a GPU, and have two blocks or more."""
     blocks = cdiv(N, BLOCK)
     wanted = min(max(PROGRAMS // M, 1), cdiv(blocks, 2))
     chunk_blocks = cdiv(blocks, wanted)

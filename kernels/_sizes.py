@@ -1,5 +1,8 @@
-"""Arithmetic of sizes on the host. Triton's `cdiv` and `next_power_of_2` can be called there, too,
-but are device functions first, at 1.7 us a call."""
+"""Arithmetic of sizes on the host.
+
+Triton's `cdiv` and `next_power_of_2` also work on the host. But they are made for device code, and
+a call costs 1.7 us.
+"""
 
 
 def cdiv(n: int, by: int) -> int:
@@ -7,5 +10,5 @@ def cdiv(n: int, by: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is not below n; 0 for 0."""
+    """The smallest power of two that is at least n; 0 for n = 0."""
     return 1 << (n - 1).bit_length() if n else 0

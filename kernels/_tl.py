@@ -8,7 +8,8 @@ def is_dense(t):
     if not t.is_contiguous():
         return False
     shape = t.shape
-    if 1 in shape or 0 in shape:  # a contiguous tensor may have any stride there
+    # in these cases a contiguous tensor may have any stride in some dimensions
+    if 1 in shape or 0 in shape:
         expected = 1
         for size, stride in zip(shape[::-1], t.stride()[::-1], strict=True):
             if stride != expected:
@@ -18,10 +19,10 @@ def is_dense(t):
 
 
 def dense(t):
-    """`t` with the strides of a new tensor of its shape; a copy only where no view has them.
+    """`t` with the strides of a new tensor of its shape; copies only if no view has them.
 
-    `t.contiguous()` is less: it keeps odd strides in dimensions of size 1, and those of a tensor of
-    one element or none.
+    `t.contiguous()` is not enough: it keeps odd strides in dimensions of size 1, and the strides of
+    a tensor with at most one element.
     """
     if is_dense(t):
         return t
@@ -31,14 +32,14 @@ def dense(t):
 
 
 def empty_as(x, dtype=None, device=None):
-    """Uninitialised, laid out as ATen lays out a pointwise result of `x`."""
-    # A contiguous tensor may have any stride where it has a size of 1; ATen does not keep those.
+    """An uninitialised tensor with the layout that ATen gives a pointwise result of `x`."""
+    # A contiguous tensor may have any stride in a dimension of size 1. ATen does not keep those.
     layout = torch.contiguous_format if x.is_contiguous() else torch.preserve_format
     return torch.empty_like(x, dtype=dtype, device=device, memory_format=layout)
 
 
 def dense_like(t, like):
-    """`t` with its memory laid out as in the dense tensor `like`; a copy only if it is not."""
+    """`t` with the memory layout of the dense tensor `like`; copies only if the layout differs."""
     if t.shape == like.shape:
         if t.stride() == like.stride() or (t.is_contiguous() and like.is_contiguous()):
             return t

@@ -1,18 +1,20 @@
-"""Attention that never holds a tensor of L x S, and its gradients. For each batch and head
+"""Attention that never stores an L x S tensor, and its gradients. For each batch and head:
 
     t = scale * q k^T + mask      p = softmax(t)      out = (p * noise) v
     dp = (dout v^T + dw) * noise  ds = p * (dp - delta)     delta[l] = sum over s of p dp
     dq = scale * ds k     dk = scale * ds^T q     dv = (p * noise)^T dout     dmask = ds
 
-with noise the scale of dropout or 0, and dw the gradient, if any, of the weights p * noise.
+noise is the scale of dropout where a weight is kept, else 0. dw is the gradient of the weights p *
+noise, if they were returned.
 
-q is (L, D), k (S, D), v (S, E). 2LS(D + E) FLOPs forward, 2LS(4D + 3E) backward, half of that where
-causal; bytes: q, k, v and out once, keys and values again for each block of queries, from L2.
-Forward keeps, in fp32, the largest t of each row and the logarithm of its sum. Scores are computed
-again from them: dk and dv by blocks of keys, dq by blocks of queries, each sum in a fixed order.
+q is (L, D), k (S, D), v (S, E). The forward takes 2LS(D + E) FLOPs, the backward 2LS(4D + 3E); a
+causal call takes half of that. Bytes: q, k, v and out once; keys and values again for each block of
+queries, from L2. The forward keeps, in fp32, the largest t of each row and the logarithm of its
+sum. The backward computes the scores again from them: dk and dv by blocks of keys, dq by blocks of
+queries, each sum in a fixed order.
 
-Here are the launchers. The kernels are in attention_fwd.py and attention_bwd.py, what they share in
-attention_tiles.py, and their tiles, warps and stages are chosen in attention_config.py.
+This file has the launchers. The kernels are in attention_fwd.py and attention_bwd.py, and what they
+share is in attention_tiles.py. attention_config.py chooses their tiles, warps and stages.
 """
 
 from typing import Any, NamedTuple
@@ -32,11 +34,13 @@ from fastnn.kernels.epilogue import width
 class Noise(NamedTuple):
     """Dropout of the weights.
 
-    draw: a `_philox.Draw`. With its `vec` 0, the weight at (batch and head i, row l, column s) has
-    word s % 4 of the Philox call at counter offset/4 + s // 4, subsequence (l, i): no division, no
-    limit on the size, `calls(S)` numbers of the generator. Else it has what `native_dropout` would
-    give it, for fewer than 2**31 weights.
-    bound: kept where the word is below; scale: of what is kept; state: see `_philox.save_state`.
+    draw: a `_philox.Draw`. If its `vec` is 0, the weight at (batch and head i, row l, column s) has
+        word s % 4 of the Philox call at counter offset/4 + s // 4, subsequence (l, i). This needs
+        no division, has no size limit, and advances the generator by `increment(S)`. Else the
+        weight has the word that `native_dropout` would give it; for fewer than 2**31 weights.
+    bound: a weight is kept if its word is below `bound`.
+    scale: the factor of the kept weights.
+    state: see `_philox.save_state`.
     """
 
     draw: Any
@@ -46,7 +50,7 @@ class Noise(NamedTuple):
 
 
 def increment(S):
-    """By how much a draw of `vec` 0 advances the generator."""
+    """By how much a draw with `vec` 0 advances the generator."""
     return 4 * cdiv(S, 4)
 
 
@@ -57,7 +61,7 @@ def _attention_keep_kernel(
 ):  # fmt: skip
     """A program decides on a tile of one batch and head.
 
-    OUT (B * H, L, S): uint8, 1 where kept. SEED, OFFSET: int64, of one element, or None.
+    OUT (B * H, L, S): uint8, 1 where kept. SEED, OFFSET: int64, one element each, or None.
     """
     blocks_n = tl.cdiv(S, BLOCK_N)
     blocks_m = tl.cdiv(L, BLOCK_M)
@@ -73,7 +77,7 @@ def _attention_keep_kernel(
 
 
 def _last(S, causal, config):
-    """`EDGE` of the last tiles of a row."""
+    """The constexpr `EDGE` of the last tiles of a row."""
     if S % config["BLOCK_N"]:
         return PAST_END.value
     return DIAGONAL.value if causal else 0
@@ -91,7 +95,7 @@ def _shape(q, k, v, mask, causal, noise, arch):
 
 
 def _rows(x):
-    """x (B, H, N, D) or, where its rows are not dense or lie too far apart, a copy."""
+    """x (B, H, N, D), or a copy of x if its rows are not dense or are too far apart."""
     if (x.stride(3) == 1 or x.shape[3] <= 1) and x.stride(2) < 2**24:
         return x
     return dense(x)
@@ -102,13 +106,13 @@ def _strides(x, unit=1):
 
 
 def _like_rows(q, E):
-    """Uninitialised (B, H, L, E), in the order (B, L, H, E) of a projection that follows."""
+    """Uninitialised (B, H, L, E), in memory order (B, L, H, E) for a following projection."""
     B, H, L, _ = q.shape
     return q.new_empty_strided((B, H, L, E), (H * L * E, E, H * E, 1))
 
 
 def _like(x):
-    """Uninitialised, laid out as x, its last dim with unit stride."""
+    """Uninitialised, with the layout of x, and unit stride in the last dim."""
     y = torch.empty_like(x)
     return y if y.stride(3) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -118,7 +122,7 @@ def _backward_configs(shape):
 
 
 def fits(q, k, v, mask, causal, noise, arch):
-    """Whether a backward tile has all keys, so that `bwd`, given the same, needs no out."""
+    """Whether a backward tile has all keys. If so, `bwd` with these arguments needs no `out`."""
     return _fit(_backward_configs(_shape(q, k, v, mask, causal, noise, arch)), k.shape[2])
 
 
@@ -127,7 +131,7 @@ def _fit(configs, S):
 
 
 class _Call(NamedTuple):
-    """What all kernels of a call are given."""
+    """The arguments that all kernels of a call share."""
 
     causal: bool
     safe: bool
@@ -141,7 +145,7 @@ class _Call(NamedTuple):
 
 
 def _prepare(tensors, mask, causal, scale, noise, safe, precision):
-    """`tensors` are those whose strides are to be read: q, k, v and so on."""
+    """`tensors` are those whose strides the kernels read: q, k, v and so on."""
     v = 16 // tensors[0].element_size()
     unit = width(v, *(s for t in tensors for s in _strides(t)))
     strides, mask_unit, keep, by_row, by_col = (0, 0, 0, 0), 1, False, 0, 0
@@ -186,12 +190,16 @@ def fwd(
 ):  # fmt: skip
     """q (B, H, L, D), k (B, H/G, S, D), v (B, H/G, S, E), any strides -> (out, stats).
 
-    out (B, H, L, E), in `out` if given, else in memory order (B, L, H, E); stats (2, B, H, L) fp32:
-    the largest t of each row, and the logarithm of the sum of exp(t - that), for `bwd`; their sum
-    is the usual lse. Copies q, k or v only where their last dim has no unit stride.
-    mask: bool, True to keep, or float, added; 4-D with sizes of 1, or strides of 0, where it
-    broadcasts. causal: query l sees keys 0 to l. noise: a `Noise`. safe: rows without a key give 0
-    (else nan). precision: of fp32 products, "ieee" or "tf32".
+    out is (B, H, L, E), in the given `out`, or else in memory order (B, L, H, E). stats is (2, B,
+    H, L) fp32, for `bwd`: the largest t of each row, and the logarithm of the sum of exp(t -
+    largest t). Their sum is the usual lse. q, k or v is copied only if its last dim has no unit
+    stride, or its rows are too far apart.
+
+    mask: bool (True to keep) or float (added); 4-D; size 1 or stride 0 where it broadcasts.
+    causal: query l sees keys 0 to l.
+    noise: a `Noise`.
+    safe: rows without a key give 0, else nan.
+    precision: of fp32 products, "ieee" or "tf32".
     """
     q, k, v = _rows(q), _rows(k), _rows(v)
     (B, H, L, _), (H_k, S, E) = q.shape, v.shape[1:]
@@ -217,16 +225,18 @@ def bwd(
     dweights=None, weights_scale=1.0, delta=None, dq=None, dk=None, dv=None, dmask=None,
     want=(True, True, True), precision="ieee", arch="",
 ):  # fmt: skip
-    """Gradients for what `fwd` was given and gave: (dq, dk, dv), None for those not in `want`.
+    """Gradients for the arguments and results of `fwd`: (dq, dk, dv), None for those not in `want`.
 
-    dout: as out, any strides. dq, dk and dv are written where given (any dtype and strides, but a
-    unit one in the last dim), else laid out as q, k and v. dmask: any float dtype, 4-D, of size 1
-    in the dims that are to be summed over, which may not be the last one. out may be None where
-    `fits(...)`, or delta is given.
-    dweights: the gradient of weights that were returned, (B, L, S) for weights averaged over heads
-    or (B, H, L, S), any strides; times `weights_scale` it is added to dp of each head. delta:
-    (B, H, L) fp32, if it is known already; it includes what dweights add. noise: as of `fwd`, with
-    the scale of the gradient.
+    dout: as out, any strides.
+    dq, dk, dv: written if given (any dtype and strides, unit stride in the last dim); else new,
+        with the layouts of q, k and v.
+    dmask: written if given; any float dtype, 4-D, with size 1 in the dims to sum over, which may
+        not include the last one.
+    out: may be None if `fits(...)`, or if delta is given.
+    dweights: the gradient of returned weights, any strides: (B, L, S) for weights averaged over the
+        heads, or (B, H, L, S). `weights_scale` times it is added to dp of each head.
+    delta: (B, H, L) fp32, if it is already known; it includes the share of dweights.
+    noise: as in `fwd`, with the scale of the gradient.
     """
     q, k, v, dout = _rows(q), _rows(k), _rows(v), _rows(dout)
     out = dout if out is None else _rows(out)

@@ -1,14 +1,14 @@
-"""The backward kernels of attention: delta, then dk with dv, dq, and dmask, each a launch.
+"""The backward kernels of attention: delta, then dk with dv, dq, and dmask, one launch each.
 
-Formulas and traffic are in attention.py. Each kernel computes the scores of its tiles again. These
-pointers are common to them:
+attention.py has the formulas and the traffic. Each kernel computes the scores of its tiles again.
+All of them use these pointers:
 
     Q, DQ (B, H, L, D)     K, DK (B, H / G, S, D)     V, DV (B, H / G, S, E)
     OUT, DOUT (B, H, L, E): one float dtype, unit stride in the last dim; what is written may have
         another dtype
-    MASK (B, H, L, S) or None: uint8, 0 where masked, if KEEP, else float, added
+    MASK (B, H, L, S) or None: uint8 (0 where masked) if KEEP, else float, added
     STATS (2, B * H, L) fp32: the largest t of each row, and the logarithm of its sum
-    DELTA (B * H, L) fp32, or None where FITS
+    DELTA (B * H, L) fp32, or None if FITS
     DW (B, H, L, S) float, or None: the gradient of the weights, if they were returned
     SEED, OFFSET: int64, one element, or None
 """
@@ -46,7 +46,7 @@ def _attention_delta_kernel(
     D: tl.constexpr, E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """A program makes delta of BLOCK_M queries of one head; given DW it loops over their keys.
+    """A program computes delta of BLOCK_M queries of one head. If DW is given, it loops over keys.
 
     DELTA (B * H, L) fp32 is written.
     """
@@ -60,7 +60,7 @@ def _attention_delta_kernel(
     dout = row_tile(DOUT, stride_dm, L - m0, E, BLOCK_M, BLOCK_E).to(tl.float32)
     delta = tl.sum(out * dout, 1)
     stats = tl.arange(0, BLOCK_M)
-    if DW is not None:  # out has no trace of the weights' own gradient
+    if DW is not None:  # the weights' own gradient has no part in out
         rows = tl.arange(0, BLOCK_M)[:, None]
         cols = tl.arange(0, BLOCK_N)[None, :]
         stride_qm *= UNIT
@@ -104,7 +104,7 @@ def _attention_delta_kernel(
 
 @triton.jit
 def _row_statistics(TOP, REST, DELTA, row, L, FITS: tl.constexpr):
-    """Largest t, logarithm of the sum, delta of each row; rows past the end have weights of 0."""
+    """Largest t, logarithm of the sum, and delta of each row. Rows past the end get weight 0."""
     if FITS:
         top = row.to(tl.float32)  # not used
         rest = top
@@ -123,8 +123,9 @@ def _weights_again(
 ):  # fmt: skip
     """p of a tile in the backward.
 
-    FITS: the tile has all keys there are, and p comes of its own sums: as in stock, a row that sees
-    but one key gets a weight of 1, and with `_dscores` a gradient of 0, to the bit.
+    FITS: the tile has all keys, and p is computed from the tile's own sums. A row that sees only
+    one key then has a weight of exactly 1, and with `_dscores` a gradient of exactly 0, as in
+    PyTorch.
     """
     AXIS: tl.constexpr = 0 if KEYS_FIRST else 1
     if FITS:
@@ -146,12 +147,13 @@ def _dscores(
     VEC: tl.constexpr, FITS: tl.constexpr, W_COL: tl.constexpr, EDGE: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """ds of a tile, of which `dp` is dout v^T; `keep` is nothing without dropout."""
+    """ds of a tile. `dp` is dout v^T of the tile; `keep` is not used without dropout."""
     if DW is not None:
         dw = broadcast_tile(DW, m0, n0, rows, cols, L, S, stride_wm, stride_wn, 1, W_COL, EDGE)
         dp += dw.to(tl.float32) * w_scale
     if VEC:
-        dp *= tl.where(keep, noise_scale, 0.0)  # a product, as in stock: a dropped inf is nan
+        # a product, as in PyTorch: a dropped inf becomes nan
+        dp *= tl.where(keep, noise_scale, 0.0)
     if FITS:
         delta = tl.sum(p * dp, 0 if KEYS_FIRST else 1, keep_dims=True)
     return p * (dp - delta)
@@ -168,7 +170,7 @@ def _dkdv_loop(
     WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """(dk, dv) of keys from n0 on, after the queries from start to end of one head."""
+    """(dk, dv) of the keys from n0 on, after the queries from start to end of one head."""
     rows = tl.arange(0, BLOCK_M)[None, :]
     cols = tl.arange(0, BLOCK_N)[:, None]
     stats = tl.arange(0, BLOCK_M)
@@ -222,9 +224,9 @@ def _attention_bwd_dkdv_kernel(
     D: tl.constexpr, E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """A program makes dk and dv of BLOCK_N keys of one head, and loops over all who query them.
+    """A program computes dk and dv of BLOCK_N keys of one head, and loops over all their queries.
 
-    These are the queries of the G heads of a group. DK or DV may be None: it is not wanted.
+    These are the queries of the G heads of a group. DK or DV is None if it is not wanted.
     """
     blocks_n = tl.cdiv(S, BLOCK_N)
     j = tl.program_id(0) // blocks_n
@@ -336,7 +338,7 @@ def _attention_bwd_dq_kernel(
     D: tl.constexpr, E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """A program makes BLOCK_M rows of dq of one head, and loops over the keys that they see."""
+    """A program computes BLOCK_M rows of dq of one head, and loops over the keys that they see."""
     i, b, h, m0 = query_block(L, H, BLOCK_M, CAUSAL)
     stride_qm *= UNIT
     stride_kn *= UNIT
@@ -396,10 +398,10 @@ def _attention_bwd_dmask_kernel(
     D: tl.constexpr, E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """A program makes a tile of dmask, and loops over the batches and heads that share the mask.
+    """A program computes a tile of dmask, and loops over the batches and heads that share the mask.
 
     With SUM_ROWS it also loops over the rows. The mask has B // over_b batches and H // over_h
-    heads, where `over` is all of them or 1. DMASK: float, of the mask's shape.
+    heads. over_b is B or 1, and over_h is H or 1. DMASK: float, with the mask's shape.
     """
     blocks_n = tl.cdiv(S, BLOCK_N)
     blocks_m = 1 if SUM_ROWS else tl.cdiv(L, BLOCK_M)

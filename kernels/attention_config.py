@@ -1,17 +1,17 @@
 """Tiles, warps and stages of the attention kernels, from a GPU's row in the table of GPUs.
 
-`config` chooses for 16-bit inputs in this order:
+For 16-bit inputs, `config` chooses in this order:
 
 1. the largest tile of a kernel for its head size, `_LARGEST`;
-2. `RULES`: what else takes registers (a mask, dropout, operands beside the sums) leaves less of it;
+2. `RULES`: what else takes registers (a mask, dropout, operands beside the sums) makes it smaller;
 3. warps: four for a forward whose values they can hold, else eight;
-4. `EXCEPTIONS`: what the compiler makes necessary on a GPU that it names;
-5. stages: as many as are wanted, and as shared memory holds.
+4. `EXCEPTIONS`: what the compiler needs on a GPU that the exception names;
+5. stages: as many as are wanted, if shared memory can hold them.
 
-Nothing here was timed. Rules and exceptions were found by compiling: of what the tests compile, no
-kernel spills registers, but on AMD's GPUs, where `auto` runs stock. A reason says what takes the
-registers. A number of spills (instructions that move a register to memory or back) is that of one
-compile without the rule, of a head size in its range, by Triton 3.7.1.
+Nothing here was timed. The rules and exceptions were found by compiling. Of the kernels that the
+tests compile, none spills registers, except on AMD GPUs, where `auto` runs PyTorch. A rule's reason
+says what takes the registers. Its number of spills (instructions that move a register to memory or
+back) is that of one compile without the rule, for a head size in its range, by Triton 3.7.1.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ KINDS = ("fwd", "dkdv", "dq", "dmask")
 
 
 class Shape(NamedTuple):
-    """What tiles are chosen by."""
+    """The properties of a call that determine its tiles."""
 
     L: int
     D: int
@@ -38,16 +38,16 @@ class Shape(NamedTuple):
     noisy: bool = False
     grouped: bool = False
     mask_itemsize: int = 0
-    """Of a float mask, which shared memory holds too; 0 of a bool one."""
+    """Bytes per element of a float mask, which shared memory holds too; 0 for a bool mask."""
 
     @property
     def d(self) -> int:
-        """The head size of a tile: a power of two, of 16 or more."""
+        """The head size of a tile: a power of two, at least 16."""
         return max(next_power_of_2(max(self.D, self.E)), 16)
 
     @property
     def ragged(self) -> bool:
-        """Whether a tile is wider than a head, so that all its accesses are masked."""
+        """Whether a tile is wider than a head. All its accesses are then masked."""
         return max(self.D, self.E) != self.d
 
     @property
@@ -60,13 +60,13 @@ class Shape(NamedTuple):
 
     @property
     def beside(self) -> bool:
-        """Whether operands and scores share the registers with the sums."""
+        """Whether operands and scores are in registers, together with the sums."""
         return self.gpu.sums_beside_operands
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What to change for `kinds` where head sizes are in `heads` and `where` holds."""
+    """What to change for `kinds` if the head size is in `heads` and `where` holds."""
 
     why: str
     kinds: tuple[str, ...]
@@ -78,7 +78,7 @@ class Rule:
     sets: dict[str, int] = field(default_factory=dict)
     """New values, by name."""
     gpus: tuple[str, ...] = ()
-    """The architectures concerned; all of them if empty."""
+    """The architectures that it applies to; empty for all."""
 
     def holds(self, kind: str, shape: Shape) -> bool:
         return (
@@ -97,7 +97,7 @@ def _tile(m: int, n: int) -> dict[str, int]:
     return {"BLOCK_M": m, "BLOCK_N": n}
 
 
-# (largest head size, BLOCK_M, BLOCK_N, stages wanted) of each kernel.
+# For each kernel: (largest head size, BLOCK_M, BLOCK_N, wanted stages).
 _LARGEST = {
     "fwd": ((128, 128, 64, 3), (256, 64, 32, 2)),
     "dkdv": ((64, 64, 128, 2), (128, 32, 128, 2), (256, 32, 64, 2)),
@@ -192,7 +192,7 @@ _SM_120, _SMALL_SM = ("sm_120",), ("sm_86", "sm_89", "sm_120")
 _LONE = {"maxnreg": 255}
 
 EXCEPTIONS = (
-    # sm_100: a thread reads whole rows of scores from tensor memory, to apply masks to.
+    # sm_100: to apply a mask, a thread reads whole rows of scores from tensor memory.
     Rule(
         "a mask, or dropout on small heads",
         ("fwd",), (16, 128), lambda s: (s.masked and s.d != 64) or (s.noisy and s.d < 64),
@@ -267,7 +267,7 @@ EXCEPTIONS = (
         ("dkdv",), _LARGE, lambda s: s.grouped and s.masked,
         most=_tile(32, 16), gpus=_SM_120,
     ),
-    # AMD's kernels spill all the same, so `auto` runs stock there.
+    # On AMD the kernels still spill, so `auto` runs PyTorch there.
     Rule(
         "with more stages the next tiles wait in registers",
         KINDS, _EVERY, lambda s: s.gpu.matrix == "mfma", most={"num_stages": 1},
@@ -280,7 +280,7 @@ EXCEPTIONS = (
         "64 KiB of shared memory",
         ("dkdv",), (128, 256), lambda s: s.gpu.matrix == "mfma", most=_tile(64, 64),
     ),
-    # Left to itself ptxas spills a few registers here, to hold another block.
+    # Without a limit, ptxas spills a few registers in these kernels, so that another block fits.
     Rule("heads of 16", KINDS, (16, 16), lambda s: True, sets=_LONE, gpus=("sm_100", "sm_120")),
     Rule("large heads", ("dq",), (128, 256), lambda s: True, sets=_LONE, gpus=("sm_100",)),
     Rule("large heads", ("dkdv",), (128, 256), lambda s: True, sets=_LONE, gpus=_SM_120),
@@ -296,17 +296,18 @@ EXCEPTIONS = (
 
 
 def _warps(kind: str, shape: Shape, m: int, n: int) -> int:
-    """Four for a plain forward if each thread then holds few enough sums and scores, else eight."""
+    """Four for a plain forward if each thread then holds few enough sums and scores; else eight."""
     most = 96 if shape.beside else 128  # of the 255 registers of a thread
     values = m * (shape.d + n) // (4 * 32)
     return 4 if kind == "fwd" and shape.plain and values <= most else 8
 
 
 def shared_memory(kind: str, shape: Shape, chosen: dict[str, int]) -> int:
-    """Bytes of shared memory that a program needs, about: as the compiled kernels showed.
+    """Bytes of shared memory that a program needs, approximately; fitted to the compiled kernels.
 
-    The rows that a program keeps, those that it loops over once per stage (one less where a product
-    takes its operands from registers), a float mask, and scores on their way between layouts.
+    It is the sum of: the rows that a program keeps; the rows that it loops over, once per stage
+    (one stage less if a product takes its operands from registers); a float mask; and scores that
+    move between layouts.
     """
     m, n, stages = chosen["BLOCK_M"], chosen["BLOCK_N"], chosen["num_stages"]
     kept, looped = (n, m) if kind == "dkdv" else (m, n)
@@ -323,7 +324,7 @@ def shared_memory(kind: str, shape: Shape, chosen: dict[str, int]) -> int:
 
 
 def _fitted(kind: str, shape: Shape, chosen: dict[str, int]) -> dict[str, int]:
-    """Smaller tiles down to 64, and then fewer stages, until shared memory holds them."""
+    """Halve tiles down to 64, and then reduce the stages, until shared memory holds them."""
     while shared_memory(kind, shape, chosen) > shape.gpu.shared_per_block:
         larger = max("BLOCK_M", "BLOCK_N", key=chosen.__getitem__)
         if chosen[larger] > 64:
@@ -336,7 +337,7 @@ def _fitted(kind: str, shape: Shape, chosen: dict[str, int]) -> dict[str, int]:
 
 
 def _without_tensor_cores(kind: str, shape: Shape) -> dict[str, int]:
-    """Of fp32: a thread holds whole rows of operands, so tiles are small; the same on every GPU."""
+    """For fp32. A thread holds whole rows of operands, so tiles are small; on every GPU."""
     d = shape.d
     wide = {"fwd": d > 64, "dkdv": d > 128}.get(kind, 64 < d <= 128)
     few = {"fwd": d <= 64, "dkdv": 16 < d <= 64, "dmask": False}.get(
@@ -346,13 +347,13 @@ def _without_tensor_cores(kind: str, shape: Shape) -> dict[str, int]:
         **_tile(32 if wide else 16, 16),
         "num_warps": 4 if few else 8,
         "num_stages": 1 if kind == "dkdv" and d > 64 else 2,
-        "maxnreg": 255,  # else ptxas spills a few to hold another block
+        "maxnreg": 255,  # else ptxas spills a few registers, so that another block fits
     }
 
 
 @tunable("BLOCK_M", "BLOCK_N")
 def config(kind, shape):
-    """Tiles, warps and stages of a kernel of `KINDS`."""
+    """Tiles, warps and stages of one of the kernels in `KINDS`."""
     if shape.itemsize == 4:
         return _without_tensor_cores(kind, shape)
     m, n, stages = next(tile for most, *tile in _LARGEST[kind] if shape.d <= most)
@@ -369,7 +370,7 @@ def config(kind, shape):
 
 
 def apart(shape):
-    """Whether dk and dv are made by two launches, as their sums do not fit beside all the rest."""
+    """Whether two launches compute dk and dv: both sums do not fit in registers with the rest."""
     both = shape.noisy and shape.masked
     if shape.beside:
         return shape.d > 128 or both or (shape.d > 64 and not shape.plain)

@@ -1,4 +1,4 @@
-"""The forward kernel of attention; formulas and traffic are in attention.py."""
+"""The forward kernel of attention. attention.py has the formulas and the traffic."""
 
 import triton
 import triton.language as tl
@@ -27,8 +27,10 @@ def _fwd_loop(
     PRECISION: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """(acc, top, total) after the keys from start to end: the sums of p v, the largest t of each
-    row, and the sum of p."""
+    """(acc, top, total) after the keys from start to end.
+
+    acc: the sums of p v. top: the largest t of each row. total: the sum of p.
+    """
     rows = tl.arange(0, BLOCK_M)[:, None]
     cols = tl.arange(0, BLOCK_N)[None, :]
     unit = LOG2E if EXACT else scale * LOG2E
@@ -64,10 +66,6 @@ def _fwd_loop(
     return acc, top, total
 
 
-# Not G: where that is 1, and known to be, there is no loop over a group's heads, and sums need not
-# leave the tensor cores' own memory or layout between two loops.
-
-
 @attention_kernel()
 def _attention_fwd_kernel(
     Q, K, V, MASK, OUT, STATS, SEED, OFFSET, STATE, H, G, L, S,
@@ -81,14 +79,14 @@ def _attention_fwd_kernel(
     D: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """A program makes BLOCK_M rows of out of one head, and loops over the keys that they see.
+    """A program computes BLOCK_M rows of out of one head, and loops over the keys that they see.
 
     Q, OUT (B, H, L, D or E), K, V (B, H / G, S, D or E): one float dtype, unit stride in the last
-    dim. MASK (B, H, L, S) or None: uint8, 0 where masked, if KEEP, else float, added. STATS
-    (2, B * H, L) fp32: the largest t of each row, the logarithm of its sum. SEED, OFFSET: int64, of
-    one element, or None. STATE (2,) int64 or None: keeps seed and offset for the backward.
+    dim. MASK (B, H, L, S) or None: uint8 (0 where masked) if KEEP, else float, added. STATS (2, B *
+    H, L) fp32: the largest t of each row, and the logarithm of its sum. SEED, OFFSET: int64, one
+    element each, or None. STATE (2,) int64 or None: keeps seed and offset for the backward.
     """
-    # Where causal, the last blocks have the most keys, and start first.
+    # In a causal call the last blocks have the most keys, so they start first.
     i, b, h, m0 = query_block(L, H, BLOCK_M, CAUSAL)
     stride_qm *= UNIT
     stride_kn *= UNIT

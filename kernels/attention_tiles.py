@@ -1,7 +1,7 @@
 """What the attention kernels share: where a program works, and its tiles of scores.
 
-`rows` and `cols` index a tile from its corner (m0, n0), each with a dimension of 1 where the other
-one runs: so the same code makes tiles of queries by keys, and of keys by queries.
+`rows` and `cols` index a tile from its corner (m0, n0). Each has size 1 in the dimension of the
+other. So the same code works on tiles of queries by keys and of keys by queries.
 """
 
 import triton
@@ -12,17 +12,17 @@ from fastnn.kernels.epilogue import keep_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# Which draw decides on an element, as the constexpr VEC of the kernels: 0 for no dropout, ROWS, or
-# the width that `native_dropout` has over the contiguous (B * H, L, S).
+# The constexpr VEC of the kernels says which draw decides on an element: 0 for no dropout, ROWS, or
+# the access width that `native_dropout` has for a contiguous (B * H, L, S).
 ROWS = tl.constexpr(-1)
 
-# What a tile may reach over, as the constexpr EDGE: nothing (0), the diagonal, the last key too.
+# The constexpr EDGE says what a tile may cross: nothing (0), the diagonal, or also the last key.
 DIAGONAL = tl.constexpr(1)
 PAST_END = tl.constexpr(2)
 
-# Integers that do not decide on the code. G is not among them: where it is known to be 1, there is
-# no loop over a group's heads, and sums need not leave the tensor cores' own memory or layout
-# between two loops.
+# Integers whose divisibility does not change the code. G is not one of them. If G is known to be 1,
+# there is no loop over the heads of a group, and the sums can stay in the tensor cores' own memory
+# or layout between two loops.
 _RUNTIME = [
     "H", "L", "S", "seed", "offset", "blocks", "bound",
     *(f"stride_{x}" for x in (
@@ -33,7 +33,7 @@ _RUNTIME = [
 
 
 def attention_kernel(*more):
-    """An entry kernel; `more` names integers of its own that do not decide on the code."""
+    """An entry kernel. `more` names more integers whose divisibility does not change the code."""
 
     def decorate(fn):
         names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
@@ -47,8 +47,10 @@ def attention_kernel(*more):
 
 @triton.jit
 def query_block(L, H, BLOCK_M: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """(i, b, h, m0) of this program: batch and head i, which is head h of batch b, and the first of
-    its BLOCK_M queries. LAST_FIRST: programs run from the last block to the first."""
+    """(i, b, h, m0) of this program: batch and head i, which is head h of batch b; first query m0.
+
+    The program has BLOCK_M queries. LAST_FIRST: programs run from the last block to the first.
+    """
     blocks_m = tl.cdiv(L, BLOCK_M)
     i = tl.program_id(0) // blocks_m
     m = tl.program_id(0) % blocks_m
@@ -60,13 +62,13 @@ def query_block(L, H, BLOCK_M: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 @triton.jit
 def at_head(X, b, h, stride_b, stride_h, UNIT: tl.constexpr):
-    """X at head h of batch b; strides come divided by UNIT, so that the compiler sees it."""
+    """X at head h of batch b. Strides are divided by UNIT, so that the compiler sees the factor."""
     return X + (b * stride_b + h * stride_h) * UNIT
 
 
 @triton.jit
 def key_range(S, m0, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(inner, end) of the keys that queries from m0 on see: tiles before `inner` are whole."""
+    """(inner, end) of the keys that queries from m0 on see. Tiles before `inner` are complete."""
     end = S
     inner = S // BLOCK_N * BLOCK_N
     if CAUSAL:
@@ -80,7 +82,7 @@ def key_range(S, m0, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
 
 @triton.jit
 def row_tile(X, stride, left, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(BLOCK, BLOCK_D): rows from X on, of which `left` are there; zeros elsewhere."""
+    """(BLOCK, BLOCK_D): rows from X on. `left` of them exist; the others are zeros."""
     r = tl.arange(0, BLOCK)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     if D == BLOCK_D:
@@ -100,13 +102,14 @@ def broadcast_tile(
     X, m0, n0, rows, cols, L, S, stride_m, stride_n,
     BY_ROW: tl.constexpr, BY_COL: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """What X, (L, S) through its strides, holds at the tile; as small as the tile is constant.
+    """The values of X, an (L, S) matrix through its strides, at the tile.
 
-    BY_ROW, BY_COL: 0 where the stride is 0; BY_COL 1 where that is 1.
+    The result has size 1 in a dimension along which X is constant. BY_ROW, BY_COL: 0 if the stride
+    is 0; BY_COL is 1 if the stride is 1.
     """
     X += m0 * stride_m.to(tl.int64)
     if BY_ROW:
-        X += tl.minimum(rows, L - 1 - m0) * stride_m  # rows past the end read the last one again
+        X += tl.minimum(rows, L - 1 - m0) * stride_m  # rows past the end read the last row again
     if BY_COL:
         if BY_COL == 1:
             X += n0 + cols
@@ -128,14 +131,14 @@ def logits(
     KEEP: tl.constexpr, BY_ROW: tl.constexpr, BY_COL: tl.constexpr, CAUSAL: tl.constexpr,
     EXACT: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """t of a tile whose products are s; divided by `scale` unless EXACT."""
+    """t of a tile whose products are s; t / `scale` unless EXACT."""
     if EXACT:
         s *= scale
     if MASK is not None:
         mask = broadcast_tile(
             MASK, m0, n0, rows, cols, L, S, stride_mm, stride_mn, BY_ROW, BY_COL, EDGE
         )
-        if KEEP:  # a sum, as in stock: what is nan stays so
+        if KEEP:  # a sum, as in PyTorch: a nan stays nan
             s += tl.where(mask != 0, 0.0, -float("inf"))
         else:
             s += mask.to(tl.float32)
@@ -148,7 +151,7 @@ def logits(
 
 @triton.jit
 def weights_of(t, top, rest, scale, EXACT: tl.constexpr):
-    """p out of t and the two statistics of its row; for EXACT, p of a lone key is 1 to the bit."""
+    """p from t and the two statistics of its row. If EXACT, p of an only key is exactly 1."""
     if EXACT:
         return tl.exp2((t - top - rest) * LOG2E)
     return tl.exp2(t * (scale * LOG2E) - (top + rest) * LOG2E)
@@ -159,7 +162,7 @@ def kept_tile(
     i, m0, n0, L, S, seed, offset, blocks, bound,
     VEC: tl.constexpr, BY_FOUR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Which weights of a tile, of batch and head i, are kept: int1 (BLOCK_M, BLOCK_N)."""
+    """Which weights of a tile of batch and head i are kept: int1 (BLOCK_M, BLOCK_N)."""
     if VEC == ROWS:
         zero = tl.zeros((BLOCK_M, BLOCK_N // 4), tl.int32)
         row = (m0 + tl.arange(0, BLOCK_M))[:, None] + zero

@@ -1,15 +1,17 @@
-"""The weights of attention that a layer returns: of each head, or their average over the heads
+"""The attention weights that a layer returns: of each head, or averaged over the heads.
 
     w[b, h, l, s] = noise * exp(t - lse[b, h, l])        a[b, l, s] = sum over h of w / H
 
-with t the scores and noise the scale of dropout or 0, as in attention.py, which computes lse.
+t are the scores. noise is the scale of dropout where a weight is kept, else 0. attention.py
+computes lse.
 
-Of B*H*L*S elements (E) and B*L*S (A), with dropout, passes (R read, W write; a mask is a byte):
+Passes (R read, W write; a mask is a byte) over the B*H*L*S elements (E) and B*L*S elements (A),
+with dropout:
     stock   scores W (and R W for a mask), softmax R W, dropout R W + mask, product with v R,
             mean R, A W; backward R W (mean), 2R W (product), 2R W, dropout 2R W, softmax 2R W
-    here    A W, or with the weights of each head E W; backward A R or E R, by attention.py
+    here    A W, or E W for the weights of each head; backward A R or E R, by attention.py
 The scores are multiplied out once more: 2 of attention's 4 L S D operations per head. q and k come
-from L2, for the tiles that share them run side by side.
+from L2, because the tiles that share them run side by side.
 """
 
 import triton.language as tl
@@ -46,11 +48,12 @@ def _attention_weights_kernel(
     S_UNIT: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A program makes a tile of the average over `heads` heads, all H or one, and loops over them.
+    """A program computes a tile of an average over heads, and loops over the heads.
 
-    Q (B, H, L, D), K (B, H, S, D): one float dtype, unit stride in the last dim. MASK (B, H, L, S)
-    or None: uint8, 0 where masked, if KEEP, else float, added. STATS (2, B * H, L) fp32, of the
-    forward. WEIGHTS (B * H / heads, L, S) float. SEED, OFFSET: int64, of one element, or None.
+    `heads` is their number: all H, or one. Q (B, H, L, D), K (B, H, S, D): one float dtype, unit
+    stride in the last dim. MASK (B, H, L, S) or None: uint8 (0 where masked) if KEEP, else float,
+    added. STATS (2, B * H, L) fp32, from the forward. WEIGHTS (B * H / heads, L, S) float. SEED,
+    OFFSET: int64, one element each, or None.
     """
     blocks_n = tl.cdiv(S, BLOCK_N)
     blocks_m = tl.cdiv(L, BLOCK_M)
@@ -86,13 +89,13 @@ def _attention_weights_kernel(
         top = tl.load(at + stats, mask=stats < L - m0, other=float("inf"))
         rest = tl.load(at + batch_heads * L + stats, mask=stats < L - m0, other=0.0)
         p = weights_of(t, top[:, None], rest[:, None], scale, True)
-        if VEC:  # a product, as in stock: what is nan stays so
+        if VEC:  # a product, as in PyTorch: a nan stays nan
             keep = kept_tile(
                 i, m0, n0, L, S, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N
             )
             p *= tl.where(keep, noise_scale, 0.0)
         acc += p
-    stride_wm = S_units * S_UNIT  # S, where the compiler sees what divides it
+    stride_wm = S_units * S_UNIT  # S, in a form that shows the compiler its factor
     WEIGHTS += (which.to(tl.int64) * L + m0) * stride_wm + n0
     w = tl.div_rn(acc, heads.to(tl.float32)).to(WEIGHTS.dtype.element_ty)
     there = (rows < L - m0) & (cols < stride_wm - n0)
@@ -101,7 +104,7 @@ def _attention_weights_kernel(
 
 @tunable("BLOCK_M", "BLOCK_N")
 def _config(D, itemsize, narrow):
-    """`narrow`: of noise whose words are drawn one by one, which takes registers."""
+    """`narrow`: the random words are drawn one by one, which takes registers."""
     if itemsize == 4:
         block, warps = (32, 4) if D <= 32 else (16, 4 if D <= 64 else 8)
         return {"BLOCK_M": block, "BLOCK_N": block, "num_warps": warps, "num_stages": 1}
@@ -111,9 +114,10 @@ def _config(D, itemsize, narrow):
 
 
 def fwd(q, k, mask, stats, dtype, *, scale, average, noise=None, precision="ieee"):
-    """What attention.fwd was given, and its stats -> (B, L, S), or (B, H, L, S) unless `average`.
+    """The arguments of `attention.fwd`, and its stats -> (B, L, S) if `average`, else (B, H, L, S).
 
-    The result is of `dtype`, contiguous. As many key heads as query heads; not causal.
+    The result has dtype `dtype` and is contiguous. There are as many key heads as query heads. The
+    call is not causal.
     """
     q, k = attention._rows(q), attention._rows(k)
     (B, H, L, D), S = q.shape, k.shape[2]

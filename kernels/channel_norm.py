@@ -7,21 +7,22 @@
 Memory-bound; passes over the elements (R read, W write):
     stock   statistics 1R, y 1R 1W, f 1R 1W; f' 2R 1W, sums 2R, dx 2R 1W                13
     here    statistics 1R, y 1R 1W; sums 2R, dx 2R 1W                                    8
-    where a statistic's elements fit in registers: 1R 1W; 2R 1W                          5
-f' is computed from x and the statistics: no mask, and no result of f, is read. With a residual r it
-is computed from y, and the passes are 11, to stock's 16.
+    here, if the elements of a statistic fit in registers: 1R 1W; 2R 1W                  5
+f' is computed from x and the statistics, so no mask and no result of f is read. With a residual r,
+f' is computed from y. The passes are then 11 here, and 16 in PyTorch.
 
-An input (N, C, *) is seen as O x C x J: for each of O outer indices and C channels, J elements that
-a kernel walks. Batch norm has O = 1, and J runs over samples and positions. Group norm has O = N, J
-runs over positions, and there are statistics for every D = C / groups channels. The layout says
-where an element lies, S being the positions of a plane:
+The kernels see an input (N, C, *) as O x C x J: O outer indices, C channels, and J elements that a
+kernel loops over. In batch norm O = 1, and J runs over samples and positions. In group norm O = N,
+J runs over positions, and D = C / groups channels share their statistics. The layout says where an
+element lies; S is the number of positions of a plane:
 
     planes     o * C * S + c * S + j               contiguous, one sample for each o
     samples    j // S * C * S + c * S + j % S      contiguous, J runs through the samples
     last       o * J * C + j * C + c               channels last
 
-Statistics of more elements than fit: each program takes a chunk of J by Welford's recurrence, and a
-second kernel pools the chunks in a fixed order. Sums across programs likewise go through partials.
+If the elements of a statistic do not fit in registers, each program reduces a chunk of J by
+Welford's recurrence, and a second kernel combines the chunks in a fixed order. Other sums across
+programs also go through partial sums.
 """
 
 import math
@@ -36,11 +37,11 @@ from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 
-WHOLE = 16384  # the most elements of statistics that stay in registers from load to store, forward
-WHOLE_BWD = 8192  # and backward, which also holds dy
+WHOLE = 16384  # forward: the most elements of a statistic that stay in registers from load to store
+WHOLE_BWD = 8192  # the same for the backward, which also holds dy
 TILE = 2048
-PROGRAMS = 1024  # enough to fill a GPU with tiles
-GRID_Y = 65535  # the most programs in the second dimension of a grid
+PROGRAMS = 1024  # enough tiles to fill a GPU
+GRID_Y = 65535  # the largest second dimension of a grid
 
 
 # ---- device functions ---------------------------------------------------------------------------
@@ -48,8 +49,11 @@ GRID_Y = 65535  # the most programs in the second dimension of a grid
 
 @triton.jit
 def _sizes(C, S, N, LAYOUT: tl.constexpr, UNIT: tl.constexpr):
-    """(C, S, how many vectors J has). The size that neighbours in memory run along comes divided by
-    UNIT: so the compiler sees the divisor, and accesses are as wide as it is."""
+    """(C, S, number of vectors in J).
+
+    The size along which memory neighbours run is passed divided by UNIT. So the compiler sees the
+    factor, and makes accesses as wide as it allows.
+    """
     V = S * N
     if LAYOUT == "last":
         C *= UNIT
@@ -60,7 +64,7 @@ def _sizes(C, S, N, LAYOUT: tl.constexpr, UNIT: tl.constexpr):
 
 @triton.jit
 def _offsets(o, c, v0, C, S, V, LAYOUT: tl.constexpr, U: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Where the elements (c, v0 + v, u) lie: a 64-bit base, and offsets from it."""
+    """Addresses of the elements (c, v0 + v, u): a 64-bit base, and offsets from it."""
     v = tl.arange(0, BLOCK_V)
     u = tl.arange(0, U)[None, None, :]
     rows = c[:, None, None]
@@ -68,7 +72,7 @@ def _offsets(o, c, v0, C, S, V, LAYOUT: tl.constexpr, U: tl.constexpr, BLOCK_V: 
         base = (o * V + v0) * C
         offs = v[None, :, None] * C + rows + u
     elif LAYOUT == "samples":
-        base = o * U  # 0, but the compiler has to see that it is aligned
+        base = o * U  # 0, in a form that shows the compiler that it is aligned
         n = (v0 + v) // (S // U)
         start = n.to(tl.int64) * C * S + (v0 + v - n * (S // U)) * U
         offs = start[None, :, None] + (rows * S + u)
@@ -80,13 +84,13 @@ def _offsets(o, c, v0, C, S, V, LAYOUT: tl.constexpr, U: tl.constexpr, BLOCK_V: 
 
 @triton.jit
 def _sum(x):
-    """Over all but the first axis."""
+    """Sum over all axes but the first."""
     return tl.sum(tl.sum(x, 2), 1)
 
 
 @triton.jit
 def _per_channel(P, c, C):
-    """Parameters or statistics, as float32 over a tile's first axis."""
+    """Parameters or statistics of channels c, in float32, along the first axis of a tile."""
     return tl.load(P + c, mask=c < C, other=0.0).to(tl.float32)
 
 
@@ -106,11 +110,11 @@ def _normalised(x, mean, rstd, w, b):
 
 @triton.jit
 def _through(dy, z, Y, at, mask, a, b, FORMULA: tl.constexpr, GRADIENT: tl.constexpr):
-    """dz: what of dy comes through the activation."""
+    """dz: the part of dy that passes the activation."""
     if GRADIENT is not None:
         if Y is not None:
             z = tl.load(Y + at, mask=mask, other=0.0).to(tl.float32)
-        elif FORMULA is not None:  # the gradient is written in y
+        elif FORMULA is not None:  # the gradient's formula takes y
             z = FORMULA(z, a, b)
         dy = GRADIENT(dy, z, a, b)
     return tl.where(mask, dy, 0.0)
@@ -123,7 +127,7 @@ def _rstd_of(var, eps):
 
 @triton.jit
 def _loaded(MEAN, RSTD, W, B, st, c, C, eps, VARIANCE: tl.constexpr):
-    """Mean, rstd, weight and bias of channels c; their statistics are at st."""
+    """Mean, rstd, weight and bias of channels c. `st` is the index of their statistics."""
     mean = tl.load(MEAN + st, mask=c < C, other=0.0).to(tl.float32)
     rstd = tl.load(RSTD + st, mask=c < C, other=1.0).to(tl.float32)
     if VARIANCE:
@@ -139,7 +143,7 @@ def _loaded(MEAN, RSTD, W, B, st, c, C, eps, VARIANCE: tl.constexpr):
 
 @triton.jit
 def _track(RUNNING_MEAN, RUNNING_VAR, at, mask, mean, var, count, momentum):
-    """Move running statistics by `momentum` towards these; the variance as of a sample."""
+    """Move running statistics by `momentum` towards mean and the unbiased variance."""
     unbiased = tl.div_rn(var * count, count - 1.0)
     if RUNNING_MEAN is not None:
         old = tl.load(RUNNING_MEAN + at, mask=mask, other=0.0).to(tl.float32)
@@ -156,8 +160,10 @@ def _track(RUNNING_MEAN, RUNNING_VAR, at, mask, mean, var, count, momentum):
 
 @triton.jit
 def _members(C, D, D_UNIT: tl.constexpr, GROUPED: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(outer index, channels, their limit, where their statistics lie) of a program that has all
-    of a group, or of some channels that are their own groups."""
+    """(outer index, channels, their limit, indices of their statistics) of a program.
+
+    The program has all channels of one group, or some channels that are groups of their own.
+    """
     if GROUPED:
         D = D * D_UNIT
         groups = C // D
@@ -177,7 +183,7 @@ def _members(C, D, D_UNIT: tl.constexpr, GROUPED: tl.constexpr, BLOCK_C: tl.cons
 
 @triton.jit
 def _shared(x, GROUPED: tl.constexpr):
-    """The sum that each channel's statistics take part in, for each channel."""
+    """For each channel, the sum over all channels that share its statistics."""
     if GROUPED:
         x = tl.zeros_like(x) + tl.sum(x, 0)
     return x
@@ -189,7 +195,7 @@ def _channel_fwd_kernel(
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, D_UNIT: tl.constexpr, GROUPED: tl.constexpr,
     FORMULA: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A program normalises BLOCK_C channels of one outer index, or a group of them, held whole.
+    """A program normalises BLOCK_C channels of one outer index, or one group of channels, at once.
 
     X, R, Y: (O, C, J) in LAYOUT, float; R may be None. W, B (C,): float, or None. MEAN, RSTD: (O *
     C,), or (O * groups,) if GROUPED, fp32. RUNNING_MEAN, RUNNING_VAR (C,): float, or None; updated.
@@ -203,10 +209,10 @@ def _channel_fwd_kernel(
     count = (V * U).to(tl.float32)
     if GROUPED:
         count *= (D * D_UNIT).to(tl.float32)
-    part = tl.div_rn(1.0, count)  # before the sum, which may pass what fp32 holds
+    part = tl.div_rn(1.0, count)  # before the sum, which might overflow fp32
     mean = _shared(_sum(x * part), GROUPED)
     d = tl.where(mask, x - mean[:, None, None], 0.0)
-    # Of |mean| >> std the sum has kept too few digits for the mean: that of d has the rest.
+    # If |mean| >> std, the first sum loses low-order digits; summing the deviations recovers them.
     rest = _shared(_sum(d * part), GROUPED)
     mean += rest
     d = tl.where(mask, d - rest[:, None, None], 0.0)
@@ -237,11 +243,11 @@ def _channel_bwd_kernel(
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, D_UNIT: tl.constexpr, GROUPED: tl.constexpr,
     FORMULA: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A program makes dx of BLOCK_C channels of one outer index, or of one group, held whole.
+    """A program computes dx of BLOCK_C channels of one outer index, or of one group, at once.
 
-    DY, X, Y, DX, DZ: (O, C, J) in LAYOUT, float; Y is read where f' is made from y, DZ is written
-    unless None. W, B (C,): float, or None. MEAN, RSTD: as of the forward, fp32. DW, DB: (O, C),
-    fp32 partial sums, or the gradients themselves where O is 1; or None.
+    DY, X, Y, DX, DZ: (O, C, J) in LAYOUT, float. Y is read if f' is computed from y. DZ is written
+    unless None. W, B (C,): float, or None. MEAN, RSTD: as in the forward, fp32. DW, DB: (O, C),
+    fp32 partial sums, or the gradients themselves if O is 1; or None.
     """
     C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
     U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
@@ -270,14 +276,16 @@ def _channel_bwd_kernel(
         along = tl.div_rn(_shared(along * w, GROUPED), count)[:, None, None]
         total = tl.div_rn(_shared(total * w, GROUPED), count)[:, None, None]
         dx = (dz * w[:, None, None] - x_hat * along - total) * rstd[:, None, None]
-    else:  # a weight is one factor of all, and the last: sums of its products might overflow
+    # The weight is a factor of all terms. It is multiplied last, because sums of its products might
+    # overflow.
+    else:
         along = tl.div_rn(along, count)[:, None, None]
         total = tl.div_rn(total, count)[:, None, None]
         dx = (dz - x_hat * along - total) * rstd[:, None, None] * w[:, None, None]
     tl.store(DX + base + offs, dx.to(DX.dtype.element_ty), mask=mask)
 
 
-# ---- statistics that do not ---------------------------------------------------------------------
+# ---- statistics that do not fit in registers ----------------------------------------------------
 
 
 @kernel(do_not_specialize=["C", "S", "N", "span", "K"])
@@ -285,7 +293,7 @@ def _channel_moments_kernel(
     X, MEAN, M2, C, S, N, span, K,
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A program takes the moments of chunk k of J of BLOCK_C channels, and loops over it.
+    """A program computes the moments of chunk k of J of BLOCK_C channels, and loops over the chunk.
 
     X: (O, C, J) in LAYOUT, float. MEAN, M2: (O, K, C) fp32, of each chunk.
     """
@@ -308,8 +316,8 @@ def _channel_moments_kernel(
         d = tl.where(mask, x - mean, 0.0)
         mean += d * tl.div_rn(1.0, step)
         m2 += d * (x - mean)
-    # Each lane has the moments of its own elements: pool them, relative to the first one's mean,
-    # for of |mean| >> std a sum of means would keep too few digits.
+    # Each lane has the moments of its own elements. They are combined relative to the first lane's
+    # mean: if |mean| >> std, a sum of the means would lose low-order digits.
     count = tl.maximum((stop - start - v + BLOCK_V - 1) // BLOCK_V, 0).to(tl.float32)[None, :, None]
     is_first = (v == 0)[None, :, None] & (tl.arange(0, U) == 0)[None, None, :]
     origin = _sum(tl.where(is_first, mean, 0.0))
@@ -325,7 +333,7 @@ def _channel_moments_kernel(
 
 @triton.jit
 def _parts(e, g, o, K, D, groups):
-    """Of a group's part e: whether there is one, its chunk, and where it is among the partials."""
+    """For part e of a group: whether it exists, its chunk, and its index among the partial sums."""
     k = e // D
     there = (e < K * D)[:, None] & (g < groups)[None, :]
     at = ((o * K + k) * (groups * D) + (e - k * D))[:, None] + (g * D)[None, :]
@@ -337,17 +345,17 @@ def _channel_pool_kernel(
     PART_MEAN, PART_M2, MEAN, RSTD, RUNNING_MEAN, RUNNING_VAR, V, span, K, D, groups, outer, eps,
     momentum, U: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """A program pools the chunks of BLOCK_G groups, and loops over outer indices and chunks, twice.
+    """A program combines the chunks of BLOCK_G groups: two loops over the chunks per outer index.
 
     PART_MEAN, PART_M2: (O, K, groups * D) fp32. MEAN, RSTD: (O, groups) fp32. RUNNING_MEAN,
-    RUNNING_VAR (groups,): float, or None; updated, for D of 1. A chunk has `span` of the V vectors
+    RUNNING_VAR (groups,): float, or None; updated, if D is 1. A chunk has `span` of the V vectors
     of J.
     """
     g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     total = (V * U).to(tl.float32) * D.to(tl.float32)
     sum_mean = tl.zeros((BLOCK_G,), tl.float32)
     sum_var = tl.zeros((BLOCK_G,), tl.float32)
-    # A program has every outer index where their statistics go into the running ones together.
+    # If running statistics are updated, one program has all outer indices of its groups.
     for o in range(tl.program_id(1).to(tl.int64), outer, tl.num_programs(1)):
         origin = tl.load(PART_MEAN + o * K * (groups * D) + g * D, mask=g < groups, other=0.0)
         acc = tl.zeros((BLOCK_E, BLOCK_G), tl.float32)
@@ -381,10 +389,10 @@ def _channel_apply_kernel(
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, VARIANCE: tl.constexpr, FORMULA: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A program normalises a chunk of J of BLOCK_C channels, and loops over it.
+    """A program normalises a chunk of J of BLOCK_C channels, and loops over the chunk.
 
     X, R, Y: (O, C, J) in LAYOUT, float; R may be None. W, B (C,): float, or None. MEAN (O, C // D):
-    float. RSTD: the same; a variance if VARIANCE.
+    float. RSTD: of the same shape; the variance if VARIANCE.
     """
     C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
     U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
@@ -415,8 +423,8 @@ def _channel_sums_kernel(
 ):  # fmt: skip
     """A program sums dz x_hat and dz over chunk k of J of BLOCK_C channels, and loops over it.
 
-    DY, X, Y, DZ: (O, C, J) in LAYOUT, float; Y is read where f' is made from y, DZ is written
-    unless None. W, B (C,): float, or None. MEAN, RSTD: as of `_channel_apply_kernel`. ALONG, TOTAL:
+    DY, X, Y, DZ: (O, C, J) in LAYOUT, float. Y is read if f' is computed from y. DZ is written
+    unless None. W, B (C,): float, or None. MEAN, RSTD: as in `_channel_apply_kernel`. ALONG, TOTAL:
     (O, K, C) fp32, or None.
     """
     C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
@@ -460,7 +468,8 @@ def _channel_totals_kernel(
     """A program adds up the chunks of BLOCK_G groups, and loops over outer indices and chunks.
 
     ALONG, TOTAL: (O, K, groups * D) fp32. W (groups * D,): float, or None. SUM_ALONG, SUM_TOTAL:
-    (O, groups) fp32, of the sums times w. DW, DB (groups,): float, or None; only for D and O of 1.
+    (O, groups) fp32, of the sums times w. DW, DB (groups,): float, or None; written only if D and O
+    are 1.
     """
     g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     for o in range(tl.program_id(1).to(tl.int64), outer, tl.num_programs(1)):
@@ -477,7 +486,7 @@ def _channel_totals_kernel(
             total += w * tl.load(TOTAL + at, mask=there, other=0.0)
         sum_along = tl.sum(along, 0)
         sum_total = tl.sum(total, 0)
-        if DW is not None:  # channels by themselves, and o = 0
+        if DW is not None:  # each channel is its own group, and o = 0
             tl.store(DW + g, sum_along.to(DW.dtype.element_ty), mask=g < groups)
         if DB is not None:
             tl.store(DB + g, sum_total.to(DB.dtype.element_ty), mask=g < groups)
@@ -491,11 +500,11 @@ def _channel_dx_kernel(
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, VARIANCE: tl.constexpr, GROUPED: tl.constexpr,
     FORMULA: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A program makes dx of a chunk of J of BLOCK_C channels, and loops over it.
+    """A program computes dx of a chunk of J of BLOCK_C channels, and loops over the chunk.
 
-    DY, X, DX: (O, C, J) in LAYOUT, float. W, B (C,): float, or None. MEAN, RSTD: as of
-    `_channel_apply_kernel`. SUM_ALONG, SUM_TOTAL: (O, C // D) fp32, or None where the statistics
-    are constants.
+    DY, X, DX: (O, C, J) in LAYOUT, float. W, B (C,): float, or None. MEAN, RSTD: as in
+    `_channel_apply_kernel`. SUM_ALONG, SUM_TOTAL: (O, C // D) fp32, or None if the statistics are
+    constants.
     """
     C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
     U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
@@ -518,7 +527,7 @@ def _channel_dx_kernel(
             x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
             x_hat, z = _normalised(x, mean, rstd, w, bias)
         dz = _through(dz, z, None, base + offs, mask, a, b, FORMULA, GRADIENT)
-        # The sums are of products with the weights in a group; else the weight is the last factor.
+        # In a group, the sums contain the weights. Else the weight is multiplied last.
         if GROUPED:
             dz *= w[:, None, None]
         if SUM_ALONG is not None:
@@ -533,7 +542,7 @@ def _channel_dx_kernel(
 
 
 class _View(NamedTuple):
-    """An input as O x C x J, with J = N * S; statistics for every D channels."""
+    """An input as O x C x J, with J = N * S. D channels share their statistics."""
 
     layout: str
     outer: int
@@ -555,7 +564,7 @@ class _View(NamedTuple):
         return self.N * self.S // self.vector
 
     def arguments(self, unit):
-        """C, S and N, as kernels take them."""
+        """C, S and N in the form that the kernels take."""
         if self.layout == "last":
             return self.C // unit, self.S, self.N
         return self.C, self.S // unit, self.N
@@ -573,7 +582,7 @@ def _view(x, groups, last):
 
 
 def _whole_config(view, itemsize, most):
-    """How a program holds all elements of its statistics in registers; None if they do not fit."""
+    """How a program holds a whole statistic in registers; None if it does not fit."""
     layout, D = view.layout, view.D
     wide = layout == "last"
     unit = math.gcd(D, 8) if wide and D > 1 else view.unit
@@ -582,7 +591,7 @@ def _whole_config(view, itemsize, most):
     if D > 1:
         block_c = next_power_of_2(D)
         if wide and view.S > 1 and D * itemsize < 32:
-            return None  # of a sector, only a part
+            return None  # it would use only part of each memory sector
     elif wide:
         block_c = min(next_power_of_2(view.C), 64 // itemsize)
         while block_c * block_j > most // 2 and block_c * itemsize > 32:
@@ -592,7 +601,7 @@ def _whole_config(view, itemsize, most):
     elements = block_c * block_j
     if elements > (most // 2 if unit == 1 else most):
         return None
-    each = 256 if unit == 1 else 1024 if wide and D == 1 else 512  # for a warp
+    each = 256 if unit == 1 else 1024 if wide and D == 1 else 512  # elements per warp
     return {
         "LAYOUT": layout,
         "UNIT": unit,
@@ -605,7 +614,7 @@ def _whole_config(view, itemsize, most):
 
 
 def _whole_launch(view, config):
-    """(programs, arguments C, S, N and D) of a `_whole_config`."""
+    """(programs, arguments C, S, N and D) for a `_whole_config`."""
     blocks = cdiv(view.C, view.D if view.D > 1 else config["BLOCK_C"])
     return view.outer * blocks, (*view.arguments(config["UNIT"]), view.D // config["D_UNIT"])
 
@@ -618,7 +627,8 @@ def _tile(view, unit, itemsize):
     else:
         block_j = min(next_power_of_2(view.V) * unit, TILE)
         if view.layout == "samples" and view.S < 256:
-            block_j = min(block_j, 256)  # several channels, which are neighbours in memory
+            # so that a tile has several channels, which are neighbours in memory
+            block_j = min(block_j, 256)
         block_c = (
             min(next_power_of_2(view.C), 8) if view.layout == "samples" else next_power_of_2(view.C)
         )
@@ -634,8 +644,10 @@ def _tile(view, unit, itemsize):
 
 
 def _split(view, config, tiles_each):
-    """((programs, chunks of J), vectors in a chunk): of at least so many tiles, unless that would
-    leave a GPU idle."""
+    """((programs, chunks of J), vectors per chunk).
+
+    A chunk has about `tiles_each` tiles, or fewer if that would leave a GPU idle.
+    """
     blocks = view.outer * cdiv(view.C, config["BLOCK_C"])
     tiles = cdiv(view.V, config["BLOCK_V"])
     each = max(1, min(tiles_each, tiles * blocks // PROGRAMS), cdiv(tiles, GRID_Y))
@@ -644,7 +656,7 @@ def _split(view, config, tiles_each):
 
 
 def _chunks(view, config):
-    """As `_split`, for sums: no more chunks than it takes to fill a GPU."""
+    """Like `_split`, for sums: only as many chunks as it takes to fill a GPU."""
     blocks = view.outer * cdiv(view.C, config["BLOCK_C"])
     tiles = cdiv(view.V, config["BLOCK_V"])
     each = max(cdiv(tiles * blocks, PROGRAMS), min(tiles, 2), cdiv(tiles, GRID_Y))
@@ -656,7 +668,7 @@ def _chunks(view, config):
 def _pool_tile(parts, D):
     if D > 1:
         return {"BLOCK_E": min(next_power_of_2(parts * D), 1024), "BLOCK_G": 1, "num_warps": 4}
-    if parts > 32:  # in few steps, for nothing hides their latency
+    if parts > 32:  # few steps, because nothing hides their latency
         return {"BLOCK_E": 256, "BLOCK_G": 8, "num_warps": 16}
     return {"BLOCK_E": 32, "BLOCK_G": 32, "num_warps": 4}
 
@@ -669,7 +681,7 @@ def _formulas(formula, gradient):
 
 
 def _add_up(parts, dw, db):
-    """parts (1 or 2, G, C) -> their sums over G: dw, then db, or one of them."""
+    """parts (1 or 2, G, C), summed over G -> dw, then db; or only one of them."""
     norm._sum(parts, dw, db, parts.shape[1], parts.shape[2], math.gcd(parts.shape[2], 8))
 
 
@@ -677,7 +689,7 @@ def apply(
     x, weight, bias, mean, rstd, y, groups, eps=None, formula=None, a=0.0, b=0.0, residual=None,
     last=False,
 ):  # fmt: skip
-    """x (N, C, *) normalised by given statistics, into y; with eps, `rstd` holds the variance."""
+    """x (N, C, *), normalised by given statistics -> y. With eps, `rstd` is the variance."""
     view = _view(x, groups, last)
     config = _tile(view, view.unit, x.element_size())
     grid, span = _split(view, config, 4)
@@ -692,11 +704,11 @@ def fwd(
     x, weight, bias, running_mean, running_var, y, groups, eps, momentum=0.0, formula=None, a=0.0,
     b=0.0, residual=None, last=False,
 ):  # fmt: skip
-    """x (N, C, *), not empty, contiguous or, if `last`, channels last; weight, bias (C,) or None
-    -> mean and rstd in fp32, each (N, groups), or (C,) if groups is 0 (batch norm); y, laid out as
-    x, is filled. The residual is laid out so too.
+    """Normalises x (N, C, *), fills y, and returns mean and rstd.
 
-    Running statistics (C,), where given, are moved by `momentum` in place.
+    x is not empty, and contiguous or, if `last`, channels last. weight and bias are (C,) or None. y
+    and the residual have the layout of x. mean and rstd are fp32: (N, groups), or (C,) if groups is
+    0 (batch norm). Running statistics (C,), if given, are moved by `momentum` in place.
     """
     shape = (x.shape[0], groups) if groups else x.shape[1:2]
     mean = torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -735,13 +747,13 @@ def bwd(
     dy, x, weight, bias, mean, rstd, groups, need_dx, dw_dtype, db_dtype, eps=None, formula=None,
     gradient=None, a=0.0, b=0.0, y=None, last=False,
 ):  # fmt: skip
-    """dy, laid out as x, and fwd's arguments and results -> dx, dw, db, dz; None for each not
-    wanted.
+    """dy, with the layout of x, and fwd's arguments and results -> dx, dw, db, dz, or None each.
 
-    dx has x's dtype and layout; dw and db (C,) are left out where their dtype is None. With eps the
-    statistics were given, `rstd` being the variance, and no gradient goes through them. `gradient`
-    is f', written in y if that is given, else in what `formula` makes of z, else in z. With y there
-    was a residual, whose gradient dz is.
+    dx has x's dtype and layout, and is None unless `need_dx`. dw and db (C,) are None if their
+    dtype is. If eps is given, the statistics were given: `rstd` is the variance, and no gradient
+    goes through the statistics. `gradient` is f'. Its formula takes y if y is given; else the
+    result of `formula` for z; else z. If y is given, there was a residual, and dz is the gradient
+    of the residual.
     """
     view = _view(x, groups, last)
     C = view.C
@@ -753,7 +765,7 @@ def bwd(
     formulas = _formulas(formula, gradient)
 
     def partials(count):
-        """Where `count` programs put their shares of dw and db: in partials, or at once there."""
+        """Where `count` programs write their dw and db: partial sums, or the results for 1."""
         if count == 1 or not params:
             return None, dw, db
         made = torch.empty((len(params), count, C), dtype=torch.float32, device=x.device)
@@ -787,7 +799,7 @@ def bwd(
             grid, dy, x, weight, bias, y, mean, rstd, dz, along, total, *sizes, view.D, span, K,
             0.0 if eps is None else eps, a, b, VARIANCE=eps is not None, **formulas, **config,
         )  # fmt: skip
-        apart = groups > 0  # then dw and db also sum over the samples
+        apart = groups > 0  # then dw and db are also summed over the samples
         if through:
             sum_along, sum_total = torch.empty_like(mean), torch.empty_like(mean)
             tile = _pool_tile(K, view.D)

@@ -8,9 +8,9 @@ where u[c] = w[c] * (t[c] * (1 - smoothing) + smoothing / C). Memory-bound, and 
 so count passes over the elements (R read, W write):
     stock   log_softmax 1R 1W; backward nll 1W, log_softmax 2R 1W     6 at best
     here    forward 1R; backward 1R 1W                                3
-Forward keeps two floats per position, max(x) and log(sum(exp(x - max))), so that log p loses
-nothing to large logits; stock's table of log p is never allocated. Rows whose target is ignored are
-not read.
+The forward keeps two floats per position, max(x) and log(sum(exp(x - max))), so log p loses nothing
+if the logits are large. PyTorch's table of log p is never allocated. Rows whose target is ignored
+are not read.
 """
 
 import torch
@@ -35,7 +35,7 @@ from fastnn.kernels.nll_loss import (
 
 @triton.jit
 def finite(top):
-    """The base of a lane's exponentials. One that has only seen -inf would take exp(-inf + inf)."""
+    """The base of a lane's exponentials; not -inf, because exp(-inf + inf) is nan."""
     return tl.where(top == -float("inf"), 0.0, top)
 
 
@@ -53,9 +53,9 @@ def _cross_entropy_fwd_kernel(
 ):  # fmt: skip
     """A program has ROWS positions of one batch entry, and loops once over their classes.
 
-    X (B, C, S): float, its classes or its positions contiguous. TARGET (B, S): ints, or as X if
-    PROBABILITIES. WEIGHT (C,): float, or None. LOSS (B, S): float, written unless REDUCE. STATS:
-    fp32 rows of M: largest x, log of the sum, and if soft the mass of u. PARTIAL (2, programs):
+    X (B, C, S): float, with its classes or its positions contiguous. TARGET (B, S): ints, or like X
+    if PROBABILITIES. WEIGHT (C,): float, or None. LOSS (B, S): float, written unless REDUCE. STATS:
+    fp32 rows of M: largest x, log of the sum, and, if soft, the sum of u. PARTIAL (2, programs):
     fp64 sums of losses and of their weights, if REDUCE.
     """
     SOFT: tl.constexpr = PROBABILITIES or SMOOTH
@@ -84,7 +84,7 @@ def _cross_entropy_fwd_kernel(
         stop = tl.max(keep.to(tl.int32), 0) * C
         x_t = tl.zeros((ROWS,), tl.float32)
         if CLASSES_LAST:
-            # Where positions are contiguous, a mask per position would end wide loads.
+            # If positions are contiguous, a mask per position would prevent wide loads.
             reads = keep
             x_t = tl.load(X + rows * stride_xs + target, mask=valid, other=0.0).to(tl.float32)
         w_t = tl.where(valid, 1.0, float("nan"))
@@ -114,7 +114,8 @@ def _cross_entropy_fwd_kernel(
                     u = tl.where(inside, u * kept + uniform, 0.0)
             if WEIGHT is not None:
                 W = WEIGHT + cols
-                if CLASSES_LAST:  # for each row anew: else weights go through shared memory
+                # read anew for each row: else the weights go through shared memory
+                if CLASSES_LAST:
                     W = tl.broadcast_to(W, (GROUP, LANES, ROWS))
                 u *= tl.load(W, mask=cols < C, other=0.0).to(tl.float32)
             gap = tl.where(inside, x - base[None, :, :], 0.0)
@@ -125,7 +126,7 @@ def _cross_entropy_fwd_kernel(
         top = new
 
     peak = tl.max(top, 0)
-    # The largest term is 1, and in fp32 a small rest would drown in it. Here and below fp64
+    # The largest term is 1. In fp32 a small rest would be lost beside it. The fp64 here and below
     # costs a few operations per lane, not per element.
     rest = tl.sum((acc * tl.exp(top - peak[None, :])).to(tl.float64), 0) - 1.0
     log_sum = libdevice.log1p(rest.to(tl.float32))
@@ -166,9 +167,9 @@ def _cross_entropy_bwd_kernel(
 ):  # fmt: skip
     """A program has ROWS positions of one batch entry, and loops over its share of the classes.
 
-    DLOSS: float, (B, S), or one element where the loss was reduced. X, TARGET, WEIGHT: as of the
+    DLOSS: float, (B, S), or one element if the loss was reduced. X, TARGET, WEIGHT: as in the
     forward. STATS: what the forward wrote, then the divisor of a mean. DX, DT (B, C, S): float,
-    laid out as X, or None.
+    with the layout of X, or None.
     """
     SOFT: tl.constexpr = PROBABILITIES or SMOOTH
     pid = tl.program_id(0)
@@ -242,7 +243,7 @@ def _cross_entropy_bwd_kernel(
                     t = t * kept + uniform
                 dx = g * (p * mass - t * u)
         else:
-            # Not hard * (p - 1): that rounds twice where p is small.
+            # hard * (p - 1) would round twice if p is small.
             dx = hard * p - tl.where(cols == target, hard, 0.0)
             if SMOOTH:
                 dx += g * uniform * (p * mass - u)
@@ -254,7 +255,7 @@ def _cross_entropy_bwd_kernel(
 
 
 def _laid_out(*tensors):
-    """The tensors, copied only if their layouts do not go together; and `common` of them."""
+    """(tensors, `common` of them). The tensors are copied only if their layouts do not agree."""
     view = common(*tensors)
     if view is None:
         tensors = tuple(dense(t) for t in tensors)
@@ -263,11 +264,11 @@ def _laid_out(*tensors):
 
 
 def fwd(x, target, weight, ignore_index, smoothing, reduction, dtype):
-    """x (C,) or (N, C, ...), target (N, ...) ints or as x, weight (C,) dense or None -> loss in
-    `dtype`, stats for `bwd`.
+    """Returns the loss in `dtype`, and the stats for `bwd`.
 
-    stats (2 * M + 1,) fp32, of M positions: max, log_sum; with smoothing or probabilities a third,
-    the mass of u; then the divisor of a mean.
+    x (C,) or (N, C, ...), target (N, ...) ints or like x, weight (C,) dense or None. stats (2 * M +
+    1,) is fp32, for M positions: max and log_sum; with smoothing or probabilities a third row, the
+    sum of u, so (3 * M + 1,); then the divisor of a mean.
     """
     probabilities = target.is_floating_point()
     loss = loss_like(x, reduction, dtype)
@@ -301,7 +302,7 @@ def fwd(x, target, weight, ignore_index, smoothing, reduction, dtype):
 
 
 def bwd(dloss, x, target, weight, stats, ignore_index, smoothing, reduction, need_x, need_target):
-    """dloss, the inputs and the stats of `fwd` -> [dx and dtarget, those needed], as the inputs."""
+    """dloss, the inputs and stats of `fwd` -> those needed of [dx, dtarget]."""
     probabilities = target.is_floating_point()
     read = (x, target) if probabilities else (x,)
     needs = (need_x, need_target)

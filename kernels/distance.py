@@ -1,18 +1,19 @@
 """Distances, similarities and losses of rows: one kernel per direction, formulas as constexprs.
 
     s[k] = sum_c step(x1[c], x2[c], x3[c])[k]      up to three sums over each row
-    s = distances, or a cosine and two norms       where an op is made of those
+    s = distances, or a cosine and two norms       if the op is computed from those
     y = value(s)                                   kept, summed, or summed and divided
     d1, d2, d3 [c] = grad(g, s, x1[c], ...)        those that are wanted, in one pass
 
-A row is a class dimension C of tensors (B, C, S), as in kernels/nll_loss.py; x2, x3 may be absent.
-Memory-bound: forward reads each tensor once, backward reads them once more and writes one gradient
-for each tensor that wants it; between them a float per sum and row is kept. Stock has a kernel for
-each of the chain's operators: 35 of them in cosine similarity, 56 passes over a tensor, for 6 here.
+A row is the class dimension C of tensors (B, C, S), as in kernels/nll_loss.py. x2 and x3 may be
+absent. Memory-bound: the forward reads each tensor once; the backward reads them once more, and
+writes one gradient for each tensor that needs it. In between, one float per sum and row is kept.
+PyTorch has a kernel for each operator of the chain. For cosine similarity it has 35 kernels, and 56
+passes over a tensor; here there are 6 passes.
 
-Sums are fp32 in each lane, fp64 across lanes and rows, in fixed order. Squares of what is above
-1.8e19 leave the range of fp32, while a norm and a cosine fit: rows whose sum is infinite are walked
-again, 2**80 times smaller.
+Sums are fp32 in each lane, and fp64 across lanes and rows, in a fixed order. The squares of numbers
+above 1.8e19 overflow fp32, although a norm and a cosine fit. So rows with an infinite sum are read
+again, scaled by 2**-80.
 """
 
 import torch
@@ -28,12 +29,17 @@ from fastnn.kernels.nll_loss import class_programs, common, multiple, tiles, uni
 
 # ---- formulas -----------------------------------------------------------------------------------
 #
-# step   (x1, x2, x3, r, at, p, eps, margin, NORM, SWAP) -> what to add to the sums
+# step   (x1, x2, x3, r, at, p, eps, margin, NORM, SWAP) -> terms of the sums
 # value  (s0, s1, s2, C, t, p, eps, margin, NORM, SWAP) -> y
 # grad   (g, s0, s1, s2, C, x1, x2, x3, r, at, t, p, eps, margin, NORM, SWAP) -> gradients of x1...
 #
-# What value and grad get for s are the sums of most ops; of pairwise and triplet they are the
-# distances; of cosine the cosine and the two norms.
+# For most ops, value and grad get the sums as s. For pairwise and triplet, s are the distances. For
+# cosine, s are the cosine and the two norms.
+#
+# Where stock keeps differences for the backward, and none of the tensors, so do we: an edit of a
+# tensor between the passes is then as harmless as in stock. The forward makes them of x1, x2 and
+# x3, rounds them to the result's dtype and writes those that the op names. Their step, and the
+# gradient `<op>_of_kept`, are given k1, k2 and k3, the differences, for x1, x2 and x3.
 #
 # t is a number of the row, r the element of x1 at the row's index, and `at` says which element that
 # is; 0 where an op has none. NORM is 1, 2, or 0 for the exponent p.
@@ -61,7 +67,7 @@ def _root(s, p, NORM: tl.constexpr):
 
 @triton.jit
 def _norm_grad(d, y, p, NORM: tl.constexpr):
-    """The derivative of y = |d| by an element of d; 0 where ATen selects that."""
+    """The derivative of y = |d| by an element of d; 0 where ATen selects 0."""
     if NORM == 2:
         slope = tl.where(y == 0, 0.0, tl.div_rn(d, y))
     else:
@@ -73,8 +79,13 @@ def _norm_grad(d, y, p, NORM: tl.constexpr):
 
 
 @triton.jit
-def pairwise_step(x1, x2, x3, r, at, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr):
-    return (_power(x1 - x2 + eps, p, NORM),)
+def differences(x1, x2, x3, eps):
+    return x1 - x2 + eps, x1 - x3 + eps, x2 - x3 + eps
+
+
+@triton.jit
+def pairwise_step(k1, k2, k3, r, at, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr):
+    return (_power(k1, p, NORM),)
 
 
 @triton.jit
@@ -83,19 +94,19 @@ def pairwise(s0, s1, s2, C, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.cons
 
 
 @triton.jit
-def pairwise_grad(
-    g, s0, s1, s2, C, x1, x2, x3, r, at, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr
+def pairwise_of_kept(
+    g, s0, s1, s2, C, k1, k2, k3, r, at, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr
 ):
-    d = g * _norm_grad(x1 - x2 + eps, s0, p, NORM)
+    d = g * _norm_grad(k1, s0, p, NORM)
     return d, -d
 
 
 @triton.jit
-def triplet_step(x1, x2, x3, r, at, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr):
-    near = _power(x1 - x2 + eps, p, NORM)
-    far = _power(x1 - x3 + eps, p, NORM)
+def triplet_step(k1, k2, k3, r, at, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr):
+    near = _power(k1, p, NORM)
+    far = _power(k2, p, NORM)
     if SWAP:
-        return near, far, _power(x2 - x3 + eps, p, NORM)
+        return near, far, _power(k3, p, NORM)
     else:
         return near, far
 
@@ -109,8 +120,8 @@ def triplet(s0, s1, s2, C, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.const
 
 
 @triton.jit
-def triplet_grad(
-    g, s0, s1, s2, C, x1, x2, x3, r, at, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr
+def triplet_of_kept(
+    g, s0, s1, s2, C, k1, k2, k3, r, at, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr
 ):
     near = s0
     far = s1
@@ -121,13 +132,13 @@ def triplet_grad(
         of_far = tl.where(far < other, 1.0, tl.where(far == other, 0.5, 0.0))
     least = tl.minimum(far, other, propagate_nan=tl.PropagateNan.ALL)
     g = tl.where(margin + near - least >= 0, g, 0.0)
-    to_near = g * _norm_grad(x1 - x2 + eps, near, p, NORM)
-    to_far = g * of_far * _norm_grad(x1 - x3 + eps, far, p, NORM)
+    to_near = g * _norm_grad(k1, near, p, NORM)
+    to_far = g * of_far * _norm_grad(k2, far, p, NORM)
     d1 = to_near - to_far
     d2 = -to_near
     d3 = to_far
     if SWAP:
-        swapped = g * (1.0 - of_far) * _norm_grad(x2 - x3 + eps, other, p, NORM)
+        swapped = g * (1.0 - of_far) * _norm_grad(k3, other, p, NORM)
         d2 -= swapped
         d3 += swapped
     return d1, d2, d3
@@ -147,8 +158,9 @@ def cosine(s0, s1, s2, C, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.conste
 def cosine_grad(
     g, s0, s1, s2, C, x1, x2, x3, r, at, t, p, eps, margin, NORM: tl.constexpr, SWAP: tl.constexpr
 ):
-    # Stock's derivative of a norm at its lower limit eps is that of the norm itself. Each element
-    # is divided by its own norm first: products of norms, and their reciprocals, leave fp32.
+    # Where a norm is at its lower limit eps, PyTorch's derivative is that of the norm itself. Each
+    # element is first divided by its own norm, because products of norms, and their reciprocals,
+    # overflow fp32.
     n1 = tl.maximum(s1, eps, propagate_nan=tl.PropagateNan.ALL)
     n2 = tl.maximum(s2, eps, propagate_nan=tl.PropagateNan.ALL)
     along1 = tl.where(s1 == 0, 0.0, s0 * tl.div_rn(x1, tl.broadcast_to(s1, x1.shape)))
@@ -189,7 +201,8 @@ def multi_margin_step(x1, x2, x3, r, at, p, eps, margin, NORM: tl.constexpr, SWA
     if NORM == 1:
         return tl.where(counts, z, 0.0), tl.where(counts, 1.0, 0.0)
     else:
-        # The second for the gradient, smaller by a power of two: the sum may pass what fp32 holds.
+        # The second sum is for the gradient. It is scaled by a power of two, because it might
+        # overflow.
         return tl.where(counts, z * z, 0.0), tl.where(counts, z * 2.0**-20, 0.0)
 
 
@@ -238,7 +251,7 @@ def multilabel_soft_grad(
 
 @triton.jit
 def _row_strides(other, CLASSES_LAST: tl.constexpr, UNIT: tl.constexpr):
-    """(stride of classes, stride of rows); one of them is 1."""
+    """(stride of classes, stride of rows). One of them is 1."""
     if CLASSES_LAST:
         return 1, multiple(other, UNIT)
     else:
@@ -247,13 +260,23 @@ def _row_strides(other, CLASSES_LAST: tl.constexpr, UNIT: tl.constexpr):
 
 @triton.jit
 def _row_load(X, cols, rows, inside, other, CLASSES_LAST: tl.constexpr, UNIT: tl.constexpr):
-    """Elements (cols, rows) in fp32, 0 outside, of a tensor that may be None: then 1."""
+    """Elements (cols, rows) in fp32, 0 outside; 1 if X is None."""
     if X is None:
         return 1.0
     else:
         stride_c, stride_s = _row_strides(other, CLASSES_LAST, UNIT)
         at = cols.to(tl.int64) * stride_c + rows * stride_s
         return tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _row_store(D, d, b, batch, other, cols, rows, inside, CLASSES_LAST: tl.constexpr,
+               UNIT: tl.constexpr):  # fmt: skip
+    stride_c, stride_s = _row_strides(other, CLASSES_LAST, UNIT)
+    D += b * multiple(batch, UNIT)
+    tl.store(
+        D + (cols.to(tl.int64) * stride_c + rows * stride_s), d.to(D.dtype.element_ty), mask=inside
+    )
 
 
 @triton.jit
@@ -280,18 +303,22 @@ def _row_target(X1, T, WEIGHT, b, rows, m, live, C, stride_c, stride_s, INDEX: t
 
 @triton.jit
 def _row_sums(
-    X1, X2, X3, rows, live, C, r, index, stride_1, stride_2, stride_3, k1, k2, p, eps, margin,
-    STEP: tl.constexpr, SUMS: tl.constexpr, NORM: tl.constexpr, SWAP: tl.constexpr,
-    CLASSES_LAST: tl.constexpr, UNIT: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    X1, X2, X3, rows, live, C, r, index, stride_1, stride_2, stride_3, k1, k2, p, eps, margin, K1,
+    K2, K3, b, stride_kb, stride_k, Y, STEP: tl.constexpr, KEEP: tl.constexpr, SUMS: tl.constexpr,
+    NORM: tl.constexpr, SWAP: tl.constexpr, CLASSES_LAST: tl.constexpr, UNIT: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The sums over each row; with x1 k1 times, and x2, x3 and eps k2 times as large."""
+    """The sums over each row; with x1 k1 times, and x2 and x3 k2 times as large.
+
+    With KEEP, of what it makes of x1, x2, x3 and eps, in the dtype of Y: written to K1, K2 and K3
+    where these are not None.
+    """
     # Axes: group, lane, row. Classes of a group are LANES apart, so that one thread has them all.
     offs = tl.arange(0, GROUP)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
     place = rows[None, None, :]
     if k1 is not None:
         k1 = k1[None, None, :]
         k2 = k2[None, None, :]
-        eps = eps * k2
     acc0 = tl.zeros((LANES, rows.shape[0]), tl.float32)
     acc1 = tl.zeros((LANES, rows.shape[0]), tl.float32)
     acc2 = tl.zeros((LANES, rows.shape[0]), tl.float32)
@@ -301,6 +328,18 @@ def _row_sums(
         x1 = _row_load(X1, cols, place, inside, stride_1, CLASSES_LAST, UNIT)
         x2 = _row_load(X2, cols, place, inside, stride_2, CLASSES_LAST, UNIT)
         x3 = _row_load(X3, cols, place, inside, stride_3, CLASSES_LAST, UNIT)
+        if KEEP is not None:
+            x1, x2, x3 = KEEP(x1, x2, x3, eps)
+            # Rounded as they are kept, so that the backward sees what the sums are of.
+            x1 = x1.to(Y.dtype.element_ty).to(tl.float32)
+            x2 = x2.to(Y.dtype.element_ty).to(tl.float32)
+            x3 = x3.to(Y.dtype.element_ty).to(tl.float32)
+            if K1 is not None:
+                _row_store(K1, x1, b, stride_kb, stride_k, cols, place, inside, CLASSES_LAST, UNIT)
+            if K2 is not None:
+                _row_store(K2, x2, b, stride_kb, stride_k, cols, place, inside, CLASSES_LAST, UNIT)
+            if K3 is not None:
+                _row_store(K3, x3, b, stride_kb, stride_k, cols, place, inside, CLASSES_LAST, UNIT)
         if k1 is not None:
             x1 *= k1
             x2 *= k2
@@ -317,7 +356,7 @@ def _row_sums(
     return s0, s1, s2
 
 
-SMALLER = tl.constexpr(2.0**-80)  # the square of 3e38 times that is 1e29, and 4e9 of them fit
+SMALLER = tl.constexpr(2.0**-80)  # the square of 3e38 * 2**-80 is 1e29, and 4e9 of them fit
 
 _COUNTS = [
     "C", "S", "M", "stride_1b", "stride_2b", "stride_3b", "row_blocks", "class_blocks", "divisor",
@@ -325,21 +364,22 @@ _COUNTS = [
 ]  # fmt: skip
 
 
-@kernel(do_not_specialize=_COUNTS[:7])
+@kernel(do_not_specialize=[*_COUNTS[:7], "stride_kb"])
 def _rows_fwd_kernel(
-    X1, X2, X3, T, WEIGHT, Y, STATS, PARTIAL, C, S: tl.int64, M: tl.int64, stride_1b: tl.int64,
-    stride_1, stride_2b: tl.int64, stride_2, stride_3b: tl.int64, stride_3, row_blocks, p, eps,
-    margin, STEP: tl.constexpr, VALUE: tl.constexpr, LENGTHS: tl.constexpr, SUMS: tl.constexpr,
-    INDEX: tl.constexpr,
-    NORM: tl.constexpr, SWAP: tl.constexpr, REDUCE: tl.constexpr, CLASSES_LAST: tl.constexpr,
+    X1, X2, X3, T, WEIGHT, Y, STATS, PARTIAL, K1, K2, K3, C, S: tl.int64, M: tl.int64,
+    stride_1b: tl.int64, stride_1, stride_2b: tl.int64, stride_2, stride_3b: tl.int64, stride_3,
+    stride_kb: tl.int64, stride_k, row_blocks, p, eps, margin, STEP: tl.constexpr,
+    VALUE: tl.constexpr, KEEP: tl.constexpr, LENGTHS: tl.constexpr, SUMS: tl.constexpr,
+    INDEX: tl.constexpr, NORM: tl.constexpr, SWAP: tl.constexpr, REDUCE: tl.constexpr,
+    CLASSES_LAST: tl.constexpr,
     UNIT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A program has ROWS rows, and loops over their classes once, or twice where squares overflow.
+    """A program has ROWS rows, and loops over their classes once, or twice if squares overflow.
 
     X1, X2, X3 (B, C, S): float, their classes or their positions contiguous; X2 and X3 may be None.
     T (B, S): a number of each row, the index of a class if INDEX, or None. WEIGHT (C,): float, or
     None. Y (B, S): float, unless REDUCE. STATS (SUMS, B * S): fp32. PARTIAL (programs,): fp64 sums,
-    if REDUCE.
+    if REDUCE. K1, K2, K3 (B, C, S): float, the differences that are kept for the backward, or None.
     """
     pid = tl.program_id(0)
     b = (pid // row_blocks).to(tl.int64)
@@ -362,17 +402,20 @@ def _rows_fwd_kernel(
         r = r[None, None, :]
     s0, s1, s2 = _row_sums(
         X1, X2, X3, rows, live, C, r, index, stride_1, stride_2, stride_3, None, None, p, eps,
-        margin, STEP, SUMS, NORM, SWAP, CLASSES_LAST, UNIT, LANES, GROUP,
+        margin, K1, K2, K3, b, stride_kb, stride_k, Y, STEP, KEEP, SUMS, NORM, SWAP, CLASSES_LAST,
+        UNIT, LANES, GROUP,
     )  # fmt: skip
     if LENGTHS is not None:
-        lost0 = (tl.abs(s0) < float("inf")) == 0  # so are rows that have a nan or an infinity
+        # this is also true of rows with a nan or an infinity
+        lost0 = (tl.abs(s0) < float("inf")) == 0
         lost1 = (s1 < float("inf")) == 0
         lost2 = (s2 < float("inf")) == 0
         k1 = tl.full((ROWS,), 1.0, tl.float32)
         k2 = tl.full((ROWS,), 1.0, tl.float32)
         if NORM == 2:
             if tl.max((lost0 | lost1 | lost2).to(tl.int32), 0) > 0:
-                if LENGTHS == "cosine":  # not both tensors: squares of the smaller would be 0
+                # not both tensors, because squares of the smaller might become 0
+                if LENGTHS == "cosine":
                     k1 = tl.where(lost1, SMALLER, 1.0)
                     k2 = tl.where(lost2, SMALLER, 1.0)
                 else:
@@ -380,7 +423,8 @@ def _rows_fwd_kernel(
                     k2 = k1
                 t0, t1, t2 = _row_sums(
                     X1, X2, X3, rows, live, C, r, index, stride_1, stride_2, stride_3, k1, k2, p,
-                    eps, margin, STEP, SUMS, NORM, SWAP, CLASSES_LAST, UNIT, LANES, GROUP,
+                    eps, margin, None, None, None, b, 0, 0, Y, STEP, KEEP, SUMS, NORM, SWAP,
+                    CLASSES_LAST, UNIT, LANES, GROUP,
                 )  # fmt: skip
                 s0 = tl.where(lost0 | (LENGTHS == "cosine"), t0, s0)
                 s1 = tl.where(lost1, t1, s1)
@@ -409,16 +453,6 @@ def _rows_fwd_kernel(
         tl.store(Y + m, y.to(Y.dtype.element_ty), mask=live)
 
 
-@triton.jit
-def _row_store(D, d, b, batch, other, cols, rows, inside, CLASSES_LAST: tl.constexpr,
-               UNIT: tl.constexpr):  # fmt: skip
-    stride_c, stride_s = _row_strides(other, CLASSES_LAST, UNIT)
-    D += b * multiple(batch, UNIT)
-    tl.store(
-        D + (cols.to(tl.int64) * stride_c + rows * stride_s), d.to(D.dtype.element_ty), mask=inside
-    )
-
-
 @kernel(do_not_specialize=_COUNTS)
 def _rows_bwd_kernel(
     DY, X1, X2, X3, T, WEIGHT, STATS, D1, D2, D3, C, S: tl.int64, M: tl.int64, stride_1b: tl.int64,
@@ -430,9 +464,9 @@ def _rows_bwd_kernel(
 ):  # fmt: skip
     """A program has ROWS rows, and loops over its share of their classes.
 
-    DY: float, (B, S), or one element if REDUCE. X1, X2, X3, T, WEIGHT: as of the forward. STATS
-    (SUMS, B * S): fp32, of the forward. D1, D2, D3 (B, C, S): float gradients of X1, X2 and X3, or
-    None.
+    DY: float, (B, S), or one element if REDUCE. X1, X2, X3, T, WEIGHT: as in the forward. STATS
+    (SUMS, B * S): fp32, from the forward. D1, D2, D3 (B, C, S): float gradients of X1, X2 and X3,
+    or None.
     """
     pid = tl.program_id(0)
     b = (pid // class_blocks // row_blocks).to(tl.int64)
@@ -493,17 +527,21 @@ def _rows_bwd_kernel(
 
 # ---- launchers ----------------------------------------------------------------------------------
 
-# What is made of lengths, of which the squares may overflow: see above what its stats are.
+# Ops that are computed from lengths, whose squares may overflow. What their stats are is said
+# above.
 _LENGTHS = {"pairwise": "distances", "triplet": "distances", "cosine": "cosine"}
 
 
-def _laid_out(tensors):
-    """The tensors, copied only if their layouts do not go together, and `common` of them."""
-    view = common(*tensors)
+def _laid_out(tensors, keeps, dtype):
+    """The tensors, copied only if layouts do not go together; as many new ones as are kept, of one
+    layout; and `common` of all."""
+    made = [torch.empty_like(tensors[0], dtype=dtype) for _ in range(keeps)]
+    view = common(*tensors, *made)
     if view is None:
         tensors = [dense(t) for t in tensors]
-        view = common(*tensors)
-    return tensors, view
+        made = [torch.empty_like(tensors[0], dtype=dtype) for _ in range(keeps)]
+        view = common(*tensors, *made)
+    return tensors, made, view
 
 
 def _tiling(view, tensors, made):
@@ -515,18 +553,20 @@ def _tiling(view, tensors, made):
 
 
 def _placed(given, present, values, absent):
-    """`values` of the tensors that are there, in the places of `given`, `absent` in the others."""
+    """`values` in the places of the present tensors, `absent` in the other places of `given`."""
     values = iter(values)
     return [next(values) if there else absent for there in present]
 
 
-def fwd(xs, target, weight, step, value, sums, numbers, flags, divisor, y):
-    """xs, 3 tensors (C,) or (N, C, ...) of one shape, or None -> fills y; stats for `bwd`.
+def fwd(xs, target, weight, step, value, sums, numbers, flags, divisor, y, differ=False, keeps=0):
+    """xs, 3 tensors (C,) or (N, C, ...) of one shape, or None -> fills y; stats, and what is
+    kept, for `bwd`.
 
     y is contiguous, of as many elements as there are rows, or 0-d and divided by `divisor`.
     `target` has a number for each row, or if `flags` says so, the index of a class, and `weight`
     (C,) then weighs rows by it. `numbers` are (p, eps, margin), `flags` (INDEX, NORM, SWAP). stats
-    (sums, rows) fp32.
+    (sums, rows) fp32. With `differ`, the sums are of the tensors' `differences`, of which the first
+    `keeps` are kept: in the shape of xs and the dtype of y.
     """
     present = [x is not None for x in xs]
     x = xs[0]
@@ -534,30 +574,32 @@ def fwd(xs, target, weight, step, value, sums, numbers, flags, divisor, y):
     M = x.numel() // C
     reduce = divisor is not None
     stats = x.new_empty((sums, M), dtype=torch.float32)
-    tensors, view = _laid_out([t for t in xs if t is not None])
+    tensors, made, view = _laid_out([t for t in xs if t is not None], keeps, y.dtype)
     (B, C, S), classes_last, strides = view
-    wide, config = _tiling(view, tensors, ())
+    wide, config = _tiling(view, tensors, made)
     row_blocks = cdiv(S, config["ROWS"])
     programs = B * row_blocks
     partial = x.new_empty((1, programs), dtype=torch.float64) if reduce else None
     index, norm, swap = flags
     steps = [s for pair in _placed(xs, present, strides, (0, 0)) for s in pair]
+    steps += strides[-1] if keeps else (0, 0)
     _rows_fwd_kernel(
-        (programs,), *_placed(xs, present, tensors, None), target, weight, None if reduce else y,
-        stats, partial, C, S, M, *steps, row_blocks, *numbers, STEP=globals()[step],
-        VALUE=globals()[value], LENGTHS=_LENGTHS.get(value), SUMS=sums, INDEX=index, NORM=norm,
-        SWAP=swap, REDUCE=reduce, CLASSES_LAST=classes_last, UNIT=wide, **config,
+        (programs,), *_placed(xs, present, tensors, None), target, weight, y, stats, partial, *made,
+        *(None,) * (3 - keeps), C, S, M, *steps, row_blocks, *numbers, STEP=globals()[step],
+        VALUE=globals()[value], KEEP=differences if differ else None,
+        LENGTHS=_LENGTHS.get(value), SUMS=sums, INDEX=index, NORM=norm, SWAP=swap,
+        REDUCE=reduce, CLASSES_LAST=classes_last, UNIT=wide, **config,
     )  # fmt: skip
     if reduce:
         finish(partial, y, None, divisor)
-    return stats
+    return stats, made
 
 
 def bwd(dy, xs, wanted, target, weight, stats, gradient, numbers, flags, divisor):
     """dy, the tensors and stats of `fwd` -> the gradients, written to the tensors `wanted`.
 
-    `wanted` has 3 tensors of the shape of xs, None for those that are not. Returns them, or copies
-    where layouts do not go together.
+    `wanted` has 3 tensors with the shape of xs, or None. Returns them, or copies if the layouts do
+    not agree.
     """
     present = [x is not None for x in xs]
     asked = [w is not None for w in wanted]

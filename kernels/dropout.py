@@ -1,13 +1,13 @@
 """Dropout: y = x * noise, with noise = scale where an element (or its channel) is kept, else 0.
 
-The noise comes out of a reserved piece of the generator's stream (`_philox`), and comes out the
-same again in the backward, dx = dy * noise. So no mask is stored. Passes over the elements:
+The noise comes from a reserved part of the generator's stream (`_philox`). The backward, dx = dy *
+noise, draws the same noise again, so no mask is stored. Passes over the elements (R read, W write):
 
-    stock   dropout    forward 1R 1W + 1 byte mask   backward 2R 1W, of which one is the mask
+    stock   dropout    forward 1R 1W + 1 byte mask   backward 2R 1W, one R is the mask
             in place   empty, 1W, 1R 1W, 2R 1W       backward 2R 1W
     here    all        forward 1R 1W                 backward 1R 1W
 
-Alpha dropout adds to each element one of two constants, for a kept or for a dropped one.
+Alpha dropout adds one of two constants to each element: one if it is kept, the other if dropped.
 """
 
 import torch
@@ -24,11 +24,11 @@ _RUNTIME = ["n", "seed", "offset", "blocks", "bound", "tiles"]
 
 @triton.jit
 def _drop(x, keep, scale, kept, dropped, dtype: tl.constexpr, SHIFT: tl.constexpr):
-    # The product and not a select: a dropped inf becomes nan, as in stock.
+    # A product, not a select: a dropped inf becomes nan, as in PyTorch.
     y = x.to(tl.float32) * tl.where(keep, scale, 0.0)
     if SHIFT:
-        # Stock multiplies and adds in two steps and rounds after each; hence also no fused
-        # multiply-add where this is compiled.
+        # PyTorch multiplies and adds in two steps, and rounds after each. So this is compiled
+        # without fused multiply-add.
         y = y.to(dtype).to(tl.float32) + tl.where(keep, kept, dropped)
     return y.to(dtype)
 
@@ -38,7 +38,7 @@ def _dropout_kernel(
     X, Y, n: tl.int64, scale, seed: tl.int64, offset: tl.int64, SEED, OFFSET, STATE,
     blocks, bound: tl.uint32, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program drops elements of one block of BLOCK, by a draw of accesses VEC wide.
+    """A program drops elements of one block of BLOCK, by a draw whose accesses are VEC wide.
 
     X, Y (n,): float. SEED, OFFSET, STATE: int64, or None; see _philox.load_state and save_state.
     """
@@ -49,7 +49,7 @@ def _dropout_kernel(
     X += start
     Y += start
     offs = tl.arange(0, BLOCK)
-    if start + BLOCK <= n:  # without a mask, so that accesses are 128 bits wide for every n
+    if start + BLOCK <= n:  # no mask, so that accesses are 128 bits wide for every n
         x = tl.load(X + offs)
         tl.store(Y + offs, _drop(x, keep, scale, 0.0, 0.0, Y.dtype.element_ty, False))
     else:
@@ -63,11 +63,11 @@ def _strided_dropout_kernel(
     X, Y, n: tl.int64, scale, kept, dropped, seed: tl.int64, offset: tl.int64, SEED,
     OFFSET, STATE, blocks, bound: tl.uint32, tiles, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program drops four blocks of BLOCK that one Philox call each decides on, T apart.
+    """A program drops four blocks of BLOCK, T apart. One Philox call decides on four elements.
 
     X, Y (n,): float. SEED, OFFSET, STATE: int64, or None; see _philox.load_state and save_state.
     """
-    # With VEC 1 the four words of a call belong to elements T apart: a program takes four runs.
+    # With VEC 1, the four words of a call belong to elements T apart. So a program takes four runs.
     seed, offset = _philox.load_state(seed, offset, SEED, OFFSET)
     _philox.save_state(STATE, seed, offset)
     T = blocks.to(tl.int64) * _philox.THREADS
@@ -131,13 +131,15 @@ def _element_config(itemsize):
 
 @tunable("ROWS", "COLS")
 def _config(cols, channels_last):
-    # A channel's bits are drawn once per thread that holds some of it, so threads hold several.
+    # The bits of a channel are drawn once per thread that holds part of it, so a thread holds much
+    # of one.
     COLS = min(next_power_of_2(cols), 128 if channels_last else 2048)
     return {"ROWS": 4096 // COLS if channels_last else 2048 // COLS, "COLS": COLS, "num_warps": 4}
 
 
 def _like_product(x, same_shape):
-    # A product with a contiguous noise of x's own shape forgets odd strides in dimensions of 1.
+    # A product with a contiguous noise of x's own shape does not keep odd strides in dims of size
+    # 1.
     contiguous = same_shape and x.is_contiguous()
     return torch.empty_like(
         x, memory_format=torch.contiguous_format if contiguous else torch.preserve_format
@@ -145,9 +147,9 @@ def _like_product(x, same_shape):
 
 
 def elements(x, draw, bound, scale, shift=None, state=None, out=None):
-    """x dense -> y, laid out as x, each element of which is dropped by itself; in `out` if given.
+    """x dense -> y, with the layout of x; in `out` if given. Each element is dropped on its own.
 
-    `bound` as of `_philox.bound`; `shift` the constants added to a kept and to a dropped element.
+    `bound`: from `_philox.bound`. `shift`: the constants added to a kept and to a dropped element.
     """
     y = _like_product(x, shift is not None) if out is None else out
     n = x.numel()
@@ -170,7 +172,7 @@ def elements(x, draw, bound, scale, shift=None, state=None, out=None):
 
 
 def channels(x, draw, bound, scale, shift=None, state=None, out=None):
-    """x (N, C, ...), contiguous or channels last -> y, laid out alike; drops whole channels."""
+    """x (N, C, ...), contiguous or channels last -> y, laid out as x; drops whole channels."""
     N, C = x.shape[:2]
     y = _like_product(x, x.numel() == N * C) if out is None else out
     positions = x.numel() // (N * C)
@@ -189,7 +191,7 @@ def channels(x, draw, bound, scale, shift=None, state=None, out=None):
 
 
 def unbatched(x, draw, bound, scale, shift=None, state=None, out=None):
-    """`channels` of x (C, ...)."""
+    """Like `channels`, for x (C, ...)."""
     y = torch.empty_like(x) if out is None else out
     channels(x.unsqueeze(0), draw, bound, scale, shift, state, y.unsqueeze(0))
     return y

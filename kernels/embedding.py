@@ -1,13 +1,14 @@
-"""Embedding: y[n] = W[index[n]]; dW[v] is the sum of the dy[n] with index[n] = v, or their mean.
+"""Embedding: y[n] = W[index[n]]. dW[v] is the sum, or the mean, of the dy[n] with index[n] = v.
 
-Memory-bound. Bytes, N indices of D columns out of V rows:
+Memory-bound. Bytes, for N indices of D columns and V rows:
     forward   2ND, as stock
-    backward  here ND + VD: the owner of each row sums its run of the sorted indices and writes it
+    backward  here ND + VD: the program of each row sums the row's run of sorted indices, and writes
+              the row
               stock fills dW with zeros first: ND + 2VD at worst
 
-Each row is summed by one program in the order of the indices, in fp32, so equal inputs give equal
-bits; long runs are summed by blocks of 64 first, so that one frequent index does not hold up all.
-An index outside [0, V) reads nothing: its output is nan, and its gradient goes nowhere.
+One program sums each row in the order of the indices, in fp32, so equal inputs give equal bits.
+Long runs are first summed in blocks of 64, so that one frequent index does not delay the others. An
+index outside [0, V) reads nothing: its output is nan, and its gradient is dropped.
 """
 
 import torch
@@ -19,7 +20,7 @@ from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense
 
-_RUN = tl.constexpr(64)  # sorted indices that make a block
+_RUN = tl.constexpr(64)  # sorted indices per block
 
 
 @kernel(do_not_specialize=["N", "V", "col_tiles"])
@@ -62,8 +63,8 @@ def _embedding_bwd_blocks_kernel(
 ):
     """A program sums COLS columns of one block of 64 sorted indices, if they are all the same.
 
-    DY (N, D): float, contiguous. SORTED, ORDER (N,): ints, the sorted indices and where each was.
-    PARTIAL (N // 64, D): fp32.
+    DY (N, D): float, contiguous. SORTED, ORDER (N,): ints, the sorted indices and their old
+    positions. PARTIAL (N // 64, D): fp32.
     """
     block = tl.program_id(0) // col_tiles
     first = block * _RUN
@@ -79,10 +80,10 @@ def _embedding_bwd_dw_kernel(
     DY, BOUNDS, ORDER, PARTIAL, DW, D, padding_idx: tl.int64, col_tiles,
     BY_FREQUENCY: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """A program makes COLS columns of one row of dW, and loops over the run of its index.
+    """A program computes COLS columns of one row of dW, and loops over the run of its index.
 
-    DY (N, D): float, contiguous. BOUNDS (V + 1,): ints, where the run of each row begins. ORDER
-    (N,): ints. PARTIAL (N // 64, D): fp32, sums of whole blocks. DW (V, D): float, contiguous.
+    DY (N, D): float, contiguous. BOUNDS (V + 1,): ints, the begin of each row's run. ORDER (N,):
+    ints. PARTIAL (N // 64, D): fp32, sums of complete blocks. DW (V, D): float, contiguous.
     """
     v = (tl.program_id(0) // col_tiles).to(tl.int64)
     c = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)
@@ -90,7 +91,8 @@ def _embedding_bwd_dw_kernel(
     lo = tl.load(BOUNDS + v)
     hi = tl.load(BOUNDS + v + 1)
     hi = tl.where(v == padding_idx, lo, hi)
-    # Whole blocks lie in [lo, hi) from `first` on; the rest of the run lies before and after them.
+    # Complete blocks lie in [lo, hi) from `first` on. The rest of the run lies before and after
+    # them.
     first = tl.cdiv(lo, _RUN)
     last = tl.maximum(hi // _RUN, first)
     whole = last > first
@@ -110,7 +112,7 @@ def _embedding_bwd_dw_kernel(
 @tunable("ROWS")
 def _gather_config(D):
     COLS = min(next_power_of_2(D), 1024)
-    # Of 64-bit addresses; those of 512 rows spill on sm_80.
+    # With 512 rows of 64-bit addresses, sm_80 spills.
     return {"ROWS": min(2048 // COLS, 256), "COLS": COLS, "num_warps": 4}
 
 
@@ -139,7 +141,7 @@ def _config(D):
 
 
 def bwd(dy, indices, num_embeddings, padding_idx, scale_grad_by_freq):
-    """dy (*indices.shape, D) -> dW (num_embeddings, D) in its dtype, with zeros in padding_idx."""
+    """dy (*indices.shape, D) -> dW (num_embeddings, D), of dy's dtype; zeros in row padding_idx."""
     D = dy.shape[-1]
     dw = dy.new_empty((num_embeddings, D))
     if not dw.numel():

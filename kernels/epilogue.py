@@ -1,11 +1,12 @@
-"""What follows a product: y = noise * act(z), with noise the scale of dropout or 0, and backwards
+"""What follows a product: y = noise * act(z), and its backward.
 
     dz[m, n] = act'(z[m, n]) * noise[m, n] * dy[m, n]        db[n] = sum over m of dz[m, n]
 
-Memory-bound. Passes over the M*N elements (R read, W write; a mask is a byte each):
+noise is the scale of dropout where an element is kept, else 0. Memory-bound. Passes over the M*N
+elements (R read, W write; a mask is a byte each):
     stock   act 1R 1W, dropout 1R 1W + mask; dropout 1R 1W + mask, act 2R 1W, db 1R     11 + 2 masks
     here    1R 1W; 2R 1W                                                                 5
-The random words are drawn again in the backward (`_philox`), so there is no mask to keep.
+The backward draws the random words again (`_philox`), so no mask is kept.
 """
 
 import torch
@@ -27,8 +28,8 @@ def keep_tile(
 ):  # fmt: skip
     """Which elements of a tile of a contiguous (M, N) matrix are kept: int1 (BLOCK_M, BLOCK_N).
 
-    BY_FOUR says that N divides by 4 and VEC is at least 4: then a call of Philox serves 4 elements.
-    M * N stays below 2**31.
+    BY_FOUR: N divides by 4 and VEC is at least 4, so one call of Philox serves 4 elements. M * N is
+    below 2**31.
     """
     rows = m0 + tl.arange(0, BLOCK_M)[:, None]
     if BY_FOUR:
@@ -58,7 +59,7 @@ def _epilogue_fwd_kernel(
     Z, Y, n: tl.int64, a, b, scale, seed: tl.int64, offset: tl.int64, SEED, OFFSET, STATE, blocks,
     bound: tl.uint32, FORMULA: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program makes y of one block of BLOCK elements of z.
+    """A program computes y of one block of BLOCK elements of z.
 
     Z, Y (n,): float. SEED, OFFSET, STATE: int64, or None; see _philox.load_state and save_state.
     """
@@ -69,8 +70,8 @@ def _epilogue_fwd_kernel(
     Z += start
     Y += start
     offs = tl.arange(0, BLOCK)
-    # A product with the noise and not a select: a dropped inf becomes nan, as in stock.
-    if start + BLOCK <= n:  # without a mask, so that accesses are 128 bits wide for every n
+    # A product with the noise, not a select: a dropped inf becomes nan, as in PyTorch.
+    if start + BLOCK <= n:  # no mask, so that accesses are 128 bits wide for every n
         y = FORMULA(tl.load(Z + offs).to(tl.float32), a, b) * tl.where(keep, scale, 0.0)
         tl.store(Y + offs, y.to(Y.dtype.element_ty))
     else:
@@ -87,13 +88,13 @@ def _epilogue_bwd_kernel(
     FORMULA: tl.constexpr, GRADIENT: tl.constexpr, VEC: tl.constexpr, BY_FOUR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program makes dz of rows_each rows of BLOCK_N columns, and loops over those rows.
+    """A program computes dz of rows_each rows of BLOCK_N columns, and loops over those rows.
 
     DY (m, N): float, rows ld apart. S, DZ (m, N): float, contiguous, or None. PARTIALS (parts, N):
     fp32 sums of dz over the rows of a program, or None. SEED, OFFSET: int64, or None; see
     _philox.load_state.
     """
-    # n comes divided by what divides it, so that the compiler sees the factor: see linear.py.
+    # n is passed divided by a factor of it, so that the compiler sees the factor: see linear.py.
     N = n * N_VEC
     ld = ld.to(tl.int64) * LD_VEC
     part = tl.program_id(1)
@@ -119,7 +120,7 @@ def _epilogue_bwd_kernel(
             dz *= tl.where(keep, scale, 0.0)
         if GRADIENT is not None:
             s = tl.load(S + rows * N + cols, mask=mask, other=0.0).to(tl.float32)
-            if FORMULA is not None:  # the gradient is written in y, and only z was kept
+            if FORMULA is not None:  # the gradient's formula takes y, and only z was kept
                 s = FORMULA(s, a, b)
             dz = GRADIENT(dz, s, a, b)
             S += BLOCK_M * N
@@ -127,7 +128,7 @@ def _epilogue_bwd_kernel(
             tl.store(DZ + rows * N + cols, dz.to(DZ.dtype.element_ty), mask=mask)
             DZ += BLOCK_M * N
         if PARTIALS is not None:
-            acc += tl.where(mask, dz, 0.0)  # a nan beyond the edge: act'(0) may be one
+            acc += tl.where(mask, dz, 0.0)  # past the edge act'(0) may give nan
         DY += BLOCK_M * ld
     if PARTIALS is not None:
         offs = n0 + tl.arange(0, BLOCK_N)
@@ -151,24 +152,24 @@ def _sum_partials_kernel(PARTIALS, OUT, g, n, BLOCK: tl.constexpr):
 
 
 def width(v, *sizes):
-    """v if every size is a multiple of it, else 1."""
+    """v if it divides every size, else 1."""
     return v if not any(size % v for size in sizes) else 1
 
 
 def by_four(N, draw):
-    """`BY_FOUR` of a matrix of N columns."""
+    """The constexpr `BY_FOUR` for a matrix of N columns."""
     return draw is not None and draw.vec >= 4 and N % 4 == 0
 
 
 def random_arguments(draw, bound):
-    """What kernels take for a `_philox.Draw`; for None, whatever is cheap to pass."""
+    """The kernel arguments of a `_philox.Draw`; for None, arguments that are cheap to pass."""
     if draw is None:
         return 0, 0, None, None, 1, 0
     return draw.seed, draw.offset, draw.SEED, draw.OFFSET, draw.blocks, bound
 
 
 def sum_partials(partials, out):
-    """partials (G, ...) fp32 contiguous, summed over G in order into out (...) contiguous."""
+    """partials (G, ...) fp32 contiguous, summed over G in order -> out (...) contiguous."""
     n = out.numel()
     _sum_partials_kernel(
         (cdiv(n, 256),), partials, out, partials.shape[0], n, BLOCK=256, num_warps=4
@@ -177,7 +178,7 @@ def sum_partials(partials, out):
 
 
 def fwd(z, y, formula, a, b, draw, bound, scale, state=None):
-    """z contiguous -> y = noise * formula(z; a, b), in `y`; a draw of None is no dropout."""
+    """z contiguous -> y = noise * formula(z; a, b), in `y`. Without a draw, no dropout."""
     n = z.numel()
     if draw is None:
         return pointwise.fwd_into(y, z, formula, a, b)
@@ -194,18 +195,19 @@ def bwd(
     dy, s=None, gradient=None, formula=None, a=0.0, b=0.0, draw=None, bound=0, scale=1.0,
     want_dz=True, want_db=True,
 ):  # fmt: skip
-    """dy (M, N) with unit stride in N -> (dz, db), each None unless wanted; db in fp32 partials.
+    """dy (M, N) with unit stride in N -> (dz, db), each None unless wanted.
 
-    s is what `gradient` is written in, contiguous; or z, from which `formula` makes it.
+    s is the contiguous tensor that `gradient` takes; or z, from which `formula` computes it. db is
+    summed from fp32 partial sums.
     """
     M, N = dy.shape
     v = 16 // dy.element_size()
     n_vec, ld_vec = width(v, N), width(v, dy.stride(0))
     block_n = min(128, max(16, next_power_of_2(N)))
-    # Narrow accesses want many small programs in flight; a larger tile of either kind would spill.
+    # Narrow accesses need many small programs in flight. A larger tile would spill in both cases.
     block_m = max(1, (2048 if n_vec > 1 else 1024 // dy.element_size()) // block_n)
     columns = cdiv(N, block_n)
-    # Partial sums: 1/64 of what is read.
+    # The partial sums are 1/64 of what is read.
     sms = multiprocessors(dy.get_device())
     parts = max(1, min(4 * sms // max(columns, 1), cdiv(M, 64)))
     rows_each = max(block_m, cdiv(cdiv(M, parts), block_m) * block_m)

@@ -2,9 +2,9 @@
 
     da = dy * sigmoid(b)        db = dy * a * sigmoid(b) * (1 - sigmoid(b))
 
-Memory-bound, as stock: forward reads x and writes half as much, backward reads half as much again.
-Both halves are read where they lie, as R rows of L elements, and both gradients are written into
-their places in one tensor.
+Memory-bound, as in PyTorch: the forward reads x and writes half as much; the backward reads x and
+dy, half as much as x, and writes dx. Both halves are read in place, as R rows of L elements, and
+both gradients are written to their places in one tensor.
 """
 
 import math
@@ -33,15 +33,15 @@ def _tile(R, L, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr):
 
 @kernel(do_not_specialize=["R"])
 def _glu_fwd_kernel(X, Y, R, L, half, stride_xr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr):
-    """A program makes one tile of y, of BLOCK_R rows by BLOCK_L elements.
+    """A program computes one tile of y, of BLOCK_R rows by BLOCK_L elements.
 
-    X (R, 2, L): float, its rows stride_xr apart and the halves of one `half` apart. Y (R, L):
+    X (R, 2, L): float; its rows are stride_xr apart, the halves of a row `half` apart. Y (R, L):
     float, contiguous.
     """
     r, first, rows, cols = _tile(R, L, BLOCK_R, BLOCK_L)
     X += r * stride_xr + first + rows * stride_xr + cols
     Y += r * L + first + rows * L + cols
-    if (r + BLOCK_R <= R) & (first + BLOCK_L <= L):  # without a mask, for 128-bit accesses
+    if (r + BLOCK_R <= R) & (first + BLOCK_L <= L):  # no mask, for 128-bit accesses
         a = tl.load(X).to(tl.float32)
         b = tl.load(X + half).to(tl.float32)
         tl.store(Y, tl.div_rn(a, 1.0 + libdevice.exp(-b)).to(Y.dtype.element_ty))
@@ -61,9 +61,9 @@ def _grads(dy, a, b):
 
 @kernel(do_not_specialize=["R"])
 def _glu_bwd_kernel(DY, X, DX, R, L, half, stride_xr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr):
-    """A program makes both halves of dx for one tile of BLOCK_R rows by BLOCK_L elements.
+    """A program computes both halves of dx for one tile of BLOCK_R rows by BLOCK_L elements.
 
-    DY (R, L): float, contiguous. X (R, 2, L): float, as of the forward. DX (R, 2, L): float,
+    DY (R, L): float, contiguous. X (R, 2, L): float, as in the forward. DX (R, 2, L): float,
     contiguous.
     """
     r, first, rows, cols = _tile(R, L, BLOCK_R, BLOCK_L)
@@ -89,7 +89,7 @@ def _glu_bwd_kernel(DY, X, DX, R, L, half, stride_xr, BLOCK_R: tl.constexpr, BLO
 def _config(L, itemsize):
     tile = 4096 // itemsize  # of each half: 32 bytes per lane of 4 warps
     block_l = min(next_power_of_2(L), tile)
-    # A row of its own for each lane takes an address each, and spills on sm_80 with 4 warps.
+    # If each lane has a row of its own, it needs an address of its own, and 4 warps spill on sm_80.
     warps = 4 if block_l == tile else 8
     return {"BLOCK_R": tile // block_l, "BLOCK_L": block_l, "num_warps": warps}
 
@@ -99,8 +99,10 @@ def _grid(R, L, config):
 
 
 def _row_stride(x, order, at):
-    """The stride of the rows that dimensions `order[:at]` make; None where they or the dimensions
-    after them do not lie as one."""
+    """The stride between rows, if dimensions `order[:at]` are taken as one dimension of rows.
+
+    None if these dimensions, or the dimensions after them, cannot be taken as one.
+    """
     expected = 1
     for d in reversed(order[at + 1 :]):
         if x.shape[d] != 1 and x.stride(d) != expected:
@@ -121,8 +123,10 @@ def _row_stride(x, order, at):
 
 
 def _plan(x, dim, y):
-    """How x is read: x or a copy; the order of dimensions in the memory of y, its dense result;
-    R, L; the distance between rows."""
+    """(x or a copy, order, R, L, stride between rows).
+
+    order: the dimensions in the memory order of y, the dense result.
+    """
     order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
     if not y.permute(order).is_contiguous():
         order = sorted(range(x.dim()), key=lambda d: -y.stride(d))
@@ -149,7 +153,7 @@ def _empty_half(x, dim, device=None):
 
 
 def fwd(x, dim):
-    """x, any strides, of even size along `dim` -> y, half as large there, laid out as stock's."""
+    """x, any strides, even size along `dim` -> y, half as large there, laid out as in PyTorch."""
     y = _empty_half(x, dim)
     if y.numel():
         x, _, R, L, stride = _plan(x, dim, y)

@@ -5,8 +5,9 @@
                 dW[N, K] = dy[M, N]^T x[M, K]
                 db[N]    = sum over m of dy[m, N]
 
-2MNK FLOPs and, in elements, MK + NK + MN bytes moved each; compute-bound past K of a few hundred.
-W stays [N, K]: a transpose is only another stride. Products accumulate in fp32 for every dtype.
+Each product takes 2MNK FLOPs, and moves MK + NK + MN elements. It is compute-bound for K above a
+few hundred. W stays [N, K]: a transpose is only another stride. Products accumulate in fp32 for
+every dtype.
 """
 
 import torch
@@ -28,7 +29,7 @@ def _product(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_M, BLOCK_N) fp32: rows m0... of A times columns n0... of B, over k in [k0, k1)."""
-    # Rows and columns past the end read valid ones again, so that the loop needs no mask for them.
+    # Rows and columns past the end read valid ones again, so the loop needs no mask for them.
     ks = tl.arange(0, BLOCK_K)
     if A_KMAJOR:
         rows = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - m0)
@@ -76,21 +77,21 @@ def _gemm_kernel(
     FORMULA: tl.constexpr, VEC: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """A program makes one tile of C, and loops over its share of K.
+    """A program computes one tile of C, and loops over its share of K.
 
     A (M, K), B (K, N): one float dtype, contiguous along K if A_KMAJOR or B_KMAJOR, else along M or
-    N. C (splits, M, N): float, fp32 partial sums where splits > 1. BIAS (N,): float, or None. Z (M,
+    N. C (splits, M, N): float; fp32 partial sums if splits > 1. BIAS (N,): float, or None. Z (M,
     N): float, C before FORMULA and dropout, or None. SEED, OFFSET, STATE: int64, or None; see
     _philox.load_state and save_state.
     """
-    # Sizes come divided by what divides them, so that the compiler sees the factor and makes
-    # accesses 128 bits wide; its own test, for 16, would miss every width such as 1000 or 72.
+    # Sizes are passed divided by a factor of them. So the compiler sees the factor, and makes
+    # accesses 128 bits wide. Triton's own test, for 16, would miss all sizes such as 1000 or 72.
     M = m * M_VEC
     N = n * N_VEC
     K = k * K_VEC
     lda = lda.to(tl.int64) * A_VEC
     ldb = ldb.to(tl.int64) * B_VEC
-    # GROUP_M rows of tiles are walked column by column: their A and B tiles meet in L2.
+    # Programs take GROUP_M rows of tiles column by column, so that their A and B tiles are in L2.
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -128,15 +129,16 @@ def _gemm_kernel(
 # ---- Configurations ------------------------------------------------------------------------------
 
 # By matrix instructions: (BLOCK_M, BLOCK_N, BLOCK_K of 16-bit inputs, num_warps, num_stages),
-# largest first. None spills, and all fit in shared memory: compiled, not yet timed.
+# largest first. None spills, and all fit in shared memory. This was found by compiling; they are
+# not yet timed.
 _TILES = {
     "mma": ((128, 256, 32, 8, 3), (128, 128, 32, 8, 4), (64, 64, 64, 4, 4)),
     "wgmma": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 64, 64, 4, 5)),
     "tcgen05": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 64, 64, 4, 5)),
     "mfma": ((256, 128, 32, 8, 2), (128, 128, 32, 4, 2), (64, 64, 64, 4, 2)),
 }
-# Of "mma" with less than 128 KiB of shared memory, and of the interpreter, which gains nothing by
-# large tiles.
+# For "mma" with less than 128 KiB of shared memory, and for the interpreter, for which large tiles
+# are no gain.
 _SMALL_TILES = ((128, 128, 32, 8, 3), (64, 64, 32, 4, 3))
 
 
@@ -146,15 +148,16 @@ def _tiles(gpu):
 
 
 def _tile(M, N, itemsize, precision, arch, sms, aligned, epilogue):
-    """The largest tile that still gives each of `sms` multiprocessors one."""
-    if itemsize == 4 and precision == "ieee":  # no tensor cores: operands sit in registers
+    """The largest tile with which there are at least as many tiles as multiprocessors (`sms`)."""
+    if itemsize == 4 and precision == "ieee":  # no tensor cores: operands are in registers
         return (64, 64, 32, 8, 2) if aligned or epilogue else (64, 64, 32, 4, 3)
-    if not aligned:  # loads of one element each, which no copy to shared memory can take over
+    # each load is one element, too narrow for an asynchronous copy to shared memory
+    if not aligned:
         return 64, 64, 32, 8 if epilogue else 4, 2
     gpu = facts(arch)
     tiles = _tiles(gpu)
-    # Formulas, and random words more so, spill beside many accumulators, first of all where these
-    # are the operands' neighbours in registers too. So do tf32 operands that do not run along K.
+    # Formulas, and even more random words, make kernels with many sums spill, most of all if the
+    # operands are in registers too. The same is true of tf32 operands that do not run along K.
     most = 128 * 128 if epilogue or itemsize == 4 else 128 * 256
     if epilogue == "noise" or (epilogue and gpu.matrix == "mma"):
         most = 64 * 64
@@ -180,13 +183,13 @@ def _config(M, N, itemsize, precision, arch, sms, aligned, epilogue):
         "num_stages": stages,
     }
     if arch == "sm_120" or (itemsize == 4 and precision == "ieee" and warps == 4):
-        # Left to itself ptxas spills a few registers of some layouts to hold another block.
+        # Without a limit, ptxas spills a few registers of some layouts, so that another block fits.
         config["maxnreg"] = 128 if warps == 8 else 255 if itemsize == 2 and epilogue else 168
     return config
 
 
 def _splits(tiles, steps, sms):
-    """How many programs share one tile's sum: enough to fill the GPU, each about 8 steps long."""
+    """How many programs share the sum of one tile: they fill the GPU, with about 8 steps each."""
     wanted = sms // max(tiles, 1)
     return max(1, min(wanted, cdiv(steps, 8), 32))
 
@@ -195,7 +198,7 @@ def _splits(tiles, steps, sms):
 
 
 def _matrix(t):
-    """(t or a copy, its leading stride, whether its last dim is the one with unit stride)."""
+    """(t or a copy, its leading stride, whether the last dim has unit stride)."""
     rows, cols = t.shape
     if t.stride(1) == 1 or cols <= 1:
         return t, t.stride(0), True
@@ -205,7 +208,7 @@ def _matrix(t):
 
 
 def _gemm(a, b, precision, arch, split=False, bias=None, y=None, z=None, act=None, noise=None):
-    """a (M, K), b (K, N), any strides -> a b (M, N), contiguous; with what `fwd` says."""
+    """a (M, K), b (K, N), any strides -> a b (M, N), contiguous. For the rest, see `fwd`."""
     (M, K), N = a.shape, b.shape[1]
     a, lda, a_kmajor = _matrix(a)
     b, ldb, b_nmajor = _matrix(b)
@@ -221,7 +224,7 @@ def _gemm(a, b, precision, arch, split=False, bias=None, y=None, z=None, act=Non
     follows = "noise" if noise else "act" if act else None
     sms = multiprocessors(a.get_device())
     config = _config(M, N, a.element_size(), precision, arch, sms, aligned, follows)
-    # Where no operand runs along K, what divides K does not matter.
+    # If no operand runs along K, its factors do not matter.
     k_vec = width(v, K) if a_kmajor or not b_nmajor else 1
     m_vec = 1 if a_kmajor else width(v, M)
     n_vec = width(v, N)
@@ -250,8 +253,8 @@ def _gemm(a, b, precision, arch, split=False, bias=None, y=None, z=None, act=Non
 def fwd(x, weight, bias, precision, arch, y=None, z=None, act=None, noise=None):
     """x (M, K), weight (N, K), bias (N,) or None, any strides -> y (M, N), in `y` if given.
 
-    act: (formula, a, b), applied to the sum z, which is stored too where `z` is given.
-    noise: (draw, bound, scale, state) of the dropout that follows.
+    act: (formula, a, b), applied to the sum z. z is also stored, if `z` is given. noise: (draw,
+    bound, scale, state) of the dropout that follows.
     """
     return _gemm(x, weight.t(), precision, arch, bias=bias, y=y, z=z, act=act, noise=noise)
 

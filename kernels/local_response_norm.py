@@ -4,12 +4,12 @@
     t[c] = dy[c] * x[c] / u[c]**(beta + 1)
     dx[j] = dy[j] / u[j]**beta - 2 * alpha * beta / size * x[j] * sum of t[c] whose window has j
 
-The window of c is c - size // 2 <= j <= c + (size - 1) // 2, less what no channel is.
+The window of c is c - size // 2 <= j <= c + (size - 1) // 2, limited to existing channels.
 Memory-bound; passes over the elements (R read, W write):
     stock   22 operators                        56
     here    forward 1R 1W; backward 2R 1W        5
-A program walks through the channels, of some neighbouring positions, and has the last `size` of
-them in registers, as the rows of a tile that is written round and round.
+A program goes through the channels of some neighbouring positions. It keeps the last `size`
+channels in registers, as rows of a tile that it uses as a ring buffer.
 """
 
 import math
@@ -23,12 +23,12 @@ from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import empty_as
 
-PROGRAMS = 2048  # of one warp; enough to fill a GPU
+PROGRAMS = 2048  # programs of one warp; enough to fill a GPU
 
 
 @triton.jit
 def _put(window, at, values, size, BLOCK_W: tl.constexpr):
-    """Write a row of the window, that of channel `at`; none if that is negative."""
+    """Write the row of channel `at` into the window; nothing if `at` is negative."""
     row = tl.arange(0, BLOCK_W)[:, None]
     return tl.where(row == at % size, values[None, :], window)
 
@@ -48,7 +48,7 @@ def _lrn_fwd_kernel(
 
     X, Y (N, C, S): float, contiguous.
     """
-    S = S_units * UNIT  # so that the compiler sees the divisor
+    S = S_units * UNIT  # so that the compiler sees the factor
     n = (tl.program_id(0) // blocks).to(tl.int64)
     s = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     first = tl.program_id(1) * span
@@ -92,7 +92,7 @@ def _lrn_bwd_kernel(
         x = tl.load(X + j * S + s, mask=(s < S) & (j < C), other=0.0)
         xs = _put(xs, j, x.to(tl.float32), size, BLOCK_W)
         c = j - after
-        # Channels before the first whose window is whole give no t that is used.
+        # Channels before the first complete window give no t that is used.
         there = (s < S) & (c >= tl.maximum(first - after, 0)) & (c < C)
         dy = tl.load(DY + c * S + s, mask=there, other=0.0).to(tl.float32)
         u = k + alpha * tl.sum(xs * xs, 0)
@@ -114,9 +114,11 @@ def _launch(x, size, tensors):
     unit = math.gcd(S, 8)
     widest = max(t.element_size() for t in tensors)
     lanes = 32 * min(16 // widest, unit, 8 // len(tensors) * 2)
-    block = max(32, min(next_power_of_2(S), lanes))  # one warp: rows stay with a thread
+    # one warp, so that the rows of a position stay in one thread
+    block = max(32, min(next_power_of_2(S), lanes))
     blocks = cdiv(S, block)
-    # Neighbours along the channels read the same windows: chunks only where programs are few.
+    # Chunks along the channels read the same windows twice, so they are used only if programs are
+    # few.
     chunks = max(1, min(PROGRAMS // (N * blocks), C // (20 * size)))
     span = cdiv(C, chunks)
     return (

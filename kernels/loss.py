@@ -3,16 +3,17 @@
     loss[i] = w[i] * f(a[i], b[i], c[i]; p, q)           kept, summed, or summed and divided
     da, db, dc [i] = g[i] * w[i] * f'(...)               those that are wanted, in one pass
 
-Each formula stands here once, beside its derivatives; the op that names it says what a, b, c, p and
-q are. Memory-bound, so count passes over E elements (R read, W write): a reduced loss reads each
-input once and writes a few partial sums, where stock writes the losses and reads them again; the
-gradients read the inputs once more, and write one E for each input that wants it.
+Each formula is in this file once, beside its derivatives. The op that uses it says what a, b, c, p
+and q are. Memory-bound, so count passes over the E elements. A reduced loss reads each input once,
+and writes a few partial sums; PyTorch writes the losses and reads them again. The gradients read
+the inputs once more, and write E elements for each input that needs a gradient.
 
 Tensors that are dense in the order of the walk are addressed by its index, 128 bits at a time.
-What is broadcast, or not dense, is read in place through strides: its index is taken apart into at
-most three dimensions. Sums are fp32 in each lane, fp64 across lanes and programs, in fixed order.
+Tensors that are broadcast or not dense are read in place through strides: their index is split into
+at most three dimensions. Sums are fp32 in each lane, and fp64 across lanes and programs, in a fixed
+order.
 
-A comparison has ATen's polarity, so that a nan takes ATen's branch.
+Comparisons are written as in ATen, so that a nan takes the same branch as in ATen.
 """
 
 import functools
@@ -31,11 +32,22 @@ from fastnn.kernels._tl import dense
 # ---- formulas -----------------------------------------------------------------------------------
 #
 # A gradient gets the incoming gradient g and returns those of a, b and c, as many as it has.
+#
+# Where stock keeps neither a nor b for the backward, but what it made of them, so does a loss here:
+# the forward writes their `difference`, or the `<loss>_slope`, and `<loss>_of_difference` or
+# `<loss>_of_slope` is the gradient, given that for a. An edit of an input between the passes is
+# then as harmless as in stock, and no byte more is moved: one tensor is written and read, where two
+# would be read.
 
 
 @triton.jit
 def _at_least(x, low):
     return tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def difference(a, b, c, p, q):
+    return a - b
 
 
 @triton.jit
@@ -50,13 +62,19 @@ def square_grad(g, a, b, c, p, q):
 
 
 @triton.jit
+def square_of_difference(g, k, b, c, p, q):
+    d = 2.0 * k * g
+    return d, -d
+
+
+@triton.jit
 def absolute(a, b, c, p, q):
     return tl.abs(a - b)
 
 
 @triton.jit
-def absolute_grad(g, a, b, c, p, q):
-    d = tl.where(a > b, g, tl.where(a < b, -g, 0.0 * g))
+def absolute_of_difference(g, k, b, c, p, q):
+    d = tl.where(k > 0, g, tl.where(k < 0, -g, 0.0 * g))
     return d, -d
 
 
@@ -88,7 +106,7 @@ def huber_grad(g, a, b, c, p, q):
 
 @triton.jit
 def bce(a, b, c, p, q):
-    # Outside [0, 1] stock fails an assertion; here the loss is a nan.
+    # Outside [0, 1] PyTorch fails an assertion; here the loss is nan.
     inside = (a >= 0) & (a <= 1) & (b >= 0) & (b <= 1)
     tl.device_assert(inside, "binary_cross_entropy: a value outside [0, 1]")
     low = _at_least(tl.log(a), -100.0)
@@ -105,7 +123,7 @@ def bce_grad(g, a, b, c, p, q):
 
 @triton.jit
 def _sigmoids(x):
-    """sigmoid(x) and sigmoid(-x), neither of them by cancellation."""
+    """sigmoid(x) and sigmoid(-x), both without cancellation."""
     e = libdevice.exp(-tl.abs(x))
     large = tl.div_rn(1.0, 1.0 + e)
     small = tl.div_rn(e, 1.0 + e)
@@ -113,11 +131,12 @@ def _sigmoids(x):
 
 
 @triton.jit
-def bce_with_logits(a, b, c, p, q):  # c weighs what is positive
+def bce_with_logits(a, b, c, p, q):  # c is the weight of positive targets
     # (1 - b) a + v softplus(-a), v = 1 + (c - 1) b, without the difference of two large terms.
     rest = ((c - 1.0) * b + 1.0) * libdevice.log1p(libdevice.exp(-tl.abs(a)))
     loss = tl.where(a >= 0, (1.0 - b) * a, -c * b * a) + rest
-    return tl.where(a == -float("inf"), float("nan"), loss)  # as stock, which has inf - inf there
+    # as in PyTorch, which computes inf - inf there
+    return tl.where(a == -float("inf"), float("nan"), loss)
 
 
 @triton.jit
@@ -138,7 +157,7 @@ def kl_div(a, b, c, p, q):
 
 @triton.jit
 def kl_div_grad(g, a, b, c, p, q):
-    # b / b is 1, and nan at 0, as what stock's chain has there.
+    # b / b is 1, and nan at 0, as in PyTorch's chain of operators.
     return -b * g, (tl.log(b) + b / b - a) * g
 
 
@@ -150,7 +169,7 @@ def kl_div_log(a, b, c, p, q):
 @triton.jit
 def kl_div_log_grad(g, a, b, c, p, q):
     e = libdevice.exp(b)
-    return -e * g, g * (b - a) * e + g * e  # as stock: e * (b - a) may be inf
+    return -e * g, g * (b - a) * e + g * e  # as in PyTorch: e * (b - a) may be inf
 
 
 @triton.jit
@@ -162,7 +181,7 @@ def _stirling(b):
 @triton.jit
 def _stirling_grad(b):
     log = tl.log(b)
-    # Nan from 0 down and at inf, as what stock's chain has there.
+    # Nan from 0 down and at inf, as in PyTorch's chain of operators.
     return tl.where(b <= 1, 0.0 * log, log + (b / b - 1.0) + tl.div_rn(0.5, b))
 
 
@@ -208,16 +227,18 @@ def poisson_full_grad(g, a, b, c, p, q):
 
 @triton.jit
 def gaussian(a, b, c, p, q):  # c is the variance, p its least value, q a constant
-    # Of a negative variance stock raises, at the cost of waiting for the device; here it is a nan.
+    # For a negative variance PyTorch raises, and waits for the device to do so. Here the loss is
+    # nan.
     v = tl.where(c < 0, float("nan"), _at_least(c, p))
     return 0.5 * (tl.log(v) + tl.div_rn((a - b) * (a - b), v)) + q
 
 
 @triton.jit
-def gaussian_grad(g, a, b, c, p, q):
+def gaussian_of_difference(g, k, b, c, p, q):
     v = tl.where(c < 0, float("nan"), _at_least(c, p))
-    da = tl.div_rn(0.5 * g, v) * (2.0 * (a - b))  # stock's order: a small v makes quotients inf
-    return da, -da, tl.div_rn(0.5 - tl.div_rn(0.5 * (a - b) * (a - b), v), v) * g
+    # Stock's order: a small v makes quotients inf.
+    da = tl.div_rn(0.5 * g, v) * (2.0 * k)
+    return da, -da, tl.div_rn(0.5 - tl.div_rn(0.5 * k * k, v), v) * g
 
 
 @triton.jit
@@ -226,8 +247,8 @@ def gaussian_scalar(a, b, c, p, q):  # p is the variance, q a constant
 
 
 @triton.jit
-def gaussian_scalar_grad(g, a, b, c, p, q):
-    d = tl.div_rn(0.5 * g, p) * (2.0 * (a - b))
+def gaussian_scalar_of_difference(g, k, b, c, p, q):
+    d = tl.div_rn(0.5 * g, p) * (2.0 * k)
     return d, -d
 
 
@@ -237,9 +258,14 @@ def hinge_embedding(a, b, c, p, q):
 
 
 @triton.jit
-def hinge_embedding_grad(g, a, b, c, p, q):
-    away = tl.where(b != 1, tl.where(p - a >= 0, g, 0.0), 0.0)
-    return (tl.where(b != -1, g, 0.0) - away,)
+def hinge_embedding_slope(a, b, c, p, q):
+    away = tl.where(b != 1, tl.where(p - a >= 0, 1.0, 0.0), 0.0)
+    return tl.where(b != -1, 1.0, 0.0) - away
+
+
+@triton.jit
+def hinge_embedding_of_slope(g, k, b, c, p, q):
+    return (tl.where(k > 0, g, tl.where(k < 0, -g, 0.0)),)
 
 
 @triton.jit
@@ -259,9 +285,20 @@ def margin_ranking(a, b, c, p, q):
 
 
 @triton.jit
-def margin_ranking_grad(g, a, b, c, p, q):
-    g = tl.where(-c * (a - b) + p >= 0, g, 0.0)
-    return -c * g, c * g, (b - a) * g
+def margin_ranking_slope(a, b, c, p, q):
+    return tl.where(-c * (a - b) + p >= 0, -c, -c * 0.0)  # nan for an infinite target, as in stock
+
+
+@triton.jit
+def margin_ranking_of_slope(g, k, b, c, p, q):
+    d = tl.where(k == 0, 0.0, k * g)
+    return d, -d
+
+
+@triton.jit
+def margin_ranking_of_difference(g, k, b, c, p, q):
+    g = tl.where(-c * k + p >= 0, g, 0.0)
+    return -c * g, c * g, -k * g
 
 
 @triton.jit
@@ -280,23 +317,24 @@ def multilabel_soft_margin_grad(g, a, b, c, p, q):
 
 
 class Walk:
-    """An order in which to visit the elements of tensors broadcast together."""
+    """An order in which to visit the elements of tensors that are broadcast together."""
 
     __slots__ = ("addressing", "in_order", "inverse", "n", "order", "permuted", "shape", "wide")
 
     def like(self, dtype, device):
-        """Uninitialised, in the broadcast shape and dense in the order of the walk."""
+        """Uninitialised, with the broadcast shape, and dense in the order of the walk."""
         made = torch.empty(self.permuted, dtype=dtype, device=device)
         return made if self.in_order else made.permute(self.inverse)
 
 
 @functools.lru_cache(maxsize=4096)
 def _walk(layouts):
-    """The `Walk` of tensors of (shape, strides) `layouts`; None among them stays.
+    """The `Walk` of tensors with the (shape, strides) `layouts`, each of which may be None.
 
-    It follows the first tensor that is not broadcast. `addressing` has the kernels' arguments D1,
-    D2 and three strides a tensor, None where these are not needed: for all of a dense one. It is
-    None itself where the tensors would need more than three dimensions.
+    The walk follows the memory order of the first tensor that is not broadcast. `addressing` has
+    the kernel arguments D1 and D2, and three strides per tensor. Arguments that are not needed are
+    None; a dense tensor needs no strides. `addressing` itself is None if the tensors would need
+    more than three dimensions.
     """
     shape = tuple(torch.broadcast_shapes(*[layout[0] for layout in layouts if layout is not None]))
     whole = len(shape)
@@ -355,7 +393,7 @@ def _walk(layouts):
 
 
 def walk(*tensors):
-    """(the walk, the tensors) of tensors broadcast together, or None; some copied if need be."""
+    """(walk, tensors) for tensors that are broadcast together, or None; copies some if needed."""
     found = _walk(tuple([None if t is None else (t.shape, t.stride()) for t in tensors]))
     if found.addressing is None:
         shape, order, inverse = found.shape, found.order, found.inverse
@@ -372,7 +410,7 @@ def walk(*tensors):
 
 @triton.jit
 def _read(T, start, i, mask, D1, D2, s0, s1, s2, MASKED: tl.constexpr, WIDE: tl.constexpr):
-    """Elements start + i of a walk, in fp32, of a tensor that may be None: then 1."""
+    """Elements start + i of a walk over T, in fp32; 1 if T is None."""
     if T is None:
         x = 1.0
     else:
@@ -404,9 +442,9 @@ _SIZES = [
 
 @triton.jit
 def _loss_tile(
-    A, B, C, W, LOSS, n, start, D1, D2, a0, a1, a2, b0, b1, b2, c0, c1, c2, w0, w1, w2, p, q,
-    FORMULA: tl.constexpr, REDUCE: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    A, B, C, W, LOSS, KEPT, n, start, D1, D2, a0, a1, a2, b0, b1, b2, c0, c1, c2, w0, w1, w2, p, q,
+    FORMULA: tl.constexpr, KEEP: tl.constexpr, REDUCE: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, BLOCK)
     mask = i < n - start
@@ -415,6 +453,12 @@ def _loss_tile(
     c = _read(C, start, i, mask, D1, D2, c0, c1, c2, MASKED, WIDE)
     w = _read(W, start, i, mask, D1, D2, w0, w1, w2, MASKED, WIDE)
     loss = FORMULA(a, b, c, p, q)
+    if KEPT is not None:
+        kept = KEEP(a, b, c, p, q).to(KEPT.dtype.element_ty)
+        if MASKED:
+            tl.store(KEPT + start + i, kept, mask=mask)
+        else:
+            tl.store(KEPT + start + i, kept)
     if W is not None:
         loss *= w
     if REDUCE:
@@ -431,33 +475,34 @@ def _loss_tile(
 
 @kernel(do_not_specialize=_SIZES)
 def _loss_fwd_kernel(
-    A, B, C, W, LOSS, PARTIAL, n: tl.int64, blocks, D1, D2, a0, a1, a2, b0, b1, b2, c0, c1, c2, w0,
-    w1, w2, p, q, FORMULA: tl.constexpr, REDUCE: tl.constexpr, WIDE: tl.constexpr,
-    WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+    A, B, C, W, LOSS, KEPT, PARTIAL, n: tl.int64, blocks, D1, D2, a0, a1, a2, b0, b1, b2, c0, c1,
+    c2, w0, w1, w2, p, q, FORMULA: tl.constexpr, KEEP: tl.constexpr, REDUCE: tl.constexpr,
+    WIDE: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program makes the losses of `blocks` blocks of BLOCK, or their sum, and loops over these.
+    """A program computes the losses of `blocks` blocks of BLOCK, or their sum, and loops over them.
 
     A, B, C, W: float, of one broadcast shape of n elements, or None; read through strides over
     three dims, the last two of D1 and D2. LOSS (n,): float, unless REDUCE. PARTIAL (1 or 2,
     programs): fp64 sums of losses, and if WEIGHTS of weights.
+    KEPT (n,): float, what is kept of each element for the backward, or None.
     """
     pid = tl.program_id(0)
     losses = tl.zeros((BLOCK,), tl.float32)
     weights = tl.zeros((BLOCK,), tl.float32)
     for k in range(blocks):
         start = (pid.to(tl.int64) * blocks + k) * BLOCK
-        if start + BLOCK <= n:  # without a mask, so that accesses are 128 bits wide for every n
+        if start + BLOCK <= n:  # no mask, so that accesses are 128 bits wide for every n
             loss, w = _loss_tile(
-                A, B, C, W, LOSS, n, start, D1, D2, a0, a1, a2, b0, b1, b2, c0, c1, c2, w0, w1, w2,
-                p, q, FORMULA, REDUCE, WIDE, False, BLOCK,
+                A, B, C, W, LOSS, KEPT, n, start, D1, D2, a0, a1, a2, b0, b1, b2, c0, c1, c2, w0,
+                w1, w2, p, q, FORMULA, KEEP, REDUCE, WIDE, False, BLOCK,
             )  # fmt: skip
             losses += loss
             if WEIGHTS:
                 weights += w
         else:
             loss, w = _loss_tile(
-                A, B, C, W, LOSS, n, start, D1, D2, a0, a1, a2, b0, b1, b2, c0, c1, c2, w0, w1, w2,
-                p, q, FORMULA, REDUCE, WIDE, True, BLOCK,
+                A, B, C, W, LOSS, KEPT, n, start, D1, D2, a0, a1, a2, b0, b1, b2, c0, c1, c2, w0,
+                w1, w2, p, q, FORMULA, KEEP, REDUCE, WIDE, True, BLOCK,
             )  # fmt: skip
             losses += loss
             if WEIGHTS:
@@ -538,10 +583,10 @@ def _loss_bwd_kernel(
     a1, a2, b0, b1, b2, c0, c1, c2, w0, w1, w2, p, q, FORMULA: tl.constexpr, REDUCE: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program makes the gradients of one block of BLOCK elements.
+    """A program computes the gradients of one block of BLOCK elements.
 
-    DLOSS: float, of n elements through strides, or one if REDUCE. A, B, C, W, D1, D2: as of the
-    forward. COUNT: fp32, one element, or None. DA, DB, DC (n,): float, or None.
+    DLOSS: float, n elements through strides, or one element if REDUCE. A, B, C, W, D1, D2: as in
+    the forward. COUNT: fp32, one element, or None. DA, DB, DC (n,): float, or None.
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     scale = 1.0
@@ -568,27 +613,29 @@ def _loss_bwd_kernel(
 # ---- launchers ----------------------------------------------------------------------------------
 
 
-PARTIALS = 2048  # programs that a large GPU holds at once, and sums that one program soon adds up
+# as many programs as a large GPU holds at once; one program adds up so many sums quickly
+PARTIALS = 2048
 
 
 @tunable("BLOCK")
 def _config(itemsize):
-    # 8 elements per lane: those of 16 bits are one 16-byte access.
+    # 8 elements per lane: in 16-bit dtypes, one 16-byte access.
     config = {"BLOCK": 1024, "num_warps": 128 // lanes() if itemsize == 2 else 4}
     if itemsize == 2 and here() == "sm_120":
-        config["maxnreg"] = 168  # else ptxas spills two of some formulas to hold another block
+        # else ptxas spills two registers of some formulas, so that another block fits
+        config["maxnreg"] = 168
     return config
 
 
 def _narrow(tensors):
-    """Bytes in an element of the narrowest of tensors, each of which may be None."""
+    """Bytes per element of the narrowest tensor. Each tensor may be None."""
     return min([t.element_size() for t in tensors if t is not None])
 
 
 def finish(partial, loss, count, divisor):
-    """partial (1 or 2, G) fp64, sums of losses, and of weights -> loss / divisor.
+    """partial (1 or 2, G) fp64, sums of losses and of weights -> loss / divisor.
 
-    With `count` (0-d fp32) the divisor is the sum of the weights, and is left there.
+    If `count` (0-d fp32) is given, the divisor is the sum of the weights, and is stored in `count`.
     """
     G = partial.shape[1]
     block = 256 if G <= 256 else 2048
@@ -597,39 +644,43 @@ def finish(partial, loss, count, divisor):
     )  # fmt: skip
 
 
-def fwd(inputs, formula, p, q, loss, divisor, weights):
-    """inputs (a, b, c, w), broadcast together, those absent None -> loss, filled in, and count.
+def fwd(inputs, formula, p, q, loss, divisor, weights, keep=None, kept_dtype=None):
+    """inputs (a, b, c, w), broadcast together, those absent None -> loss, filled in, count, kept.
 
     `loss` is 0-d, and then divided by `divisor`, or with `weights` by the sum of the weights, which
-    is `count` (0-d fp32, else None); or it has the broadcast shape, in any dense layout.
+    is `count` (0-d fp32, else None); or it has the broadcast shape, in any dense layout. `kept` is
+    what the function named `keep` makes, of the broadcast shape, in `kept_dtype`; else None.
     """
     reduce = divisor is not None
-    # First the result, whose layout is given.
+    # the result comes first, because its layout is given
     found, (out, *inputs) = walk(None if reduce else loss, *inputs)
     a = next(t for t in inputs if t is not None)
     config = _config(_narrow(inputs))
     tiles = cdiv(found.n, config["BLOCK"])
     blocks = max(cdiv(tiles, PARTIALS), 1) if reduce else 1
     programs = cdiv(tiles, blocks)
-    partial = count = None
+    partial = count = kept = None
+    if keep is not None:
+        kept = found.like(kept_dtype, a.device)
     if reduce:
         partial = a.new_empty((2 if weights else 1, programs), dtype=torch.float64)
         count = a.new_empty((), dtype=torch.float32) if weights else None
     D1, D2, _, _, _, *steps = found.addressing
     _loss_fwd_kernel(
-        (programs,), *inputs, out, partial, found.n, blocks, D1, D2, *steps, p, q,
-        FORMULA=globals()[formula], REDUCE=reduce, WIDE=found.wide, WEIGHTS=weights, **config,
+        (programs,), *inputs, out, kept, partial, found.n, blocks, D1, D2, *steps, p, q,
+        FORMULA=globals()[formula], KEEP=keep and globals()[keep], REDUCE=reduce, WIDE=found.wide,
+        WEIGHTS=weights, **config,
     )  # fmt: skip
     if reduce:
         finish(partial, loss, count, divisor)
-    return loss, count
+    return loss, count, kept
 
 
 def bwd(dloss, inputs, wanted, formula, p, q, divisor, count):
     """dloss, the inputs and the count of `fwd` -> gradients of a, b and c, None if not wanted.
 
-    `wanted` has their shapes and dtypes, or None. An input that the gradients do not read may be
-    None. The gradient of what was broadcast has the broadcast shape, in fp32, for autograd to sum.
+    `wanted` has (shape, dtype) or None for each. An input that the gradients do not read may be
+    None. The gradient of a broadcast input has the broadcast shape, in fp32; autograd sums it.
     """
     reduce = divisor is not None
     found, (g, *read) = walk(None if reduce else dloss, *inputs)

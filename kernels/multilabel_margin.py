@@ -2,8 +2,9 @@
 
     loss[n] = sum over targets j and all other classes i of max(0, 1 - x[j] + x[i]) / C
 
-A program has a row in registers, and walks its list of targets twice: which classes are targets,
-then their margins. Forward reads x and the targets once; backward reads both again, writes dx.
+A program has one row in registers. It goes through the list of targets twice: first to find which
+classes are targets, then to add their margins. The forward reads x and the targets once. The
+backward reads both again, and writes dx.
 """
 
 import torch
@@ -19,7 +20,7 @@ MOST = 8192  # classes that a program can hold
 
 @triton.jit
 def _target(T, j, C):
-    """The j-th target; -1 past the end of the list. Out of range it is C, and the loss nan."""
+    """The j-th target; -1 past the end of the list; C if out of range, for a loss of nan."""
     t = tl.load(T + j, mask=j < C, other=-1)
     tl.device_assert(t < C, "multilabel_margin_loss: target out of range")
     return tl.minimum(t, C)
@@ -27,7 +28,7 @@ def _target(T, j, C):
 
 @triton.jit
 def _others(T, cols, C):
-    """Which of the classes are in a row, and no targets."""
+    """Which of the columns are classes, and not targets of the row."""
     others = cols < C
     j = 0
     t = _target(T, j, C)
@@ -47,7 +48,7 @@ def _score(X, t, C):
 def _multilabel_margin_fwd_kernel(
     X, T, LOSS, PARTIAL, C, REDUCE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A program has one row of scores, and loops over its list of targets, twice.
+    """A program has one row of scores, and loops twice over its list of targets.
 
     X (N, C): float, contiguous. T (N, C): int64, contiguous. LOSS (N,): float, unless REDUCE.
     PARTIAL (N,): fp64, if REDUCE.
@@ -77,7 +78,7 @@ def _multilabel_margin_fwd_kernel(
 def _multilabel_margin_bwd_kernel(
     DLOSS, X, T, DX, C, divisor: tl.int64, REDUCE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A program makes one row of dx, and loops over its list of targets, twice.
+    """A program computes one row of dx, and loops twice over its list of targets.
 
     DLOSS: float, (N,), or one element if REDUCE. X, DX (N, C): float, contiguous. T (N, C): int64,
     contiguous.
@@ -113,7 +114,7 @@ def _config(C):
 
 
 def fwd(x, target, divisor, y):
-    """x, target (N, C) or (C,), contiguous -> fills y, (N,), or 0-d and divided by `divisor`."""
+    """x, target (N, C) or (C,), contiguous; fills y: (N,), or 0-d and divided by `divisor`."""
     C = x.shape[-1]
     N = x.numel() // C
     reduce = divisor is not None

@@ -2,9 +2,10 @@
 
     loss[b, s] = -weight[t] * x[b, t, s]        dx[b, c, s] = -weight[t] * g  where c == t, else 0
 
-and what it shares with cross entropy: how logits are laid out, how partial sums become a loss.
-Forward reads one element per position, and adds up in fp64: a loss per position is little work.
-Backward writes each element once, where stock fills with zeros, then scatters; no atomics anywhere.
+This file also has what it shares with cross entropy: how logits are laid out, and how partial sums
+become a loss. The forward reads one element per position, and adds in fp64, because one loss per
+position is little work. The backward writes each element once; PyTorch fills with zeros, then
+scatters. There are no atomics.
 """
 
 import functools
@@ -22,16 +23,17 @@ from fastnn.kernels._tl import dense, dense_like
 
 
 def split(x):
-    """Sizes (B, C, S) of x (C,), (N, C) or (N, C, d1, ...), and their strides; S are the positions.
+    """Sizes (B, C, S) of x (C,), (N, C) or (N, C, d1, ...), and their strides. S are the positions.
 
-    None where d1, ... do not share a stride. (N, C) is one batch entry of N positions.
+    Returns None if d1, ... cannot be one dimension with one stride. (N, C) is one batch entry of N
+    positions.
     """
     return _split(x.shape, x.stride())
 
 
 @functools.lru_cache(maxsize=4096)
 def _split(shape, strides):
-    if 0 in shape:  # whatever the strides, nothing is read
+    if 0 in shape:  # nothing is read, whatever the strides
         strides = (0,) * len(shape)
     if len(shape) == 1:
         return (1, shape[0], 1), (0, strides[0], 0)
@@ -50,9 +52,10 @@ def _split(shape, strides):
 
 
 def common(*tensors):
-    """(B, C, S), whether classes are contiguous, else positions, (batch, other) strides of each.
+    """(B, C, S); whether classes (else positions) are contiguous; (batch, other) strides of each.
 
-    None where the tensors agree on neither: a tile's lanes run along what is contiguous.
+    Returns None if neither is contiguous in all tensors. The lanes of a tile run along the
+    contiguous dimension.
     """
     return _common(tuple([(t.shape, t.stride()) for t in tensors]))
 
@@ -76,7 +79,7 @@ def _common(layouts):
 
 
 def unit(sizes, classes_last, strides, *tensors):
-    """Elements in 128 bits of the narrowest tensor, if they divide every count and stride; or 1."""
+    """Elements in 128 bits of the narrowest tensor, if they divide counts and strides; else 1."""
     return _unit(sizes, classes_last, strides, 16 // min([t.element_size() for t in tensors]))
 
 
@@ -90,11 +93,12 @@ def _unit(sizes, classes_last, strides, wide):
 def tiles(sizes, classes_last, unit, itemsize, light=True):
     """{ROWS, LANES, GROUP, num_warps}: ROWS positions by LANES * GROUP classes.
 
-    A lane is a running statistic; its GROUP classes lie LANES apart, so that they end up in one
-    thread. Small rows share a program, each within a warp. `light`: one tensor is read.
+    A lane holds a running statistic. The GROUP classes of a lane are LANES apart, so that one
+    thread has them all. Small rows share a program, each within a warp. `light`: only one tensor is
+    read.
     """
     B, C, S = sizes
-    values = 16 if light or unit > 1 else 8  # per thread; more spill
+    values = 16 if light or unit > 1 else 8  # values per thread; more would spill
     if light and unit == 8:
         values = 32
     vector = 32 * 16 // itemsize  # elements of one 128-bit access of a warp
@@ -105,7 +109,8 @@ def tiles(sizes, classes_last, unit, itemsize, light=True):
         return {"ROWS": rows, "LANES": 1, "GROUP": group, "num_warps": num_warps}
     num_warps = 4 if C <= 4096 else 8
     block = min(next_power_of_2(C), 32 * values * num_warps)
-    # Small rows: a quarter of the values, for a thread then has the statistics of several rows.
+    # Small rows have a quarter of the values, because a thread then has the statistics of several
+    # rows.
     small = 1024 if light or unit > 1 else 256
     rows = min(max(small // block, min(4, 128 * values // block), 1), 64)
     lanes = min(block, vector * num_warps // min(rows, num_warps))
@@ -113,10 +118,10 @@ def tiles(sizes, classes_last, unit, itemsize, light=True):
 
 
 def class_programs(C, cols, classes_last):
-    """Programs that share a block of rows in backward.
+    """How many programs share a block of rows in the backward.
 
-    One where positions are contiguous: there a tile has few classes, and what is known of each
-    position would be read again for each tile.
+    One if positions are contiguous: a tile then has few classes, and each tile would have to read
+    the data of each position again.
     """
     return cdiv(C, cols) if classes_last else 1
 
@@ -126,13 +131,13 @@ def class_programs(C, cols, classes_last):
 
 @triton.jit
 def multiple(n, UNIT: tl.constexpr):
-    """n, which UNIT divides, in a form that tells the compiler so: what 128-bit access takes."""
+    """n, which UNIT divides, in a form that shows the compiler the factor; for 128-bit accesses."""
     return n // UNIT * UNIT
 
 
 @triton.jit
 def checked(target, keep, C):
-    """Which kept targets are classes. Others end in a nan; with TRITON_DEBUG=1 in an assert."""
+    """Which kept targets are valid classes. Others give nan; with TRITON_DEBUG=1, an error."""
     valid = keep & (target >= 0) & (target < C)
     tl.device_assert(valid | (keep == 0), "cross_entropy, nll_loss: target out of range")
     return valid
@@ -180,7 +185,7 @@ def _nll_loss_fwd_kernel(
     stride_xc: tl.int64, stride_xs: tl.int64, blocks, ignore_index: tl.int64,
     REDUCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program has `blocks` blocks of BLOCK positions, and loops over these.
+    """A program has `blocks` blocks of BLOCK positions, and loops over the blocks.
 
     X (B, C, S): float, any strides. TARGET (B, S): ints, contiguous. WEIGHT (C,): float, or None.
     LOSS (B, S): float, unless REDUCE. PARTIAL (2, programs): fp64 sums of losses and of weights, if
@@ -212,11 +217,11 @@ def _nll_loss_fwd_kernel(
 
 
 BLOCK = 256
-PARTIALS = 4096  # about as many sums as one program adds up in a few microseconds
+PARTIALS = 4096  # one program adds up about this many sums in a few microseconds
 
 
 def _blocks(M):
-    """Blocks of positions, one after another in each program, and programs."""
+    """(blocks of positions per program, programs)."""
     blocks = cdiv(cdiv(M, BLOCK), PARTIALS)
     return max(blocks, 1), cdiv(M, BLOCK * max(blocks, 1))
 
@@ -228,8 +233,10 @@ def loss_like(x, reduction, dtype):
 
 
 def fwd(x, target, weight, ignore_index, reduction, dtype):
-    """x (C,) or (N, C, ...), target (N, ...) ints, weight (C,) dense or None -> loss in `dtype`,
-    its divisor (0-d fp32)."""
+    """x (C,) or (N, C, ...), target (N, ...) ints, weight (C,) dense or None -> loss, divisor.
+
+    The loss has dtype `dtype`; the divisor of a mean is 0-d fp32.
+    """
     loss = loss_like(x, reduction, dtype)
     count = x.new_empty((), dtype=torch.float32)
     view = split(x)
@@ -258,9 +265,9 @@ def _nll_loss_bwd_kernel(
 ):  # fmt: skip
     """A program has ROWS positions of one batch entry, and loops over its share of the classes.
 
-    DLOSS: float, (B, S), or one element where the loss was reduced. TARGET (B, S): ints,
-    contiguous. WEIGHT (C,): float, or None. COUNT: fp32, one element. DX (B, C, S): float, its
-    classes or its positions contiguous.
+    DLOSS: float, (B, S), or one element if the loss was reduced. TARGET (B, S): ints, contiguous.
+    WEIGHT (C,): float, or None. COUNT: fp32, one element. DX (B, C, S): float, with its classes or
+    its positions contiguous.
     """
     pid = tl.program_id(0)
     b = (pid // class_blocks // row_blocks).to(tl.int64)
@@ -299,7 +306,7 @@ def _nll_loss_bwd_kernel(
 
 
 def bwd(dloss, x, target, weight, count, ignore_index, reduction):
-    """dloss, dense, the inputs and the count of `fwd` -> dx, as x in dtype and layout."""
+    """dloss (dense), the inputs and the count of `fwd` -> dx, with the dtype and layout of x."""
     wanted = torch.empty_like(x)
     dx = wanted
     view = common(dx)

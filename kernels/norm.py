@@ -9,9 +9,9 @@ RMS norm (not CENTER) is the same with mean = 0 and without avg(g) and db.
 Memory-bound; passes over the M*N elements (R read, W write):
     stock   forward 1R 1W; backward 4R 1W (dy and x once for dx, once for dw and db)
     here    forward 1R 1W; backward 2R 1W
-Rows wider than ROW (backward: ROW_BWD) are walked twice, the second time mostly from L2. There a
-row is split into S chunks over programs where the rows alone would not fill the GPU. Sums across
-programs go through fp32 partials that a second kernel adds in a fixed order.
+Rows wider than ROW (backward: ROW_BWD) are read twice, the second time mostly from L2. Such a row
+is split into S chunks for S programs, if the rows alone would not fill the GPU. Sums across
+programs go through fp32 partial sums, which a second kernel adds in a fixed order.
 """
 
 import math
@@ -25,8 +25,9 @@ from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense
 
-ROW = 16384  # the widest row that stays in registers from load to store, forward
-ROW_BWD = 8192  # and backward, which also holds dy; half of it for float32 with dw and db
+ROW = 16384  # forward: the widest row that stays in registers from load to store
+# the same for the backward, which also holds dy; half of it for float32 with dw and db
+ROW_BWD = 8192
 
 
 @triton.jit
@@ -34,7 +35,7 @@ def _pool(mean, m2, count, total, CENTER: tl.constexpr):
     """Means and sums of squared deviations of parts -> those of the whole (Chan's formula)."""
     pooled = mean
     if CENTER:
-        # Relative to one of the means: of |mean| >> std, a sum would keep too few digits.
+        # Relative to one of the means: if |mean| >> std, a plain sum would lose low-order digits.
         first = tl.sum(tl.where(tl.arange(0, mean.shape[0]) == 0, mean, 0.0), 0)
         d = tl.where(count > 0, mean - first, 0.0)
         pooled = first + tl.sum(d * tl.div_rn(count, total), 0)  # d * count might overflow
@@ -68,11 +69,11 @@ def _moments(X, size, CENTER: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def centred(x, mask, N):
-    """Rows of x (fp32, 0 outside the mask) less their means, 0 outside the mask; and the means.
+    """Rows of x (fp32, 0 outside the mask) minus their means, 0 outside the mask; and the means.
 
-    N values of a row add up to more than fp32 holds while their mean fits, hence the factor before
-    the sum. A mean that is off by its rounding would be multiplied by rstd: by 316 where all values
-    are the same. The differences' own mean is what it lacks.
+    The N values of a row may add up to more than fp32 holds, although their mean fits. So the
+    factor 1 / N comes before the sum. The rounding error of the mean would be multiplied by rstd,
+    by up to 316 if all values are equal. So the mean of the differences is subtracted too.
     """
     part = tl.div_rn(1.0, N.to(tl.float32))
     mean = tl.sum(x * part, 1)
@@ -91,12 +92,13 @@ def _norm_fwd_kernel(
     X, W, B, Y, MEAN, RSTD, M: tl.int64, N_units, stride_units: tl.int64, eps,
     UNIT: tl.constexpr, CENTER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program normalises a tile of BLOCK_M whole rows.
+    """A program normalises a tile of BLOCK_M complete rows.
 
-    X, Y (M, N): float; rows of X a stride apart, Y contiguous. W, B (N,): float, or None. MEAN (if
-    CENTER), RSTD (M,): fp32.
+    X, Y (M, N): float; rows of X are a stride apart, Y is contiguous. W, B (N,): float, or None.
+    MEAN (if CENTER), RSTD (M,): fp32.
     """
-    N = N_units * UNIT  # so that the compiler sees the divisor, and accesses are as wide as it is
+    # so that the compiler sees the factor, and makes accesses as wide as it allows
+    N = N_units * UNIT
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     mask = (m < M)[:, None] & (cols < N)[None, :]
@@ -120,7 +122,7 @@ def _norm_fwd_chunk_kernel(
     X, MEAN, M2, N_units, stride_units: tl.int64, S, chunk_blocks,
     UNIT: tl.constexpr, CENTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program takes the moments of one of S chunks of a row, and loops over it.
+    """A program computes the moments of one of the S chunks of a row, and loops over the chunk.
 
     X (M, N): float, rows a stride apart. MEAN (if CENTER), M2 (M, S): fp32.
     """
@@ -141,10 +143,10 @@ def _norm_fwd_wide_kernel(
     chunk_blocks, eps, UNIT: tl.constexpr, CENTER: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """A program normalises one of S chunks of a row, and loops over it; where S is 1, twice.
+    """A program normalises one of the S chunks of a row, and loops over it; twice if S is 1.
 
-    X, Y (M, N): float; rows of X a stride apart, Y contiguous. W, B (N,): float, or None. MEAN (if
-    CENTER), RSTD (M,): fp32. CHUNK_MEAN (if CENTER), CHUNK_M2 (M, S): fp32, for S > 1.
+    X, Y (M, N): float; rows of X are a stride apart, Y is contiguous. W, B (N,): float, or None.
+    MEAN (if CENTER), RSTD (M,): fp32. CHUNK_MEAN (if CENTER), CHUNK_M2 (M, S): fp32, if S > 1.
     """
     N = N_units * UNIT
     pid = tl.program_id(0)
@@ -190,7 +192,7 @@ def _x_hat(x, MEAN, RSTD, m, M, CENTER: tl.constexpr):
 
 @triton.jit
 def _store_sum(P, acc, offs, mask):
-    """The rows of `acc` added up, where somebody wants them."""
+    """Store the sum of the rows of `acc`, if P is given."""
     if P is not None:
         tl.store(P + offs, tl.sum(acc, 0).to(P.dtype.element_ty), mask=mask)
 
@@ -200,17 +202,17 @@ def _norm_bwd_kernel(
     DY, X, W, MEAN, RSTD, DX, DW, DB, M: tl.int64, N_units, stride_units: tl.int64,
     UNIT: tl.constexpr, CENTER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program makes dx of tiles of BLOCK_M whole rows, and loops over every G-th tile.
+    """A program computes dx of tiles of BLOCK_M complete rows, and loops over every G-th tile.
 
-    DY, X, DX (M, N): float; rows of X a stride apart, the others contiguous. W (N,): float, or
+    DY, X, DX (M, N): float; rows of X are a stride apart, the others contiguous. W (N,): float, or
     None. MEAN (if CENTER), RSTD (M,): fp32. DW, DB (G, N): fp32 sums over a program's rows, or the
-    gradients where G is 1; or None.
+    gradients if G is 1; or None.
     """
     N = N_units * UNIT
     cols = tl.arange(0, BLOCK_N)
     dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # Each program walks every G-th tile of rows; without dw and db there is one tile for each.
+    # A program has every G-th tile of rows. Without dw and db, each program has one tile.
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         mask = (m < M)[:, None] & (cols < N)[None, :]
@@ -236,7 +238,7 @@ def _norm_bwd_kernel(
 
 @triton.jit
 def _averages(DY, X, W, mean, rstd, size, CENTER: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums of g * x_hat and of g over `size` values of a row, g = dy * w."""
+    """Sums of g * x_hat and of g over `size` values of a row; g = dy * w."""
     along = tl.zeros((BLOCK,), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for n in range(0, size, BLOCK):
@@ -257,10 +259,10 @@ def _norm_bwd_chunk_kernel(
     DY, X, W, MEAN, RSTD, ALONG, TOTAL, N_units, stride_units: tl.int64, S, chunk_blocks,
     UNIT: tl.constexpr, CENTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program sums over one of S chunks of a row, and loops over it.
+    """A program sums over one of the S chunks of a row, and loops over the chunk.
 
-    DY, X (M, N): float; rows of X a stride apart. W (N,): float, or None. MEAN (if CENTER), RSTD
-    (M,): fp32. ALONG, TOTAL (if CENTER) (M, S): fp32 sums of g x_hat and of g.
+    DY, X (M, N): float; rows of X are a stride apart. W (N,): float, or None. MEAN (if CENTER),
+    RSTD (M,): fp32. ALONG, TOTAL (if CENTER) (M, S): fp32 sums of g x_hat and of g.
     """
     N = N_units * UNIT
     pid = tl.program_id(0)
@@ -286,10 +288,10 @@ def _norm_bwd_wide_kernel(
     DY, X, W, MEAN, RSTD, DX, ALONG, TOTAL, N_units, stride_units: tl.int64, S, chunk_blocks,
     UNIT: tl.constexpr, CENTER: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """A program makes dx of one of S chunks of a row, and loops over it; where S is 1, twice.
+    """A program computes dx of one of the S chunks of a row, and loops over it; twice if S is 1.
 
-    DY, X, DX (M, N): float; rows of X a stride apart, the others contiguous. W (N,): float, or
-    None. MEAN (if CENTER), RSTD (M,): fp32. ALONG, TOTAL (if CENTER) (M, S): fp32, for S > 1.
+    DY, X, DX (M, N): float; rows of X are a stride apart, the others contiguous. W (N,): float, or
+    None. MEAN (if CENTER), RSTD (M,): fp32. ALONG, TOTAL (if CENTER) (M, S): fp32, if S > 1.
     """
     N = N_units * UNIT
     pid = tl.program_id(0)
@@ -329,10 +331,10 @@ def _norm_bwd_params_kernel(
     DY, X, MEAN, RSTD, DW, DB, M: tl.int64, N_units, stride_units: tl.int64, span: tl.int64,
     UNIT: tl.constexpr, CENTER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program sums dw and db of BLOCK_N columns over its span of rows, and loops over these.
+    """A program sums dw and db of BLOCK_N columns over its span of rows, and loops over the rows.
 
-    DY, X (M, N): float; rows of X a stride apart, DY contiguous. MEAN (if CENTER), RSTD (M,): fp32.
-    DW, DB (G, N): fp32 partial sums, or the gradients where G is 1; or None.
+    DY, X (M, N): float; rows of X are a stride apart, DY is contiguous. MEAN (if CENTER), RSTD
+    (M,): fp32. DW, DB (G, N): fp32 partial sums, or the gradients if G is 1; or None.
     """
     N = N_units * UNIT
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -371,8 +373,7 @@ def _norm_bwd_sum_kernel(
 ):
     """A program sums BLOCK_N columns of dw and db, and loops over their G partial sums.
 
-    PARTIALS (1 or 2, G, N): fp32, of dw, then of db, those that are wanted. DW, DB (N,): float, or
-    None.
+    PARTIALS (1 or 2, G, N): fp32, of dw and then of db, if wanted. DW, DB (N,): float, or None.
     """
     N = N_units * UNIT
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -385,7 +386,7 @@ def _norm_bwd_sum_kernel(
 
 def _processors(device_index):
     if _gpus.architecture(device_index) == "cpu":
-        return 2  # interpreted: so that programs loop, and their partials are added up
+        return 2  # in the interpreter, so that programs loop and their partial sums are added up
     return _gpus.multiprocessors(device_index)
 
 
@@ -433,8 +434,8 @@ def fwd(x, weight, bias, dims, eps, center, out_dtype):
 def bwd(dy, x, weight, mean, rstd, dims, need_dx, dw_dtype, db_dtype):
     """dy (x's shape) and fwd's arguments and results -> those wanted of [dx, dw, db], contiguous.
 
-    mean is None for RMS norm; dw and db, of the last `dims` dimensions of x, are left out where
-    their dtype is None; dx has x's dtype.
+    mean is None for RMS norm. dw and db have the last `dims` dimensions of x; each is left out if
+    its dtype is None. dx has x's dtype, and is left out unless `need_dx`.
     """
     shape = x.shape[-dims:]
     M, N = rstd.numel(), math.prod(shape)
@@ -454,7 +455,7 @@ def bwd(dy, x, weight, mean, rstd, dims, need_dx, dw_dtype, db_dtype):
     processors = _processors(x.get_device())
 
     def partials(G):
-        """Where G programs put their dw and db: partial sums, or at once the result."""
+        """Where G programs write their dw and db: partial sums, or the results if G is 1."""
         if G == 1 or not params:
             return None, dw, db
         parts = rstd.new_empty(len(params), G, N)

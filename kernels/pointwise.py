@@ -2,14 +2,14 @@
 
     y[i] = f(x[i]; a, b)        dx[i] = f'(dy[i], s[i]; a, b)
 
-where s is what the derivative is written in: the input x, or the output y. Each formula stands here
-once, beside its derivative; the op that names them says which parameters a and b are.
-Memory-bound: forward 1R 1W, backward 2R 1W over the elements, as stock. Tanhshrink and Softsign are
-chains of kernels in stock, 8R 5W and 18R 11W in all, and 3R 3W and 3R 2W here.
-Tensors are walked in storage order, so any dense layout goes through without a copy.
+s is the input x or the output y, whichever the derivative's formula takes. Each formula is in this
+file once, beside its derivative. The op that uses them says what the parameters a and b are.
+Memory-bound: forward 1R 1W, backward 2R 1W over the elements, as in PyTorch. Tanhshrink and
+Softsign are chains of kernels in PyTorch, 8R 5W and 18R 11W in all; here they take 3R 3W and 3R 2W.
+Tensors are processed in storage order, so any dense layout works without a copy.
 
-A comparison has ATen's polarity (`x <= t`, or `x > t`), so that a nan takes ATen's branch. Where
-ATen selects a zero gradient, so do we: 0 * inf would be nan.
+Comparisons are written as in ATen (`x <= t`, or `x > t`), so that a nan takes the same branch.
+Where ATen selects a zero gradient, so do we, because 0 * inf would be nan.
 """
 
 import triton
@@ -23,8 +23,8 @@ from fastnn.kernels._tl import dense_like, empty_as
 
 # ---- formulas ---------------------------------------------------------------------------------
 #
-# libdevice.exp, not tl.exp, whose relative error grows with |x| and shows in the tails. div_rn, not
-# "/", which is off by up to two units in the last place.
+# We use libdevice.exp, because the relative error of tl.exp grows with |x| and shows in the tails.
+# We use div_rn, because "/" has an error of up to two units in the last place.
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _clamp(x, low, high):
 
 @triton.jit
 def _nan_if_inf(value, x):
-    """`value`, but nan where x is infinite: there, stock's chain of kernels takes inf - inf."""
+    """`value`, but nan if x is infinite: there PyTorch's chain of kernels computes inf - inf."""
     return tl.where(tl.abs(x) == float("inf"), float("nan"), value)
 
 
@@ -147,7 +147,7 @@ def hardshrink_grad(dy, x, a, b):
 
 @triton.jit
 def softshrink(x, a, b):
-    return tl.where(x > a, x - a, tl.where(x < -a, x + a, x * 0.0))  # nan passes through
+    return tl.where(x > a, x - a, tl.where(x < -a, x + a, x * 0.0))  # a nan stays nan
 
 
 @triton.jit
@@ -174,7 +174,7 @@ def gelu_tanh(x, a, b):
 
 @triton.jit
 def gelu_tanh_grad(dy, x, a, b):
-    # Past |x| = 100 q is 0. The square stops there, lest it become inf, and q * inf nan.
+    # For |x| > 100, q is 0. The square is limited there: else it may be inf, and q * inf is nan.
     square = tl.minimum(x * x, 10000.0)
     e = libdevice.exp(-tl.abs(1.5957691216057308 * (x + 0.044715 * x * square)))
     p = tl.div_rn(1.0, 1.0 + e)
@@ -196,8 +196,8 @@ def silu_grad(dy, x, a, b):
 
 @triton.jit
 def mish(x, a, b):
-    # tanh(log1p(e)) = e (e + 2) / (e (e + 2) + 2), exact to rounding in both tails; e * e overflows
-    # long after the quotient has become 1.
+    # tanh(log1p(e)) = e (e + 2) / (e (e + 2) + 2) is exact to rounding in both tails. The quotient
+    # is already 1 long before e * e overflows.
     e = libdevice.exp(x)
     n = e * (e + 2.0)
     return x * tl.where(x > 20.0, 1.0, tl.div_rn(n, n + 2.0))
@@ -237,7 +237,7 @@ def tanhshrink(x, a, b):
 
 
 @triton.jit
-def tanhshrink_grad(dy, t, a, b):  # of t = tanh(x), which is what stock keeps
+def tanhshrink_grad(dy, t, a, b):  # t = tanh(x), which is what PyTorch keeps
     return _nan_if_inf(dy * t * t, dy)
 
 
@@ -284,14 +284,14 @@ def _pointwise_fwd_kernel(
 ):
     """A program applies FORMULA to one block of BLOCK elements.
 
-    X, Y, KEPT (n,): float; KEPT is written with KEEP(x), unless KEEP is None.
+    X, Y, KEPT (n,): float. KEEP(x) is written to KEPT, unless KEEP is None.
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     X += start
     Y += start
     KEPT += start
     offs = tl.arange(0, BLOCK)
-    if start + BLOCK <= n:  # without a mask, so that accesses are 128 bits wide for every n
+    if start + BLOCK <= n:  # no mask, so that accesses are 128 bits wide for every n
         x = tl.load(X + offs).to(tl.float32)
         tl.store(Y + offs, FORMULA(x, a, b).to(Y.dtype.element_ty))
         if KEEP is not None:
@@ -331,8 +331,8 @@ def _pointwise_bwd_kernel(DY, S, DX, n: tl.int64, a, b, FORMULA: tl.constexpr, B
 
 @tunable("BLOCK")
 def _config(itemsize):
-    # 8 elements per lane: with more, the divisions of a formula fill the registers. 16-bit ones are
-    # one 16-byte access.
+    # 8 elements per lane: with more, the divisions of a formula take too many registers. In 16-bit
+    # dtypes, 8 elements are one 16-byte access.
     return {"BLOCK": 1024, "num_warps": 128 // lanes() if itemsize == 2 else 4}
 
 
@@ -346,7 +346,7 @@ def _launch_fwd(source, target, kept, formula, keep, a, b):
 
 
 def fwd(x, formula, a=0.0, b=0.0, out_dtype=None):
-    """x, any shape and strides -> y = formula(x; a, b), laid out as stock's."""
+    """x, any shape and strides -> y = formula(x; a, b), with the layout of PyTorch's result."""
     y = empty_as(x, out_dtype)
     _launch_fwd(dense_like(x, y), y, y, formula, None, a, b)
     return y
@@ -361,14 +361,14 @@ def fwd_into(x, source, formula, a=0.0, b=0.0):
 
 
 def fwd_keep(x, formula, keep):
-    """x, any shape and strides -> formula(x), keep(x), both laid out as stock's."""
+    """x, any shape and strides -> formula(x), keep(x), laid out as in PyTorch."""
     y, kept = empty_as(x), empty_as(x)
     _launch_fwd(dense_like(x, y), y, kept, formula, keep, 0.0, 0.0)
     return y, kept
 
 
 def bwd(dy, saved, gradient, a=0.0, b=0.0, out_dtype=None):
-    """dy and the saved input or output, same shape -> dx in `out_dtype`, default dy's."""
+    """dy and the saved input or output, of one shape -> dx in `out_dtype`, default dy's."""
     dx = empty_as(saved, out_dtype or dy.dtype)
     n = dx.numel()
     config = _config(dx.element_size())

@@ -5,8 +5,8 @@
 Memory-bound; passes over the elements (R read, W write):
     stock   forward 1R 1W; backward 2R 2W, and 1R to sum the table of weight gradients
     here    forward 1R 1W; backward 2R 1W, with dw summed on the way, in fp32 and a fixed order
-The tensor is seen as N times C channels of S elements that lie together: S is 1 where channels are
-last. With one weight for all, it is one channel of everything.
+The kernels see the tensor as N times C channels of S elements that lie together. S is 1 if channels
+are last. With one weight for all, the tensor is one channel.
 """
 
 import torch
@@ -18,7 +18,7 @@ from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense_like
 
-# What a tile holds: a run of the one channel; channels by S; N by channels.
+# A tile has: elements of the only channel; channels by S elements; or N by channels.
 ONE = tl.constexpr(0)
 ROWS = tl.constexpr(1)
 COLUMNS = tl.constexpr(2)
@@ -48,7 +48,7 @@ def _weights(W, c, C, LAYOUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.c
 def _prelu_fwd_kernel(
     X, W, Y, N, C, S, LAYOUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """A program makes one tile of y.
+    """A program computes one tile of y.
 
     X, Y (N, C, S): float, contiguous. W (C,): float.
     """
@@ -90,7 +90,7 @@ def _prelu_bwd_kernel(
     LAYOUT: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DW: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A program has a block of channels, and loops over every G-th of their tiles.
+    """A program has a block of channels, and loops over every G-th tile of them.
 
     DY, X, DX (N, C, S): float, contiguous. W (C,): float. PARTIAL (G, C): fp32 sums of dw, if
     NEEDS_DW.
@@ -155,7 +155,7 @@ def _prelu_dw_kernel(PARTIAL, DW, G, C, BLOCK_G: tl.constexpr, BLOCK_C: tl.const
     tl.store(DW + cols, dw.to(DW.dtype.element_ty), mask=cols < C)
 
 
-PROGRAMS = 1024  # of a backward: several per multiprocessor, and few partial sums
+PROGRAMS = 1024  # in the backward: several per multiprocessor, but few partial sums
 
 
 @tunable("BLOCK_R", "BLOCK_K")
@@ -173,7 +173,7 @@ def _config(N, C, S, itemsize):
 
 
 def _blocks(N, C, S, config):
-    """Blocks of channels, tiles in each."""
+    """(blocks of channels, tiles per block)."""
     r, k = config["BLOCK_R"], config["BLOCK_K"]
     if config["LAYOUT"] == COLUMNS.value:
         return cdiv(C, k), cdiv(N, r)
@@ -181,7 +181,7 @@ def _blocks(N, C, S, config):
 
 
 def _sizes(dense, w):
-    """N, C, S of a dense tensor with weights `w`."""
+    """(N, C, S) of a dense tensor with the weights `w`."""
     if w.numel() == 1:
         return 1, 1, dense.numel()
     C, S = w.numel(), dense.stride(1)
@@ -189,7 +189,7 @@ def _sizes(dense, w):
 
 
 def fwd(x, w):
-    """x, any shape and strides; w (1) or (x.shape[1]) -> y, laid out as stock's."""
+    """x, any shape and strides; w (1) or (x.shape[1]) -> y, with the layout of PyTorch's result."""
     y = torch.empty_like(x)
     if y.numel():
         N, C, S = _sizes(y, w)
@@ -200,7 +200,7 @@ def fwd(x, w):
 
 
 def bwd(dy, x, w, needs_dx=True, needs_dw=True):
-    """dy and x, same shape; w as in `fwd` -> dx, dw in their dtypes; None where not needed."""
+    """dy and x, of one shape; w as in `fwd` -> dx, dw in their dtypes; None if not needed."""
     dx = torch.empty_like(x)
     if not x.numel():
         return dx if needs_dx else None, torch.zeros_like(w) if needs_dw else None
@@ -208,7 +208,7 @@ def bwd(dy, x, w, needs_dx=True, needs_dw=True):
     config = _config(N, C, S, x.element_size())
     blocks, tiles = _blocks(N, C, S, config)
     in_tile = config["BLOCK_K" if config["LAYOUT"] == COLUMNS.value else "BLOCK_R"]
-    least = max(1, in_tile // 32)  # tiles per program, to write few partial sums beside them
+    least = max(1, in_tile // 32)  # tiles per program, so that partial sums are few in comparison
     G = max(1, min(PROGRAMS // blocks, tiles // least))
     partial = torch.empty((G, C) if needs_dw else (1, 1), dtype=torch.float32, device=x.device)
     _prelu_bwd_kernel(

@@ -1,18 +1,18 @@
-"""The end of a transformer's branch: s = x + noise * z, and y = norm(s) where a norm follows.
+"""The end of a transformer branch: s = x + noise * z, and y = norm(s) if a norm follows.
 
     dz = noise * ds,  dx = ds,  ds = (gradient of the norm at s) + (gradient of s where it is used)
 
-z is the branch's result and x the residual, (M, N) rows; noise is the scale of dropout or 0. The
-norm is a layer norm, or an RMS norm (not CENTER); its formulas are in norm.py. Memory-bound; passes
-over the M*N elements (R read, W write; a mask is a byte each):
+z is the result of the branch, and x the residual, as (M, N) rows. noise is the scale of dropout
+where an element is kept, else 0. The norm is a layer norm or an RMS norm (not CENTER); norm.py has
+its formulas. Memory-bound; passes over the M*N elements (R read, W write; a mask is a byte each):
 
     stock   dropout 1R 1W + mask, add 2R 1W, norm 1R 1W; norm 4R 1W, (add 2R 1W,) dropout 1R 1W
             + mask                                                                14 (17) + 2 masks
     here    2R 2W; 2R (3R) 2W                                                     8 (9)
 
-Without gradients s is not written where only y is wanted. The random words are drawn again in the
-backward (`_philox`). Rows are walked in the order in which z lies in memory, since the words follow
-it; x, s and y may have their rows in the other order of the two leading dimensions.
+Without gradients, s is not written if only y is wanted. The backward draws the random words again
+(`_philox`). The words follow the memory order of z, so rows are processed in that order. x, s and y
+may have their rows in the other order of the two leading dimensions.
 """
 
 import math
@@ -34,7 +34,7 @@ _ROWS = ["M", "N_units", "J", "x_i", "x_j"]
 def _row_starts(
     m, M, N, J, x_i, x_j, UNIT: tl.constexpr, SWAPPED: tl.constexpr, STRIDED: tl.constexpr
 ):
-    """Where rows m = i * J + j of z's memory begin in those of x and s, and of y."""
+    """Where rows m = i * J + j of z's memory begin in x and s, and where they begin in y."""
     i = m // J
     j = m - i * J
     y = m
@@ -54,13 +54,14 @@ def _residual_norm_fwd_kernel(
     SWAPPED: tl.constexpr, STRIDED: tl.constexpr, CENTER: tl.constexpr, VEC: tl.constexpr,
     BY_FOUR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program makes s and y of a tile of BLOCK_M whole rows.
+    """A program computes s and y of a tile of BLOCK_M complete rows.
 
-    Z, X, S, Y (M, N): float; Z is contiguous, rows of the others are where `_row_starts` says; S or
-    Y may be None; rows are i * J + j. W, B (N,): float, or None. MEAN (if CENTER), RSTD (M,): fp32,
-    or None. SEED, OFFSET, STATE: int64, or None; see _philox.load_state and save_state.
+    Z, X, S, Y (M, N): float. Z is contiguous; `_row_starts` says where the rows of the others are.
+    S or Y may be None. Rows are i * J + j. W, B (N,): float, or None. MEAN (if CENTER), RSTD (M,):
+    fp32, or None. SEED, OFFSET, STATE: int64, or None; see _philox.load_state and save_state.
     """
-    N = N_units * UNIT  # so that the compiler sees the divisor, and accesses are as wide as it is
+    # so that the compiler sees the factor, and makes accesses as wide as it allows
+    N = N_units * UNIT
     m0 = tl.program_id(0) * BLOCK_M
     m = m0 + tl.arange(0, BLOCK_M)
     row = m.to(tl.int64)[:, None] * N
@@ -70,14 +71,14 @@ def _residual_norm_fwd_kernel(
     if VEC:
         seed, offset = _philox.load_state(seed, offset, SEED, OFFSET)
         _philox.save_state(STATE, seed, offset)
-        # A product and not a select: a dropped inf becomes nan, as in stock.
+        # A product, not a select: a dropped inf becomes nan, as in PyTorch.
         keep = keep_tile(m0, 0, N, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N)
         s *= tl.where(keep, scale, 0.0)
     x_row, y_row = _row_starts(m, M, N, J, x_i, x_j, UNIT, SWAPPED, STRIDED)
     offs = x_row + cols[None, :]
     s += tl.load(X + offs, mask=mask, other=0.0).to(tl.float32)
     if X.dtype.element_ty == Z.dtype.element_ty:  # else their sum is float32
-        # Statistics of what is stored, and the same y whether or not it is.
+        # The statistics are those of the rounded s, so y is the same whether or not s is stored.
         s = s.to(X.dtype.element_ty).to(tl.float32)
     if S is not None:
         tl.store(S + offs, s.to(S.dtype.element_ty), mask=mask)
@@ -104,12 +105,12 @@ def _residual_norm_bwd_kernel(
     SWAPPED: tl.constexpr, STRIDED: tl.constexpr, CENTER: tl.constexpr, VEC: tl.constexpr,
     BY_FOUR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program makes dx, dz of tiles of BLOCK_M whole rows, and loops over every G-th tile.
+    """A program computes dx, dz of tiles of BLOCK_M complete rows, and loops over every G-th tile.
 
-    DY, S, DS, DX, DZ (M, N): float; DZ is contiguous, rows of the others are where `_row_starts`
-    says; DS, DX and DZ may be None; rows are i * J + j. W (N,): float, or None. MEAN (if CENTER),
-    RSTD (M,): fp32. DW, DB (G, N): fp32 partial sums, or the gradients where G is 1; or None. SEED,
-    OFFSET: int64, or None; see _philox.load_state.
+    DY, S, DS, DX, DZ (M, N): float. DZ is contiguous; `_row_starts` says where the rows of the
+    others are. DS, DX and DZ may be None. Rows are i * J + j. W (N,): float, or None. MEAN (if
+    CENTER), RSTD (M,): fp32. DW, DB (G, N): fp32 partial sums, or the gradients if G is 1; or None.
+    SEED, OFFSET: int64, or None; see _philox.load_state.
     """
     N = N_units * UNIT
     cols = tl.arange(0, BLOCK_N)
@@ -119,7 +120,7 @@ def _residual_norm_bwd_kernel(
         dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if DB is not None:
         db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # Each program walks every G-th tile of rows; without dw and db there is one tile for each.
+    # A program has every G-th tile of rows. Without dw and db, each program has one tile.
     for start in range(tl.program_id(0) * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         mask = (m < M)[:, None] & (cols < N)[None, :]
@@ -162,13 +163,13 @@ def _residual_norm_bwd_kernel(
 
 
 def fits(N, itemsize):
-    """Whether rows of N elements stay in registers, forward and backward."""
+    """Whether rows of N elements stay in registers, in the forward and in the backward."""
     most = norm.ROW_BWD // 2 if itemsize == 4 else norm.ROW_BWD
     return _rows.fits(N, math.gcd(N, 8), most)
 
 
 def _walk(swapped, x):
-    """(M, N_units, J, x_i, x_j), and the constexprs that say how rows are found."""
+    """(M, N_units, J, x_i, x_j), and the constexprs that `_row_starts` needs to find rows."""
     N = x.shape[-1]
     J, strides, strided = 1, (N, 0), not x.is_contiguous()
     if swapped or strided:
@@ -186,10 +187,11 @@ def fwd(
 ):  # fmt: skip
     """z, x of one shape, weight and bias (N,) or None -> (s, y, mean, rstd), None if not wanted.
 
-    z is contiguous, or if `swapped`, it is with its two leading dimensions swapped; x is dense with
-    unit stride in the last dimension, and contiguous unless there are three. s is laid out as x; y
-    is contiguous, of dtype `out_dtype` or else of s's; mean (None unless `center`) and rstd are
-    (M,) in fp32, in the order of z's memory. A draw of None is no dropout.
+    z is contiguous; if `swapped`, it is contiguous after its two leading dimensions are swapped. x
+    is dense with unit stride in the last dimension, and contiguous unless it has three dimensions.
+    s has the layout of x. y is contiguous, with dtype `out_dtype` or else that of s. mean (None
+    unless `center`) and rstd are (M,) in fp32, in the order of z's memory. If draw is None, there
+    is no dropout.
     """
     dtype = x.dtype if x.dtype == z.dtype else torch.float32
     s = _tl.empty_as(x, dtype) if want_s else None
@@ -217,8 +219,8 @@ def bwd(
 ):  # fmt: skip
     """dy, ds or None (s's shape), and fwd's arguments and results -> [dz, dx, dw, db].
 
-    Each is None where its dtype is. dz is laid out as z was, dx as s; where they would be equal in
-    dtype and layout too, they are one tensor.
+    Each result is None if its dtype is None. dz has the layout of z, and dx that of s. If they
+    would also have equal values and one dtype and layout, they are one tensor.
     """
     N = s.shape[-1]
     if ds is not None and ds.stride() != s.stride():

@@ -4,13 +4,13 @@
     log: y = x - max - log(sum(exp(x - max)))   dx = dy - exp(y) * sum(dy)
 
 Softmin (NEGATE) reads -x and returns -dx. Memory-bound; passes over the elements (R read, W write):
-    stock   forward 1R 1W where a row fits shared memory, else 3R 1W; backward 2R 1W, else 4R 1W;
-            with dtype= or under autocast a cast more, 1R 1W, both ways; softmin another
+    stock   forward 1R 1W if a row fits in shared memory, else 3R 1W; backward 2R 1W, else 4R 1W;
+            with dtype= or under autocast one more cast, 1R 1W, in both; softmin one more pass
     here    forward 1R 1W, backward 2R 1W; for longer rows 2R 1W and 4R 1W, the second time mostly
-            from L2; casts and signs within
+            from L2; casts and signs are included
 
-Rows (inner == 1) are one or several to a tile; beyond ROW they are walked twice, in S chunks over
-programs where the rows alone would not fill the GPU. With inner > 1 a tile is D by columns that are
+If inner == 1, a tile has one or several rows. Rows longer than ROW are read twice, in S chunks for
+S programs if the rows alone would not fill the GPU. If inner > 1, a tile has D by columns that are
 neighbours in memory, so nothing is transposed.
 """
 
@@ -33,7 +33,7 @@ COLUMN = 256  # the longest column that stays in registers
 
 @triton.jit
 def _read(X, mask, NEGATE: tl.constexpr, DTYPE: tl.constexpr):
-    """What stock's softmax would see of x: cast to DTYPE, sign changed; -inf outside the mask."""
+    """What PyTorch's softmax sees of x: cast to DTYPE, sign changed; -inf outside the mask."""
     x = tl.load(X, mask=mask, other=0.0).to(DTYPE).to(tl.float32)
     if NEGATE:
         x = -x
@@ -42,14 +42,16 @@ def _read(X, mask, NEGATE: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _exp(x, DTYPE: tl.constexpr):
-    # The fast exponential is off by |x| ulps of fp32, which 16 bits do not show.
+    # The error of the fast exponential is |x| ulps of fp32, which 16-bit results do not show.
     return libdevice.exp(x) if DTYPE == tl.float32 else tl.exp(x)
 
 
 @triton.jit
 def _normalise(x, peak, total, LOG: tl.constexpr, DTYPE: tl.constexpr):
-    """y, given the largest x and the sum of exp(x - peak). No guards: a row with nan or +inf, or of
-    -inf only, is nan, as stock's."""
+    """y, from the largest x (`peak`) and the sum of exp(x - peak) (`total`).
+
+    There are no guards: a row with nan or +inf, or with only -inf, becomes nan, as in PyTorch.
+    """
     if LOG:
         y = x - peak - tl.log(total)
     elif DTYPE == tl.float32:
@@ -61,20 +63,20 @@ def _normalise(x, peak, total, LOG: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _term(dy, y, LOG: tl.constexpr):
-    """What is summed along the row for the gradient."""
+    """The term whose sum along the row the gradient needs."""
     return dy if LOG else dy * y
 
 
 @triton.jit
 def _gradient(dy, y, total, NEGATE: tl.constexpr, LOG: tl.constexpr):
-    # ATen's form: y * (dy - total) loses more where dy is close to total.
+    # ATen's form: y * (dy - total) would lose more digits if dy is close to total.
     dx = dy - tl.exp(y) * total if LOG else dy * y - y * total
     return -dx if NEGATE else dx
 
 
 @triton.jit
 def _online(peak, total, x):
-    """One step of the running maximum and the sum of exp(x - peak), in each lane."""
+    """One step of the running maximum, and of the sum of exp(x - peak), in each lane."""
     new = tl.maximum(peak, x, propagate_nan=tl.PropagateNan.ALL)
     # A lane that has only seen -inf would otherwise take exp(-inf + inf), which is nan.
     base = tl.where(new == -float("inf"), 0.0, new)
@@ -99,11 +101,12 @@ def _softmax_fwd_kernel(
     X, Y, M: tl.int64, N_units, stride_units: tl.int64, UNIT: tl.constexpr, LOG: tl.constexpr,
     NEGATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program makes a tile of BLOCK_M whole rows of y.
+    """A program computes a tile of BLOCK_M complete rows of y.
 
-    X, Y (M, N): float; rows of X a stride apart, Y contiguous.
+    X, Y (M, N): float; rows of X are a stride apart, Y is contiguous.
     """
-    N = N_units * UNIT  # so that the compiler sees the divisor, and accesses are as wide as it is
+    # so that the compiler sees the factor, and makes accesses as wide as it allows
+    N = N_units * UNIT
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     mask = (m < M)[:, None] & (cols < N)[None, :]
@@ -126,7 +129,7 @@ def _softmax_bwd_kernel(
     DY, Y, DX, M: tl.int64, N_units, UNIT: tl.constexpr, LOG: tl.constexpr,
     NEGATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program makes a tile of BLOCK_M whole rows of dx.
+    """A program computes a tile of BLOCK_M complete rows of dx.
 
     DY, Y, DX (M, N): float, contiguous.
     """
@@ -157,7 +160,7 @@ def _softmax_fwd_chunk_kernel(
     X, Y, PEAK, TOTAL, N_units, stride_units: tl.int64, S, chunk_blocks, UNIT: tl.constexpr,
     NEGATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program takes the maximum and the sum of one of S chunks of a row, and loops over it.
+    """A program computes maximum and sum of one of the S chunks of a row, and loops over the chunk.
 
     X (M, N): float, rows a stride apart. Y: only its dtype is used. PEAK, TOTAL (M, S): fp32.
     """
@@ -176,9 +179,10 @@ def _softmax_fwd_long_kernel(
     X, Y, PEAK, TOTAL, N_units, stride_units: tl.int64, S, chunk_blocks, UNIT: tl.constexpr,
     LOG: tl.constexpr, NEGATE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """A program makes y of one of S chunks of a row, and loops over it; where S is 1, twice.
+    """A program computes y of one of the S chunks of a row, and loops over it; twice if S is 1.
 
-    X, Y (M, N): float; rows of X a stride apart, Y contiguous. PEAK, TOTAL (M, S): fp32, for S > 1.
+    X, Y (M, N): float; rows of X are a stride apart, Y is contiguous. PEAK, TOTAL (M, S): fp32, if
+    S > 1.
     """
     N = N_units * UNIT
     pid = tl.program_id(0)
@@ -218,7 +222,7 @@ def _softmax_bwd_chunk_kernel(
     DY, Y, TOTAL, N_units, S, chunk_blocks, UNIT: tl.constexpr, LOG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program sums over one of S chunks of a row, and loops over it.
+    """A program sums over one of the S chunks of a row, and loops over the chunk.
 
     DY, Y (M, N): float, contiguous. TOTAL (M, S): fp32.
     """
@@ -235,9 +239,9 @@ def _softmax_bwd_long_kernel(
     DY, Y, DX, TOTAL, N_units, S, chunk_blocks, UNIT: tl.constexpr, LOG: tl.constexpr,
     NEGATE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """A program makes dx of one of S chunks of a row, and loops over it; where S is 1, twice.
+    """A program computes dx of one of the S chunks of a row, and loops over it; twice if S is 1.
 
-    DY, Y, DX (M, N): float, contiguous. TOTAL (M, S): fp32, for S > 1.
+    DY, Y, DX (M, N): float, contiguous. TOTAL (M, S): fp32, if S > 1.
     """
     N = N_units * UNIT
     pid = tl.program_id(0)
@@ -267,8 +271,9 @@ def _softmax_bwd_long_kernel(
 def _columns(outer, D, inner, INDEX: tl.constexpr, BLOCK_C: tl.constexpr):
     """Offsets of a block of columns, (1, BLOCK_C), and which of them exist.
 
-    A column's number is o * inner + i. Neighbours stay neighbours through the division as far as
-    inner's divisor reaches, so accesses are as wide as that.
+    The number of a column is o * inner + i. The compiler knows a factor of inner (UNIT), so
+    neighbours stay neighbours through the division up to that factor, and accesses are as wide as
+    it allows.
     """
     c = tl.program_id(0).to(INDEX) * BLOCK_C + tl.arange(0, BLOCK_C)
     base = (c // inner).to(tl.int64) * D * inner + c % inner
@@ -280,7 +285,7 @@ def _softmax_columns_fwd_kernel(
     X, Y, outer, D, inner_units, UNIT: tl.constexpr, LOG: tl.constexpr, NEGATE: tl.constexpr,
     INDEX: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program makes BLOCK_C columns of y: whole if ONE_PASS, else in two loops over D.
+    """A program computes BLOCK_C columns of y: at once if ONE_PASS, else in two loops over D.
 
     X, Y (outer, D, inner): float, contiguous.
     """
@@ -316,7 +321,7 @@ def _softmax_columns_bwd_kernel(
     DY, Y, DX, outer, D, inner_units, UNIT: tl.constexpr, LOG: tl.constexpr, NEGATE: tl.constexpr,
     INDEX: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program makes BLOCK_C columns of dx: whole if ONE_PASS, else in two loops over D.
+    """A program computes BLOCK_C columns of dx: at once if ONE_PASS, else in two loops over D.
 
     DY, Y, DX (outer, D, inner): float, contiguous.
     """
@@ -355,7 +360,7 @@ def _softmax_columns_bwd_kernel(
 
 @tunable("BLOCK_C")
 def _column_config(columns, D):
-    """A tile of whole columns, as broad as registers allow, or one to step down long columns."""
+    """Complete columns, as many as registers allow; or a tile to step down long columns."""
     one_pass = D <= COLUMN
     width = min(next_power_of_2(columns), 64)
     block_d = next_power_of_2(D) if one_pass else 4096 // width
@@ -366,19 +371,19 @@ def _column_config(columns, D):
         "ONE_PASS": one_pass,
         "BLOCK_D": block_d,
         "BLOCK_C": block_c,
-        "num_warps": min(max(tile // 256, 1), 16),  # 512 spills on sm_80 where accesses are narrow
+        "num_warps": min(max(tile // 256, 1), 16),  # 512 spills on sm_80 if accesses are narrow
     }
 
 
 def _extent(shape, dim):
-    """(outer, D, inner) of a shape seen along `dim`."""
+    """(outer, D, inner) of a shape, seen along `dim`."""
     return math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])
 
 
 def _column_arguments(outer, D, inner):
     config = _column_config(outer * inner, D)
     unit = math.gcd(inner, 8)
-    wide = outer * D * inner >= 2**31 - 2**16  # room for the last block to run over
+    wide = outer * D * inner >= 2**31 - 2**16  # leaves room for the last block to run past the end
     config |= {"UNIT": unit, "INDEX": tl.int64 if wide else tl.int32}
     grid = (cdiv(outer * inner, config["BLOCK_C"]),)
     return grid, (outer, D, inner // unit), config

@@ -1,7 +1,7 @@
 """The calls of ops that the parity rows make, to be made again with other tensors.
 
-A row of a layer calls ops with its parameters, buffers and masks among the arguments; here they are
-all arguments, by name. What runs a call compares it with stock, and with stock in float64.
+A row of a layer calls ops with its parameters, buffers and masks among the arguments. Here all of
+them are arguments, by name. Each call is compared with stock, and with stock in float64.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from fastnn._op import Op, intercept
 from fastnn.testing.cases import CASES
 from fastnn.testing.noise import recording, replaying
 
-LARGEST = 1 << 13  # elements of a tensor; the interpreter is slow
+LARGEST = 1 << 13  # elements of a tensor, because the interpreter is slow
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an op. `arguments` are bound to the names of its parameters; tensors are dense
-    and detached, and those in `wanting` are to get gradients."""
+    """One call of an op. `arguments` are bound to the names of its parameters. The tensors are
+    dense and detached; the tensors named in `wanting` get gradients."""
 
     op: Op
     row: str
@@ -42,7 +42,7 @@ class Call:
         return replace(self, arguments={**self.arguments, **changed})
 
     def kind(self):
-        """What distinguishes it from other calls of the op, but for sizes."""
+        """A key of everything, except sizes, that distinguishes this call from others of the op."""
         return tuple(
             (k, v.dim(), v.dtype, k in self.wanting, 1 in v.shape)
             if isinstance(v, Tensor)
@@ -53,7 +53,7 @@ class Call:
 
 @functools.cache
 def recorded() -> dict[str, list[Call]]:
-    """By the op's name, the calls in float32 that rows make, one of each kind."""
+    """Name of an op -> the calls in float32 that the rows make, one of each kind."""
     found: dict[str, dict] = {}
     for case in CASES:
         if torch.float32 not in case.dtypes or case.autocast is not None:
@@ -76,9 +76,9 @@ def _calls_of(case):
         tensors = [v for v in bound.values() if isinstance(v, Tensor)]
         if all(t.numel() <= LARGEST for t in tensors):
             wanting = [k for k, v in bound.items() if isinstance(v, Tensor) and v.requires_grad]
-            if bound.get("inplace"):  # of a leaf that is an error
+            if bound.get("inplace"):  # an error on a leaf
                 wanting = [k for k in wanting if k != "input"]
-            copies: dict[int, Tensor] = {}  # what is one tensor twice stays so
+            copies: dict[int, Tensor] = {}  # a tensor given twice stays one tensor
             for k, v in bound.items():
                 if isinstance(v, Tensor):
                     copy = v.detach().clone(memory_format=torch.contiguous_format)
@@ -103,7 +103,7 @@ def _calls_of(case):
 
 @dataclass
 class Outcome:
-    """What a call came to: its results and gradients, or the error."""
+    """The outcome of a call: its results and gradients, or its error."""
 
     error: Exception | None = None
     values: dict[str, Tensor] | None = None
@@ -112,7 +112,7 @@ class Outcome:
 
 
 def _invoke(call: Call, function, bases, upstream, layout):
-    """Results by name; tensors of `bases` are what was made to hold an argument."""
+    """Results by name. The tensors of `bases` were made to hold arguments."""
     arguments = dict(call.arguments)
     positional, keyword = [], {}
     for p in parameters(call.op.fused):
@@ -133,7 +133,7 @@ def _invoke(call: Call, function, bases, upstream, layout):
             made = upstream.gradient(i, t)
             given.append(made if layout is None else layout(made)[0])
         kept = [g.clone() for g in given]
-        # Their strides are autograd's own where it lays them down; before that nobody defines them.
+        # Autograd defines the strides of gradients when it stores them; before that, nobody does.
         torch.autograd.backward(differentiable, given)
         for g, k in zip(given, kept, strict=True):
             assert torch.equal(g, k), "an incoming gradient was written to"
@@ -158,7 +158,8 @@ class _Upstream:
 
 
 def fresh(call: Call, layouts: dict, dtype=None) -> tuple[Call, dict[str, Tensor]]:
-    """The call with tensors of its own, laid out by `layouts` of arguments, and what holds them."""
+    """The call with new tensors, laid out by `layouts` of arguments, and the tensors that hold
+    them."""
     made, bases = {}, {}
     copies: dict[int, Tensor] = {}
     for name, given in call.tensors().items():
@@ -196,11 +197,11 @@ def forced(call, layouts, *, upstream, layout=None) -> tuple[Outcome, list]:
 
 
 def differences(call: Call, layouts: dict, layout=None) -> tuple[str, list[str]]:
-    """(path or reason, what is not as in stock) of the call with arguments laid out by `layouts`,
-    and incoming gradients by `layout`.
+    """(path or reason, differences from stock) of the call, with arguments laid out by `layouts`
+    and incoming gradients laid out by `layout`.
 
-    Beyond the bound of parity, errors are judged as there: by the largest over several draws, here
-    of incoming gradients and of the order of values in each tensor.
+    Errors beyond the bound of parity are judged as in parity, by the largest errors over several
+    draws. Here incoming gradients are drawn, and the order of the values in each tensor.
     """
     path, wrong, comparisons = _compared(call, layouts, layout, 0)
     found = [comparisons]
@@ -250,11 +251,11 @@ def _compared(call, layouts, layout, draw):
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             wrong.append(f"{what}: {a.dtype} {tuple(a.shape)}; stock {b.dtype} {tuple(b.shape)}")
             continue
-        if what.startswith("memory"):  # where nothing may be written
+        if what.startswith("memory"):  # nothing may be written there
             if not torch.equal(a.isnan(), b.isnan()):
                 wrong.append(f"{what}: written to beside the tensor")
             continue
-        # A gradient has the strides of its tensor, by autograd; but where sizes are 1 it has any.
+        # By autograd a gradient has the strides of its tensor, but any strides at sizes of 1.
         ignored = 1 if what.startswith("grad") else 0
         strides = [
             [d for d, size in zip(t.stride(), t.shape, strict=True) if size > ignored]

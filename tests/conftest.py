@@ -48,7 +48,7 @@ def device():
 
 @pytest.fixture
 def on_device(device):
-    """Factories make their tensors on the device of the run."""
+    """Factory functions of torch make their tensors on the device of the run."""
     with torch.device(device):
         yield
 
@@ -64,7 +64,7 @@ def simulate():
 
 @pytest.fixture(autouse=True)
 def kernels_take_cpu_tensors_where_declared(request, monkeypatch):
-    """Elsewhere they do not, as on a GPU: see tests/marks.py."""
+    """In other tests kernels refuse CPU tensors, as on a GPU: see tests/marks.py."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     from fastnn import _op
@@ -92,7 +92,7 @@ def repaired_interpreter():
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_reads_as_nan():
-    """`torch.empty` fills with nan (integers: the largest) under deterministic algorithms."""
+    """Under deterministic algorithms `torch.empty` fills with nan, or with the largest integer."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -102,14 +102,15 @@ SWEEPS = {
     "strides": "Sweep of strides",
     "sizes": "Sweep of sizes",
     "magnitudes": "Sweep of magnitudes",
+    "lifetimes": "Sweep of lifetimes",
     "setups": "Set-ups, against stock",
 }
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What PyTorch's samples ran on, where tests say so by the property "path"; how many calls the
-    sweeps made, which tell their counts by the name of the sweep; and the rows that were judged by
-    more than one draw of their inputs, by the property "draws"."""
+    """Prints the paths of PyTorch's samples, which tests report by the property "path"; the number
+    of calls of each sweep, which a sweep reports by its name; and the rows that needed more than
+    one draw of their inputs, by the property "draws"."""
     paths = collections.Counter()
     draws = {}
     sweeps = {name: collections.Counter() for name in SWEEPS}

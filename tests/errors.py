@@ -15,9 +15,9 @@ def _raised(call: Callable, *args, **kwargs) -> tuple[type, str] | None:
 
 
 def assert_same_error(ours: Callable, theirs: Callable, *args, mode="triton", **kwargs) -> None:
-    """`ours`, called in `mode`, raises what `theirs` does, to the word.
+    """`ours`, called in `mode`, raises the same error as `theirs`, with the same words.
 
-    Where an older torch takes what newer ones reject, `ours` takes it too.
+    If an older torch accepts what newer versions reject, `ours` accepts it too.
     """
     want = _raised(theirs, *args, **kwargs)
     assert want is not None or OLDER, "stock takes it"

@@ -1,7 +1,8 @@
-"""Where a test runs: kernels take CPU tensors in Triton's interpreter alone.
+"""Where a test runs: kernels take CPU tensors only in Triton's interpreter.
 
-A test that launches kernels, or forces calls onto them, does so on the fixture `device`, makes all
-its tensors there by `on_device`, or is marked `interpreted`; conftest.py holds it to that.
+A test that launches kernels, or forces calls onto them, must say where. It uses the fixture
+`device`, or makes all its tensors there by `on_device`, or is marked `interpreted`. conftest.py
+enforces that.
 """
 
 import pytest

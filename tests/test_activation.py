@@ -1,4 +1,4 @@
-"""Activations: what an edit in place after the call does, writing into x, second derivatives."""
+"""Activations: effects of an edit in place after the call, writing into x, second derivatives."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def base(device, *shape):
 
 
 def outcome(call):
-    """What `call` returns, or the exception it raises as text."""
+    """The result of `call`, or the exception that it raises, as text."""
     try:
         return call()
     except (RuntimeError, ValueError) as error:
@@ -37,7 +37,7 @@ def outcome(call):
 
 
 def gist(result):
-    # Stock's text about an edited tensor names its autograd node.
+    # PyTorch's text about an edited tensor names its autograd node.
     return result[:60] if isinstance(result, str) else result
 
 
@@ -124,7 +124,7 @@ def test_what_stock_will_not_write_into_fails_as_in_stock(name, make, device):
         with pytest.raises(RuntimeError) as error:
             getattr(functions, name)(x, inplace=True)
         errors.append(str(error.value))
-        left.append(x.detach())  # stock finds out before it writes, or after
+        left.append(x.detach())  # stock may write before it raises
     assert errors[0] == errors[1]
     assert torch.equal(*left)
 
@@ -167,7 +167,7 @@ def test_second_and_third_derivatives(row, inplace, device):
                 break
             try:
                 grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-            except RuntimeError as error:  # of hardsigmoid, stock has no second derivative
+            except RuntimeError as error:  # stock has no second derivative of hardsigmoid
                 assert "not implemented" in str(error)
                 found.append(torch.full((), float("nan")))
                 break
@@ -187,7 +187,7 @@ def test_a_gradient_that_is_not_finite_passes_as_in_stock(row, device):
         y = layer(x)
         y.backward(torch.tensor([float("inf"), float("nan")], device=device).repeat(y.numel() // 2))
         seen.append(x.grad)
-    # 0 * inf is nan: a gradient that stock selects must not become one that we multiply.
+    # 0 * inf is nan: if stock selects a gradient, our kernel must not multiply instead.
     assert torch.equal(seen[0].isnan(), seen[1].isnan())
     assert torch.equal(seen[0].isinf(), seen[1].isinf())
 
@@ -195,7 +195,7 @@ def test_a_gradient_that_is_not_finite_passes_as_in_stock(row, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["hardshrink", "softshrink"])
 def test_a_threshold_is_rounded_to_the_dtype_as_in_stock(name, dtype, device):
-    # Farther from float64 than no rounding, so that no parity row would tell.
+    # Rounding gives a larger error against float64, so no parity row would show the difference.
     edge = torch.tensor(0.3).to(device, dtype)
     x = torch.stack([edge, -edge, edge * 0.99, edge * 1.01])
     seen = []

@@ -1,9 +1,9 @@
-"""What the rows launch compiles for GPUs that are not here, into code without known faults.
+"""The launches of the rows compile for GPUs that are not present, into code without known faults.
 
-Kernels are compiled in processes of their own: `TRITON_INTERPRET`, which this one may have, forbids
-it. The rows make some 4000 specialisations and a compile takes a third of a second, so the tests
-compile those that differ in what decides on registers and shared memory, each for one of four
-targets; `python -m tools.aot` compiles all.
+Kernels are compiled in separate processes, because `TRITON_INTERPRET`, which this process may have,
+forbids compiling. The rows make about 4000 specialisations, and a compile takes a third of a
+second. The tests therefore compile only specialisations that differ in what decides on registers
+and shared memory, each for one of four targets. `python -m tools.aot` compiles all.
 """
 
 import os
@@ -24,12 +24,12 @@ from fastnn.kernels._launch import kernel
 from fastnn.testing.aot import TARGETS, check, compile_only, launch_nothing
 from tools.aot import put
 
-# What the tests compile a share for; the other targets are compiled for by hand.
+# The targets for which the tests compile a share. All other targets are compiled by hand.
 SHARED = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 
 
 def compiling(code):
-    """Runs code in a process that compiles; returns what it printed."""
+    """Runs code in a process that compiles; returns its output."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, *code], env=env, capture_output=True, text=True)
     said = done.stdout + done.stderr
@@ -38,7 +38,7 @@ def compiling(code):
 
 
 def skip_unproven(target):
-    """Skips a test of code that this Triton is not trusted to compile."""
+    """Skips the test if this Triton is not trusted to compile for `target`."""
     why = _gate.unproven(TARGETS[target].architecture)
     if why:
         pytest.skip(why)
@@ -149,7 +149,7 @@ def float_atomics():
 
 def gfx942():
     if _gate.unproven("gfx942"):
-        return  # an older Triton, which brings no linker
+        return  # an older Triton has no linker
     x, y = torch.ones(2, 4096)
     with compile_only("hip:gfx942") as records:
         _copy((2,), x, y, 4096, STRIDE=1, BLOCK=2048, num_warps=4)

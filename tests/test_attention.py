@@ -1,4 +1,4 @@
-"""Attention beyond the rows: calls of all kinds against stock, memory, bits, dropout, choices."""
+"""Attention beyond the rows: calls of all kinds against stock, memory, bits, dropout, paths."""
 
 import math
 from contextlib import nullcontext
@@ -24,7 +24,7 @@ attention = F.scaled_dot_product_attention
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles so small that a dozen queries and keys make several of each."""
+    """Tiles so small that a dozen queries and keys need several tiles each."""
     tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
     monkeypatch.setattr(kernels.attention_config, "config", lambda kind, shape: dict(tiles))
 
@@ -49,7 +49,7 @@ def calls(draw):
         lead = lead_k = (H_k,)
         H = H_k
     lead_v = lead_k
-    if lead and one_in(8):  # something to broadcast, or to reject
+    if lead and one_in(8):  # a batch that broadcasts, or that is rejected
         lead_k = tuple(1 if one_in(2) else n for n in lead_k)
         lead_v = lead_k if one_in(2) else lead_v
     options = {}
@@ -63,13 +63,13 @@ def calls(draw):
         full = (*lead, L, S)
         mask = tuple(1 if one_in(3) else n for n in full)
         mask = mask[draw(st.integers(0, max(0, len(mask) - 2))) :]
-        if one_in(30):  # to be rejected
+        if one_in(30):  # a call that is rejected
             mask = draw(st.sampled_from(((L + 1, S), (S,), (2, *full), (L, S + 2))))
     if (kind is None and one_in(3)) or one_in(30):
         options["is_causal"] = True
     layout = draw(st.sampled_from(("dense", "dense", "heads last", "transposed", "sliced")))
     D_k = D + one_in(40)
-    longer = len(lead) != 2 and one_in(40)  # stock's fused CPU kernel does not look
+    longer = len(lead) != 2 and one_in(40)  # stock's CPU kernel does not check
     shapes = (*lead, L, D), (*lead_k, S, D_k), (*lead_v, S + longer, E)
     return shapes, mask, kind, options, layout, draw(st.integers(0, 2**31))
 
@@ -101,7 +101,7 @@ def make_mask(shape, kind, dtype):
 
 
 def outcome(call, q, k, v, mask, options, upstream=None):
-    """(what came out, gradients), or the error."""
+    """(result, gradients), or the error."""
     try:
         out = call(q, k, v, attn_mask=mask, **options)
     except BackendError as e:
@@ -124,7 +124,7 @@ DECLINED = ("constant in some of the dims", "one column", "heads of keys")
 def test_any_call_is_as_stock(dtype):
     """Values, gradients, dtypes, shapes, strides, nans, error types; no lane out of bounds.
 
-    What counts as stock's error is its worst over all calls, as for PyTorch's own samples.
+    The error of stock is taken as its largest error over all calls, as for PyTorch's own samples.
     """
     ours, its, ran, seen = [(0.0, None)], [0.0], [0], [0]
 
@@ -190,7 +190,8 @@ def qkv(*shape, S=None, grad=True, dtype=torch.float32):
 
 @pytest.mark.parametrize("S", [12, 40])
 def test_rows_whose_mask_is_the_least_float_share_evenly(S, device):
-    """Stock's formula on them; its fused CPU kernel forgets their sum in the backward."""
+    """Compared with the stock formula: PyTorch's fused CPU kernel forgets the sum of such rows in
+    the backward."""
     q, k, v = (t.to(device).detach().requires_grad_() for t in qkv(1, 2, 9, 8, S=S))
     mask = torch.randn(9, S, device=device)
     mask[3] = torch.finfo(torch.float32).min
@@ -210,7 +211,7 @@ def test_rows_whose_mask_is_the_least_float_share_evenly(S, device):
 @pytest.mark.parametrize("rule", ["own", "native"])
 @interpreted
 def test_launchers_race_with_nobody_and_repeat(rule):
-    """No address is written by one program and touched by another; a second run has equal bits."""
+    """No program touches an address that another program writes. A second run has equal bits."""
     torch.manual_seed(0)
     B, H, L, S = 1, 2, 33, 35
     q, k, v, dout = (
@@ -242,8 +243,8 @@ def test_launchers_race_with_nobody_and_repeat(rule):
 
 
 def test_nothing_of_size_L_x_S_is_allocated(device):
-    """Forward and backward, with a mask that broadcasts and dropout, hold only what is as large as
-    the inputs, and two numbers per row."""
+    """Forward and backward, with a mask that broadcasts and with dropout, allocate only tensors as
+    large as the inputs, and two numbers per row."""
     B, H, L, D = 1, 2, 130, 8
     q, k, v = (t.to(device).detach().requires_grad_() for t in qkv(B, H, L, D))
     mask = torch.rand(B, 1, 1, L, device=device) < 0.9
@@ -265,7 +266,7 @@ def test_nothing_of_size_L_x_S_is_allocated(device):
 
 @on_device
 def test_dropout_keeps_as_many_as_it_says_everywhere():
-    """Of each head, row and column, within five standard deviations; no two rows are alike."""
+    """Within five standard deviations for each head, row and column; no two rows are equal."""
     with fastnn.backend("triton"), recording() as draws:
         torch.manual_seed(3)
         q, k, v = qkv(2, 3, 64, 8, S=67, grad=False)
@@ -292,7 +293,7 @@ def test_dropout_is_of_the_seed_and_moves_on(device):
 
 
 def test_dropout_averages_out(device):
-    """The mean over many draws is the result without, as stock's."""
+    """The mean over many draws is the result without dropout, as in stock."""
     q, k, v = (t.to(device) for t in qkv(1, 1, 3, 8, S=5, grad=False))
     want = stock.scaled_dot_product_attention(q, k, v)
     many = [t.expand(200, 1, *t.shape[-2:]) for t in (q, k, v)]
@@ -304,7 +305,7 @@ def test_dropout_averages_out(device):
 
 @on_device
 def test_native_rule_is_that_of_native_dropout():
-    """As MultiheadAttention with need_weights drops: element by element of (B * H, L, S)."""
+    """MultiheadAttention with need_weights drops the elements of (B * H, L, S) by this rule."""
     from fastnn import _rng
 
     for shape in ((2, 2, 5, 7), (2, 2, 4, 8), (1, 3, 33, 40)):
@@ -346,7 +347,7 @@ def test_double_backward_is_stocks(options, masked, device):
 
 @on_device
 def test_double_backward_keeps_the_noise():
-    """The derivative of a derivative is taken over the weights dropped in the forward."""
+    """The second derivative uses the weights that the forward dropped."""
     q, k, v = (t[0, 0].detach().requires_grad_() for t in qkv(1, 1, 5, 8))
     with fastnn.backend("triton"):
         out = attention(q, k, v, dropout_p=0.5)
@@ -404,7 +405,7 @@ def chosen(*args, **options):
 
 @interpreted
 def test_auto_leaves_to_stock_what_it_fuses():
-    """And takes what stock would write out as weights, from some size on."""
+    """`auto` takes the kernels where stock would write the weights to memory, from some size on."""
     large, small = (qkv(1, 2, n, 8, grad=False) for n in (2048, 16))
     assert "as fast at every size" in chosen(*large)
     assert "size gate" in chosen(*(t[0] for t in small))

@@ -1,4 +1,4 @@
-"""Tiles of attention: computed from the table of GPUs; no rule or exception is idle."""
+"""Tiles of attention are computed from the table of GPUs, and every rule and exception is used."""
 
 import itertools
 from dataclasses import replace
@@ -48,7 +48,7 @@ def test_every_rule_and_exception_changes_an_answer():
 
 @pytest.mark.parametrize("shared", [48, 64, 99, 163])
 def test_shared_memory_holds_the_tiles_of_a_new_gpu(shared):
-    """Only a tile of 64 with a single stage may need more: nothing smaller is tried."""
+    """Only a tile of 64 with a single stage may need more, because nothing smaller is tried."""
     A = kernels.attention_config
     size = shared * _gpus.KIB
     new = replace(_gpus.GPUS["sm_80"], name="sm_199", shared_per_block=size)
@@ -63,7 +63,7 @@ def test_shared_memory_holds_the_tiles_of_a_new_gpu(shared):
 
 
 def test_a_float32_mask_takes_room_of_the_forward():
-    """Beside 16-bit keys and values: on a GPU of 99 KiB the tile of a 16-bit mask had no room."""
+    """With 16-bit keys and values on a GPU of 99 KiB: the tile of a 16-bit mask was too large."""
     A = kernels.attention_config
     shape = A.Shape(256, 64, 64, 2, "sm_86", masked=True, mask_itemsize=2)
     assert formula("fwd", shape)["BLOCK_M"] == 128
@@ -71,7 +71,8 @@ def test_a_float32_mask_takes_room_of_the_forward():
 
 
 def test_tiles_can_be_compiled():
-    """Powers of two that a tensor core takes, warps of one block, on every GPU of the table."""
+    """On every GPU of the table, tiles are powers of two that a tensor core takes, and the warps
+    fit into one block."""
     A = kernels.attention_config
     for arch, itemsize, kind in itertools.product((*_gpus.GPUS, "sm_75"), (2, 4), A.KINDS):
         for shape in shapes(arch, itemsize):

@@ -1,6 +1,6 @@
 """PyTorch's own samples for every layer and function we override, on kernels and in auto.
 
-What was not accelerated is counted, with its reason, in the summary at the end of the run.
+The summary at the end of the run counts the calls that ran stock, with their reasons.
 """
 
 import copy
@@ -26,7 +26,7 @@ from tests.versions import OLDER
 
 RANDOM = {"rrelu"}  # whose values in training are compared in its own test file
 
-# Stock warns of what some of the samples are.
+# Stock warns about some of the samples.
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{text}:UserWarning")
     for text in (
@@ -38,8 +38,8 @@ pytestmark = [
     )
 ]
 
-# Norms of four features, one after the other: a row of nearly equal ones multiplies rounding errors
-# a hundredfold, of stock's as of ours, and the worst of all samples is a draw from a lottery.
+# These have norms of four features, one after the other. A row of nearly equal features multiplies
+# rounding errors by a hundred, in stock and in fastnn. The largest error of all samples is luck.
 ILL_CONDITIONED = {"Transformer"}
 
 COMPOSED = (
@@ -71,7 +71,7 @@ def op_id(pair):
     return f"{name}-{info.variant_test_name}" if info.variant_test_name else name
 
 
-# In auto the same kernels run: a quarter of the samples of one dtype shows that it chooses them.
+# `auto` runs the same kernels. A quarter of the samples of one dtype shows that it chooses them.
 each_mode = pytest.mark.parametrize(
     ("dtype", "mode"),
     [*((d, "triton") for d in FLOATS), (torch.float32, "auto")],
@@ -86,11 +86,11 @@ def no_size_gate(simulate):
 
 @pytest.fixture
 def account(record_property):
-    """Adds up the paths taken, and fails at the end with every disagreement.
+    """Adds up the paths taken, and fails at the end with every difference.
 
-    Many samples are a handful of numbers, on which stock may be exact by luck. So what counts as
-    stock's own error is its worst over all tensors compared in the test, in units in the last
-    place at the scale of each; the rule is the rows': ours may be twice that, plus one.
+    Many samples have only a few numbers, and stock may be exact on them by luck. The error of stock
+    is therefore taken as its largest error over all tensors compared in the test, in units in the
+    last place at the scale of each tensor. As in the rows, our error may be twice that, plus one.
     """
     failures, ours, stock = [], [], []
 
@@ -119,7 +119,7 @@ def account(record_property):
 
 
 def lacks(name, dtype, device):
-    """What older torch lists and then raises at, in backward."""
+    """Whether an older torch lists this sample, but raises in its backward."""
     half = device == "cpu" and dtype == torch.float16
     return OLDER and half and name in ("SmoothL1Loss", "smooth_l1_loss")
 
@@ -142,8 +142,8 @@ def test_module_samples(info, dtype, mode, device, account):
         samples = info.module_inputs_func(
             info, device=device, dtype=dtype, requires_grad=True, training=training
         )
-        # An even share of where there are hundreds (LinearCrossEntropyLoss has 857), and of layers
-        # that hold others, whose kernels the others' samples have run.
+        # If a layer has hundreds of samples (LinearCrossEntropyLoss has 857), an even share runs.
+        # So it does for layers that hold others, because the samples of those run their kernels.
         most = 8 if issubclass(info.module_cls, COMPOSED) else 100
         for i, sample in enumerate(samples[:: len(samples) // most + 1]):
             if i % 4 and mode == "auto":
@@ -212,7 +212,8 @@ def test_function_errors(pair, mode, device):
 
 
 def second_derivatives(call, args, kwargs, noise):
-    """Of a sum of squared gradients, in all that wants one; None if there is nothing to derive."""
+    """Gradients of a sum of squared gradients, for all tensors that require grad. None if there is
+    nothing to derive."""
     given = (*args, *kwargs.values())
     tensors = [t for t in given if isinstance(t, torch.Tensor) and t.requires_grad]
     torch.manual_seed(0)
@@ -242,14 +243,14 @@ def wide(value):
 
 
 def test_function_samples_survive_second_derivatives(device):
-    """`create_graph=True` gives stock's second derivatives, as near to float64 as stock's are."""
+    """With `create_graph=True` second derivatives are as near to float64 as those of stock."""
     for info, name in FUNCTION_SAMPLES:
         if name in RANDOM or not info.supports_gradgrad:
             continue
-        far: list = []  # units in the last place, ours and stock's, where these differ
+        far: list = []  # units in the last place, (ours, stock), where these differ
         for sample in list(info.sample_inputs(device, torch.float32, requires_grad=True))[:6]:
             if sample.kwargs.get("options") is not None:
-                continue  # of stock's chunks there is no second derivative
+                continue  # PyTorch's chunks have no second derivative
             args, kwargs = arguments(name, sample), sample.kwargs
             stock = FUNCTIONS[name].op.stock
             noise = recording()
@@ -268,7 +269,7 @@ def test_function_samples_survive_second_derivatives(device):
                 continue
             for a, b, e in zip(ours, theirs, exact, strict=True):
                 assert (a is None) == (b is None), name
-                # Where all cancels, there is no scale that float64 could be compared at.
+                # Where all terms cancel, there is no scale for a comparison with float64.
                 if a is not None and not torch.allclose(a, b, rtol=1.3e-6, atol=1e-5):
                     found, wrong = _compare(name, a, b, e)
                     assert found is not None, wrong
@@ -280,8 +281,8 @@ def test_function_samples_survive_second_derivatives(device):
 
 
 def test_most_samples_run_on_kernels(device, monkeypatch):
-    """At least four in five of the samples, forced onto kernels, in each dtype."""
-    if device == "cpu":  # which path is taken does not depend on what a kernel computes
+    """At least four of five samples run when forced onto kernels, in each dtype."""
+    if device == "cpu":  # the path does not depend on what a kernel computes
         monkeypatch.setattr(_launch.Kernel, "__call__", lambda *args, **kwargs: None)
     for dtype in FLOATS:
         taken = []
@@ -290,7 +291,7 @@ def test_most_samples_run_on_kernels(device, monkeypatch):
                 continue
             for sample in info.sample_inputs(device, dtype):
                 if sample.kwargs.get("options") is not None:
-                    continue  # linear_cross_entropy's, which ask for an algorithm of stock's
+                    continue  # of linear_cross_entropy, for an algorithm of PyTorch
                 try:
                     with fastnn.backend("triton"), torch.no_grad():
                         FUNCTIONS[name](*arguments(name, sample), **sample.kwargs)

@@ -1,4 +1,4 @@
-"""Batch, group and instance norm, where a parity row cannot reach: buffers, versions, fusion."""
+"""Batch, group and instance norm beyond the parity rows: buffers, versions, fusion."""
 
 import copy
 
@@ -21,7 +21,7 @@ def no_size_gate(simulate):
 
 
 def twins(name, *args, device="cpu", **options):
-    """(ours, stock's), in the same state."""
+    """(our layer, the stock layer), in the same state."""
     ours = getattr(fastnn, name)(*args, **options).to(device)
     its = getattr(stock, name)(*args, **options).to(device)
     its.load_state_dict(ours.state_dict())
@@ -59,10 +59,10 @@ def test_buffers_over_several_batches(kind, momentum, shape, device):
 
 
 def test_a_batch_of_which_not_all_is_tracked(device):
-    """Training without statistics to track, statistics without training to move them."""
+    """Training without statistics to track, and statistics without a training that updates them."""
     for options in ({"track_running_stats": False}, {"track_running_stats": True}):
         ours, its = twins("BatchNorm1d", 4, device=device, **options)
-        ours.track_running_stats = its.track_running_stats = False  # which stock looks at each time
+        ours.track_running_stats = its.track_running_stats = False  # stock reads it in each call
         x = torch.randn(5, 4, device=device)
         with fastnn.backend("triton"):
             torch.testing.assert_close(ours(x), its(x))
@@ -88,7 +88,8 @@ def test_batch_norm_takes_float32_parameters_with_16_bit_input(dtype, training, 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["group_norm", "group_norm_act", "local_response_norm"])
 def test_under_the_rule_of_cuda_autocast(name, dtype, device):
-    """16-bit input, float32 parameters: computed and returned in float32, the gradient in 16."""
+    """With 16-bit input and float32 parameters, the result is computed and returned in float32, and
+    the gradient of the input has 16 bits."""
     op = getattr(F, name).op
     x = torch.randn(2, 4, 5, 3, device=device).to(dtype).requires_grad_()
     w, b = torch.rand(2, 4, device=device).unbind()
@@ -137,7 +138,7 @@ def edit_outcome(function, changed, device):
     ids=["group", "batch", "batch eval", "instance", "instance eval", "local response"],
 )
 def test_in_place_changes_before_backward(call, changed, device):
-    """Raise where stock's do: a kernel saves what stock saves."""
+    """Edits raise where they raise in stock, because a kernel saves what stock saves."""
     theirs = edit_outcome(lambda *t: call(stock.functional, *t), changed, device)
     with fastnn.backend("triton"):
         assert edit_outcome(lambda *t: call(F, *t), changed, device) == theirs
@@ -226,7 +227,7 @@ def outcome(call, parameters, x, mode):
 
 
 def unbiased(norm):
-    """As `bias=False` makes it, which not every torch has."""
+    """The norm as `bias=False` makes it. Not every torch has that option."""
     norm.register_parameter("bias", None)
     return norm
 
@@ -357,7 +358,7 @@ def test_second_derivatives(name, rest, grads, device):
 @pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize(("programs", "grid"), [(1, 65535), (64, 65535), (64, 2)])
 def test_any_chunks_give_the_same(last, programs, grid, monkeypatch, device):
-    """Small tiles, few and many programs: all the paths of large inputs, on a small one."""
+    """Small tiles, and few or many programs, run all paths of large inputs on a small input."""
     monkeypatch.setattr(kernels.channel_norm, "WHOLE", 8)
     monkeypatch.setattr(kernels.channel_norm, "WHOLE_BWD", 8)
     monkeypatch.setattr(kernels.channel_norm, "TILE", 64)

@@ -15,8 +15,8 @@ EDITABLE = not (Path(fastnn.__file__).parent / "kernels").exists()
 
 
 def first_found_in(tree, program="import fastnn; print(fastnn.kernels.__file__)"):
-    """Runs a program for which `fastnn` is found in `tree`, before where it is installed."""
-    # As when it runs in that tree; PYTHONPATH would do, but reaches the processes it starts too.
+    """Runs a program that finds `fastnn` first in `tree`, and only then where it is installed."""
+    # As if it ran in that tree. PYTHONPATH would also reach the processes that the program starts.
     return subprocess.run(
         [sys.executable, "-c", program],
         cwd=tree,
@@ -73,7 +73,7 @@ def test_a_link_to_the_checkout_is_the_checkout(tmp_path):
 
 
 def test_bench_is_an_attribute():
-    """Found when it is asked for, as all of fastnn's submodules are."""
+    """`fastnn.bench` is found at the first access, as all submodules of fastnn are."""
     program = (
         "import sys, fastnn\n"
         "assert 'fastnn.bench' not in sys.modules\n"

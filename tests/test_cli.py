@@ -1,4 +1,4 @@
-"""The command line: what it prints, its exit codes, and no traceback for a user's mistake."""
+"""The command line: its output, its exit codes, and no traceback for a user's mistake."""
 
 import importlib
 import importlib.metadata
@@ -122,7 +122,7 @@ def test_parity_fits_the_terminal(monkeypatch, capsys, width):
 
 @pytest.mark.slow
 def test_parity_of_code_compiled_for_a_gpu():
-    """In a process that may compile; `_start_over` sees to it even under TRITON_INTERPRET=1."""
+    """Runs in a process that may compile. `_start_over` makes one even under TRITON_INTERPRET=1."""
     command = [sys.executable, "-m", "fastnn", "parity", "--only", "Softshrink", "--emulate"]
     done = subprocess.run([*command, "sm_90"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

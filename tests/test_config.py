@@ -1,4 +1,4 @@
-"""Launch configurations: the formula, the shipped table over it, and the search that fills it."""
+"""Launch configurations: the formula, the shipped table, and the search that fills the table."""
 
 import json
 from collections import Counter
@@ -41,7 +41,7 @@ def test_an_answer_may_be_written_to():
 def test_sizes_share_an_entry_up_to_the_next_power_of_two():
     key = kernels._rows.row_config.key
     assert key(700, 4) == key(1024, unit=4) == "1024, 4, 4, False" != key(1025, 4)
-    assert key(30, 1) == "30, 1, 4, False"  # small ones are filed as they are
+    assert key(30, 1) == "30, 1, 4, False"  # small numbers are filed as they are
     assert kernels.nll_loss.tiles.key((1, 50257, 8000), True, 1, 2) == (
         "(1, 65536, 8192), True, 1, 2, True"
     )
@@ -90,7 +90,7 @@ def asked_by_rows():
     for case in CASES:
         if case.stock is not None or torch.bfloat16 not in case.dtypes or number[case.name] > 2:
             continue
-        # The cheap rows: the shapes of large ones repeat.
+        # Only cheap rows, because large rows repeat their shapes.
         inputs = [t for t in case.make(torch.float32, "cpu") if isinstance(t, torch.Tensor)]
         if sum(t.numel() for t in inputs) > 1500:
             continue
@@ -106,7 +106,7 @@ def asked_by_rows():
 
 
 def test_no_neighbour_of_a_configuration_is_wrong():
-    """Whatever a search may come to, the results are right; the formula's are in test_parity."""
+    """Results are right for all answers that a search can find. test_parity runs the formula's."""
     functions = set()
     for function, key, formula, case in asked_by_rows():
         functions.add(function.name)
@@ -122,7 +122,7 @@ def test_no_neighbour_of_a_configuration_is_wrong():
 
 
 def question(monkeypatch, microseconds):
-    """A question about GELU's tile; `microseconds` says what a configuration costs."""
+    """A question about the tile of GELU; `microseconds` returns the time of a configuration."""
 
     def faster(question, ahead, behind, *rest):
         return microseconds(behind) / microseconds(ahead)
@@ -211,7 +211,7 @@ print(*configs.describe(questions), sep="\\n")
 
 
 def test_a_row_runs_by_a_tried_configuration():
-    """What the search times is what it says."""
+    """The search times the configuration that it names."""
     with (
         kernels._config.trying({POINTWISE: {"4": {"BLOCK": 16}}}),
         fastnn.testing.meter.traffic() as log,

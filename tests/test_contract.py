@@ -1,4 +1,4 @@
-"""What `import fastnn as nn` may not change, for every layer and function we override."""
+"""Properties that `import fastnn as nn` may not change, for all layers and functions overridden."""
 
 import copy
 import inspect
@@ -22,8 +22,8 @@ from tests.marks import on_device
 
 LAYERS = sorted(STOCK, key=lambda c: c.__name__)
 DATABASE = {m.module_cls: m for m in module_db}
-# Constructor arguments and input, for layers that PyTorch's own list of samples does not have, or
-# not without a nan.
+# Constructor arguments and input, for layers that PyTorch's own list of samples lacks, or has only
+# with a nan.
 OTHERS = {
     "Sequential": lambda x: ((fastnn.Linear(4, 3), fastnn.ReLU(), fastnn.Dropout(0.0)), x(2, 4)),
     "LazyLinear": lambda x: ((3,), x(2, 4)),
@@ -70,7 +70,7 @@ OTHERS = {
 
 
 def sample(cls, dtype=torch.float32):
-    """(constructor args, kwargs, forward args) of one ordinary use of the layer."""
+    """(constructor args, kwargs, forward args) of an ordinary use of the layer."""
     info = DATABASE.get(STOCK[cls])
     if info is None or cls.__name__ in OTHERS:
         args, *inputs = OTHERS[cls.__name__](
@@ -88,7 +88,7 @@ def sample(cls, dtype=torch.float32):
 
 
 def first(out):
-    """The result, or the first of several."""
+    """The result, or the first result of several."""
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -100,7 +100,7 @@ def build(cls):
 each_layer = pytest.mark.parametrize(
     "cls", [c for c in LAYERS if OTHERS.get(c.__name__, 1)], ids=lambda c: c.__name__
 )
-# Stock's forward asks the values of a tensor which way to go on.
+# The stock forward branches on the values of a tensor.
 UNTRACEABLE = {"GaussianNLLLoss"}
 each_traceable_layer = pytest.mark.parametrize(
     "cls",
@@ -122,7 +122,7 @@ def test_class_adds_a_forward_and_nothing_else(cls):
     allowed = {"forward"} | ({"cls_to_become"} if "Lazy" in cls.__name__ else set())
     assert {k for k in own if not k.startswith("_")} <= allowed
     assert inspect.signature(cls) == inspect.signature(its)
-    # A layer that builds others builds ours, by stock's code.
+    # A layer that builds other layers builds ours, with the stock code.
     assert cls.__init__.__code__ is its.__init__.__code__ and cls.extra_repr is its.extra_repr
     assert inspect.getdoc(cls) == inspect.getdoc(its)
     names = [list(inspect.signature(c.forward).parameters) for c in (cls, its)]
@@ -200,7 +200,7 @@ def test_function_looks_like_stock(name):
         ]
 
 
-# Torch's own forward-mode formulas load TorchScript, which it deprecates.
+# The forward-mode formulas of torch load TorchScript, which torch deprecates.
 quiet = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 
@@ -278,7 +278,7 @@ def test_torchscript_compiles(cls):
 
 
 def plain(cls):
-    """The layer and its first input, if one tensor in gives one tensor out."""
+    """The layer and its first input, if the layer maps one tensor to one tensor."""
     ours, its, inputs = build(cls)
     if "Lazy" in cls.__name__:
         ours(*inputs), its(*inputs)
@@ -371,7 +371,7 @@ def test_a_dispatch_mode_sees_what_it_sees_of_stock(cls):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @each_layer
 def test_autocast_result_dtype(cls, dtype, simulate):
-    """On kernels, under autocast, the dtypes of result and gradients are stock's."""
+    """On kernels, under autocast, result and gradients have the same dtypes as in stock."""
     simulate(least=0, source="the test")
     ours, its, inputs, _ = plain(cls)
     for given in (torch.float32, dtype):
@@ -392,7 +392,7 @@ def test_autocast_result_dtype(cls, dtype, simulate):
 
 
 def edited_outcome(layer, inputs):
-    """What editing the result in place gives: values and gradients, or the kind of error."""
+    """The outcome of an edit of the result in place: values and gradients, or the type of error."""
     x = [v.detach().clone() if isinstance(v, torch.Tensor) else v for v in inputs]
     x[0].requires_grad_(x[0].is_floating_point())
     torch.manual_seed(0)
@@ -413,7 +413,7 @@ def test_results_may_be_edited_in_place_where_stocks_may(cls):
         ours(*inputs), its(*inputs)
     its.load_state_dict(ours.state_dict())
     if isinstance(ours, stock.RReLU):
-        ours.eval(), its.eval()  # in training it is stock's
+        ours.eval(), its.eval()  # in training it runs stock
     shapes = [inputs]
     if isinstance(ours, stock.Linear):
         shapes.append((torch.randn(2, 3, ours.in_features),))
@@ -423,7 +423,7 @@ def test_results_may_be_edited_in_place_where_stocks_may(cls):
         want = edited_outcome(its, args)
         if isinstance(want, type) or isinstance(got, type):
             assert got == want
-        elif "Dropout" not in cls.__name__:  # which draws otherwise on a CPU
+        elif "Dropout" not in cls.__name__:  # dropout draws other numbers on a CPU
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -494,12 +494,12 @@ REFUSALS = {
 @pytest.mark.parametrize("kind", REFUSALS)
 @on_device
 def test_shared_refusals(kind):
-    """What no kernel takes runs stock, says why, and is an error of ours when forced."""
+    """Calls that no kernel takes run stock and say why. If forced, they raise an error of ours."""
     x = REFUSALS[kind]()
     with fastnn.decisions() as heard:
         try:
             got = F.relu(x)
-        except Exception as e:  # stock's own answer
+        except Exception as e:  # the answer of stock
             got = type(e)
     ((op, why),) = heard
     assert op.name == "relu" and why and kind.split("64")[0] in why.replace("a tensor on ", "")

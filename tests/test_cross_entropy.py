@@ -21,7 +21,7 @@ def on_kernels():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_more_blocks_than_programs(reduction, monkeypatch, device):
-    """With few partial sums each program takes several blocks, the last not as many."""
+    """With few partial sums each program takes several blocks; the last program takes fewer."""
     monkeypatch.setattr(kernels.nll_loss, "PARTIALS", 3)
     inputs = randn(2, 5, 700, shift=-5.0), classes(2, 700, high=5, ignore=-100)
     assert_parity(Case("nll_loss", inputs, {"reduction": reduction}), torch.float32, device)
@@ -39,7 +39,7 @@ def test_more_partial_sums_than_a_block(device):
 @pytest.mark.parametrize("shape", [(4, 6), (1, 6, 4)], ids=["classes last", "positions last"])
 @pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
 def test_target_out_of_range_is_nan_and_reads_nothing(name, shape, device):
-    memory = torch.randn(3, 24, device=device)  # guards on both sides, were they read
+    memory = torch.randn(3, 24, device=device)  # [1] lies between guards, against stray reads
     x = memory[1].view(shape).detach().requires_grad_()
     target = torch.tensor([2, 6, -1, 2**40], device=device).view(shape[0], *shape[2:])
     loss = getattr(F, name)(x, target, reduction="none")
@@ -76,7 +76,7 @@ def test_logits_edited_in_place_are_not_differentiated(device):
 def test_saves_no_table_of_log_probabilities(device):
     x = torch.randn(6, 50, device=device, requires_grad=True)
     target = torch.zeros(6, dtype=torch.int64, device=device)
-    loss = F.cross_entropy(x, target)  # kept: what a node saved is freed with its result
+    loss = F.cross_entropy(x, target)  # kept: saved tensors are freed with the result
     saved = loss.grad_fn.saved_tensors
     extra = [
         t for t in saved if t is not None and t.data_ptr() not in (x.data_ptr(), target.data_ptr())
@@ -188,7 +188,8 @@ def test_graph_holds_the_kernels(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", [(3, 8000), (2, 11, 512)], ids=["classes last", "positions last"])
 def test_traffic(shape, dtype, device):
-    """Forward reads the logits, backward reads them again and writes once: nothing else of note."""
+    """The forward reads the logits once. The backward reads them again and writes once. Everything
+    else is small."""
     from fastnn.testing.meter import nbytes, traffic
 
     x = torch.randn(shape, dtype=dtype, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The demo passes on what is here, and fails on a side that is broken on purpose."""
+"""The demo passes on this machine, and fails if one side is broken on purpose."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def _compare(size, ours, mode="torch", out=None):
 
 
 def _with(**layers):
-    """torch.nn, with some of its layers replaced."""
+    """torch.nn with some of its layers replaced."""
     return SimpleNamespace(**{**vars(torch.nn), **layers})
 
 
@@ -47,7 +47,7 @@ class ExtraBuffer(torch.nn.LayerNorm):
 
 
 class SavesMore(torch.nn.LayerNorm):
-    """Trains and loads as stock; what it saves, stock cannot load."""
+    """Trains and loads as in stock, but stock cannot load what it saves."""
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -55,7 +55,8 @@ class SavesMore(torch.nn.LayerNorm):
 
 
 class LosesBias(torch.nn.LayerNorm):
-    """Accepts a bias and leaves it at 0: unseen when training starts, for it starts at 0."""
+    """Accepts a bias and leaves it at 0. The start of training does not show it, because the bias
+    starts at 0."""
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
@@ -111,7 +112,7 @@ def test_a_wrong_layer_parts_the_curves(layers):
     [({}, True), ({"GELU": TanhGELU}, False), ({"LayerNorm": NearbyNorm}, False)],
 )
 def test_a_wrong_layer_is_beyond_rounding(layers, coincide):
-    """The criterion for kernels tells other rounding from another formula, however near."""
+    """The criterion for kernels tells other rounding from another formula, even from a near one."""
     result = _compare(KERNELS, SimpleNamespace(**{**_ours(), **layers}), mode="triton")
     assert result.coincide is coincide, (result.loss_verdict, result.gradient_verdict)
 
@@ -126,7 +127,7 @@ def test_a_model_of_encoder_layers_trains_to_the_same_curve():
 
 @interpreted
 def test_a_gradient_that_adamw_hides():
-    """Off by a constant factor, it trains the very same model; only its norm tells."""
+    """A gradient with a wrong constant factor trains the same model. Only its norm differs."""
 
     class ScaledGradient(torch.autograd.Function):
         @staticmethod
@@ -176,7 +177,7 @@ def test_weights_that_cannot_be_shared():
 
 def test_a_broken_layer_makes_the_command_fail(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(fastnn, "GELU", TanhGELU)
-    monkeypatch.setattr(_mode, "HAS_TRITON", False)  # no second run: what is tested is the first
+    monkeypatch.setattr(_mode, "HAS_TRITON", False)  # no second run, because the first is tested
     argv = ["demo", "--quick", "--steps", "4", "--out", str(tmp_path)]
     assert main(argv) == 1
     printed = capsys.readouterr().out
@@ -221,7 +222,7 @@ def test_rounding():
         return training.judge_rounding(curves).coincide
 
     assert judge(exact) and judge(stock) and judge(twin)
-    assert judge([5.0, 4.0, 3.0, 2.0 + 7.9e-6])  # reached by the twin at an earlier step
+    assert judge([5.0, 4.0, 3.0, 2.0 + 7.9e-6])  # the twin reached it at an earlier step
     assert not judge([5.0, 4.0, 3.0, 2.0 + 9e-6])
     assert not judge([5.0, 4.0 + 4e-6, 3.0, 2.0])  # too early: the envelope only grows at step 2
     assert not judge([5.0, 4.0, float("nan"), 2.0])

@@ -1,4 +1,4 @@
-"""The documents say what the code does: examples are run, tables are made."""
+"""The documents agree with the code: examples are run, tables are generated."""
 
 import importlib
 import importlib.metadata
@@ -29,7 +29,7 @@ def test_links_lead_somewhere():
 
 
 def test_documented_commands_are_ones_that_exist():
-    """Their output is real but not made anew here: that takes minutes."""
+    """Their output is real, but it is not generated again here, because that takes minutes."""
     ran = []
     parser = importlib.import_module("fastnn.__main__")._parser()
     text = (ROOT / "docs" / "commands.md").read_text()
@@ -51,7 +51,7 @@ def test_the_site_leads_to_every_page():
 
 
 def test_the_worked_example_of_an_op_is_the_code():
-    """CONTRIBUTING.md quotes an op; `...` stands for lines that it leaves out."""
+    """CONTRIBUTING.md quotes an op; `...` stands for lines that the quotation leaves out."""
     page = (ROOT / "CONTRIBUTING.md").read_text()
     folders = ("kernels", "fastnn", "bench")
     code = [p.read_text() for f in folders for p in sorted((ROOT / f).rglob("*.py"))]

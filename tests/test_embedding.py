@@ -16,7 +16,7 @@ def on_kernels():
 
 
 def test_index_out_of_range_reads_nothing_and_gets_no_gradient(device):
-    """Each row has guards on both sides; none of them may show up."""
+    """Each row has guards on both sides. No guard may appear in a result."""
     guarded = torch.full((9, 4), 1e9, device=device)
     weight = guarded[3:6].copy_(torch.randn(3, 4)).requires_grad_()
     index = torch.tensor([0, -1, 2, 3, 2**40, -(2**40)], device=device)
@@ -30,7 +30,7 @@ def test_index_out_of_range_reads_nothing_and_gets_no_gradient(device):
 
 
 def test_gradient_has_the_same_bits_in_every_order_of_launch(device):
-    """The order of the sum is that of the indices, so sums that rounding makes differ are equal."""
+    """The sum follows the order of the indices, so that rounding always gives the same bits."""
     index = torch.randint(0, 4, (1000,), device=device)
     dy = (
         torch.randn(1000, 40, device=device)
@@ -44,14 +44,14 @@ def test_gradient_has_the_same_bits_in_every_order_of_launch(device):
 
 
 def test_sums_are_in_fp32(device):
-    """2048 ones in bf16 would stop at 256."""
+    """A sum of 2048 ones in bf16 would stop at 256."""
     index = torch.zeros(2048, dtype=torch.int64, device=device)
     dy = torch.ones(2048, 8, dtype=torch.bfloat16, device=device)
     assert (kernels.embedding.bwd(dy, index, 2, -1, False)[0] == 2048).all()
 
 
 def test_saves_only_the_indices(device):
-    """Stock's backward does not see the weight, so it may be updated between the two passes."""
+    """The backward of stock does not use the weight, so users may update it before the backward."""
     weight = torch.randn(5, 6, device=device, requires_grad=True)
     index = torch.tensor([0, 4, 4], device=device)
     y = F.embedding(index, weight)
@@ -92,7 +92,7 @@ def test_padding_idx_out_of_range_is_stocks_error(device, bad):
 
 
 def test_strides(device):
-    """A weight with gaps between its rows is read in place; a transposed one is left to stock."""
+    """A weight with gaps between its rows is read in place. A transposed weight runs stock."""
     index = torch.tensor([3, 0], device=device)
     wide = torch.randn(5, 12, device=device)
     assert torch.equal(F.embedding(index, wide[:, 2:8]), wide[[3, 0], 2:8])
@@ -100,14 +100,14 @@ def test_strides(device):
         F.embedding(index, torch.randn(6, 5, device=device).t())
 
 
-# Dynamo itself instantiates torch.autograd.Function while it traces one.
+# Dynamo itself instantiates torch.autograd.Function while it traces.
 compiles = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
 @compiles
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled(device, dynamic):
-    """A compiled layer, forward and backward, comes to the bits of the eager one."""
+    """A compiled layer gives the bits of the eager layer, forward and backward."""
     torch._dynamo.reset()
     layer = fastnn.Embedding(7, 20, padding_idx=1).to(device)
     graph = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -143,7 +143,7 @@ def test_compiled_graph_holds_our_ops(device):
 
 
 def test_registered_ops_are_sound(device):
-    """Schemas, fake implementations and aliasing, by torch's own check."""
+    """torch's own check of schemas, fake implementations and aliasing."""
     index = torch.tensor([[0, 3], [3, 1]], device=device)
     weight = torch.randn(4, 6, device=device)
     checks = ("test_schema", "test_faketensor")

@@ -12,7 +12,7 @@ OURS, STOCK = "import fastnn as nn\n", "import torch.nn as nn\n"
 
 
 def _run(path: Path) -> str:
-    # As on a user's machine: stock on a CPU, kernels where they win on a GPU.
+    # As on a user's machine: stock on a CPU, and on a GPU the kernels that win.
     drop = ("TRITON_INTERPRET", "FASTNN_BACKEND")
     environment = {k: v for k, v in os.environ.items() if k not in drop}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Whose estimates `auto` follows: architectures that kernels were compiled for, by a new Triton."""
+"""`auto` follows estimates only for architectures that a new Triton has compiled kernels for."""
 
 import contextlib
 import math
@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import triton
+from torch.overrides import TorchFunctionMode
 
 import fastnn
 import fastnn.functional as F
@@ -86,7 +87,7 @@ def test_a_policy_counts_in_the_unit_of_the_table(case):
 
 
 def _asked_of(call, *args, **kwargs):
-    """How often the gate was asked when `call` was made."""
+    """How often `call` asks the gate."""
     asked = []
     decide = _gate.decide
 
@@ -113,7 +114,7 @@ def test_a_declined_call_is_asked_about_once():
         lambda: F.scaled_dot_product_attention(x, x, x),
     ):
         assert [_asked_of(call) for _ in range(3)] == [1, 0, 0]
-        with fastnn.decisions() as heard:  # who watches hears the reason each time
+        with fastnn.decisions() as heard:  # a watcher gets the reason each time
             call()
             call()
         assert len(heard) == 2 and heard[0].why == heard[1].why is not None
@@ -179,3 +180,36 @@ def test_memory_is_bounded():
     for i in range(5000):
         _gate.remember(declined, (i,))
     assert len(declined) <= 1024
+
+
+@interpreted
+def test_a_mode_and_a_subclass_see_what_they_see_in_pytorch():
+    """No attribute is read for the memory of declined calls where somebody would notice."""
+
+    class Log(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    class Mine(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    x, w, t = torch.randn(4, 3), torch.randn(2, 3), torch.tensor([0, 1, 2, 0])
+    found = []
+    for functions in (F, torch.nn.functional):
+        for mine in (False, True):
+            seen: list = []
+            given = [v.as_subclass(Mine) if mine else v for v in (x, w)]
+            for _ in range(2):
+                with contextlib.nullcontext() if mine else Log():
+                    functions.relu(given[0])
+                    functions.linear(*given)
+                    functions.linear(x, given[1])
+                    functions.cross_entropy(given[0], t)
+                    functions.layer_norm(given[0], (3,))
+            found.append([str(getattr(f, "__name__", f)) for f in seen])
+    ours, ours_of_mine, its, its_of_mine = found
+    assert ours == its and ours_of_mine == its_of_mine

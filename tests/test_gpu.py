@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, capture, other devices, synchronisation, 64-bit offsets."""
+"""Properties that only a GPU shows: streams, capture, devices, synchronisation, 64-bit offsets."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_side_stream():
         with torch.cuda.stream(side):
             torch.cuda._sleep(10**7)
             y = torch.full_like(x, 2.0)
-            got = F.gelu(y)  # on another stream it would read y before it is written
+            got = F.gelu(y)  # another stream would read y too early
         torch.cuda.current_stream().wait_stream(side)
     torch.testing.assert_close(got, stock.functional.gelu(y))
 

@@ -1,4 +1,4 @@
-"""The table of GPUs: a new architecture is one more row, and nothing else has to name it."""
+"""The table of GPUs: a new architecture is one more row, and no other code has to name it."""
 
 import re
 from dataclasses import replace
@@ -55,7 +55,7 @@ def test_the_row_says_from_which_triton_on(monkeypatch):
 
 @interpreted
 def test_multiprocessors_of_the_simulated_gpu_decide_on_the_launch():
-    """A tall matrix product is split among the multiprocessors that there are."""
+    """A tall matrix product is split among all multiprocessors."""
     grids = []
     stock = kernels.linear._gemm_kernel
 
@@ -90,7 +90,7 @@ def test_rows_are_consistent():
     for name, gpu in _gpus.GPUS.items():
         assert name == gpu.name
         assert gpu.shared_per_block + gpu.shared_reserved <= gpu.shared_per_sm
-        # A block of the most threads has registers to start with.
+        # The largest block has at least 64 registers per thread.
         assert 1024 * 64 <= gpu.registers_per_sm
         assert gpu.warps_per_sm % _gpus.SCHEDULERS == 0
         assert (gpu.backend == "") == (name == "cpu")
@@ -118,7 +118,7 @@ def test_kernel_files_name_no_architecture():
 
 
 def test_float32_products_are_exact_on_a_gpu_without_tf32():
-    """Though torch's setting allows tf32: Triton refuses to compile such a product there."""
+    """It holds even if torch's setting allows tf32. Triton cannot compile a tf32 product there."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     found = {}

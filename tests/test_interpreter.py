@@ -158,7 +158,7 @@ SPECIAL = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, -1e-
 
 
 def any_bits(dtype, seed=0):
-    """Each kind of value there is: finite, denormal, inf and nan, of both signs."""
+    """All kinds of values: finite, denormal, inf and nan, with both signs."""
     g = torch.Generator().manual_seed(seed)
     if not dtype.is_floating_point:
         return torch.randint(-(2**30), 2**30, (BLOCK,), generator=g).to(dtype)
@@ -166,13 +166,13 @@ def any_bits(dtype, seed=0):
     x = bits.view(torch.float32)
     x[: BLOCK // 2] = torch.randn(BLOCK // 2, generator=g) * 3
     x[seed : seed + len(SPECIAL)] = SPECIAL
-    if dtype == torch.bfloat16:  # the upper half of any fp32 is a bf16
+    if dtype == torch.bfloat16:  # the upper half of an fp32 is a bf16
         x = (x.view(torch.int32) >> 16).to(torch.int16).view(dtype)
     return x.to(dtype)
 
 
 def number(least):
-    """`torch.minimum` or `torch.maximum`, a nan giving way to a number."""
+    """`torch.minimum` or `torch.maximum`, but a number wins against a nan."""
     return lambda x, y: torch.where(x.isnan(), y, torch.where(y.isnan(), x, least(x, y)))
 
 
@@ -231,7 +231,7 @@ def arithmetic(dtype=torch.bfloat16):
         out = torch.empty_like(x)
         _pairwise[(1,)](x, y, out, op, BLOCK)
         theirs = function(x, y)
-        if op in ("min", "max"):  # which of -0 and +0 is the smaller is not defined
+        if op in ("min", "max"):  # the order of -0 and +0 is not defined
             out, theirs = out + 0, theirs + 0
         same(out, theirs)
 
@@ -278,7 +278,7 @@ def max_drops_nan():
 
 
 def row_of_nans():
-    """NumPy warns about it; the result is nan."""
+    """A row of nans. NumPy warns about it; the result is nan."""
     x = torch.randn(4, BLOCK)
     x[1] = torch.nan
     x[2, ::2] = torch.nan
@@ -288,7 +288,7 @@ def row_of_nans():
 
 
 def sum_of_bf16():
-    # Integers, whose sum in fp32 is exact in any order; the result still rounds to bf16.
+    # The sum of integers in fp32 is exact in any order; the result still rounds to bf16.
     x = torch.randint(-99, 99, (4, BLOCK)).to(torch.bfloat16)
     out = torch.empty(4, dtype=torch.bfloat16)
     _reduce[(1,)](x, out, "sum", 4, BLOCK)
@@ -436,7 +436,7 @@ def test_stock_interpreter_fails():
         "from tests.test_interpreter import REPAIRED\n"
         "import torch\n"
         "for check in REPAIRED:\n"
-        "    torch.manual_seed(0)\n"  # of some values the sums come out right
+        "    torch.manual_seed(0)\n"  # some values give correct sums by chance
         "    try: check()\n"
         "    except Exception: continue\n"
         "    print(check.__name__)\n"
@@ -446,10 +446,10 @@ def test_stock_interpreter_fails():
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
-# ---- a process in which nobody installed the repair ----------------------------------------------
+# ---- a process that does not install the repair itself -------------------------------------------
 
-# The smallest rows, until each family of ops (a file of fastnn/ops) has run: half of them in `auto`
-# with a gate that lets everything through, half of them forced.
+# The smallest rows, until each family of ops (a file of fastnn/ops) has run. Half of them run in
+# `auto` with an open gate, the other half forced.
 PLAIN = """
 import warnings; warnings.simplefilter("ignore")
 import torch; torch.set_num_threads(1)

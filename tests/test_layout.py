@@ -11,7 +11,7 @@ from torch.nn import modules
 
 ROOT = Path(__file__).parents[1]
 
-# Longest prefix wins. `fastnn` alone is the package's own __init__.
+# The longest prefix wins. `fastnn` by itself is the __init__ of the package.
 RANKS = {
     "fastnn._checkout": 0,
     "fastnn.kernels": 0,
@@ -64,7 +64,7 @@ FILES = [
 
 
 def imports(path):
-    """The names of our own modules that a file imports, anywhere in it."""
+    """The names of our own modules that a file imports, at any place in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -105,7 +105,7 @@ def test_only_kernel_files_import_triton(path, module):
 
 
 def test_import_stays_light():
-    """`import fastnn` brings in neither Triton nor Dynamo nor a command-line library."""
+    """`import fastnn` imports neither Triton nor Dynamo nor a command-line library."""
     heavy = ["triton", "torch._dynamo", "torch._inductor", "rich", "matplotlib", "numpy.testing"]
     code = (
         "import sys, torch, torch.nn; had = set(sys.modules); import fastnn; "
@@ -116,12 +116,12 @@ def test_import_stays_light():
 
 
 FAMILIES = {path.stem for path in (ROOT / "fastnn" / "ops").glob("[a-z]*.py")}
-# Kernel files from which several families take a part.
+# Kernel files with parts for several families.
 PARTS = {"epilogue", "pointwise"}
 
 
 def test_a_family_has_one_name():
-    """That of its file in fastnn/ops: its kernels, its rows and its tests are found by it.
+    """The name of a family is that of its file in fastnn/ops. Its kernels, rows and tests have it.
 
     Layers stand in files named as in torch.nn.modules, or as their family.
     """
@@ -139,7 +139,7 @@ def test_a_family_has_one_name():
 
 
 def entry_kernels():
-    """(file, its tree, function) of the kernels that a program launches."""
+    """(file, its tree, function) for each kernel that is launched."""
     for path in sorted((ROOT / "kernels").glob("*.py")):
         tree = ast.parse(path.read_text())
         for node in tree.body:
@@ -150,7 +150,8 @@ def entry_kernels():
 
 
 def test_kernels_say_what_a_program_does_and_what_its_pointers_are():
-    """The first line says the former; each name in capitals is explained there or in the file's."""
+    """The first line of a kernel's docstring says what a program does. The docstring, or that of
+    the file, explains each name in capitals."""
     found = list(entry_kernels())
     assert len(found) >= 60
     for path, tree, node in found:

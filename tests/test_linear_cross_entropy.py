@@ -64,7 +64,7 @@ def test_a_chunk_is_a_quarter_of_a_gibibyte(shape, rows):
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that one result has."""
+    """Records the number of elements of the largest result."""
 
     def __init__(self):
         super().__init__()
@@ -84,18 +84,19 @@ def test_nothing_has_as_many_elements_as_the_logits(reduction, device, monkeypat
     monkeypatch.setattr(op_file, "chunk_rows", lambda N, C, itemsize: 64)
     largest = {}
     for name, call in (("ours", F.linear_cross_entropy), ("stock", reference)):
-        # Dispatch declines under a dispatch mode; this one only looks.
+        # Dispatch declines under a dispatch mode, but this mode only observes.
         with mock.patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0), backend("triton"):
             with Largest() as seen:
                 call(x, w, target, reduction=reduction).sum().backward()
         largest[name] = seen.numel
-    # What the interpreter holds of a tile is there too.
+    # The figure includes what the interpreter holds of a tile.
     assert largest["stock"] >= 3000 * 40 and largest["ours"] <= 3000 * 8
 
 
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
 def test_float16_gradients_survive_loss_scaling(scale, device):
-    """As an AMP scaler has it: the factor comes from above, after the gradients were made."""
+    """As with an AMP scaler: the factor is in the incoming gradient, and the forward has already
+    computed the gradients."""
     x, w, target = inputs(device, N=600)
     with torch.autocast(torch.device(device).type, torch.float16):
         with backend("triton"):
@@ -167,7 +168,7 @@ def test_options_leave_it_to_stock(device):
 )
 @pytest.mark.parametrize("positions", [(), (2, 3)])
 def test_what_an_older_torch_gets_is_the_newer_ones(positions, monkeypatch):
-    """The composition and the layer that stand in where torch has none."""
+    """Tests the composition and the layer that fastnn uses if torch has none."""
     torch.manual_seed(0)
     newer = torch.nn.LinearCrossEntropyLoss(6, 9, out_features=positions, bias=True)
     x, target = torch.randn(4, 6), torch.randint(9, (4, *positions))

@@ -1,17 +1,20 @@
-"""Every pointwise op, norm, loss, softmax and distance over all that its dtype can hold.
+"""Every pointwise op, norm, loss, softmax and distance over the whole range of its dtype.
 
-The rule, for each element of a result or gradient, with tensors from the smallest subnormal number
-to the largest finite one, of both signs, and with one infinity or nan among them:
+Tensors have values from the smallest subnormal number to the largest finite number, with both
+signs, and with one infinity or nan among them. The rule for each element of a result or gradient:
 
-- It is finite where stock and float64, rounded to the dtype, are.
-- It is not finite where both are nan; nor, of finite inputs, where neither is finite.
-- Of tensors that have one magnitude, its error is at most four times the largest error of stock,
-  and four units in the last place of the largest result. (The harness's bound is half of that, for
-  many draws; here a draw is one.) What float32 has no normal number for counts for nothing.
+- It is finite where stock and float64, rounded to the dtype, are both finite.
+- It is not finite where both are nan. If the inputs are finite, it is also not finite where neither
+  of both is finite.
+- If all tensors have one magnitude, its error is at most four times the largest error of stock,
+  plus four units in the last place of the largest result. (The bound of `fastnn.testing` is half of
+  that, but it judges by many draws; here there is one draw.) Errors below the smallest normal
+  number of float32 do not count.
 
-And rows that are constant, nearly so, or far from zero, for each norm, by the harness's bound.
+Rows that are constant, nearly constant, or far from zero are also tested for each norm, with the
+bound of `fastnn.testing`.
 
-`pytest` runs a share; `python -m tests.test_magnitudes` every filling of every tensor.
+`pytest` runs a share; `python -m tests.test_magnitudes` runs every filling of every tensor.
 """
 
 import copy
@@ -43,7 +46,7 @@ from fastnn.testing import (
 from fastnn.testing import cases as rows
 from tests.marks import interpreted
 
-# Families of rows that are not swept, and why.
+# Families of rows that are not swept, with the reason.
 APART = {
     "attention": "products of matrices, whose sums overflow where stock's do",
     "dropout": "a product with a number that is drawn; tests/test_dropout.py has infinities",
@@ -53,12 +56,12 @@ APART = {
     "multihead_attention": "products of matrices, whose sums overflow where stock's do",
     "transformer": "products of matrices, whose sums overflow where stock's do",
 }
-# Options that choose no other arithmetic.
+# Options that do not change the arithmetic.
 SHAPES = {"reduction", "normalized_shape", "dim", "ignore_index", "keepdim", "inplace", "prenorm"}
 
 
 def _elements(case: Case) -> int:
-    """Of the largest input; 0 if there is none, or it is not finite."""
+    """Number of elements of the largest input; 0 if there is no input, or if it is not finite."""
     tensors = _tensors(case.make(torch.float32, "cpu"))
     if not all(t.isfinite().all() for t in tensors):
         return 0
@@ -66,7 +69,7 @@ def _elements(case: Case) -> int:
 
 
 def _arithmetic(case: Case) -> tuple:
-    """Rows that are equal in this differ in shapes and numbers alone."""
+    """A key of the arithmetic. Rows with equal keys differ only in shapes and numbers."""
     options = [
         (k, v if isinstance(v, (str, bool, torch.dtype)) or k == "p" else None)
         for k, v in sorted(case.options.items())
@@ -77,14 +80,14 @@ def _arithmetic(case: Case) -> tuple:
 
 
 def _chosen() -> dict[str, Case]:
-    """Of each op with each set of options the row of 100 finite elements, or the next to that."""
+    """For each op with each set of options, the row nearest to 100 elements, all finite."""
     found: dict[tuple, list[Case]] = {}
     for file in pkgutil.iter_modules(rows.__path__):
         if file.name in APART:
             continue
         for case in importlib.import_module(f"{rows.__name__}.{file.name}").CASES:
             plain = case.stock is None and case.autocast is None and case.view is None
-            add = case.name.startswith("dropout_add")  # as dropout, unless nothing is drawn
+            add = case.name.startswith("dropout_add")  # like dropout, unless nothing is drawn
             drawn = add and case.options.get("training", case.name == "dropout_add")
             if plain and rows._in_torch(case) and not case.options.get("inplace") and not drawn:
                 found.setdefault(_arithmetic(case), []).append(case)
@@ -96,48 +99,50 @@ def _chosen() -> dict[str, Case]:
     return {str(case): case for case in chosen if 0 < _elements(case) < 5000}
 
 
-# ---- what tensors are filled with ---------------------------------------------------------------
+# ---- fillings of tensors ------------------------------------------------------------------------
 
 Filling = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def _binades(dtype):
-    """Powers of two of the smallest subnormal number and of the largest finite one."""
+    """The exponents of two of the smallest subnormal number and of the largest finite number."""
     info = torch.finfo(dtype)
     return round(math.log2(info.smallest_normal * info.eps)), int(math.log2(info.max))
 
 
 def _unit(x):
-    """x in float64, its largest element just below 2: times a power of two, it is finite."""
+    """x in float64, scaled so that its largest element is just below 2. Times a power of two it
+    stays finite."""
     x = x.double()
     return x / x.abs().max().clamp(min=1e-300) * (2 - 2**-7)
 
 
 def _drawn(x, generator, shape):
-    """x with a magnitude of all that there are for each of `shape`."""
+    """x with a random magnitude of the whole range for each element of `shape`."""
     low, high = _binades(x.dtype)
     powers = torch.randint(low, high + 1, shape, generator=generator)
     return (_unit(x) * torch.exp2(powers.double())).to(x.dtype)
 
 
 def each(x, generator):
-    """Every element of another magnitude."""
+    """Every element has another magnitude."""
     return _drawn(x, generator, x.shape)
 
 
 def outer(x, generator):
-    """Of another magnitude along the first dimension."""
+    """The magnitude changes along the first dimension."""
     return _drawn(x, generator, (*x.shape[:1], *(1 for _ in x.shape[1:])))
 
 
 def inner(x, generator):
-    """Of another magnitude along the others."""
+    """The magnitude changes along all dimensions except the first."""
     return _drawn(x, generator, (1, *x.shape[1:]) if x.dim() > 1 else x.shape)
 
 
 def scaled(part):
-    """All of one magnitude: from the smallest to the largest, as `part` goes from 0 to 1. A sum of
-    the largest overflows or not by the order of its terms: these add up to it at most."""
+    """All elements have one magnitude, from the smallest to the largest as `part` goes from 0 to 1.
+    Whether a sum of the largest numbers overflows depends on the order of its terms. These elements
+    therefore add up to the largest number at most."""
 
     def fill(x, generator):
         low, high = _binades(x.dtype)
@@ -149,7 +154,7 @@ def scaled(part):
 
 
 def one(value):
-    """As it was but for one element."""
+    """Only one element changes."""
 
     def fill(x, generator):
         filled = x.clone()
@@ -170,8 +175,8 @@ FILLINGS: list[Filling] = [each, each, outer, outer, inner, *SCALES, *ONES]
 
 
 def _sides(case: Case, dtype, filling: Filling, which: int | None, seed: int):
-    """Ours, stock, float64 and their arguments, with tensor `which`, or all, filled; None if there
-    is no such tensor. Parameters of layers are filled too."""
+    """Ours, stock, float64 and their arguments, with tensor `which` or all tensors filled. None if
+    there is no such tensor. Parameters of layers are filled too."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     inputs = case.make(dtype, "cpu")
@@ -196,12 +201,12 @@ def _sides(case: Case, dtype, filling: Filling, which: int | None, seed: int):
 
 
 def _outside(error: Exception) -> bool:
-    """Whether stock refuses values: of probabilities, or of variances."""
+    """Whether stock refuses the values of probabilities or of variances."""
     return "between 0 and 1" in str(error) or "negative entry" in str(error)
 
 
 def compared(case: Case, dtype, filling: Filling, which: int | None, seed: int) -> list[str] | None:
-    """What is wrong with a row so filled, in words; None if stock refuses it."""
+    """The faults of a row with this filling, in words; None if stock refuses the row."""
     made = _sides(case, dtype, filling, which, seed)
     if made is None:
         return None
@@ -235,7 +240,8 @@ HEARD: set[str] = set()  # the ops that were swept
 
 
 def _floor(dtype):
-    """Errors that count for nothing: half a subnormal number, and what is subnormal on the way."""
+    """Errors up to this size do not count: half a subnormal number, and the errors of intermediate
+    values that are subnormal."""
     info = torch.finfo(dtype)
     return info.smallest_normal * info.eps / 2 + torch.finfo(torch.float32).smallest_normal
 
@@ -257,7 +263,7 @@ def _wrong(ours, stock, exact, finite: bool, how: str) -> list[str]:
     if finite:
         tell(~b.isfinite() & ~rounded.isfinite() & a.isfinite(), "finite where neither is")
     good = both & a.isfinite()
-    # Where float64 has nothing but zeros, it was rounding that made them.
+    # If float64 gives only zeros, rounding made them.
     if how.startswith("scaled") and good.any() and exact[good].any():
         eps, scale = torch.finfo(stock.dtype).eps, exact[good].abs().max().item()
         its = (b[good] - exact[good]).abs().max().item()
@@ -268,7 +274,7 @@ def _wrong(ours, stock, exact, finite: bool, how: str) -> list[str]:
 
 # ---- what differs, and why it stays -------------------------------------------------------------
 #
-# (row, filling, words of what is told, reason); docs/magnitudes.md has them for users.
+# (row, filling, words of the fault, reason); docs/magnitudes.md lists them for users.
 
 VECTORS = "CUDA's branch: `x <= 0` is false of nan. The CPU's vector code takes the other one"
 UNREAD = "a row whose target is ignored is not read: its gradient is 0"
@@ -338,7 +344,8 @@ CHOSEN = _chosen()
 
 
 def _share(number: int):
-    """(filling, tensor or None for all, seed): what `pytest` runs of a row, each its own share."""
+    """(filling, tensor or None for all, seed): the share of a row that `pytest` runs. Each row has
+    another share."""
     yield each, None, number
     yield outer, None, number
     for i in range(number % 3, len(SCALES), 3):
@@ -357,7 +364,7 @@ def _all():
 
 
 def swept(name: str, share) -> tuple[int, list[str], list[str]]:
-    """(runs, faults, differences that are listed) of a row; dtypes take turns."""
+    """(number of runs, faults, listed differences) of a row; dtypes take turns."""
     case = CHOSEN[name]
     dtypes = [d for d in case.dtypes if d in fastnn.testing.FLOATS]
     runs, faults, listed = 0, [], []
@@ -391,7 +398,7 @@ def test_every_op_is_swept_or_said_why_not():
         assert name in HEARD or op.fused.__module__.split(".")[-1] in APART, name
 
 
-# ---- rows that a norm has trouble with ----------------------------------------------------------
+# ---- rows that are difficult for a norm ---------------------------------------------------------
 
 NORMS = [n for n, c in CHOSEN.items() if re.search("[nN]orm", n) and "add_relu" not in n]
 CENTRES = (12345.6, -0.7)
@@ -402,7 +409,7 @@ def constant(x, centre):
 
 
 def nearly(x, centre):
-    """One or two units in the last place beside it."""
+    """Values one or two units in the last place beside `centre`."""
     step = torch.finfo(x.dtype).eps * 2.0 ** math.floor(math.log2(abs(centre)))
     return constant(x, centre) + x.sign() * (1 + (x.abs() > 1)) * step
 
@@ -417,7 +424,7 @@ PATHS = ("whole", "long", "split")
 @interpreted
 @pytest.mark.parametrize("number", range(len(NORMS)), ids=NORMS)
 def test_rows_that_are_constant_or_far_from_zero(number, monkeypatch, record_property):
-    """Rows of a norm take turns on its paths."""
+    """The rows of a norm take its paths in turn."""
     _trouble(NORMS[number], PATHS[number % 3], monkeypatch, record_property)
 
 
@@ -450,7 +457,7 @@ def _trouble(name, path, monkeypatch, record_property):
         if filling is not constant and path != "whole" and re.search("atch|nstance", name):
             continue  # CUDA keeps a float32 mean too; the CPU sums in float64
         results, failures = [], ["none drawn"]
-        for seed in range(5):  # as the harness: beyond its bound, judged by more draws
+        for seed in range(5):  # as in `fastnn.testing`: beyond its bound, more draws
             if seed > 0 and not failures:
                 break
             for centre in CENTRES:
@@ -458,7 +465,7 @@ def _trouble(name, path, monkeypatch, record_property):
                 done = _compare_sides(*sides, "cpu", "triton", None, False, twice=False)
                 results.append(done)
                 runs += 1
-            # Results of a norm are of order 1: a unit in the last place of that.
+            # Results of a norm are of order 1, so this is a unit in the last place of 1.
             unit = torch.finfo(torch.float32).eps
             failures = [failure for r in results for failure in r.failures] + [
                 f"{c.what}: {c.ours:.3g} from float64, bound {c.bound:.3g}"

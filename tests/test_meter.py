@@ -1,4 +1,4 @@
-"""The meter counts exactly what small kernels with known traffic move, and catches what it must."""
+"""The meter counts small kernels with known traffic exactly, and catches all faults it must."""
 
 import math
 import re
@@ -162,7 +162,7 @@ def test_launches_add_up():
     ),
 )
 def test_an_access_out_of_bounds_raises(shift, where):
-    # Both ends of this storage are readable: only the tensor that was passed counts.
+    # Memory on both sides in this storage is readable, but only the tensor passed counts.
     x, y = torch.randn(3, 512)[1], torch.empty(512)
     message = f"_copy: load out of bounds in {where}"
     with pytest.raises(IndexError, match=re.escape(message)), traffic(distinct=False):
@@ -187,13 +187,13 @@ def test_a_race_is_counted():
     x, y = torch.randn(4, 64), torch.empty(4, 64)
     with traffic(races=True) as log:
         _neighbour[(4,)](x, y, torch.empty(4), 64)
-    # Rows 0 to 2, each read by the next program, and row 0 by its own.
+    # The next program reads each of rows 0 to 2, and the own program reads row 0.
     assert log[0].shared_writes == (3 + 1) * 64 * 4
 
 
 @interpreted
 def test_loading_back_what_was_stored_is_a_race():
-    """Other threads of the program stored it, and none waited for them."""
+    """Other threads of the program stored the value, and no thread waited for them."""
     with traffic(races=True) as log:
         _through_memory[(3,)](torch.randn(3, 64), torch.empty(3, 64), 64)
     assert log[0].shared_writes == 3 * 64 * 4
@@ -302,7 +302,7 @@ def test_what_a_row_moves():
     e = 8 * 1024 * 4
     gelu = count(Case("GELU", (randn(8, 1024),)), torch.float32)
     assert gelu == Traffic(ours=Cost(5 * e, 2), stock=Cost(5 * e, 2), least=5 * e, races=0)
-    # Of what dropout keeps for its backward, the mask is not among the least.
+    # The mask that dropout keeps for its backward is not part of the least bytes.
     dropout = count(Case("Dropout", (randn(8, 1024),)), torch.float32)
     assert (dropout.ours.bytes, dropout.least) == (pytest.approx(4 * e, rel=0.01), 4 * e)
     assert dropout.stock == Cost(4 * e + 2 * e // 4, 2)
@@ -339,7 +339,7 @@ def test_prediction_from_counts():
 
 
 def test_stock_is_counted_for_every_row():
-    """`as_on_cuda` takes all that the functions take whose operators it replaces."""
+    """`as_on_cuda` accepts all arguments of the functions whose operators it replaces."""
     counted = 0
     for case in CASES:
         if case.stock is None:

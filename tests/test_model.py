@@ -140,7 +140,7 @@ def test_explain_without_inputs_tells_of_each_layer():
     assert rows["act"].reason == "has kernels"
     assert rows["own"].reason == "a subclass of torch.nn.Linear: left as it is"
     assert rows["conv"].reason == "no kernels for this class"
-    assert "" not in rows  # a container of the user's
+    assert "" not in rows  # a container of the user
     stock_rows = {row.layer: row for row in fastnn.explain(Net(stock))}
     assert "fastnn.convert" in stock_rows["act"].reason
 

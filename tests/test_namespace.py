@@ -34,7 +34,7 @@ PUBLIC = sorted(name for name in dir(torch.nn) if not name.startswith("_"))
 
 
 def python(program, *args, **env):
-    """Run a program in a fresh interpreter, warnings being errors; what it printed."""
+    """Run a program in a new interpreter with warnings as errors; returns its output."""
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(program), *args]
     run = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True
@@ -44,7 +44,7 @@ def python(program, *args, **env):
 
 
 def stands_for(ours, stock):
-    """Whether `ours` is stock's object, or an accelerated one in its place."""
+    """Whether `ours` is the stock object, or an accelerated object in its place."""
     if inspect.isclass(stock):
         return issubclass(ours, stock) and ours.__name__ == stock.__name__
     if stock is torch.nn.functional:
@@ -75,11 +75,11 @@ def test_accelerated_layers_are_the_ones_found():
 
 @pytest.mark.parametrize("name", sorted(vars(torch.nn.functional)))
 def test_functional_name(name):
-    """Private ones too: code imports `_Reduction`, `_pad`, `has_torch_function_unary`."""
+    """Private names too, since code imports `_Reduction`, `_pad`, `has_torch_function_unary`."""
     ours = getattr(fastnn.functional, name)
     stock = getattr(torch.nn.functional, name)
     if name.startswith("__"):
-        return  # each module's own
+        return  # each module has its own
     assert name in dir(fastnn.functional)
     assert ours is stock or ours.op.stock is stock
 
@@ -117,11 +117,11 @@ def test_a_missing_name_is_fastnns_error():
 @pytest.mark.parametrize("name", ALIASED)
 def test_submodule(name):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # stock's own, of files it is about to drop
+        warnings.simplefilter("ignore")  # of PyTorch, about files that it will remove
         stock = importlib.import_module(f"torch.nn.{name}")
     assert importlib.import_module(f"fastnn.{name}") is stock
     assert importlib.util.find_spec(f"fastnn.{name}") is stock.__spec__
-    # The statements, whose results can differ from sys.modules: `utils.weight_norm` is a function.
+    # Import statements can give another object than sys.modules: `utils.weight_norm` is a function.
     parent, _, child = f".{name}".rpartition(".")
     for statement in ("import {0} as found", "from {1} import {2} as found"):
         theirs, ours = {}, {}
@@ -132,8 +132,9 @@ def test_submodule(name):
     assert along(fastnn) is along(torch.nn)
 
 
-# Says of each submodule all that the import system could have changed. Run with stock's name and
-# with ours, in opposite orders, so that ours meets both packages first and leaves first.
+# Prints for each submodule everything that the import system could have changed. It runs with
+# PyTorch's name and with ours, in opposite orders, so that ours is imported first and removed
+# first.
 DESCRIBE = """
     import importlib, importlib.util, json, sys, warnings
     package, names = sys.argv[1], sys.argv[2:]
@@ -195,7 +196,7 @@ def test_own_files_stay_ours():
 
 
 def test_functional_is_the_only_name_taken_from_stock():
-    """A file named as one of torch.nn's would hide it: a new torch may bring the clash too."""
+    """A file with the name of a torch.nn file would hide that one. A new torch may cause it too."""
     assert {name for name in SUBMODULES if name in _namespace.OWN} == {"functional"}
 
 
@@ -204,7 +205,7 @@ def test_threads_and_reloads():
         """
         import importlib, sys, threading, warnings
         import fastnn, torch.nn
-        warnings.simplefilter("ignore")  # stock's own, of files it is about to drop
+        warnings.simplefilter("ignore")  # of PyTorch, about files that it will remove
 
         names = sys.argv[1:]
         start = threading.Barrier(8)
@@ -251,7 +252,8 @@ def test_threads_and_reloads():
 
 
 def test_a_package_keeps_a_function_named_as_its_file(monkeypatch, tmp_path):
-    """`torch.nn.utils.weight_norm` is one; here in a package that `import torch` does not load."""
+    """`torch.nn.utils.weight_norm` is one. This test makes one in a package that `import torch`
+    does not load."""
     (tmp_path / "late").mkdir()
     (tmp_path / "late/__init__.py").write_text("from .tool import tool\n")
     (tmp_path / "late/tool.py").write_text("def tool(): pass\n")
@@ -270,7 +272,8 @@ def test_a_package_keeps_a_function_named_as_its_file(monkeypatch, tmp_path):
 
 
 def test_a_half_loaded_module_is_not_mirrored(monkeypatch):
-    """It may yet fail, and who imports it by our name has to wait for the thread that loads it."""
+    """Its import may still fail. Code that imports it by our name must wait for the thread that
+    loads it."""
     half = types.ModuleType("torch.nn.half_loaded")
     half.__spec__ = importlib.util.spec_from_loader(half.__name__, None)
     half.__spec__._initializing = True
@@ -278,7 +281,7 @@ def test_a_half_loaded_module_is_not_mirrored(monkeypatch):
     _namespace.install()
     assert "fastnn.half_loaded" not in sys.modules
     half.__spec__._initializing = False
-    monkeypatch.setitem(sys.modules, "fastnn.half_loaded", None)  # is put back, so absent, after
+    monkeypatch.setitem(sys.modules, "fastnn.half_loaded", None)  # absent again after the test
     del sys.modules["fastnn.half_loaded"]
     _namespace.install()
     assert sys.modules["fastnn.half_loaded"] is half
@@ -288,7 +291,7 @@ def test_a_half_loaded_module_is_not_mirrored(monkeypatch):
 
 
 def test_import_adds_little_to_that_of_torch():
-    """No Triton, and of torch no package that `import torch` puts off, such as Dynamo."""
+    """Neither Triton nor a package of torch that `import torch` does not load, such as Dynamo."""
     added = python(
         """
         import sys, torch

@@ -1,12 +1,12 @@
-"""Data sizes are no constexprs: fifty shapes share a handful of compiles."""
+"""Data sizes are not constexprs: fifty shapes share a few compiled kernels."""
 
 import collections
 import os
 import subprocess
 import sys
 
-# Per kernel at most: a size may be divisible by 8 or not, and its tile depends on a row's length,
-# which the shapes below keep to one bucket.
+# The most compiles per kernel: a size may be divisible by 8 or not. A tile depends on a row's
+# length, and all shapes below have their lengths in one bucket.
 PROGRAM = """
 import torch, fastnn, fastnn.functional as F
 from fastnn.testing.aot import compile_only

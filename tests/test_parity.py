@@ -18,7 +18,7 @@ def test_parity(case, dtype, device, record_property):
     if draws > 1:
         record_property("draws", (f"{case} {dtype}", draws))
     if device == "cpu" and case.stock is None and dtype is case.dtypes[-1]:
-        # Raises where a lane reads or writes out of bounds.
+        # Raises if a lane reads or writes out of bounds.
         assert count(case, dtype).races == 0
 
 
@@ -47,11 +47,11 @@ def test_where_nan_and_infinity_may_be(ours, stock, exact, right):
 
 
 def test_a_row_beyond_its_bound_is_judged_by_several_draws(monkeypatch):
-    """By the largest errors over them: luck is forgiven, more than twice stock's error is not."""
+    """The largest errors over the draws count. Bad luck passes; twice the error of stock fails."""
     from fastnn import testing
 
     def judged(ours, stock, failure=None):
-        """The result, and the draws made; errors are those of each draw, in ulps."""
+        """(failures, number of draws), given the errors of each draw in ulps."""
         asked = []
 
         def one(case, dtype, device, mode, draw):
@@ -67,7 +67,7 @@ def test_a_row_beyond_its_bound_is_judged_by_several_draws(monkeypatch):
 
     assert judged([3.0], [1.0]) == ([], 1)
     assert judged([3.0, 2.0], [0.5, 1.0, 2.0]) == ([], 5)
-    assert judged([6.0], [*[1.0] * 20, 3.0]) == ([], 25)  # one draw in many is hard
+    assert judged([6.0], [*[1.0] * 20, 3.0]) == ([], 25)  # one of many draws is hard
     failures, draws = judged([6.0], [2.0, 1.0])
     assert draws == 25 and "output: 6e-07 from float64, bound 5e-07" in failures[0]
     failures, draws = judged([3.0, 1.0], [0.5, 1.0], "differs")

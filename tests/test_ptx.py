@@ -1,7 +1,7 @@
-"""PTX on the CPU: single instructions by what the ISA says of them, and rows on compiled code.
+"""PTX on the CPU: single instructions against the text of the ISA, and rows on compiled code.
 
-Rows run in processes of their own: `TRITON_INTERPRET`, which this one may have, forbids compiling.
-`python -m tools.ptx` runs all rows; the tests run a share.
+Rows run in separate processes, because `TRITON_INTERPRET`, which this process may have, forbids
+compiling. `python -m tools.ptx` runs all rows; the tests run a share.
 """
 
 import re
@@ -55,14 +55,14 @@ BODY
 
 
 def bits(value):
-    """32 bits: of a float as such, of an integer modulo 2**32."""
+    """The 32 bits of a float, or of an integer modulo 2**32."""
     if isinstance(value, float):
         return struct.unpack("I", struct.pack("f", value))[0]
     return value % 2**32
 
 
 def run(body, rows, blocks=1, shared=0, third=7):
-    """Pairs of words, %r5 and %r6, that `body` leaves in each thread; %r2 to %r4 are its row."""
+    """The words %r5 and %r6 that `body` leaves in each thread. %r2 to %r4 are the thread's row."""
     words = np.zeros((32, 3), np.uint32)
     for i, row in enumerate(rows):
         words[i, : len(row)] = [bits(v) for v in row]
@@ -74,7 +74,7 @@ def run(body, rows, blocks=1, shared=0, third=7):
 
 
 NAN, INF = float("nan"), float("inf")
-CASES = [  # instruction, operands in %r2 to %r4, what %r5 is
+CASES = [  # instruction, operands in %r2 to %r4, expected %r5
     ("add.s32 %r5, %r2, %r3;", (2**31 - 1, 1), -(2**31)),
     ("mul.lo.s32 %r5, %r2, %r3;", (70000, 70000), 70000 * 70000),
     ("mul.hi.u32 %r5, %r2, %r3;", (0xFFFFFFFF, 0xFFFFFFFF), 0xFFFFFFFE),
@@ -106,7 +106,7 @@ CASES = [  # instruction, operands in %r2 to %r4, what %r5 is
     ("add.f32 %r5, %r2, %r3;", (2.0**-140, 2.0**-140), 2.0**-139),
     ("add.ftz.f32 %r5, %r2, %r3;", (1e-40, 1.0), 1.0),
     ("mul.ftz.f32 %r5, %r2, %r3;", (1e-30, -1e-10), -0.0),
-    # 1 + 2**-24 is halfway to the next number, and a little more is beyond it.
+    # 1 + 2**-24 is halfway to the next number. A little more rounds up.
     ("fma.rn.f32 %r5, %r2, %r3, %r4;", (2.0**-12, 2.0**-12, 1.0), 1.0),
     ("fma.rn.f32 %r5, %r2, %r3, %r4;", (1.0, 1.0 + 2**-23, 2.0**-70), 1.0 + 2**-23),
     ("fma.rn.f32 %r5, %r2, %r3, %r4;", (2.0**-12, 2.0**-12 + 2.0**-35, 1.0), 1.0 + 2**-23),
@@ -193,7 +193,7 @@ def test_shuffles():
 
 
 def test_threads_part_and_meet():
-    """A loop of as many turns as the thread's number; then all of them read a neighbour's."""
+    """Thread n runs a loop n times. Then each thread reads a value of its neighbour."""
     body = """
         mov.b32 %r7, 0;
     $L__loop:
@@ -212,7 +212,8 @@ def test_threads_part_and_meet():
 
 
 def test_threads_that_run_ahead_wait_at_a_barrier():
-    """Some go back to the loop's start, which lies before, while others have still to follow."""
+    """Some threads jump back to the start of the loop, which is earlier in the code, before the
+    other threads follow."""
     body = """
         mov.b32 %r7, 0;
         shl.b32 %r8, %r1, 2;
@@ -237,7 +238,7 @@ def test_threads_that_run_ahead_wait_at_a_barrier():
         mov.b32 %r5, %r6;
     """
     with pytest.raises(RuntimeError, match="wait for each other"):
-        run(body, [], blocks=2, shared=128)  # a shuffle that some of the warp never come to
+        run(body, [], blocks=2, shared=128)  # some threads of the warp never reach the shuffle
     out = run(re.sub(r"shfl.*;", "add.s32 %r6, %r6, 0;", body), [], blocks=2, shared=128)
     assert out[:, 0].tolist() == [3 * (i ^ 16) + 300 for i in range(32)]
 
@@ -296,13 +297,13 @@ def test_what_is_not_known_is_an_error():
 
 @pytest.mark.parametrize("target", EMULATED)
 def test_rows(target):
-    """Forced onto kernels, rows agree with stock on the code compiled for a GPU, too."""
+    """Rows that are forced onto kernels agree with stock on the code compiled for a GPU, too."""
     skip_unproven(target)
     print(compiling(["-m", "tools.ptx", "--share", target]))
 
 
 def a_wrong_kernel_is_noticed():
-    """In the emulator, as in the interpreter: of its code, the constant of a formula changed."""
+    """The emulator notices a wrong constant in the compiled code, as the interpreter does."""
     from fastnn.testing import ptx
 
     case = Case("GELU", (randn(3, 40),))

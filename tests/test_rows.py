@@ -1,4 +1,4 @@
-"""Ops along rows, where a parity row cannot reach: long rows, autocast, compile, second order."""
+"""Ops along rows beyond the parity rows: long rows, autocast, compile, second order."""
 
 import warnings
 
@@ -47,7 +47,7 @@ def test_a_row_of_minus_infinity_in_one_chunk(monkeypatch, device):
 
 
 def test_a_narrower_dtype_rounds_the_input_first(device):
-    """1e5 is inf in float16: more accurate would be different from stock."""
+    """1e5 is inf in float16. A more accurate result would differ from stock."""
     x = torch.tensor([1e5, 1.0], device=device)
     with backend("triton"):
         ours = F.softmax(x, 0, dtype=torch.float16)
@@ -98,7 +98,7 @@ def test_kernels_inside_a_compiled_graph(name, dynamic, device):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_second_order(name, device):
-    """The gradient of the gradient is stock's, and so with a tensor passed twice."""
+    """The gradient of the gradient is that of stock, also with a tensor passed twice."""
     call = CALLS[name]
     inputs = _inputs(device, 3, 6)
 
@@ -126,8 +126,8 @@ def test_second_order(name, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CALLS)
 def test_under_the_rule_of_cuda_autocast(name, dtype, device):
-    """16-bit inputs, float32 parameters: computed and returned in float32, each gradient in the
-    dtype of its input. Stock converts the inputs first."""
+    """With 16-bit inputs and float32 parameters the result is computed and returned in float32, and
+    each gradient has the dtype of its input. Stock converts the inputs first."""
     op = getattr(F, name).op
     arguments = {
         "layer_norm": lambda x, w, b: (x, (9,), w, b),
@@ -155,7 +155,7 @@ def test_under_the_rule_of_cuda_autocast(name, dtype, device):
 @pytest.mark.parametrize("changed", ["x", "w", "b", "y"])
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "softmax", "log_softmax", "softmin"])
 def test_in_place_changes_before_backward(name, changed, device):
-    """Raise where stock's do: a kernel saves what stock saves."""
+    """Edits raise where they raise in stock, because a kernel saves what stock saves."""
 
     def outcome(F):
         x, w, b = _inputs(device, 3, 6)
@@ -181,7 +181,7 @@ def test_in_place_changes_before_backward(name, changed, device):
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "softmin"])
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 3, 4)], ids=str)
 def test_implicit_dim(name, shape, device):
-    """The dim that stock picks, and its warning, which names the line of the caller."""
+    """The dim is the one that stock picks, and the warning names the line of the caller."""
     x = torch.randn(shape, device=device)
     for mode in ("triton", "torch", "auto"):
         with warnings.catch_warnings(record=True) as caught, backend(mode):
@@ -219,6 +219,6 @@ def test_rms_norm_takes_a_weight_of_another_dtype(dtype, device):
     x = x.detach().to(dtype).requires_grad_()
     sides = [Side(f) for f in (F.rms_norm, stock.rms_norm, stock.rms_norm)]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Mismatch dtype")  # stock's, once in a process
+        warnings.filterwarnings("ignore", message="Mismatch dtype")  # from stock, once in a process
         result = compare_sides(*sides, (x, (9,), w), device=device)
     assert not result.failures and result.path == "kernel"

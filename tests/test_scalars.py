@@ -20,7 +20,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def _table() -> dict[tuple[str, str], str]:
-    """(op, number) -> what the page says it is computed in."""
+    """(op, number) -> the dtype in which it is computed, according to the page."""
     found = {}
     for line in PAGE.read_text().splitlines():
         cells = [c.strip() for c in line.strip("|").split("|")]
@@ -66,8 +66,9 @@ def _plane(dtype, scale):
     return (torch.randn(4, 6, 20) * scale).to(dtype).requires_grad_()
 
 
-# Each call in a dtype, with a number that changes results: in its branch, its value or its slope.
-# The second entry is the number's size; the test takes one beside it that 16 bits do not hold.
+# Each call runs in a dtype, with a number that changes results: their branch, value or slope. The
+# second entry is the size of the number. The test takes a number beside it that 16 bits cannot
+# hold.
 CALLS = {
     ("threshold", "threshold"): (lambda t, s: F.threshold(_edges(t, s), s, 0.0), 0.3),
     ("threshold", "value"): (lambda t, s: F.threshold(_x(t), 0.1, s), 0.3),
@@ -135,7 +136,7 @@ CALLS = {
 
 
 def _edges(dtype, s):
-    """The numbers of the dtype that lie next to s, and some more."""
+    """The numbers of the dtype next to s, and some more."""
     near = torch.tensor([s], dtype=dtype)
     step = torch.finfo(dtype).eps * near
     beside = torch.cat([near + k * step for k in range(-3, 4)])
@@ -143,7 +144,7 @@ def _edges(dtype, s):
 
 
 def _results(call, dtype, s):
-    """The output, and the gradients of all that the call made."""
+    """The output of the call, and the gradients of its tensors."""
     with backend("triton"):
         y = call(dtype, s)
         leaves, graph = [], [y.grad_fn]
@@ -165,7 +166,7 @@ def _same(a, b):
 @pytest.mark.parametrize(("name", "number"), CALLS, ids=lambda v: v)
 def test_a_number_is_computed_with_in_the_dtype_that_the_page_says(name, number, dtype, on_device):
     call, size = CALLS[name, number]
-    # 0.4 of a unit in the last place beside a number of the dtype, on either side.
+    # 0.4 of a unit in the last place beside a number of the dtype, on both sides.
     base = rounded(size, dtype)
     unit = 2.0 ** math.floor(math.log2(size)) * torch.finfo(dtype).eps
     beside = [base + 0.4 * unit, base - 0.4 * unit]
@@ -191,7 +192,7 @@ def test_numbers_of_the_page_are_called_or_said_why_not():
 
 @pytest.mark.parametrize("name", ["smooth_l1_loss", "multi_margin_loss", "group_norm"])
 def test_under_autocast_numbers_meet_float32(name, on_device):
-    """There stock converts the input first."""
+    """Under autocast stock converts the input to float32 first."""
     call = {
         "smooth_l1_loss": lambda s: F.smooth_l1_loss.op.fused(
             *_rows(torch.bfloat16, 2), reduction="none", beta=s, out_dtype=torch.float32),
@@ -221,7 +222,7 @@ def test_a_number_that_the_dtype_does_not_hold():
 def test_numbers_are_rounded_as_pytorch_rounds_them(number, dtype):
     try:
         want = torch.tensor(number, dtype=dtype).item()
-    except RuntimeError:  # it does not fit
+    except RuntimeError:  # the number does not fit
         want = math.inf
     got = rounded(number, dtype)
     if math.isinf(want) and not math.isinf(number):

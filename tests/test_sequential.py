@@ -1,4 +1,4 @@
-"""Sequential: fused neighbours compute what the separate layers do, and step aside when watched."""
+"""Sequential: fused neighbours compute what the separate layers do, and run apart when watched."""
 
 import copy
 import itertools
@@ -33,7 +33,7 @@ def one_by_one(sequential, x):
 
 
 def run(call, parameters, x, mode="triton", seed=3):
-    """(names and reasons of what was dispatched; output, then gradients)."""
+    """(names and reasons of the dispatched calls; output, then gradients)."""
     x = x.detach().clone().requires_grad_()
     for p in parameters:
         p.grad = None
@@ -54,7 +54,8 @@ def assert_close(got, want):
 # ---- Values ------------------------------------------------------------------------------------
 
 
-# 33 * 5 elements take single words, 6 * 3 pairs; rows of 6 split a run of four, rows of 8 do not.
+# 33 * 5 elements take single words, 6 * 3 take pairs. Rows of 6 split a run of four, rows of 8 do
+# not.
 @pytest.mark.parametrize(("m", "n"), [(33, 5), (6, 3), (4, 6), (5, 8), (20, 40)])
 @pytest.mark.parametrize("activation", [fastnn.ReLU, fastnn.GELU, fastnn.Tanh])
 @pytest.mark.parametrize("plan", ["gemm", "epilogue"])
@@ -62,7 +63,7 @@ def assert_close(got, want):
 def test_dropout_draws_what_the_separate_layers_draw(
     m, n, activation, plan, dtype, device, monkeypatch
 ):
-    if device == "cpu":  # one block of threads: each draws several times
+    if device == "cpu":  # one block of threads, so each draws several times
         monkeypatch.setattr(_rng, "most_blocks", lambda device: 1)
     monkeypatch.setattr(ops, "_variant", lambda *args: plan)
     net = model(fastnn.Linear(7, n), activation(), fastnn.Dropout(0.3)).to(device, dtype)
@@ -125,7 +126,7 @@ def test_the_plan_goes_by_shape_and_kind():
 
     assert plan(4096, 4096, 1024, drops=True) == "epilogue"
     assert plan(4096, 4096, 128, drops=True) == "gemm"
-    assert plan(4096, 4096, 128, drops=True, itemsize=4) == "epilogue"  # fp32 is cuBLAS's
+    assert plan(4096, 4096, 128, drops=True, itemsize=4) == "epilogue"  # cuBLAS runs fp32
     assert plan(4096, 4096, 132, drops=True) == "epilogue"  # K % 8
     assert plan(64, 64, 128, drops=True) == "epilogue"  # too few tiles for the processors
     assert plan(4096, 4096, 1024, "relu") == "addmm"
@@ -199,7 +200,7 @@ def test_frozen_parameters_get_no_gradient(device):
 
 
 def test_edits_after_the_call_are_caught_as_in_stock(device):
-    """Stock keeps relu's output, but not gelu's nor dropout's."""
+    """Stock keeps the output of relu, but not that of gelu or dropout."""
     x = torch.randn(3, 4, device=device)
     with fastnn.backend("triton"):
         y = model(fastnn.Linear(4, 6), fastnn.ReLU()).to(device)(x)
@@ -238,7 +239,7 @@ def test_dropout_in_place_draws_apart(device):
     assert [name for name, _ in heard] == ["linear_act", "dropout"]
 
 
-# ---- Stepping aside ----------------------------------------------------------------------------
+# ---- Cases that run apart ----------------------------------------------------------------------
 
 
 HOOKS = {
@@ -313,7 +314,7 @@ def test_other_ways_to_watch_a_member(device):
             return super().forward(x) * 2
 
     assert names(model(MyLinear(4, 4), fastnn.ReLU()).to(device)) == ["linear", "relu"]
-    net = fastnn.Sequential(stock.Linear(4, 4), fastnn.ReLU()).to(device)  # left unconverted
+    net = fastnn.Sequential(stock.Linear(4, 4), fastnn.ReLU()).to(device)  # one stock layer
     assert names(net) == ["relu"]
 
 
@@ -334,7 +335,7 @@ def test_tracing_sees_the_members(device):
 
 
 def test_other_values_pass_through():
-    """A Sequential takes what its members take: tuples, integers, keyword-free calls."""
+    """A Sequential accepts what its members accept: tuples, integers, calls without keywords."""
 
     class Pair(stock.Module):
         def forward(self, pair):

@@ -1,8 +1,8 @@
-"""What people build around layers: tiny models of every fused kind, through each set-up, as stock.
+"""What people build around layers: tiny models of every fused kind behave as stock in each set-up.
 
-A set-up trains or calls a model and says what it saw: tensors, which may be as far from float64 as
-the parity rule allows, and anything else (counts, shapes, names, errors), which must be equal. Each
-runs forced onto kernels, and in `auto` with a gate that lets every size through.
+A set-up trains or calls a model and returns what it saw. Tensors may be as far from float64 as the
+parity rule allows. Everything else (counts, shapes, names, errors) must be equal. Each set-up runs
+forced onto kernels, and in `auto` with a gate that lets every size through.
 """
 
 import collections
@@ -38,7 +38,7 @@ from tests.marks import interpreted
 
 pytestmark = [
     interpreted,
-    # Said by PyTorch, of set-ups that are wrong or rare on purpose.
+    # PyTorch warns about set-ups that are wrong or rare on purpose.
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
 ]
 
@@ -47,7 +47,7 @@ pytestmark = [
 
 
 class Embedded(stock.Module):
-    """An embedding under losses: what is left of the plain ops."""
+    """An embedding under losses, for the plain ops that no other model has."""
 
     def __init__(self, nn):
         super().__init__()
@@ -99,7 +99,7 @@ def encoding(**options):
 
 
 def chain(*members):
-    """Members by class name and arguments."""
+    """A Sequential of members, each given by class name and arguments."""
     return lambda nn: nn.Sequential(*(getattr(nn, name)(*args) for name, *args in members))
 
 
@@ -136,7 +136,7 @@ FUSED = {
 
 @dataclass
 class Lab:
-    """A model on one of the sides, with what a set-up needs."""
+    """A model on one of the sides, with everything that a set-up needs."""
 
     net: stock.Module
     x: Tensor
@@ -159,7 +159,7 @@ class Lab:
 
 
 def never(net):
-    """Without dropout."""
+    """Switches dropout off."""
     for m in net.modules():
         if isinstance(m, stock.Dropout):
             m.p = 0.0
@@ -174,7 +174,7 @@ SETUPS: dict[str, tuple] = {}
 
 
 def setup(prepare=None, names=None):
-    """Register a set-up; `prepare(net)` is done to the float32 model, before it goes to a dtype."""
+    """Register a set-up. `prepare(net)` runs on the float32 model, before it goes to a dtype."""
 
     def register(run):
         for name in names or [run.__name__]:
@@ -224,7 +224,7 @@ class Expanded(stock.Module):
 
 
 class Shared(stock.Module):
-    """One result for all whose parametrisation this is."""
+    """A parametrisation that returns one result to all modules that share it."""
 
     def __init__(self):
         super().__init__()
@@ -338,7 +338,7 @@ def global_hooks(kind, lab):
 
 @setup(names=["one member", "after removal"])
 def member_hooks(how, lab):
-    """The other members stay fused."""
+    """Hooks on one member: the other members stay fused."""
     seen = []
     members = [m for m in lab.net.modules() if not list(m.children())]
     for i, m in enumerate(members):
@@ -351,7 +351,7 @@ def member_hooks(how, lab):
 
 @setup()
 def tensor_hooks(lab):
-    """On the input, the output and parameters, before and after accumulation."""
+    """Hooks on the input, the output and parameters, before and after accumulation."""
     seen = collections.Counter()
     out = lab.net(lab.x * 1)
     for name, t in [("output", out), ("input", lab.x), *lab.net.named_parameters()]:
@@ -381,7 +381,7 @@ def state_dict_hooks(lab):
 
 @contextlib.contextmanager
 def counting(owners, name, seen):
-    """`owner.name` is wrapped on each of these classes, and calls are counted by class."""
+    """Wraps `owner.name` on each of these classes, and counts calls by class."""
     kept = []
     for owner in owners:
         method = getattr(owner, name)
@@ -400,11 +400,11 @@ def counting(owners, name, seen):
 
 
 @setup(
-    lambda what, net: never(net) if "stock" in what else None,  # which then draws stock's noise
+    lambda what, net: never(net) if "stock" in what else None,  # the noise is then that of stock
     ["forward", "stock forward", "__call__", "Module.__call__", "Module._call_impl"],
 )
 def replaced_on_the_class(what, lab):
-    """Each class at a time, then all of them."""
+    """Replaces the method on one class at a time, then on all of them."""
     found, name = {}, what.split()[-1].split(".")[-1]
     if "Module" in what:
         each = [[stock.Module]]
@@ -450,7 +450,7 @@ def train_then_eval(lab):
 
 @setup()
 def tied(lab):
-    """Parameters of one shape are one, within and across members."""
+    """Parameters with the same shape are one parameter, within and across members."""
     first: dict = {}
     for m in lab.net.modules():
         for name, p in list(m.named_parameters(recurse=False)):
@@ -460,7 +460,7 @@ def tied(lab):
 
 @setup()
 def edited_in_place(lab):
-    """Between forward and backward: an optimizer's step on a parameter that the graph needs."""
+    """Between forward and backward an optimizer updates a parameter that the graph needs."""
     out = lab.net(lab.x)
     with torch.no_grad():
         for p in lab.net.parameters():
@@ -485,8 +485,8 @@ def stepping(lab):
 
 @setup(lambda net: never(net))
 def penalty(lab):
-    """A gradient of a gradient."""
-    with sdpa_kernel(SDPBackend.MATH):  # of the others PyTorch has no second derivative
+    """A penalty on gradients, which takes the gradient of a gradient."""
+    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's other backends have no second derivative
         (g,) = torch.autograd.grad(lab.loss(), lab.x, create_graph=True)
         (g.square().sum() + lab.loss()).backward()
     return {"first": g.detach(), **lab.grads()}
@@ -494,7 +494,7 @@ def penalty(lab):
 
 @setup()
 def packed(lab):
-    """As people do who wrap an RNN's input: the error is stock's."""
+    """A packed sequence, as for an RNN, raises the error of stock."""
     wrong = pack_padded_sequence(lab.x.detach().view(lab.x.shape[0], -1, 6), [lab.x.shape[0]])
     try:
         lab.net(wrong)
@@ -534,13 +534,13 @@ def outcome(name, prepare, run, home, mode, seed, dtype, draws):
 def batch_norm_of_dense_weights(
     input, mean, var, weight=None, bias=None, *rest, stock=stock.functional.batch_norm
 ):
-    """The backward of PyTorch on a CPU reads a weight that is a view as if it were dense."""
+    """PyTorch's backward on a CPU reads a weight that is a view as if it were dense."""
     weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
     return stock(input, mean, var, weight, bias, *rest)
 
 
 def compared(name, prepare, run, mode, seed):
-    """(comparisons, what else differs, what was dispatched)."""
+    """(comparisons, other differences, dispatched calls)."""
     ours, draws, heard = outcome(name, prepare, run, fastnn, mode, seed, torch.float32, None)
     its, _, _ = outcome(name, prepare, run, stock, mode, seed, torch.float32, draws)
     exact, _, _ = outcome(name, prepare, run, stock, mode, seed, torch.float64, draws)
@@ -565,14 +565,12 @@ def compared(name, prepare, run, mode, seed):
 
 
 def differences(name, prepare, run, mode):
-    """In words; judged over more draws where one leaves a comparison beyond its bound."""
+    """Differences in words. A comparison beyond its bound in one draw is judged by more draws."""
     found = []
     for draws in (1, 3, 9, 25):
         try:
             found += [compared(name, prepare, run, mode, seed) for seed in range(len(found), draws)]
-        except (
-            fastnn.BackendError
-        ):  # an op declines the set-up, and says why: then its way in `auto`
+        except fastnn.BackendError:  # an op declines the set-up and says why; run it in `auto`
             return differences(name, prepare, run, "auto")
         wrong = [w for _, these, _ in found for w in these]
         pooled = _pooled([mock.Mock(comparisons=c) for c, _, _ in found])
@@ -588,8 +586,8 @@ def no_size_gate(simulate):
 
 
 def share(name):
-    """(model, mode) for a set-up: of the models that cost most one, and of the others all, in turn
-    forced and in `auto`. `python -m tests.test_setups` runs all of them in both."""
+    """(model, mode) for a set-up: one of the most expensive models, and all other models, in turn
+    forced and in `auto`. `python -m tests.test_setups` runs all models in both modes."""
     at = list(SETUPS).index(name)
     small = [m for m in MODELS if m not in LARGE]
     chosen = [*small, LARGE[at % len(LARGE)]]
@@ -614,7 +612,7 @@ def test_setup(name, record_property):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", FUSED)
 def test_the_models_are_fused(name, mode):
-    """Or the set-ups would show nothing: each model on the path that it is here for."""
+    """Each model takes the path that it is meant to test, or the set-ups would show nothing."""
     wrong, heard = differences(name, None, lambda lab: lab.all(lab.net(lab.x)), mode)
     assert not wrong
     assert FUSED[name] <= {op.name for op, why in heard if why is None}
@@ -626,8 +624,8 @@ def test_the_models_are_fused(name, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["linear_act", "batch_norm_act", "plain"])
 def test_old_backward_hooks(name, mode):
-    """They get the gradients of whatever node comes last in the layer, which stock warns about: so
-    the inputs' gradients differ, in number and order. The rest does not."""
+    """They get the gradients of the node that comes last in the layer; stock warns about that. The
+    input gradients therefore differ in number and order. Nothing else differs."""
 
     def run(lab):
         seen = []
@@ -708,7 +706,7 @@ def size(case):
     return sum(x.numel() for x in case.make(torch.float32, "cpu") if isinstance(x, Tensor))
 
 
-# The smallest row of each. Functions that only we have are asked for tensors by their names.
+# The smallest row of each op. The tensors of functions that only fastnn has are found by name.
 BY_NAME = {
     case.name: case
     for case in sorted(CASES, key=lambda case: -size(case))
@@ -728,7 +726,7 @@ def said(call, mode, args, kwargs):
 
 
 def test_arguments_that_are_no_tensors(record_property):
-    """Each argument of a row of each op and layer in turn: the error is that of stock."""
+    """If any argument of an op's or layer's row is not a tensor, the error is that of stock."""
     different, runs = [], 0
     for case in BY_NAME.values():
         sides = [_side(case, home, torch.float32, "cpu").call for home in (fastnn, stock)]
@@ -741,7 +739,7 @@ def test_arguments_that_are_no_tensors(record_property):
                 args = [*given[:i], WRONG[wrong](), *given[i + 1 :]]
                 ours, its = (said(side, mode, args, options) for side in sides)
                 runs += 1
-                # Forced, a call may be declined before anybody looks at what is wrong with it.
+                # A forced call may be declined before anything checks its arguments.
                 if ours != its and (ours != "declined" or mode == "auto"):
                     different.append(f"{case}, {wrong} for {i}, {mode}: {ours}; stock {its}")
     record_property("setups", [("wrong arguments", runs)])
@@ -753,7 +751,7 @@ def test_arguments_that_are_no_tensors(record_property):
 
 @pytest.mark.parametrize("name", ["linear_act", "encoder"])
 def test_threads_with_modes_of_their_own(name):
-    """Each gets what it gets alone, to the bit, by the path that it asked for."""
+    """Each thread gets the same bits as when it runs alone, by the path of its own mode."""
 
     def model():
         return prepared(name, fastnn, False, never, 0, torch.float32)
@@ -765,7 +763,7 @@ def test_threads_with_modes_of_their_own(name):
 
     modes = ("triton", "torch", "auto", "triton", "torch", "auto")
     alone = {mode: play(mode, *model()) for mode in set(modes)}
-    models = [model() for _ in modes]  # threads would mix up the generator's numbers
+    models = [model() for _ in modes]  # threads would mix the generator's numbers
     together = {}
     ready = threading.Barrier(len(modes))
 
@@ -793,14 +791,14 @@ WAYS = ["ddp", "ddp, accumulating", "ddp, autocast", "fully_shard", "fully_shard
 SPREAD = [
     (name, way)
     for name, way in itertools.product(("linear_act", "batch_norm_act", "encoder"), WAYS)
-    # Stock has no batch norm on a CPU of bfloat16 parameters and float32 statistics.
+    # On a CPU, stock has no batch norm with bfloat16 parameters and float32 statistics.
     if (name != "batch_norm_act" or way.startswith("ddp"))
-    and (name != "encoder" or way in ("ddp", "fully_shard, each layer"))  # which costs most
+    and (name != "encoder" or way in ("ddp", "fully_shard, each layer"))  # the most expensive one
 ]
 
 
 def spread(name, way, home, mode, seed, rank):
-    """The averaged gradients of a model and its buffers, over both processes."""
+    """The gradients of a model, averaged over both processes, and its buffers."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     net, _ = prepared(name, home, home is fastnn and mode == "auto", never, seed, torch.float32)
@@ -826,7 +824,7 @@ def spread(name, way, home, mode, seed, rank):
 
 
 def exactly(name, way, seed):
-    """The same in one process, in float64."""
+    """The same as `spread`, but in one process and in float64."""
     total: dict[str, Tensor] = {}
     for rank in range(2):
         net, _ = prepared(name, stock, False, never, seed, torch.float64)
@@ -856,7 +854,7 @@ def process(rank, folder):
             with simulated(least=0):
                 try:
                     ours = spread(name, way, fastnn, used, seed, rank)
-                except fastnn.BackendError:  # as in `differences`; in both processes alike
+                except fastnn.BackendError:  # as in `differences`, the same in both processes
                     used = "auto"
                     ours = spread(name, way, fastnn, used, seed, rank)
             its = spread(name, way, stock, "auto", seed, rank)
@@ -875,7 +873,8 @@ def process(rank, folder):
 
 
 def test_two_processes(tmp_path, record_property):
-    """DDP and FSDP2, in mixed precision, too; gradients against those of one process in float64."""
+    """DDP and FSDP2, also in mixed precision. Gradients are compared with those of one process in
+    float64."""
     torch.multiprocessing.spawn(process, (tmp_path,), nprocs=2)
     found = [torch.load(tmp_path / str(rank)) for rank in range(2)]
     record_property("setups", [("runs of a model in two processes", found[0][1])])
@@ -883,7 +882,7 @@ def test_two_processes(tmp_path, record_property):
 
 
 def everything() -> bool:
-    """Every set-up on every model, forced and in `auto`; whether all is as in stock."""
+    """Run every set-up on every model, forced and in `auto`. Returns whether all is as in stock."""
     warnings.simplefilter("ignore")
     right = True
     for name, (model, mode) in itertools.product(SETUPS, itertools.product(MODELS, MODES)):

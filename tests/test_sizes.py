@@ -1,10 +1,10 @@
-"""Every dimension of every row at 0 and at 1, with every reduction: stock is the oracle.
+"""Every dimension of every row at 0 and at 1, with every reduction, compared with stock.
 
-Derived from the parity rows: the calls of ops that they make are made again with one dimension of
-another size; with all dimensions of the same size, which may be the same one, and with it alone,
-which stock mostly rejects. Where stock raises, ours raises the same; where it does not, values,
-gradients, dtypes and strides are its own. `python -m tests.test_sizes all` makes all the calls,
-`pytest` those of the first rows of each op.
+The op calls of the parity rows are made again with another size of one dimension. Dimensions with
+the same size may be the same dimension. The size is therefore changed in all of them together, and
+then in one alone, which stock mostly rejects. Where stock raises, ours raises the same error. Where
+stock does not raise, values, gradients, dtypes and strides are those of stock.
+`python -m tests.test_sizes all` makes all calls, `pytest` those of the first rows of each op.
 """
 
 import sys
@@ -20,16 +20,16 @@ from fastnn.testing import meter
 from tests.calls import Call, attempt, differences, recorded
 from tests.marks import interpreted
 
-ROWS = 4  # of each op, in pytest
+ROWS = 4  # rows of each op in pytest
 
-# What differs from stock and stays so, by op and words of the difference: see docs/design.md.
+# Differences from stock that stay, by op and words of the difference: see docs/design.md.
 KNOWN = {
     ("binary_cross_entropy_with_logits", "(stock is 0 away)"): "stock adds a tiny term to 1",
     ("multi_margin_loss", "finite where stock is not"): "of no rows, stock leaves a sum unwritten",
     ("multilabel_margin_loss", "finite where stock is not"): "the same",
     ("scaled_dot_product_attention", "output 0: strides"): "of no elements, on a CPU",
 }
-# Calls of which stock on a CPU reads and writes beyond its tensors, and corrupts the process.
+# In these calls stock on a CPU reads and writes outside its tensors, and corrupts the process.
 LEFT_OUT = {"scaled_dot_product_attention": "query, key or value alone without elements"}
 
 
@@ -38,7 +38,7 @@ def _known(name, difference):
 
 
 def _resized(t: Tensor, shape) -> Tensor:
-    """Values of `t` in a shape none of whose sizes is larger."""
+    """Values of `t` in a shape with no larger size."""
     return t[tuple(slice(size) for size in shape)].clone(memory_format=torch.contiguous_format)
 
 
@@ -52,7 +52,7 @@ def resized(call: Call, sizes: dict[str, tuple]) -> Call:
 
 
 def variants(call: Call):
-    """(what is changed, the call) for each size of a dimension, at 0 and at 1."""
+    """(the change, the call) for each size of a dimension, at 0 and at 1."""
     tensors = call.tensors()
     for to in (0, 1):
         for size in sorted({s for t in tensors.values() for s in t.shape if s > to}):
@@ -77,7 +77,7 @@ def variants(call: Call):
 
 
 def _valid(call: Call) -> Call:
-    """The call, or if an index no longer is one, with indices of 0."""
+    """The call. If an index is no longer valid, all indices become 0."""
     stock = attempt(call, call.op.stock, {})
     if isinstance(stock.error, (IndexError, RuntimeError)) and "out of" in str(stock.error):
         integers = {

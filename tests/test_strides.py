@@ -1,9 +1,10 @@
-"""Each tensor that an op is given, in turn in every layout that a user's tensor may have.
+"""Each tensor argument of an op, in turn in every layout that a user's tensor may have.
 
-Derived from the parity rows: the calls of ops that they make are made again, with one argument (an
-input, parameter, index, target, mask, weight or statistic), or the incoming gradients, laid out
-anew, forced onto kernels with every access checked. Around a view lie nans or invalid indices.
-`python -m tests.test_strides` makes all of them, `pytest` one of each op, argument and layout.
+The op calls of the parity rows are made again with a new layout of one argument (an input,
+parameter, index, target, mask, weight or statistic) or of the incoming gradients. The calls are
+forced onto kernels, and every access is checked. The memory around a view holds nans or invalid
+indices. `python -m tests.test_strides` makes all calls, `pytest` one for each op, argument and
+layout.
 """
 
 import math
@@ -29,7 +30,7 @@ from tests.marks import interpreted
 
 
 def _poison(t: Tensor):
-    """What nobody may read or write beside a view of this dtype."""
+    """The value that lies beside a view of this dtype, and that nothing may read or write."""
     if t.dtype == torch.bool:
         return True
     return math.nan if t.is_floating_point() else torch.iinfo(t.dtype).max // 2
@@ -54,7 +55,7 @@ def rows(t: Tensor):
 
 
 def expanded(t: Tensor):
-    """One element, seen everywhere."""
+    """One element, expanded to the whole shape."""
     if t.numel() < 2:
         return None
     base = t.new_full((3,), _poison(t))
@@ -63,7 +64,7 @@ def expanded(t: Tensor):
 
 
 def spread(t: Tensor):
-    """The first along the first dimension, seen along all of it."""
+    """The first slice of the first dimension, expanded along that dimension."""
     if t.dim() < 2 or t.numel() < 2:
         return None
     base = t[:1].clone()
@@ -79,7 +80,7 @@ def transposed(t: Tensor):
 
 
 def offset(t: Tensor):
-    """One element past where memory is aligned."""
+    """One element past an aligned address."""
     base = t.new_full((t.numel() + 2,), _poison(t))
     view = base[1:-1].view(t.shape)
     view.copy_(t)
@@ -87,7 +88,7 @@ def offset(t: Tensor):
 
 
 def odd(t: Tensor):
-    """Other strides where the size is 1, and of a single element."""
+    """Unusual strides of dimensions of size 1, and of a single element."""
     if 1 not in t.shape:
         return None
     strides = [7 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
@@ -106,10 +107,10 @@ def channels_last(t: Tensor):
 LAYOUTS = (column, rows, expanded, spread, transposed, offset, odd, channels_last)
 GRADIENTS = "incoming gradients"
 
-# In pytest one in so many of these; an interpreted call takes long.
+# pytest makes one of so many calls of these ops, because an interpreted call takes long.
 SHARE = {"multi_head_attention_forward": 4}
 
-# What differs from stock and stays so, by op and words of the difference: see docs/design.md.
+# Differences from stock that stay, by op and words of the difference: see docs/design.md.
 KNOWN = {
     (
         "dropout",
@@ -126,7 +127,7 @@ def _known(name, difference):
 
 
 def attempts(name: str):
-    """(argument, layout, the calls of the op that have such an argument), of all there are."""
+    """All (argument, layout, the calls of the op that have such an argument)."""
     calls = recorded().get(name, [])
     arguments = sorted({argument for call in calls for argument in call.tensors()})
     for argument in (*arguments, GRADIENTS):
@@ -140,7 +141,8 @@ def attempts(name: str):
 
 
 def _again(layout):
-    """Of incoming gradients, whose shapes are known later: as they are where it does not apply."""
+    """The layout for incoming gradients, whose shapes are known later. If the layout does not apply
+    to a gradient, the gradient stays as it is."""
     return lambda t: layout(t) or (t, t)
 
 
@@ -161,7 +163,7 @@ def sweep(name: str, every: bool):
         if not every and n % SHARE.get(name, 1):
             counts["left out of pytest"] += 1
             continue
-        start = n % min(len(calls), 4)  # in turn the smallest of them
+        start = n % min(len(calls), 4)  # the smallest calls in turn
         for call in calls[start:] + calls[:start]:
             path, found = run(call, argument, layout)
             counts[path if path in ("kernel", "error") else "stock"] += 1
@@ -202,7 +204,7 @@ LAYERS = {
 @interpreted
 @pytest.mark.parametrize("name", sorted(LAYERS))
 def test_layers_with_parameters_that_are_views(name):
-    """As `torch.func.functional_call` and parametrisations give them."""
+    """`torch.func.functional_call` and parametrisations give such parameters."""
     case = LAYERS[name]
     torch.manual_seed(0)
     inputs = case.make(torch.float32, "cpu")

@@ -45,7 +45,7 @@ def test_checkpoint(pair, reentrant):
 
 
 def test_checkpoint_recomputes_on_the_same_path(pair):
-    """The recomputation is inside backward, on a GPU in another thread."""
+    """The recomputation runs inside the backward, and on a GPU in another thread."""
     ours, _, x = pair
     with fastnn.backend("triton"):
         loss = checkpoint(ours, x, use_reentrant=False).sum()

@@ -1,4 +1,4 @@
-"""Transformers: what is allocated and launched, and who makes the fused paths step aside."""
+"""Transformers: allocations and launches, and the conditions that turn off the fused paths."""
 
 import copy
 import itertools
@@ -24,7 +24,7 @@ OURS_ALWAYS = {
 
 @pytest.fixture(autouse=True)
 def gate(simulate):
-    """Auto, as on large inputs: kernels where the shipped table has a size for them."""
+    """`auto` as on large inputs: kernels run if the shipped table has a size for them."""
     simulate(least=dict.fromkeys(OURS_ALWAYS, 0), others="shipped")
 
 
@@ -46,7 +46,7 @@ FUSED = [
 
 
 def fused_part(heard):
-    """Without what attention and its projections say."""
+    """The decisions without those of attention and its projections."""
     return [(name, why) for name, why in heard if name in ("linear_act",) or "dropout" in name]
 
 
@@ -83,7 +83,7 @@ def test_same_parameters_from_the_same_seed():
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), its.parameters(), strict=True))
 
 
-# ---- Who notices --------------------------------------------------------------------------------
+# ---- Observers ----------------------------------------------------------------------------------
 
 
 @on_device
@@ -222,7 +222,7 @@ def test_torch_mode_runs_stock(monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*[Nn]ested:UserWarning")
 @pytest.mark.parametrize("padded", [False, True])
 def test_stocks_inference_kernel_stays(padded, monkeypatch):
-    """Taken where stock takes it: by a stack in eval without gradients, with nested tensors."""
+    """A stack in eval without gradients takes it where stock does, also with nested tensors."""
     calls = []
     kernel = torch._transformer_encoder_layer_fwd
     monkeypatch.setattr(
@@ -260,7 +260,7 @@ def test_eval_and_training_without_dropout_agree_to_the_bit(norm_first):
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_noise_is_drawn_in_stocks_order(norm_first, batch_first, device):
-    """Fused, and called one by one, a layer draws the same noise from the same seed."""
+    """A fused layer and its members called one by one draw the same noise from the same seed."""
     torch.manual_seed(0)
     options = {"norm_first": norm_first, "batch_first": batch_first, "dropout": 0.5}
     layer = encoder_layer(**options).to(device)
@@ -318,7 +318,7 @@ def residual(name, prenorm):
 )
 @on_device
 def test_second_derivatives(call, p, average):
-    """Of stock's formula, over the noise that the forward drew."""
+    """They are those of the stock formula, with the noise that the forward drew."""
     torch.manual_seed(0)
     inputs = [torch.randn(s, requires_grad=True) for s in ((3, 2, 4), (16, 4), (3, 3))]
     results, draws = [], []
@@ -368,7 +368,8 @@ def attention_step(namespace, average, p):
 @interpreted
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_weights_of_all_heads_are_never_allocated(p):
-    """Not even as a mask of bytes, forward or backward; stock has about ten such tensors."""
+    """Neither forward nor backward allocates them, not even as a mask of bytes. Stock allocates
+    about ten such tensors."""
     step, elements = attention_step(fastnn, True, p)
     made = allocations(step)
     assert made and max(made) < elements
@@ -387,11 +388,11 @@ def test_weights_of_each_head_are_allocated_once():
 @interpreted
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_launches_of_a_training_step(norm_first, monkeypatch):
-    """At most 35, where stock has about 50. Its attention is one fused kernel each way here, as
-    on CUDA forward; there it is 3 backward."""
+    """At most 35; stock has about 50. Here the attention of stock counts as one fused kernel in
+    each direction. On CUDA it is one kernel forward and 3 backward."""
     from fastnn.testing import meter
 
-    # On a GPU numbers are reserved on the host; here operators make them.
+    # On a GPU the host reserves random numbers; here operators make them.
     monkeypatch.setattr(_rng, "_draw", lambda device, launch: _rng._plain(device, 1, 0, launch))
     counts = {}
     for namespace in (fastnn, stock):
@@ -401,7 +402,7 @@ def test_launches_of_a_training_step(norm_first, monkeypatch):
         gradient = torch.randn(16, 2, 64)
         parameters = [x, *layer.parameters()]
         if namespace is fastnn:
-            torch.autograd.grad(layer(x), parameters, gradient)  # fills caches
+            torch.autograd.grad(layer(x), parameters, gradient)  # fill caches
             with meter.all_traffic() as ours:
                 torch.autograd.grad(layer(x), parameters, gradient)
             counts["ours"] = ours.cost.launches
@@ -415,7 +416,7 @@ def test_launches_of_a_training_step(norm_first, monkeypatch):
 @interpreted
 @pytest.mark.parametrize("prenorm", [False, True])
 def test_traffic_of_a_residual_norm(prenorm):
-    """Each byte once: 8 passes over the rows, 9 where the sum is used too, and no mask."""
+    """Each byte moves once: 8 passes over the rows, 9 if the sum is used too, and no mask."""
     from fastnn.testing.meter import nbytes, traffic
 
     z, x = (torch.randn(512, 256, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))

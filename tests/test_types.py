@@ -1,4 +1,4 @@
-"""Type checkers find in fastnn what they find in torch.nn, in a checkout and installed."""
+"""Type checkers find in fastnn what they find in torch.nn, in a checkout and in a wheel."""
 
 import importlib
 import os
@@ -37,7 +37,7 @@ def test_stubs_name_what_exists():
 
 
 def test_stubs_hide_no_file():
-    """A checker that finds a stub of a module does not look at the module's own file."""
+    """If a checker finds a stub of a module, it does not read the module's own file."""
     for path in stubs.ROOT.rglob("*.pyi"):
         ours = ROOT / "fastnn" / path.relative_to(stubs.ROOT)
         assert not ours.with_suffix(".py").exists() and not ours.parent.with_suffix(".py").exists()
@@ -108,14 +108,14 @@ def installed(tmp_path_factory):
     shutil.unpack_archive(wheel, site, "zip")
     Path(site, "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     for extra in Path(sysconfig.get_path("purelib")).glob("*.pth"):
-        if "editable" not in extra.name:  # would find the checkout
+        if "editable" not in extra.name:  # it would find the checkout
             shutil.copy(extra, site)
     return folder / "venv" / "bin" / "python"
 
 
 @pytest.mark.parametrize("where", ["checkout", "installed"])
 def test_type_checker(where, installed, tmp_path, pytestconfig):
-    """mypy reports the lines marked so, and no other."""
+    """mypy reports the lines that are marked as errors, and no other line."""
     public = [name for name in SUBMODULES if "._" not in f".{name}"]
     lines = PROGRAM.splitlines()
     lines += [f"import fastnn.{name}" for name in public]
@@ -133,7 +133,7 @@ def test_type_checker(where, installed, tmp_path, pytestconfig):
     else:
         environment["MYPYPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'typings'}"
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    # Of another torch than the stubs were made from, some names are missing: in the stubs.
+    # With another torch than that of the stubs, some names are missing, inside the stubs.
     found = [line for line in run.stdout.splitlines() if line.startswith("user.py:")]
     reported = {int(line.split(":")[1]) for line in found if ": error:" in line}
     marked = {number for number, line in enumerate(lines, 1) if line.endswith("# error")}

@@ -1,4 +1,4 @@
-"""What is shipped: `fastnn/` and its stubs alone, whole, and importable from there."""
+"""The wheel holds only `fastnn/` and its stubs. It is complete, and can be imported."""
 
 import os
 import re
@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def build_wheel(folder):
-    """A wheel and what was said on its making: offline, in a copy, as setuptools leaves litter."""
+    """A wheel and the output of its build. The build is offline, and runs in a copy of the
+    checkout, because setuptools leaves files behind."""
     tree, out = folder / "tree", folder / "wheel"
     tree.mkdir()
     unbuilt = shutil.ignore_patterns("__pycache__")
@@ -44,12 +45,12 @@ def wheel(build):
 
 
 def test_builds_without_a_warning(build):
-    """Such as the one for a folder of stubs, which to setuptools is a package left out."""
+    """For example, setuptools may take a folder of stubs for a missing package, and warn."""
     assert "Warning" not in build[1], build[1]
 
 
 def test_holds_the_package_and_nothing_else(wheel):
-    """Another package is called `kernels`: a file of ours under that name would overwrite it."""
+    """Another package is called `kernels`. A file of ours under that name would overwrite it."""
     tops = {name.partition("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not re.fullmatch(r"fastnn_triton-[\w.]+\.dist-info", top)} == {
         "fastnn",
@@ -58,7 +59,7 @@ def test_holds_the_package_and_nothing_else(wheel):
 
 
 def test_holds_the_package_whole(wheel):
-    """Each file of the package, and of the stubs, under the name that it has when installed."""
+    """Each file of the package and of the stubs is there, under its installed name."""
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
     homes = {
         "fastnn": "fastnn",
@@ -90,7 +91,7 @@ def test_requires_torch_and_triton_without_a_cap(wheel):
 
 
 def test_runs_where_it_is_unpacked(wheel, tmp_path):
-    """The folders that hold only stubs look like namespace packages to the path finder."""
+    """The path finder takes folders that hold only stubs for namespace packages."""
     wheel.extractall(tmp_path / "site")
     program = """
 import sys

@@ -1,7 +1,7 @@
-"""Programs for who works on fastnn, run from the checkout and not installed with the package.
+"""Programs for developers of fastnn. They run from the checkout and are not installed.
 
-python -m tools.generate   writes what the documents derive from the code
-python -m tools.stubs      writes typings/, by which type checkers find torch.nn's submodules
-python -m tools.aot        compiles what all rows launch, for GPUs that are not here
+python -m tools.generate   writes the parts of the documents that are derived from the code
+python -m tools.stubs      writes typings/, in which type checkers find the submodules of torch.nn
+python -m tools.aot        compiles the launches of all rows, for GPUs that are not present
 python -m tools.ptx        runs all rows on that compiled code, on the CPU
 """

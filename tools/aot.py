@@ -1,10 +1,10 @@
-"""Compiles what the rows launch for GPUs that are not here, and looks for known faults in it.
+"""Compiles the launches of the rows for GPUs that are not present, and looks for known faults.
 
-`python -m tools.aot [target ...]` compiles all, for every target or those named, prints the table
-and says what is wrong; with `--into PAGE.md` it also puts a line per kernel between that page's
-markers. The rows make some 4000 specialisations and a compile takes a third of a second, so with
-`--share` it compiles those that differ in what decides on registers and shared memory, each for
-one of the targets.
+`python -m tools.aot [target ...]` compiles all launches, for every target or for those named. It
+prints the table and says what is wrong. With `--into PAGE.md` it also writes one line per kernel
+between the markers of that page. The rows make about 4000 specialisations, and a compile takes a
+third of a second. With `--share` it therefore compiles only specialisations that differ in what
+decides on registers and shared memory, each for one of the targets.
 """
 
 import itertools
@@ -23,37 +23,37 @@ import fastnn.functional
 from fastnn import _gate
 from fastnn.testing.aot import TARGETS, check, compile_only, summary, table
 
-# Kernels that gather, multiply matrices or only pool partial sums: not meant to run at the speed of
-# memory.
+# Kernels that need not run at the speed of memory: they gather, multiply matrices, or only pool
+# partial sums.
 NOT_STREAMING = ("attention", "embedding", "gemm", "nll_loss", "channel_pool", "channel_totals")
 NOT_STREAMING += ("fold",)  # and unfold
 
 
 def attention_is_stocks(target):
-    """Whether it is in `auto`, on that target: there its kernels spill."""
+    """Whether attention runs stock in `auto` on that target, because its kernels spill there."""
     architecture = TARGETS[target].architecture
     return _gate.crossover("scaled_dot_product_attention", architecture).least == math.inf
 
 
 def streams(record):
-    """Whether its accesses ought to be wide; `UNIT` and `*_VEC` are what its sizes divide by."""
+    """Whether the accesses of a kernel should be wide. `UNIT` and `*_VEC` divide its sizes."""
     element = int(re.search(r"\d+", next(iter(record.signature.values())))[0]) // 8
     divisors = [v for k, v in record.constexprs.items() if k == "UNIT" or k.endswith("_VEC")]
     gathers = any(word in record.kernel for word in NOT_STREAMING)
     if record.constexprs.get("C") == record.constexprs.get("S") == 1:  # a PReLU of one element
         return False
     if record.kernel in ("_loss_fwd_kernel", "_loss_bwd_kernel"):
-        # Tensors all read through strides: each is broadcast against the others, or has gaps.
+        # All tensors are read through strides: each one is broadcast, or has gaps.
         there = [t for t in "ABCW" if t in record.signature]
         gathers = all(f"{t.lower()}2" in record.signature for t in there)
     return not gathers and all(divisor * element >= 16 for divisor in divisors)
 
 
 class Share:
-    """Of the varieties of each kernel, every sixteenth, and the first: others for each target.
+    """Chooses the first and then every sixteenth variety of each kernel, others for each target.
 
     A variety has a new combination of pointer types, tile and warps, or a new value of another
-    constexpr. fp16 counts as bf16, from which it differs by an instruction.
+    constexpr. fp16 counts as bf16, because the two differ in one instruction.
     """
 
     def __init__(self, target):
@@ -78,7 +78,7 @@ class Share:
 
 
 def launch(case, dtype):
-    """Run a row forward and backward; what its kernels would have written is missing."""
+    """Run a row forward and backward. The results of its kernels are missing."""
     given = {k: v(dtype, "cpu") if callable(v) else v for k, v in case.options.items()}
     if case.is_layer:
         members = [member(fastnn) for member in case.members]
@@ -96,9 +96,9 @@ def launch(case, dtype):
 
 
 def launch_attention():
-    """Attention of real head sizes, forward and backward, as `launch` runs a row."""
+    """Run attention with real head sizes, forward and backward, as `launch` runs a row."""
     L, S = 256, 264
-    wide = torch.zeros(L, S)  # takes twice the shared memory
+    wide = torch.zeros(L, S)  # this takes twice the shared memory
     masks = (None, torch.ones(L, S, dtype=torch.bool), wide.bfloat16(), wide)
     for D, mask, causal, p, groups in itertools.product(
         (64, 128), masks, (False, True), (0.0, 0.1), (1, 2)
@@ -139,7 +139,7 @@ MARKED = re.compile(r"(<!-- compiled -->\n).*(<!-- /compiled -->\n)", re.S)
 
 
 def put(records, path):
-    """The summary of the records into a page, with what compiled them."""
+    """Write the summary of the records into a page, with the versions that compiled them."""
     total = f"{len(records)} compiled by Triton {triton.__version__}, torch {torch.__version__}."
     text = f"\n{total}\n\n{summary(records)}\n"
     page = Path(path)

@@ -4,10 +4,10 @@
     python tools/bits.py record after.json      # on the commit after it
     python tools/bits.py compare before.json after.json
 
-A refactor changes no output: `compare` names each row whose outputs, gradients or written inputs
-have other bits, and each row that only one record has. The exit code is 1 if there is any, else 0.
-The rows run in Triton's interpreter, on the CPU and without a GPU. `--only TEXT` takes the rows
-whose name contains TEXT.
+A refactor changes no output. `compare` names each row whose outputs, gradients or written inputs
+have other bits, and each row that only one record has. The exit code is 1 if there is such a row,
+else 0. The rows run in Triton's interpreter, on the CPU and without a GPU. `--only TEXT` takes the
+rows whose name contains TEXT.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 def _row(case, dtype: torch.dtype) -> dict[str, str]:
-    """What is computed -> its digest; {"stock": reason} where no kernel runs."""
+    """Name of each result -> its digest; {"stock": reason} if no kernel runs."""
     import fastnn
     from fastnn import testing
 
@@ -66,7 +66,7 @@ def record(path: Path, only: str) -> None:
             name = f"{case} {str(dtype).removeprefix('torch.')}"
             if only not in name:
                 continue
-            while name in found:  # two rows of one name differ in how their values are made
+            while name in found:  # two rows with one name differ in the values of their inputs
                 name += " again"
             found[name] = _row(case, dtype)
     path.write_text(json.dumps(found, indent=0) + "\n")

@@ -1,12 +1,13 @@
-"""Writes what the documents derive from the code: `python -m tools.generate`; `--check` compares.
+"""Writes the parts of the documents that are derived from the code: `python -m tools.generate`.
 
-README.md       each ```python block is run, in order and in one process, and what it prints becomes
-                the ```text block after it; the table of families stands between its two markers.
+README.md       each ```python block is run, in order and in one process, and its output becomes the
+                ```text block after it; the table of families stands between its two markers.
 docs/layers.md  its tables of layers and of functions, between their markers.
 docs/ops.md     the whole file, from the record of each op.
 
-docs/commands.md is written by `python -m tools.generate --commands` alone, since that takes
-minutes: each ```sh line is run, and what it prints becomes the ```text block after it.
+`--check` compares and writes nothing. Only `python -m tools.generate --commands` writes
+docs/commands.md, because that takes minutes: each ```sh line is run, and its output becomes the
+```text block after it.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ COMMAND = re.compile(r"```sh\n(fastnn [^\n]*)\n```\n\n```text\n(?:(?!```)[^\n]*\
 
 
 def _layers() -> tuple[list[str], list[str]]:
-    """Names of the layers of `torch.nn`: those with kernels, and all."""
+    """Names of the layers of `torch.nn` that have kernels, and names of all its layers."""
     import torch.nn as stock
 
     from fastnn.layers._layer import OURS
@@ -45,7 +46,7 @@ def layers_table() -> str:
 
 
 def functions_table() -> str:
-    """One row per op: who runs it by default."""
+    """One row per op, with the path that it takes by default."""
     from fastnn import _gate
     from fastnn.ops import REGISTRY
 
@@ -58,7 +59,7 @@ def functions_table() -> str:
     return "\n".join(rows) + f"\n\nThe sizes are an {source}; `fastnn tune` measures them.\n"
 
 
-# What the README's table has on one line. A family that is in none has a line of its own.
+# Families that share a line of the README's table. Any other family has a line of its own.
 AREAS = {
     "activations, dropout": (("activation", "dropout", "glu", "prelu", "softmax"), None),
     "attention and transformers": (
@@ -107,7 +108,7 @@ def family_table() -> str:
 
 
 def between(text: str, mark: str, content: str) -> str:
-    """`text` with `content` between its two comments of that mark."""
+    """`text` with `content` between its two comments named `mark`."""
     pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->\n)", re.S)
     assert pattern.search(text), f"no place for {mark}"
     return pattern.sub(lambda m: f"{m[1]}\n{content}\n{m[2]}", text)
@@ -145,7 +146,7 @@ def ops_page() -> str:
 
 
 def run_blocks(text: str) -> str:
-    """README's text with each output block replaced by what its code prints."""
+    """The README's text, in which each output block is replaced by the output of its code."""
     scope: dict = {"__name__": "readme"}
 
     def replace(match):
@@ -159,10 +160,10 @@ def run_blocks(text: str) -> str:
 
 
 def commands_page() -> None:
-    """Run every command of docs/commands.md and write down what it printed."""
+    """Run every command of docs/commands.md and write its output into the page."""
     page = ROOT / "docs" / "commands.md"
     environment = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1"}
-    environment.pop("TRITON_INTERPRET", None)  # a user's shell has it not
+    environment.pop("TRITON_INTERPRET", None)  # a user's shell does not have it
     with tempfile.TemporaryDirectory() as folder:
 
         def replace(match):

@@ -1,7 +1,7 @@
-"""Runs rows on the code that Triton compiled for GPUs that are not here, on the CPU.
+"""Runs rows on the CPU, on the code that Triton compiled for GPUs that are not present.
 
-`python -m tools.ptx [target ...]` runs all rows, and rows as wide as models have them, on the code
-for every target or those named; with `--share TARGET` a twentieth of them.
+`python -m tools.ptx [target ...]` runs all rows, and rows as wide as those of models, on the code
+for every target or for those named. With `--share TARGET` it runs a twentieth of them.
 """
 
 import itertools
@@ -23,12 +23,12 @@ def rows():
 
 
 def keep(*shape):
-    """Maker of a mask that keeps four in five."""
+    """Maker of a mask that keeps four of five elements."""
     return lambda dtype, device: (torch.rand(shape) > 0.2).to(device)
 
 
 def of_real_widths():
-    """Few rows as wide as models have them: the tiles, loops and stages that a GPU will run."""
+    """A few rows as wide as those of models, for the tiles, loops and stages that a GPU runs."""
     L, S = 150, 200
     for D, mask, causal, p, groups in itertools.product(
         (64, 128), (None, keep(L, S), randn(L, S)), (False, True), (0.0, 0.1), (1, 2)

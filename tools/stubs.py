@@ -1,9 +1,10 @@
-"""Writes the stubs by which type checkers find torch.nn's submodules under fastnn's name.
+"""Writes the stubs in which type checkers find the submodules of torch.nn under fastnn's name.
 
     python -m tools.stubs
 
-At run time `fastnn.utils.rnn` is torch's module and no file here; checkers want a file. Each stub
-re-exports all that stock's file defines, private names too: people do import `_BatchNorm`.
+At run time `fastnn.utils.rnn` is PyTorch's module and has no file here, but checkers need a file.
+Each stub re-exports all names of PyTorch's file, also private ones, because people import
+`_BatchNorm`.
 """
 
 import ast
@@ -42,7 +43,7 @@ def _statements(body):
 
 
 def _from_nn(statement):
-    """Whether an import takes names from within torch.nn or its successor torch.ao.nn."""
+    """Whether an import takes names from torch.nn or its successor torch.ao.nn."""
     source = statement.module or ""
     return statement.level > 0 or source.startswith(("torch.nn.", "torch.ao.nn."))
 
@@ -79,7 +80,7 @@ def stub(module, path):
 
 
 def _rank(name):
-    """The linter's order of imports: constants, classes, the rest."""
+    """The linter's order of imported names: constants, classes, then the rest."""
     kind = 0 if name.isupper() and len(name) > 1 else 1 if name[0].isupper() else 2
     return kind, name.lower()
 
@@ -100,7 +101,7 @@ def stubs():
 
 
 def written():
-    """Path below typings/fastnn/ -> text, of the stubs that are there."""
+    """Path below typings/fastnn/ -> text, for the stubs that exist."""
     found = {path.relative_to(ROOT): path.read_text() for path in ROOT.rglob("*.pyi")}
     return {path: text for path, text in found.items() if text.startswith(HEADER)}
 

@@ -1,5 +1,7 @@
-"""What the subcommands share. No file in this folder imports rich or matplotlib before it is
-asked to: the library works without them, and `fastnn --help` too.
+"""Code that the subcommands share.
+
+No file in this folder imports rich or matplotlib before a command needs them. The library and
+`fastnn --help` work without them.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class CliError(Exception):
-    """Ends a command with exit code 2; the message is all that the user sees."""
+    """Ends a command with exit code 2. The user sees only the message."""
 
 
 def require(*packages: str) -> None:
-    """Raises CliError unless each of the command line's own dependencies can be imported."""
+    """Raises CliError unless all `packages`, dependencies of the command line, can be imported."""
     missing = []
     for name in packages:
         try:
@@ -37,7 +39,7 @@ def require(*packages: str) -> None:
 
 
 def console() -> Console:
-    """Where a command writes. Raises CliError without rich."""
+    """The console to which a command writes. Raises CliError without rich."""
     require("rich")
     from rich.console import Console
 
@@ -45,7 +47,7 @@ def console() -> Console:
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
+    """The versions on which a result depends."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -59,7 +61,7 @@ def versions() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor, by its marketing name where the system tells it."""
+    """The processor, by its marketing name if the system knows it."""
     try:
         with open("/proc/cpuinfo") as info:
             names = [line.split(":", 1)[1] for line in info if line.startswith("model name")]
@@ -71,12 +73,12 @@ def cpu_name() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """A device as a report names it."""
+    """The name of a device for reports."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def why_no_kernels() -> str | None:
-    """Why no kernel can run in this process, in words that say what would help; None if one can."""
+    """Why no kernel can run in this process, and what would help; None if kernels can run."""
     if _mode.current_mode() == "torch":
         return 'the mode is "torch" (FASTNN_BACKEND=torch), so that everything runs stock'
     if not _mode.HAS_TRITON:

@@ -23,24 +23,24 @@ DTYPES = {str(d).removeprefix("torch."): d for d in FLOATS}
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--only", action="append", metavar="NAME", help="rows of layers, functions, models so named"
+        "--only", action="append", metavar="NAME", help="only rows whose name or model has NAME"
     )
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="default: all three")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="results as they come, a summary, plots; resumed"
+        "--out", type=Path, metavar="DIR", help="write results, a summary and plots; can be resumed"
     )
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True,
-        help="time torch.compile(stock) as well: minutes more",
+        help="also time torch.compile(stock), which takes minutes more",
     )  # fmt: skip
     parser.add_argument(
         "--bandwidth", type=float, default=3.35, metavar="TB/S",
-        help="of the GPU predicted for where there is none (default: %(default)s, an H100)",
+        help="without a GPU: bandwidth of the prediction (default: %(default)s, an H100)",
     )  # fmt: skip
 
 
 def _interpret() -> None:
-    """Without a GPU, start over with the kernels interpreted: that is decided at import."""
+    """Without a GPU, restart the process with interpreted kernels. Import decides on that."""
     if torch.cuda.is_available() or _mode.INTERPRET:
         return
     if not _mode.HAS_TRITON:

@@ -1,4 +1,4 @@
-"""`fastnn demo`: shows, plots and writes what `training.py` finds."""
+"""`fastnn demo`: shows, plots and writes the results of `training.py`."""
 
 from __future__ import annotations
 
@@ -96,13 +96,13 @@ def _device() -> torch.device:
 
 
 def _compare(args: argparse.Namespace, console: Console) -> tuple[list[Comparison], str | None]:
-    """The full run, then the run on kernels; and why there is no second one, if there is none."""
+    """The full run, then the run on kernels; and the reason, if there is no second run."""
     from rich import progress
 
     device = _device()
     console.print(", ".join(f"{name} {v}" for name, v in _cli.versions().items()))
     console.print(f"on {_cli.device_name(device)}")
-    # Interpreted, "auto" would run a full training at a thousandth of the speed.
+    # With interpreted kernels, "auto" would train at a thousandth of the speed.
     mode: _mode.Mode = "torch" if _mode.INTERPRET else "auto"
     on_gpu = device.type == "cuda" and not _mode.INTERPRET
     if on_gpu:
@@ -162,7 +162,7 @@ def _bar(bars: Progress, description: str, steps: int):
 
 
 def _rows(steps: int, count: int = 9) -> list[int]:
-    """Step numbers, evenly spaced, the first and the last among them."""
+    """Evenly spaced step numbers, with the first and the last step."""
     return sorted({round(i * (steps - 1) / (count - 1)) for i in range(count)})
 
 
@@ -171,7 +171,7 @@ def _bytes(n: int | None) -> str:
 
 
 def grouped(layers: list[dict]) -> list[tuple[str, str, str, str]]:
-    """(layers, op, path, reason) with the repeats over numbered blocks written once."""
+    """(layers, op, path, reason); lines that repeat over numbered blocks are written once."""
     groups: dict[tuple, int] = {}
     for row in layers:
         # The size in a reason varies from layer to layer; the reason itself does not.
@@ -270,7 +270,7 @@ _STOCK, _OURS, _ALLOWED = "#e8a33d", "#1f4e79", "#8a8a8a"
 
 
 def plot(report: dict, comparisons: list[Comparison], path: Path) -> None:
-    """Loss curves on top, what is between them below; a column per comparison."""
+    """Loss curves on top, the distances between them below; one column per comparison."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -316,7 +316,7 @@ def _difference(axis, c: Comparison) -> None:
     axis.xaxis.get_major_locator().set_params(integer=True)
     v = c.loss_verdict
     if v.allowed:
-        # A distance of zero has no place on a logarithmic axis: it is drawn at the bottom.
+        # A logarithmic axis has no zero. A distance of zero is drawn at the bottom.
         floor = min(v.allowed) / 300
         axis.semilogy([max(e, floor) for e in v.stock_error], color=_STOCK, lw=2, label="torch.nn")
         axis.semilogy([max(e, floor) for e in v.fastnn_error], color=_OURS, lw=1, label="fastnn")

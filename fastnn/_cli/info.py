@@ -1,4 +1,4 @@
-"""`fastnn info`: what this machine has, and what would run on kernels here."""
+"""`fastnn info`: what this machine has, and which functions would run on kernels here."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ EXAMPLES = """\
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """It has none."""
+    """This command has no arguments."""
 
 
 def devices() -> list[str]:
-    """A line per device that PyTorch sees."""
+    """One line per device that PyTorch sees."""
     lines = [f"cpu: {_cli.cpu_name()}"]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -37,7 +37,7 @@ def devices() -> list[str]:
 
 
 def path(op: Op, why: str | None) -> str:
-    """Who runs an op here: the shared reason, else what the size gate of the first GPU says."""
+    """The path of an op here: the reason `why`, or else the answer of the first GPU's size gate."""
     if why is not None:
         return "stock"
     if _mode.INTERPRET:

@@ -1,4 +1,4 @@
-"""`fastnn parity`: every layer and function with kernels against stock and float64, here."""
+"""`fastnn parity`: compares every layer and function with kernels with stock and float64."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ DTYPES = {str(d).removeprefix("torch."): d for d in FLOATS}
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--only", action="append", metavar="NAME", help="rows of layers and functions so named"
+        "--only", action="append", metavar="NAME", help="only rows whose name has NAME"
     )
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="default: all three")
     parser.add_argument(
         "--emulate", metavar="ARCH",
-        help="compile kernels for an NVIDIA GPU that need not be there (sm_80, sm_90, ...) and run "
-        "that code on the CPU, instruction by instruction",
+        help="compile kernels for an NVIDIA GPU (sm_80, sm_90, ...), which need not be present, "
+        "and run that code on the CPU, one instruction at a time",
     )  # fmt: skip
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report, one file")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row's figures")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a report as one file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every row")
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What one row gave in one dtype. Errors are the largest against float64, over its tensors.
+    """The outcome of one row in one dtype. Each error is the largest one over the row's tensors.
 
-    Bytes and launches are those of forward and backward, as `fastnn.testing.Traffic`; None where
-    kernels are compiled, or the row declined.
+    Bytes and launches are those of forward and backward, as in `fastnn.testing.Traffic`. They are
+    None if kernels are compiled, or if the row was declined.
     """
 
     name: str
@@ -77,13 +77,13 @@ class Outcome:
     stock_launches: int | None = None
 
     def passes(self, of: str) -> float | None:
-        """Bytes moved, by "ours" or "stock", over the least there can be."""
+        """Bytes that "ours" or "stock" moves, divided by the least bytes."""
         moved = self.bytes if of == "ours" else self.stock_bytes
         return moved / self.least_bytes if moved is not None and self.least_bytes else None
 
 
 def _start_over(interpret: bool) -> None:
-    """Interpret kernels or compile them: that is decided when they are imported."""
+    """Restart the process, to interpret kernels or to compile them. Import decides on that."""
     if _mode.INTERPRET == interpret:
         return
     if not _mode.HAS_TRITON:
@@ -107,7 +107,7 @@ def _uninitialised_memory_is_nan():
 
 
 def _emulated(architecture: str) -> tuple[str, contextlib.AbstractContextManager]:
-    """(what the report says of it, the block in which it is so)."""
+    """(the name of the device in the report, the block in which kernels are emulated)."""
     from fastnn.testing.aot import TARGETS, emulate
 
     known = {t.architecture: name for name, t in TARGETS.items() if name.startswith("cuda:")}
@@ -157,7 +157,7 @@ def _outcome(case: Case, dtype: torch.dtype, device: str) -> Outcome:
 
 
 def _summary(outcomes: list[Outcome]) -> list[dict]:
-    """A line per name and dtype, over its rows, whatever order they ended in."""
+    """One line per name and dtype, over its rows, independent of the order in which they ended."""
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for o in outcomes:
         groups.setdefault((o.name, o.dtype), []).append(o)
@@ -212,7 +212,7 @@ COLUMNS = {
     "stock_bytes": "stock's",
     "failed": "failed",
 }
-NARROW = ("name", "dtype", "rows", "kernel", "ratio", "failed")  # fit into 80 characters
+NARROW = ("name", "dtype", "rows", "kernel", "ratio", "failed")  # these fit into 80 characters
 
 
 def _cells(line: dict, columns: Iterable[str] = COLUMNS) -> list[str]:
@@ -249,7 +249,7 @@ details { margin: .3rem 0 } summary { cursor: pointer }
 
 
 def _html(facts: dict[str, str], lines: list[dict], outcomes: list[Outcome]) -> str:
-    """A report of one file: no script, no link."""
+    """A report as one file, without scripts and links."""
     bad = [o for o in outcomes if o.failures]
     verdict = f"{len(bad)} of {len(outcomes)} rows failed" if bad else "Every row passed"
     head = "".join(f"<th>{html.escape(t)}</th>" for t in COLUMNS.values())

@@ -1,19 +1,20 @@
 """`fastnn demo`: one small GPT, built with torch.nn and with fastnn, trained side by side.
 
-This file trains and judges and needs torch alone; `demo.py` shows what it finds.
+This file trains and judges. It needs only torch. `demo.py` shows the results.
 
-When do two curves coincide? Where both sides ran stock on a CPU: when every loss has equal bits.
-Where kernels ran, sums are taken in another order and training amplifies the last bit, so equality
-is the wrong question. The parity rule of this project is asked at every step instead: fastnn may be
-at most twice as far from the same training in float64 as stock is, plus an ulp. "As far as stock"
-is an envelope: the largest distance up to that step, over stock and over twins of it, which see the
-rows of each batch in another order. For mathematics the order is nothing; for rounding it is as
-good as another kernel. Dropout is 0 there: float64 and the twins would draw other masks from the
-same seed (on a CPU the kernels too), and different masks are different trainings.
+When do two curves coincide? If both sides ran stock on a CPU, they coincide when every loss has
+equal bits. Kernels take sums in another order, and training amplifies the last bit, so with kernels
+bits differ even if all is well. There the parity rule of this project holds at every step: the
+distance of fastnn from the same training in float64 may be at most twice the distance of stock,
+plus an ulp. The distance of stock is an envelope: the largest distance up to that step, over stock
+and its twins. A twin is a stock training that sees the rows of each batch in another order. The
+order does not matter for mathematics, and for rounding it has the effect of another kernel. Dropout
+is 0 in this comparison. Float64 and the twins would draw other masks from the same seed, on a CPU
+the kernels too, and trainings with different masks are different trainings.
 
-Two curves are judged, the loss and the sum of the norms of all gradients. AdamW divides a gradient
-by its own size, so that a parameter's gradient off by a constant factor trains the same model: the
-loss alone would never show it.
+Two curves are judged: the loss, and the sum of the norms of all gradients. AdamW divides a gradient
+by its own size. If the gradient of a parameter is wrong by a constant factor, the model is trained
+in the same way, and the loss alone would never show the fault.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ from fastnn import _mode
 
 VOCABULARY = 128  # ASCII: no tokenizer, and the same on every version of Python
 PROMPT = "The "
-# One run's rounding error is a single draw, and half of all sound kernels draw a larger one. Tried
-# with torch.nn in fastnn's place, in turn: of 80 interpreted-size runs none was found apart, of 64
-# runs of 200 steps one was.
+# The rounding error of one run is a single draw, and half of all correct kernels draw a larger one.
+# A trial with torch.nn in the place of fastnn gave these numbers: of 80 runs at the interpreted
+# size none was judged to differ, and of 64 runs of 200 steps one was.
 TWINS = 4
 
 
 class DemoError(Exception):
-    """Something the demo needs is missing; the message says what and what to do."""
+    """Something that the demo needs is missing. The message says what is missing and what to do."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Size:
     steps: int
     lr: float
     dropout: float = 0.0
-    encoder: bool = False  # of `nn.TransformerEncoderLayer`s, not of blocks written out
+    encoder: bool = False  # blocks are `nn.TransformerEncoderLayer`s, not written out
 
 
 CPU = Size(width=96, heads=4, layers=3, context=64, batch=16, steps=500, lr=4e-3, dropout=0.05)
@@ -81,7 +82,7 @@ INTERPRETED_QUICK = replace(INTERPRETED, layers=1, batch=3, steps=6)
 
 
 def build(nn: Any, size: Size) -> torch.nn.Module:
-    """A GPT from the layers of `nn`: `torch.nn`, or `fastnn`. Nothing else differs."""
+    """A GPT from the layers of `nn`, which is `torch.nn` or `fastnn`. Nothing else differs."""
 
     class Attention(nn.Module):
         def __init__(self):
@@ -155,7 +156,7 @@ def build(nn: Any, size: Size) -> torch.nn.Module:
 
 
 def text() -> tuple[Tensor, Tensor]:
-    """The reference topics of Python's `help()` in ASCII: the first nine tenths, and the rest."""
+    """The topics of Python's `help()` in ASCII, as two parts: the first nine tenths, the rest."""
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError as error:
@@ -183,8 +184,8 @@ def batches(data: Tensor, size: Size, seed: int, device: torch.device) -> Iterat
 
 
 class Side:
-    """One model in training. Per step: the loss, the sum of the norms of its parameters' gradients,
-    and the seconds taken; `memory` is the bytes of one step.
+    """One model in training. For each step it records the loss, the sum of the norms of its
+    parameters' gradients, and the seconds taken. `memory` is the bytes of one step.
     """
 
     def __init__(
@@ -200,7 +201,7 @@ class Side:
         roll: int = 0,
     ):
         self.nn, self.size, self.device, self.seed, self.mode = nn, size, device, seed, mode
-        self.roll = roll  # the rows of each batch are rolled so far: a twin
+        self.roll = roll  # the rows of each batch are rolled by this number, which makes a twin
         self.model = build(nn, size)
         if start is not None:
             try:
@@ -220,7 +221,7 @@ class Side:
         warm = min(1.0, (step + 1) / (1 + self.size.steps // 20))
         for group in self.optimizer.param_groups:
             group["lr"] = self.size.lr * warm * (1 - 0.9 * step / self.size.steps)
-        torch.manual_seed(self.seed * 1_000_003 + step)  # dropout: the same draws on every side
+        torch.manual_seed(self.seed * 1_000_003 + step)  # the same dropout on every side
         if self.roll:
             ids, targets = ids.roll(self.roll, 0), targets.roll(self.roll, 0)
         with fastnn.backend(self.mode):
@@ -273,10 +274,10 @@ class Side:
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
-    """(what `run()` returns, the most bytes of tensors alive at once beyond those held before).
+    """(result of `run()`, the most bytes of tensors alive at once beyond those held before).
 
-    On a GPU the allocator keeps the figure. On a CPU PyTorch's profiler lists each allocation and
-    release, of the temporaries inside its operators too, and the peak is that of the running sum.
+    On a GPU the allocator keeps this figure. On a CPU PyTorch's profiler lists each allocation and
+    release, also of temporaries inside operators, and the result is the peak of the running sum.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -285,7 +286,7 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> tuple[Any, int]
         result = run()
         torch.cuda.synchronize(device)
         return result, torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it writes to stderr when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes to stderr otherwise
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         result = run()
     with tempfile.TemporaryDirectory() as folder:
@@ -298,8 +299,8 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> tuple[Any, int]
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """PyTorch on one thread. The tensors are small, and on two cores with eight processes at work
-    two threads, which spin while they wait for each other, took seven times as long as one.
+    """PyTorch on one thread, because the tensors are small. Two threads spin while they wait for
+    each other: on two cores with eight busy processes they took seven times as long as one.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -315,7 +316,7 @@ def train(
     steps: int,
     on_step: Callable[[int, dict[str, float]], None],
 ) -> None:
-    """Give every side the same batches, in turn: a noisy machine then slows all of them alike."""
+    """Give the same batches to all sides in turn, so that a noisy machine slows all of them."""
     first = next(iter(sides.values()))
     source = batches(data, first.size, first.seed, first.device)
     for step, (ids, targets) in enumerate(itertools.islice(source, steps)):
@@ -337,16 +338,16 @@ class Verdict:
     coincide: bool
     rule: str
     finding: str
-    # Per step, where the float64 rule was applied: both sides' distance, and what is allowed.
+    # For each step under the float64 rule: the distance of both sides, and the distance allowed.
     fastnn_error: list[float] = field(default_factory=list)
     stock_error: list[float] = field(default_factory=list)
     allowed: list[float] = field(default_factory=list)
 
 
 def judge_bits(curves: dict[str, list[float]]) -> Verdict:
-    """Equal bits at every step: the rule where both sides ran the same code."""
+    """Requires equal bits at every step. This is the rule if both sides ran the same code."""
     stock, ours = curves["stock"], curves["fastnn"]
-    # repr, because == would call nan different from itself and 0.0 the same as -0.0.
+    # repr, because under == nan differs from itself, and 0.0 equals -0.0.
     apart = [i for i, (a, b) in enumerate(zip(stock, ours, strict=True)) if repr(a) != repr(b)]
     finite = all(map(math.isfinite, stock + ours))
     finding = f"all {len(stock)} values have equal bits"
@@ -361,7 +362,8 @@ def judge_bits(curves: dict[str, list[float]]) -> Verdict:
 
 
 def judge_rounding(curves: dict[str, list[float]]) -> Verdict:
-    """At each step at most twice as far from float64 as stock or a twin was so far, plus an ulp."""
+    """Requires at each step at most twice the largest distance from float64 that stock or a twin
+    had so far, plus an ulp."""
     exact = curves["float64"]
     errors = {
         name: [abs(a - b) for a, b in zip(curve, exact, strict=True)]
@@ -391,7 +393,7 @@ def judge_rounding(curves: dict[str, list[float]]) -> Verdict:
 
 @dataclass
 class Move:
-    """One side's checkpoint, loaded into a new model of the other side."""
+    """The checkpoint of one side, loaded into a new model of the other side."""
 
     name: str
     moved: bool
@@ -402,8 +404,8 @@ class Move:
 def move(source: Side, target: Side, path: Path, ids: Tensor) -> Move:
     """Save `source`, load it strictly into a new model and optimizer of `target`'s kind, compare.
 
-    Both then compute stock's way, so that equal weights must give logits of equal bits; a weight
-    that did not arrive cannot hide in a tolerance.
+    Both models then run stock, so equal weights must give logits with equal bits. A weight that did
+    not arrive cannot hide in a tolerance.
     """
     name = " -> ".join(getattr(side.nn, "__name__", "?") for side in (source, target))
     torch.save({"model": source.model.state_dict(), "adamw": source.optimizer.state_dict()}, path)
@@ -428,7 +430,7 @@ def move(source: Side, target: Side, path: Path, ids: Tensor) -> Move:
 
 @dataclass
 class Comparison:
-    """stock against fastnn: what `fastnn demo` shows, plots and writes."""
+    """The comparison of stock and fastnn that `fastnn demo` shows, plots and writes."""
 
     title: str
     device: str
@@ -482,7 +484,7 @@ def compare(
     sample: int = 0,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
 ) -> Comparison:
-    """Train stock beside fastnn (and, where kernels may run, beside float64 and twins); judge.
+    """Train stock beside fastnn, and judge. If kernels may run, also train float64 and twins.
 
     `ours` is the namespace of the second side. Checkpoints are saved and moved if `out` is given.
     """
@@ -532,14 +534,14 @@ def compare(
 
 # ---- Kernels without a GPU ----------------------------------------------------------------------
 #
-# Triton decides whether to interpret when it is imported, hence a second process. It reports one
-# JSON object per line: {"step": ..., "losses": ...} while it trains, {"result": ...} at the end.
+# Triton decides at import whether to interpret, so this needs a second process. The process reports
+# one JSON object per line: {"step": ..., "losses": ...} in training, {"result": ...} at the end.
 
 
 def compare_interpreted(
     size: Size, seed: int, on_step: Callable[[int, dict[str, float]], None]
 ) -> Comparison:
-    """`compare` with the kernels interpreted on the CPU, in a process of its own."""
+    """`compare` with kernels interpreted on the CPU, in a separate process."""
     environment = {k: v for k, v in os.environ.items() if k != "FASTNN_BACKEND"}
     environment["TRITON_INTERPRET"] = "1"
     job = json.dumps({**asdict(size), "seed": seed})

@@ -21,19 +21,19 @@ CONFIGS, CROSSOVERS = "configs", "crossovers"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", action="append", metavar="OP", help="ops so named, exactly")
+    parser.add_argument("--only", action="append", metavar="OP", help="only the op named OP")
     parser.add_argument(
         "--what", choices=[CONFIGS, CROSSOVERS],
-        help="launch configurations or crossover sizes alone (default: one, then the other)",
+        help="only launch configurations, or only crossover sizes (default: both, in this order)",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, metavar="FILE",
         help="the crossover table to write (default: the installed one); configurations go to "
         "configs-<architecture>.json beside it",
     )  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, measure nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and measure nothing")
     parser.add_argument(
-        "--log", type=Path, metavar="FILE", help="every measured point as it comes; resumed"
+        "--log", type=Path, metavar="FILE", help="write every measured point; can be resumed"
     )
 
 
@@ -47,7 +47,7 @@ def _progress(console):
 
 
 def _questions(only: list[str] | None, make, console) -> list:
-    """What the rows of these ops ask of configuration functions."""
+    """The questions that the rows of these ops ask configuration functions."""
     from fastnn.bench import cases, configs, tune
 
     rows = [

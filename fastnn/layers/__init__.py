@@ -1,6 +1,6 @@
-"""Stock layers whose `forward` goes through `fastnn.functional`; nothing else about them differs.
+"""Stock layers whose `forward` calls `fastnn.functional`. Nothing else about them differs.
 
-Files and their order mirror torch/nn/modules/.
+The files and their order mirror torch/nn/modules/.
 """
 
 from fastnn.layers.activation import *  # noqa: F403

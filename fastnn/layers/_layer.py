@@ -1,9 +1,9 @@
-"""What every accelerated layer shares: who its stock class is, and passing for it.
+"""What every accelerated layer shares: its stock class, and behaving like that class.
 
-Code asks two things of a layer's class that a subclass alone answers wrongly: whether
-`isinstance(layer, nn.Linear)` when the layer was built by code that knows only `torch.nn`, and
-whether torch.fx may step into it. And tools replace methods on a class, `torch.nn.Linear.forward`
-above all, which a subclass with a method of its own would hide.
+A plain subclass gives a wrong answer to two questions: whether `isinstance(layer, nn.Linear)` holds
+when code that knows only `torch.nn` built the layer, and whether torch.fx may step into the layer.
+Also, tools replace methods on a class, most of all `torch.nn.Linear.forward`. A subclass with a
+method of its own would hide the replacement.
 """
 
 from __future__ import annotations
@@ -22,28 +22,29 @@ import torch.nn
 from fastnn import _mode
 
 STOCK: dict[type, type] = {}  # accelerated class -> the stock class it stands for
-OURS: dict[type, type] = {}  # and the other way
+OURS: dict[type, type] = {}  # stock class -> accelerated class
 
 # ---- Methods that somebody replaced on a class --------------------------------------------------
 
-# Of each class of both kinds: its forward, the stock class, and that one's forward, all as made.
+# For each accelerated and each stock class: its original forward, the stock class, and the stock
+# class's original forward.
 _AS_MADE: dict[type, tuple[Any, type, Any]] = {}
 
-# What `__call__` of a layer is where nobody else replaced it: `explain` adds its own.
+# The values of a layer class's `__call__` that count as original. `explain` adds its own.
 CALLS: set[Callable] = {torch.nn.Module._wrapped_call_impl}
 _CALL_IMPL = torch.nn.Module._call_impl
 
 
 def as_torch_made(method: Any) -> Any:
-    """`method`; None if it is not PyTorch's: somebody replaced it before fastnn was imported."""
+    """`method`, or None if it is not PyTorch's, because it was replaced before fastnn's import."""
     home = getattr(method, "__globals__", {}).get("__name__", "torch")
     return method if home.split(".")[0] == "torch" else None
 
 
 def replaced(cls: type) -> str | None:
-    """Whose method is no longer the one that the class was made with, in words; None if none is.
+    """Which method of the class is no longer the original one, in words; None if all are.
 
-    `cls` is one of ours, or a stock class that one stands for.
+    `cls` is an accelerated class, or a stock class that has an accelerated twin.
     """
     forward, its, its_forward = _AS_MADE[cls]
     if cls.forward is not forward:  # type: ignore[attr-defined]
@@ -56,8 +57,11 @@ def replaced(cls: type) -> str | None:
 
 
 def watched(*layers: Any) -> str | None:
-    """Who would notice that these are not called one by one, of those that look at one layer or
-    one class; see `replaced` for the classes accepted."""
+    """What would notice that these layers are not called one by one, in words; None if nothing.
+
+    It looks at everything that is attached to one layer or to its class. `replaced` says which
+    classes are accepted.
+    """
     for layer in layers:
         d = layer.__dict__
         if (
@@ -76,10 +80,11 @@ def watched(*layers: Any) -> str | None:
 
 
 def _front(cls: type, its: type, name: str, method: Any) -> Any:
-    """`method` as the class shows it: what the stock class has under its name where that was
-    replaced, unless ours was, too, and the stock method where no kernel can run.
+    """The function that the class gets under `name`, in place of `method`.
 
-    Written out from the signature, so that arguments bind and fail as declared.
+    It calls the stock class's method if that one was replaced and ours was not. It calls PyTorch's
+    method if no kernel can run. Else it calls `method`. It is generated as source code from the
+    signature, so that arguments bind and fail as declared.
     """
     declared, passed, defaults = [], [], {}
     for p in signature(method).parameters.values():
@@ -104,7 +109,7 @@ def _front(cls: type, its: type, name: str, method: Any) -> Any:
     source = "\n".join(lines) + "\n"
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
     scope: dict = {}
-    # TorchScript compiles the source of `method`, by the names that it finds here.
+    # TorchScript compiles the source of `method`, and looks up its names in these globals.
     exec(compile(source, file, "exec"), method.__globals__, scope)
     made = as_torch_made(getattr(its, name))
     front = scope["make"](_mode, cls, its, made, method, **defaults)
@@ -115,9 +120,9 @@ def _front(cls: type, its: type, name: str, method: Any) -> Any:
 
 
 class Layer(ABCMeta):
-    """Metaclass of accelerated layers. `class ReLU(stock.ReLU, metaclass=Layer)` registers it.
+    """Metaclass of accelerated layers. `class ReLU(stock.ReLU, metaclass=Layer)` registers one.
 
-    An ABCMeta, so that users may still mix `abc.ABC` into their subclasses.
+    It derives from ABCMeta, so that users can still mix `abc.ABC` into their subclasses.
     """
 
     def __new__(mcls, name, bases, namespace, **kwargs):
@@ -136,7 +141,8 @@ class Layer(ABCMeta):
             _AS_MADE[its] = its_forward, its, its_forward
         return cls
 
-    # A stock layer counts as one of ours: `isinstance(m, nn.Linear)` asks "is it a linear layer".
+    # A stock layer counts as an instance of the accelerated class: `isinstance(m, nn.Linear)` asks
+    # whether m is a linear layer.
     def __instancecheck__(cls, instance: Any) -> bool:
         if cls in STOCK:
             return isinstance(instance, STOCK[cls])
@@ -149,14 +155,14 @@ class Layer(ABCMeta):
 
 
 def rebound(function: Any, called: str | None = None, /, **names: Any) -> Any:
-    """The code of `function`, with `names` in place of what its globals have under these names.
+    """A function with the code of `function`, whose globals have `names` in place of their own.
 
-    So that a method of stock's calls our functions, or builds our layers, and remains stock's in
-    all else, whatever the version of torch. `called`: the new function's own name, by which
-    TorchScript files it.
+    With it, a PyTorch method calls our functions or builds our layers, and stays PyTorch's in all
+    else, in every version of PyTorch. `called` is the name of the new function; TorchScript
+    identifies it by this name.
     """
     scope = {**function.__globals__, **names}
-    del scope["__name__"]  # by which Dynamo would look the names up in stock's module
+    del scope["__name__"]  # With this entry, Dynamo would look the names up in PyTorch's module.
     name, closure = called or function.__name__, function.__closure__
     twin = FunctionType(function.__code__, scope, name, function.__defaults__, closure)
     twin.__module__ = function.__module__
@@ -170,8 +176,8 @@ _fx_is_leaf = torch.fx.Tracer.is_leaf_module
 
 
 def _is_leaf_module(self, m, module_qualified_name):
-    # fx takes a layer for a leaf when its class lives under torch.nn. Stepped into, a Dropout would
-    # have its training flag frozen into the graph.
+    # fx treats a layer as a leaf if its class is defined under torch.nn. If fx stepped into a
+    # Dropout, it would freeze the training flag into the graph.
     stock = STOCK.get(type(m))
     if stock is not None:
         return stock is not torch.nn.Sequential

@@ -64,7 +64,8 @@ class ReLU6(stock.ReLU6, metaclass=Layer):
 class Sigmoid(stock.Sigmoid, metaclass=Layer):
     def forward(self, input):
         if not isinstance(input, Tensor):
-            return torch.sigmoid(input)  # which stock calls here: its error is another than F's
+            # as PyTorch's layer does: its error differs from that of F.sigmoid
+            return torch.sigmoid(input)
         return F.sigmoid(input)
 
 
@@ -76,7 +77,7 @@ class Hardsigmoid(stock.Hardsigmoid, metaclass=Layer):
 class Tanh(stock.Tanh, metaclass=Layer):
     def forward(self, input):
         if not isinstance(input, Tensor):
-            return torch.tanh(input)  # as for Sigmoid
+            return torch.tanh(input)  # as in Sigmoid
         return F.tanh(input)
 
 
@@ -146,7 +147,7 @@ class Softshrink(stock.Softshrink, metaclass=Layer):
 
 
 class MultiheadAttention(stock.MultiheadAttention, metaclass=Layer):
-    # Stock's to the letter, so that its inference kernel and nested tensors stay where they are.
+    # The code of PyTorch's forward, which keeps its inference kernel and its nested tensors.
     forward = rebound(stock.MultiheadAttention.forward, F=F)
 
 

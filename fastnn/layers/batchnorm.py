@@ -18,11 +18,11 @@ __all__ = [
 
 
 def _arguments(self, input):
-    """What forward gives to `batch_norm`, after it counted the batch. A method, for TorchScript."""
+    """Count the batch; return the arguments for `batch_norm`. A method, because of TorchScript."""
     self._check_input_dim(input)
     factor = 0.0 if self.momentum is None else self.momentum
     if self.training and self.track_running_stats:
-        if self.num_batches_tracked is not None:  # TorchScript looks for this test by itself
+        if self.num_batches_tracked is not None:  # a test of its own, which TorchScript requires
             self.num_batches_tracked.add_(1)
             if self.momentum is None:  # the average over all batches
                 factor = 1.0 / float(self.num_batches_tracked)
@@ -82,7 +82,7 @@ class SyncBatchNorm(stock.SyncBatchNorm, metaclass=Layer):
     def forward(self, input):
         tracks = self.training and self.track_running_stats
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        # What is left to stock: its collectives, and its error for a buffer that is missing.
+        # PyTorch's forward has the collectives, and the error for a missing buffer.
         if (self.training and distributed) or (tracks and self.num_batches_tracked is None):
             return super().forward(input)
         self._check_input_dim(input)

@@ -1,5 +1,7 @@
-"""LinearCrossEntropyLoss. Mirrors torch/nn/modules/linear_cross_entropy.py, which is there from
-torch 2.13 on; with an older torch the class below it has the same arguments, parameters and keys.
+"""LinearCrossEntropyLoss. Mirrors torch/nn/modules/linear_cross_entropy.py.
+
+PyTorch has that file since torch 2.13. With an older torch, the class below has the same arguments,
+parameters and keys.
 """
 
 import math
@@ -41,10 +43,13 @@ else:
     class LinearCrossEntropyLoss(stock.modules.loss._WeightedLoss):  # type: ignore[no-redef]
         """Cross entropy of `linear(input)` and `target`, as `torch.nn.LinearCrossEntropyLoss`.
 
-        in_features, num_classes: the linear layer's, of (C * prod(out_features), in_features).
-        input: (N, in_features) or (in_features,); target: class indices (N, *out_features) or
-        probabilities (N, C, *out_features). Raises RuntimeError for a `weight` of another size or
-        a `label_smoothing` outside [0, 1], NotImplementedError for `options`.
+        in_features, num_classes: sizes of the linear layer; its weight is
+            (num_classes * prod(out_features), in_features).
+        input: (N, in_features) or (in_features,).
+        target: class indices (N, *out_features) or probabilities (N, num_classes, *out_features).
+
+        Raises RuntimeError for a `weight` of another size than (num_classes,) or a
+        `label_smoothing` outside [0, 1], NotImplementedError for `options`.
         """
 
         def __init__(

@@ -49,7 +49,8 @@ class NLLLoss(stock.NLLLoss, metaclass=Layer):
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)  # said when subclassed; ours says it when made
+    # PyTorch warns when it is subclassed; our class warns when it is constructed
+    warnings.simplefilter("ignore", FutureWarning)
 
     @deprecated(vars(stock.NLLLoss2d)["__deprecated__"], category=FutureWarning)
     class NLLLoss2d(stock.NLLLoss2d, metaclass=Layer):

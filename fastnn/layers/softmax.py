@@ -1,4 +1,4 @@
-"""Softmax and its kin, which torch/nn/modules/activation.py keeps among the activations."""
+"""Softmax and related layers, which in PyTorch are in torch/nn/modules/activation.py."""
 
 import torch.nn as stock
 
@@ -7,7 +7,8 @@ from fastnn.layers._layer import Layer
 
 __all__ = ["LogSoftmax", "Softmax", "Softmax2d", "Softmin"]
 
-# A warning about `dim` names the line that it would in stock: forward lies one frame deeper.
+# `_stacklevel` is one more than in PyTorch, because forward lies one frame deeper. So a warning
+# about `dim` names the same line as in PyTorch.
 
 
 class Softmin(stock.Softmin, metaclass=Layer):
@@ -22,7 +23,7 @@ class Softmax(stock.Softmax, metaclass=Layer):
 
 class Softmax2d(stock.Softmax2d, metaclass=Layer):
     def forward(self, input):
-        if input.dim() not in (3, 4):  # in stock's words
+        if input.dim() not in (3, 4):  # the check and the words of PyTorch
             raise ValueError(
                 f"Softmax2d: expected input to be 3D or 4D, got {input.dim()}D instead"
             )

@@ -1,4 +1,4 @@
-"""Embedding. Mirrors torch/nn/modules/sparse.py; EmbeddingBag stays stock's."""
+"""Embedding. Mirrors torch/nn/modules/sparse.py. EmbeddingBag stays PyTorch's class."""
 
 import torch.nn as stock
 

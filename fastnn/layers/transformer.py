@@ -1,8 +1,8 @@
 """Transformers. Mirrors torch/nn/modules/transformer.py.
 
 In an encoder or decoder layer the end of a branch (dropout, residual, norm) runs as one op, and so
-does the feed-forward's first half (linear, activation, dropout), where nothing could tell: see
-`_Fused`. What is not fused is called as stock calls it.
+does the feed-forward's first half (linear, activation, dropout), where nothing could tell: by the
+rules of `_fusion.py`. What is not fused is called as stock calls it.
 """
 
 from __future__ import annotations
@@ -15,17 +15,21 @@ from torch import Tensor
 from torch.nn.modules import transformer as _stock
 
 import fastnn.functional as F
-from fastnn import _mode
-from fastnn._mode import current_mode
-from fastnn.layers._layer import OURS, Layer, as_torch_made, rebound, watched
+from fastnn._mode import current_mode, idle
+from fastnn.layers._fusion import (
+    DROPOUT_ADD,
+    DROPOUT_ADD_LAYER_NORM,
+    DROPOUT_ADD_RMS_NORM,
+    LINEAR_ACT,
+    counts_as,
+    fit,
+    plainly,
+)
+from fastnn.layers._layer import OURS, Layer, as_torch_made, rebound
 from fastnn.layers.activation import MultiheadAttention
-from fastnn.layers.container import _FUSES, _plainly, _Told
 from fastnn.layers.dropout import Dropout
 from fastnn.layers.linear import Linear
 from fastnn.layers.normalization import LayerNorm, RMSNorm
-from fastnn.ops import REGISTRY
-from fastnn.ops.linear import linear_act
-from fastnn.ops.residual_norm import dropout_add, dropout_add_layer_norm, dropout_add_rms_norm
 
 __all__ = [
     "Transformer",
@@ -37,31 +41,6 @@ __all__ = [
 
 _MEMBERS = {c.__name__: c for c in (MultiheadAttention, Linear, Dropout, LayerNorm)}
 
-# What `linear_act` is told for an activation that is a function.
-_FUNCTIONS: dict[object, _Told] = {
-    function: (name, 0.0, 0.0)
-    for name in ("relu", "gelu", "silu", "mish", "selu", "hardswish", "sigmoid", "tanh")
-    for home in (F, stock.functional, torch)
-    for function in (getattr(home, name, None),)
-    if function is not None
-}
-
-
-def _activation(layer) -> Any:
-    act = layer.activation
-    if isinstance(act, stock.Module):
-        fuses = _FUSES.get(OURS.get(type(act), type(act)))
-        return fuses(act) if fuses is not None and watched(act) is None else None
-    try:
-        return _FUNCTIONS.get(act)
-    except TypeError:  # not hashable
-        return None
-
-
-def _is(module, *classes) -> bool:
-    """Whether it is exactly of one of our classes, or of the stock class that one stands for."""
-    return OURS.get(type(module), type(module)) in classes
-
 
 class _Fused:
     """A layer's members, run as few ops where these are what they seem and nobody watches."""
@@ -69,59 +48,37 @@ class _Fused:
     def __init__(self, layer):
         self.layer = layer
 
-    def tell(self, name: str, why: str) -> None:
-        _mode.note(REGISTRY[name], f"not fused: {why}")
-
     def feed_forward(self, x: Tensor) -> Tensor:
         """All of stock's `_ff_block` but for the last dropout."""
         layer = self.layer
-        told = _activation(layer)
-        linear, dropout = layer.linear1, layer.dropout
-        why = None
-        if not _is(linear, Linear):
-            why = f"linear1 is a {type(linear).__name__}"
-        elif not _is(dropout, Dropout) or (dropout.inplace and dropout.training):
-            why = f"dropout is {dropout}"
-        elif told is None:
-            why = f"the activation is {getattr(layer.activation, '__name__', layer.activation)}"
+        linear, activation, dropout = layer.linear1, layer.activation, layer.dropout
+        what = fit(
+            LINEAR_ACT, (linear, activation, dropout), ("linear1", "the activation", "dropout")
+        )
+        if what is None:
+            x = dropout(activation(linear(x)))
         else:
-            why = watched(linear, dropout)
-        if why is not None:
-            self.tell("linear_act", why)
-            x = dropout(layer.activation(linear(x)))
-        else:
-            x = linear_act(x, linear.weight, linear.bias, *told, dropout.p, dropout.training)
+            x = LINEAR_ACT.op(*LINEAR_ACT.arguments(x, *what))
         return layer.linear2(x)
-
-    def _plain_dropout(self, dropout) -> str | None:
-        if not _is(dropout, Dropout) or (dropout.inplace and dropout.training):
-            return f"a dropout is {dropout}"
-        return watched(dropout)
 
     def add(self, x: Tensor, z: Tensor, dropout) -> Tensor:
         """x + dropout(z)"""
-        why = self._plain_dropout(dropout)
-        if why is not None:
-            self.tell("dropout_add", why)
+        what = fit(DROPOUT_ADD, (dropout,), ("a dropout",))
+        if what is None:
             return x + dropout(z)
         if not dropout.training or dropout.p == 0:
             return x + z
-        return dropout_add(z, x, dropout.p, dropout.training)
+        return DROPOUT_ADD.op(*DROPOUT_ADD.arguments(z, *what, x))
 
     def add_norm(self, x: Tensor, z: Tensor, dropout, norm, prenorm: bool):
         """norm(x + dropout(z)); (x + dropout(z), its norm) if `prenorm`."""
-        why = self._plain_dropout(dropout)
-        if why is None and not _is(norm, LayerNorm, RMSNorm):
-            why = f"a norm is a {type(norm).__name__}"
-        why = why or watched(norm)
-        if why is not None:
-            self.tell("dropout_add_layer_norm", why)
+        rms = counts_as(norm) is RMSNorm
+        rule = DROPOUT_ADD_RMS_NORM if rms else DROPOUT_ADD_LAYER_NORM
+        what = fit(rule, (dropout, norm), ("a dropout", "a norm"))
+        if what is None:
             s = x + dropout(z)
             return (s, norm(s)) if prenorm else norm(s)
-        how = norm.eps, dropout.p, dropout.training, prenorm
-        if _is(norm, RMSNorm):
-            return dropout_add_rms_norm(z, x, norm.normalized_shape, norm.weight, *how)
-        return dropout_add_layer_norm(z, x, norm.normalized_shape, norm.weight, norm.bias, *how)
+        return rule.op(*rule.arguments(z, *what, x, prenorm))
 
 
 # The methods that stock's forward is made of, and that ours does not call.
@@ -135,7 +92,7 @@ _BLOCKS: dict[type, dict[str, Any]] = {
 
 def _one_by_one(layer, stocks: type) -> bool:
     """Whether stock's code must run: no kernel can, somebody looks on, or overrides a block."""
-    if _plainly() or current_mode() == "torch":
+    if idle() or torch.compiler.is_compiling() or plainly() or current_mode() == "torch":
         return True
     return any(
         name in layer.__dict__ or getattr(type(layer), name) is not method

@@ -1,4 +1,4 @@
-"""Every op file in this folder, imported; `REGISTRY` maps a functional name to its `Op`."""
+"""Imports every op file in this folder. `REGISTRY` maps the name of a function to its `Op`."""
 
 import importlib
 import pkgutil

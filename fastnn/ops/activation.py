@@ -1,8 +1,8 @@
 """Pointwise activations of one tensor.
 
-A `Formula` says which device functions compute an activation and its gradient, and what is kept
-for the latter: what stock keeps, so that an edit in place after the call is caught, or not, as
-there.
+A `Formula` says which device functions compute an activation and its gradient, and which tensor is
+kept for the gradient. It is the tensor that PyTorch keeps. So an in-place edit after the call
+raises an error exactly where it does in PyTorch.
 """
 
 import math
@@ -28,7 +28,8 @@ class Formula(NamedTuple):
     gradient: str
     keeps: Literal["x", "y"]
     stock: Callable[..., Any]
-    """If x is kept, stock's y of (x, a, b); if y, stock's dx of (dy, y, a, b). Differentiable."""
+    """If x is kept: PyTorch's y from (x, a, b). If y is kept: PyTorch's dx from (dy, y, a, b).
+    Differentiable."""
 
 
 def _of_x(value: str, reference: Callable) -> Formula:
@@ -55,7 +56,7 @@ SOFTSIGN = _of_x("softsign", lambda x, a, b: stock.softsign(x))
 SOFTPLUS = _of_x("softplus", lambda x, a, b: stock.softplus(x, a, b))
 LOGSIGMOID = _of_x("logsigmoid", lambda x, a, b: stock.logsigmoid(x))
 
-# In place, stock keeps the output of those that can be undone and a copy of the input of the rest.
+# In place, PyTorch keeps the output if the function can be inverted, else a copy of the input.
 _SELU = 1.6732632423543772, 1.0507009873554805
 IN_PLACE = {
     LEAKY_RELU: Formula(
@@ -77,7 +78,7 @@ IN_PLACE = {
 
 
 class Pointwise(Function):
-    """y = formula(x; a, b); in x itself if `inplace`, computed from `copy` if there is one."""
+    """y = formula(x; a, b). If `inplace`, y is written to x, and computed from `copy` if given."""
 
     strided = ("dy",)
 
@@ -114,9 +115,9 @@ _X = ("input",)
 def _pointwise(x, formula, a=0.0, b=0.0, inplace=False, out_dtype=None):
     for number in (a, b):
         if isinstance(number, Tensor):
-            return Stock("a parameter that is a tensor")
+            return Stock("a parameter is a tensor")
         if not isinstance(number, (int, float)) or _FLOAT_MAX < abs(number) < math.inf:
-            return Invalid(f"a parameter that is no float32 number: {number!r}")
+            return Invalid(f"a parameter is not a float32 number: {number!r}")
     copy = None
     if inplace:
         why = _not_writable(x)
@@ -124,12 +125,12 @@ def _pointwise(x, formula, a=0.0, b=0.0, inplace=False, out_dtype=None):
             return Invalid(why)
         formula = IN_PLACE.get(formula, formula)
         if formula.keeps == "x" and x.requires_grad and torch.is_grad_enabled():
-            copy = x.clone()  # recorded, so that second derivatives find their way through it
+            copy = x.clone()  # recorded by autograd, so that second derivatives pass through it
     return run(Pointwise, x, copy, formula, float(a), float(b), bool(inplace), out_dtype)
 
 
 def _not_writable(x) -> str | None:
-    """Why stock is going to refuse to write into `x`; asked before anything is written."""
+    """Why PyTorch is going to refuse to write into `x`. We ask before anything is written."""
     if x.is_inference() and not torch.is_inference_mode_enabled():
         return "an inference tensor, in place"
     if torch._debug_has_internal_overlap(x) == 1:
@@ -147,31 +148,31 @@ def _not_writable(x) -> str | None:
 
 @op(stock=stock.relu, strided=_X)
 def relu(input, inplace=False):
-    """Fused in place too."""
+    """Fused, also in place."""
     return _pointwise(input, RELU, inplace=inplace)
 
 
 @op(stock=stock.relu6, strided=_X)
 def relu6(input, inplace=False):
-    """Fused in place too."""
+    """Fused, also in place."""
     return _pointwise(input, HARDTANH, 0.0, 6.0, inplace)
 
 
 @op(stock=stock.leaky_relu, strided=_X)
 def leaky_relu(input, negative_slope=0.01, inplace=False):
-    """Fused in place too, where the slope is not negative."""
+    """Fused, also in place if the slope is not negative."""
     return _leaky_relu(input, negative_slope, inplace)
 
 
 def _leaky_relu(x, slope, inplace):
     if inplace and isinstance(slope, (int, float)) and slope < 0:
-        return Stock(f"negative_slope={slope} in place")  # stock's backward refuses it
+        return Stock(f"negative_slope={slope} in place")  # PyTorch's backward refuses it
     return _pointwise(x, LEAKY_RELU, slope, inplace=inplace)
 
 
 @op(stock=stock.rrelu, strided=_X, source="arXiv:1505.00853")
 def rrelu(input, lower=1.0 / 8, upper=1.0 / 3, training=False, inplace=False):
-    """Fused in eval mode, in place too; in training the slopes are random, and stock's."""
+    """Fused in eval mode, also in place. In training PyTorch runs: the slopes are random."""
     if training:
         return Stock("training=True draws random slopes")
     if not (isinstance(lower, (int, float)) and isinstance(upper, (int, float))):
@@ -183,14 +184,14 @@ def rrelu(input, lower=1.0 / 8, upper=1.0 / 3, training=False, inplace=False):
 
 @op(stock=stock.threshold, strided=_X)
 def threshold(input, threshold, value, inplace=False):
-    """Fused in place too."""
+    """Fused, also in place."""
     dtype = input.dtype
     return _pointwise(input, THRESHOLD, rounded(threshold, dtype), rounded(value, dtype), inplace)
 
 
 @op(stock=stock.hardtanh, strided=_X)
 def hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False):
-    """Fused in place too."""
+    """Fused, also in place."""
     if isinstance(min_val, (int, float)) and isinstance(max_val, (int, float)):
         if min_val > max_val:
             return Invalid(f"min_val={min_val} above max_val={max_val}")
@@ -199,19 +200,19 @@ def hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False):
 
 @op(stock=stock.elu, strided=_X, source="arXiv:1511.07289")
 def elu(input, alpha=1.0, inplace=False):
-    """Fused in place too, where alpha is not negative."""
+    """Fused, also in place if alpha is not negative."""
     return _elu(input, alpha, 1.0, inplace)
 
 
 def _elu(x, alpha, input_scale, inplace):
     if inplace and isinstance(alpha, (int, float)) and alpha < 0:
-        return Stock(f"alpha={alpha} in place")  # stock's backward refuses it
+        return Stock(f"alpha={alpha} in place")  # PyTorch's backward refuses it
     return _pointwise(x, ELU, alpha, input_scale, inplace)
 
 
 @op(stock=stock.celu, strided=_X, source="arXiv:1704.07483")
 def celu(input, alpha=1.0, inplace=False):
-    """Fused in place too, where alpha is not negative."""
+    """Fused, also in place if alpha is not negative."""
     if not isinstance(alpha, (int, float)):
         return _elu(input, alpha, 1.0, inplace)
     if alpha == 0:
@@ -221,13 +222,13 @@ def celu(input, alpha=1.0, inplace=False):
 
 @op(stock=stock.selu, strided=_X, source="arXiv:1706.02515")
 def selu(input, inplace=False):
-    """Fused in place too."""
+    """Fused, also in place."""
     return _pointwise(input, SELU, inplace=inplace)
 
 
 @op(stock=stock.gelu, strided=_X, source="arXiv:1606.08415")
 def gelu(input, *, approximate="none"):
-    """Fused for both the erf and the tanh formula."""
+    """Fused for the erf formula and for the tanh formula."""
     if approximate not in ("none", "tanh"):
         return Invalid(f"approximate={approximate!r}")
     return _pointwise(input, GELU if approximate == "none" else GELU_TANH)
@@ -235,13 +236,13 @@ def gelu(input, *, approximate="none"):
 
 @op(stock=stock.silu, strided=_X, source="arXiv:1702.03118")
 def silu(input, inplace=False):
-    """Fused in place too."""
+    """Fused, also in place."""
     return _pointwise(input, SILU, inplace=inplace)
 
 
 @op(stock=stock.mish, strided=_X, source="arXiv:1908.08681")
 def mish(input, inplace=False):
-    """Fused in place too."""
+    """Fused, also in place."""
     return _pointwise(input, MISH, inplace=inplace)
 
 
@@ -265,13 +266,13 @@ def logsigmoid(input):
 
 @op(stock=stock.hardsigmoid, strided=_X)
 def hardsigmoid(input, inplace=False):
-    """Fused in place too."""
+    """Fused, also in place."""
     return _pointwise(input, HARDSIGMOID, inplace=inplace)
 
 
 @op(stock=stock.hardswish, strided=_X, source="arXiv:1905.02244")
 def hardswish(input, inplace=False):
-    """Fused in place too."""
+    """Fused, also in place."""
     return _pointwise(input, HARDSWISH, inplace=inplace)
 
 
@@ -291,18 +292,18 @@ def softshrink(input, lambd=0.5):
 
 @op(stock=stock.softplus, strided=_X, autocast="fp32")
 def softplus(input, beta=1, threshold=20, *, out_dtype=None):
-    """Fused, under autocast with the conversion to float32."""
+    """Fused; under autocast with the conversion to float32."""
     return _pointwise(input, SOFTPLUS, beta, threshold, out_dtype=out_dtype)
 
 
 @op(stock=stock.softsign, strided=_X)
 def softsign(input):
-    """Fused: one kernel per direction for stock's three and eight."""
+    """Fused: one kernel per direction. PyTorch needs three and eight."""
     return _pointwise(input, SOFTSIGN)
 
 
 class Tanhshrink(Function):
-    """x -> x - t, t = tanh(x). Stock keeps t alone, so t is an output here, with its own graph."""
+    """x -> x - t with t = tanh(x). t is an output with its own graph, as PyTorch keeps only t."""
 
     strided = ("dy", "dt")
 
@@ -329,7 +330,7 @@ class Tanhshrink(Function):
 
 @op(stock=stock.tanhshrink, strided=_X)
 def tanhshrink(input):
-    """Fused: one kernel per direction for stock's two and three."""
+    """Fused: one kernel per direction. PyTorch needs two and three."""
     if input.requires_grad and torch.is_grad_enabled():
         return Tanhshrink.apply(input)[0]
     return kernels.pointwise.fwd(input, "tanhshrink")

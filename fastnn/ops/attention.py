@@ -15,20 +15,20 @@ from fastnn.kernels import _gpus
 from fastnn.ops.dropout import _native_scales
 from fastnn.ops.linear import matmul_precision, tf32_setting
 
-# What stock's choice of a backend means, `torch.nn.attention.SDPBackend`.
+# The backends that PyTorch may choose, values of `torch.nn.attention.SDPBackend`.
 _MATH, _EFFICIENT, _ERROR = 0, 2, -1
 
 
 class Plan(NamedTuple):
-    """How a call is computed: what its tensors do not say."""
+    """How a call is computed; everything that its tensors do not say."""
 
     lead: tuple[int, ...]
-    """The dims of the result before the last two; the last of them is the heads."""
+    """The dims of the result before the last two. The last dim in `lead` is the heads."""
     scale: float
     causal: bool
     gqa: bool
     p: float
-    noise: Any  # kernels.attention.Noise, its state None
+    noise: Any  # kernels.attention.Noise, whose state is None
     grad_scale: float
     backend: int
     precision: str
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
 
 
 def _four(x: Tensor, plan: Plan, heads: int) -> Tensor:
-    """x (..., N, D), broadcast to the batch -> (B, heads, N, D); a view where there is one."""
+    """x (..., N, D), broadcast to the batch -> (B, heads, N, D); a view if possible."""
     N, D = x.shape[-2:]
     batch = plan.batch
     if x.dim() == 4 and len(batch) == 1 and x.shape[0] == batch[0] and x.shape[1] == heads:
@@ -53,14 +53,14 @@ def _four(x: Tensor, plan: Plan, heads: int) -> Tensor:
 
 
 def _heads_of_keys(k: Tensor, v: Tensor, plan: Plan) -> int:
-    """As many as there are: a single one that broadcasts is a group, and is not expanded."""
+    """The number of heads of k and v. One head that broadcasts is a group and is not expanded."""
     if plan.gqa or (k.shape[-3:-2] in ((), (1,)) and v.shape[-3:-2] in ((), (1,))):
         return k.shape[-3] if k.dim() > 2 else 1
     return plan.heads
 
 
 def _four_of_mask(mask: Tensor, batch: tuple[int, ...]) -> Tensor | None:
-    """mask (..., L, S) -> 4-D, with sizes of 1 where it broadcasts; None if no 4-D tensor is it."""
+    """mask (..., L, S) -> 4-D, with size 1 where it broadcasts; None if that is impossible."""
     shape = (1,) * max(0, 3 - mask.dim()) + mask.shape
     lead = shape[:-3]
     if math.prod(lead) == 1:
@@ -71,7 +71,7 @@ def _four_of_mask(mask: Tensor, batch: tuple[int, ...]) -> Tensor | None:
 
 
 def _output(q: Tensor, L: int, E: int, plan: Plan) -> Tensor:
-    """Uninitialised, laid out as by the backend that stock would choose."""
+    """Uninitialised, with the layout of the backend that PyTorch would choose."""
     shape = (*plan.lead, L, E)
     if plan.backend == _EFFICIENT:
         H = shape[1]
@@ -102,9 +102,12 @@ class Attention(Function):
             causal=plan.causal, noise=noise, out=_four(out, plan, plan.heads),
             precision=plan.precision, arch=plan.arch,
         )  # fmt: skip
-        # Without `out` it may be edited in place, as stock's may that does not keep it.
+        # If `out` is not kept, the user may edit it in place, as in PyTorch if its backend does not
+        # keep it.
         keeps_out = not kernels.attention.fits(*fours, mask, plan.causal, noise, plan.arch)
         ctx.save_for_backward(q, k, v, mask, out if keeps_out else None, stats, state)
+        if noise is not None:
+            plan = plan._replace(noise=plan.noise._replace(draw=noise.draw.kept()))
         ctx.plan = plan
         return out
 
@@ -124,7 +127,7 @@ class Attention(Function):
             return *second_order(formula, (q, k, v, mask), dout, needs[:4]), None
         heads = _heads_of_keys(k, v, plan)
         fours = _four(q, plan, plan.heads), _four(k, plan, heads), _four(v, plan, heads)
-        # Where a batch shares them, their gradients are summed in fp32.
+        # The gradients of inputs that a batch shares are summed in fp32.
         grads = [
             x4.new_empty(x4.shape, dtype=torch.float32)
             if need and x4.numel() != x.numel()
@@ -150,7 +153,7 @@ class Attention(Function):
 
 
 def _sum_to(dx: Tensor, x: Tensor, plan: Plan) -> Tensor:
-    """dx (B, heads, N, D) -> the gradient of x, of its shape and dtype."""
+    """dx (B, heads, N, D) -> the gradient of x, with the shape and dtype of x."""
     if dx.shape == x.shape:
         return dx
     if dx.numel() == x.numel():
@@ -159,7 +162,7 @@ def _sum_to(dx: Tensor, x: Tensor, plan: Plan) -> Tensor:
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: Plan, noise) -> Tensor:
-    """Stock's formula over this call's noise."""
+    """PyTorch's formula, with the noise of this call."""
     dtype = q.dtype
     q, k, v = q.float(), k.float(), v.float()
     if plan.gqa:
@@ -179,7 +182,7 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: Plan, nois
 
 
 def _shapes(q, k, v, mask, gqa: bool) -> tuple[int, ...] | Stock:
-    """The dims of the result before its last two, or what is wrong with the shapes."""
+    """The dims of the result before the last two, or what is wrong with the shapes."""
     shapes = f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
     if min(q.dim(), k.dim(), v.dim()) < (3 if gqa else 2):
         return Invalid(shapes)
@@ -199,7 +202,7 @@ def _shapes(q, k, v, mask, gqa: bool) -> tuple[int, ...] | Stock:
         else:
             lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
         if mask is not None:
-            # Stock adds the mask in place, to products that only q and k make.
+            # PyTorch adds the mask in place to products whose shape depends only on q and k.
             scores = lead if gqa else torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
             scores = (*scores, q.shape[-2], k.shape[-2])
             if mask.dim() > len(scores) or torch.broadcast_shapes(scores, mask.shape) != scores:
@@ -210,7 +213,7 @@ def _shapes(q, k, v, mask, gqa: bool) -> tuple[int, ...] | Stock:
 
 
 def _noise(q: Tensor, S: int, p: float) -> tuple[Any, float] | str:
-    """(a `kernels.attention.Noise`, the scale of the gradient), or why there is none."""
+    """(a `kernels.attention.Noise`, the scale of the gradient), or why nothing can be drawn."""
     bound = kernels._philox.bound(1.0 - p)
     if p == 1:  # nothing is drawn
         return kernels.attention.Noise(_rng.draw_nothing(1, q.get_device()), bound, 0.0), 0.0
@@ -228,8 +231,11 @@ def _weights(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,
     enable_gqa=False,
 ) -> Work | Stock:  # fmt: skip
-    """The gate's policy: the elements of the attention weights, which PyTorch's math formula
-    writes to memory, and whether PyTorch has a fused kernel for this call, which does not."""
+    """The gate's policy: the size is the number of attention weights.
+
+    PyTorch's math formula writes these weights to memory. Its fused kernels do not, so the variant
+    says whether PyTorch has a fused kernel for this call.
+    """
     cuda = torch.backends.cuda
     if not (cuda.flash_sdp_enabled() and cuda.mem_efficient_sdp_enabled()):
         return Stock("the user chose among PyTorch's backends (sdpa_kernel)")
@@ -267,7 +273,11 @@ def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,
     enable_gqa=False,
 ):  # fmt: skip
-    """Fused, with any mask read as it is, broadcast batches and grouped heads, both ways."""
+    """Fused, with any mask read as it is, broadcast batches and grouped heads, both ways.
+
+    Keeps query, key, value and mask for the backward, as the fused kernels of stock do; where stock
+    would take its formula, an edit of one of them before the backward raises here alone.
+    """
     q, k, v, mask = query, key, value, attn_mask
     if q.dtype != k.dtype or q.dtype != v.dtype or q.dtype == torch.bool:
         return Invalid(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}")
@@ -289,10 +299,10 @@ def scaled_dot_product_attention(
             return Stock(f"mask {tuple(mask.shape)}, constant in some of the dims of the batch")
         if mask.requires_grad and S > 1 and mask.shape[-1:] in ((), (1,)):
             return Stock("the gradient of a mask that is one column")
-    # Also says which layout the result has.
+    # The backend also determines the layout of the result.
     backend = torch._fused_sdp_choice(q, k, v, mask, dropout_p, causal, scale=scale, enable_gqa=gqa)
     if backend == _ERROR or (backend == _MATH and causal and mask is not None):
-        return Invalid("no backend of stock takes this call")
+        return Invalid("no backend of PyTorch takes this call")
     if backend != _MATH and mask is not None and mask.dim() < 2:
         return Invalid(f"mask {tuple(mask.shape)}, of fewer than two dims")
     precision = matmul_precision(q.get_device())

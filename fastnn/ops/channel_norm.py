@@ -13,7 +13,7 @@ from fastnn.ops.linear import _ACTIVATIONS, _activate
 
 
 class Act(NamedTuple):
-    """An activation, as `linear_act` is told it."""
+    """An activation, with the arguments that `linear_act` takes for it."""
 
     name: str
     a: float
@@ -28,9 +28,11 @@ class Act(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """Which norm: statistics of `groups` in each sample, or across the samples if 0.
+    """Which norm it is.
 
-    `given`: they are the running ones, and are not computed.
+    groups: how many groups of each sample have statistics of their own; 0 for statistics across the
+        samples.
+    given: the statistics are the running ones, and are not computed.
     """
 
     groups: int
@@ -47,7 +49,7 @@ class Spec(NamedTuple):
 
 
 def _norm(x, weight, bias, mean, var, spec):
-    """Stock's formula, to be differentiated."""
+    """PyTorch's formula, to be differentiated."""
     if spec.out_dtype is not None:
         x, weight, bias = (t if t is None else t.to(spec.out_dtype) for t in (x, weight, bias))
     if spec.groups:
@@ -58,11 +60,11 @@ def _norm(x, weight, bias, mean, var, spec):
 
 
 class ChannelNorm(Function):
-    """x (N, C, *), weight and bias (C,) or None, residual as x or None -> y, in x's layout.
+    """x (N, C, *), weight and bias (C,) or None, residual like x or None -> y, in x's layout.
 
-    Saves what stock saves: x, weight, running statistics, the statistics it computed, and y where
-    the activation's gradient is written in it. With an activation the bias too, from which that is
-    computed again.
+    It saves what PyTorch saves: x, weight, running statistics, the computed statistics, and y if
+    the gradient of the activation is computed from y. With an activation it also saves the bias,
+    because the backward computes the activation's input again.
     """
 
     strided = ("dy",)
@@ -70,7 +72,7 @@ class ChannelNorm(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, running_mean, running_var, spec):
         y = torch.empty_like(x, dtype=spec.out_dtype, memory_format=spec.format)
-        # Copies only where stock makes one.
+        # copies only if PyTorch copies too
         dense = x.contiguous(memory_format=spec.format)
         given = dense, weight, bias, running_mean, running_var, y, spec.groups, spec.eps
         rest: dict[str, Any] = {"last": spec.last}
@@ -143,10 +145,10 @@ def _differentiable_gradients(ctx, dy, x, weight, bias, running, y, needs):
     spec = ctx.spec
     running = running if spec.given else (None, None)
     dz = dy
-    if ctx.has_residual:  # a relu, whose gradient is written in y
+    if ctx.has_residual:  # the activation is relu, whose gradient is computed from y
         dz = spec.act.formula.stock(dy, y, spec.act.a, spec.act.b)
         spec = spec._replace(act=None)
-    if bias is None and needs[2]:  # only added: its value does not matter
+    if bias is None and needs[2]:  # the bias is only added, so its value does not matter
         bias = torch.zeros(x.shape[1], dtype=ctx.bias, device=x.device, requires_grad=True)
 
     def formula(*inputs):
@@ -156,13 +158,14 @@ def _differentiable_gradients(ctx, dy, x, weight, bias, running, y, needs):
 
 
 def _format(x, contiguous_first=True) -> torch.memory_format:
-    """The memory format that ATen gives a result, by the strides of `x`, dense or not."""
+    """The memory format that ATen gives a result, from the strides of `x`, dense or not."""
     if (contiguous_first and x.is_contiguous()) or x.dim() not in (4, 5) or not x.stride(1):
         return torch.contiguous_format
     least = 0
-    for d in (1, *range(x.dim() - 1, 1, -1), 0):  # from the innermost of channels last out
+    # in channels-last order, from the innermost dim to the outermost
+    for d in (1, *range(x.dim() - 1, 1, -1), 0):
         size, stride = x.shape[d], x.stride(d)
-        # One channel of one position may be either: ATen takes it for contiguous.
+        # One channel of one position may be either format: ATen treats it as contiguous.
         if not size or stride < least or (d == 0 and least == x.stride(1)):
             return torch.contiguous_format
         least = stride * size
@@ -170,7 +173,7 @@ def _format(x, contiguous_first=True) -> torch.memory_format:
 
 
 def _unfit(input, eps, momentum=0.0) -> Stock | None:
-    """Why no kernel takes an input, whatever the norm."""
+    """Why no kernel takes the input, for every norm."""
     if type(eps) not in (float, int):
         return Invalid(f"eps={eps!r}")
     if type(momentum) not in (float, int):
@@ -183,7 +186,7 @@ def _unfit(input, eps, momentum=0.0) -> Stock | None:
 
 
 def _of_channels(C, *tensors) -> Stock | None:
-    """Why stock would reject parameters or statistics."""
+    """Why PyTorch would reject parameters or statistics."""
     for t in tensors:
         if t is not None and tuple(t.shape) != (C,):
             return Invalid(f"{tuple(t.shape)} for {C} channels")
@@ -191,7 +194,7 @@ def _of_channels(C, *tensors) -> Stock | None:
 
 
 def _mixed(input, *tensors) -> bool:
-    """Whether dtypes are mixed in a way other than float32 beside 16-bit input."""
+    """Whether dtypes are mixed in another way than float32 together with a 16-bit input."""
     dtypes = {t.dtype for t in tensors if t is not None}
     return len(dtypes) > 1 or not dtypes <= {input.dtype, torch.float32}
 
@@ -202,7 +205,7 @@ def _group_norm(input, num_groups, weight, bias, eps, out_dtype, act=None):
     C = input.shape[1]
     if C % num_groups:
         return Invalid(f"{num_groups} groups of {C} channels")
-    if input.numel() == num_groups:  # "more than 1 value per channel"
+    if input.numel() == num_groups:  # PyTorch: "Expected more than 1 value per channel"
         return Invalid("one value in each group")
     why = _unfit(input, eps) or _of_channels(C, weight, bias)
     if why is not None:
@@ -210,11 +213,12 @@ def _group_norm(input, num_groups, weight, bias, eps, out_dtype, act=None):
     if weight is None and bias is not None:
         return Stock("a bias without a weight")
     if out_dtype is None and any(p is not None and p.dtype != input.dtype for p in (weight, bias)):
-        return Invalid("parameters in another dtype than the input")  # to CUDA
+        return Invalid("parameters in another dtype than the input")  # CUDA rejects them
     format = _format(input, False)
     kept = rounded(eps, out_dtype or input.dtype)
     if kept is None:
         return Stock(f"eps={eps} in {input.dtype}")
+    input = input.contiguous(memory_format=format)  # which is what stock keeps for the backward
     spec = Spec(num_groups, kept, format=format, out_dtype=out_dtype, act=act)
     return run(ChannelNorm, input, weight, bias, None, None, None, spec)
 
@@ -226,7 +230,7 @@ def _group_norm(input, num_groups, weight, bias, eps, out_dtype, act=None):
     source="arXiv:1803.08494; statistics: Welford (1962), Chan, Golub, LeVeque (1979)",
 )
 def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, *, out_dtype=None):
-    """Fused for every number of groups, weight and bias each or not; channels last stays so."""
+    """Fused for every number of groups, with or without weight and bias; keeps channels last."""
     return _group_norm(input, num_groups, weight, bias, eps, out_dtype)
 
 
@@ -260,7 +264,7 @@ def _batch_norm(
 
 
 def _in_training(input, mean, var, weight=None, bias=None, training=False, *rest, **options):
-    """The gate's policy: in eval mode there is nothing to save."""
+    """The gate's policy: in eval mode no pass can be saved."""
     if not training:
         return Stock("training=False: PyTorch also makes one pass")
     return Work(input.numel())
@@ -276,8 +280,10 @@ def batch_norm(
     input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
     eps=1e-5,
 ):  # fmt: skip
-    """Fused in training, with running statistics or not, and in eval mode; float32 parameters with
-    16-bit input too. Channels last stays so."""
+    """Fused in training and in eval mode, with or without running statistics; keeps channels last.
+
+    Parameters may be float32 with a 16-bit input.
+    """
     return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
@@ -290,7 +296,7 @@ def instance_norm(
     input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True,
     momentum=0.1, eps=1e-5,
 ):  # fmt: skip
-    """Fused with the input's statistics, running ones updated or not, and with the running ones."""
+    """Fused with the statistics of the input, and with running statistics, which it updates."""
     if input.dim() < 2:
         return Invalid(f"input {tuple(input.shape)}")
     why = _unfit(input, eps, momentum)
@@ -300,7 +306,7 @@ def instance_norm(
     if use_input_stats and input.shape[2:].numel() == 1:
         return Invalid("one value in each instance")
     if not use_input_stats and (running_mean is None or running_var is None):
-        return Invalid("running statistics are not there")
+        return Invalid("use_input_stats=False without running statistics")
     tensors = running_mean, running_var, weight, bias
     why = _of_channels(C, *tensors)
     if why is not None:
@@ -312,11 +318,12 @@ def instance_norm(
     if any(t is not None and (t.requires_grad or not t.is_contiguous()) for t in tensors[:2]):
         return Stock("running statistics that require grad, or are strided")
     if torch.is_grad_enabled():
-        # Stock repeats these for the samples: edits between here and backward do not matter.
+        # PyTorch repeats these for each sample, so edits between forward and backward do not
+        # matter.
         weight = None if weight is None else weight.clone()
         if not use_input_stats:
             running_mean, running_var = running_mean.clone(), running_var.clone()
-    # Not channels last: stock's result is contiguous.
+    # Not channels last, because PyTorch's result is contiguous.
     if not use_input_stats:
         spec = Spec(0, float(eps), given=True)
         return run(ChannelNorm, input, weight, bias, None, running_mean, running_var, spec)
@@ -331,7 +338,7 @@ def instance_norm(
 
 
 def _act(name, activation, a, b):
-    """The activation; raises ValueError for one that there is not."""
+    """The activation of that name. Raises ValueError if there is none."""
     if activation not in _ACTIVATIONS:
         accepted = ", ".join(_ACTIVATIONS)
         raise ValueError(f"{name}: activation {activation!r}; accepted are {accepted}")
@@ -352,8 +359,8 @@ def group_norm_act(
 ):  # fmt: skip
     """`activation(group_norm(input, num_groups, weight, bias, eps), a, b)`, in the norm's passes.
 
-    What `Sequential` calls for a GroupNorm and its neighbour. input (N, C, *); the activations, and
-    a and b, are those of `linear_act`. Raises ValueError for any other activation.
+    `Sequential` calls it for a GroupNorm and the activation after it. input (N, C, *). The
+    activations, and a and b, are those of `linear_act`. Raises ValueError for any other activation.
     """
     if activation not in _ACTIVATIONS:
         return Invalid(f"activation={activation!r}")
@@ -377,8 +384,8 @@ def batch_norm_act(
 ):  # fmt: skip
     """`activation(batch_norm(input, ..., eps), a, b)`, in the norm's passes.
 
-    What `Sequential` calls for a BatchNorm and its neighbour. input (N, C, *); the activations, and
-    a and b, are those of `linear_act`. Raises ValueError for any other activation.
+    `Sequential` calls it for a BatchNorm and the activation after it. input (N, C, *). The
+    activations, and a and b, are those of `linear_act`. Raises ValueError for any other activation.
     """
     if activation not in _ACTIVATIONS:
         return Invalid(f"activation={activation!r}")
@@ -403,11 +410,11 @@ def batch_norm_add_relu(
     input, residual, running_mean, running_var, weight=None, bias=None, training=False,
     momentum=0.1, eps=1e-5,
 ):  # fmt: skip
-    """`relu(batch_norm(input, ..., eps) + residual)`, the end of a residual block, in the norm's
-    passes.
+    """`relu(batch_norm(input, ..., eps) + residual)` in the norm's passes: the end of a residual
+    block.
 
-    input (N, C, *); residual of the same shape and dtype, else stock computes it. Raises what
-    `batch_norm` raises.
+    input (N, C, *). If the residual has another shape or dtype than the input, PyTorch computes the
+    call. Raises what `batch_norm` raises.
     """
     if residual.shape != input.shape or residual.dtype != input.dtype:
         return Stock(f"residual {tuple(residual.shape)}, input {tuple(input.shape)}")

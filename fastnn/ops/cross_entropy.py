@@ -36,7 +36,7 @@ _bwd = launcher(
 
 
 class CrossEntropy(Function):
-    """Cross entropy, reduced. Differentiable in input and probabilities, as often as stock."""
+    """Cross entropy, reduced. Differentiable in input and probabilities, as often as in PyTorch."""
 
     @staticmethod
     def forward(ctx, x, target, weight, ignore_index, smoothing, reduction, dtype):
@@ -104,17 +104,18 @@ def cross_entropy(
     input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
     reduction="mean", label_smoothing=0.0, *, out_dtype=None,
 ):  # fmt: skip
-    """Fused for class indices and class probabilities, every shape and option, and deterministic.
+    """Fused for class indices and class probabilities, every shape and option; deterministic.
 
     What differs from stock:
-    - A target outside [0, C) that is not `ignore_index` makes the loss nan, and its gradients;
-      nothing outside the input is read. There stock fails an assertion that ends all use of CUDA
-      in the process, or raises IndexError on a CPU; with TRITON_DEBUG=1 the kernels assert as well.
-    - Logits of an ignored position are not used, nor read where classes are contiguous: a nan
-      there stays out of the gradient, where stock's becomes nan.
-    - Backward reads the logits, where stock keeps a table of log-probabilities as large. So logits
-      edited in place between forward and backward raise autograd's error; with stock they do not.
-      The error is all that changes: a gradient from edited logits is never computed.
+    - A target outside [0, C) that is not `ignore_index` makes the loss and its gradients nan.
+      Nothing outside the input is read. PyTorch fails an assertion, after which the process cannot
+      use CUDA any more, or raises IndexError on a CPU. With TRITON_DEBUG=1 the kernels assert as
+      well.
+    - Logits of an ignored position are not used, and not read if classes are contiguous. A nan
+      there stays out of the gradient; in PyTorch the gradient becomes nan.
+    - The backward reads the logits; PyTorch keeps a table of log-probabilities of the same size.
+      So logits that are edited in place between forward and backward raise autograd's error; in
+      PyTorch they do not. Only the error differs: a gradient from edited logits is never computed.
     - 16-bit logits are not rounded to 16-bit log-probabilities on the way to the loss.
     """
     why = _refuse(input, target, weight, ignore_index, label_smoothing, reduction, out_dtype)

@@ -1,7 +1,7 @@
-"""Distances, similarities, and losses that are made of one number for each row.
+"""Distances, similarities, and losses that are computed from one number per row.
 
-A `RowOp` says which device functions compute it, and which function of stock it stands for. An op
-below says what its tensors and numbers are, and what it declines.
+A `RowOp` says which device functions compute an op, and which PyTorch function it stands for. Each
+op below says what its tensors and numbers are, and which calls it declines.
 """
 
 import functools
@@ -14,22 +14,26 @@ from torch import Tensor
 
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, Work, is_dense, op, rounded, run, second_order
-from fastnn.ops.loss import INTEGERS, broadcast, common_dtype, multilabel, number, refuse
+from fastnn.ops.loss import INTEGERS, broadcast, common_dtype, multilabel, number, own, refuse
 from fastnn.ops.nll_loss import resolve_reduction
 
 
 class RowOp(NamedTuple):
-    """An op of rows, by the names of its functions in kernels/distance.py."""
+    """An op on rows, by the names of its functions in kernels/distance.py."""
 
     name: str
     step: str
     sums: int
     stock: Callable[..., Tensor]
-    """y of (x1, x2, x3, target, weight), given the numbers and flags. Differentiable."""
+    """y from (x1, x2, x3, target, weight), the numbers and the flags. Differentiable."""
     by_class: bool = False
     """Whether the target is the index of a class."""
     keeps_y: bool = False
     """Whether stock keeps y, so that editing it in place before the backward is an error."""
+    of_kept: Callable[..., Tensor] | None = None
+    """Where stock keeps differences in place of the tensors, and so do we: y of up to three of them
+    and the numbers, differentiable; `differences` says of which two tensors each is."""
+    differences: tuple[tuple[int, int], ...] = ()
 
 
 def _multi_margin(x, x2, x3, target, weight, dim, p, eps, margin, norm, swap):
@@ -40,10 +44,18 @@ def _multilabel(x, target, weight, t, w, dim, *numbers):
     return stock.multilabel_soft_margin_loss(x, target, weight, reduction="none")
 
 
+def _triplet(near, far, *rest):
+    *swapped, p, margin = rest
+    far = far.norm(p, -1)
+    for k in swapped:
+        far = torch.min(far, k.norm(p, -1))
+    return (margin + near.norm(p, -1) - far).clamp_min(0)
+
+
 PAIRWISE = RowOp(
     "pairwise", "pairwise_step", 1,
     lambda a, b, c, t, w, dim, p, eps, *rest: torch.pairwise_distance(a, b, p, eps),
-    keeps_y=True,
+    keeps_y=True, of_kept=lambda k, p, *rest: k.norm(p, -1), differences=((0, 1),),
 )  # fmt: skip
 COSINE = RowOp(
     "cosine", "products_step", 3,
@@ -60,13 +72,19 @@ TRIPLET = RowOp(
     lambda a, b, c, t, w, dim, p, eps, margin, norm, swap: torch.triplet_margin_loss(
         a, b, c, margin, p, eps, swap, 0
     ),
+    of_kept=_triplet, differences=((0, 1), (0, 2), (1, 2)),
 )  # fmt: skip
 MULTI_MARGIN = RowOp("multi_margin", "multi_margin_step", 2, _multi_margin, by_class=True)
 MULTILABEL_SOFT = RowOp("multilabel_soft", "multilabel_soft_step", 1, _multilabel)
 
 
 class Rows(Function):
-    """One number for each row along `dim` of up to three tensors; reduced if there is a divisor."""
+    """One number for each row along `dim` of up to three tensors; reduced if there is a divisor.
+
+    Differences that are kept are outputs, so that a second derivative finds its way through them.
+    """
+
+    strided = ("dkept",)
 
     @staticmethod
     def forward(ctx, x1, x2, x3, target, weight, rows, dim, numbers, norm, swap, divisor, dtype):
@@ -77,23 +95,31 @@ class Rows(Function):
         sums = rows.sums + swap
         rest = () if divisor is not None else (*shape[:dim], *shape[dim + 1 :])
         y = torch.empty(rest, dtype=dtype, device=x1.device)
-        stats = kernels.distance.fwd(
-            views, target, weight, rows.step, rows.name, sums, numbers, flags, divisor, y
-        )
+        # As many differences as sums.
+        keeps = sums if rows.of_kept and any(ctx.needs_input_grad) else 0
+        stats, kept = kernels.distance.fwd(
+            views, target, weight, rows.step, rows.name, sums, numbers, flags, divisor, y,
+            rows.of_kept is not None, keeps,
+        )  # fmt: skip
         if divisor is None:
             y = _laid_out_as_stocks(y, shape, dim, xs)
-        kept = y if rows.keeps_y else None
-        ctx.save_for_backward(x1, x2, x3, target, weight, stats, kept)
-        ctx.rest = rows, dim, shape, numbers, norm, swap, divisor, dtype
-        return y
+        kept = [_classes_back(k, dim) for k in kept]
+        saved = (*kept, *(None,) * (3 - keeps)) if rows.of_kept else xs
+        ctx.save_for_backward(*saved, target, weight, stats, y if rows.keeps_y else None)
+        kinds = [x if x is None else (x.shape, x.dtype) for x in xs]
+        ctx.rest = rows, dim, shape, numbers, norm, swap, divisor, dtype, kinds
+        ctx.set_materialize_grads(False)
+        return y, *kept
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy, *dkept):
         x1, x2, x3, target, weight, stats, _ = ctx.saved_tensors
-        rows, dim, _, numbers, norm, swap, divisor, dtype = ctx.rest
+        rows, dim, _, numbers, norm, swap, divisor, dtype, _ = ctx.rest
         xs = (x1, x2, x3)
         needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if rows.of_kept and (dy is None or torch.is_grad_enabled()):
+            grads = _through_kept(ctx, dy, dkept, xs[: len(dkept)], needs)
+        elif torch.is_grad_enabled():
 
             def formula(*xs):
                 xs = [x if x is None else x.to(dtype) for x in xs]
@@ -107,26 +133,51 @@ class Rows(Function):
         return *grads, *(None,) * 9
 
 
+def _through_kept(ctx, dy, dkept, kept, needs):
+    """The gradients of x1, x2 and x3 by way of their differences, with graphs of their own."""
+    rows, *_, numbers, _, _, divisor, _, _ = ctx.rest
+    if dy is not None:
+
+        def formula(*kept):
+            y = rows.of_kept(*kept, numbers[0], numbers[2])
+            return y if divisor is None else y.sum() / divisor
+
+        through = second_order(formula, kept, dy, (True,) * len(kept))
+        dkept = [a if b is None else a + b for a, b in zip(through, dkept, strict=True)]
+    grads: list = [None, None, None]
+    for d, (plus, minus) in zip(dkept, rows.differences, strict=False):
+        if d is not None:
+            grads[plus] = d if grads[plus] is None else grads[plus] + d
+            grads[minus] = -d if grads[minus] is None else grads[minus] - d
+    return [g if need else None for g, need in zip(grads, needs, strict=True)]
+
+
 def _gradients(ctx, dy, xs, target, weight, stats, needs):
-    rows, dim, shape, numbers, norm, swap, divisor, _ = ctx.rest
+    rows, dim, shape, numbers, norm, swap, divisor, _, kinds = ctx.rest
+    device = stats.device
     wanted = [None, None, None]
-    for k, (x, need) in enumerate(zip(xs, needs, strict=True)):
-        if need and x.shape == shape:
-            wanted[k] = torch.empty_like(x)
-        elif need:
-            wanted[k] = torch.empty(shape, dtype=torch.float32, device=x.device)
+    for k, (kind, need) in enumerate(zip(kinds, needs, strict=True)):
+        if need:
+            whole = kind[0] == shape
+            like = next(x for x in (xs[k], *xs) if x is not None)
+            wanted[k] = (
+                torch.empty_like(like, dtype=kind[1])
+                if whole
+                else torch.empty(shape, dtype=torch.float32, device=device)
+            )
+    gradient = f"{rows.name}_of_kept" if rows.of_kept else f"{rows.name}_grad"
     made = kernels.distance.bwd(
         dy,
         [x if x is None else _classes_second(x.expand(shape), dim) for x in xs],
         [w if w is None else _classes_second(w, dim) for w in wanted],
-        target, weight, stats, f"{rows.name}_grad", numbers, (rows.by_class, norm, swap), divisor,
+        target, weight, stats, gradient, numbers, (rows.by_class, norm, swap), divisor,
     )  # fmt: skip
-    # Autograd sums those of what was broadcast.
+    # Autograd sums the gradients of broadcast inputs.
     return [d if d is None else _classes_back(d, dim) for d in made]
 
 
 def _classes_second(x, dim):
-    """(N, C, ...) with `dim` as C; (C,) stays."""
+    """x (N, C, ...), with `dim` as C; x (C,) stays as it is."""
     if x.dim() == 1:
         return x
     return x.unsqueeze(0) if dim == 0 else x.movedim(dim, 1)
@@ -150,24 +201,24 @@ def _laid_out_as_stocks(y, shape, dim, xs):
 
 @functools.lru_cache(maxsize=4096)
 def _strides_of_sums(layouts, dim):
-    """Of a sum over a dimension of what a chain of operators makes of these layouts."""
+    """The strides of a sum over `dim` of the result of pointwise operators on these layouts."""
     metas = [torch.empty_strided(*layout, device="meta") for layout in layouts]
     return sum(metas[1:], metas[0]).sum(dim).stride()
 
 
 def _rows(rows, xs, dim, numbers, norm, swap, divisor, dtype, target=None, weight=None):
-    return run(Rows, *xs, target, weight, rows, dim, numbers, norm, swap, divisor, dtype)
+    return run(Rows, *xs, target, weight, rows, dim, numbers, norm, swap, divisor, dtype)[0]
 
 
 def _norm(p):
-    """How kernels call the exponent; None if they have no such norm."""
+    """The constexpr NORM for the exponent p; None if the kernels have no such norm."""
     if p in (1, 2):
         return int(p)
     return 0 if number(p) and 0 < p <= 64 else None
 
 
 def _row_shape(dim, *xs):
-    """The common shape of `xs`, and `dim` in it from 0 on; or why there are no rows."""
+    """(common shape of `xs`, `dim` as an index from 0 on), or why there are no rows."""
     shape = broadcast(*xs)
     if shape is None:
         return Invalid("tensors that do not broadcast")
@@ -184,7 +235,10 @@ FEW_ROWS = 64
 
 
 def _in_rows(*args, dim=-1, **options):
-    """The gate's policy where one program computes one row: the elements of the largest tensor."""
+    """The gate's policy for kernels in which one program computes one row.
+
+    The size is the element count of the largest tensor.
+    """
     most = max((v for v in args if isinstance(v, Tensor)), key=Tensor.numel)
     width = most.shape[dim] if most.dim() else 1
     if most.numel() < FEW_ROWS * width:
@@ -201,7 +255,7 @@ def _along(x1, x2, dim=1, eps=1e-8):
 
 @op(stock=stock.cosine_similarity, strided=("x1", "x2"), policy=_along, autocast="fp32")
 def cosine_similarity(x1, x2, dim=1, eps=1e-8, *, out_dtype=None):
-    """Fused: one kernel per direction for the 35 of stock's chain."""
+    """Fused: one kernel per direction. PyTorch's chain needs 35."""
     why = refuse((x1, x2), "none")
     if why is not None:
         return why
@@ -213,7 +267,8 @@ def cosine_similarity(x1, x2, dim=1, eps=1e-8, *, out_dtype=None):
     dtype = out_dtype or common_dtype(x1, x2)
     if isinstance(dtype, Stock):
         return dtype
-    return _rows(COSINE, (x1, x2, None), found[1], (2.0, float(eps), 0.0), 2, False, None, dtype)
+    xs = own(x1, x2), own(x2, x1), None
+    return _rows(COSINE, xs, found[1], (2.0, float(eps), 0.0), 2, False, None, dtype)
 
 
 @op(stock=stock.pairwise_distance, strided=("x1", "x2"), policy=_in_rows, autocast="fp32")
@@ -296,9 +351,10 @@ def cosine_embedding_loss(
     if not input2.is_floating_point():
         return Stock(f"an input in {input2.dtype}")
     if target.dim() > 1 or not input1.dim() == input2.dim() == target.dim() + 1:
-        return Invalid("a target that has not one number for each row")
+        return Invalid("a target without one number for each row")
     if input1.shape[-1] != input2.shape[-1]:
-        return Stock("rows of two lengths")  # each of whose norms stock takes before it broadcasts
+        # PyTorch computes the norm of each before it broadcasts
+        return Stock("rows of two lengths")
     found = _row_shape(-1, input1, input2)
     if isinstance(found, Stock):
         return found
@@ -313,7 +369,7 @@ def cosine_embedding_loss(
     xs = input1, input2, None
     numbers = 2.0, 0.0, float(margin)
     divisor = row_divisor(reduction, target.numel())
-    target = target.detach()
+    target = own(target.detach(), input1, input2)  # stock keeps masks of it
     return _rows(COSINE_EMBEDDING, xs, dim, numbers, 2, False, divisor, dtype, target)
 
 
@@ -330,8 +386,8 @@ def multi_margin_loss(
 ):  # fmt: skip
     """Fused with its reduction; deterministic.
 
-    A target outside [0, C) makes the loss nan, and its gradients. There stock fails an assertion
-    that ends all use of CUDA in the process, or raises RuntimeError on a CPU; with TRITON_DEBUG=1
+    A target outside [0, C) makes the loss and its gradients nan. PyTorch fails an assertion, after
+    which the process cannot use CUDA any more, or raises RuntimeError on a CPU. With TRITON_DEBUG=1
     the kernel asserts as well.
     """
     why = refuse((input, target), reduction, (weight,))
@@ -393,6 +449,7 @@ def multilabel_soft_margin_loss(
     if size_average is not None or reduce is not None:
         reduction = resolve_reduction(size_average, reduce, reduction)
     C = shape[-1]
+    input = own(input, target)
     if reduction == "none":
         xs = input, target, weight
         return _rows(MULTILABEL_SOFT, xs, dim, (0.0, 0.0, 0.0), 2, False, None, dtype)

@@ -12,18 +12,22 @@ from fastnn._op import Function, Invalid, Stock, op, run
 
 
 class Noise(NamedTuple):
-    """What an input is multiplied by, and how to draw it: all that the backward needs to know."""
+    """The noise of an input, and how to draw it: all that the backward needs to know."""
 
     draw: Any  # kernels._philox.Draw
     launcher: str  # "elements", "channels" or "unbatched" of kernels/dropout.py
-    bound: int  # kept where the random word is below
-    scale: float  # of a kept element
-    grad_scale: float  # of its gradient: ATen computes the two in different ways
-    shift: tuple[float, float] | None = None  # added to kept and dropped elements
+    bound: int  # an element is kept if its random word is below `bound`
+    scale: float  # the factor of a kept element
+    grad_scale: float  # the factor of its gradient: ATen computes the two in different ways
+    shift: tuple[float, float] | None = None  # added to a kept and to a dropped element
+
+    def kept(self):
+        """What a node keeps: no tensors, which go through `save_for_backward`."""
+        return self._replace(draw=self.draw.kept())
 
 
 class Dropout(Function):
-    """y = x * noise (+ shift). Linear in x, so the backward is the same function of dy."""
+    """y = x * noise (+ shift). It is linear in x, so the backward is the same function of dy."""
 
     strided = ("dy",)
 
@@ -37,14 +41,14 @@ class Dropout(Function):
         launch = getattr(kernels.dropout, noise.launcher)
         y = launch(x, noise.draw, noise.bound, noise.scale, noise.shift, state, out)
         ctx.save_for_backward(state)
-        ctx.noise, ctx.layout = noise, y.stride()
+        ctx.noise, ctx.layout = noise.kept(), y.stride()
         return y
 
     @staticmethod
     def backward(ctx, dy):
         (state,) = ctx.saved_tensors
         noise = ctx.noise
-        if dy.stride() != ctx.layout:  # the bits go by storage order
+        if dy.stride() != ctx.layout:  # the random bits follow the storage order
             dy = dy.new_empty_strided(dy.shape, ctx.layout).copy_(dy)
         draw = noise.draw.from_state(state)
         back = noise._replace(draw=draw, scale=noise.grad_scale, shift=None)
@@ -71,7 +75,7 @@ def _bernoulli_scale(p: float, dtype: torch.dtype) -> float:
 
 @functools.lru_cache(maxsize=256)
 def _alpha_constants(p: float, dtype: torch.dtype) -> tuple[float, tuple[float, float]]:
-    """(scale, (shift of a kept element, of a dropped one)), after a Bernoulli noise of 1 and 0."""
+    """(scale, (shift of kept, shift of dropped elements)), after a Bernoulli noise of 1 and 0."""
     alpha = 1.7580993408473766
     a = 1.0 / math.sqrt((alpha * alpha * p + 1.0) * (1.0 - p))
     noise = torch.tensor([1.0, 0.0], dtype=dtype, device="cpu")
@@ -83,7 +87,7 @@ def _alpha_constants(p: float, dtype: torch.dtype) -> tuple[float, tuple[float, 
 
 
 def _early(x, p, training, inplace):
-    """The answer where no kernel is needed: a refusal, or x itself where dropout does nothing."""
+    """The answer if no kernel is needed: a refusal, or x itself if dropout does nothing."""
     if type(p) is not float and type(p) is not int:
         return Stock(f"p is a {type(p).__name__}")
     if not 0 <= p <= 1:
@@ -105,9 +109,9 @@ def _dense(x) -> bool:
 
 
 def _fused(x, p, launcher, n, inplace, alpha=False):
-    """Multiply by `bernoulli_` noise of n elements, and shift where it is alpha dropout."""
+    """Multiply by `bernoulli_` noise of n elements; for alpha dropout, then add the shift."""
     shift = None
-    if p == 1:  # stock multiplies by 0, and draws and shifts nothing
+    if p == 1:  # PyTorch multiplies by 0; it draws nothing and shifts nothing
         scale, draw = 0.0, _rng.draw_nothing(n, x.get_device())
     else:
         if n * x.element_size() >= 2**31:
@@ -125,7 +129,7 @@ def _fused(x, p, launcher, n, inplace, alpha=False):
 
 @op(stock=stock.dropout, strided=("input",))
 def dropout(input, p=0.5, training=True, inplace=False):
-    """Fused for dense layouts, in place too; the mask is drawn again in the backward."""
+    """Fused for dense layouts, also in place; the backward draws the mask again."""
     early = _early(input, p, training, inplace)
     if early is not None:
         return early
@@ -134,7 +138,7 @@ def dropout(input, p=0.5, training=True, inplace=False):
     if inplace or p == 1:
         return _fused(input, p, "elements", input.numel(), inplace)
     if not input.is_contiguous() and _rng.width(input) == 1:
-        return Stock(f"strides {input.stride()}, which stock does not walk in order of storage")
+        return Stock(f"strides {input.stride()}: PyTorch does not draw in order of storage")
     draw = _rng.draw_native(input)
     if isinstance(draw, str):
         return Stock(draw)
@@ -144,7 +148,7 @@ def dropout(input, p=0.5, training=True, inplace=False):
 
 @op(stock=stock.alpha_dropout, strided=("input",), source="arXiv:1706.02515")
 def alpha_dropout(input, p=0.5, training=False, inplace=False):
-    """Fused for dense layouts, in place too; the noise is drawn again in the backward."""
+    """Fused for dense layouts, also in place; the backward draws the noise again."""
     early = _early(input, p, training, inplace)
     if early is not None:
         return early
@@ -156,7 +160,8 @@ def alpha_dropout(input, p=0.5, training=False, inplace=False):
 def _feature(input, p, training, inplace, alpha=False, unbatched=False):
     early = _early(input, p, training, inplace)
     if early is not None:
-        # Stock adds a batch dimension and takes it off again, which makes a view, but not in place.
+        # PyTorch adds a batch dimension and removes it again. The result is a view, except in
+        # place.
         return early.view_as(early) if unbatched and early is input and not inplace else early
     channel_dim = 0 if unbatched else 1
     if input.dim() <= channel_dim:
@@ -169,7 +174,7 @@ def _feature(input, p, training, inplace, alpha=False, unbatched=False):
 
 @op(stock=stock.dropout1d, strided=("input",))
 def dropout1d(input, p=0.5, training=True, inplace=False):
-    """Fused for contiguous and channels-last layouts, in place too, without a noise tensor."""
+    """Fused for contiguous and channels-last layouts, also in place, without a noise tensor."""
     if input.dim() not in (2, 3):
         return Invalid(f"{input.dim()} dimensions")
     return _feature(input, p, training, inplace, unbatched=input.dim() == 2)
@@ -177,7 +182,7 @@ def dropout1d(input, p=0.5, training=True, inplace=False):
 
 @op(stock=stock.dropout2d, strided=("input",))
 def dropout2d(input, p=0.5, training=True, inplace=False):
-    """Fused for contiguous and channels-last layouts, in place too, without a noise tensor."""
+    """Fused for contiguous and channels-last layouts, also in place, without a noise tensor."""
     if input.dim() != 4:
         return Stock(f"{input.dim()} dimensions, of which stock warns")
     return _feature(input, p, training, inplace)
@@ -185,7 +190,7 @@ def dropout2d(input, p=0.5, training=True, inplace=False):
 
 @op(stock=stock.dropout3d, strided=("input",))
 def dropout3d(input, p=0.5, training=True, inplace=False):
-    """Fused for contiguous and channels-last layouts, in place too, without a noise tensor."""
+    """Fused for contiguous and channels-last layouts, also in place, without a noise tensor."""
     if input.dim() not in (4, 5):
         return Stock(f"{input.dim()} dimensions, of which stock warns")
     return _feature(input, p, training, inplace, unbatched=input.dim() == 4)
@@ -193,5 +198,5 @@ def dropout3d(input, p=0.5, training=True, inplace=False):
 
 @op(stock=stock.feature_alpha_dropout, strided=("input",), source="arXiv:1706.02515")
 def feature_alpha_dropout(input, p=0.5, training=False, inplace=False):
-    """Fused for contiguous and channels-last layouts, in place too, without a noise tensor."""
+    """Fused for contiguous and channels-last layouts, also in place, without a noise tensor."""
     return _feature(input, p, training, inplace, alpha=True)

@@ -20,18 +20,18 @@ _bwd = launcher(
     ),
 )
 
-_FEW = 3072  # up to so many indices PyTorch's backward does not sort, and is one launch
+_FEW = 3072  # up to this many indices, PyTorch's backward does not sort, and is one launch
 FEW = "few indices"  # the variant whose backward is PyTorch's
 
 
 def _vectors(input, weight, *rest, **options):
-    """The gate's policy: the elements of the result."""
+    """The gate's policy: the number of elements of the result."""
     few = weight.is_cuda and input.numel() <= _FEW
     return Work(input.numel() * weight.shape[-1], variant=FEW if few else "")
 
 
 class Embedding(Function):
-    """weight (V, D), indices (*) -> (*, D). Saves the indices alone, as stock does."""
+    """weight (V, D), indices (*) -> (*, D). Saves only the indices, as PyTorch does."""
 
     @staticmethod
     def forward(ctx, weight, indices, padding_idx, scale_grad_by_freq, few):
@@ -43,7 +43,8 @@ class Embedding(Function):
     def backward(ctx, dy):
         (indices,) = ctx.saved_tensors
         V, padding_idx, scale_grad_by_freq, few = ctx.rest
-        stocks = few or torch.is_grad_enabled()  # it is linear in dy: its formula has a derivative
+        # it is linear in dy, and PyTorch's formula has a derivative
+        stocks = few or torch.is_grad_enabled()
         backward = torch.ops.aten.embedding_dense_backward if stocks else _bwd
         return backward(dy, indices, V, padding_idx, scale_grad_by_freq), None, None, None, None
 
@@ -62,9 +63,9 @@ def embedding(
 ):  # fmt: skip
     """Fused for dense gradients, which are deterministic: the same bits each time.
 
-    An index outside [0, V) gives a row of nan and is left out of the gradient; nothing outside the
-    weight is read. Stock stops the process's CUDA context there, or raises IndexError on a CPU;
-    with TRITON_DEBUG=1 the kernel asserts as well.
+    An index outside [0, V) gives a row of nan, and has no part in the gradient. Nothing outside the
+    weight is read. PyTorch fails an assertion that ends the process's CUDA context, or raises
+    IndexError on a CPU. With TRITON_DEBUG=1 the kernel asserts as well.
     """
     if weight.dim() != 2 or not weight.is_floating_point() or input.is_floating_point():
         return Invalid(f"weight {weight.dtype} {tuple(weight.shape)}, indices {input.dtype}")

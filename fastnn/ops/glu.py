@@ -8,7 +8,7 @@ from fastnn._op import Function, Invalid, op, run, second_order
 
 
 class GLU(Function):
-    """x, of even size along dim -> a * sigmoid(b) of its halves."""
+    """x, of even size along dim -> a * sigmoid(b), where a and b are its halves."""
 
     strided = ("dy",)
 

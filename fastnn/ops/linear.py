@@ -1,4 +1,4 @@
-"""Linear, and Linear with the activation and dropout that follow it."""
+"""Linear, and Linear with the activation and the dropout that follow it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from fastnn.ops.dropout import Dropout, Noise, _native_scales
 
 
 def matmul_precision(device_index: int) -> str:
-    """How products of float32 matrices are to be computed: "tf32" or "ieee".
+    """How products of float32 matrices are computed: "tf32" or "ieee".
 
-    PyTorch's setting decides, on a GPU that has tf32.
+    PyTorch's setting decides, if the GPU has tf32.
     """
     return tf32_setting() if _gpus.facts(_gpus.architecture(device_index)).tf32 else "ieee"
 
@@ -28,7 +28,7 @@ def matmul_precision(device_index: int) -> str:
 def tf32_setting() -> str:
     """PyTorch's setting for products of float32 matrices: "tf32" or "ieee".
 
-    Reading the old setting after the new one was written raises, hence new before old.
+    The new setting is read first: after it was written, reading the old setting raises an error.
     """
     matmul = torch.backends.cuda.matmul
     try:
@@ -38,7 +38,7 @@ def tf32_setting() -> str:
 
 
 def _matrix(x):
-    """x (..., K) -> (M, K); a copy only where leading dims do not collapse."""
+    """x (..., K) -> (M, K); a copy only if the leading dims cannot be one dim."""
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
@@ -49,7 +49,7 @@ def _rows(dy):
 
 
 class How(NamedTuple):
-    """Who multiplies, and how: by our kernel or by ATen, on which architecture."""
+    """What multiplies, and how: our kernel or ATen, in which precision, on which architecture."""
 
     ours: bool
     precision: str
@@ -57,7 +57,7 @@ class How(NamedTuple):
 
 
 def _gradients_of_product(dz, x, weight, shape, needs, how):
-    """dz (M, N) -> the gradients of x, of that shape, and of the weight; None if not needed."""
+    """dz (M, N) -> the gradients of x (with `shape`) and of the weight; None if not needed."""
     dx = dw = None
     if how.ours:
         if needs[0]:
@@ -96,7 +96,8 @@ class Linear(Function):
             x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
         )
         ctx.rest = x.shape, how
-        # Made in its shape: a view of what was made here could not be edited in place later.
+        # y is made in its final shape: a view that was made here could not be edited in place
+        # later.
         y = x.new_empty((*x.shape[:-1], weight.shape[0]))
         kernels.linear.fwd(_matrix(x), weight, bias, how.precision, how.arch, y)
         return y
@@ -117,7 +118,7 @@ class Linear(Function):
 
 
 def _declined(input, weight, bias):
-    """Why kernels do not take these operands, if they do not."""
+    """Why kernels do not take these operands; None if they do."""
     if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         return Invalid(f"input {tuple(input.shape)}, weight {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -154,7 +155,7 @@ _ACTIVATIONS: dict[str, Formula] = {
     "hardsigmoid": acts.HARDSIGMOID,
     "hardswish": acts.HARDSWISH,
 }
-# The formulas that keep y name stock's gradient, and not stock's function.
+# A formula that keeps y names PyTorch's gradient, not PyTorch's function.
 _OF_X: dict[str, Callable[..., Tensor]] = {
     "relu": lambda x, a, b: torch.relu(x),
     "sigmoid": lambda x, a, b: torch.sigmoid(x),
@@ -163,7 +164,7 @@ _OF_X: dict[str, Callable[..., Tensor]] = {
 
 
 def _activate(activation: str) -> Callable[..., Tensor]:
-    """Stock's activation, as a function of (x, a, b)."""
+    """PyTorch's activation, as a function of (x, a, b)."""
     if activation not in _ACTIVATIONS:
         accepted = ", ".join(_ACTIVATIONS)
         raise ValueError(f"linear_act: activation {activation!r}; accepted are {accepted}")
@@ -171,15 +172,13 @@ def _activate(activation: str) -> Callable[..., Tensor]:
 
 
 class Neighbours(NamedTuple):
-    """What follows the product, and which way it is computed."""
+    """What follows the product, and how it is computed."""
 
     activation: str
     a: float
     b: float
     plan: str
     noise: Noise | None
-    y: Tensor | None
-    """Where the result goes, if there is noise: its layout was part of the draw."""
     how: How
 
     @property
@@ -188,14 +187,14 @@ class Neighbours(NamedTuple):
 
     @property
     def keeps_y(self) -> bool:
-        # Never the result of a dropout: users edit that in place, as stock lets them.
+        # Never the result of a dropout, because users may edit it in place, as in PyTorch.
         return self.formula.keeps == "y" and self.noise is None
 
 
 class LinearAct(Function):
-    """x, weight, bias as for `Linear` -> y = noise * act(z), and z = x W^T + b where it is kept.
+    """x, weight, bias as for `Linear` -> y = noise * act(z), and z = x W^T + b if it is kept.
 
-    z is an output, so that a second derivative finds its way through it.
+    z is an output, so that a second derivative can pass through z.
     """
 
     strided = ("dy", "dz_of_second")
@@ -208,6 +207,7 @@ class LinearAct(Function):
             n = rest.noise
             state = n.draw.new_state(x)
             noise = n.draw, n.bound, n.scale, state
+            rest = rest._replace(noise=n.kept())
         keeps_z = wanted and not rest.keeps_y
         y, z = _forward(x, weight, bias, rest, noise, keeps_z)
         ctx.save_for_backward(
@@ -256,15 +256,17 @@ class LinearAct(Function):
 
 def _forward(x, weight, bias, rest, noise, keeps_z):
     formula, how = rest.formula, rest.how
-    y, z = rest.y, None
+    z = None
     if rest.plan == "epilogue":
         z = stock.linear(x, weight, bias)
-        if y is None:
+        # Noise goes by the order of storage, and so into a tensor that is contiguous.
+        if noise is not None:
+            y = z.new_empty(z.shape)
+        else:
             y = torch.empty_like(z) if keeps_z else z
         kernels.epilogue.fwd(z, y, formula.value, rest.a, rest.b, *(noise or (None, 0, 1.0)))
         return y, z if keeps_z else None
-    if y is None:
-        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     if rest.plan == "gemm":
         if keeps_z:
             z = torch.empty_like(y)
@@ -273,7 +275,7 @@ def _forward(x, weight, bias, rest, noise, keeps_z):
             _matrix(x), weight, bias, how.precision, how.arch, y=y, z=z, act=act, noise=noise
         )
     else:
-        # relu alone: its gelu is the tanh formula on CUDA, and the other one on the CPU.
+        # Only for relu: its gelu is the tanh formula on CUDA, and the erf formula on the CPU.
         torch._addmm_activation(bias, _matrix(x), weight.t(), out=y.view(-1, y.shape[-1]))
     return y, z
 
@@ -292,20 +294,22 @@ def _composed(
     input, weight, bias=None, activation="relu", a=0.0, b=0.0, p=0.0, training=False
 ):  # fmt: skip
     y = _activate(activation)(stock.linear(input, weight, bias), a, b)
+    if p == 0 and not training:  # nothing follows the activation
+        return y
     return stock.dropout(y, p, training)
 
 
-# Estimates from bytes and FLOPs, not timed: our GEMM at 0.7 of cuBLAS pays for itself by the pass
-# it saves where K is below about 1000, and at half of that where it must write z too.
+# Estimates from bytes and FLOPs, not timed. If our GEMM has 0.7 of the speed of cuBLAS, it still
+# wins by the pass that it saves: for K below about 1000, or half of that if it must write z too.
 _GEMM_ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 _LEAST_GEMM = 128 * 128 * 66
 
 
 def _variant(M, N, K, itemsize, arch, activation, bias, training, drops) -> str | Stock:
-    """How `linear_act` runs where cuBLAS may be used.
+    """How `linear_act` runs if cuBLAS may be used.
 
-    "gemm": our GEMM with the rest in its epilogue; "addmm": cuBLASLt with bias and relu in its
-    epilogue; "epilogue": cuBLAS, then one pass for all the rest.
+    "gemm": our GEMM with the rest in its epilogue. "addmm": cuBLASLt with bias and relu in its
+    epilogue. "epilogue": cuBLAS, then one pass for the rest.
     """
     if activation == "relu" and bias and not drops and M * N:
         return "addmm"
@@ -325,7 +329,7 @@ def _variant(M, N, K, itemsize, arch, activation, bias, training, drops) -> str 
 def _outputs(
     input, weight, bias=None, activation="relu", a=0.0, b=0.0, p=0.0, training=False
 ):  # fmt: skip
-    """The gate's policy: the elements of the result, and who multiplies."""
+    """The gate's policy: the number of outputs, and what multiplies."""
     N, K = weight.shape
     M = input.shape[:-1].numel()
     tracked = (input, weight) if bias is None else (input, weight, bias)
@@ -350,10 +354,11 @@ def linear_act(
 ):  # fmt: skip
     """`dropout(activation(linear(input, weight, bias), a, b), p, training)`.
 
-    What `Sequential` calls for a Linear and its neighbours. The activation is one of `relu`,
+    `Sequential` calls it for a Linear and its neighbours. The activation is one of `relu`,
     `leaky_relu` (a: slope), `elu` (a: alpha, b: 1), `selu`, `gelu`, `gelu_tanh`, `silu`, `mish`,
-    `sigmoid`, `tanh`, `hardtanh` (a, b: the limits), `hardsigmoid` and `hardswish`. Fused into the
-    GEMM, or into one pass after it; the backward through dropout, activation and bias is one pass.
+    `sigmoid`, `tanh`, `hardtanh` (a, b: the limits), `hardsigmoid` and `hardswish`. It is fused
+    into the GEMM, or into one pass after it. The backward through dropout, activation and bias is
+    one pass.
 
     Raises ValueError for any other activation.
     """
@@ -370,19 +375,18 @@ def linear_act(
     if drops and M * N >= 2**31:
         return Stock(f"dropout of {M * N} elements, more than 32 bits can index")
     arch = _gpus.architecture(input.get_device())
-    noise = y = None
+    noise = None
     if drops:
-        y = input.new_empty((*input.shape[:-1], N))
         bound = kernels._philox.bound(1.0 - p)
         if p == 1:
             draw: Any = _rng.draw_nothing(M * N, input.get_device())
             noise = Noise(draw, "elements", bound, 0.0, 0.0)
         else:
-            draw = _rng.draw_native(y)
+            draw = _rng.draw_native_of_new(M * N, input.element_size(), input.get_device())
             if isinstance(draw, str):
                 return Stock(draw)
             noise = Noise(draw, "elements", bound, *_native_scales(p))
-    # Forced onto kernels there is no variant: our GEMM multiplies, in the backward too.
+    # A forced call has no variant: our GEMM multiplies, also in the backward.
     how = How(not variant, matmul_precision(input.get_device()), arch)
-    rest = Neighbours(activation, float(a), float(b), variant or "gemm", noise, y, how)
+    rest = Neighbours(activation, float(a), float(b), variant or "gemm", noise, how)
     return run(LinearAct, input, weight, bias, rest)[0]

@@ -1,4 +1,4 @@
-"""Cross entropy of a linear layer's output, whose logits are never whole in memory."""
+"""Cross entropy of the output of a linear layer. All its logits are never in memory at once."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch.nn.functional as stock
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 
-CHUNK_BYTES = 1 << 28  # of logits at a time: large products, and little beside a model
+CHUNK_BYTES = 1 << 28  # of logits at a time: large enough for fast products, small beside a model
 
 
 def _composed(
     input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean",
     ignore_index=None, label_smoothing=0.0, options=None,
 ):  # fmt: skip
-    """What torch has under this name since 2.13, for a torch that has not."""
+    """What PyTorch has under this name since 2.13, for an older PyTorch."""
     if options is not None:
         raise NotImplementedError("linear_cross_entropy: this torch has no options")
     classes, *positions, features = linear_weight.shape
@@ -40,13 +40,13 @@ _reference = getattr(stock, "linear_cross_entropy", _composed)
 
 
 def chunk_rows(N, C, itemsize):
-    """Rows of logits (N, C) to hold at a time: a power of two, all of them where they are few."""
+    """Rows of logits (N, C) to hold at a time: a power of two, or all N rows if they are few."""
     rows = max(CHUNK_BYTES // (C * itemsize), 64)
     return min(1 << (rows.bit_length() - 1), max(N, 1))
 
 
 def _divisor(target, weight, ignore_index):
-    """What a mean divides by: kept rows, or their classes' weights. A scalar in fp32, no sync."""
+    """The divisor of a mean: kept rows, or the sum of their class weights. fp32, 0-d, no sync."""
     kept = target != ignore_index
     if weight is None:
         return kept.sum(dtype=torch.float32)
@@ -56,12 +56,12 @@ def _divisor(target, weight, ignore_index):
 
 
 class _Gradients:
-    """Sums the gradients of chunks, in their order; dW and db in fp32."""
+    """Sums the gradients of the chunks, in order; dW and db in fp32."""
 
     def __init__(self, x, w, b, needs, chunks):
         self.x, self.w, self.needs = x, w, needs
         self.dx = torch.empty_like(x) if needs[0] else None
-        # One chunk needs no sum: its product is rounded once, as stock's.
+        # One chunk needs no sum: its product is rounded once, as in PyTorch.
         summed = needs[1] and chunks > 1
         self.dw = torch.zeros_like(w, dtype=torch.float32) if summed else None
         self.db = x.new_zeros(w.shape[0], dtype=torch.float32) if needs[2] else None
@@ -77,18 +77,17 @@ class _Gradients:
                 self.dw.addmm_(dlogits.t(), x)
             elif x.is_cuda:
                 self.dw += torch.mm(dlogits.t(), x, out_dtype=torch.float32)
-            else:  # where the interpreter runs: no such product there
+            else:  # on the CPU, where the interpreter runs, PyTorch has no such product
                 self.dw.addmm_(dlogits.t().float(), x.float())
         if self.db is not None:
             self.db += dlogits.sum(0, dtype=torch.float32)
 
 
 class LinearCrossEntropy(Function):
-    """x (N, K), w (C * P, K), b (C * P,) or None, target indices (N, *shape) or probabilities
-    (N, C, *shape), P the product of `shape` -> loss, (N, *shape) or a scalar.
+    """The loss, (N, *shape) or a scalar. P is the product of `shape`.
 
     Where the loss is one number, its gradients are made with it, chunk by chunk, but for the factor
-    that comes from above. Else the backward multiplies the logits again.
+    that comes from above, and saved as tensors are. Else the backward multiplies the logits again.
     """
 
     @staticmethod
@@ -98,20 +97,18 @@ class LinearCrossEntropy(Function):
         size = chunk_rows(N, w.shape[0], x.element_size())
         losses = x.new_empty((N, *shape), dtype=torch.float32)
         divisor = made = None
+        late = False
         if reduction == "mean" and target.is_floating_point():
             divisor = losses.new_full((), float(losses.numel()))
         elif reduction == "mean":
             divisor = _divisor(target, weight, ignore_index)
         if reduction != "none" and any(needs):
             made = _Gradients(x, w, b, needs, math.ceil(N / size))
-            # float16 has no room for gradients that were divided before they are scaled.
+            # In float16, gradients may underflow if they are divided before they are scaled.
             late = divisor is not None and x.dtype is torch.float16
             seed = x.new_ones((), dtype=torch.float32)
             if divisor is not None and not late:
                 seed = seed / divisor
-        ctx.save_for_backward(x, w, b, target, weight)
-        ctx.options = shape, ignore_index, smoothing, reduction
-        ctx.made = None
         for start in range(0, N, size):
             rows = slice(start, start + size)
             logits = _logits(x[rows], w, b, shape)
@@ -122,11 +119,14 @@ class LinearCrossEntropy(Function):
                     seed, logits, target[rows], weight, stats, ignore_index, smoothing, "sum"
                 )
                 made.add(rows, dlogits)
+        found: tuple = (None, None, None, None)
         if made is not None:
             dw = made.dw
             if dw is not None and not late:
                 dw = dw.to(w.dtype)
-            ctx.made = made.dx, dw, made.db, divisor if late else None
+            found = made.dx, dw, made.db, divisor if late else None
+        ctx.save_for_backward(x, w, b, target, weight, *found)
+        ctx.options = shape, ignore_index, smoothing, reduction
         if reduction == "none":
             return losses.to(dtype)
         loss = losses.sum()
@@ -134,7 +134,7 @@ class LinearCrossEntropy(Function):
 
     @staticmethod
     def backward(ctx, dloss):
-        x, w, b, target, weight = ctx.saved_tensors
+        x, w, b, target, weight, *made, divisor = ctx.saved_tensors
         shape, ignore_index, smoothing, reduction = ctx.options
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
@@ -151,12 +151,11 @@ class LinearCrossEntropy(Function):
                 )
 
             return *second_order(formula, (x, w, b), dloss, needs), *[None] * 7
-        if ctx.made is None:
-            found = _gradients_of_rows(ctx, dloss)
+        if reduction == "none":
+            found = _gradients_of_rows(ctx, dloss, x, w, b, target, weight)
         else:
-            *found, divisor = ctx.made
             scale = dloss.float() if divisor is None else dloss.float() / divisor
-            found = (t if t is None else t * scale for t in found)
+            found = (t if t is None else t * scale for t in made)
         grads = (
             t.to(like.dtype) if need else None
             for t, like, need in zip(found, (x, w, b), needs, strict=True)
@@ -165,29 +164,28 @@ class LinearCrossEntropy(Function):
 
 
 def _logits(x, w, b, shape):
-    """(rows, C, *shape)"""
+    """Logits (rows, C, *shape)."""
     with torch.autocast(x.device.type, enabled=False):
         return stock.linear(x, w, b).view(x.shape[0], w.shape[0] // math.prod(shape), *shape)
 
 
 def _loss(logits, target, weight, ignore_index, smoothing):
-    """Losses in fp32, none added up, and what `_dlogits` needs."""
+    """Losses in fp32, not summed, and the stats that `_dlogits` needs."""
     return kernels.cross_entropy.fwd(
         logits, target, weight, ignore_index, smoothing, "none", torch.float32
     )
 
 
 def _dlogits(dloss, logits, target, weight, stats, *options):
-    """(rows, C * P)"""
+    """Gradients of the logits, (rows, C * P)."""
     (found,) = kernels.cross_entropy.bwd(
         dloss, logits, target, weight, stats, *options, True, False
     )
     return found.reshape(logits.shape[0], -1)
 
 
-def _gradients_of_rows(ctx, dloss):
+def _gradients_of_rows(ctx, dloss, x, w, b, target, weight):
     """The gradients of losses kept apart: each chunk's logits once more."""
-    x, w, b, target, weight = ctx.saved_tensors
     shape, *options, reduction = ctx.options
     size = chunk_rows(x.shape[0], w.shape[0], x.element_size())
     made = _Gradients(x, w, b, ctx.needs_input_grad[:3], math.ceil(x.shape[0] / size))
@@ -201,13 +199,13 @@ def _gradients_of_rows(ctx, dloss):
 
 
 def _logits_of(input, linear_weight, *rest, **options):
-    """The gate's policy: as many logits as there are rows times classes."""
+    """The gate's policy: the number of logits, which is rows times classes."""
     features = input.shape[-1]
     return Work(input.numel() // features * (linear_weight.numel() // features), "logits")
 
 
 def _unfit(x, w, b, target, weight, reduction, ignore_index, smoothing, shape):
-    """Why the arguments go to stock, most of them to be rejected there; None if they fit."""
+    """Why PyTorch gets the call, in most cases to reject it; None if the arguments fit."""
     N, C = x.shape[0], w.shape[0]
     if x.shape[-1] != w.shape[-1]:
         return Invalid(f"{x.shape[-1]} features, a weight for {w.shape[-1]}")
@@ -249,18 +247,18 @@ def linear_cross_entropy(
     input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean",
     ignore_index=None, label_smoothing=0.0, options=None,
 ):  # fmt: skip
-    """Fused for every shape, class indices and probabilities: logits are made, and turned into
-    their gradients, in chunks of at most 256 MiB; the gradient of the weight is summed in float32;
-    nothing of as many elements as the logits is held.
+    """Fused for every shape, class indices and probabilities, in chunks of at most 256 MiB of
+    logits.
 
     In `auto` from 2**30 logits on, where memory decides. It makes the products that stock makes,
     and with `reduction="none"` that of the logits twice. `options` asks for stock's own chunks.
-    What differs from stock is what `cross_entropy` says of targets and of ignored positions.
+    What differs from stock is what `cross_entropy` says of targets and of ignored positions; and
+    input and weight are kept for the backward even where stock keeps the logits alone.
     """
     if options is not None:
-        return Stock("options: stock's own chunked path")
+        return Stock("options: only PyTorch has its chunked path")
     if not (isinstance(linear_weight, torch.Tensor) and isinstance(target, torch.Tensor)):
-        return Invalid("arguments that are no tensors")
+        return Invalid("the weight or the target is not a tensor")
     shape = tuple(linear_weight.shape[1:-1])
     single = input.dim() == 1
     if input.dim() not in (1, 2) or linear_weight.dim() < 2 or (single and shape):
@@ -284,7 +282,10 @@ def linear_cross_entropy(
     if x.dtype != w.dtype or (b is not None and b.dtype != w.dtype):
         return Invalid("input, weight and bias in several dtypes")
     w = w.reshape(-1, w.shape[-1])
-    b = None if b is None else b.reshape(-1)
+    if b is not None:
+        b = b.reshape(-1)
+        if torch.is_grad_enabled() and any(v.requires_grad for v in (x, w, b)):
+            b = b.clone()  # which stock does not keep: an edit of the bias given is harmless
     loss = run(
         LinearCrossEntropy, x, w, b, t, weight, shape,
         -100 if ignore_index is None else ignore_index, max(float(label_smoothing), 0.0), reduction,

@@ -6,11 +6,11 @@ import torch.nn.functional as stock
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, op, rounded, run, second_order
 
-_WIDEST = 8  # the most channels of a window that registers hold
+_WIDEST = 8  # the most channels of a window that fit in registers
 
 
 class LocalResponseNorm(Function):
-    """x (N, C, *) contiguous -> y. Keeps x alone, from which the backward makes all the rest."""
+    """x (N, C, *) contiguous -> y. Keeps only x, from which the backward computes the rest."""
 
     @staticmethod
     def forward(ctx, x, size, alpha, beta, k, out_dtype):
@@ -41,7 +41,7 @@ class LocalResponseNorm(Function):
     source="Krizhevsky, Sutskever, Hinton (2012), section 3.3",
 )
 def local_response_norm(input, size, alpha=1e-4, beta=0.75, k=1.0, *, out_dtype=None):
-    """Fused for contiguous input and windows of up to 8 channels, one pass each way."""
+    """Fused for contiguous input and windows of up to 8 channels, one pass per direction."""
     if input.dim() < 3:
         return Invalid(f"{input.dim()} dimensions")
     if type(size) is not int or size <= 0:
@@ -57,7 +57,8 @@ def local_response_norm(input, size, alpha=1e-4, beta=0.75, k=1.0, *, out_dtype=
     if not input.is_contiguous():
         return Stock("input that is not contiguous")
     if input.dim() == 3 and input.device.type == "cpu":
-        out_dtype = None  # there, autocast lists the pooling that stock uses for more dimensions
+        # for 3-D input on the CPU, autocast does not list the pooling that PyTorch uses
+        out_dtype = None
     exponent = rounded(beta, out_dtype or input.dtype)
     if exponent is None:
         return Invalid(f"beta={beta!r} in {input.dtype}")

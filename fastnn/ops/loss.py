@@ -1,13 +1,13 @@
-"""Losses computed element by element, then reduced.
+"""Losses that are computed element by element, and then reduced.
 
-A `Loss` says which device functions compute a loss and its gradients, and which formula of stock
-they stand for. An op below says what its tensors and numbers are, and what it declines.
+A `Loss` says which device functions compute a loss and its gradients, and which PyTorch formula
+they stand for. Each op below says what its tensors and numbers are, and which calls it declines.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as stock
@@ -27,21 +27,31 @@ class Loss(NamedTuple):
 
     value: str
     stock: Callable[..., Tensor]
-    """The losses of (a, b, c, p, q), not reduced. Differentiable, as often as stock."""
+    """The losses of (a, b, c, p, q), not reduced. Differentiable as often as in PyTorch."""
     reads_a: bool = True
     """Whether the gradient of a reads a; else a is not kept for it."""
+    keep: Literal["difference", "slope"] | None = None
+    """What is kept in place of a and b, as stock does: a - b, of which the losses are a function
+    (`stock`, with None for b), or their derivative by a. That by b is the negative."""
 
     @property
     def gradient(self):
-        return f"{self.value}_grad"
+        return f"{self.value}_of_{self.keep}" if self.keep else f"{self.value}_grad"
 
 
-def _gaussian(a, b, v):
-    return 0.5 * (torch.log(v) + (a - b) ** 2 / v)
+def _difference(a, b):
+    return a if b is None else a - b
+
+
+def _gaussian(d, v):
+    return 0.5 * (torch.log(v) + d**2 / v)
 
 
 MSE = Loss("square", lambda a, b, c, p, q: aten.mse_loss(a, b, 0))
-L1 = Loss("absolute", lambda a, b, c, p, q: (a - b).abs())
+MSE_WEIGHTED = Loss(
+    "square", lambda a, b, c, p, q: torch.square(_difference(a, b)), keep="difference"
+)
+L1 = Loss("absolute", lambda a, b, c, p, q: _difference(a, b).abs(), keep="difference")
 SMOOTH_L1 = Loss("smooth_l1", lambda a, b, c, p, q: aten.smooth_l1_loss(a, b, 0, p))
 HUBER = Loss("huber", lambda a, b, c, p, q: aten.huber_loss(a, b, 0, p))
 BCE = Loss("bce", lambda a, b, c, p, q: aten.binary_cross_entropy(a, b, None, 0))
@@ -64,16 +74,25 @@ POISSON = {
     for full in (False, True)
 }
 GAUSSIAN = Loss(
-    "gaussian", lambda a, b, c, p, q: _gaussian(a, b, c + (c.clamp(p) - c).detach()) + q
+    "gaussian",
+    lambda a, b, c, p, q: _gaussian(_difference(a, b), c + (c.clamp(p) - c).detach()) + q,
+    keep="difference",
 )
-GAUSSIAN_SCALAR = Loss("gaussian_scalar", lambda a, b, c, p, q: 0.5 * (a - b) ** 2 / p + q)
+GAUSSIAN_SCALAR = Loss(
+    "gaussian_scalar",
+    lambda a, b, c, p, q: 0.5 * _difference(a, b) ** 2 / p + q,
+    keep="difference",
+)
 HINGE_EMBEDDING = Loss(
-    "hinge_embedding", lambda a, b, c, p, q: torch.hinge_embedding_loss(a, b, p, 0)
+    "hinge_embedding", lambda a, b, c, p, q: torch.hinge_embedding_loss(a, b, p, 0), keep="slope"
 )
 SOFT_MARGIN = Loss("soft_margin", lambda a, b, c, p, q: aten.soft_margin_loss(a, b, 0))
 MARGIN_RANKING = Loss(
-    "margin_ranking", lambda a, b, c, p, q: torch.margin_ranking_loss(a, b, c, p, 0)
+    "margin_ranking",
+    lambda a, b, c, p, q: (-c * _difference(a, b) + p).clamp_min(0),
+    keep="slope",
 )
+MARGIN_RANKING_TARGET = MARGIN_RANKING._replace(keep="difference")
 MULTILABEL_SOFT_MARGIN = Loss(
     "multilabel_soft_margin",
     lambda a, b, c, p, q: -(b * stock.logsigmoid(a) + (1 - b) * stock.logsigmoid(-a)),
@@ -81,7 +100,7 @@ MULTILABEL_SOFT_MARGIN = Loss(
 
 
 def _reduced(*args, **options):
-    """The gate's policy for a loss that PyTorch computes in one kernel if it is not reduced."""
+    """The gate's policy for a loss that needs only one PyTorch kernel if it is not reduced."""
     if options.get("reduction") == "none" or any(type(v) is str and v == "none" for v in args):
         return Stock("reduction='none': PyTorch already needs one kernel, so nothing can be saved")
     return Work(max(v.numel() for v in args if isinstance(v, Tensor)))
@@ -90,39 +109,52 @@ def _reduced(*args, **options):
 class Elementwise(Function):
     """weight * loss(a, b, c; p, q) in `dtype`, reduced if `divisor` is not None.
 
-    The divisor is a number, or with `by_weight` the sum of the weights.
+    The divisor is a number, or with `by_weight` the sum of the weights. A difference that is kept
+    is an output, so that a second derivative finds its way through it; else that output is None.
     """
 
-    strided = ("dloss",)
+    strided = ("dloss", "dkept")
 
     @staticmethod
     def forward(ctx, a, b, c, weight, loss, p, q, divisor, by_weight, dtype):
         inputs = (a, b, c, weight)
         result = _result(loss, inputs, p, q, divisor, dtype)
-        result, count = kernels.loss.fwd(inputs, loss.value, p, q, result, divisor, by_weight)
-        keeps_a = loss.reads_a or a.shape != b.shape or any(ctx.needs_input_grad[1:3])
-        ctx.save_for_backward(a if keeps_a else None, b, c, weight, count)
+        keep = None
+        if loss.keep and any(ctx.needs_input_grad):
+            keep = "difference" if loss.keep == "difference" else f"{loss.value}_slope"
+        result, count, kept = kernels.loss.fwd(
+            inputs, loss.value, p, q, result, divisor, by_weight, keep, dtype
+        )
+        if loss.keep:
+            ctx.save_for_backward(kept, None, None if loss.keep == "slope" else c, weight, count)
+        else:
+            keeps_a = loss.reads_a or a.shape != b.shape or any(ctx.needs_input_grad[1:3])
+            ctx.save_for_backward(a if keeps_a else None, b, c, weight, count)
         kinds = [t if t is None else (t.shape, t.dtype) for t in (a, b, c)]
         ctx.rest = loss, p, q, divisor, dtype, kinds
-        return result
+        ctx.set_materialize_grads(False)
+        return result, kept if loss.keep == "difference" else None
 
     @staticmethod
-    def backward(ctx, dloss):
+    def backward(ctx, dloss, dkept):
         *inputs, weight, count = ctx.saved_tensors
         loss, p, q, divisor, dtype, kinds = ctx.rest
         needs = ctx.needs_input_grad[:3]
+        if loss.keep and (dloss is None or torch.is_grad_enabled()):
+            da, dc = dkept, None
+            if dloss is not None:
+                through, dc = _through_kept(ctx, dloss, inputs[0], inputs[2], weight, count)
+                da = through if da is None else through + da
+            return da if needs[0] else None, -da if needs[1] else None, dc, *(None,) * 7
         if torch.is_grad_enabled():
-            if inputs[0] is None:  # whatever its values, these are its derivatives
+            if inputs[0] is None:  # the derivatives do not depend on its values
                 inputs[0] = torch.zeros(kinds[0][0], dtype=kinds[0][1], device=dloss.device)
                 inputs[0].requires_grad_()
 
             def formula(*inputs):
                 a, b, c, w = (t if t is None else t.to(dtype) for t in (*inputs, weight))
                 losses = loss.stock(a, b, c, p, q)
-                losses = losses if w is None else losses * w
-                if divisor is None:
-                    return losses
-                return losses.sum() / (divisor if count is None else w.sum())
+                return _reduce(losses, w, divisor, count)
 
             grads = second_order(formula, tuple(inputs), dloss, needs)
         else:
@@ -133,8 +165,29 @@ class Elementwise(Function):
         return *grads, *(None,) * 7
 
 
+def _reduce(losses, w, divisor, count):
+    losses = losses if w is None else losses * w
+    if divisor is None:
+        return losses
+    return losses.sum() / (divisor if count is None else w.sum())
+
+
+def _through_kept(ctx, dloss, kept, c, weight, count):
+    """The gradients of a, by way of what was kept, and of c, with graphs of their own."""
+    loss, p, q, divisor, dtype, _ = ctx.rest
+    differs = loss.keep == "difference"
+
+    def formula(k, c):
+        c, w = (t if t is None else t.to(dtype) for t in (c, weight))
+        losses = loss.stock(k, None, c, p, q) if differs else k * kept
+        return _reduce(losses, w, divisor, count)
+
+    of = kept if differs else torch.zeros_like(kept, requires_grad=True)
+    return second_order(formula, (of, c), dloss, (True, ctx.needs_input_grad[2]))
+
+
 def _result(loss, inputs, p, q, divisor, dtype):
-    """Uninitialised: 0-d, or losses laid out as stock's."""
+    """Uninitialised: 0-d, or losses with the layout of PyTorch's."""
     first = inputs[0]
     if divisor is not None:
         return first.new_empty((), dtype=dtype)
@@ -148,8 +201,10 @@ def _result(loss, inputs, p, q, divisor, dtype):
 
 @functools.lru_cache(maxsize=4096)
 def _layout(loss, layouts, p, q):
-    """(shape, strides) of stock's losses, found without their memory; hundreds of us the first
-    time."""
+    """(shape, strides) of PyTorch's losses, found without allocating them.
+
+    The first call for a layout takes hundreds of us.
+    """
     *metas, w = (
         layout if layout is None else torch.empty_strided(*layout, device="meta")
         for layout in layouts
@@ -161,7 +216,7 @@ def _layout(loss, layouts, p, q):
 
 
 def common_dtype(*tensors):
-    """What stock's chain of operators computes in; or a reason not to follow it."""
+    """The dtype in which PyTorch's chain of operators computes, or why we cannot follow it."""
     floating = [t for t in tensors if t is not None and t.is_floating_point()]
     dtype = floating[0].dtype
     for t in floating[1:]:
@@ -173,11 +228,11 @@ def common_dtype(*tensors):
 
 
 def refuse(tensors, reduction, optional=()):
-    """Why no loss of these tensors can be computed, else None; the first is the input."""
+    """Why no loss of these tensors can be computed, else None. The first tensor is the input."""
     given = [*tensors, *(t for t in optional if t is not None)]
     for t in given:
         if not isinstance(t, Tensor):
-            return Invalid(f"an argument that is no tensor: {type(t).__name__}")
+            return Invalid(f"an argument is not a tensor: {type(t).__name__}")
     if not tensors[0].is_floating_point():
         return Stock(f"an input in {tensors[0].dtype}")
     if reduction not in ("none", "mean", "sum"):
@@ -186,7 +241,7 @@ def refuse(tensors, reduction, optional=()):
 
 
 def broadcast(*tensors):
-    """The broadcast shape, or None."""
+    """The broadcast shape, or None if the tensors do not broadcast."""
     shapes = [t.shape for t in tensors if t is not None]
     if all(s == shapes[0] for s in shapes):
         return shapes[0]
@@ -196,6 +251,16 @@ def broadcast(*tensors):
         return None
 
 
+def own(x, *others):
+    """x, or where x wants no gradient and others do, a copy of it.
+
+    For a gradient that reads x where stock's reads what was made of x, so that users may edit x.
+    """
+    if not torch.is_grad_enabled() or x.requires_grad or not any(t.requires_grad for t in others):
+        return x
+    return x.clone()
+
+
 def number(value):
     return isinstance(value, (int, float)) and abs(value) < 3e38
 
@@ -203,11 +268,12 @@ def number(value):
 def _loss(loss, a, b, c, w, p, q, shape, reduction, dtype, by_weight=False):
     divisor = {"none": None, "sum": 1, "mean": shape.numel()}[reduction]
     by_weight = by_weight and w is not None and reduction == "mean"
-    return run(Elementwise, a, b, c, w, loss, float(p), float(q), divisor, by_weight, dtype)
+    numbers = float(p), float(q)
+    return run(Elementwise, a, b, c, w, loss, *numbers, divisor, by_weight, dtype)[0]
 
 
 def _regression(loss, input, target, weight, p, legacy, reduction, out_dtype, by_weight=True):
-    """The losses that warn of broadcasting, as they broadcast before they compute."""
+    """The losses that warn about broadcasting, because they broadcast before they compute."""
     why = refuse((input, target), reduction, (weight,))
     if why is not None:
         return why
@@ -218,13 +284,13 @@ def _regression(loss, input, target, weight, p, legacy, reduction, out_dtype, by
         return Invalid(f"a threshold of {p!r}")
     if weight is not None:
         if weight.shape != input.shape:
-            return Invalid("a weight that has not the input's shape")
+            return Invalid("a weight without the input's shape")
         if target.shape != input.shape:
             return Stock("a weight together with broadcasting")
         if weight.requires_grad and torch.is_grad_enabled():
             return Stock("a weight that requires grad")
         if out_dtype is not None and by_weight:
-            return Stock("a weight under autocast")  # where stock's chain leaves float32
+            return Stock("a weight under autocast")  # PyTorch's chain leaves float32 there
     dtype = out_dtype or common_dtype(input, target, weight)
     if isinstance(dtype, Stock):
         return dtype
@@ -260,7 +326,8 @@ def mse_loss(
 ):  # fmt: skip
     """Fused with its reduction, with weights and broadcasting."""
     legacy = size_average, reduce
-    return _regression(MSE, input, target, weight, 0.0, legacy, reduction, out_dtype)
+    loss = MSE if weight is None else MSE_WEIGHTED
+    return _regression(loss, input, target, weight, 0.0, legacy, reduction, out_dtype)
 
 
 @op(
@@ -300,18 +367,18 @@ def huber_loss(input, target, reduction="mean", delta=1.0, weight=None, *, out_d
     if not isinstance(delta, (int, float)) or not delta > 0:
         return Invalid(f"delta={delta!r}")
     if isinstance(target, Tensor) and target.dtype != input.dtype and out_dtype is None:
-        return Stock(f"a target in {target.dtype}")  # with which stock's backward fails
+        return Stock(f"a target in {target.dtype}")  # PyTorch's backward fails with it
     legacy = None, None
     return _regression(HUBER, input, target, weight, delta, legacy, reduction, out_dtype, False)
 
 
 def _refuse_binary(input, target, weights, reduction, out_dtype):
-    """Why neither binary cross entropy can be computed, else None."""
+    """Why neither of the two binary cross entropies can be computed; None if they can."""
     why = refuse((input, target), reduction, weights)
     if why is not None:
         return why
     if target.shape != input.shape:
-        return Invalid("a target that has not the input's shape")
+        return Invalid("a target without the input's shape")
     if target.dtype != input.dtype and (out_dtype is None or not target.is_floating_point()):
         return Invalid(f"a target in {target.dtype}")
     for w in weights:
@@ -337,9 +404,9 @@ def binary_cross_entropy(
 ):  # fmt: skip
     """Fused with its reduction and a weight that broadcasts.
 
-    An input or target outside [0, 1] makes the loss nan. There stock fails an assertion that ends
-    all use of CUDA in the process, or raises RuntimeError on a CPU; with TRITON_DEBUG=1 the kernel
-    asserts as well.
+    An input or target outside [0, 1] makes the loss nan. PyTorch fails an assertion, after which
+    the process cannot use CUDA any more, or raises RuntimeError on a CPU. With TRITON_DEBUG=1 the
+    kernel asserts as well.
     """
     why = _refuse_binary(input, target, (weight,), reduction, out_dtype)
     if why is not None:
@@ -411,7 +478,8 @@ def kl_div(
         divisor = shape.numel() if reduction == "mean" else 1
         if batchmean and input.dim():
             divisor = input.shape[0]
-    return run(Elementwise, input, target, None, None, loss, 0.0, 0.0, divisor, False, dtype)
+    numbers = 0.0, 0.0
+    return run(Elementwise, input, target, None, None, loss, *numbers, divisor, False, dtype)[0]
 
 
 def _warn_of_mean():
@@ -433,7 +501,11 @@ def poisson_nll_loss(
     input, target, log_input=True, full=False, size_average=None, eps=1e-8, reduce=None,
     reduction="mean", *, out_dtype=None,
 ):  # fmt: skip
-    """Fused with its reduction, with broadcasting, and with Stirling's term."""
+    """Fused with its reduction, with broadcasting, and with Stirling's term.
+
+    Keeps the input for the backward, where stock keeps its exponential, or the input plus eps: an
+    input edited before the backward raises autograd's error here alone.
+    """
     if not number(eps):
         return Invalid(f"eps={eps!r}")
     loss = POISSON[bool(log_input), bool(full)]
@@ -442,13 +514,13 @@ def poisson_nll_loss(
 
 
 def multilabel(input, target, weight, divisor, dtype):
-    """multilabel_soft_margin_loss, summed and divided: over all elements, whatever their row."""
+    """multilabel_soft_margin_loss, summed over all elements of all rows and divided."""
     inputs = input, target, None, weight
-    return run(Elementwise, *inputs, MULTILABEL_SOFT_MARGIN, 0.0, 0.0, divisor, False, dtype)
+    return run(Elementwise, *inputs, MULTILABEL_SOFT_MARGIN, 0.0, 0.0, divisor, False, dtype)[0]
 
 
 def _chain(loss, inputs, weight, p, q, legacy, reduction, out_dtype):
-    """The losses that are a chain of operators in stock: they broadcast, and promote dtypes."""
+    """The losses that are a chain of operators in PyTorch: they broadcast and promote dtypes."""
     why = refuse(inputs[:2], reduction, (*inputs[2:], weight))
     if why is not None:
         return why
@@ -474,8 +546,8 @@ def gaussian_nll_loss(
 ):
     """Fused with its reduction, for a variance that is a tensor or a float.
 
-    A negative variance in a tensor makes the loss nan. To raise ValueError, as stock does, the host
-    would have to wait for the device.
+    A negative variance in a tensor makes the loss nan. PyTorch raises ValueError. For that, the
+    host would have to wait for the device.
     """
     if not number(eps):
         return Invalid(f"eps={eps!r}")
@@ -483,7 +555,7 @@ def gaussian_nll_loss(
     if isinstance(var, float):
         if not 0 <= var < 3e38:
             return Invalid(f"var={var}")
-        kept = rounded(var, input.dtype)  # in a tensor like the input
+        kept = rounded(var, input.dtype)  # PyTorch puts it in a tensor like the input
         if kept is None:
             return Stock(f"var={var} in {input.dtype}")
         var = max(kept, eps)
@@ -504,6 +576,8 @@ def gaussian_nll_loss(
                 sum(v for x, v in zip(input.shape, var.shape, strict=True) if x != v) != 1
             ):
                 return Invalid("a variance of incorrect size")
+        if torch.is_grad_enabled():
+            var = var.clone()  # as stock, which clamps it: an edit of the tensor given is harmless
         inputs, loss, p = (input, target, var), GAUSSIAN, eps
     return _chain(loss, inputs, None, p, constant, (None, None), reduction, out_dtype)
 
@@ -524,7 +598,7 @@ def hinge_embedding_loss(
     why = refuse((input, target), reduction)
     if why is not None:
         return why
-    target = target.detach()  # only compared
+    target = target.detach()  # it is only compared, so it has no gradient
     legacy = size_average, reduce
     out_dtype = out_dtype or input.dtype
     inputs = input, target, None
@@ -579,6 +653,9 @@ def margin_ranking_loss(
         return Stock(f"an input in {input2.dtype}")
     if not input1.dim() == input2.dim() == target.dim():
         return Invalid("tensors of different dimensions")
+    loss = MARGIN_RANKING
+    if target.requires_grad and torch.is_grad_enabled():
+        loss, target = MARGIN_RANKING_TARGET, target.clone()  # as stock, which negates it
     inputs = input1, input2, target
     legacy = size_average, reduce
-    return _chain(MARGIN_RANKING, inputs, None, margin, 0.0, legacy, reduction, out_dtype)
+    return _chain(loss, inputs, None, margin, 0.0, legacy, reduction, out_dtype)

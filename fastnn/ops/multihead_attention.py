@@ -18,19 +18,19 @@ from fastnn.ops.linear import matmul_precision, tf32_setting
 
 
 class How(NamedTuple):
-    """What attention is to return, and how it is computed."""
+    """What attention returns, and how it is computed."""
 
     heads: int
     average: bool
-    noise: Any  # kernels.attention.Noise, its state None
-    grad_scale: float  # of what is kept
+    noise: Any  # kernels.attention.Noise, whose state is None
+    grad_scale: float  # the factor of a kept weight's gradient
     precision: str
     arch: str
     weights_dtype: torch.dtype
 
 
 def _heads(sources, E, H):
-    """(L, B, n * E) projections, q, k and v in this order -> each as (B, H, L, D) views."""
+    """(L, B, n * E) projections, in the order q, k, v -> (B, H, L, D) views of each."""
     views = [part for t in sources for part in ([t] if t.shape[-1] == E else t.split(E, -1))]
     return [t.unflatten(-1, (H, E // H)).permute(1, 2, 0, 3) for t in views]
 
@@ -58,6 +58,8 @@ class WeightedAttention(Function):
             precision=how.precision,
         )  # fmt: skip
         ctx.save_for_backward(mask, out, stats, noise and noise.state, *sources)
+        if noise is not None:
+            how = how._replace(noise=how.noise._replace(draw=noise.draw.kept()))
         ctx.rest = how, E
         ctx.set_materialize_grads(False)
         return out, weights
@@ -87,7 +89,8 @@ class WeightedAttention(Function):
         pairs = list(zip(sources, needs[1:], strict=True))
         dsources = [torch.empty_like(t) if need else None for t, need in pairs]
         want = tuple(need for t, need in pairs for _ in range(t.shape[-1] // E))
-        # What wants no gradient has no place for one, but holds its place among q, k and v.
+        # A source that needs no gradient stands in for its gradient, to keep the order of q, k and
+        # v.
         filled = [t if d is None else d for (t, _), d in zip(pairs, dsources, strict=True)]
         views = _heads(filled, E, H)
         dmask = torch.empty_like(mask) if needs[0] else None
@@ -102,7 +105,7 @@ class WeightedAttention(Function):
 
 
 def _composed(mask, sources, E, how, noise):
-    """Stock's formula, with noise already drawn."""
+    """PyTorch's formula, with noise that is already drawn."""
     q, k, v = _heads(sources, E, how.heads)
     scores = (q * math.sqrt(1.0 / q.shape[-1])) @ k.transpose(-2, -1)
     if mask is not None and mask.dtype == torch.bool:
@@ -118,7 +121,7 @@ def _composed(mask, sources, E, how, noise):
 
 
 class Parts(Function):
-    """(..., n * E) -> n views (..., E). Stock's gradient of such views is n sums over all of it."""
+    """(..., n * E) -> n views (..., E). PyTorch's gradient of such views adds n full tensors."""
 
     strided = ("grads",)
 
@@ -135,15 +138,17 @@ class Parts(Function):
 
 
 def _project(x, weight, bias):
-    """`linear`, without a copy where the two leading dimensions of x are swapped in memory."""
+    """`linear`, without a copy if the two leading dimensions of x are swapped in memory."""
     if x.is_contiguous() or not x.transpose(0, 1).is_contiguous():
         return stock.linear(x, weight, bias)
     return stock.linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
 
 
 def _mask(attn_mask, key_padding_mask, H) -> Tensor | None:
-    """The two as one 4-D mask, which broadcasts over heads unless stock's does not: float, to be
-    added, or bool, of what is kept."""
+    """The two masks as one 4-D mask: float, which is added, or bool, True to keep.
+
+    It broadcasts over the heads, except where PyTorch's masks do not.
+    """
     mask = None
     if attn_mask is not None:
         mask = attn_mask.unflatten(0, (-1, H)) if attn_mask.dim() == 3 else attn_mask[None, None]
@@ -162,7 +167,7 @@ def _rejected(
     query, key, value, embed_dim, num_heads, packed, separate, bias, out_weight, out_bias, p,
     key_padding_mask, attn_mask, is_causal,
 ):  # fmt: skip
-    """Whether stock would raise."""
+    """Whether PyTorch would raise an error."""
     if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
         return True
     batched = query.dim() == 3
@@ -206,7 +211,7 @@ def _settings():
 
 
 def _scores(query, key, value, embed_dim_to_check, num_heads, *rest, **options):
-    """The gate's policy: the elements of the attention weights of all heads."""
+    """The gate's policy: the number of attention weights of all heads."""
     if query.is_cuda:
         dtype = _settings()[0] or query.dtype
         if dtype == torch.float32 and matmul_precision(query.get_device()) == "ieee":
@@ -237,10 +242,10 @@ def multi_head_attention_forward(
     k_proj_weight=None, v_proj_weight=None, static_k=None, static_v=None,
     average_attn_weights=True, is_causal=False,
 ):  # fmt: skip
-    """Fused with its weights, averaged or not, in memory of their size; masks by their strides.
+    """Fused with its weights, averaged or not, in memory of their size; masks are read in place.
 
-    One product projects q, k and v where stock's does, and they are read where they are. Without
-    weights, `scaled_dot_product_attention` follows.
+    One product projects q, k and v if PyTorch uses one, and they are read from its result. Without
+    weights, it calls `scaled_dot_product_attention`.
     """
     if static_k is not None or static_v is not None:
         return Stock("static_k or static_v")
@@ -251,10 +256,10 @@ def multi_head_attention_forward(
         query, key, value, embed_dim_to_check, num_heads, in_proj_weight, separate, in_proj_bias,
         out_proj_weight, out_proj_bias, dropout_p, key_padding_mask, attn_mask, is_causal,
     ):  # fmt: skip
-        return Invalid("shapes or options that stock rejects")
+        return Invalid("shapes or options that PyTorch rejects")
     masks = [m for m in (key_padding_mask, attn_mask) if m is not None]
     if len({m.dtype for m in masks}) > 1:
-        return Stock("masks of two dtypes, of which stock warns")
+        return Stock("masks of two dtypes: PyTorch warns")
     device = query.device.type
     if (bias_k is None) != (bias_v is None):
         return Invalid("one of bias_k and bias_v")
@@ -337,17 +342,14 @@ _nothing = _Nothing()
 
 
 def _noise(p, n, dtype, device):
-    """(attention's noise, the scale of its gradient): what stock's dropout of n weights draws."""
+    """(noise of attention, scale of its gradient): what PyTorch's dropout of n weights draws."""
     if n >= 2**31:
         return Stock(f"dropout of {n} weights, more than 32 bits can index")
     bound = kernels._philox.bound(1.0 - p)
     if p == 1:
         draw: Any = _rng.draw_nothing(n, device)
         return kernels.attention.Noise(draw, bound, 0.0), 0.0
-    widest = _rng.width_limit(device, dtype.itemsize)
-    if isinstance(widest, str):
-        return Stock(widest)
-    draw = _rng._draw(device, _rng.plan(n, _rng.most_blocks(device), widest, 0, dtype.itemsize))
+    draw = _rng.draw_native_of_new(n, dtype.itemsize, device)
     if isinstance(draw, str):
         return Stock(draw)
     scale, grad_scale = _native_scales(p)
@@ -355,7 +357,7 @@ def _noise(p, n, dtype, device):
 
 
 def _projected(query, key, value, packed, separate, bias, out_weight, out_bias, low):
-    """([(L, B, n * E) projections], out_proj's parameters), in `low` if that is given."""
+    """([(L, B, n * E) projections], parameters of out_proj), in dtype `low` if given."""
     E = query.shape[-1]
     k_is_v, q_is_k = key is value, query is key
 
@@ -395,7 +397,7 @@ def _separated(sources, E, H):
 
 
 def _with_more_keys(sources, E, bias_k, bias_v, zero):
-    """q, k and v, the latter two with stock's additional keys at the end."""
+    """q, k and v; k and v have PyTorch's additional keys at the end."""
     q, k, v = _parts(sources, E)
     extra_k, extra_v = [k], [v]
     if bias_k is not None:

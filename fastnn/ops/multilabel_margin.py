@@ -11,7 +11,7 @@ from fastnn.ops.nll_loss import resolve_reduction
 
 
 class MultiLabelMargin(Function):
-    """Reduced if there is a divisor. Differentiable in x, as often as stock."""
+    """The loss, reduced if there is a divisor. Differentiable in x, as often as in PyTorch."""
 
     @staticmethod
     def forward(ctx, x, target, divisor, dtype):
@@ -45,9 +45,9 @@ def multilabel_margin_loss(
 ):
     """Fused with its reduction, up to 8192 classes.
 
-    A target of C or more makes the loss nan, and its gradients. There stock fails an assertion that
-    ends all use of CUDA in the process, or raises RuntimeError on a CPU; with TRITON_DEBUG=1 the
-    kernels assert as well.
+    A target of C or more makes the loss and its gradients nan. PyTorch fails an assertion, after
+    which the process cannot use CUDA any more, or raises RuntimeError on a CPU. With TRITON_DEBUG=1
+    the kernels assert as well.
     """
     why = refuse((input, target), reduction)
     if why is not None:

@@ -12,7 +12,7 @@ INDICES = (torch.int64, torch.uint8)
 
 
 def refuse_options(input, weight, ignore_index, reduction, out_dtype):
-    """Why the options that both losses have cannot be taken, else None."""
+    """Why the options that both losses share cannot be taken; None if they can."""
     if not isinstance(input, Tensor) or not input.is_floating_point() or input.dim() == 0:
         return Invalid("an input without classes, or not floating")
     C = input.shape[min(input.dim() - 1, 1)]
@@ -33,7 +33,7 @@ def refuse_options(input, weight, ignore_index, reduction, out_dtype):
 
 
 def refuse_indices(input, target, weight, out_dtype):
-    """Why `target` cannot be taken for class indices, else None."""
+    """Why `target` cannot be taken as class indices; None if it can."""
     if not isinstance(target, Tensor) or target.dtype not in INDICES:
         return Invalid("a target that is neither int64 nor uint8")
     shape = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
@@ -49,14 +49,14 @@ def refuse_indices(input, target, weight, out_dtype):
 
 
 def resolve_reduction(size_average, reduce, reduction):
-    """`reduction`, or what the deprecated arguments amount to, with stock's warning."""
+    """`reduction`, or the meaning of the deprecated arguments, with PyTorch's warning."""
     if size_average is None and reduce is None:
         return reduction
     return legacy_get_string(size_average, reduce)
 
 
 class NLLLoss(Function):
-    """-weight[target] * input[target], reduced. Differentiable in the input, as often as stock."""
+    """-weight[target] * input[target], reduced. Differentiable in input, as often as in PyTorch."""
 
     @staticmethod
     def forward(ctx, x, target, weight, ignore_index, reduction, dtype):
@@ -81,7 +81,7 @@ class NLLLoss(Function):
 
 
 def _positions(input, target, *rest, **options):
-    """The gate's policy: a loss reads one logit for each target."""
+    """The gate's policy: the loss reads one logit for each target."""
     return Work(target.numel(), "targets")
 
 
@@ -97,11 +97,11 @@ def nll_loss(
     input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
     reduction="mean", *, out_dtype=None,
 ):  # fmt: skip
-    """Fused for every shape, weight, ignore_index and reduction; deterministic, spatial shapes too.
+    """Fused for every shape, weight, ignore_index and reduction; always deterministic.
 
-    A target outside [0, C) that is not `ignore_index` makes the loss nan, and its gradients;
-    nothing outside the input is read. There stock fails an assertion that ends all use of CUDA in
-    the process, or raises IndexError on a CPU; with TRITON_DEBUG=1 the kernels assert as well.
+    A target outside [0, C) that is not `ignore_index` makes the loss and its gradients nan. Nothing
+    outside the input is read. PyTorch fails an assertion, after which the process cannot use CUDA
+    any more, or raises IndexError on a CPU. With TRITON_DEBUG=1 the kernels assert as well.
     """
     why = refuse_options(input, weight, ignore_index, reduction, out_dtype)
     why = why or refuse_indices(input, target, weight, out_dtype)

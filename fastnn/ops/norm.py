@@ -7,9 +7,10 @@ import torch.nn.functional as stock
 
 from fastnn._op import Function, Invalid, Stock, launcher, op, run, second_order
 
-_COMPOSED = torch.__version__ < "2.11"  # RMS norm of every input: so in 2.8, not so in 2.11
+# RMS norm is composed for every input in torch 2.8, and not in 2.11
+_COMPOSED = torch.__version__ < "2.11"
 
-FINFO_EPS = torch.finfo(torch.float32).eps  # stock's default for 16-bit inputs too
+FINFO_EPS = torch.finfo(torch.float32).eps  # PyTorch's default, also for 16-bit inputs
 
 
 def _fwd_fake(x, weight, bias, dims, eps, center, out_dtype):
@@ -42,7 +43,7 @@ _bwd = launcher(
 class Norm(Function):
     """Normalises over the last `dims` dimensions, about the mean if `center`, else about zero.
 
-    Saves what stock saves: x, weight, bias, mean, rstd.
+    It saves what PyTorch saves: x, weight, bias, mean, rstd.
     """
 
     @staticmethod
@@ -84,7 +85,7 @@ class Norm(Function):
 
 
 def _unfit(input, normalized_shape, eps, *parameters):
-    """Why stock would reject the call, or take it by a path that is not worth a kernel."""
+    """Why PyTorch would reject the call, or takes it by a path that is not worth a kernel."""
     if not isinstance(normalized_shape, (tuple, list)) or not normalized_shape:
         return Invalid(f"normalized_shape={normalized_shape!r}")
     shape = tuple(normalized_shape)
@@ -94,7 +95,7 @@ def _unfit(input, normalized_shape, eps, *parameters):
         return Invalid(f"normalized_shape={shape}, a parameter of another shape")
     if type(eps) not in (float, int):
         return Invalid(f"eps={eps!r}")
-    if math.prod(shape) >= 2**30:  # a kernel counts columns in 32 bits
+    if math.prod(shape) >= 2**30:  # kernels count columns in 32 bits
         return Stock(f"rows of {math.prod(shape)}")
     return None
 
@@ -107,13 +108,13 @@ def _unfit(input, normalized_shape, eps, *parameters):
     source="arXiv:1607.06450; statistics: Chan, Golub, LeVeque (1979)",
 )
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, out_dtype=None):
-    """Fused for every normalized_shape, weight and bias each or not; statistics in fp32."""
+    """Fused for every normalized_shape, with or without weight and bias; statistics in fp32."""
     declined = _unfit(input, normalized_shape, eps, weight, bias)
     if declined:
         return declined
     if out_dtype is None and any(p is not None and p.dtype != input.dtype for p in (weight, bias)):
-        # CUDA rejects every mixture. (The CPU takes float32 parameters with a 16-bit input, but
-        # there only the interpreter runs kernels.)
+        # CUDA rejects every mixture. (The CPU accepts float32 parameters with a 16-bit input. But
+        # on the CPU only the interpreter runs kernels.)
         return Invalid("parameters in another dtype than the input")
     return run(Norm, input, weight, bias, len(normalized_shape), eps, True, out_dtype)
 
@@ -126,18 +127,22 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, out
     source="arXiv:1910.07467",
 )
 def rms_norm(input, normalized_shape, weight=None, eps=None, *, out_dtype=None):
-    """Fused for every normalized_shape and any mixture of dtypes; statistics in fp32."""
+    """Fused for every normalized_shape and any mixture of dtypes; statistics in fp32.
+
+    Keeps input and weight for the backward, as stock's fused kernel does; where stock composes the
+    norm of operators, an edit of one of them before the backward may raise here alone.
+    """
     if eps is None:
         eps = FINFO_EPS
     declined = _unfit(input, normalized_shape, eps, weight)
     if declined:
         return declined
     if not input.numel():
-        return Stock("no elements")  # whose strides depend on how stock composes it
-    # Where stock composes RMS norm, the result has the input's strides.
+        return Stock("no elements")  # their strides depend on how PyTorch composes the result
+    # If PyTorch composes RMS norm of other operators, the result has the strides of the input.
     if not input.is_contiguous():
         if input.dim() in (4, 5) and input.stride(1) <= input.stride(-1):
             return Stock("channels_last input")
         if _COMPOSED:
-            return Stock("a strided input, whose layout this torch keeps")
+            return Stock("a strided input: this torch keeps its layout")
     return run(Norm, input, weight, None, len(normalized_shape), eps, False, out_dtype)

@@ -33,7 +33,7 @@ class PReLU(Function):
     source="arXiv:1502.01852",
 )
 def prelu(input, weight):
-    """Fused, the weight's gradient summed in the pass that computes the input's."""
+    """Fused; one backward pass computes the input's gradient and sums that of the weight."""
     if weight.dtype != input.dtype or weight.dim() > 1:
         return Invalid(f"a weight of {weight.dtype} and {weight.dim()} dimensions")
     channels = input.shape[1] if input.dim() > 1 else 1

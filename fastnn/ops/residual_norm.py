@@ -20,7 +20,7 @@ class How(NamedTuple):
     returns_sum: bool
     noise: Noise | None
     swapped: bool
-    """The branch has its two leading dimensions swapped in memory, and the noise goes by that."""
+    """The branch has its two leading dimensions swapped in memory. The noise follows that order."""
     eps: float = 0.0
     center: bool = True
     out_dtype: torch.dtype | None = None
@@ -31,9 +31,9 @@ def _random(noise: Noise | None):
 
 
 class ResidualNorm(Function):
-    """z, x -> s = x + noise * z, y = norm(s); y is None where there is no norm.
+    """z, x -> s = x + noise * z, y = norm(s); y is None if there is no norm.
 
-    s is an output even where only y is asked for, so that a second derivative finds its way.
+    s is an output even if only y is wanted, so that a second derivative can pass through s.
     """
 
     strided = ("ds",)
@@ -47,6 +47,8 @@ class ResidualNorm(Function):
             how.swapped, wanted or how.returns_sum, how.normalises, wanted,
         )  # fmt: skip
         ctx.save_for_backward(s if how.normalises else None, weight, bias, mean, rstd, state)
+        if how.noise is not None:
+            how = how._replace(noise=how.noise.kept())
         ctx.rest = how, z.dtype, x.dtype, None if y is None else y.dtype
         ctx.set_materialize_grads(False)
         if s is not None and not any(ctx.needs_input_grad[:2]):
@@ -101,10 +103,10 @@ def _sum_dtype(z, x):
 
 
 def _residual(x, keeps_layout):
-    """x as the kernel takes it, or why it does not."""
+    """x in a layout that the kernel takes, or why there is none."""
     if x.is_contiguous():
         return x
-    like = torch.empty_like(x)  # laid out as stock's sum is
+    like = torch.empty_like(x)  # has the layout of PyTorch's sum
     if x.dim() == 3 and x.stride(-1) == 1 and like.stride() == x.stride():
         return x
     if like.is_contiguous() or not keeps_layout:
@@ -113,7 +115,7 @@ def _residual(x, keeps_layout):
 
 
 def _fused(z, x, weight, bias, p, training, normalises, returns_sum, **norm):
-    """(s, y) or a refusal; each of the two None if not asked for."""
+    """(s, y), each None if it is not wanted; or a refusal."""
     if z.shape != x.shape:
         return Stock(f"a branch {tuple(z.shape)} and a residual {tuple(x.shape)}")
     if type(p) not in (float, int) or type(training) is not bool:
@@ -125,7 +127,7 @@ def _fused(z, x, weight, bias, p, training, normalises, returns_sum, **norm):
     dtype = _sum_dtype(z, x)
     if not kernels.residual_norm.fits(z.shape[-1], dtype.itemsize):
         return Stock(f"rows of {z.shape[-1]}")
-    if z.numel() // z.shape[-1] >= 2**30:  # a kernel counts rows in 32 bits
+    if z.numel() // z.shape[-1] >= 2**30:  # kernels count rows in 32 bits
         return Stock(f"{z.numel() // z.shape[-1]} rows")
     swapped = not z.is_contiguous()
     if swapped and (z.dim() != 3 or not z.transpose(0, 1).is_contiguous()):
@@ -142,9 +144,7 @@ def _fused(z, x, weight, bias, p, training, normalises, returns_sum, **norm):
             noise = Noise(_rng.draw_nothing(z.numel(), z.get_device()), "elements", bound, 0.0, 0.0)
         else:
             if swapped and _rng.width(z) == 1:
-                return Stock(
-                    f"strides {z.stride()}, which stock's dropout does not walk in order of storage"
-                )
+                return Stock(f"strides {z.stride()}: PyTorch does not draw in order of storage")
             draw = _rng.draw_native(z)
             if isinstance(draw, str):
                 return Stock(draw)
@@ -178,7 +178,7 @@ def _dropout_add(input, residual, p=0.5, training=True):
 def dropout_add(input, residual, p=0.5, training=True):
     """`residual + dropout(input, p, training)`, for two tensors of one shape.
 
-    One pass, in which the mask is not stored; where nothing is dropped, an addition.
+    It is one pass, and stores no mask. If nothing is dropped, it is an addition.
     """
     if p == 0 or not training:
         return residual + input
@@ -205,10 +205,12 @@ def dropout_add_layer_norm(
     input, residual, normalized_shape, weight=None, bias=None, eps=1e-5, p=0.0, training=False,
     prenorm=False, *, out_dtype=None,
 ):  # fmt: skip
-    """y = `layer_norm(s, ...)`, s = `residual + dropout(input, p, training)`; `prenorm`: (s, y).
+    """y = `layer_norm(s, ...)` with s = `residual + dropout(input, p, training)`; (s, y) if
+    `prenorm`.
 
-    The end of a transformer's branch, and the beginning of the next: one kernel each way, in which
-    the mask is not stored, for a norm over the last dimension of two tensors of one shape.
+    This is the end of one transformer branch and the beginning of the next: one kernel per
+    direction, and no stored mask. It takes two tensors of one shape, and a norm over the last
+    dimension.
     """
     return _normalised(
         input, residual, normalized_shape, weight, bias, eps, p, training, prenorm, True, out_dtype
@@ -233,7 +235,7 @@ def dropout_add_rms_norm(
     input, residual, normalized_shape, weight=None, eps=None, p=0.0, training=False, prenorm=False,
     *, out_dtype=None,
 ):  # fmt: skip
-    """`dropout_add_layer_norm` with an RMS norm in the place of the layer norm."""
+    """`dropout_add_layer_norm` with an RMS norm instead of the layer norm."""
     if eps is None:
         eps = FINFO_EPS
     return _normalised(

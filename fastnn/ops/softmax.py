@@ -21,7 +21,7 @@ _bwd = launcher(
 
 
 class Softmax(Function):
-    """y = softmax of x, or of -x, or its logarithm, computed and returned in `dtype`. Saves y."""
+    """y = softmax of x or of -x, or its logarithm, computed and returned in `dtype`. Saves y."""
 
     @staticmethod
     def forward(ctx, x, dim, log, negate, dtype):
@@ -46,7 +46,8 @@ class Softmax(Function):
 
 def _softmax(name, x, dim, stacklevel, dtype, out_dtype, log=False, negate=False):
     if dim is None:
-        # By default `stacklevel` is 3: the caller of PyTorch's softmax, who calls _get_softmax_dim.
+        # `stacklevel` is 3 by default: the caller of PyTorch's softmax, which calls
+        # _get_softmax_dim.
         level = depth() + 1 + stacklevel - FRAMES - 3
         dim = stock._get_softmax_dim(name, x.dim(), level)
     if not isinstance(dim, int) or isinstance(dim, bool):
@@ -55,7 +56,7 @@ def _softmax(name, x, dim, stacklevel, dtype, out_dtype, log=False, negate=False
     if not -dims <= dim < dims:
         return Invalid(f"dim={dim}, input {tuple(x.shape)}")
     if dtype is None:
-        dtype = out_dtype or x.dtype  # autocast only sets a dtype where the caller has not
+        dtype = out_dtype or x.dtype  # autocast sets a dtype only if the caller has not
     if dtype not in FLOATS:
         return Stock(f"dtype={dtype}")
     return run(Softmax, x, dim % dims, log, negate, dtype)

@@ -1,12 +1,13 @@
-"""Parity: the proof that an accelerated layer or function equals stock's, for us and for users.
+"""Parity: the proof that a layer or function of fastnn equals the stock one, for us and for users.
 
-A `Case` is a row: a layer or function, inputs, options, and the path it must take. `check` runs it
-three times, ours, stock's and stock's in float64, forward and backward, and returns a `Result`.
+A `Case` is a row: a layer or function, inputs, options, and the path that the call must take.
+`check` runs the row in three ways, as fastnn, as stock and as stock in float64, forward and
+backward, and returns a `Result`.
 
-The rule: our error against float64 may be at most twice stock's own error in the same dtype, plus
-one unit in the last place at the scale of the result. Of a few numbers, stock's largest error is a
-matter of luck, so a row beyond its bound is run with other inputs, too, and judged by the largest
-errors, ours and stock's, over all of them: the bound stays, and more numbers speak.
+The rule: our error against float64 may be at most twice the error of stock in the same dtype, plus
+one unit in the last place at the scale of the result. If a result has only a few numbers, the
+largest error of stock is a matter of luck. A row beyond its bound is therefore run with more
+inputs, and judged by the largest errors of both sides over all of them. The bound stays the same.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ Maker = Callable[[torch.dtype, str], Any]
 
 
 def randn(*shape: int, grad: bool = True, scale: float = 1.0, shift: float = 0.0) -> Maker:
-    """Maker of normal values in `shape`, in the row's dtype; a leaf that wants its gradient."""
+    """Maker of normal values in `shape`, in the row's dtype; with `grad` a leaf with a gradient."""
 
     def make(dtype, device):
         x = torch.randn(shape) * scale + shift
@@ -63,7 +64,7 @@ def randn(*shape: int, grad: bool = True, scale: float = 1.0, shift: float = 0.0
 
 
 def values(*numbers: float, grad: bool = True) -> Maker:
-    """Maker of exactly these numbers, as a vector in the row's dtype."""
+    """Maker of a vector with exactly these numbers, in the row's dtype."""
 
     def make(dtype, device):
         return torch.tensor(numbers).to(device, dtype).requires_grad_(grad)
@@ -72,7 +73,7 @@ def values(*numbers: float, grad: bool = True) -> Maker:
 
 
 def classes(*shape: int, high: int, ignore: int | None = None) -> Maker:
-    """Maker of int64 class indices below `high`; with `ignore`, every third one is that instead."""
+    """Maker of int64 class indices below `high`; every third one is `ignore`, if that is given."""
 
     def make(dtype, device):
         t = torch.randint(high, shape)
@@ -90,13 +91,13 @@ class Case:
     name: a layer of torch.nn ("LayerNorm") or a function of torch.nn.functional ("layer_norm").
     inputs: makers of the positional arguments, or plain values.
     options: keyword arguments of the layer's constructor, or of the function; makers are called.
-    view: applied to the first input after making it (a transpose, a slice, channels_last, ...).
-    stock: words of the reason, where stock is the path expected.
-    dtypes: what it is run in.
-    autocast: run under autocast to this dtype.
-    train: the layer's mode.
-    members: of a container: makers that are given the namespace to take their class from.
-    since: the first torch whose stock runs the row; older ones leave it out.
+    view: a function that is applied to the first input (a transpose, a slice, channels_last, ...).
+    stock: words of the reason, if the row must run stock.
+    dtypes: the dtypes in which the row runs.
+    autocast: the row runs under autocast to this dtype.
+    train: the mode of the layer.
+    members: the members of a container, as makers; each gets the namespace that has its class.
+    since: the first torch version that runs the row; with older versions the row is left out.
     """
 
     name: str
@@ -134,7 +135,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One compared tensor: largest errors against float64, ours and stock's, and the bound."""
+    """One compared tensor: our largest error against float64, that of stock, and the bound."""
 
     what: str
     ours: float
@@ -143,14 +144,14 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """Our error over stock's; 1 where both are exact."""
+        """Our error divided by the error of stock; 1 if both are exact."""
         if self.ours == self.stock:
             return 1.0
         return self.ours / self.stock if self.stock else math.inf
 
     @property
     def failure(self) -> str | None:
-        """In words, where our error is beyond the bound."""
+        """Says in words that our error is beyond the bound; None if it is not."""
         if self.ours <= self.bound:
             return None
         return (
@@ -161,8 +162,8 @@ class Comparison:
 
 @dataclass
 class Result:
-    """What was found: the path, a `Comparison` per tensor, every disagreement in words, and how
-    many draws of inputs it took to judge (see `check`)."""
+    """The outcome of a check: the path, a `Comparison` per tensor, each difference in words, and
+    the number of draws of inputs that were needed (see `check`)."""
 
     path: str
     reason: str | None
@@ -177,7 +178,7 @@ class Result:
 
 @dataclass
 class Side:
-    """One of the parties compared: what is called, and the parameters whose gradients count."""
+    """One side of a comparison: the function to call, and the parameters whose gradients count."""
 
     call: Any
     parameters: dict[str, Tensor] = field(default_factory=dict)
@@ -185,7 +186,7 @@ class Side:
 
 def _side(case: Case, namespace, dtype, device) -> Side:
     if not case.is_layer:
-        ours = getattr(fastnn.functional, case.name)  # stock need not have it under a name
+        ours = getattr(fastnn.functional, case.name)  # stock may not have a name for it
         return Side(ours if namespace is fastnn else ours.op.stock)
     options = {k: v(dtype, device) if callable(v) else v for k, v in case.options.items()}
     members = [member(namespace) for member in case.members]
@@ -194,7 +195,7 @@ def _side(case: Case, namespace, dtype, device) -> Side:
 
 
 def _leaves(tree, dtype=None):
-    """The tree with each tensor a fresh leaf of the same layout; in `dtype`, if that is given."""
+    """The tree, in which each tensor is a new leaf of the same layout; in `dtype`, if given."""
 
     def fresh(v):
         if isinstance(v, torch.dtype) and dtype is not None and v.is_floating_point:
@@ -210,7 +211,8 @@ def _leaves(tree, dtype=None):
 
 
 def _told(option: Any) -> str:
-    """An option in a row's name, the same in every process: a maker by the shape that it makes."""
+    """An option as text for the name of a row. A maker is told by the shape that it makes, so that
+    the name is the same in every process."""
     made = option(torch.float32, "cpu") if callable(option) else option
     return "x".join(map(str, made.shape)) if isinstance(made, Tensor) else str(option)
 
@@ -221,13 +223,13 @@ def _tensors(tree) -> list[Tensor]:
 
 @dataclass
 class _Run:
-    named: dict[str, Tensor]  # outputs, then the gradient of each input and parameter wanting one
+    named: dict[str, Tensor]  # outputs, then the gradient of each input and parameter that has one
     layouts: list[tuple]
     upstream: list[Tensor]
 
 
 def _seed(device: str) -> None:
-    """As `torch.manual_seed`, which where there is no GPU keeps a stack trace of each call."""
+    """As `torch.manual_seed`, which without a GPU would keep a stack trace of each call."""
     torch.default_generator.manual_seed(1)
     if device == "cuda":
         torch.cuda.manual_seed_all(1)
@@ -265,11 +267,12 @@ def _run(side: Side, inputs, device, autocast=None, upstream=None, draw=0) -> _R
 def _compare(
     what: str, ours: Tensor, stock: Tensor, exact: Tensor
 ) -> tuple[Comparison | None, str | None]:
-    """The errors where all are finite; what is wrong elsewhere, in words."""
+    """The errors at the elements where all sides are finite; in words, what is wrong elsewhere."""
     ours64, stock64 = ours.double(), stock.double()
-    # Where stock's own dtypes disagree (gelu(inf) is nan in CPU float32, inf in float64), either is
-    # right, and so is infinity where stock makes nan of what is too large for the dtype; a finite
-    # value is right where either of the two is finite, and is compared below.
+    # Stock may disagree with stock in float64: gelu(inf) is nan in CPU float32, and inf in float64.
+    # Then either value is right. An infinity is also right where a value is too large for the dtype
+    # and stock makes it nan. A finite value is right where one of the two is finite; it is compared
+    # below.
     rounded = exact.to(stock.dtype)
     for a in (math.nan, math.inf, -math.inf):
         is_a = torch.isnan if math.isnan(a) else (lambda t, a=a: t == a)
@@ -302,12 +305,13 @@ def compare_sides(
     inplace: bool = False,
     twice: bool = True,
 ) -> Result:
-    """Call the three on the same inputs, `exact` in float64, and say where ours differs from stock.
+    """Call the three sides on the same inputs, `exact` in float64; say where ours is not stock.
 
-    Compares values, gradients, nan and inf, dtypes, shapes, strides, whether a graph is attached;
-    runs ours `twice` and wants the same bits; wants incoming gradients left as they were, and
-    inputs, unless stock writes to them: then what they hold is compared too, but for `inplace`.
-    Under `mode="triton"` a call that goes to stock ends it: `path` is "stock".
+    Compares values, gradients, nan and inf, dtypes, shapes, strides, and whether a graph is
+    attached. With `twice`, our side runs twice and must give the same bits. Incoming gradients must
+    stay unchanged, and inputs too, unless stock writes to them. Then the new contents of the inputs
+    are compared, except with `inplace`. Under `mode="triton"` a call that goes to stock ends the
+    comparison: `path` is "stock".
     """
     return _compare_sides(
         ours, stock, exact, args, kwargs or {}, device, mode, autocast, inplace, twice
@@ -319,7 +323,7 @@ def _compare_sides(
     device: str, mode: Mode, autocast: torch.dtype | None, inplace: bool, twice: bool = True,
     draw: int = 0,
 ) -> Result:  # fmt: skip
-    """`compare_sides`, but for the judgement of errors."""
+    """`compare_sides`, without the judgement of errors."""
     inputs = (tuple(args), kwargs)
     result = Result("kernel", None)
     fail = result.failures.append
@@ -343,7 +347,7 @@ def _compare_sides(
     except BackendError as e:
         result.path, result.reason = "stock", str(e)
         return result
-    # On CUDA, stock of the same dtype must come to the same noise by itself.
+    # On CUDA, stock in the same dtype must draw the same noise by itself.
     with replaying(draws) if draws and device == "cpu" else nullcontext():
         theirs = _leaves(inputs)
         want = _run(stock, theirs, device, autocast, got.upstream)
@@ -361,7 +365,7 @@ def _compare_sides(
         if torch.equal(its.nan_to_num(), before.nan_to_num()):
             if not torch.equal(x.nan_to_num(), before.nan_to_num()):
                 fail("an input was written to")
-        elif not inplace:  # running statistics: as good as a result
+        elif not inplace:  # running statistics, which count as results
             weigh(f"input {i} afterwards", x, its, true)
     if got.layouts != want.layouts:
         fail(f"(dtype, shape, strides, requires_grad) {got.layouts}; stock {want.layouts}")
@@ -383,14 +387,14 @@ def _compare_sides(
     return result
 
 
-_DRAWS = (5, 25)  # of a row's inputs, where fewer leave it beyond its bound
+_DRAWS = (5, 25)  # how often a row's inputs are drawn, if fewer draws leave it beyond its bound
 
 
 def check(case: Case, dtype: torch.dtype, device: str = "cpu", mode: Mode = "triton") -> Result:
-    """Run one row in one dtype, as `compare_sides`. Its path must be the one that it states.
+    """Run one row in one dtype, as `compare_sides`. It must take the path that it states.
 
-    Beyond its bound, it is run with other draws of inputs and incoming gradients, and judged by the
-    largest errors over 5 of them; still beyond, over 25.
+    If the row is beyond its bound, other inputs and incoming gradients are drawn, and the row is
+    judged by the largest errors over 5 draws. If it is still beyond its bound, over 25 draws.
     """
     results = [_check(case, dtype, device, mode, 0)]
     comparisons = results[0].comparisons
@@ -447,12 +451,12 @@ def _check(case: Case, dtype: torch.dtype, device: str, mode: Mode, draw: int) -
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a row moves and launches, forward and backward together, counted without a GPU.
+    """The bytes and launches of a row, forward and backward together, counted without a GPU.
 
     ours: our kernels, and PyTorch's operators between them.
     stock: the operators that stock runs on CUDA, an estimate (see `meter.AtenTraffic`).
-    least: bytes of inputs, parameters, outputs and gradients, once in each pass that needs them;
-        of saved tensors only those that are among these. An op that gathers can stay below it.
+    least: bytes of inputs, parameters, outputs and gradients, once in each pass that needs them.
+        A saved tensor counts only if it is one of these. An op that gathers can stay below `least`.
     races: bytes that kernels store and touch again in no certain order (see `meter.Launch`).
     """
 
@@ -463,9 +467,10 @@ class Traffic:
 
 
 def count(case: Case, dtype: torch.dtype) -> Traffic:
-    """The traffic of a row on kernels, which must run in Triton's interpreter; else RuntimeError.
+    """The traffic of a row on kernels.
 
-    Raises `BackendError` where the row goes to stock.
+    Raises `BackendError` if the row goes to stock, and RuntimeError unless kernels run in Triton's
+    interpreter.
     """
     from fastnn.testing import meter  # which needs Triton
 
@@ -478,13 +483,13 @@ def count(case: Case, dtype: torch.dtype) -> Traffic:
 
 
 def _counted_run(case: Case, namespace, dtype: torch.dtype) -> int:
-    """Runs the row forward and backward; returns the bytes it could not do without."""
+    """Runs the row forward and backward; returns the least bytes that it must move."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     from fastnn.testing.meter import nbytes
 
     torch.manual_seed(0)
-    with _disable_current_modes():  # only what the call itself does counts
+    with _disable_current_modes():  # count only what the call itself does
         side = _side(case, namespace, dtype, "cpu")
         inputs = case.make(dtype, "cpu")
         options = {k: v(dtype, "cpu") if callable(v) else v for k, v in case.options.items()}
@@ -521,7 +526,7 @@ def _viewing(view, call):
 
 
 def assert_parity(case: Case, dtype: torch.dtype, device: str = "cpu") -> Result:
-    """`check`, raising AssertionError with every disagreement. Returns the `Result`."""
+    """As `check`, but raises AssertionError that lists every difference. Returns the `Result`."""
     result = check(case, dtype, device)
     if result.failures:
         lines: Sequence[str] = [f"{case} in {dtype}, path {result.path}:", *result.failures]

@@ -1,4 +1,4 @@
-"""Compile what a program launches, for GPUs that need not be present, and judge the machine code.
+"""Compile the launches of a program, for GPUs that need not be present; judge the machine code.
 
     with compile_only("cuda:90") as compiled:   # in a process without TRITON_INTERPRET
         F.gelu(torch.randn(4096))
@@ -6,9 +6,9 @@
         assert not check(record, streaming=True)
     print(table(compiled))
 
-Inside the block a Triton driver for the target compiles each launch and launches nothing: whatever
-runs there, on CPU tensors, is compiled for the shapes, dtypes and alignments it really meets. The
-results hold whatever their memory held. Compiled kernels come from Triton's cache where they can.
+Inside the block a Triton driver for the target compiles each launch, and launches nothing. A
+program that runs there, on CPU tensors, is compiled for its real shapes, dtypes and alignments. Its
+results are uninitialised memory. Compiled kernels come from Triton's cache if they are there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from fastnn.testing.devices import simulated
 
 
 class Target(NamedTuple):
-    """A GPU to compile for: as Triton names it, and its row in the table of GPUs."""
+    """A GPU to compile for: Triton's name for it, and its row in the table of GPUs."""
 
     gpu: GPUTarget
     facts: _gpus.GPU
@@ -81,14 +81,14 @@ class Record:
     kernel: str
     target: str
     signature: dict[str, str]
-    """Type of each run-time parameter; ":16" after it where its value is known to divide by 16."""
+    """Type of each run-time parameter, followed by ":16" if its value is known to divide by 16."""
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
     registers: int
     """Per thread."""
     spills: int
-    """Instructions that move a register to memory of its thread, or back."""
+    """Instructions that move a register to the thread's memory, or back."""
     stack: int
     """Bytes per thread, spilled registers included."""
     shared: int
@@ -96,10 +96,10 @@ class Record:
     blocks: int
     """Blocks that fit on a multiprocessor."""
     occupancy: float
-    """Warps that fit on a multiprocessor, as a share of the most it can hold."""
+    """Warps that fit on a multiprocessor, as a share of the most that it can hold."""
     loads: int
     loads_wide: int
-    """Loads from global memory, and those of 128 bits or more."""
+    """Loads from global memory, and how many of them have 128 bits or more."""
     stores: int
     stores_wide: int
     async_copies: int
@@ -107,13 +107,13 @@ class Record:
     tensor_core: dict[str, int]
     """Matrix instructions by kind: mma, wgmma, tcgen05, mfma."""
     dots: int
-    """`tl.dot` whose operands a tensor core takes: 16 bits or fewer, or fp32 rounded to tf32."""
+    """Number of `tl.dot` with operands for tensor cores: at most 16 bits, or fp32 as tf32."""
     float_atomics: int
     aligned: bool
     """Whether wide accesses are allowed: all pointers and specialised integers divide by 16."""
     load_tile: float
     store_tile: float
-    """Bytes per thread of the largest tile loaded, and stored, in rows of 16 bytes or more."""
+    """Bytes per thread of the largest tile loaded and stored, with rows of 16 bytes or more."""
 
 
 class _Compiled(NamedTuple):
@@ -123,20 +123,20 @@ class _Compiled(NamedTuple):
 
 # ---- the driver -------------------------------------------------------------------------------
 
-# Triton keeps a kernel's binaries per device, and so does `fastnn.kernels`: each driver is one of
-# its own, so that no driver meets what was compiled under another.
+# Triton and `fastnn.kernels` keep the binaries of a kernel per device. Each driver has a device
+# number of its own, so that no driver finds binaries that were compiled under another driver.
 _devices = itertools.count(1 << 16)
 
 
 class _Driver:
-    """The part of a Triton driver that a launch touches."""
+    """The part of a Triton driver that a launch uses."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
         self._device = next(_devices)
         self.compiled: dict[str, _Compiled] = {}
         self.utils = SimpleNamespace(
-            # No limit here: `check` reports an excess, and the other kernels are still compiled.
+            # There is no limit here: `check` reports an excess, and other kernels still compile.
             get_device_properties=lambda device: {"max_shared_mem": 1 << 40},
             load_binary=lambda name, binary, shared, device: (None, 0, 0, 0, 1 << 20),
             unload_module=lambda module: None,
@@ -173,7 +173,7 @@ def _launch_nothing(*launch) -> None:
 
 
 class _Emulator(_Driver):
-    """A driver whose launches run: as PTX, on the CPU."""
+    """A driver whose launches run as PTX on the CPU."""
 
     def launcher(self, compiled: _Compiled) -> Callable:
         source, metadata = compiled
@@ -193,11 +193,11 @@ class _Emulator(_Driver):
 
 @contextmanager
 def emulate(target: str = "cuda:90") -> Iterator[None]:
-    """Launches in the block run the code compiled for `target`, an NVIDIA GPU of `TARGETS`, on CPU
-    tensors, as `fastnn.testing.ptx` runs it.
+    """Launches in the block run the code compiled for `target`, an NVIDIA GPU of `TARGETS`.
 
-    Raises NotImplementedError for code with an instruction that it does not know, as that for
-    sm_100 and sm_120 with tensor cores, and IndexError where a kernel leaves its tensors.
+    `fastnn.testing.ptx` runs the code on CPU tensors. It raises NotImplementedError for an
+    instruction that it does not know, such as the tensor-core instructions of sm_100 and sm_120,
+    and IndexError if a kernel accesses memory outside its tensors.
     """
     if not target.startswith("cuda:"):
         raise ValueError(f"emulate: target {target!r}: only NVIDIA's code is emulated")
@@ -227,17 +227,17 @@ def _active(target: str, kind: type[_Driver] = _Driver) -> Iterator[_Driver]:
 
 @contextmanager
 def launch_nothing(target: str = "cuda:90") -> Iterator[None]:
-    """Launches in the block cost what their host side costs: they are compiled once, never run.
+    """Launches in the block cost only their host side: they are compiled once and never run.
 
-    For measuring that cost on any machine. Inside, fastnn's dispatch takes a CPU tensor for one on
-    `target`, one of `TARGETS`.
+    This serves to measure the host cost on any machine. Inside the block, fastnn's dispatch treats
+    a CPU tensor as one on `target`, one of `TARGETS`.
     """
     with _active(target):
         yield
 
 
 class Specialisation(NamedTuple):
-    """What a launch is about to compile."""
+    """A specialisation that a launch is about to compile."""
 
     kernel: str
     signature: dict[str, str]
@@ -250,16 +250,16 @@ class Specialisation(NamedTuple):
 def compile_only(
     target: str, wanted: Callable[[Specialisation], bool] | None = None
 ) -> Iterator[list[Record]]:
-    """Compiles for `target`, one of `TARGETS`, what the block launches; launches nothing.
+    """Compiles the launches of the block for `target`, one of `TARGETS`; launches nothing.
 
-    The list is filled when the block ends: a record per specialisation, in order of first launch.
-    Given `wanted`, what it refuses is passed over (it may be asked again; not before Triton 3.5).
-    Raises what the compiler raises.
+    The list is filled when the block ends: one record per specialisation, in order of first launch.
+    If `wanted` is given, specialisations that it refuses are skipped. `wanted` may be asked about
+    the same one again. It needs Triton 3.5. Errors of the compiler are raised.
     """
     records: list[Record] = []
     with _active(target) as driver, _only(wanted) if wanted else nullcontext():
         yield records
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a tool
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each thread waits for a tool
         records += pool.map(functools.partial(_record, target), driver.compiled.values())
 
 
@@ -280,7 +280,7 @@ def _only(wanted: Callable[[Specialisation], bool]) -> Iterator[None]:
         )
         if wanted(what):
             return stock(self, key, signature, device, constants, options, *rest)
-        return None  # as where a compilation hook declines: the launch returns None
+        return None  # as if a compilation hook had declined: the launch returns None
 
     with mock.patch.object(JITFunction, "_do_compile", compile_if_wanted):
         yield
@@ -350,7 +350,7 @@ def _record(target: str, compiled: _Compiled) -> Record:
 
 
 def _assembly(kernel: str, key: str) -> dict[str, Any]:
-    """The stages of compilation that Triton's cache holds, by name."""
+    """The stages of compilation in Triton's cache, by name."""
     group = get_cache_manager(key).get_group(f"{kernel[:150]}.json") or {}
     asm: dict[str, Any] = {}
     for name, path in group.items():
@@ -364,7 +364,7 @@ def _assembly(kernel: str, key: str) -> dict[str, Any]:
     return asm
 
 
-_ADDRESSES = re.compile(r"\*|[iu](8|16|32|64)$")  # types that go into an address
+_ADDRESSES = re.compile(r"\*|[iu](8|16|32|64)$")  # types from which addresses are computed
 
 
 def _signature(source: Any) -> tuple[dict[str, str], bool]:
@@ -406,8 +406,9 @@ def _run(tool: str, *arguments: str) -> str:
 
 @functools.cache
 def _nvidia(cubin: bytes, ptx: str) -> _Code:
-    # The assembler keeps the width of an access and the kind of a matrix instruction, and a
-    # disassembly costs more than the compile; only it counts spills, which always have a stack.
+    # Widths of accesses and kinds of matrix instructions are read from the PTX, because the
+    # assembler keeps them. A disassembly costs more than the compile, but only it counts spills.
+    # Spills always have a stack.
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
@@ -466,9 +467,9 @@ def _amd(asm: str) -> _Code:
 
 def _occupancy(gpu: _gpus.GPU, registers: int, shared: int, num_warps: int) -> tuple[int, float]:
     """Blocks that fit on a multiprocessor, and the share of its warps that they fill."""
-    granule = 8  # registers are given out to a warp in eights per lane
+    granule = 8  # a warp gets registers in units of eight per lane
     per_lane = granule * math.ceil(max(registers, 1) / granule)
-    each = gpu.registers_per_sm // _gpus.SCHEDULERS // gpu.lanes  # of a scheduler, per lane
+    each = gpu.registers_per_sm // _gpus.SCHEDULERS // gpu.lanes  # per scheduler and lane
     warps = min(gpu.warps_per_sm, _gpus.SCHEDULERS * (each // per_lane))
     blocks = min(gpu.blocks_per_sm, warps // num_warps)
     if shared:
@@ -482,10 +483,10 @@ _MAX_THREADS = 1024
 
 
 def check(record: Record, *, streaming: bool = False) -> list[str]:
-    """What is wrong with the code of `record`, in words; nothing is an empty list.
+    """The faults in the code of `record`, in words; an empty list if there are none.
 
-    With `streaming`, a kernel meant to run at the speed of memory must reach it 128 bits at a time,
-    wherever alignment allows that and a tile has as much for each thread.
+    `streaming` is for kernels that should run at the speed of memory. Their accesses must have 128
+    bits, wherever alignment allows that and a tile has so many bits for each thread.
     """
     gpu = TARGETS[record.target].facts
     wrong = []
@@ -530,7 +531,7 @@ def table(records: Iterable[Record]) -> str:
                 *map(str, (r.num_warps, r.num_stages, r.registers, r.spills, r.stack, r.shared)),
                 str(r.blocks),
                 f"{r.occupancy:.0%}",
-                f"{r.loads_wide}/{r.loads}",  # of which wide
+                f"{r.loads_wide}/{r.loads}",  # wide loads of all loads
                 f"{r.stores_wide}/{r.stores}",
                 str(r.async_copies),
                 " ".join(f"{n} {kind}" for kind, n in r.tensor_core.items()) or "-",
@@ -542,7 +543,7 @@ def table(records: Iterable[Record]) -> str:
 
 
 def summary(records: Iterable[Record]) -> str:
-    """A Markdown table with a line per kernel and target: the worst of its specialisations."""
+    """A Markdown table: one line per kernel and target, with the worst of its specialisations."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for r in records:
         groups.setdefault((r.kernel, r.target), []).append(r)

@@ -1,4 +1,4 @@
-"""The gate as on another device, or by other figures: for tests and tools."""
+"""The size gate as on another device, or with other crossover sizes: for tests and tools."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def simulated(
     source: str = "simulated",
     devices: Collection[str] = (),
 ) -> Iterator[None]:
-    """Inside the block, dispatch decides as on another device; nothing is launched on it.
+    """Inside the block, dispatch decides as on another device; nothing is launched on that device.
 
-    architecture: what every device counts as, the CPU included: "sm_90", "gfx942", or one that the
-        table of GPUs lacks. The default is what each device is.
-    least: from which size on kernels win. A number holds for every op and variant. A mapping names
-        ops, with all their variants, or (op, variant); None is never. The default is the shipped
-        table.
-    others: of the ops that `least` does not name, whether they never win, or by the shipped table.
-    source: who says so, as reasons tell it.
-    devices: the types of devices whose tensors kernels take, besides those that they take anyway.
+    architecture: the architecture of every device, the CPU included: "sm_90", "gfx942", or one
+        that the table of GPUs lacks. By default each device has its own.
+    least: the size from which kernels win. A number holds for every op and variant. The keys of a
+        mapping are ops, with all their variants, or (op, variant); None means never. The default
+        is the shipped table.
+    others: whether the ops that `least` does not name never win, or follow the shipped table.
+    source: the source of these sizes, as reasons name it.
+    devices: more types of devices whose tensors kernels take.
 
-    Raises KeyError for an op in `least` that there is not.
+    Raises KeyError if `least` names an op that does not exist.
     """
     from fastnn.ops import REGISTRY
 

@@ -1,7 +1,7 @@
-"""The repair of Triton's interpreter, which kernels that are interpreted install by themselves.
+"""The repair of Triton's interpreter. fastnn installs it before its first interpreted launch.
 
-`install()` does so for a process that interprets kernels of its own, or that wraps the interpreter,
-before the first kernel of fastnn is launched. It does nothing where kernels are compiled.
+Call `install()` in a process that interprets its own kernels, or that wraps the interpreter, before
+the first kernel of fastnn is launched. It does nothing if kernels are compiled.
 """
 
 from fastnn.kernels._interpreter import (  # type: ignore[import-not-found]

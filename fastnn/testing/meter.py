@@ -8,9 +8,9 @@
         torch.nn.functional.gelu(x)
     print(predict(stock, log, bandwidth=3.35e12))
 
-A lane outside every tensor that the launch was given raises `IndexError`. What is counted is what
-Triton's loads, stores and atomics ask for, tile by tile: not the width of the instructions they
-become (see `fastnn.testing.aot`), nor which of them a cache would answer (compare `distinct`).
+A lane outside all tensors of the launch raises `IndexError`. The meter counts the bytes for which
+Triton's loads, stores and atomics ask, tile by tile. It knows neither the width of the compiled
+instructions (see `fastnn.testing.aot`), nor which accesses a cache would answer (see `distinct`).
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from fastnn.kernels import _interpreter
 
 Array = Any  # np.ndarray
 
-SECTOR = 32  # bytes: the least that a GPU moves between its memory and a cache
+SECTOR = 32  # the least number of bytes that a GPU moves between its memory and a cache
 _MAX_RUNS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes moved and kernels launched; costs add."""
+    """Bytes moved and kernels launched; costs can be added."""
 
     bytes: int
     launches: int
@@ -51,7 +51,7 @@ class Cost:
 
 
 def nbytes(*tensors: Tensor) -> int:
-    """The bytes that hold these tensors' elements, those of an expanded dimension once."""
+    """The bytes that hold the elements of these tensors; an expanded dimension counts once."""
     total = 0
     for t in tensors:
         elements = 1
@@ -65,7 +65,7 @@ def nbytes(*tensors: Tensor) -> int:
 
 
 class _Runs:
-    """A set of bytes, as intervals [start, end): one per row read, not one per element."""
+    """A set of bytes as intervals [start, end): one interval per row read, not one per element."""
 
     def __init__(self) -> None:
         self._starts: list[Array] = []
@@ -100,7 +100,7 @@ class _Runs:
         return int((ends - starts).sum())
 
     def shared_with(self, starts: Array, ends: Array) -> int:
-        """The bytes of this set that lie in disjoint intervals, too."""
+        """The bytes of this set that also lie in the given disjoint intervals."""
         both = _Runs()
         both.add(*self.union())
         both.add(starts, ends)
@@ -126,20 +126,20 @@ class Launch:
     accesses: Counter[str] = field(default_factory=Counter)
     """Loads, stores and atomics executed, each a whole tile."""
     requested: Counter[str] = field(default_factory=Counter)
-    """What the unmasked lanes ask for."""
+    """Bytes for which the unmasked lanes ask."""
     sectors: Counter[str] = field(default_factory=Counter)
-    """The 32-byte sectors that hold it, anew for each access: what an uncached GPU would move."""
+    """Bytes of the 32-byte sectors of each access: what a GPU without a cache would move."""
     distinct: Counter[str] = field(default_factory=Counter)
-    """Each byte once in the launch: what a GPU with a perfect cache would move."""
+    """Each byte once per launch: what a GPU with a perfect cache would move."""
     extent: int = 0
-    """Bytes from the first to the last element of each tensor given, which `distinct` of a kernel
-    that reads or writes each cannot pass."""
+    """Bytes from the first to the last element of each tensor given. `distinct` of a kernel that
+    only reads or only writes each tensor is not larger."""
     shared_writes: int | None = None
-    """Bytes that one program stores and another touches, or itself loads later; None unless metered
-    with `races=True`.
+    """Bytes that one program stores, and that another program touches or the same program loads
+    later; None unless metered with `races=True`.
 
-    Programs run in any order and at once, as do the threads of one, so these are races unless
-    atomics or barriers put them in order."""
+    Programs run in any order and at the same time, and so do the threads of a program. Such bytes
+    are therefore races unless atomics or barriers put the accesses in order."""
 
 
 class Log(list[Launch]):
@@ -154,7 +154,7 @@ class Log(list[Launch]):
 
     @property
     def cost(self) -> Cost:
-        """What the launches cost where each of them finds its bytes in memory, once."""
+        """The cost of the launches if each of them finds its bytes in memory, once."""
         return Cost(self.distinct.total(), len(self))
 
     def __str__(self) -> str:
@@ -184,17 +184,17 @@ class _Meter:
         self.distinct: dict[str, _Runs] | None = {} if distinct else None
         self.races = races
         self.program: tuple[int, ...] | None = None
-        self.touched, self.written = _Runs(), _Runs()  # by the present program
+        self.touched, self.written = _Runs(), _Runs()  # by the program that runs now
         self.touches: list[tuple[Array, Array]] = []  # by each program before it
         self.writes = _Runs()
         self.loaded_back = 0  # bytes that a program loads after storing them
         self.spans: list[tuple[int, int, str]] = []
 
     def arguments(self, named: dict[str, Any]) -> None:
-        """Memory that the launch may touch: from the first element to the last of each tensor."""
+        """The memory that the launch may touch: each tensor from its first to its last element."""
         for name, value in named.items():
             for leaf in value if isinstance(value, tuple) else (value,):
-                tensor = getattr(leaf, "base", leaf)  # a descriptor's, or a reinterpreted one's
+                tensor = getattr(leaf, "base", leaf)  # of a descriptor or a reinterpreted one
                 if not isinstance(tensor, Tensor):
                     tensor = leaf
                 if isinstance(tensor, Tensor) and tensor.numel():
@@ -206,7 +206,7 @@ class _Meter:
         self.spans.sort()
         starts: list[int] = []
         ends: list[int] = []
-        for start, end, _ in self.spans:  # overlapping ones are one; adjacent ones are not
+        for start, end, _ in self.spans:  # overlapping spans are joined, adjacent spans are not
             if ends and start < ends[-1]:
                 ends[-1] = max(ends[-1], end)
             else:
@@ -218,7 +218,7 @@ class _Meter:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         lanes = np.asarray(pointers.data)
         active = mask if isinstance(mask, np.ndarray) else np.asarray(mask.data)
-        # Of a tile and a scalar, the interpreter makes a mask of integers.
+        # From a tile and a scalar, the interpreter makes a mask of integers.
         lanes = lanes[np.broadcast_to(active.astype(bool), lanes.shape)]
         launch = self.launch
         launch.accesses[kind] += 1
@@ -301,13 +301,14 @@ class _Meter:
 def traffic(*, distinct: bool = True, races: bool = False) -> Iterator[Log]:
     """Meters the kernels launched in the block; they must run in Triton's interpreter.
 
-    `distinct` and `races` remember addresses: without them a launch costs no memory. Raises
-    `IndexError`, naming the kernel and the program, at an access outside the launch's tensors,
-    whose extents are exact only where the tensors are: a slice hides what lies between its rows.
+    `distinct` and `races` remember addresses; without them a launch costs no memory. An access
+    outside the launch's tensors raises `IndexError`, which names the kernel and the program. The
+    extent of a tensor goes from its first to its last element. An access between the rows of a
+    slice is therefore not noticed.
     """
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("traffic: kernels are compiled here; set TRITON_INTERPRET=1 at start")
-    _interpreter.install()  # before it is wrapped, or leaving the block would undo it
+    _interpreter.install()  # before wrapping; otherwise leaving the block would undo it
     log = Log()
     meters: list[_Meter] = []
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
@@ -364,15 +365,15 @@ def traffic(*, distinct: bool = True, races: bool = False) -> Iterator[Log]:
 
 _FREE = {"device", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_"}
 _OVERWRITES = {"zero_", "fill_", "copy_", "normal_", "uniform_", "bernoulli_", "exponential_"}
-# Operators that read of their first tensor only what they return, an element per index.
+# Operators that read only the elements of their first tensor that they return, one per index.
 _GATHERS = {"embedding", "index_select", "index", "gather", "take"}
 _GATHERS |= {"nll_loss_forward", "nll_loss2d_forward"}
 _UNREAD = {
     "nll_loss_backward": 1,
     "nll_loss2d_backward": 1,
-}  # position of an argument kept for shape
-# Kernels beyond the first, and passes over the largest operand beyond its arguments and results,
-# that ATen's CUDA code makes inside one operator. Read off its sources, not measured.
+}  # position of an argument that is used only for its shape
+# What ATen's CUDA code does inside one operator: kernels besides the first, and passes over the
+# largest operand besides those of arguments and results. Read in its sources, not measured.
 _HIDDEN = {
     "native_layer_norm_backward": (1, 2),
     "native_batch_norm": (1, 1),
@@ -391,7 +392,7 @@ _PADS = {f"{kind}_pad{n}_backward" for kind in ("reflection", "replication") for
 _ADDS = {"linear1d", "bilinear2d", "bicubic2d", "trilinear3d"}
 _ADDS = _PADS | {f"upsample_{kind}_backward" for kind in _ADDS}
 _UNREAD |= dict.fromkeys(_PADS, 1)
-# A pointwise kernel and then a reduction, where the result is a scalar.
+# If the result is a scalar, these run a pointwise kernel and then a reduction.
 _REDUCED = {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy"}
 
 
@@ -408,10 +409,11 @@ class AtenOp:
 class AtenTraffic(TorchDispatchMode):
     """Counts the bytes that PyTorch's operators read and write in the block, forward and backward.
 
-    Works on CPU tensors, whose operators are mostly those of a GPU; dropout is one kernel there and
-    three here, RMSNorm is one and several. Under `FakeTensorMode` with CUDA tensors the forward is
-    that of a GPU. Where one operator is known to be several kernels, an estimate is added. Seed a
-    backward with a gradient made outside the block, or its creation is counted.
+    It works on CPU tensors, whose operators are mostly those of a GPU. Exceptions are dropout (one
+    kernel on a GPU, three operators on a CPU) and RMSNorm (one and several). Under `FakeTensorMode`
+    with CUDA tensors the forward is that of a GPU. If one operator is known to run several kernels,
+    an estimate is added. Make the gradient that starts a backward outside the block; otherwise its
+    creation is counted too.
     """
 
     def __init__(self) -> None:
@@ -478,10 +480,13 @@ def _gathered(name: str, read: list[Tensor], results: list[Tensor]) -> int:
 
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Gives functions of torch.nn.functional the operators they have on CUDA, for `AtenTraffic` to
-    count: elsewhere they are more. Read off ATen's sources. The results are not theirs."""
+    """Gives functions of torch.nn.functional the operators that they have on CUDA.
+
+    `AtenTraffic` counts them; on other devices these functions run more operators. The operators
+    were read in ATen's sources. The results of the functions are not correct inside the block.
+    """
     stock = torch.nn.functional
-    silu = stock.silu  # x -> y, and dy and x -> dx, each by one kernel
+    silu = stock.silu  # x -> y is one kernel, and (dy, x) -> dx is one kernel
 
     def dropout(input, p=0.5, training=True, inplace=False):
         return torch.native_dropout(input, p, training)[0]
@@ -490,14 +495,14 @@ def as_on_cuda() -> Iterator[None]:
         return stock.layer_norm(input, normalized_shape, weight)
 
     def rrelu(input, lower=1.0 / 8, upper=1.0 / 3, training=False, inplace=False):
-        return silu(input)  # in eval mode its noise is allocated and not touched
+        return silu(input)  # in eval mode its noise is allocated but not used
 
-    def one_kernel(input, inplace=False):  # not so elsewhere
+    def one_kernel(input, inplace=False):  # on other devices there are more
         return silu(input)
 
     def gaussian_nll_loss(input, target, var, full=False, eps=1e-6, reduction="mean"):
         if isinstance(var, Tensor):
-            torch.any(var < 0)  # of which stock then asks the value, and waits
+            torch.any(var < 0)  # stock then reads the value, and waits for the device
         else:
             var = var * torch.ones_like(input)
         if var.dim() < input.dim():
@@ -528,9 +533,9 @@ class AllTraffic:
 def all_traffic(*, races: bool = False) -> Iterator[AllTraffic]:
     """Counts what our calls in the block cost: kernels, and PyTorch's operators between them.
 
-    Kernels must be interpreted, as in `traffic`, and `races` is that one's.
+    Kernels must be interpreted, as in `traffic`; `races` has the same meaning as there.
     """
-    _interpreter.install()  # before it is wrapped
+    _interpreter.install()  # before the interpreter is wrapped
     executor = interpreter.GridExecutor
     run = executor.__call__
 
@@ -541,7 +546,7 @@ def all_traffic(*, races: bool = False) -> Iterator[AllTraffic]:
     with (
         mock.patch.object(executor, "__call__", call),
         traffic(races=races) as log,
-        # Dispatch declines under a dispatch mode; this one only looks.
+        # Dispatch declines under a dispatch mode, but this mode only observes.
         mock.patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0),
         AtenTraffic() as aten,
     ):
@@ -550,9 +555,9 @@ def all_traffic(*, races: bool = False) -> Iterator[AllTraffic]:
 
 # ---- prediction ---------------------------------------------------------------------------------
 
-# From public measurements, a launch from eager PyTorch; what ours takes is four times that, all of
-# the call counted, by `bench/host.py` on one core of a virtual machine. And the share of the
-# bandwidth of a stream that a masked, fused kernel is assumed to keep.
+# The time of a launch from eager PyTorch comes from public measurements. A whole call of ours takes
+# four times as long, measured by `bench/host.py` on one core of a virtual machine. The last number
+# is the share of the stream bandwidth that a masked, fused kernel is assumed to reach.
 _STOCK_LAUNCH_US = 4.0
 _OUR_LAUNCH_US = 16.0
 _OUR_BANDWIDTH = 0.9
@@ -577,9 +582,9 @@ class Prediction:
 
 
 def predict(stock: AtenTraffic | Cost, ours: Log | Cost, bandwidth: float) -> Prediction:
-    """What `ours` would gain over `stock` on a GPU of that many bytes per second.
+    """The predicted times of `stock` and `ours` on a GPU with `bandwidth` bytes per second.
 
-    Each side takes the longer of moving its bytes and launching its kernels.
+    Each side takes the time to move its bytes or to launch its kernels, whichever is longer.
     """
     stock = stock if isinstance(stock, Cost) else stock.cost
     ours = ours if isinstance(ours, Cost) else ours.cost

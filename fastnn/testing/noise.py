@@ -1,7 +1,8 @@
 """The same random noise on both sides of a comparison.
 
-Stock has no float64 kernel, and no CPU kernel, that draws what a fastnn kernel draws. So the draws
-of our side are written down, and stock's formula, autograd included, runs over the same noise.
+Stock has no float64 kernel and no CPU kernel that draws the same noise as a fastnn kernel. The
+draws of our side are therefore recorded, and the stock formula with its autograd runs over that
+noise.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fastnn import _rng, kernels
 
 @contextmanager
 def recording() -> Iterator[list]:
-    """Collect every `Draw` that kernels are given inside the block."""
+    """Collect every `Draw` that kernels get inside the block."""
     draws: list = []
     draw = _rng._draw
 
@@ -33,7 +34,7 @@ def recording() -> Iterator[list]:
 
 
 class replaying(TorchDispatchMode):
-    """Inside the block, the n-th noise that stock makes is of the n-th draw recorded."""
+    """Inside the block, the n-th noise that stock makes comes from the n-th recorded draw."""
 
     def __init__(self, draws: list):
         super().__init__()

@@ -1,7 +1,7 @@
-"""Every shape and option whose parity is checked, one row each, at the edges, not the middle.
+"""The parity rows: one row for each shape and option, at the edges rather than in the middle.
 
-A file per family, named as in fastnn/ops; each has its list `CASES`, and here is all of it, but
-for layers, options and dtypes that the installed torch does not have.
+There is one file per family, named as in fastnn/ops, with a list `CASES`. The list `CASES` here has
+all of them, except the layers, options and dtypes that the installed torch does not have.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ def _in_torch(case: Case) -> bool:
 def _on_device(case: Case) -> Case:
     if torch.__version__ >= "2.11" or torch.cuda.is_available() or case.name != "SmoothL1Loss":
         return case
-    kept = tuple(d for d in case.dtypes if d != torch.float16)  # stock's backward has none
+    kept = tuple(d for d in case.dtypes if d != torch.float16)  # the stock backward lacks it
     return dataclasses.replace(case, dtypes=kept)
 
 

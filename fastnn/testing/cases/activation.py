@@ -11,7 +11,7 @@ WIDE = randn(3, 1025, scale=4.0)  # past a block in float32; into the tails of e
 
 
 def fresh(x):
-    """Not a leaf, so that it may be written to."""
+    """A copy that is not a leaf, so that it may be written to."""
     return x * 1
 
 
@@ -87,7 +87,7 @@ CASES: list[Case] = [
     Case("gelu", (randn(3, 5),), autocast=torch.float16),
     Case("GELU", (randn(3, 4),), dtypes=(torch.float64,), stock="float64"),
     Case("RReLU", (randn(3, 4),), stock="random"),
-    Case("relu6", (randn(3, 40, scale=4.0),)),  # whose layer calls hardtanh
+    Case("relu6", (randn(3, 40, scale=4.0),)),  # the layer calls hardtanh
     Case("leaky_relu", (randn(3, 4),), {"negative_slope": -0.1}),
     Case("leaky_relu", (randn(3, 4, grad=False),), {"negative_slope": -0.1, "inplace": True},
          stock="negative_slope=-0.1 in place"),

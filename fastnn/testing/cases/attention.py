@@ -25,7 +25,7 @@ def row(B, H, L, S, D, E=None, heads_k=None, **options):
 
 
 def transposed(*shape):
-    """(B, H, N, D), in memory (B, N, H, D) as out of a projection."""
+    """(B, H, N, D), in memory (B, N, H, D) as a projection gives it."""
     B, H, N, D = shape
 
     def make(dtype, device):
@@ -36,10 +36,10 @@ def transposed(*shape):
 
 @dataclass(frozen=True)
 class Mask:
-    """Maker of a mask: bool, of what to keep, or float, to be added.
+    """Maker of a mask: a bool mask of the keys to keep, or a float mask that is added.
 
     empty: a row that may see no key. least: the value of a third of a float mask, and of its first
-    row. view: applied to the mask; its result is the leaf.
+    row. view: a function that is applied to the mask; its result is the leaf.
     """
 
     kind: str

@@ -93,7 +93,7 @@ CASES: list[Case] = [
     ),
     Case("BatchNorm2d", (randn(4, 6, 5, 4),), {"num_features": 6}, view=last),
     Case("BatchNorm3d", (randn(2, 8, 3, 2, 4),), {"num_features": 8}, view=last, dtypes=F32),
-    # In chunks: planes that are several tiles, planes of which a tile holds several, channels last.
+    # In chunks: planes of several tiles, tiles of several planes, channels last.
     Case("BatchNorm2d", (randn(2, 2, 70, 120),), {"num_features": 2}, dtypes=BF16),
     Case("BatchNorm2d", (randn(170, 2, 7, 7, shift=1e3),), {"num_features": 2}, dtypes=F32),
     Case("BatchNorm2d", (randn(2, 16, 24, 24),), {"num_features": 16}, view=last, dtypes=BF16),
@@ -153,7 +153,7 @@ CASES: list[Case] = [
         )
     ),
     Case("batch_norm", (randn(1, 3), *given(3), None, randn(3))),
-    # ---- with an activation; that of y, that of x, one with parameters
+    # ---- with an activation: its gradient from y, from x, and an activation with parameters
     *(
         Case("batch_norm_act", (randn(4, 6, 5, 4), *stats, randn(6), randn(6), training), options)
         for stats, training in (((None, None), True), (given(6), False))

@@ -15,9 +15,9 @@ CASES: list[Case] = [
     *(
         Case("Dropout", (shape,), {"p": 0.3})
         for shape in (
-            randn(1032),  # 8 wide in 16 bits, past a block
-            randn(2, 1030),  # 4 and 2 wide
-            randn(3, 343),  # 1 wide
+            randn(1032),  # accesses 8 wide in 16 bits, past a block
+            randn(2, 1030),  # accesses 4 and 2 wide
+            randn(3, 343),  # accesses 1 wide
             randn(2, 3, 5),
             randn(1),
             randn(),

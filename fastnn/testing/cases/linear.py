@@ -42,7 +42,7 @@ LINEAR = [
     function(randn(40), randn(5, 33), view=lambda x: x[1:34]),
     function(randn(9, 16), transposed(16, 24), randn(24)),
     function(randn(9, 33), transposed(33, 5)),
-    # What stays with stock.
+    # Calls that run stock.
     function(randn(4, 5), randn(5), stock="weight (5,)"),
     function(randn(4, 5), randn(3, 5), randn(1), stock="bias (1,)"),
     function(randn(4, 5), randn(3, 5), dtypes=(torch.float64,), stock="float64"),
@@ -81,7 +81,7 @@ ACTIVATIONS = (
 )
 RELU, GELU, TANH = (lambda nn: nn.ReLU()), (lambda nn: nn.GELU()), (lambda nn: nn.Tanh())
 
-# Dropout's own values are compared in tests/test_sequential.py: off a GPU, stock draws others.
+# Without a GPU, stock dropout draws other values; tests/test_sequential.py compares them.
 SEQUENTIAL = [
     *(sequence((5, 17), linear(17, 33), act) for act in ACTIVATIONS),
     sequence((130, 16), linear(16, 40), GELU, linear(40, 3)),

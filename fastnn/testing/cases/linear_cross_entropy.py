@@ -1,4 +1,4 @@
-"""Linear cross entropy: every option, chunks, autocast, what goes to stock."""
+"""Linear cross entropy: every option, chunks, autocast, the calls that run stock."""
 
 import torch
 

@@ -9,7 +9,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class Named:
-    """A maker with a name, for a row that has it among its options."""
+    """A maker with a name, for a row that has the maker among its options."""
 
     def __init__(self, name, make):
         self.name = name
@@ -23,7 +23,7 @@ class Named:
 
 
 def uniform(*shape, grad=True, low=0.05, high=0.95):
-    """Maker of values between `low` and `high`; a leaf that wants its gradient."""
+    """Maker of values between `low` and `high`; with `grad` a leaf with a gradient."""
 
     def make(dtype, device):
         x = torch.rand(shape) * (high - low) + low
@@ -51,7 +51,7 @@ def counts(*shape, dtype=None, grad=False):
 
 
 def of(maker, dtype):
-    """`maker`, in `dtype` in every row."""
+    """`maker`, always in `dtype`, whatever the dtype of the row."""
     return lambda row_dtype, device: maker(dtype, device)
 
 
@@ -84,7 +84,7 @@ ONES = labels(*(1.0,) * 12)
 MINUS = labels(*(-1.0,) * 12)
 
 CASES: list[Case] = [
-    # one past a block, one block, a single element, none, no dimensions
+    # one element past a block, one block, one element, no element, no dimensions
     Case("MSELoss", (randn(3, 1025), randn(3, 1025))),
     Case("MSELoss", (randn(1024), randn(1024, grad=False)), {"reduction": "sum"}),
     *(
@@ -110,10 +110,10 @@ CASES: list[Case] = [
     Case("SmoothL1Loss", (values(-1.0, 1.0, 0.5, -0.5), labels(0.0, 0.0, 0.0, 0.0))),
     Case("HuberLoss", (values(-1.0, 1.0, 0.5, -0.5), labels(0.0, 0.0, 0.0, 0.0))),
     Case("SmoothL1Loss", (randn(3, 5), randn(3, 5)), {"beta": 0.0}),
-    # a gradient of one of them, of neither; the target alone
+    # a gradient of one of them, of neither, of the target alone
     Case("MSELoss", (randn(3, 5, grad=False), randn(3, 5))),
     Case("HuberLoss", (randn(3, 5, grad=False), randn(3, 5, grad=False))),
-    # layouts: of both, of one, with gaps, with more dimensions than a walk has
+    # layouts: of both, of one, with gaps, with more dimensions than a kernel walks
     Case("MSELoss", (randn(2, 3, 4, 5), randn(2, 3, 4, 5)), view=channels_last),
     Case("MSELoss", (randn(4, 3, 6), randn(3, 4, 6)), {"reduction": "none"}, view=transposed),
     Case("L1Loss", (randn(4, 3, 6), randn(3, 4, 6)), view=transposed),
@@ -140,7 +140,7 @@ CASES: list[Case] = [
     ),
     Case("mse_loss", (randn(3, 5), randn(3, 5)), {"weight": uniform(3, 5)}, stock="requires grad"),
     # dtypes: a result in the widest of them, integer targets, float32 under autocast
-    # (in older ones the gradient of stock's MSELoss raises)
+    # (in older torch versions the gradient of the stock MSELoss raises)
     Case("MSELoss", (randn(3, 5), of(randn(3, 5), torch.float32)), since="2.13"),
     Case("L1Loss", (of(randn(3, 5), torch.float32), randn(3, 5))),
     Case("MSELoss", (randn(3, 5), counts(3, 5, dtype=torch.int64)), since="2.13"),
@@ -297,6 +297,7 @@ CASES: list[Case] = [
         for r in REDUCTIONS
     ),
     Case("MarginRankingLoss", (randn(3, 1), randn(1, 5), signs(1, 1, dtype=torch.int64))),
+    Case("MarginRankingLoss", (randn(3, 5), randn(3, 5), randn(3, 5, grad=False))),
     Case("MarginRankingLoss", (randn(3, 5), randn(3, 5), randn(3, 5))),
     Case("MarginRankingLoss", (SPECIAL, ZEROS, ONES), {"reduction": "none"}),
     Case("MarginRankingLoss", (randn(3, 5), randn(3, 5), signs(3, 5)), autocast=torch.bfloat16),

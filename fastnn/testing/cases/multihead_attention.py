@@ -32,7 +32,7 @@ def causal(n):
 
 
 def layer(L, B, E, H, S=None, kdim=None, vdim=None, view=None, dtypes=None, **options):
-    """Of distinct q, k and v; with `batch_first`, or with `B` None, in that shape."""
+    """A row with distinct q, k and v, shaped as `batch_first` says; no batch if `B` is None."""
     forward = {k: options.pop(k) for k in CALL if k in options}
     first = options.get("batch_first", False)
 
@@ -107,13 +107,13 @@ CASES: list[Case] = [
     layer(5, None, 8, 2, 7, key_padding_mask=hidden(7), attn_mask=hidden(2, 5, 7), dtypes=F32),
     layer(5, None, 8, 2, average_attn_weights=False, dropout=0.4, dtypes=F32),
     layer(5, None, 8, 2, 7, need_weights=False, dtypes=F32),
-    # Past a tile; heads that are no power of two, larger than one; one query, one key.
+    # Past a tile; head sizes that are no power of two, and above one; one query, one key.
     layer(130, 1, 24, 2, 70, dropout=0.2, dtypes=F32),
     layer(67, 1, 40, 2, 131, average_attn_weights=False, dtypes=F32),
     layer(34, 2, 80, 1, 33),
     layer(1, 2, 8, 2, 1),
     layer(3, 4, 12, 2, 40, dropout=0.4),
-    # A row that may see nothing: nan where weights are returned, 0 where not.
+    # A row that may see no key: nan if weights are returned, 0 if they are not.
     layer(4, 2, 8, 2, key_padding_mask=hidden(2, 4, floating=True, every=1), attn_mask=causal(4)),
     *(
         layer(3, 2, 8, 2, 3, key_padding_mask=everything, need_weights=need, dtypes=F32)

@@ -7,7 +7,7 @@ from fastnn.testing.cases.cross_entropy import IMAGE, PIXELS, byte, channels_las
 
 
 def log_probabilities(*shape):
-    """Maker of log-softmax values over dimension 1; a leaf that wants its gradient."""
+    """Maker of log-softmax values over dimension 1; a leaf with a gradient."""
 
     def make(dtype, device):
         x = torch.randn(shape).log_softmax(1 if len(shape) > 1 else 0)
@@ -37,7 +37,7 @@ CASES: list[Case] = [
     Case("NLLLoss", (log_probabilities(2, 11, 24, 24), classes(2, 24, 24, high=11))),
     Case("NLLLoss", (log_probabilities(3, 300, 4), classes(3, 4, high=300))),
     Case("NLLLoss", (log_probabilities(2, 4, 3, 5, 2), classes(2, 3, 5, 2, high=4))),
-    # Without a gradient: stock's own backward raises here on a CPU.
+    # Without a gradient, because the stock backward raises here on a CPU.
     Case("NLLLoss", (randn(*IMAGE, grad=False), classes(*PIXELS, high=10)), view=channels_last),
     Case("NLLLoss", (randn(40, 9), classes(9, high=40)), view=lambda x: x.t()),
     Case("NLLLoss", (randn(9, 40), classes(9, high=20)), view=lambda x: x[:, ::2]),

@@ -32,7 +32,7 @@ CASES: list[Case] = [
     Case("RMSNorm", (randn(3, 8200),), {"normalized_shape": 8200}, dtypes=F32),
     Case("LayerNorm", (randn(2, 17000),), WIDE),
     Case("RMSNorm", (randn(2, 17000),), WIDE, dtypes=F32),
-    # |mean| >> std: a formula E[x^2] - E[x]^2 has nothing left.
+    # If |mean| >> std, the formula E[x^2] - E[x]^2 loses all digits.
     Case("LayerNorm", (randn(4, 300, shift=1e3),), {"normalized_shape": 300}),
     Case("LayerNorm", (randn(1, 17000, shift=1e3),), WIDE, dtypes=F32),
     Case("LayerNorm", (randn(4, 32, scale=1e-4),), {"normalized_shape": 32}),
@@ -61,7 +61,7 @@ CASES: list[Case] = [
         {"normalized_shape": (4, 5)},
         view=lambda x: x.to(memory_format=torch.channels_last),
     ),
-    # Only the gradients that are wanted.
+    # Only some inputs require a gradient.
     *(
         Case(
             "layer_norm",

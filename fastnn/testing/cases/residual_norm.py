@@ -73,7 +73,7 @@ CASES: list[Case] = [
         (randn(9, 16), lambda t, d: randn(9, 32)(t, d).detach()[:, 8:24].requires_grad_(), (16,)),
         DROPS,
     ),
-    # Only the gradients that are wanted.
+    # Only some inputs require a gradient.
     *(
         Case(
             "dropout_add_layer_norm",
@@ -101,7 +101,7 @@ CASES: list[Case] = [
     Case("dropout_add", (randn(5, 7), randn(5, 7)), {"p": 1.0}),
     Case("dropout_add", (randn(5, 7), randn(5, 7)), {"training": False}),
     Case("dropout_add", (randn(5, 7), randn(7)), {"p": 0.3}, stock="residual (7,)"),
-    # What stays with stock.
+    # Calls that run stock.
     Case(
         "dropout_add_layer_norm",
         (randn(0, 4), randn(0, 4), (4,)),

@@ -1,4 +1,4 @@
-"""Softmax and kin: row lengths around the tile sizes, every dim, dtypes, special values."""
+"""Softmax family: row lengths around the tile sizes, every dim, dtypes, special values."""
 
 import torch
 
@@ -35,7 +35,7 @@ CASES: list[Case] = [
     Case("log_softmax", (randn(600, 3),), {"dim": 0}),
     Case("softmax", (randn(1, 17000, scale=4), 1)),  # longer than registers
     Case("log_softmax", (randn(2, 17000), 1), dtypes=BF16),
-    # The cast is done within, both ways.
+    # The kernel casts by itself, to wider and to narrower dtypes.
     *(
         Case(name, (randn(5, 40),), {"dim": 1, "dtype": dtype})
         for name in ("softmax", "log_softmax", "softmin")

@@ -27,7 +27,7 @@ def decoder_layer(shape=(5, 2, 8), memory=(7, 2, 8), *masks, **options):
 
 
 class Given:
-    """An option that is a function or a layer: what an option that can be called makes."""
+    """A maker whose value is a function or a layer. (A callable option counts as a maker.)"""
 
     def __init__(self, activation):
         self.activation = activation
@@ -44,7 +44,7 @@ def square(x):
 
 
 def stack(name, layer, *inputs, first=False, norm=False, **fields):
-    """Of two layers, given as stock's: each side makes its own of it."""
+    """A stack of two layers. The layer given is a stock layer; each side makes its own of it."""
     layer = getattr(nn, layer)
 
     def member(namespace):

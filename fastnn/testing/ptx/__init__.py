@@ -1,19 +1,21 @@
 """Runs PTX on the CPU: the code that Triton compiled for an NVIDIA GPU, on real data.
 
-Triton's interpreter runs the source of a kernel. What a GPU runs has been through layouts, shuffles
+Triton's interpreter runs the source of a kernel. A GPU runs compiled code, with layouts, shuffles
 between threads, shared memory, fragments of tensor cores, libdevice and contraction into fma.
-`Program` runs that, as PTX ISA 8.7 has it, with the threads of many blocks side by side in NumPy
-arrays: each register is an array with an element per thread, or one for all of them.
+`Program` runs the compiled code as PTX ISA 8.7 defines it. The threads of many blocks run side by
+side in NumPy arrays: each register is an array with one element per thread, or with a single
+element for all threads.
 
-- Threads that part at a branch take turns, the earliest instruction first. At a barrier they wait
-  for those of their block, at an instruction of a warp for those of their warp.
-- Each access to global memory is checked against the tensors of the launch, and for its alignment,
-  each access to shared memory against its size; that one starts as nan.
-- Approximate instructions err, up or down by the bits of the value, as far as documented.
-- Copies and matrix products that a GPU makes asynchronously are complete when they are issued, and
-  threads that have not parted move in step: a missing wait or barrier is not noticed. Tensor cores
-  add as in float64, rounded once per instruction.
-- What is not known raises NotImplementedError with the instruction.
+- If threads part at a branch, they take turns, the earliest instruction first. At a barrier they
+  wait for the threads of their block; at an instruction of a warp, for the threads of their warp.
+- Each access to global memory is checked against the tensors of the launch, and for its alignment.
+  Each access to shared memory is checked against its size. Shared memory is nan at the start.
+- Approximate instructions have an error, up or down by the bits of the value, as large as
+  documented.
+- Copies and matrix products that are asynchronous on a GPU are complete when they are issued, and
+  threads that have not parted move in step. A missing wait or barrier is therefore not noticed.
+- Tensor cores add as in float64, and round once per instruction.
+- An unknown instruction raises NotImplementedError, which names the instruction.
 
 Kernels run this way inside `fastnn.testing.aot.emulate`.
 """
@@ -34,7 +36,7 @@ from fastnn.testing.ptx.values import TYPES, UNSIGNED, Array, width
 
 __all__ = ["Memory", "Program"]
 
-_SIDE_BY_SIDE = 8192  # threads, if there are that many
+_SIDE_BY_SIDE = 8192  # threads that run together, if there are so many
 _END = 1 << 30
 
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)[^{]*\{(.*?)\n\}", re.DOTALL)
@@ -46,7 +48,7 @@ _INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)")
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 
 
-# Instructions before which threads wait for others, and for which: 1 is a warp, 2 a block.
+# Instructions before which threads wait for other threads: 1 means of their warp, 2 of their block.
 _MEETINGS = {
     **dict.fromkeys(("shfl", "redux", "mma", "ldmatrix", "stmatrix", "wgmma"), 1),
     **dict.fromkeys(("bar", "barrier"), 2),
@@ -67,7 +69,7 @@ class _Instruction:
 
 
 class Program:
-    """The entry point of a PTX module. Raises NotImplementedError for what it does not know."""
+    """The entry point of a PTX module. Raises NotImplementedError for unknown instructions."""
 
     def __init__(self, ptx: str):
         entry = _ENTRY.search(_LOCATION.sub("", re.sub(r"//[^\n]*", "", ptx)))
@@ -78,7 +80,7 @@ class Program:
         self._names = Names({prefix: kind for kind, prefix in _REGISTERS.findall(entry[3])})
         self._labels: dict[str, int] = {}
         blocks: list[list[str]] = [[]]
-        self._meetings = [0]  # of each block, at its start
+        self._meetings = [0]  # where the threads meet at the start of each block
 
         def begin(meeting: int) -> None:
             if blocks[-1]:
@@ -97,7 +99,7 @@ class Program:
                 if _meeting(text) > self._meetings[-1]:  # else they have met already
                     begin(_meeting(text))
                 blocks[-1].append(text)
-                if re.search(r"\b(bra|ret|exit)\b", text):  # a block has no jump but its last
+                if re.search(r"\b(bra|ret|exit)\b", text):  # only the last one of a block jumps
                     begin(0)
         self._blocks = [[self._instruction(text) for text in block] for block in blocks]
 
@@ -134,8 +136,8 @@ class Program:
     ) -> None:
         """Run `grid` blocks of `threads` threads and `shared` bytes of shared memory each.
 
-        `arguments` has a number or an address for each parameter. Raises IndexError where a thread
-        leaves the memory it was given, or accesses it unaligned.
+        `arguments` has a number or an address for each parameter. Raises IndexError if a thread
+        accesses memory outside that of the launch, or accesses it unaligned.
         """
         x, y, z = (*grid, 1, 1)[:3]
         values = [
@@ -155,7 +157,7 @@ class Program:
                 self._run(machine)
 
     def _introduce(self, machine: Machine, blocks: Array, grid: tuple, threads: int) -> None:
-        """Tell each thread who it is."""
+        """Set the registers that hold the index of each thread and block."""
         thread = np.tile(np.arange(threads, dtype=np.uint32), len(blocks))
         known = {
             "%tid.x": thread,
@@ -187,7 +189,7 @@ class Program:
             place = after if mask is None else np.where(mask, after, place)
 
     def _next(self, machine: Machine, place: Array) -> tuple[int, Array]:
-        """The first block of instructions that any threads may run, and which threads."""
+        """The first block of instructions that some threads may run, and these threads."""
         for here in np.unique(place).tolist():
             there = place == here
             if here >= len(self._blocks) or not self._meetings[here]:
@@ -201,7 +203,7 @@ class Program:
         raise RuntimeError(f"{self.name}: threads wait for each other")
 
     def _run_block(self, machine: Machine, here: int, mask: Mask) -> int | Array:
-        """Run a block of instructions; where the threads of `mask` go on."""
+        """Run a block of instructions. Returns the block at which the threads of `mask` go on."""
         for instruction in self._blocks[here]:
             chosen = mask
             parting: Array | None = None

@@ -1,8 +1,8 @@
-"""What each instruction does, but for those of tensor cores.
+"""What each instruction does, except the instructions of tensor cores.
 
-A maker takes the parts of an opcode and the operands of an instruction, and returns what running it
-on a `Machine` for the threads of a mask does. It raises NotImplementedError for what it does not
-know: nothing is guessed.
+A maker takes the parts of an opcode and the operands of an instruction. It returns a function that
+runs the instruction on a `Machine` for the threads of a mask. It raises NotImplementedError for
+everything that it does not know, and never guesses.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _SPECIAL = ("%tid", "%ctaid", "%ntid", "%nctaid", "%laneid", "%warpid")
 
 
 class Names:
-    """Registers by name, numbered as they are met; and what an operand says."""
+    """Registers by name, numbered in the order in which they appear; reads and writes operands."""
 
     def __init__(self, declared: dict[str, str]):
-        """`declared`: the type of registers by the letters that their names begin with."""
+        """`declared`: the types of registers, by the first letters of their names."""
         self._declared = declared
         self.numbers: dict[str, int] = {}
         self.dtypes: list[Any] = []
@@ -62,7 +62,7 @@ class Names:
         return lambda machine: machine.registers[number].astype(narrow).view(dtype)
 
     def put(self, operand: str) -> Put:
-        """Writes a value of any type of the register's width, or extends a narrower one."""
+        """Writes a value of any type with the register's width, or extends a narrower value."""
         if operand == "_":
             return _discard
         number = self.register(operand)
@@ -80,7 +80,7 @@ class Names:
         return put
 
     def address(self, operand: str, kind: str) -> Get:
-        """[base + offset], of global memory (u64) or shared memory (u32)."""
+        """The address [base + offset] in global memory (u64) or shared memory (u32)."""
         found = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]", operand)
         if found is None:
             raise NotImplementedError(operand)
@@ -113,7 +113,7 @@ def _constant(operand: str, dtype: Any) -> Array:
 
 
 def told(parts: Sequence[str], operands: Sequence[str]) -> str:
-    """An instruction, for what is said of it."""
+    """An instruction as text, for messages."""
     return " ".join([".".join(parts), *operands])
 
 
@@ -123,7 +123,7 @@ def names_in(operand: str) -> list[str]:
 
 
 Maker = Callable[[Names, list[str], list[str]], Run]
-MAKERS: dict[str, Maker] = {}  # by the first part of an opcode
+MAKERS: dict[str, Maker] = {}  # key: the first part of an opcode
 
 
 def makes(*opcodes: str) -> Callable[[Maker], Maker]:
@@ -135,7 +135,7 @@ def makes(*opcodes: str) -> Callable[[Maker], Maker]:
 
 
 def computes(names: Names, operands: Sequence[str], kinds: Sequence[str], f: Callable) -> Run:
-    """operands[0] = f(operands[1:]), those read as `kinds`."""
+    """operands[0] = f(operands[1:]); the sources are read as `kinds`."""
     put = names.put(operands[0])
     gets = [names.get(o, k) for o, k in zip(operands[1:], kinds, strict=True)]
 
@@ -146,7 +146,7 @@ def computes(names: Names, operands: Sequence[str], kinds: Sequence[str], f: Cal
 
 
 def _of_halves(names: Names, operands: Sequence[str], kind: str, f: Callable) -> Run:
-    """`f` of 16-bit floats, or of two in each register, rounded once, from float64."""
+    """`f` of 16-bit floats, one or two in each register, computed in float64 and rounded once."""
     read, rounded = HALVES[kind.removesuffix("x2")]
 
     def once(*given: Array) -> Array:
@@ -168,7 +168,7 @@ def _is_half(kind: str) -> bool:
 
 
 def _of_mixed(names: Names, operands: Sequence[str], kind: str, f: Callable) -> Run:
-    """`f`, of floats of 16 bits but for the last one, a float32."""
+    """`f` of 16-bit floats, except that the last operand is a float32."""
     read, _ = HALVES[kind]
 
     def mixed(*given: Array) -> Array:
@@ -178,7 +178,7 @@ def _of_mixed(names: Names, operands: Sequence[str], kind: str, f: Callable) -> 
 
 
 def _of_pairs(names: Names, operands: Sequence[str], f: Callable) -> Run:
-    """`f` of two float32 in each register of 64 bits."""
+    """`f` of two float32 in each 64-bit register."""
 
     def pairs(*given: Array) -> Array:
         low, high = (
@@ -192,7 +192,7 @@ def _of_pairs(names: Names, operands: Sequence[str], f: Callable) -> Run:
 
 
 def _of_floats(names: Names, parts: list[str], operands: Sequence[str], f: Callable) -> Run:
-    """`f` of floats, however many of them a register holds."""
+    """`f` of floats, with any number of floats in a register."""
     kind = parts[-1]
     if kind == "f32x2":
         return _of_pairs(names, operands, _finished(f, parts))
@@ -208,7 +208,7 @@ def _mode(parts: Sequence[str]) -> str:
 
 
 def _finished(f: Callable, parts: Sequence[str]) -> Callable:
-    """`f` with what .ftz and .sat do to it."""
+    """`f` with the effects of .ftz and .sat."""
 
     def finished(*given: Array) -> Array:
         out = values.flush(f(*map(values.flush, given))) if "ftz" in parts else f(*given)
@@ -238,7 +238,7 @@ def _arithmetic(names: Names, parts: list[str], operands: list[str]) -> Run:
             raise NotImplementedError(".".join(parts))
         in_double = f
 
-        def f(a, b):  # exact in float64, but for sums of very unequal parts
+        def f(a, b):  # exact in float64, except for sums of very unequal parts
             return values.to_f32(in_double(a.astype(np.float64), b.astype(np.float64)), mode)
 
     return _of_floats(names, parts, operands, f)
@@ -275,7 +275,7 @@ def _mad(names: Names, parts: list[str], operands: list[str]) -> Run:
 
 @makes("fma")
 def _fma(names: Names, parts: list[str], operands: list[str]) -> Run:
-    def f(a, b, c):  # exact where it is rounded to 16 bits; of float64, rounded twice
+    def f(a, b, c):  # exact for results of 16 bits; float64 results are rounded twice
         return a * b + c
 
     if "f32" in parts or parts[-1] == "f32x2":
@@ -313,8 +313,9 @@ def _rsqrt(x: Array) -> Array:
     return 1.0 / np.sqrt(x)
 
 
-# Each with its relative error: what the ISA allows, but for ex2. That one may be 2**-22.5 off; then
-# CUDA's expf, which ends in it, would not keep to the single ulp that its documentation gives it.
+# Each function with its relative error. The error is the one that the ISA allows, except for ex2.
+# The ISA allows 2**-22.5 for ex2. With that error CUDA's expf, which ends in ex2, would have more
+# than the one ulp that its documentation states.
 _FUNCTIONS: dict[str, tuple[Callable, float]] = {
     "ex2": (np.exp2, 2**-23),
     "lg2": (np.log2, 2**-22),
@@ -358,7 +359,7 @@ def _extreme(names: Names, parts: list[str], operands: list[str]) -> Run:
     f = (np.maximum if of_nan else np.fmax) if largest else (np.minimum if of_nan else np.fmin)
 
     def of_two(a, b):
-        # +0 is above -0.
+        # +0 counts as larger than -0.
         return np.where(a == b, np.where(np.signbit(a) == largest, b, a), f(a, b))
 
     return _of_floats(names, parts, operands, lambda *given: functools.reduce(of_two, given))
@@ -395,7 +396,7 @@ def _shift(names: Names, parts: list[str], operands: list[str]) -> Run:
 
     def shift(a, by):
         out = f(a, np.minimum(by, bits - 1).astype(a.dtype))
-        if kind[0] == "s":  # its sign is what the last step has left
+        if kind[0] == "s":  # the last step has left its sign
             return out
         return np.where(by < bits, out, a.dtype.type(0))
 
@@ -657,7 +658,7 @@ def _conversion(to: str, kind: str, how: list[str]) -> Callable:
 
 
 def _space(parts: Sequence[str]) -> str:
-    """global or shared; an address that could be of either is not known."""
+    """The memory space: global or shared. Raises NotImplementedError for a generic address."""
     spaces = [p.partition("::")[0] for p in parts]
     for space in ("global", "shared"):
         if space in spaces:
@@ -782,7 +783,7 @@ _REDUCTIONS_OF_NUMBERS: dict[str, Callable] = {"max": np.fmax.reduce, "min": np.
 @makes("redux")
 def _redux(names: Names, parts: list[str], operands: list[str]) -> Run:
     kind = parts[-1]
-    # Of floats, nan is passed over unless asked for.
+    # For floats, nan is ignored unless .NaN asks for it.
     of_numbers = kind == "f32" and "NaN" not in parts
     reduce = (_REDUCTIONS_OF_NUMBERS if of_numbers else _REDUCTIONS).get(parts[2])
     if reduce is None or kind[0] not in "suf" or "abs" in parts:

@@ -11,14 +11,14 @@ import numpy as np
 from fastnn.testing.ptx.values import Array
 
 WARP = 32
-Mask = Array | None  # of the threads that an instruction is for; None is all of them
+Mask = Array | None  # the threads for which an instruction runs; None means all
 
 
 class Memory:
-    """Global memory: what is behind the addresses of a launch's tensors, and nothing else."""
+    """Global memory: only the bytes of the tensors of a launch, at their addresses."""
 
     def __init__(self, spans: Iterable[tuple[int, int]]):
-        """`spans`: the first address and the bytes of each storage."""
+        """`spans`: the first address and the number of bytes of each storage."""
         found = sorted({(start, size) for start, size in spans if size})
         self._starts = np.array([start for start, _ in found], np.uint64)
         self._ends = np.array([start + size for start, size in found], np.uint64)
@@ -28,7 +28,7 @@ class Memory:
         ]
 
     def _by_span(self, at: Array, size: int, what: str) -> Iterator[tuple[Any, Array, Array]]:
-        """(which of the addresses, their storage's bytes, offsets of each byte in those)."""
+        """Yields, for each storage, the addresses in it, its bytes, offsets of accessed bytes."""
         if not at.size:
             return
         if (at % np.uint64(size)).any():
@@ -43,25 +43,25 @@ class Memory:
             yield here, self._bytes[s], first[:, None] + np.arange(size)
 
     def load(self, at: Array, dtype: Any, count: int, what: str) -> Array:
-        """(threads, count) elements of `dtype`, from each address on."""
+        """(threads, count) elements of `dtype`, `count` of them from each address on."""
         out = np.empty((at.size, np.dtype(dtype).itemsize * count), np.uint8)
         for here, data, offsets in self._by_span(at, out.shape[1], what):
             out[here] = data[offsets]
         return out.view(dtype)
 
     def store(self, at: Array, values: Array, what: str) -> None:
-        """(threads, count) values, from each address on."""
+        """Writes (threads, count) values, `count` of them from each address on."""
         raw = np.ascontiguousarray(values).view(np.uint8)
         for here, data, offsets in self._by_span(at, raw.shape[1], what):
             data[offsets] = raw[here]
 
 
 class Shared:
-    """The shared memory of blocks that run side by side, as full of nan as uninitialised memory."""
+    """The shared memory of blocks that run side by side. It is full of nan at the start."""
 
     def __init__(self, blocks: int, size: int):
         self._limit = size
-        self._stride = -(-max(size, 16) // 1024) * 1024  # a swizzle reaches over 1024 bytes
+        self._stride = -(-max(size, 16) // 1024) * 1024  # a swizzle covers 1024 bytes
         self._data = np.full(blocks * self._stride, 0xFF, np.uint8)
 
     def _first(self, block: Array, at: Array, size: int, what: str) -> Array:
@@ -86,8 +86,8 @@ class Shared:
 class Machine:
     """The blocks that run side by side.
 
-    `registers[i]` has an element per thread, or a single one where all threads agree; arrays are
-    replaced, never written into.
+    `registers[i]` has one element per thread, or a single element if all threads agree. Arrays are
+    replaced and never written into.
     """
 
     def __init__(self, memory: Memory, shared: int, blocks: int, threads: int, dtypes: Sequence):
@@ -108,11 +108,11 @@ class Machine:
         self.registers[register] = value
 
     def spread(self, value: Array) -> Array:
-        """With an element per thread."""
+        """The value with one element per thread."""
         return value if value.size == self.lanes else np.broadcast_to(value, (self.lanes,))
 
     def chosen(self, mask: Mask, *values: Array) -> tuple[Any, list[Array]]:
-        """(an index of the threads of `mask`, the values there)."""
+        """(an index that selects the threads of `mask`, the values at these threads)."""
         if mask is None:
             return slice(None), [self.spread(v) for v in values]
         return mask, [self.spread(v)[mask] for v in values]

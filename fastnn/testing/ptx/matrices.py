@@ -14,12 +14,12 @@ from fastnn.testing.ptx.values import HALVES, Array, from_tf32
 
 
 def _warps(machine: Machine, registers: Sequence[Array]) -> Array:
-    """(register, warp, lane)."""
+    """The registers as one array (register, warp, lane)."""
     return np.stack([machine.spread(v) for v in registers]).reshape(len(registers), -1, WARP)
 
 
 def _whole_warps(mask: Mask, what: str) -> Any:
-    """An index of the warps of a mask; NotImplementedError if it parts one."""
+    """An index of the warps of a mask. Raises NotImplementedError if the mask splits a warp."""
     if mask is None:
         return slice(None)
     warps = mask.reshape(-1, WARP)
@@ -29,7 +29,7 @@ def _whole_warps(mask: Mask, what: str) -> Any:
 
 
 def _decoded(raw: Array, kind: str) -> Array:
-    """Elements of a matrix, from their bits."""
+    """The elements of a matrix, decoded from their bits."""
     return from_tf32(raw) if kind == "tf32" else HALVES[kind][0](raw)
 
 
@@ -44,8 +44,8 @@ def _product(a: Array, b: Array, c: Array) -> Array:
 
 
 class _Fragment(NamedTuple):
-    """Where in a matrix the elements lie that a warp's registers hold, each (register, lane,
-    element in a register)."""
+    """Rows and columns of the matrix elements that a warp's registers hold. Both have the axes
+    (register, lane, element in a register)."""
 
     rows: Array
     columns: Array
@@ -104,10 +104,10 @@ def _mma(names: Names, parts: list[str], operands: list[str]) -> Run:
 
 
 def _places(parts: list[str]) -> Callable[[Machine, Array, int], tuple[Array, Array, Any]]:
-    """Of a warp's matrix i, (block, address) of each element a thread has, and the type to move.
+    """For matrix i of a warp: block and address of each element of a thread, and the type to move.
 
-    Its rows are at the addresses that lanes 8i to 8i+7 give. Lane t has the elements 2(t%4) and the
-    next one of row t/4; transposed, of column t/4.
+    Lanes 8i to 8i+7 give the addresses of the rows of the matrix. Lane t holds element 2(t%4) and
+    the next element of row t/4, or of column t/4 if the matrix is transposed.
     """
     if parts[-1] != "b16" or "m8n8" not in parts:
         raise NotImplementedError(".".join(parts))
@@ -168,12 +168,12 @@ _SWIZZLED_ROW = {0: 16, 1: 128, 2: 64, 3: 32}  # bytes, by a descriptor's mode; 
 
 
 def operand_addresses(descriptors: Array, rows: int, k: int, size: int, *, k_first: bool) -> Array:
-    """(group, row, k): where matrix descriptors have the elements, of `size` bytes, of an operand.
+    """(group, row, k): addresses of an operand's elements, of `size` bytes, by its descriptors.
 
-    Its elements are next to each other along k (`k_first`), or along its rows (of B: its columns).
-    In that direction a tile has as many bytes as the swizzle is wide, in the other one eight
-    elements; a descriptor says how far apart tiles are. PTX ISA 8.7, "Asynchronous warpgroup level
-    matrix", "matrix descriptor" and "canonical layouts".
+    The elements are adjacent along k (`k_first`), or along the rows (for B: along the columns).
+    In that direction a tile has as many bytes as the swizzle is wide. In the other direction it has
+    eight elements. A descriptor says how far apart the tiles are. See PTX ISA 8.7, "Asynchronous
+    warpgroup level matrix", "matrix descriptor" and "canonical layouts".
     """
     d = descriptors.astype(np.int64)[:, None, None]
     start, leading, stride = ((d >> at & 0x3FFF) << 4 for at in (0, 16, 32))
@@ -198,7 +198,7 @@ def _wgmma(names: Names, parts: list[str], operands: list[str]) -> Run:
     kind = parts[6]
     if found is None or parts[5:] != ["f32", kind, kind] or kind not in ("f16", "bf16", "tf32"):
         raise NotImplementedError(text)
-    if operands[4:6] != ["1", "1"]:  # factors of the operands
+    if operands[4:6] != ["1", "1"]:  # the factors of the operands
         raise NotImplementedError(text)
     n, k = int(found[1]), int(found[2])
     size = 4 if kind == "tf32" else 2
@@ -209,7 +209,7 @@ def _wgmma(names: Names, parts: list[str], operands: list[str]) -> Run:
     a = [names.get(r, "b32" if in_registers else "b64") for r in names_in(operands[1])]
     b = names.get(operands[2], "b64")
     transposed = [o == "1" for o in operands[6:]] or [False, False]
-    # Where thread t of the group has the element of register i.
+    # Row and column of the element that thread t of the group has in register i.
     i, t = np.ogrid[: len(puts), :_GROUP]
     rows = t // WARP * 16 + t % WARP // 4 + 8 * (i // 2 % 2)
     columns = 8 * (i // 4) + t % 4 * 2 + i % 2

@@ -1,4 +1,4 @@
-"""Numbers as PTX has them: rounding modes, 16-bit floats, what approximate instructions give."""
+"""Numbers of PTX: rounding modes, 16-bit floats, results of approximate instructions."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ TYPES: dict[str, Any] = {
 
 
 def width(kind: str) -> int:
-    """Bits of an integer or a float type."""
+    """The number of bits of an integer or float type."""
     return int(kind.lstrip("bfsu"))
 
 
 def flush(f: Array) -> Array:
-    """Subnormal numbers become zeros of their sign."""
+    """Replace subnormal numbers by zeros of the same sign."""
     return np.where(np.abs(f) < np.finfo(f.dtype).tiny, np.copysign(f.dtype.type(0), f), f)
 
 
 def saturate(f: Array) -> Array:
-    """Into [0, 1]; nan becomes 0."""
+    """Clamp to [0, 1]; nan becomes 0."""
     return np.where(np.isnan(f), f.dtype.type(0), np.clip(f, 0, 1)).astype(f.dtype)
 
 
@@ -62,8 +62,8 @@ def fma_f32(a: Array, b: Array, c: Array, mode: str = "rn") -> Array:
     total = np.atleast_1d(product + c)
     tied = (total.view(np.uint64) & _BELOW_F32) == _TIE
     if mode == "rn" and tied.any():
-        # Rounded twice, these could go the wrong way: move off the tie to the side that the
-        # first rounding took them from.
+        # These were rounded to a tie. A second rounding could go the wrong way, so move them off
+        # the tie, back to the side from which the first rounding took them.
         left = total - product
         error = (product - (total - left)) + (c - left)
         side = np.where(error > 0, np.inf, -np.inf)
@@ -72,7 +72,7 @@ def fma_f32(a: Array, b: Array, c: Array, mode: str = "rn") -> Array:
 
 
 def approximate(exact: Array, relative: float) -> Array:
-    """float64 as float32, off by up to `relative`, up or down by the bits of the value.
+    """float64 as float32, with an error of up to `relative`, up or down by the bits of the value.
 
     Powers of two are exact, as on the hardware.
     """
@@ -88,10 +88,10 @@ def from_bf16(u: Array) -> Array:
 
 
 def to_bf16(f: Array) -> Array:
-    """Of float32, or of float64 that is not yet rounded, to the nearest."""
+    """The bits of the nearest bfloat16 of a float32, or of a float64 that is not yet rounded."""
     single = np.atleast_1d(f.astype(np.float32))
     if f.dtype == np.float64:
-        # Rounded to odd on the way, so that it is not rounded twice.
+        # The first step rounds to odd, so that the value is not rounded to nearest twice.
         back = single.astype(np.float64)
         inexact = np.isfinite(back) & (back != f) & (single.view(np.uint32) & np.uint32(1) == 0)
         towards = np.where(back < f, np.float32(np.inf), np.float32(-np.inf))
@@ -113,7 +113,7 @@ def from_tf32(u: Array) -> Array:
     return (u & np.uint32(0xFFFFE000)).view(np.float32)  # tensor cores ignore the rest
 
 
-# 16-bit floats: from their bits, and to them from a float32 or an unrounded float64.
+# For each 16-bit float: bits to values, and a float32 or an unrounded float64 to bits.
 HALVES: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
     "f16": (_from_f16, _to_f16),
     "bf16": (from_bf16, to_bf16),

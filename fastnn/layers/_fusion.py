@@ -1,0 +1,329 @@
+"""Which members of a container run as one op, and what that op is told of them.
+
+`RULES` is the one table, `told` the one matcher: `Sequential` and the Transformer layers go by
+them. A new fusion is one more rule. Members are fused only where nothing could tell: each is
+exactly of a class of the table, and nobody watches it (`watched` of `_layer.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as stock
+from torch.nn.modules import module as _module
+
+import fastnn.functional as F
+from fastnn import _mode
+from fastnn.layers import activation as acts
+from fastnn.layers import batchnorm
+from fastnn.layers._layer import OURS, watched
+from fastnn.layers.dropout import Dropout
+from fastnn.layers.linear import Linear
+from fastnn.layers.normalization import GroupNorm, LayerNorm, RMSNorm
+from fastnn.ops.channel_norm import batch_norm_act, group_norm_act
+from fastnn.ops.linear import linear_act
+from fastnn.ops.residual_norm import dropout_add, dropout_add_layer_norm, dropout_add_rms_norm
+
+# ---- What an op is told of an activation: its name there, a and b -------------------------------
+
+_Act = tuple[str, float, float]
+
+
+def _hardtanh(m) -> _Act | None:
+    low, high = m.min_val, m.max_val
+    numbers = type(low) in (int, float) and type(high) in (int, float)
+    return ("hardtanh", float(low), float(high)) if numbers and low <= high else None
+
+
+def _sloped(name: str, a, b: float, inplace: bool) -> _Act | None:
+    # In place, PyTorch's backward refuses a negative slope.
+    return (name, float(a), b) if type(a) in (int, float) and not (inplace and a < 0) else None
+
+
+def _always(name: str) -> Callable[[Any], _Act]:
+    act = name, 0.0, 0.0
+    return lambda m: act
+
+
+_GELU: dict[str, _Act] = {"none": ("gelu", 0.0, 0.0), "tanh": ("gelu_tanh", 0.0, 0.0)}
+
+_FUNCTIONS: dict[Any, _Act] = {
+    function: (name, 0.0, 0.0)
+    for name in ("relu", "gelu", "silu", "mish", "selu", "hardswish", "sigmoid", "tanh")
+    for home in (F, stock.functional, torch)
+    for function in (getattr(home, name, None),)
+    if function is not None
+}
+
+# ---- Rules --------------------------------------------------------------------------------------
+
+Tell = Callable[[Any], Any]
+
+
+def _itself(m) -> Any:
+    return m
+
+
+def _parameter(m, name: str) -> Any:
+    """`getattr(m, name)`, without the search that ends in `Module.__getattr__`.
+
+    Of a member that is exactly of a class of ours, so that the class has no such attribute.
+    """
+    d = m.__dict__
+    if name not in d:
+        d = d["_parameters"]
+    return d[name] if name in d else getattr(m, name)
+
+
+def _noise(m) -> tuple[float, bool] | None:
+    # In place, PyTorch draws its mask in another way.
+    return None if m.inplace and m.training else (m.p, m.training)
+
+
+class Place(NamedTuple):
+    """One place in a rule, in which one member stands."""
+
+    tells: Mapping[type, Tell]
+    """Class of a member -> what the op is told of it; None if it does not fuse as it is set."""
+    optional: bool = False
+    """Whether the rule also holds where no such member follows. Only the last place may be."""
+
+
+class Rule(NamedTuple):
+    """Members that run as one op."""
+
+    op: Callable[..., Any]
+    places: tuple[Place, ...]
+    arguments: Callable[..., tuple]
+    """Of the input, of what is told of each member, and of what the container adds: the op's."""
+    neighbours: bool = True
+    """Whether each member takes what the one before returned, and nothing else."""
+
+
+LINEAR = Place({Linear: _itself})
+BATCH_NORM = Place(
+    dict.fromkeys((batchnorm.BatchNorm1d, batchnorm.BatchNorm2d, batchnorm.BatchNorm3d), _itself)
+)
+GROUP_NORM = Place({GroupNorm: _itself})
+LAYER_NORM = Place({LayerNorm: _itself})
+RMS_NORM = Place({RMSNorm: _itself})
+DROPOUT = Place({Dropout: _noise})
+ACTIVATION = Place(
+    {
+        acts.ReLU: _always("relu"),
+        acts.ReLU6: _hardtanh,
+        acts.Hardtanh: _hardtanh,
+        acts.LeakyReLU: lambda m: _sloped("leaky_relu", m.negative_slope, 0.0, m.inplace),
+        acts.ELU: lambda m: _sloped("elu", m.alpha, 1.0, m.inplace),
+        acts.SELU: _always("selu"),
+        acts.GELU: lambda m: _GELU.get(m.approximate),
+        acts.SiLU: _always("silu"),
+        acts.Mish: _always("mish"),
+        acts.Sigmoid: _always("sigmoid"),
+        acts.Tanh: _always("tanh"),
+        acts.Hardsigmoid: _always("hardsigmoid"),
+        acts.Hardswish: _always("hardswish"),
+        FunctionType: _FUNCTIONS.get,
+        BuiltinFunctionType: _FUNCTIONS.get,
+    }
+)
+
+LINEAR_ACT = Rule(
+    linear_act,
+    (LINEAR, ACTIVATION, DROPOUT._replace(optional=True)),
+    lambda x, linear, act, noise=(0.0, False): (
+        x,
+        _parameter(linear, "weight"),
+        _parameter(linear, "bias"),
+        *act,
+        *noise,
+    ),
+)
+DROPOUT_ADD = Rule(
+    dropout_add,
+    (DROPOUT,),
+    lambda z, noise, residual: (z, residual, *noise),
+    neighbours=False,
+)
+DROPOUT_ADD_LAYER_NORM = Rule(
+    dropout_add_layer_norm,
+    (DROPOUT, LAYER_NORM),
+    lambda z, noise, norm, residual, prenorm: (
+        z, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps, *noise, prenorm,
+    ),
+    neighbours=False,
+)  # fmt: skip
+DROPOUT_ADD_RMS_NORM = Rule(
+    dropout_add_rms_norm,
+    (DROPOUT, RMS_NORM),
+    lambda z, noise, norm, residual, prenorm: (
+        z, residual, norm.normalized_shape, norm.weight, norm.eps, *noise, prenorm,
+    ),
+    neighbours=False,
+)  # fmt: skip
+
+RULES: tuple[Rule, ...] = (
+    LINEAR_ACT,
+    # The norm counts the batch where it says what it is given: only if the op runs.
+    Rule(batch_norm_act, (BATCH_NORM, ACTIVATION), lambda x, norm, a: (*norm._arguments(x), *a)),
+    Rule(
+        group_norm_act,
+        (GROUP_NORM, ACTIVATION),
+        lambda x, norm, act: (x, norm.num_groups, norm.weight, norm.bias, norm.eps, *act),
+    ),
+    DROPOUT_ADD,
+    DROPOUT_ADD_LAYER_NORM,
+    DROPOUT_ADD_RMS_NORM,
+)
+
+# ---- The matcher --------------------------------------------------------------------------------
+
+
+class Misfit(str):
+    """Why a member does not fuse."""
+
+
+def told(place: Place, member: Any, cls: type, called: str = "") -> Any:
+    """What an op is told of `member`, which stands in `place`; a `Misfit` where it does not fuse.
+
+    `cls`: the class that it counts as. `called`: its name in the reason, by default its class.
+    """
+    tell = place.tells.get(cls)
+    if tell is None:
+        return Misfit(f"{called} is a {type(member).__name__}")
+    why = watched(member) if isinstance(member, stock.Module) else None
+    if why is not None:
+        return Misfit(why)
+    what = tell(member)
+    if what is None:
+        shown = getattr(member, "__name__", member)
+        return Misfit(f"{called or type(member).__name__} is {shown}")
+    return what
+
+
+def counts_as(member: Any) -> type:
+    """The class of a member of a Transformer layer: ours, also where it is the stock class."""
+    return OURS.get(type(member), type(member))
+
+
+def fit(rule: Rule, members: tuple, called: tuple[str, ...]) -> list | None:
+    """What the op of `rule` is told of each of `members`, one in each place; None if it cannot run.
+
+    `called`: the names of the members, for the reason.
+    """
+    what = []
+    for place, member, name in zip(rule.places, members, called, strict=True):
+        one = told(place, member, counts_as(member), name)
+        if type(one) is Misfit:
+            note(rule, one)
+            return None
+        what.append(one)
+    return what
+
+
+def note(rule: Rule, why: str) -> None:
+    """Tell whoever asks that the op of `rule` was not called."""
+    _mode.note(rule.op.op, f"not fused: {why}")  # type: ignore[attr-defined]
+
+
+def plainly() -> bool:
+    """Whether the members must be called one by one: somebody looks on at all layers."""
+    return bool(
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+        or torch._C._get_tracing_state()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+# ---- Neighbours ---------------------------------------------------------------------------------
+
+
+class Group(NamedTuple):
+    """Neighbours that a rule takes, by their classes."""
+
+    rule: Rule
+    places: tuple[tuple[Place, type], ...]  # of those that must be there, with their classes
+    more: tuple[Place, type] | None  # of the one that may be there, and is
+
+
+# Class of a member that some rule for neighbours takes -> itself.
+_TAKEN: dict[type, type] = {
+    cls: cls
+    for rule in RULES
+    if rule.neighbours
+    for place in rule.places
+    for cls in place.tells
+    if issubclass(cls, stock.Module)
+}
+
+_MOST = 1024  # sequences of classes remembered
+
+# What `grouped` found. By the classes of the members alone, and of these only ours: there is
+# nothing in it that could go stale, or that it would keep alive.
+_found: dict[tuple[type | None, ...], tuple[Group | None, ...] | None] = {}
+
+
+def _group(rule: Rule, classes: tuple[type | None, ...]) -> Group | None:
+    """The members at the beginning of `classes` that `rule` takes."""
+    if not rule.neighbours:
+        return None
+    taken: list[Any] = []
+    for place, cls in zip(rule.places, (*classes, *(None,) * len(rule.places)), strict=False):
+        if cls not in place.tells:
+            return Group(rule, tuple(taken), None) if place.optional else None
+        assert cls is not None
+        if place.optional:
+            return Group(rule, tuple(taken), (place, cls))
+        taken.append((place, cls))
+    return Group(rule, tuple(taken), None)
+
+
+def _group_all(classes: tuple[type | None, ...]) -> tuple[Group | None, ...] | None:
+    groups = tuple(
+        next(
+            (
+                g
+                for rule in RULES
+                if (g := _group(rule, classes[i : i + len(rule.places)])) is not None
+            ),
+            None,
+        )
+        for i in range(len(classes))
+    )
+    return groups if any(groups) else None
+
+
+def grouped(members: list) -> tuple[Group | None, ...] | None:
+    """For each member, the group that begins with it; None if there is no group at all."""
+    classes = tuple(map(_TAKEN.get, map(type, members)))
+    try:
+        return _found[classes]
+    except KeyError:
+        if len(_found) >= _MOST:
+            _found.clear()
+        return _found.setdefault(classes, _group_all(classes))
+
+
+def run_neighbours(group: Group, members: list, i: int, input: Any) -> tuple[int, Any]:
+    """(index after the members that ran as one op, what it returned); (i, input) if none did."""
+    what = []
+    end = i
+    for place, cls in group.places:
+        one = told(place, members[end], cls)
+        if type(one) is Misfit:
+            note(group.rule, one)
+            return i, input
+        what.append(one)
+        end += 1
+    if group.more is not None:
+        one = told(group.more[0], members[end], group.more[1])
+        if type(one) is not Misfit:
+            what.append(one)
+            end += 1
+    return end, group.rule.op(*group.rule.arguments(input, *what))

@@ -1,0 +1,117 @@
+"""The table of fusion rules, and the grouping of neighbours that is remembered."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn as stock
+
+import fastnn
+from fastnn.layers import _fusion
+
+NEIGHBOURS = [rule for rule in _fusion.RULES if rule.neighbours]
+MADE = {
+    "Linear": lambda: fastnn.Linear(4, 4),
+    "BatchNorm1d": lambda: fastnn.BatchNorm1d(4),
+    "BatchNorm2d": lambda: fastnn.BatchNorm2d(4),
+    "BatchNorm3d": lambda: fastnn.BatchNorm3d(4),
+    "GroupNorm": lambda: fastnn.GroupNorm(2, 4),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_size_gate(simulate):
+    simulate(least=0, source="the test")
+
+
+def make(cls):
+    return MADE.get(cls.__name__, cls)()
+
+
+def names(net, x):
+    with fastnn.backend("triton"), fastnn.decisions() as heard:
+        net(x)
+    return [(op.name, why) for op, why in heard]
+
+
+@pytest.mark.parametrize("rule", NEIGHBOURS, ids=lambda rule: rule.op.__name__)
+def test_each_rule_runs_its_op_for_every_class_it_names(rule, device):
+    lead, activation, *_ = rule.places
+    for first in lead.tells:
+        for second in activation.tells:
+            if not isinstance(second, type) or not issubclass(second, stock.Module):
+                continue
+            net = fastnn.Sequential(make(first), make(second)).to(device)
+            dims = {"BatchNorm2d": (2,) * 2, "BatchNorm3d": (2,) * 3}.get(first.__name__, ())
+            x = torch.randn(3, 4, *dims, device=device)
+            assert names(net, x) == [(rule.op.__name__, None)], (first, second)
+
+
+CHANGES = {
+    "a hook": lambda net: net[0].register_forward_hook(lambda *a: None),
+    "a forward of its own": lambda net: setattr(net[1], "forward", torch.tanh),
+    "another class": lambda net: setattr(net[0], "__class__", stock.Linear),
+    "another member": lambda net: net.__setitem__(1, stock.Softsign()),
+    "one more between": lambda net: net.insert(1, stock.Identity()),
+    "a setting": lambda net: setattr(net[1], "approximate", "?"),
+    "the mode": None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_remembered_gives_way_to_a_change(change, device):
+    net = fastnn.Sequential(fastnn.Linear(4, 4), fastnn.GELU()).to(device)
+    x = torch.randn(3, 4, device=device)
+    assert names(net, x) == names(net, x) == [("linear_act", None)]
+    if change == "the mode":
+        with fastnn.backend("torch"), fastnn.decisions() as heard:
+            net(x)
+        assert [op.name for op, _ in heard] == ["linear", "gelu"]
+        return
+    CHANGES[change](net)
+    with fastnn.decisions() as heard:
+        if change == "a setting":
+            with pytest.raises(RuntimeError, match="approximate"):
+                net(x)
+        else:
+            net(x)
+    assert ("linear_act", None) not in [(op.name, why) for op, why in heard]
+
+
+def test_a_parameter_put_in_as_an_attribute_is_the_one_read(device):
+    net = fastnn.Sequential(fastnn.Linear(4, 4), fastnn.ReLU()).to(device)
+    x = torch.randn(3, 4, device=device)
+    net(x)
+    weight = net[0].weight.detach() * 2
+    del net[0].weight
+    net[0].weight = weight  # a plain tensor, as pruning leaves one
+    assert names(net, x) == [("linear_act", None)]
+    with fastnn.backend("triton"):
+        want = torch.relu(stock.functional.linear(x, weight, net[0].bias))
+        torch.testing.assert_close(net(x), want)
+
+
+def test_remembering_leaves_no_trace_on_the_model(device):
+    net = fastnn.Sequential(fastnn.Linear(4, 4), fastnn.GELU()).to(device)
+    before = set(vars(net)), repr(net), list(net.state_dict()), pickle.dumps(net)
+    net(torch.randn(3, 4, device=device))
+    assert (set(vars(net)), repr(net), list(net.state_dict()), pickle.dumps(net)) == before
+    assert set(vars(copy.deepcopy(net))) == before[0]
+
+
+def test_what_is_remembered_is_bounded_and_holds_only_our_classes(device):
+    class Mine(stock.Module):
+        def forward(self, x):
+            return x
+
+    _fusion._found.clear()
+    for n in range(3):
+        fastnn.Sequential(*[Mine()] * n, fastnn.Linear(4, 4), fastnn.ReLU()).to(device)(
+            torch.randn(2, 4, device=device)
+        )
+    assert len(_fusion._found) == 3
+    assert {cls for key in _fusion._found for cls in key} == {None, fastnn.Linear, fastnn.ReLU}
+    for i in range(_fusion._MOST + 5):
+        _fusion.grouped([make((fastnn.ReLU, fastnn.GELU)[i >> bit & 1]) for bit in range(11)])
+    assert len(_fusion._found) <= _fusion._MOST
