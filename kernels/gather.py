@@ -126,6 +126,10 @@ def _gather_fwd_kernel(
     MAP: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, UNIT: tl.constexpr,
     STORE_UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """A program copies a tile of ROWS rows by COLS columns of y, or writes `fill` there.
+
+    X: the source, read through strides. Y: the result, dense, its rows are contiguous.
+    """
     pid = tl.program_id(0)
     row = pid // col_tiles * ROWS + tl.arange(0, ROWS)
     col = pid % col_tiles * COLS + tl.arange(0, COLS)
@@ -188,6 +192,10 @@ def _gather_bwd_kernel(
     FROM: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, UNIT: tl.constexpr,
     STORE_UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """A program computes a tile of ROWS by COLS of dx, and loops over the candidates of its places.
+
+    DY: the gradient, read through strides. DX: the result, dense, its rows are contiguous.
+    """
     pid = tl.program_id(0)
     row = pid // col_tiles * ROWS + tl.arange(0, ROWS)
     col = pid % col_tiles * COLS + tl.arange(0, COLS)
@@ -312,8 +320,8 @@ def _launch(source, result, axes, backward, mode, fill=0.0):
     grid = (cdiv(count, config["ROWS"]) * col_tiles,)
     # z, the outermost, then c, b and a, of which the outer ones are missing if there are fewer.
     nothing = _Axis(1, 1, 0)
-    z, *others = rows or [nothing]
-    z, *others = z, *[nothing] * (3 - len(others)), *others
+    z, *inner_rows = rows or [nothing]
+    others = [nothing] * (3 - len(inner_rows)) + inner_rows
     tile = {"RANK": len(rows), "SPLIT": inner.out, "UNIT": unit, "STORE_UNIT": store_unit}
     if backward:
         sizes = [
@@ -415,6 +423,11 @@ def _unfold_kernel(
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, col_tiles,
     STORE_UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """A program copies ROWS rows of blocks by COLS blocks, of one place within the block per row.
+
+    X (N, C, H, W): the image, read through strides. Y (N, C * KH * KW, OH * OW): contiguous.
+    KH, KW: the size of a block. OH, OW: the blocks along each dimension.
+    """
     row = tl.program_id(0) // col_tiles * ROWS + tl.arange(0, ROWS)
     ow = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)
     OW = OW * STORE_UNIT
@@ -442,6 +455,11 @@ def _fold_kernel(
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, col_tiles,
     STORE_UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """A program computes a tile of ROWS by COLS pixels, and loops over the places within a block.
+
+    X (N, C * KH * KW, OH * OW): the blocks, read through strides. Y (N, C, H, W): contiguous.
+    KH, KW: the size of a block. OH, OW: the blocks along each dimension.
+    """
     row = tl.program_id(0) // col_tiles * ROWS + tl.arange(0, ROWS)
     w = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)
     W = W * STORE_UNIT

@@ -112,15 +112,15 @@ def interpolate(
     if tuple(sizes) == was and not kind.startswith("nearest"):
         kind, align, factors = "nearest", False, [None] * dims
     scales = [
-        kernels.interpolate.scale(n, out, factor, kind, align)
+        kernels.upsampling.scale(n, out, factor, kind, align)
         for n, out, factor in zip(was, sizes, factors, strict=True)
     ]
     given, last = input.dtype, channels_last(input)
 
     def forward(x):
-        return kernels.interpolate.fwd(x, sizes, kind, align, scales, dtype, last)
+        return kernels.upsampling.fwd(x, sizes, kind, align, scales, dtype, last)
 
     def backward(dy):
-        return kernels.interpolate.bwd(dy, was, kind, align, scales, given, last)
+        return kernels.upsampling.bwd(dy, was, kind, align, scales, given, last)
 
     return run(LinearMap, input, Maps(forward, backward, forward), False)

@@ -88,6 +88,10 @@ def _interpolate_fwd_kernel(
     LAST: tl.constexpr, UNIT: tl.constexpr, STORE_UNIT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """A program computes a tile of ROWS by COLS of y: a sum over the taps of each dimension.
+
+    X: the source, read through strides. Y: the result, dense, its rows are contiguous.
+    """
     pid = tl.program_id(0)
     row = pid // col_tiles * ROWS + tl.arange(0, ROWS)
     col = pid % col_tiles * COLS + tl.arange(0, COLS)
@@ -177,6 +181,10 @@ def _interpolate_bwd_kernel(
     LAST: tl.constexpr, UNIT: tl.constexpr, STORE_UNIT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """A program computes a tile of ROWS by COLS of dx, and loops over the outputs of its places.
+
+    DY: the gradient, read through strides. DX: the result, dense, its rows are contiguous.
+    """
     pid = tl.program_id(0)
     row = pid // col_tiles * ROWS + tl.arange(0, ROWS)
     col = pid % col_tiles * COLS + tl.arange(0, COLS)
