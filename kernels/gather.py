@@ -56,11 +56,11 @@ def reflect(i, size):
 
 @triton.jit
 def reflect_from(i, t, size, before):
-    # By the left end or, where that is too far, by the right one; the other of them comes third.
+    # Mirrored by the left end or, where that is too far, by the right one; the other comes third.
     near = (i > 0) & (i <= before)
-    left = (t == 1) & near
-    there = (t == 0) | left | ((i < size - 1) & ((t == 2) == near))
-    return before + tl.where(t == 0, i, tl.where(left, -i, 2 * (size - 1) - i)), there
+    by = tl.where(near | (t == 0), t, t + 1)  # 0: not mirrored, 1: by the left end, 2: by the right
+    right = tl.where(i < size - 1, 2 * (size - 1) - i, -1 - before)
+    return before + tl.where(by == 0, i, tl.where(by == 1, -i, right)), by < 3
 
 
 @triton.jit
@@ -212,37 +212,37 @@ def _gather_bwd_kernel(
         c = z % c_size
         z = z // c_size
     acc = tl.zeros((ROWS, COLS), tl.float32)
-    for q in range(z_from * c_from * b_from * a_from):
-        at = tl.zeros((ROWS,), tl.int32)
-        there = row < rows
-        t = q
-        if RANK > 1:
-            step, some = _from(a, t % a_from, a_out, a_size, a_before, a_step * UNIT, FROM)
-            t = t // a_from
-            at += step
-            there = there & some
-        if RANK > 2:
-            step, some = _from(b, t % b_from, b_out, b_size, b_before, b_step * UNIT, FROM)
-            t = t // b_from
-            at += step
-            there = there & some
-        if RANK > 3:
-            step, some = _from(c, t % c_from, c_out, c_size, c_before, c_step * UNIT, FROM)
-            t = t // c_from
-            at += step
-            there = there & some
-        if RANK > 0:
-            step, some = _from(z, t, z_out, z_size, z_before, z_step * UNIT, FROM)
-            at += step
-            there = there & some
-        # Only the tiles at a border have rows with more than one candidate.
-        if tl.max(there.to(tl.int32), 0) > 0:
-            for u in range(w_from):
-                w, of_w = FROM(col // SPLIT, u, cols // SPLIT, w_before * UNIT)
-                of_w = of_w & (w >= 0) & (w < w_out * UNIT) & (col < cols)
-                along = w * w_step
-                if SPLIT > 1:
-                    along += col % SPLIT * inner_step
+    for u in range(w_from):
+        w, of_w = FROM(col // SPLIT, u, cols // SPLIT, w_before * UNIT)
+        of_w = of_w & (w >= 0) & (w < w_out * UNIT) & (col < cols)
+        along = w * w_step
+        if SPLIT > 1:
+            along += col % SPLIT * inner_step
+        # Only the tiles at a border have places with more than one candidate.
+        if tl.max(of_w.to(tl.int32), 0) > 0:
+            for q in range(z_from * c_from * b_from * a_from):
+                at = tl.zeros((ROWS,), tl.int32)
+                there = row < rows
+                t = q
+                if RANK > 1:
+                    step, some = _from(a, t % a_from, a_out, a_size, a_before, a_step * UNIT, FROM)
+                    t = t // a_from
+                    at += step
+                    there = there & some
+                if RANK > 2:
+                    step, some = _from(b, t % b_from, b_out, b_size, b_before, b_step * UNIT, FROM)
+                    t = t // b_from
+                    at += step
+                    there = there & some
+                if RANK > 3:
+                    step, some = _from(c, t % c_from, c_out, c_size, c_before, c_step * UNIT, FROM)
+                    t = t // c_from
+                    at += step
+                    there = there & some
+                if RANK > 0:
+                    step, some = _from(z, t, z_out, z_size, z_before, z_step * UNIT, FROM)
+                    at += step
+                    there = there & some
                 mask = there[:, None] & of_w[None, :]
                 dy = tl.load(DY + at[:, None] + along[None, :], mask=mask, other=0.0)
                 acc += dy.to(tl.float32)
@@ -288,12 +288,12 @@ def _walk(axes):
 
 
 @tunable("ROWS")
-def _config(cols, elements=1024):
+def _config(cols, elements=1024, num_warps=4):
     """Whole rows, several if they are short; or pieces of rows, of which few lanes stay idle."""
     widths = [64, 128, 256, 512] if cols > 64 else [max(16, next_power_of_2(cols))]
     least = min(cdiv(cols, w) * w for w in widths)
     width = max(w for w in widths if cdiv(cols, w) * w <= 1.125 * least)
-    return {"ROWS": max(1, elements // width), "COLS": width, "num_warps": 4}
+    return {"ROWS": max(1, elements // width), "COLS": width, "num_warps": num_warps}
 
 
 def _launch(source, result, axes, backward, mode, fill=0.0):
@@ -314,7 +314,8 @@ def _launch(source, result, axes, backward, mode, fill=0.0):
     if w.step == 1 and not split and (w.plain or mode == "constant"):
         unit = math.gcd(w.out, w.size, w.before, *(a.step for a in rows), 8)
     store_unit = math.gcd(cols, 8)
-    config = _config(cols, 512 if backward and unit == 1 else 1024)  # sums take more registers
+    # A sum over candidates takes more registers, so a thread has two places.
+    config = _config(cols, 512, 8) if backward and unit == 1 else _config(cols)
     count = math.prod(map(along, rows))
     col_tiles = cdiv(cols, config["COLS"])
     grid = (cdiv(count, config["ROWS"]) * col_tiles,)

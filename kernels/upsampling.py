@@ -27,8 +27,9 @@ from fastnn.kernels.gather import _config, _empty, near
 
 # ---- where an output looks ----------------------------------------------------------------------
 #
-# `*_at(o, t, scale, size, ALIGN)` gives the place of tap t, and its weight. Places never fall as o
-# or t grow.
+# `*_at(o, scale, size, ALIGN)` gives the place in the source at which output o looks, and how far
+# beyond it; `*_tap(i, beyond, t, size)` then gives the place of tap t, and its weight. Places never
+# fall as o or t grow.
 
 
 @triton.jit
@@ -38,33 +39,47 @@ def _source(o, scale, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def nearest_at(o, t, scale, size, ALIGN: tl.constexpr):
+def nearest_at(o, scale, size, ALIGN: tl.constexpr):
     i = tl.floor(o.to(tl.float32) * scale).to(tl.int32)
     return tl.minimum(i, size - 1), tl.full(o.shape, 1.0, tl.float32)
 
 
 @triton.jit
-def nearest_exact_at(o, t, scale, size, ALIGN: tl.constexpr):
+def nearest_exact_at(o, scale, size, ALIGN: tl.constexpr):
     i = tl.floor((o.to(tl.float32) + 0.5) * scale).to(tl.int32)
     return tl.minimum(i, size - 1), tl.full(o.shape, 1.0, tl.float32)
 
 
 @triton.jit
-def linear_at(o, t, scale, size, ALIGN: tl.constexpr):
-    x = tl.maximum(_source(o, scale, ALIGN), 0.0)
-    i = tl.minimum(x.to(tl.int32), size - 1)
-    weight = x - i.to(tl.float32)
-    return tl.minimum(i + t, size - 1), tl.where(t == 0, 1.0 - weight, weight)
+def nearest_tap(i, one, t, size):
+    return i, one
 
 
 @triton.jit
-def cubic_at(o, t, scale, size, ALIGN: tl.constexpr):
+def linear_at(o, scale, size, ALIGN: tl.constexpr):
+    x = tl.maximum(_source(o, scale, ALIGN), 0.0)
+    i = tl.minimum(x.to(tl.int32), size - 1)
+    return i, x - i.to(tl.float32)
+
+
+@triton.jit
+def linear_tap(i, beyond, t, size):
+    return tl.minimum(i + t, size - 1), tl.where(t == 0, 1.0 - beyond, beyond)
+
+
+@triton.jit
+def cubic_at(o, scale, size, ALIGN: tl.constexpr):
     x = _source(o, scale, ALIGN)
     i = tl.floor(x)
-    x = tl.abs(x - i + 1.0 - t)  # from this tap; A = -0.75
+    return i.to(tl.int32), x - i
+
+
+@triton.jit
+def cubic_tap(i, beyond, t, size):
+    x = tl.abs(beyond + 1.0 - t)  # from this tap; A = -0.75
     inner = (1.25 * x - 2.25) * x * x + 1.0
     outer = ((-0.75 * x + 3.75) * x - 6.0) * x + 3.0
-    place = tl.minimum(tl.maximum(i.to(tl.int32) - 1 + t, 0), size - 1)
+    place = tl.minimum(tl.maximum(i - 1 + t, 0), size - 1)
     return place, tl.where((t == 0) | (t == 3), outer, inner)
 
 
@@ -84,8 +99,8 @@ def cubic_at(o, t, scale, size, ALIGN: tl.constexpr):
 def _interpolate_fwd_kernel(
     X, Y, rows, col_tiles, C, n_step, z_step, c_out, c_size, c_step, c_scale,
     b_out, b_size, b_step, b_scale, a_out, a_size, a_step, a_scale, cols, w_size, w_step, w_scale,
-    AT: tl.constexpr, TAPS: tl.constexpr, ALIGN: tl.constexpr, RANK: tl.constexpr,
-    LAST: tl.constexpr, UNIT: tl.constexpr, STORE_UNIT: tl.constexpr,
+    AT: tl.constexpr, TAP: tl.constexpr, TAPS: tl.constexpr, ALIGN: tl.constexpr,
+    RANK: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, STORE_UNIT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """A program computes a tile of ROWS by COLS of y: a sum over the taps of each dimension.
@@ -96,34 +111,39 @@ def _interpolate_fwd_kernel(
     row = pid // col_tiles * ROWS + tl.arange(0, ROWS)
     col = pid % col_tiles * COLS + tl.arange(0, COLS)
     cols = cols * STORE_UNIT
-    z, a, b, c = row, row, row, row
+    one = tl.full((ROWS,), 1.0, tl.float32)
+    z = row
+    a, b, c, w = row, row, row, col  # where the outputs look
+    beyond_a, beyond_b, beyond_c, beyond_w = one, one, one, tl.full((COLS,), 1.0, tl.float32)
     if RANK > 0:
-        a = z % a_out
+        a, beyond_a = AT(z % a_out, a_scale, a_size, ALIGN)
         z = z // a_out
     if RANK > 1:
-        b = z % b_out
+        b, beyond_b = AT(z % b_out, b_scale, b_size, ALIGN)
         z = z // b_out
     if RANK > 2:
-        c = z % c_out
+        c, beyond_c = AT(z % c_out, c_scale, c_size, ALIGN)
         z = z // c_out
+    if not LAST:
+        w, beyond_w = AT(col, w_scale, w_size, ALIGN)
     base = (z // C * n_step + z % C * z_step) * UNIT
     there = (row < rows)[:, None] & (col < cols)[None, :]
     acc = tl.zeros((ROWS, COLS), tl.float32)
     for tc in tl.static_range(TAPS if RANK > 2 else 1):
-        at_c, w_c = base, tl.full((ROWS,), 1.0, tl.float32)
+        at_c, w_c = base, one
         if RANK > 2:
-            i, w_c = AT(c, tc, c_scale, c_size, ALIGN)
+            i, w_c = TAP(c, beyond_c, tc, c_size)
             at_c = base + i * (c_step * UNIT)
         for tb in tl.static_range(TAPS if RANK > 1 else 1):
             at_b, w_b = at_c, w_c
             if RANK > 1:
-                i, w_b = AT(b, tb, b_scale, b_size, ALIGN)
+                i, w_b = TAP(b, beyond_b, tb, b_size)
                 at_b = at_c + i * (b_step * UNIT)
                 w_b = w_b * w_c
             for ta in tl.static_range(TAPS if RANK > 0 else 1):
                 at_a, w_a = at_b, w_b
                 if RANK > 0:
-                    i, w_a = AT(a, ta, a_scale, a_size, ALIGN)
+                    i, w_a = TAP(a, beyond_a, ta, a_size)
                     at_a = at_b + i * (a_step * UNIT)
                     w_a = w_a * w_b
                 if LAST:
@@ -132,35 +152,40 @@ def _interpolate_fwd_kernel(
                 else:
                     along = tl.zeros((ROWS, COLS), tl.float32)
                     for tw in tl.static_range(TAPS):
-                        i, w = AT(col, tw, w_scale, w_size, ALIGN)
+                        i, weight = TAP(w, beyond_w, tw, w_size)
                         to = at_a[:, None] + (i * w_step)[None, :]
                         x = tl.load(X + to, mask=there, other=0.0).to(tl.float32)
-                        along += w[None, :] * x
+                        along += weight[None, :] * x
                     acc += w_a[:, None] * along
     to = row[:, None] * cols + col[None, :]
     tl.store(Y + to, acc.to(Y.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def _touch(i, o, out, scale, size, AT: tl.constexpr, TAPS: tl.constexpr, ALIGN: tl.constexpr):
-    """The weight that place i has in output o, and whether that gives it a part in the gradient."""
+def _touch(
+    i, o, out, scale, size,
+    AT: tl.constexpr, TAP: tl.constexpr, TAPS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """The weight that place i has in output o, whether that gives it a part in the gradient, and
+    the last place that has one."""
+    look, beyond = AT(o, scale, size, ALIGN)
     weight = tl.zeros(i.shape, tl.float32)
     for t in tl.static_range(TAPS):
-        place, w = AT(o, t, scale, size, ALIGN)
+        place, w = TAP(look, beyond, t, size)
         weight += tl.where(place == i, w, 0.0)
-    return weight, (weight != 0.0) & (o < out)
+    return weight, (weight != 0.0) & (o < out), place
 
 
 @triton.jit
 def _first(
-    i, inverse, shift, half, scale, size, AT: tl.constexpr, TAPS: tl.constexpr, ALIGN: tl.constexpr
-):
+    i, inverse, shift, half, scale, size,
+    AT: tl.constexpr, TAP: tl.constexpr, TAPS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     """The first output in which place i has a weight."""
     o = tl.ceil((i.to(tl.float32) + shift) * inverse - half).to(tl.int32) - 1
     o = tl.maximum(o, 0)
     for _ in tl.static_range(2):  # rounding moves it by no more than one
-        last, _w = AT(o, TAPS - 1, scale, size, ALIGN)
-        weight, _h = _touch(i, o, o, scale, size, AT, TAPS, ALIGN)
+        weight, _h, last = _touch(i, o, o, scale, size, AT, TAP, TAPS, ALIGN)
         o += tl.where((last < i) | ((last == i) & (weight == 0.0)), 1, 0)
     return o
 
@@ -177,8 +202,8 @@ def _interpolate_bwd_kernel(
     b_out, b_size, b_step, b_scale, b_inverse, b_from,
     a_out, a_size, a_step, a_scale, a_inverse, a_from,
     cols, w_out, w_step, w_scale, w_inverse, w_from, shift, half,
-    AT: tl.constexpr, TAPS: tl.constexpr, ALIGN: tl.constexpr, RANK: tl.constexpr,
-    LAST: tl.constexpr, UNIT: tl.constexpr, STORE_UNIT: tl.constexpr,
+    AT: tl.constexpr, TAP: tl.constexpr, TAPS: tl.constexpr, ALIGN: tl.constexpr,
+    RANK: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, STORE_UNIT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """A program computes a tile of ROWS by COLS of dx, and loops over the outputs of its places.
@@ -194,38 +219,38 @@ def _interpolate_bwd_kernel(
     if RANK > 0:
         a = z % a_size
         z = z // a_size
-        first_a = _first(a, a_inverse, shift, half, a_scale, a_size, AT, TAPS, ALIGN)
+        first_a = _first(a, a_inverse, shift, half, a_scale, a_size, AT, TAP, TAPS, ALIGN)
     if RANK > 1:
         b = z % b_size
         z = z // b_size
-        first_b = _first(b, b_inverse, shift, half, b_scale, b_size, AT, TAPS, ALIGN)
+        first_b = _first(b, b_inverse, shift, half, b_scale, b_size, AT, TAP, TAPS, ALIGN)
     if RANK > 2:
         c = z % c_size
         z = z // c_size
-        first_c = _first(c, c_inverse, shift, half, c_scale, c_size, AT, TAPS, ALIGN)
+        first_c = _first(c, c_inverse, shift, half, c_scale, c_size, AT, TAP, TAPS, ALIGN)
     base = (z // C * n_step + z % C * z_step) * UNIT
     if not LAST:
-        first_w = _first(col, w_inverse, shift, half, w_scale, cols, AT, TAPS, ALIGN)
+        first_w = _first(col, w_inverse, shift, half, w_scale, cols, AT, TAP, TAPS, ALIGN)
     acc = tl.zeros((ROWS, COLS), tl.float32)
     for tw in range(w_from):
         along, w_w, of_w = col * w_step, tl.full((COLS,), 1.0, tl.float32), col < cols
         if not LAST:
-            o = first_w + tw
-            w_w, hit = _touch(col, o, w_out, w_scale, cols, AT, TAPS, ALIGN)
-            along, of_w = o * w_step, of_w & hit
+            o_w = first_w + tw
+            w_w, hit_w, _w = _touch(col, o_w, w_out, w_scale, cols, AT, TAP, TAPS, ALIGN)
+            along, of_w = o_w * w_step, of_w & hit_w
         for q in range(c_from * b_from * a_from):
             at, weight, of_row = base, tl.full((ROWS,), 1.0, tl.float32), row < rows
             if RANK > 0:
                 o_a = first_a + q % a_from
-                w_a, hit_a = _touch(a, o_a, a_out, a_scale, a_size, AT, TAPS, ALIGN)
+                w_a, hit_a, _a = _touch(a, o_a, a_out, a_scale, a_size, AT, TAP, TAPS, ALIGN)
                 at, weight, of_row = at + o_a * (a_step * UNIT), weight * w_a, of_row & hit_a
             if RANK > 1:
                 o_b = first_b + q // a_from % b_from
-                w_b, hit_b = _touch(b, o_b, b_out, b_scale, b_size, AT, TAPS, ALIGN)
+                w_b, hit_b, _b = _touch(b, o_b, b_out, b_scale, b_size, AT, TAP, TAPS, ALIGN)
                 at, weight, of_row = at + o_b * (b_step * UNIT), weight * w_b, of_row & hit_b
             if RANK > 2:
                 o_c = first_c + q // a_from // b_from
-                w_c, hit_c = _touch(c, o_c, c_out, c_scale, c_size, AT, TAPS, ALIGN)
+                w_c, hit_c, _c = _touch(c, o_c, c_out, c_scale, c_size, AT, TAP, TAPS, ALIGN)
                 at, weight, of_row = at + o_c * (c_step * UNIT), weight * w_c, of_row & hit_c
             mask = of_row[:, None] & of_w[None, :]
             dy = tl.load(DY + at[:, None] + along[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -276,6 +301,7 @@ def _launch(launched, source, result, order, mode, align, axes, tail=()):
     config = _tile(cols, 4 if not wide and (backward or TAPS[mode] == 4) else 8)
     count, col_tiles = result.numel() // cols, cdiv(cols, config["COLS"])
     none = (1.0, 1.0, 1) if backward else (1.0,)  # of a dimension that is not there
+    tap = globals()["nearest_tap" if TAPS[mode] == 1 else f"{mode}_tap"]
     sizes = [
         value
         for out, n, step, *rest in (*[(1, 1, 0, *none)] * (3 - len(rows)), *rows)
@@ -285,7 +311,7 @@ def _launch(launched, source, result, order, mode, align, axes, tail=()):
     launched(
         (cdiv(count, config["ROWS"]) * col_tiles,), source, result, count, col_tiles,
         1 if last else result.shape[1], steps[0] // unit, 0 if last else steps[1], *sizes,
-        cols // store_unit, *along, *tail, AT=globals()[f"{mode}_at"], TAPS=TAPS[mode],
+        cols // store_unit, *along, *tail, AT=globals()[f"{mode}_at"], TAP=tap, TAPS=TAPS[mode],
         ALIGN=align, RANK=len(rows), LAST=last, UNIT=unit, STORE_UNIT=store_unit, **config,
     )  # fmt: skip
 

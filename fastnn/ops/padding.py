@@ -65,8 +65,8 @@ def pad(input, pad, mode="constant", value=None, *, out_dtype=None):
     if mode != "constant" and not input.numel():
         return Stock("no elements")
     elements = math.prod(n + sum(both) for n, both in zip(size, pads, strict=True))
-    if max(input.numel(), elements) >= kernels.gather.MOST:
-        return Stock(f"a result of {elements} elements")  # more than 32 bits can index
+    if max(input.numel(), elements, *map(abs, pad)) >= kernels.gather.MOST:
+        return Stock(f"{elements} elements by pad={pad}")  # more than 32 bits can index
     fill = rounded(0.0 if value is None else value, input.dtype)
     if fill is None:
         return Invalid(f"value={value!r}")

@@ -9,6 +9,8 @@ from fastnn.ops._linear_map import LinearMap, Maps, channels_last
 
 def _shuffled(input, there, back, keeps):
     """`input` split and reordered by `there`, which `back` undoes; both as `shuffle` takes them."""
+    if not input.numel():
+        return Stock("no elements")  # PyTorch raises in the backward
     if input.numel() >= kernels.gather.MOST:
         return Stock(f"{input.numel()} elements")  # more than 32 bits can index
     last = channels_last(input)
