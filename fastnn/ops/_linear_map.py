@@ -10,11 +10,16 @@ from fastnn._op import Function, run
 
 
 class Maps(NamedTuple):
-    """A map, its transpose and its linear part, as launchers: x -> y, dy -> dx, dx -> dy."""
+    """A map, its transpose and its linear part, as launchers: x -> y, dy -> dx, dx -> dy.
+
+    With `once`, a second backward without `retain_graph` raises, as in PyTorch where it keeps views
+    of its result.
+    """
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor], Tensor]
     linear: Callable[[Tensor], Tensor]
+    once: bool = False
 
 
 class LinearMap(Function):
@@ -28,7 +33,7 @@ class LinearMap(Function):
 
     @staticmethod
     def forward(ctx, x, maps, keep=False, beside=None):
-        ctx.maps = maps
+        ctx.maps, ctx.frees = maps, keep or maps.once
         if keep:
             ctx.save_for_backward(x)
         elif beside is not None:
@@ -37,9 +42,10 @@ class LinearMap(Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x = ctx.saved_tensors[0] if ctx.saved_tensors else None  # raises if x was edited
-        _, backward, linear = ctx.maps
-        dx = run(LinearMap, dy, Maps(backward, linear, backward), False, x)
+        # `saved_tensors` raises if x was edited, and in a second backward, even if it is empty.
+        saved = ctx.saved_tensors if ctx.frees else ()
+        _, backward, linear, _ = ctx.maps
+        dx = run(LinearMap, dy, Maps(backward, linear, backward), False, *saved)
         zeros = None
         if any(ctx.needs_input_grad[3:]):
             shape, dtype, device = ctx.beside

@@ -72,5 +72,5 @@ def fold(input, output_size, kernel_size, dilation=1, padding=0, stride=1):
     elements = input.numel() // (math.prod(pairs[0]) * length) * math.prod(size)
     if max(elements, input.numel()) >= kernels.gather.MOST:
         return Stock(f"a result of {elements} elements")  # more than 32 bits can index
-    unfold, fold, _ = _maps(size, pairs)
+    unfold, fold, *_ = _maps(size, pairs)
     return run(LinearMap, input, Maps(fold, unfold, fold), False)

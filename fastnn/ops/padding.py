@@ -83,5 +83,5 @@ def pad(input, pad, mode="constant", value=None, *, out_dtype=None):
     def backward(dy):
         return kernels.gather.pad_bwd(dy, size, pads, mode, given, last)
 
-    maps = Maps(forward, backward, lambda x: forward(x, 0.0))
+    maps = Maps(forward, backward, lambda x: forward(x, 0.0), once=mode == "circular")
     return run(LinearMap, input, maps, mode in ("reflect", "replicate"))
