@@ -3,11 +3,12 @@
     y[o] = x[map(o)], or a constant where map(o) lies outside x
     dx[i] = sum of the dy[o] with map(o) = i, in fp32 and in the order of o's candidates
 
-Memory-bound, and nothing is computed; elements moved, for x of E and y of F of them:
-    forward    E + F; stock's constant pad fills y and then copies x into it, 2E + F
-    backward   E + F, of a constant pad 2E; stock's reflect and replicate pad fill dx with zeros and
-               add to it with atomics, 3E + F, and circular pad is a chain of slices and copies
-Shuffles, fold and unfold are one kernel each way in stock, too.
+Memory-bound. Elements moved, if x has E and y has F of them:
+    forward    E + F. For a constant pad PyTorch fills y and then copies x into it: 2E + F
+    backward   E + F; 2E for a constant pad. For reflect and replicate pads PyTorch fills dx with
+               zeros and adds to it with atomics: 3E + F. Its circular pad is a chain of slices and
+               copies
+In PyTorch, too, shuffles, fold and unfold are one kernel each way.
 
 A map acts on each dimension alone, and is a constexpr function. The result is walked in the order
 of its storage, channels first or last, as rows: the source is read through its strides, so that

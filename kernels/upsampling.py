@@ -3,10 +3,11 @@
     y[o] = sum over the taps of w_d w_h w_w x[i_d, i_h, i_w]
     dx[i] = sum over the outputs o that have i among their taps, of the same weights times dy[o]
 
-Memory-bound; elements moved, for x of E and y of F:
+Memory-bound. Elements moved, if x has E and y has F of them:
     forward    E + F
-    backward   E + F; stock fills dx with zeros and adds to it with atomics, 3E + F, nearest aside
-Under autocast stock copies x of 16 bits to fp32 first, and dx back: 6E + 6E bytes more.
+    backward   E + F. Except in mode nearest, PyTorch fills dx with zeros and adds to it with
+               atomics: 3E + F
+Under autocast PyTorch copies x of 16 bits to fp32 first, and dx back: 6E + 6E bytes more.
 
 Where an output looks is a constexpr function of its place, in fp32 as in ATen. The backward is a
 gather: the first output that a place has a weight in follows from the inverse of that function,

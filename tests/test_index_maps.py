@@ -51,7 +51,7 @@ def test_deterministic_algorithms_forbid_nothing(name, device):
 
 @each_call
 def test_second_order(name, device):
-    """The gradient's gradient runs on kernels, and is stock's; so is what it wants of x itself."""
+    """The gradient of the gradient runs on kernels and equals that of stock, also by x itself."""
     call, x = CALLS[name][0], inputs(name, device)
 
     def twice(F):
@@ -70,7 +70,7 @@ def test_second_order(name, device):
 
 @each_call
 def test_in_place_changes_before_backward(name, device):
-    """Raise where stock's do: an op saves what stock saves."""
+    """They raise where they do in stock: an op saves what stock saves."""
 
     def outcome(F):
         x = inputs(name, device) * 1

@@ -25,8 +25,8 @@ class Maps(NamedTuple):
 class LinearMap(Function):
     """x -> maps.forward(x). Differentiable as often as wanted.
 
-    With `keep`, x is saved, as some of stock's operators do, which then raise if x was edited, and
-    whose gradient depends on x, too: its derivative is zeros. `x` is then `beside` the gradient.
+    With `keep`, x is saved, as some operators of PyTorch do. These raise if x was edited, and their
+    gradient depends on x: its derivative is zeros. `x` is then `beside` the gradient.
     """
 
     strided = ("dy",)

@@ -11,7 +11,7 @@ from fastnn.ops._linear_map import LinearMap, Maps, channels_last
 
 
 def _wrong(size, before, after, mode):
-    """What stock raises at, in padding a dimension of that size."""
+    """Why PyTorch refuses to pad a dimension of that size; None if it does not."""
     if mode == "constant":
         left = size + min(before, 0), size + min(after, 0), size + before + after
         return f"crops of {before} and {after} from a size of {size}" if min(left) < 0 else None
@@ -24,7 +24,7 @@ def _wrong(size, before, after, mode):
 
 
 def _gains(input, pad, mode="constant", *rest):
-    """The gate's policy: what is saved is a pass that fills with zeros, or copies of slices."""
+    """The policy of the size gate: a kernel saves a pass that fills with zeros, or slices."""
     backward = torch.is_grad_enabled() and input.requires_grad
     if mode in ("reflect", "replicate") and not backward:
         return Stock("without a gradient PyTorch, too, reads and writes once")
@@ -33,8 +33,9 @@ def _gains(input, pad, mode="constant", *rest):
 
 @op(stock=stock.pad, policy=_gains, strided=("input",), autocast_cpu="fp32")
 def pad(input, pad, mode="constant", value=None, *, out_dtype=None):
-    """Fused for up to 5 dimensions. The gradient is a gather, with the same bits each time, and
-    `torch.use_deterministic_algorithms(True)` forbids it in no mode, as it does some of stock's."""
+    """Fused for up to 5 dimensions. The gradient is a gather, with the same bits each time. Under
+    `torch.use_deterministic_algorithms(True)` no mode raises. PyTorch raises for reflect on CUDA.
+    """
     dims = input.dim()
     if not isinstance(pad, (list, tuple)) or any(type(n) is not int for n in pad):
         return Stock(f"pad={pad!r}")

@@ -50,8 +50,8 @@ def _autocast():
 
 
 def _gains(input, size, scale_factor, mode, *rest):
-    """The gate's policy: under autocast copies are saved, else the pass that fills the gradient
-    with zeros, for as many elements as the input has."""
+    """The policy of the size gate: under autocast a kernel saves copies of the input, else the pass
+    that fills the gradient with zeros."""
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
         return Work(input.numel())
     if mode.startswith("nearest") or not (torch.is_grad_enabled() and input.requires_grad):
@@ -72,15 +72,16 @@ def interpolate(
 ):  # fmt: skip
     """Fused for nearest, nearest-exact, linear, bilinear, bicubic and trilinear.
 
-    The gradient is a gather, with the same bits each time, and
-    `torch.use_deterministic_algorithms(True)` changes nothing. Under CUDA's autocast 16-bit input
-    is read as it is.
+    The gradient is a gather, with the same bits each time. Under
+    `torch.use_deterministic_algorithms(True)` no mode raises. Under CUDA's autocast 16-bit input is
+    read as it is, and the result is float32.
 
-    Values are those of CUDA. There, an input of which no dimension changes its size is copied; on a
-    CPU, stock bicubic multiplies, and 0 * inf is nan. There, a scale_factor counts as it is; on a
-    CPU, stock goes by the sizes where they are equal, or in mode nearest one is twice the other. In
-    the gradient, an output gives nothing to a place whose weight in it is 0; stock adds 0 times the
-    output's gradient, which is nan where that is infinite.
+    Values are those of CUDA. PyTorch differs on a CPU in two ways. Bicubic to the same size
+    multiplies there, so that 0 * inf is nan; on CUDA it copies. A scale_factor is ignored there if
+    the sizes are equal, or in mode nearest if one is twice the other.
+
+    In the gradient, an output gives nothing to a place that has the weight 0 in it. PyTorch adds 0
+    times the gradient of the output, which is nan if that is infinite.
     """
     if type(mode) is not str:
         return Stock(f"mode={mode!r}")
