@@ -104,7 +104,7 @@ def account(record_property):
                 elements.append(c.elements)
         failures.extend(f"{what}: {f}" for f in result.failures if " from float64, bound " not in f)
 
-    add.enough = lambda: len(ours) >= 60 or sum(elements) >= 4000
+    add.enough = lambda: len(ours) >= 60 or sum(elements) >= 20000
     yield add
     if ours and ours[0][1] in ILL_CONDITIONED:
         typical = [
