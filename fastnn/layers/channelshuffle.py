@@ -8,6 +8,6 @@ from fastnn.layers._layer import Layer
 __all__ = ["ChannelShuffle"]
 
 
-class ChannelShuffle(stock.ChannelShuffle, metaclass=Layer):
+class ChannelShuffle(stock.ChannelShuffle, metaclass=Layer, op=F.channel_shuffle):
     def forward(self, input):
         return F.channel_shuffle(input, self.groups)

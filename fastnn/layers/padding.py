@@ -24,76 +24,76 @@ __all__ = [
 ]
 
 
-class CircularPad1d(stock.CircularPad1d, metaclass=Layer):
+class CircularPad1d(stock.CircularPad1d, metaclass=Layer, op=F.pad):
     def forward(self, input):
         return F.pad(input, self.padding, "circular")
 
 
-class CircularPad2d(stock.CircularPad2d, metaclass=Layer):
+class CircularPad2d(stock.CircularPad2d, metaclass=Layer, op=F.pad):
     def forward(self, input):
         return F.pad(input, self.padding, "circular")
 
 
-class CircularPad3d(stock.CircularPad3d, metaclass=Layer):
+class CircularPad3d(stock.CircularPad3d, metaclass=Layer, op=F.pad):
     def forward(self, input):
         return F.pad(input, self.padding, "circular")
 
 
-class ConstantPad1d(stock.ConstantPad1d, metaclass=Layer):
+class ConstantPad1d(stock.ConstantPad1d, metaclass=Layer, op=F.pad):
     def forward(self, input):
         return F.pad(input, self.padding, "constant", self.value)
 
 
-class ConstantPad2d(stock.ConstantPad2d, metaclass=Layer):
+class ConstantPad2d(stock.ConstantPad2d, metaclass=Layer, op=F.pad):
     def forward(self, input):
         return F.pad(input, self.padding, "constant", self.value)
 
 
-class ConstantPad3d(stock.ConstantPad3d, metaclass=Layer):
+class ConstantPad3d(stock.ConstantPad3d, metaclass=Layer, op=F.pad):
     def forward(self, input):
         return F.pad(input, self.padding, "constant", self.value)
 
 
-class ReflectionPad1d(stock.ReflectionPad1d, metaclass=Layer):
+class ReflectionPad1d(stock.ReflectionPad1d, metaclass=Layer, op=F.pad):
     def forward(self, input):
         return F.pad(input, self.padding, "reflect")
 
 
-class ReflectionPad2d(stock.ReflectionPad2d, metaclass=Layer):
+class ReflectionPad2d(stock.ReflectionPad2d, metaclass=Layer, op=F.pad):
     def forward(self, input):
         return F.pad(input, self.padding, "reflect")
 
 
-class ReflectionPad3d(stock.ReflectionPad3d, metaclass=Layer):
+class ReflectionPad3d(stock.ReflectionPad3d, metaclass=Layer, op=F.pad):
     def forward(self, input):
         return F.pad(input, self.padding, "reflect")
 
 
-class ReplicationPad1d(stock.ReplicationPad1d, metaclass=Layer):
+class ReplicationPad1d(stock.ReplicationPad1d, metaclass=Layer, op=F.pad):
     def forward(self, input):
         return F.pad(input, self.padding, "replicate")
 
 
-class ReplicationPad2d(stock.ReplicationPad2d, metaclass=Layer):
+class ReplicationPad2d(stock.ReplicationPad2d, metaclass=Layer, op=F.pad):
     def forward(self, input):
         return F.pad(input, self.padding, "replicate")
 
 
-class ReplicationPad3d(stock.ReplicationPad3d, metaclass=Layer):
+class ReplicationPad3d(stock.ReplicationPad3d, metaclass=Layer, op=F.pad):
     def forward(self, input):
         return F.pad(input, self.padding, "replicate")
 
 
-class ZeroPad1d(stock.ZeroPad1d, metaclass=Layer):
+class ZeroPad1d(stock.ZeroPad1d, metaclass=Layer, op=F.pad):
     def forward(self, input):
         return F.pad(input, self.padding, "constant", self.value)
 
 
-class ZeroPad2d(stock.ZeroPad2d, metaclass=Layer):
+class ZeroPad2d(stock.ZeroPad2d, metaclass=Layer, op=F.pad):
     def forward(self, input):
         return F.pad(input, self.padding, "constant", self.value)
 
 
-class ZeroPad3d(stock.ZeroPad3d, metaclass=Layer):
+class ZeroPad3d(stock.ZeroPad3d, metaclass=Layer, op=F.pad):
     def forward(self, input):
         return F.pad(input, self.padding, "constant", self.value)

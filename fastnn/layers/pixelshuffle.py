@@ -8,11 +8,11 @@ from fastnn.layers._layer import Layer
 __all__ = ["PixelShuffle", "PixelUnshuffle"]
 
 
-class PixelShuffle(stock.PixelShuffle, metaclass=Layer):
+class PixelShuffle(stock.PixelShuffle, metaclass=Layer, op=F.pixel_shuffle):
     def forward(self, input):
         return F.pixel_shuffle(input, self.upscale_factor)
 
 
-class PixelUnshuffle(stock.PixelUnshuffle, metaclass=Layer):
+class PixelUnshuffle(stock.PixelUnshuffle, metaclass=Layer, op=F.pixel_unshuffle):
     def forward(self, input):
         return F.pixel_unshuffle(input, self.downscale_factor)

@@ -8,7 +8,7 @@ from fastnn.layers._layer import Layer
 __all__ = ["Upsample", "UpsamplingBilinear2d", "UpsamplingNearest2d"]
 
 
-class Upsample(stock.Upsample, metaclass=Layer):
+class Upsample(stock.Upsample, metaclass=Layer, op=F.interpolate):
     def forward(self, input):
         return F.interpolate(
             input,
@@ -20,7 +20,7 @@ class Upsample(stock.Upsample, metaclass=Layer):
         )
 
 
-class UpsamplingNearest2d(stock.UpsamplingNearest2d, metaclass=Layer):
+class UpsamplingNearest2d(stock.UpsamplingNearest2d, metaclass=Layer, op=F.interpolate):
     def forward(self, input):
         return F.interpolate(
             input,
@@ -32,7 +32,7 @@ class UpsamplingNearest2d(stock.UpsamplingNearest2d, metaclass=Layer):
         )
 
 
-class UpsamplingBilinear2d(stock.UpsamplingBilinear2d, metaclass=Layer):
+class UpsamplingBilinear2d(stock.UpsamplingBilinear2d, metaclass=Layer, op=F.interpolate):
     def forward(self, input):
         return F.interpolate(
             input,
