@@ -399,6 +399,7 @@ class Plan:
         "needs",
         "node",
         "places",
+        "saves",
         "tries",
         "width",
     )  # fmt: skip
@@ -414,6 +415,7 @@ class Plan:
             [i for i, o in enumerate(outputs) if any(o is c for c in facts.constant)]
         )
         self.materialize = facts.materialize
+        self.saves = bool(ctx.saved_tensors)
         self.many = many
         self.places = tuple(at)
         self.width = width
@@ -474,7 +476,8 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         plan = ctx.plan
-        saved = ctx.saved_tensors
+        # In a second backward `saved_tensors` raises, even if nothing was saved.
+        saved = ctx.saved_tensors if plan.saves else ()
         if not torch.is_grad_enabled():
             if plan.backward is not None:
                 result = plan.backward(ctx.drawn, *grads, *saved)

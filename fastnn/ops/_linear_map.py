@@ -12,8 +12,8 @@ from fastnn._op import Function, run
 class Maps(NamedTuple):
     """A map, its transpose and its linear part, as launchers: x -> y, dy -> dx, dx -> dy.
 
-    With `once`, a second backward without `retain_graph` raises, as in PyTorch where it keeps views
-    of its result.
+    With `once`, a second backward without `retain_graph` raises, as it does in PyTorch if something
+    was saved.
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -33,17 +33,17 @@ class LinearMap(Function):
 
     @staticmethod
     def forward(ctx, x, maps, keep=False, beside=None):
-        ctx.maps, ctx.frees = maps, keep or maps.once
-        if keep:
-            ctx.save_for_backward(x)
-        elif beside is not None:
+        ctx.maps, ctx.saves = maps, keep or maps.once
+        if keep or maps.once:
+            ctx.save_for_backward(x if keep else None)
+        if beside is not None:
             ctx.beside = beside.shape, beside.dtype, beside.device
         return maps.forward(x)
 
     @staticmethod
     def backward(ctx, dy):
-        # `saved_tensors` raises if x was edited, and in a second backward, even if it is empty.
-        saved = ctx.saved_tensors if ctx.frees else ()
+        # It raises if x was edited, and in a second backward even if it is empty.
+        saved = ctx.saved_tensors if ctx.saves else ()
         _, backward, linear, _ = ctx.maps
         dx = run(LinearMap, dy, Maps(backward, linear, backward), False, *saved)
         zeros = None
