@@ -26,6 +26,7 @@ from fastnn.testing.aot import TARGETS, check, compile_only, summary, table
 # Kernels that need not run at the speed of memory: they gather, multiply matrices, or only pool
 # partial sums.
 NOT_STREAMING = ("attention", "embedding", "gemm", "nll_loss", "channel_pool", "channel_totals")
+NOT_STREAMING += ("fold",)  # and unfold
 
 
 def attention_is_stocks(target):
