@@ -34,6 +34,7 @@ NOT_STREAMING = (
     "channel_pool",
     "channel_totals",
 )
+NOT_STREAMING += ("fold",)  # and unfold
 
 
 def attention_is_stocks(target):
