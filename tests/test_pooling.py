@@ -116,6 +116,7 @@ def test_dispatchers_look_like_stock(name):
         lambda F, x: F.max_pool1d(x[0], 9),
         lambda F, x: F.avg_pool2d(x, 2, divisor_override=0),
         lambda F, x: F.avg_pool1d(x[0], 9),
+        lambda F, x: F.avg_pool3d(x[None], 4, 1, 2),
         lambda F, x: F.adaptive_avg_pool1d(x[0], None),
         lambda F, x: F.adaptive_max_pool2d(x, (2, -1)),
         lambda F, x: F.adaptive_max_pool3d(x, 2.0),

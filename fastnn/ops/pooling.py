@@ -245,6 +245,8 @@ def _avg_pool(
     if divisor == 0:
         return Invalid("divisor_override=0")
     k, s, p, _, out = found
+    if dims == 3 and any(n < a for n, a in zip(input.shape[-3:], k, strict=True)):
+        return Invalid(f"an input of {tuple(input.shape[-3:])} below the kernel {k}, in 3-D")
     spec = kernels.pooling.Pooling(
         "mean", "regular", dims, _three(out, 1), _three(k, 1), _three(s, 1), _three(p, 0),
         last=_last(input, dims), count_padding=count_include_pad, divisor=divisor,
