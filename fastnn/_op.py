@@ -84,9 +84,9 @@ class Op:
             ("dense_names", dense),
             ("names", names),
             ("keyed_by", names.index(_front.below(self, names[0]).tensors[0])),
-            ("plans", Plans(self)),
         ):
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "plans", Plans(self))
 
     def __repr__(self):
         return f"Op({self.name})"
