@@ -9,6 +9,7 @@ import torch.nn.functional as stock
 
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, Work, op, rounded, run, second_order
+from fastnn.ops.activation import refuse_numbers
 from fastnn.ops.linear import _ACTIVATIONS, _activate
 
 
@@ -364,6 +365,9 @@ def group_norm_act(
     """
     if activation not in _ACTIVATIONS:
         return Invalid(f"activation={activation!r}")
+    why = refuse_numbers(a, b)
+    if why is not None:
+        return why
     act = Act(activation, float(a), float(b))
     return _group_norm(input, num_groups, weight, bias, eps, out_dtype, act)
 
@@ -389,6 +393,9 @@ def batch_norm_act(
     """
     if activation not in _ACTIVATIONS:
         return Invalid(f"activation={activation!r}")
+    why = refuse_numbers(a, b)
+    if why is not None:
+        return why
     act = Act(activation, float(a), float(b))
     return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, act)
 
