@@ -318,6 +318,10 @@ def instance_norm(
         return Stock("running statistics in another dtype, or one without the other")
     if any(t is not None and (t.requires_grad or not t.is_contiguous()) for t in tensors[:2]):
         return Stock("running statistics that require grad, or are strided")
+    given = (running_mean, running_var) if use_input_stats else ()
+    if any(t is not None and t.is_inference() for t in given):
+        if not torch.is_inference_mode_enabled():
+            return Invalid("running statistics made under inference_mode")
     if torch.is_grad_enabled():
         # PyTorch repeats these for each sample, so edits between forward and backward do not
         # matter.
