@@ -778,14 +778,23 @@ def fwd(
     K = grid[1]
     parts = mean.new_empty((2, view.outer * K * view.C))
     _channel_moments_kernel(
-        grid, x, *parts, *view.arguments(config["UNIT"]), view.D, *view.strides, span, K, **config
+        grid,
+        x,
+        parts[0],
+        parts[1],
+        *view.arguments(config["UNIT"]),
+        view.D,
+        *view.strides,
+        span,
+        K,
+        **config,
     )
     pool = _pool_tile(K, view.D)
     G = view.C // view.D
     _channel_pool_kernel(
         (cdiv(G, pool["BLOCK_G"]), 1 if tracked else min(view.outer, GRID_Y)),
-        x, *parts, mean, rstd, running_mean, running_var, view.V, span, K, view.D, G, view.outer,
-        *view.strides, eps, momentum, U=view.vector, **pool,
+        x, parts[0], parts[1], mean, rstd, running_mean, running_var, view.V, span, K, view.D, G,
+        view.outer, *view.strides, eps, momentum, U=view.vector, **pool,
     )  # fmt: skip
     apply(x, weight, bias, mean, rstd, y, groups, None, formula, a, b, residual, last)
     return mean, rstd

@@ -93,7 +93,8 @@ class ChannelNorm(Function):
         ctx.save_for_backward(
             x,
             weight,
-            None if act is None else bias,
+            # with a residual, the gradient of the activation is computed from y
+            None if act is None or residual is not None else bias,
             running_mean,
             running_var,
             mean,
