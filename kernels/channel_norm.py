@@ -109,17 +109,6 @@ def _normalised(x, mean, rstd, w, b):
 
 
 @triton.jit
-def _centred(along, total, rest):
-    """Sum of dz * (x_hat - rest), from the sums of dz * x_hat and of dz.
-
-    The mean is kept in float32. Where it is far from zero, its rounding is not small beside the
-    deviations. `rest`, the average of x_hat, is then not 0, and is what the rounding took away.
-    """
-    shift = rest * total
-    return along - tl.where(tl.abs(shift) < float("inf"), shift, 0.0)  # else `total` overflowed
-
-
-@triton.jit
 def _through(dy, z, Y, at, mask, a, b, FORMULA: tl.constexpr, GRADIENT: tl.constexpr):
     """dz: the part of dy that passes the activation."""
     if GRADIENT is not None:
@@ -275,17 +264,15 @@ def _channel_bwd_kernel(
     x_hat = tl.where(mask, x_hat, 0.0)
     along = _sum(dz * x_hat)
     total = _sum(dz)
-    count = (V * U).to(tl.float32)
-    if not GROUPED:
-        rest = tl.div_rn(_sum(x_hat), count)
-        along = _centred(along, total, rest)
     at = o * C + c
     if DW is not None:
         tl.store(DW + at, along.to(DW.dtype.element_ty), mask=c < limit)
     if DB is not None:
         tl.store(DB + at, total.to(DB.dtype.element_ty), mask=c < limit)
+    count = (V * U).to(tl.float32)
     if GROUPED:
         count *= (D * D_UNIT).to(tl.float32)
+    if GROUPED:
         along = tl.div_rn(_shared(along * w, GROUPED), count)[:, None, None]
         total = tl.div_rn(_shared(total * w, GROUPED), count)[:, None, None]
         dx = (dz * w[:, None, None] - x_hat * along - total) * rstd[:, None, None]
@@ -294,7 +281,6 @@ def _channel_bwd_kernel(
     else:
         along = tl.div_rn(along, count)[:, None, None]
         total = tl.div_rn(total, count)[:, None, None]
-        x_hat -= rest[:, None, None]
         dx = (dz - x_hat * along - total) * rstd[:, None, None] * w[:, None, None]
     tl.store(DX + base + offs, dx.to(DX.dtype.element_ty), mask=mask)
 
@@ -445,15 +431,15 @@ def _channel_apply_kernel(
 
 @kernel(do_not_specialize=["C", "S", "N", "D", "span", "K"])
 def _channel_sums_kernel(
-    DY, X, W, B, Y, MEAN, RSTD, DZ, ALONG, TOTAL, REST, C, S, N, D, span, K, eps, a, b,
+    DY, X, W, B, Y, MEAN, RSTD, DZ, ALONG, TOTAL, C, S, N, D, span, K, eps, a, b,
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, VARIANCE: tl.constexpr, FORMULA: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A program sums dz x_hat, dz and x_hat over chunk k of J of BLOCK_C channels.
+    """A program sums dz x_hat and dz over chunk k of J of BLOCK_C channels, and loops over it.
 
     DY, X, Y, DZ: (O, C, J) in LAYOUT, float. Y is read if f' is computed from y. DZ is written
-    unless None. W, B (C,): float, or None. MEAN, RSTD: as in `_channel_apply_kernel`. ALONG, TOTAL,
-    REST: (O, K, C) fp32, or None; REST only with ALONG.
+    unless None. W, B (C,): float, or None. MEAN, RSTD: as in `_channel_apply_kernel`. ALONG, TOTAL:
+    (O, K, C) fp32, or None.
     """
     C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
     U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
@@ -465,7 +451,6 @@ def _channel_sums_kernel(
     )  # fmt: skip
     along = tl.zeros((BLOCK_C, BLOCK_V, U), tl.float32)
     total = tl.zeros((BLOCK_C, BLOCK_V, U), tl.float32)
-    rest = tl.zeros((BLOCK_C, BLOCK_V, U), tl.float32)
     start = k * span
     stop = tl.minimum(start + span, V)
     for v0 in range(start, stop, BLOCK_V):
@@ -481,35 +466,29 @@ def _channel_sums_kernel(
             tl.store(DZ + base + offs, dz.to(DZ.dtype.element_ty), mask=mask)
         if ALONG is not None:
             along += tl.where(mask, dz * x_hat, 0.0)
-        if REST is not None:
-            rest += tl.where(mask, x_hat, 0.0)
         total += dz
     at = (o * K + k) * C + c
     if ALONG is not None:
         tl.store(ALONG + at, _sum(along), mask=c < C)
     if TOTAL is not None:
         tl.store(TOTAL + at, _sum(total), mask=c < C)
-    if REST is not None:
-        tl.store(REST + at, _sum(rest), mask=c < C)
 
 
 @kernel(do_not_specialize=["K", "D", "groups", "outer"])
 def _channel_totals_kernel(
-    ALONG, TOTAL, REST, W, SUM_ALONG, SUM_TOTAL, MEAN_REST, DW, DB, K, D, groups, outer, count,
+    ALONG, TOTAL, W, SUM_ALONG, SUM_TOTAL, DW, DB, K, D, groups, outer,
     BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """A program adds up the chunks of BLOCK_G groups, and loops over outer indices and chunks.
 
-    ALONG, TOTAL, REST: (O, K, groups * D) fp32; REST is None unless D is 1. W (groups * D,): float,
-    or None. SUM_ALONG, SUM_TOTAL: (O, groups) fp32, of the sums times w. MEAN_REST: like them, or
-    None; sums of REST divided by `count`. DW, DB (groups,): float, or None; written only if D and O
+    ALONG, TOTAL: (O, K, groups * D) fp32. W (groups * D,): float, or None. SUM_ALONG, SUM_TOTAL:
+    (O, groups) fp32, of the sums times w. DW, DB (groups,): float, or None; written only if D and O
     are 1.
     """
     g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     for o in range(tl.program_id(1).to(tl.int64), outer, tl.num_programs(1)):
         along = tl.zeros((BLOCK_E, BLOCK_G), tl.float32)
         total = tl.zeros((BLOCK_E, BLOCK_G), tl.float32)
-        rest = tl.zeros((BLOCK_E, BLOCK_G), tl.float32)
         for start in range(0, K * D, BLOCK_E):
             e = start + tl.arange(0, BLOCK_E)
             there, k, at = _parts(e, g, o, K, D, groups)
@@ -519,14 +498,8 @@ def _channel_totals_kernel(
                 w = tl.load(W + c, mask=there, other=0.0).to(tl.float32)
             along += w * tl.load(ALONG + at, mask=there, other=0.0)
             total += w * tl.load(TOTAL + at, mask=there, other=0.0)
-            if REST is not None:
-                rest += tl.load(REST + at, mask=there, other=0.0)
         sum_along = tl.sum(along, 0)
         sum_total = tl.sum(total, 0)
-        if REST is not None:
-            mean_rest = tl.div_rn(tl.sum(rest, 0), count)
-            sum_along = _centred(sum_along, sum_total, mean_rest)
-            tl.store(MEAN_REST + o * groups + g, mean_rest, mask=g < groups)
         if DW is not None:  # each channel is its own group, and o = 0
             tl.store(DW + g, sum_along.to(DW.dtype.element_ty), mask=g < groups)
         if DB is not None:
@@ -537,7 +510,7 @@ def _channel_totals_kernel(
 
 @kernel(do_not_specialize=["C", "S", "N", "D", "span"])
 def _channel_dx_kernel(
-    DY, X, W, B, MEAN, RSTD, SUM_ALONG, SUM_TOTAL, MEAN_REST, DX, C, S, N, D, span, eps, a, b,
+    DY, X, W, B, MEAN, RSTD, SUM_ALONG, SUM_TOTAL, DX, C, S, N, D, span, eps, a, b,
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, VARIANCE: tl.constexpr, GROUPED: tl.constexpr,
     FORMULA: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -545,7 +518,7 @@ def _channel_dx_kernel(
 
     DY, X, DX: (O, C, J) in LAYOUT, float. W, B (C,): float, or None. MEAN, RSTD: as in
     `_channel_apply_kernel`. SUM_ALONG, SUM_TOTAL: (O, C // D) fp32, or None if the statistics are
-    constants. MEAN_REST: like them, or None.
+    constants.
     """
     C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
     U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
@@ -557,8 +530,6 @@ def _channel_dx_kernel(
         count = (V * U).to(tl.float32) * D.to(tl.float32)
         along = tl.div_rn(tl.load(SUM_ALONG + st, mask=c < C, other=0.0), count)[:, None, None]
         total = tl.div_rn(tl.load(SUM_TOTAL + st, mask=c < C, other=0.0), count)[:, None, None]
-        if MEAN_REST is not None:
-            total -= along * tl.load(MEAN_REST + st, mask=c < C, other=0.0)[:, None, None]
     start = tl.program_id(1) * span
     stop = tl.minimum(start + span, V)
     for v0 in range(start, stop, BLOCK_V):
@@ -854,44 +825,37 @@ def bwd(
         return dx, dw, db, dz
     config = _tile(view, view.unit, x.element_size())
     sizes = view.arguments(config["UNIT"])
-    along = total = rest = sum_along = sum_total = mean_rest = None
+    along = total = sum_along = sum_total = None
     if params or eps is None or dz is not None:
         grid, span = _chunks(view, config)
         K = grid[1]
         through = need_dx and eps is None
-        centres = view.D == 1 and eps is None and (through or dw is not None)
-        shape = 3 if centres else 2, view.outer * K, C
-        parts = torch.empty(shape, dtype=torch.float32, device=x.device)
+        parts = torch.empty((2, view.outer * K, C), dtype=torch.float32, device=x.device)
         along = parts[0] if through or dw is not None else None
-        total = parts[1] if through or db is not None or centres else None
-        rest = parts[2] if centres else None
+        total = parts[1] if through or db is not None else None
         _channel_sums_kernel(
-            grid, dy, x, weight, bias, y, mean, rstd, dz, along, total, rest, *sizes, view.D, span,
-            K, 0.0 if eps is None else eps, a, b, VARIANCE=eps is not None, **formulas, **config,
+            grid, dy, x, weight, bias, y, mean, rstd, dz, along, total, *sizes, view.D, span, K,
+            0.0 if eps is None else eps, a, b, VARIANCE=eps is not None, **formulas, **config,
         )  # fmt: skip
         apart = groups > 0  # then dw and db are also summed over the samples
-        if through or centres:
-            sums = mean.new_empty((3 if centres else 2, *mean.shape))
-            sum_along, sum_total = sums[0], sums[1]
-            mean_rest = sums[2] if centres else None
+        if through:
+            sum_along, sum_total = torch.empty_like(mean), torch.empty_like(mean)
             tile = _pool_tile(K, view.D)
             G = C // view.D
             _channel_totals_kernel(
-                (cdiv(G, tile["BLOCK_G"]), min(view.outer, GRID_Y)), along, total, rest,
-                weight if view.D > 1 else None, sum_along, sum_total, mean_rest,
-                None if apart else dw, None if apart else db, K, view.D, G, view.outer,
-                float(view.V * view.vector), **tile,
+                (cdiv(G, tile["BLOCK_G"]), min(view.outer, GRID_Y)), along, total,
+                weight if view.D > 1 else None, sum_along, sum_total, None if apart else dw,
+                None if apart else db, K, view.D, G, view.outer, **tile,
             )  # fmt: skip
-        if params and (apart or not (through or centres)):
-            found = sums[:2] if centres else parts[:2]
-            _add_up(found if dw is not None else found[1:], dw, db)
+        if params and (apart or not through):
+            _add_up(parts if dw is not None else parts[1:], dw, db)
     if need_dx:
         if dz is not None:
             dy, formulas = dz, _formulas(None, None)
         grid, span = _split(view, config, 4)
         _channel_dx_kernel(
-            grid, dy, x, weight, bias, mean, rstd, sum_along, sum_total, mean_rest, dx, *sizes,
-            view.D, span, 0.0 if eps is None else eps, a, b, VARIANCE=eps is not None,
-            GROUPED=view.D > 1, **formulas, **config,
+            grid, dy, x, weight, bias, mean, rstd, sum_along, sum_total, dx, *sizes, view.D, span,
+            0.0 if eps is None else eps, a, b, VARIANCE=eps is not None, GROUPED=view.D > 1,
+            **formulas, **config,
         )  # fmt: skip
     return dx, dw, db, dz
