@@ -6,6 +6,7 @@ The files and their order mirror torch/nn/modules/.
 from fastnn.layers.activation import *  # noqa: F403
 from fastnn.layers.batchnorm import *  # noqa: F403
 from fastnn.layers.container import *  # noqa: F403
+from fastnn.layers.conv import *  # noqa: F403
 from fastnn.layers.distance import *  # noqa: F403
 from fastnn.layers.dropout import *  # noqa: F403
 from fastnn.layers.instancenorm import *  # noqa: F403
