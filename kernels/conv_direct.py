@@ -282,7 +282,7 @@ def _weight_config(pairs, columns, itemsize, last):
 # ---- Launchers -----------------------------------------------------------------------------------
 
 
-def _constants(geometry):
+def constants(geometry):
     (kd, kh, kw), (sd, sh, sw), _, _, dims = geometry
     return {"KD": kd, "KH": kh, "KW": kw, "SD": sd, "SH": sh, "SW": sw, "DIMS": dims}
 
@@ -309,7 +309,7 @@ def gather(x, w, strides, bias, y, outs, reads, geometry, transposed, last):
     _conv_direct_kernel(
         (N * blocks_p * blocks_c,), x, w, bias, y, channels, places, outs, reads,
         *x.shape[2:], *out, *padding, *dilation, *strides, blocks_p, blocks_c,
-        **_constants(geometry), UNIT=unit, PLAIN=plain, TRANSPOSED=transposed, LAST=last,
+        **constants(geometry), UNIT=unit, PLAIN=plain, TRANSPOSED=transposed, LAST=last,
         UNROLL=kernel_size[2] <= UNROLLED, **config,
     )  # fmt: skip
     return y
@@ -346,7 +346,7 @@ def weight_gradient(small, big, dw, outs, reads, geometry, last, want_db=False):
     _conv_direct_weight_kernel(
         (blocks, tap_blocks, splits), small, big, partials, bias_partials, channels, places, outs,
         reads, *big.shape[2:], od, oh, ow, *padding, *dilation, rows, columns, row_blocks,
-        column_blocks, chunks, each, **_constants(geometry), UNIT=unit, PLAIN=plain, LAST=last,
+        column_blocks, chunks, each, **constants(geometry), UNIT=unit, PLAIN=plain, LAST=last,
         TAPS=TAPS, **config,
     )  # fmt: skip
     sum_partials(partials, dw)

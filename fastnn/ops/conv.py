@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
+from fastnn.kernels import _gpus
 
 _LIMIT = 2**31  # of elements that kernels index within a sample
 
@@ -32,6 +33,7 @@ class Plan(NamedTuple):
     groups: int
     out: tuple[int, ...]  # the sizes of the output
     last: bool  # whether tensors are channels last
+    how: tuple[str, str] | None  # precision and architecture of the matrix products, if there are
 
     def formula(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """PyTorch's function of the same call."""
@@ -97,27 +99,40 @@ def _new(like: Tensor, shape: Sequence[int], last: bool, single: bool) -> Tensor
 # ---- The products --------------------------------------------------------------------------------
 
 
+def _weight(weight: Tensor, last: bool) -> Tensor:
+    """weight (K, C, *) with taps in one dimension, before the channels in memory if `last`."""
+    if last:
+        return weight.movedim(1, -1).contiguous().view(weight.shape[0], -1, weight.shape[1])
+    return weight.contiguous().view(*weight.shape[:2], -1)
+
+
 def _gather(source: Tensor, weight: Tensor, bias: Tensor | None, to: Tensor, plan: Plan, up: bool):
     """Writes `to`. up: from `small` to `big`, else from `big` to `small`. Both are volumes."""
-    K, C = weight.shape[:2]  # of `small`, and of `big` within a group
-    each = K // plan.groups
-    weight = weight.contiguous()
-    taps = weight[0, 0].numel()
-    k, c = C * taps, taps
-    outs, reads, w_out, w_read = (C, each, c, k) if up else (each, C, k, c)
+    each, C = weight.shape[0] // plan.groups, weight.shape[1]
+    outs, reads = (C, each) if up else (each, C)
+    if plan.how is not None:
+        kernels.conv.gather(
+            source, _weight(weight, plan.last), bias, to, outs, reads, plan.geometry, up, plan.last,
+            *plan.how,
+        )  # fmt: skip
+        return
+    w = _weight(weight, False)
+    k, c, tap = w.stride()
+    strides = (each * k, c, k, tap) if up else (each * k, k, c, tap)
     kernels.conv_direct.gather(
-        source, weight, (each * k, w_out, w_read, 1), bias, to, outs, reads, plan.geometry, up,
-        plan.last,
-    )  # fmt: skip
+        source, w, strides, bias, to, outs, reads, plan.geometry, up, plan.last
+    )
 
 
 def _weight_gradient(small: Tensor, big: Tensor, weight: Tensor, plan: Plan, want_db: bool):
-    """(dw, db); db, the sums of `small`, is None unless wanted."""
+    """(dw, db); db, the sums of `small`, is None unless wanted, and where another kernel is due."""
     dw = weight.new_empty(weight.shape)
-    outs, reads = weight.shape[0] // plan.groups, weight.shape[1]
-    flat = dw.view(*weight.shape[:2], -1)
+    sizes = dw.view(*weight.shape[:2], -1), weight.shape[0] // plan.groups, weight.shape[1]
+    if plan.how is not None:
+        kernels.conv.weight_gradient(small, big, *sizes, plan.geometry, plan.last, *plan.how)
+        return dw, None
     _, db = kernels.conv_direct.weight_gradient(
-        small, big, flat, outs, reads, plan.geometry, plan.last, want_db
+        small, big, *sizes, plan.geometry, plan.last, want_db
     )
     return dw, db
 
@@ -128,6 +143,21 @@ def _channel_sums(dy: Tensor, last: bool) -> Tensor:
         rows = dy.movedim(1, -1).reshape(-1, dy.shape[1])
         return kernels.epilogue.bwd(rows, want_dz=False)[1]
     return dy.sum((0, 2, 3, 4))
+
+
+def _precision(device_index: int) -> tuple[str, str]:
+    """("tf32" or "ieee", architecture), by PyTorch's setting for convolutions on a GPU.
+
+    The new setting is read first: after it was written, reading the old setting raises an error.
+    """
+    arch = _gpus.architecture(device_index)
+    if arch == "cpu":
+        return "ieee", arch
+    try:
+        tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    except AttributeError:
+        tf32 = torch.backends.cudnn.allow_tf32
+    return "tf32" if tf32 and _gpus.facts(arch).tf32 else "ieee", arch
 
 
 class Conv(Function):
@@ -242,10 +272,12 @@ def _planned(
         return Stock("a sample of more elements than 32 bits can index")
     batch = input if input.dim() == dims + 2 else input.unsqueeze(0)
     last = _runs_channels_last(batch, weight)
+    direct = weight.shape[0] // groups * weight.shape[1] <= kernels.conv.DIRECT
+    how = None if direct else _precision(input.get_device())
     ones, zeros = (1,) * (3 - dims), (0,) * (3 - dims)
     return Plan(
         dims, transposed, options, ones + kernel_size, ones + strides, zeros + before,
-        ones + dilations, groups, tuple(out), last,
+        ones + dilations, groups, tuple(out), last, how,
     )  # fmt: skip
 
 

@@ -44,10 +44,23 @@ DEPTHWISE = [
     layer("Conv2d", (1, 80, 3, 2), 80, (3, 1), groups=80, padding=(1, 0), view=last),
 ]
 
-OTHER = [
-    function("conv1d", (2, 4, 9), (6, 2, 3), 6, stride=2, groups=2),
-    function("conv2d", (3, 2, 2), (4, 3, 1, 1), 4),
-    function("conv_transpose1d", (3, 4), (3, 2, 3), 2, stride=2),
+DENSE = [
+    function("conv1d", (2, 4, 9), (6, 2, 3), 6, stride=2, groups=2),  # few pairs of channels
+    layer("Conv1d", (2, 5, 9), 6, (3,), padding=1, dtypes=BF16),
+    layer("Conv2d", (2, 5, 6, 4), 6, (3, 2), stride=2, padding=1, dilation=(1, 2), dtypes=LOW),
+    layer("Conv2d", (1, 10, 4, 3), 12, (2, 2), groups=2, padding="valid", view=last),
+    layer("Conv2d", (2, 16, 3, 4), 8, (3, 3), padding="same", view=last),
+    layer("Conv2d", (3, 5, 8), 17, (1, 1), bias=False),
+    layer("Conv3d", (2, 5, 2, 3, 2), 5, (2, 1, 2), stride=(1, 2, 1), padding=(1, 0, 0), view=last),
+    layer("Conv2d", (1, 70, 3, 4), 66, (1, 2)),  # past a tile of both channels
+    layer("Conv1d", (1, 5, 700), 4, (2,)),  # positions in several parts
+    layer("ConvTranspose1d", (6, 4), 5, (3,), stride=2, padding=1, output_padding=1),
+    layer("ConvTranspose2d", (2, 8, 2, 3), 16, (2, 3), stride=(2, 1), dilation=(1, 2), view=last),
+    layer("ConvTranspose3d", (1, 6, 2, 1, 2), 10, (2, 1, 2), groups=2, stride=2, bias=False),
+    *(
+        layer("Conv2d", (1, 5, 4, 3), 6, (2, 2), autocast=low, padding_mode=mode, padding=1)
+        for low, mode in ((torch.bfloat16, "circular"), (torch.float16, "zeros"))
+    ),
 ]
 
 STOCK = [
@@ -55,4 +68,4 @@ STOCK = [
     function("conv1d", (1, 3, 4), (3, 1, 3), groups=3, dtypes=(torch.float64,), stock="float64"),
 ]
 
-CASES: list[Case] = [*DEPTHWISE, *OTHER, *STOCK]
+CASES: list[Case] = [*DEPTHWISE, *DENSE, *STOCK]
