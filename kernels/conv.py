@@ -24,8 +24,6 @@ from fastnn.kernels._sizes import cdiv
 from fastnn.kernels.conv_direct import SIZES, constants, source
 from fastnn.kernels.epilogue import sum_partials, width
 
-DIRECT = 16  # pairs of channels in a group, up to which matrix products are mostly padding
-
 
 @triton.jit
 def _placed(
@@ -191,18 +189,25 @@ def _conv_gemm_weight_kernel(
 
 
 @tunable("BLOCK_M", "BLOCK_N", "BLOCK_K")
-def _config(M, N, itemsize, precision, arch, sms, aligned):
-    # Pointers of single elements take registers, as a formula in the epilogue does.
+def _config(M, N, itemsize, precision, arch, sms, aligned, along):
+    """along: whether operands run along the dimension that is summed."""
+    # Pointers of single elements take registers, as a formula in the epilogue does; so do operands
+    # of tf32 that do not run along the sum.
+    crowded = "act" if not aligned or (itemsize == 4 and not along) else None
     block_m, block_n, block_k, warps, stages = linear.gemm_tile(
-        M, N, itemsize, precision, arch, sms, aligned, None if aligned else "act"
+        M, N, itemsize, precision, arch, sms, aligned, crowded
     )
-    return {
+    config = {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k * 2 // itemsize,
         "num_warps": warps,
         "num_stages": stages,
     }
+    if not aligned:
+        # Without a limit, ptxas spills a few registers, so that another block fits.
+        config["maxnreg"] = 255
+    return config
 
 
 # ---- Launchers -----------------------------------------------------------------------------------
@@ -228,7 +233,7 @@ def gather(x, w, bias, y, outs, reads, geometry, transposed, last, precision, ar
     pixels = N * math.prod(out)
     out_vec, read_vec, wide = _widths(x, outs, reads, last)
     sms = cdiv(multiprocessors(x.get_device()), groups)
-    config = _config(pixels, outs, x.element_size(), precision, arch, sms, wide)
+    config = _config(pixels, outs, x.element_size(), precision, arch, sms, wide, True)
     tiles = cdiv(pixels, config["BLOCK_M"]) * cdiv(outs, config["BLOCK_N"])
     _conv_gemm_kernel(
         (tiles, groups), x, w, bias, y, pixels, groups, outs // out_vec, reads // read_vec,
@@ -251,7 +256,7 @@ def weight_gradient(small, big, dw, outs, reads, geometry, last, precision, arch
     out_vec, read_vec, wide = _widths(small, outs, reads, last)
     sms = multiprocessors(small.get_device())
     config = _config(
-        outs, reads, small.element_size(), precision, arch, cdiv(sms, groups * taps), wide
+        outs, reads, small.element_size(), precision, arch, cdiv(sms, groups * taps), wide, False
     )
     tiles = cdiv(outs, config["BLOCK_M"]) * cdiv(reads, config["BLOCK_N"])
     steps = cdiv(pixels, config["BLOCK_K"])

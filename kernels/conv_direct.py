@@ -64,7 +64,8 @@ def _add_tap(
     mask = (within & there)[:, None] & there_q[None, :]
     x = tl.load(X + offs, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(W, mask=there_q, other=0.0).to(tl.float32)
-    return acc + x * w[None, :]
+    # A tap outside the tensor adds nothing, also if its weight is inf or nan.
+    return acc + tl.where(mask, x * w[None, :], 0.0)
 
 
 SIZES = ["id_", "ih", "iw", "od", "oh", "ow", "pd", "ph", "pw", "dd", "dh", "dw"]
@@ -237,7 +238,8 @@ def _conv_direct_weight_kernel(
                     mask = mask & (there_d & there_h & there_w)[:, None] & (tap < taps)
                     offs = at * C + c[None, :] if LAST else c[None, :] * IP + at
                     b = tl.load(big + offs, mask=mask, other=0.0).to(tl.float32)
-                    acc += s * tl.where(tap == taps, 1.0, b)
+                    # a tap outside the tensor adds nothing, also if the other factor is inf or nan
+                    acc += tl.where(tap == taps, s, tl.where(mask, s * b, 0.0))
             row = tl.arange(0, TAPS)[:, None]
             total = tl.where(row == i, total + tl.sum(acc, 0)[None, :], total)
     tap = first + tl.arange(0, TAPS)[:, None]

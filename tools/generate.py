@@ -66,6 +66,7 @@ AREAS = {
         ("attention", "multihead_attention", "residual_norm"),
         "[attention](docs/attention.md), [transformers](docs/transformer.md)",
     ),
+    "convolution": (("conv",), None),
     "dropout": (("dropout",), None),
     "linear, embedding": (("linear", "embedding"), None),
     "losses, distances": (

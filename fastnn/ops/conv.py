@@ -13,7 +13,8 @@ from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 from fastnn.kernels import _gpus
 
-_LIMIT = 2**31  # of elements that kernels index within a sample
+_FEW_PAIRS = 16  # pairs of channels in a group, for which matrix products are mostly padding
+_LIMIT = 2**31  # elements of a sample, and positions of a channel, that kernels can index
 
 
 class Plan(NamedTuple):
@@ -142,7 +143,7 @@ def _channel_sums(dy: Tensor, last: bool) -> Tensor:
     if last:
         rows = dy.movedim(1, -1).reshape(-1, dy.shape[1])
         return kernels.epilogue.bwd(rows, want_dz=False)[1]
-    return dy.sum((0, 2, 3, 4))
+    return dy.sum((0, 2, 3, 4), dtype=dy.dtype)  # which autocast then leaves as it is
 
 
 def _precision(device_index: int) -> tuple[str, str]:
@@ -154,7 +155,7 @@ def _precision(device_index: int) -> tuple[str, str]:
     if arch == "cpu":
         return "ieee", arch
     try:
-        tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+        tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     except AttributeError:
         tf32 = torch.backends.cudnn.allow_tf32
     return "tf32" if tf32 and _gpus.facts(arch).tf32 else "ieee", arch
@@ -219,10 +220,9 @@ def _planned(
 ) -> Plan | Stock:  # fmt: skip
     """The plan of a call, of a transposed convolution if `output_padding` is given."""
     transposed = output_padding is not None
+    options: tuple[Any, ...] = stride, padding, dilation, groups
     if transposed:
         options = stride, padding, output_padding, groups, dilation
-    else:
-        options = stride, padding, dilation, groups
     if input.dim() not in (dims + 1, dims + 2) or weight.dim() != dims + 2:
         return Invalid(f"input {tuple(input.shape)}, weight {tuple(weight.shape)}")
     if input.dtype != weight.dtype or (bias is not None and bias.dtype != input.dtype):
@@ -242,7 +242,7 @@ def _planned(
         if given is None or min(given) < 0:
             return Invalid(f"padding={padding!r}")
         before, both = given, [2 * p for p in given]
-    if type(groups) is not int or groups < 1 or weight.shape[0] % groups:
+    if type(groups) is not int or not 1 <= groups <= weight.shape[0] or weight.shape[0] % groups:
         return Invalid(f"groups={groups!r}")
     sizes = input.shape[-dims:]
     C = input.shape[-dims - 1]
@@ -268,11 +268,12 @@ def _planned(
         return Stock("no elements")
     if min(out) < 1:
         return Invalid(f"an output of {tuple(out)}")
-    if max(C * sizes.numel(), K * torch.Size(out).numel()) >= _LIMIT:
-        return Stock("a sample of more elements than 32 bits can index")
     batch = input if input.dim() == dims + 2 else input.unsqueeze(0)
+    positions = max(sizes.numel(), torch.Size(out).numel())
+    if max(C, K, batch.shape[0]) * positions >= _LIMIT:
+        return Stock("more elements of a sample, or positions of a channel, than 32 bits can index")
     last = _runs_channels_last(batch, weight)
-    direct = weight.shape[0] // groups * weight.shape[1] <= kernels.conv.DIRECT
+    direct = weight.shape[0] // groups * weight.shape[1] <= _FEW_PAIRS
     how = None if direct else _precision(input.get_device())
     ones, zeros = (1,) * (3 - dims), (0,) * (3 - dims)
     return Plan(
@@ -297,7 +298,7 @@ def _depthwise(input, weight, bias, stride, padding, dilation, groups, *more):
     The arguments of a transposed convolution have other names, but `groups` has the same place.
     """
     dims = weight.dim() - 2
-    if groups == 1 or groups not in (weight.shape[0], weight.shape[0] // weight.shape[1]):
+    if groups == 1 or groups != input.shape[-dims - 1]:
         return Stock("not depthwise, and cuDNN is as fast for every other convolution")
     batch = input if input.dim() == dims + 2 else input.unsqueeze(0)
     taps = weight.shape[2:].numel()
