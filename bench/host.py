@@ -1,11 +1,15 @@
 """Measures what calls cost the host, on any machine: `python -m bench.host --out DIR`.
 
 For each layer or function it times the first training row of `fastnn.testing`, forward and backward
-together. The inputs are so small that their size does not matter. Ours is forced onto kernels; a
-driver accepts the launches and does not carry them out. Stock runs on the CPU. Neither time
-includes the launches by the GPU, about 2 us each, so the numbers of launches stand beside the
-times. The estimates of the size gate follow from these figures. The program writes DIR/host.json,
-and with `--into PAGE.md` a table between the markers of that page.
+together, as CPU time of one thread. The inputs are so small that their size does not matter. Stock
+runs on the CPU. Ours is timed in three ways: as a call that the size gate declines; forced onto
+kernels without plans; and forced with plans, as every call from the third of a signature on.
+
+Launches go through Triton's own launcher into an empty libcuda, if there is a C compiler, else to a
+driver that does nothing. No time includes the launches by the GPU, about 2 us each, so the numbers
+of launches stand beside the times. The estimates of the size gate follow from these figures
+(`python -m bench.gates`). The program writes DIR/host.json, and with `--into PAGE.md` a table
+between the markers of that page.
 """
 
 from __future__ import annotations
@@ -15,7 +19,6 @@ import gc
 import json
 import os
 import re
-import statistics
 import sys
 import time
 import warnings
@@ -27,6 +30,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import fastnn
+from fastnn import _record
 
 
 def _rows(only: Sequence[str]) -> Iterator:
@@ -62,16 +66,17 @@ def _step(case, namespace) -> Callable[[], object]:
     return lambda: torch.autograd.grad(forward(), leaves, upstream, allow_unused=True)
 
 
-def _median_us(call: Callable[[], object], rounds: int, each: int = 10) -> float:
+def _least_us(call: Callable[[], object], rounds: int, each: int = 10) -> float:
+    """The least time of a call over all rounds: the others were disturbed by other programs."""
     for _ in range(2 * each):
         call()
     times = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = time.thread_time()
         for _ in range(each):
             call()
-        times.append((time.perf_counter() - start) / each)
-    return round(statistics.median(times) * 1e6, 1)
+        times.append((time.thread_time() - start) / each)
+    return round(min(times) * 1e6, 1)
 
 
 def _launches(call: Callable[[], object]) -> int:
@@ -85,18 +90,18 @@ def _launches(call: Callable[[], object]) -> int:
         count += 1
         launch(self, *args, **kwargs)
 
-    with mock.patch.object(Kernel, "__call__", counting):
+    with mock.patch.object(Kernel, "__call__", counting), _record.using(False):
         call()
     return count
 
 
 def measure(only: Sequence[str] = (), rounds: int = 60) -> list[dict]:
     """One record for each row: the microseconds and launches of both sides."""
-    from fastnn.testing.aot import launch_nothing
+    from fastnn.testing.aot import has_compiler, launch_nothing
     from fastnn.testing.meter import AtenTraffic, as_on_cuda
 
     found = []
-    with launch_nothing():
+    with launch_nothing(real_launcher=has_compiler()):
         for case in _rows(only):
             theirs = _step(case, torch.nn)
             with as_on_cuda(), AtenTraffic() as counted:
@@ -105,12 +110,19 @@ def measure(only: Sequence[str] = (), rounds: int = 60) -> list[dict]:
             gc.disable()
             try:
                 record = {"name": case.name, "row": str(case)}
-                record["stock_us"] = _median_us(theirs, rounds)
+                record["stock_us"] = _least_us(theirs, rounds)
                 record["stock_launches"] = counted.cost.launches
+                ours = _step(case, fastnn)
+                record["declined_us"] = _least_us(ours, rounds)
                 with fastnn.backend("triton"):
-                    ours = _step(case, fastnn)
-                    record["ours_us"] = _median_us(ours, rounds)
                     record["ours_launches"] = _launches(ours)
+                    with fastnn.decisions() as heard:
+                        ours()
+                    record["ops"] = sorted({d.op.name for d in heard if d.why is None})
+                    with _record.using(False):
+                        record["without_plans_us"] = _least_us(ours, rounds)
+                    with _record.using(True):
+                        record["ours_us"] = _least_us(ours, rounds)
             finally:
                 gc.enable()
             found.append(record)
@@ -122,14 +134,18 @@ def table(environment: dict, rows: Sequence[dict]) -> str:
     lines = [
         f"One core of {environment['cpu']}, torch {environment['torch']}, triton "
         f"{environment['triton']}, commit {environment['commit']}, {environment['time'][:10]}; "
-        "float32; microseconds, of stock and of ours, forward and backward.",
+        "float32; microseconds of one thread, forward and backward; launches through "
+        f"{environment['launcher']}.",
         "",
-        "| row | stock | launches | ours | launches |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| row | stock | launches | declined | ours | without plans | launches |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in rows:
         name = r["row"] if len(r["row"]) <= 60 else f"{r['name']}(...)"
-        cells = (r["stock_us"], r["stock_launches"], r["ours_us"], r["ours_launches"])
+        cells = [
+            r["stock_us"], r["stock_launches"], r["declined_us"], r["ours_us"],
+            r["without_plans_us"], r["ours_launches"],
+        ]  # fmt: skip
         lines.append(f"| `{name}` | " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
@@ -150,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("bench.host: kernels are compiled: unset TRITON_INTERPRET", file=sys.stderr)
         return 2
     from fastnn.bench.environment import environment
+    from fastnn.testing.aot import has_compiler
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # stock warns in some rows
@@ -157,7 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "host.json"
     lines = ",\n".join(json.dumps(row) for row in rows)
-    origin = environment()
+    launcher = "Triton's launcher and an empty libcuda" if has_compiler() else "an empty driver"
+    origin = {**environment(), "launcher": launcher}
     head = json.dumps(origin, indent=1)
     path.write_text(f'{{"environment": {head},\n"rows": [\n{lines}\n]}}\n')
     print(path)

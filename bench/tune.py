@@ -33,7 +33,9 @@ SWEEPS = 3  # row widths per op
 REPEATS = 30
 
 
-def gate_work(case: BenchCase, architecture: str | None = None) -> list[tuple[str, Work | None]]:
+def gate_work(
+    case: BenchCase, architecture: str | None = None, dtype: torch.dtype = FP32
+) -> list[tuple[str, Work | None]]:
     """(op, the work that the gate compares) for each call of this row. Nothing is computed.
 
     The work is None if the op's policy leaves the call to PyTorch at every size. The answer is that
@@ -49,7 +51,7 @@ def gate_work(case: BenchCase, architecture: str | None = None) -> list[tuple[st
         _gate.asked() as asked,
     ):
         try:
-            case.side(fastnn, FP32, "meta")(*case.make(FP32, "meta"))
+            case.side(fastnn, dtype, "meta")(*case.make(dtype, "meta"))
         except RuntimeError:  # PyTorch asks for a value, and "meta" tensors have none
             if not asked:
                 raise

@@ -6,17 +6,20 @@ declared, at the cost of one call. And it pickles by name, and Dynamo and TorchS
 
 from __future__ import annotations
 
+import ast
+import builtins
 import inspect
 import linecache
 import sys
 import warnings
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fastnn import _mode
+from fastnn._plan import UNFIT, impossible
 
 # Keyword-only arguments that dispatch passes to a fused function, and that no user sees.
 PRIVATE = ("out_dtype", "variant")
@@ -45,27 +48,8 @@ def depth() -> int:
 
 def warn(message: str) -> None:
     """Warn the user, naming the line that called a function made by `front`."""
+    impossible("it warns")  # a plan would not
     warnings.warn(message, stacklevel=depth())
-
-
-def _key(declared: list[inspect.Parameter], settings: bool) -> str:
-    """The source of an expression whose value determines the answer of the gate.
-
-    The value identifies a call that was declined, so that the gate is not asked about it again. It
-    holds, for an argument without a default: the shape and whether it requires a gradient, if it is
-    a tensor, else the argument itself; for an argument with the default None: whether it is None;
-    for any other argument: the argument itself.
-    """
-    first = declared[0].name
-    parts = ["is_grad_enabled()", f"{first}.dtype", f"{first}.device"]
-    for p in declared:
-        if p.default is p.empty:
-            # A tensor subclass would see that its attributes are read.
-            facts = f"({p.name}.shape, {p.name}.requires_grad)"
-            parts.append(f"{facts} if type({p.name}) in _exact_types else {p.name}")
-        else:
-            parts.append(f"{p.name} is None" if p.default is None else p.name)
-    return f"({', '.join(parts)}, {'_its_settings()' if settings else ''})"
 
 
 def parameters(fused: Callable) -> list[inspect.Parameter]:
@@ -74,23 +58,68 @@ def parameters(fused: Callable) -> list[inspect.Parameter]:
     return [p for p in declared if p.name not in PRIVATE]
 
 
+class Below(NamedTuple):
+    """Sources that ask whether a call is below the floor of its op.
+
+    tensors: the arguments of which the size is a function; they must be exactly of class Tensor.
+    others: other arguments that the size depends on.
+    ready: whether the tensors may be looked at: Dynamo does not trace, and nobody would notice that
+        their attributes are read.
+    size: a bound on the size of the call.
+    """
+
+    tensors: tuple[str, ...]
+    others: tuple[str, ...]
+    ready: str
+    size: str
+
+
+def below(record: Any, first: str) -> Below:
+    """The sources for `record`, an `Op`. `first` is the name of its first argument.
+
+    They use the names in `BELOW`.
+    """
+    size = record.at_most or f"{first}.numel()"
+    tree = list(ast.walk(ast.parse(size, mode="eval")))
+    read = {
+        n.value.id for n in tree if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+    }
+    names = {n.id for n in tree if isinstance(n, ast.Name)} - vars(builtins).keys()
+    tensors = tuple(sorted(read))
+    kinds = " and ".join(f"type({t}) in _exact_types" for t in tensors)
+    state = "not _is_compiling() and not _function_modes() and not _is_tracing()"
+    ready = f"{state} and {kinds}"
+    return Below(tensors, tuple(sorted(names - read)), ready, size)
+
+
+BELOW = {
+    "_is_compiling": torch.compiler.is_dynamo_compiling,
+    "_function_modes": torch._C._len_torch_function_stack,
+    "_is_tracing": torch._C._is_tracing,  # sizes would be tensors
+    "_exact_types": _EXACT_TYPES,
+}
+
+
 def front(record: Any, dispatch: Callable) -> Callable:
     """The public function of `record`, an `Op`.
 
-    It calls PyTorch at once if no kernel can run, or if the gate declined the same call before.
-    Else it calls `dispatch(record, args, kwargs, key)`. `args` are the positional arguments in the
-    order of the signature. `key` identifies the call in the memory of declined calls, or is None.
+    It calls PyTorch at once if no kernel can run, or if the call is smaller than the op's floor
+    (`_gate.floor`). Else it calls `dispatch(record, args, kwargs)`. `args` are the positional
+    arguments in the order of the signature.
+
+    Its attribute `op` is the record, and `small` a function of the arguments of `record.at_most`:
+    whether a call with them is below the floor.
     """
     name = record.name
     declared: list[str] = []
     positional: list[str] = []
     keyword: list[str] = []
+    names: list[str] = []  # of the keyword-only ones
     defaults = {}
-    seen = parameters(record.fused)
-    key = _key(seen, record.settings is not None)
-    for p in seen:
+    for p in parameters(record.fused):
         if p.kind is p.KEYWORD_ONLY:
             keyword.append(f"{p.name}={p.name}")
+            names.append(p.name)
             if len(keyword) == 1:
                 declared.append("*")
         else:
@@ -104,27 +133,39 @@ def front(record: Any, dispatch: Callable) -> Callable:
     # counts the frames between them: this function, then `dispatch`.
     passed = passed.replace("_stacklevel", "_stacklevel + 1")
     dispatched = dispatched.replace("_stacklevel", f"_stacklevel + {FRAMES}")
+    asked = below(record, positional[0])
     # Names that are not parameters begin with an underscore and have two words: no parameter does.
     lines = [
-        "def make(stock, record, dispatch, no_keywords, is_compiling, is_grad_enabled, "
-        f"_function_modes, _exact_types, {', '.join(defaults)}):",
-        "    _declined_calls, _its_settings = record.declined, record.settings",
+        "def make(stock, record, dispatch, no_keywords, the_plans, unfit, is_grad_enabled, "
+        f"{', '.join((*BELOW, *defaults))}):",
+        "    _the_floor = -1",
         f"    def {name}({', '.join(declared)}):",
         "        if _idle:",
         f"            return stock({passed})",
-        "        _this_call = None",
-        "        if _plain and not is_compiling() and not _function_modes() "
-        f"and type({positional[0]}) in _exact_types:",
+        f"        if _uniform and {asked.ready}:",
         "            try:",
-        f"                _this_call = {key}",
-        "                _was_declined = _this_call in _declined_calls",
-        "            except Exception:  # arguments of the wrong kinds, or not hashable",
-        "                _this_call = _was_declined = None",
-        "            if _was_declined:",
+        f"                _is_small = _plain and {asked.size} < _the_floor",
+        "            except Exception:  # arguments of the wrong kinds",
+        "                _is_small = False",
+        "            if _is_small:",
         f"                return stock({passed})",
+        "            if the_plans:",
+        f"                _this_key = {asked.tensors[0]}.shape, is_grad_enabled(), _uniform",
+        "                for _one_plan in the_plans.get(_this_key, ()):",
+        f"                    _its_result = _one_plan({', '.join(positional + names)})",
+        "                    if _its_result is not unfit:",
+        "                        return _its_result",
         f"        return dispatch(record, ({dispatched},), "
-        + (f"dict({', '.join(keyword)}), _this_call)" if keyword else "no_keywords, _this_call)"),
-        f"    return {name}",
+        + (f"dict({', '.join(keyword)}))" if keyword else "no_keywords)"),
+        f"    def small({', '.join(asked.tensors + asked.others)}):",
+        "        try:",
+        f"            return _plain and {asked.ready} and {asked.size} < _the_floor",
+        "        except Exception:",
+        "            return False",
+        "    def set_floor(least):",
+        "        nonlocal _the_floor",
+        "        _the_floor = least",
+        f"    return {name}, small, set_floor",
     ]
     if not isinstance(record.stock, FunctionType):  # a builtin, which also takes out=
         declared += ["out=None"] if keyword else ["*", "out=None"]
@@ -139,14 +180,16 @@ def front(record: Any, dispatch: Callable) -> Callable:
     scope: dict = {}
     # The code runs in the namespace of `_mode`, because it reads `_idle` and `_plain` there.
     exec(compile(source, file, "exec"), vars(_mode), scope)
-    call = scope["make"](
-        record.stock, record, dispatch, _NO_KEYWORDS, torch.compiler.is_dynamo_compiling,
-        torch.is_grad_enabled, torch._C._len_torch_function_stack, _EXACT_TYPES, **defaults,
+    call, call_small, set_floor = scope["make"](
+        record.stock, record, dispatch, _NO_KEYWORDS, record.plans.ready, UNFIT,
+        torch.is_grad_enabled, **BELOW, **defaults,
     )  # fmt: skip
+    record.floor.follow(set_floor)
     call.__qualname__ = name
     call.__module__ = "fastnn.functional"
     call.__doc__ = record.stock.__doc__ or record.fused.__doc__
     call.op = record
+    call.small = call_small
     _tell_torchscript(call, record.stock)
     return call
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastnn._plan import active
 from fastnn._strides import not_strided, with_dense_gradients
 
 
@@ -55,6 +56,10 @@ _NO_GRAPH = _NoGraph()
 
 def run(function: type[torch.autograd.Function], *args):
     """`function.apply(*args)`, or only its forward if autograd has nothing to record."""
+    if active.recorder is not None:
+        result = active.recorder.run(function, args)
+        if result is not None:
+            return result
     if torch.is_grad_enabled():
         for value in args:
             if isinstance(value, Tensor) and value.requires_grad:

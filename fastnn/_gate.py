@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.torch_version import TorchVersion
-from torch.utils._pytree import tree_leaves
 
-from fastnn._mode import HAS_TRITON, Stock
+from fastnn._mode import HAS_TRITON, INTERPRET, Stock
 from fastnn.kernels import _gpus
 
 TABLE = Path(__file__).with_name("crossover.json")
@@ -36,10 +36,6 @@ class Work(NamedTuple):
     size: int
     unit: str = "elements"
     variant: str = ""
-
-
-class Slow(Stock):
-    """Declines a call that a kernel could run, because PyTorch is as fast or faster."""
 
 
 class Crossover(NamedTuple):
@@ -59,6 +55,13 @@ class Crossover(NamedTuple):
             return "stock"
         return f"kernel from {int(self.least):,} {self.unit}"
 
+
+LEAST_OF_ESTIMATES = 65536  # no estimate is lower: below, the GPU is idle most of the time
+
+# "free" if the user says that the GPU is the limit. Then only what a kernel saves there counts.
+_host = os.environ.get("FASTNN_HOST", "")
+if _host not in ("", "free"):
+    raise ValueError(f"FASTNN_HOST={_host!r}: accepted is 'free', or nothing")
 
 Policy = Callable[..., Work | Stock]
 
@@ -101,6 +104,8 @@ def crossover(op: str, architecture: str, variant: str = "") -> Crossover:
         for line in entry["crossovers"]:
             if line["op"] == op and line.get("variant", "") == variant:
                 least = math.inf if line["least"] is None else line["least"]
+                if _host == "free" and key == "default" and least < math.inf:
+                    least = LEAST_OF_ESTIMATES
                 return Crossover(least, entry["source"], line.get("unit", "elements"))
     return Crossover(math.inf, why or "no figure")
 
@@ -143,13 +148,13 @@ def using(new: Mapping[str, Any]) -> Iterator[None]:
     global _table
     before, _table = _table, new
     crossover.cache_clear()
-    forget()
+    _gpus.changed()
     try:
         yield
     finally:
         _table = before
         crossover.cache_clear()
-        forget()
+        _gpus.changed()
 
 
 # ---- The decision -------------------------------------------------------------------------------
@@ -164,24 +169,29 @@ def asked() -> Iterator[list[tuple[str, Work | Stock]]]:
     PyTorch."""
     global _asked
     before, _asked = _asked, []
-    forget()
+    _gpus.changed()
     try:
         yield _asked
     finally:
         _asked = before
-        forget()
+        _gpus.changed()
+
+
+def answers() -> bool:
+    """Whether the gate decides; False inside `asked()`."""
+    return _asked is None
 
 
 def decide(
-    op: str, policy: Policy | None, most: int, device_index: int, args: tuple, kwargs: dict
+    op: str, policy: Policy | None, device_index: int, args: tuple, kwargs: dict
 ) -> Stock | str:
     """The variant of `op` to run, or why PyTorch is to run the call.
 
-    `policy` says how much work the call is. Without a policy, the size is `most`, the element count
-    of the largest tensor among the arguments.
+    `policy` says how much work the call is. Without a policy, the size is the element count of the
+    first argument.
     """
     try:
-        work = Work(most) if policy is None else policy(*args, **kwargs)
+        work = Work(args[0].numel()) if policy is None else policy(*args, **kwargs)
     # arguments of the wrong kinds: PyTorch is going to reject them with its own error
     except Exception:
         return Stock("the size of the call cannot be told from its arguments")
@@ -189,44 +199,62 @@ def decide(
         _asked.append((op, work))
         return Stock("the gate was only asked")
     if isinstance(work, Stock):
-        return Slow(work.why)
+        return work
     least, source, _ = crossover(op, _gpus.architecture(device_index), work.variant)
     if work.size >= least:
         return work.variant
     if least == math.inf:
-        return Slow(f"size gate: PyTorch is as fast at every size ({source})")
-    return Slow(
+        return Stock(f"size gate: PyTorch is as fast at every size ({source})")
+    return Stock(
         f"size gate: {work.size:,} {work.unit}; the kernel wins from {int(least):,} ({source})"
     )
 
 
-# ---- Decisions remembered -----------------------------------------------------------------------
+# ---- Floors -------------------------------------------------------------------------------------
 #
-# The gate need not be asked again about a call that it declined. If "PyTorch" is remembered
-# wrongly, the call is slower, but its result is still right.
-
-_MOST = 1024  # calls remembered per op
-_memories: list[set] = []
+# Below the floor of an op, PyTorch runs on every device and in every variant. The public function
+# then calls PyTorch without a question to the gate.
 
 
-def memory() -> set:
-    """A new set for the declined calls of one op."""
-    _memories.append(set())
-    return _memories[-1]
+class Floor:
+    """The floor of one op. Whoever needs it gets each new value through a function.
+
+    The value is -1 while it is unknown: from the start, and after the table or the devices have
+    changed, until the gate is asked about a call of the op.
+    """
+
+    def __init__(self):
+        self._setters: list[Callable[[float], None]] = []
+        self.known = False
+        _floors.append(self)
+
+    def follow(self, setter: Callable[[float], None]) -> None:
+        """Call `setter` with every new value."""
+        self._setters.append(setter)
+
+    def set(self, least: float) -> None:
+        """Tell the value to all who follow. -1: it is unknown."""
+        self.known = least >= 0
+        for setter in self._setters:
+            setter(least)
 
 
-def remember(declined: set, key: tuple) -> None:
-    """Add `key` to `declined`, unless it would keep a tensor alive."""
-    if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(key)):
-        if len(declined) >= _MOST:  # a model whose shapes never repeat
-            declined.clear()
-        declined.add(key)
+_floors: list[Floor] = []
+
+
+def floor(op: str, variants: tuple[str, ...]) -> float:
+    """The least size at which a kernel of `op` wins, in any variant on any device here."""
+    indices = [*range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
+    if INTERPRET or not indices:
+        indices.append(-1)  # tensors on the CPU
+    kinds = {_gpus.architecture(index) for index in indices}
+    return min(crossover(op, kind, variant).least for kind in kinds for variant in variants)
 
 
 def forget() -> None:
-    """Forget all declined calls, because the table or the device has changed."""
-    for declined in _memories:
-        declined.clear()
+    """Forget all floors, because the table or the devices have changed."""
+    for each in _floors:
+        each.set(-1)
 
 
 _gpus.on_change.append(forget)

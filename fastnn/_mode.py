@@ -50,6 +50,7 @@ class Invalid(Stock):
 _lock = threading.Lock()
 _idle = True
 _plain = True  # every mode is "auto" and no `decisions()` is open: earlier decisions stay valid
+_uniform: Mode | None = None  # the mode of every thread, unless a `decisions()` is open
 _watching = 0  # open `decisions()` blocks, in all threads
 _open_modes: list[Mode] = []  # of all open `backend()` blocks, in all threads, oldest first
 _awake = INTERPRET
@@ -58,10 +59,12 @@ _fallback: Mode = _initial  # type: ignore[assignment]  # for threads that opene
 
 def _settle() -> None:
     """Derive `_idle`, `_plain` and `_fallback` from the blocks that are open."""
-    global _idle, _plain, _fallback
+    global _idle, _plain, _fallback, _uniform
     _fallback = _open_modes[-1] if _open_modes else _initial  # type: ignore[assignment]
     _idle = not (_awake or _watching or _initial == "triton" or "triton" in _open_modes)
     _plain = not _watching and all(mode == "auto" for mode in (_initial, *_open_modes))
+    open_modes: set[Any] = {*_open_modes} or {_initial}
+    _uniform = open_modes.pop() if len(open_modes) == 1 and not _watching else None
 
 
 def _wake() -> None:
@@ -79,6 +82,11 @@ _settle()
 def idle() -> bool:
     """True if no kernel can run and no one asks why. PyTorch may then be called directly."""
     return _idle
+
+
+def uniform() -> Mode | None:
+    """The mode that is in force in every thread; None if they differ or somebody asks what ran."""
+    return _uniform
 
 
 def current_mode() -> Mode:

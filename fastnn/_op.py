@@ -24,10 +24,14 @@ from fastnn import _front, _gate, _mode
 from fastnn._function import Function as Function
 from fastnn._function import run as run
 from fastnn._function import second_order as second_order
-from fastnn._gate import Policy, Slow
+from fastnn._gate import Policy
 from fastnn._gate import Work as Work
 from fastnn._graph import launcher as launcher
 from fastnn._mode import BackendError, Invalid, Stock
+from fastnn._plan import active
+from fastnn._plan import impossible as impossible
+from fastnn._plan import reads_setting as reads_setting
+from fastnn._record import Plans
 from fastnn._scalars import rounded as rounded
 from fastnn._strides import is_dense as is_dense
 from fastnn._strides import make_dense, not_strided
@@ -56,23 +60,31 @@ class Op:
     autocast_cpu: Literal["fp32", "lower", None] = None
     compiled: Literal["stock", "opaque"] = "stock"  # what runs it under torch.compile
     opaque: bool = False  # whether its launches are registered, so that a graph can hold them
-    policy: Policy | None = None  # how much work a call is; by default the largest element count
+    policy: Policy | None = None  # how much work a call is; default: elements of the first argument
+    # source of a bound on the size that the policy gives; default: elements of the first argument
+    at_most: str | None = None
     variants: tuple[str, ...] = ("",)  # the variants that the policy may name
-    settings: Callable[[], Any] | None = None  # the PyTorch settings on which the policy depends
+    settings: Callable[[], Any] | None = None  # the PyTorch settings on which a call depends
     source: str = ""
     takes_variant: bool = field(init=False)  # whether `fused` is told which variant to run
     dense_at: tuple[int, ...] = field(init=False)  # positions of arguments that are made dense
     dense_names: frozenset[str] = field(init=False)
-    # the calls that the gate declined
-    declined: set = field(init=False, default_factory=_gate.memory)
+    floor: _gate.Floor = field(init=False, default_factory=_gate.Floor)
+    names: tuple[str, ...] = field(init=False)  # of the public function's parameters
+    keyed_by: int = field(init=False)  # the parameter by whose shape plans are found
+    plans: Plans = field(init=False)
 
     def __post_init__(self):
         declared = inspect.signature(self.fused).parameters
-        at, names = not_strided(self.fused, self.strided)
+        at, dense = not_strided(self.fused, self.strided)
+        names = tuple([p.name for p in _front.parameters(self.fused)])
         for name, value in (
             ("takes_variant", "variant" in declared),
             ("dense_at", at),
-            ("dense_names", names),
+            ("dense_names", dense),
+            ("names", names),
+            ("keyed_by", names.index(_front.below(self, names[0]).tensors[0])),
+            ("plans", Plans(self)),
         ):
             object.__setattr__(self, name, value)
 
@@ -134,10 +146,9 @@ def _refuse_tensor(op: Op, t: Tensor) -> str | None:
 _NO_TENSOR = "there is no tensor among the arguments"
 
 
-def _survey(op: Op, args: tuple, kwargs: dict) -> str | tuple[Tensor, int]:
-    """Why no kernel can take this call, for the reasons that all ops share; else (tensor, most).
+def _survey(op: Op, args: tuple, kwargs: dict) -> str | Tensor:
+    """Why no kernel can take this call, for reasons that all ops share; else one of its tensors.
 
-    tensor: one of the tensors among the arguments. most: the element count of the largest of them.
     Tensors inside tuples and lists count, too.
     """
     if not _mode.HAS_TRITON:
@@ -148,12 +159,12 @@ def _survey(op: Op, args: tuple, kwargs: dict) -> str | tuple[Tensor, int]:
         return "the call is inside torch.jit.trace"
     if forward_ad._current_level >= 0:
         return "forward-mode automatic differentiation is active"
-    if torch._C._len_torch_dispatch_stack():
+    if torch._C._len_torch_dispatch_stack() > (active.recorder is not None):
         return "a torch dispatch mode is active (FakeTensorMode, FlopCounterMode, ...)"
     if torch._C._len_torch_function_stack() and (why := _refuse_mode_stack()):
         return why
     first = None
-    index = most = 0
+    index = 0
     values = [*args, *kwargs.values()]
     for value in values:
         kind = type(value)
@@ -165,7 +176,6 @@ def _survey(op: Op, args: tuple, kwargs: dict) -> str | tuple[Tensor, int]:
                 first, index = value, value.get_device()
             elif index != value.get_device():
                 return "the tensors are on several devices"
-            most = max(most, value.numel())
         elif kind is tuple or kind is list:
             values.extend(value)  # the loop continues with these values
         elif kind not in _SCALARS:
@@ -175,7 +185,7 @@ def _survey(op: Op, args: tuple, kwargs: dict) -> str | tuple[Tensor, int]:
                 return f"an argument overrides torch functions ({kind.__name__})"
     if first is None:
         return _NO_TENSOR
-    return first, most
+    return first
 
 
 # ---- Dispatch -----------------------------------------------------------------------------------
@@ -259,11 +269,8 @@ def intercept(call: Callable[[Op, tuple, dict], Any]) -> Iterator[None]:
         _interceptor = before
 
 
-def dispatch(op: Op, args: tuple, kwargs: dict, key: tuple | None = None):
-    """Run `op` on the path that its record, the arguments and the mode determine.
-
-    If the gate declines the call, `key` is remembered.
-    """
+def dispatch(op: Op, args: tuple, kwargs: dict):
+    """Run `op` on the path that its record, the arguments and the mode determine."""
     if torch.compiler.is_compiling():
         return _dispatch_compiling(op, args, kwargs)
     if _interceptor is not None:
@@ -272,13 +279,13 @@ def dispatch(op: Op, args: tuple, kwargs: dict, key: tuple | None = None):
     if mode == "torch":
         declined = Stock('backend("torch")')
     else:
+        if not op.floor.known and _gate.answers():
+            op.floor.set(_gate.floor(op.name, op.variants))
         declined = _try_kernel(op, args, kwargs, mode)
         if not isinstance(declined, Stock):
             _mode.note(op, None)
             return declined
     _mode.note(op, declined.why)
-    if key is not None and isinstance(declined, Slow):
-        _gate.remember(op.declined, key)
     if mode != "triton":
         return op.stock(*args, **kwargs)
     if isinstance(declined, Invalid):
@@ -299,16 +306,16 @@ def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
     found = _survey(op, args, kwargs)
     if isinstance(found, str):
         return Invalid(found) if found is _NO_TENSOR else Stock(found)
-    tensor, most = found
-    variant = ""
+    tensor, variant = found, ""
     if mode == "auto":
-        index = tensor.get_device()
-        chosen = _gate.decide(op.name, op.policy, most, index, args, kwargs)
+        chosen = _gate.decide(op.name, op.policy, tensor.get_device(), args, kwargs)
         if isinstance(chosen, Stock):
             return chosen
         variant = chosen
     try:
-        return _fused(op, tensor.device.type, args, kwargs, variant)
+        return op.plans.heard(
+            args, kwargs, mode, lambda: _fused(op, tensor.device.type, args, kwargs, variant)
+        )
     # for example, an argument that should be a tensor is not one
     except (AttributeError, TypeError):
         _raise_as_stock(op, args, kwargs)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastnn import kernels
+from fastnn._plan import active
 
 if TYPE_CHECKING:
     from fastnn.kernels._philox import Draw  # type: ignore[import-not-found]
@@ -100,11 +101,30 @@ def _no_state(device: int) -> tuple[Tensor, Tensor]:
 
 def _plain(device: int, seed: int, offset: int, launch: Plan) -> Draw:
     zeros, scratch = _no_state(device)
+    if active.recorder is not None:
+        active.recorder.log.lasting(zeros, scratch)
     Draw = kernels._philox.Draw
     return Draw(seed, offset, zeros, zeros, launch.blocks, launch.vec, scratch)
 
 
 def _draw(device: int, launch: Plan) -> Draw | str:
+    recorder = active.recorder
+    if recorder is None:
+        return _drawn(device, launch)
+    with recorder.log.pause():
+        draw = _drawn(device, launch)
+    recorder.log.drew(device, launch, draw)
+    return draw
+
+
+def numbers(device: int, launch: Plan) -> tuple[int, int]:
+    """The seed and offset of the next draw. Only while no graph is captured."""
+    draw = _drawn(device, launch)
+    assert not isinstance(draw, str) and draw.seed is not None
+    return draw.seed, draw.offset
+
+
+def _drawn(device: int, launch: Plan) -> Draw | str:
     if device < 0:
         seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
         return _plain(device, seed, 0, launch)

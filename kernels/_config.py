@@ -145,6 +145,7 @@ def tunable(*sizes: str) -> Callable[[Callable[..., dict]], Tunable]:
 def _forget() -> None:
     for one in TUNABLES.values():
         one._known.clear()
+    _gpus.changed()
 
 
 @contextmanager

@@ -129,15 +129,15 @@ def simulated(architecture: str) -> Iterator[None]:
     `multiprocessors`.
     """
     _simulated.append(architecture)
-    _changed()
+    changed()
     try:
         yield
     finally:
         _simulated.pop()
-        _changed()
+        changed()
 
 
-def _changed() -> None:
+def changed() -> None:
     for call in on_change:
         call()
 

@@ -9,6 +9,9 @@ has no loop, because it is written for the types of the arguments.
 
 from __future__ import annotations
 
+import inspect
+import threading
+
 import torch
 import triton
 from triton import knobs
@@ -27,6 +30,40 @@ def triton_version() -> str:
 def _hooked(hook) -> bool:
     """Whether a profiler listens to launches. If so, Triton's own path must run."""
     return hook is not None and bool(getattr(hook, "calls", True))
+
+
+class _Listeners(threading.local):
+    log = None
+
+
+listeners = _Listeners()  # `listeners.log` is told about the launches of this thread
+
+
+def listened() -> bool:
+    """Whether a profiler listens to launches."""
+    runtime = knobs.runtime
+    return _hooked(runtime.launch_enter_hook) or _hooked(runtime.launch_exit_hook)
+
+
+def direct(compiled):
+    """(function, the arguments after packed_metadata) by which `compiled.run` launches; or None.
+
+    The function is written in C. It takes: the grid, the stream, the kernel, whether the grid is
+    cooperative, whether launches overlap, packed_metadata, and these arguments, of which the last
+    is the tuple of the kernel's arguments. None if this Triton launches in another way.
+    """
+    run = compiled.run
+    if not triton.__version__.startswith("3.7.") or type(run).__name__ != "CudaLauncher":
+        return None
+    if run.global_scratch_size or run.profile_scratch_size:
+        return None  # memory must be allocated
+    flags = run.launch_cooperative_grid, run.launch_pdl
+    return run.launch, flags, (None,) * 5 + (run.arg_annotations, run.kernel_signature)
+
+
+def current_stream():
+    """The function that gives the current stream of a device, as Triton asks for it."""
+    return driver.active.get_current_stream
 
 
 class Kernel:
@@ -99,9 +136,47 @@ class Kernel:
             if isinstance(arg, torch.Tensor) and not arg.data_ptr() and arg.numel():
                 raise RuntimeError(f"{self.__name__}: a tensor without memory (a zero tensor?)")
 
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the parameters."""
+        return list(inspect.signature(self.fn.fn).parameters)
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether Triton's interpreter runs the kernel."""
+        return self._interpreted
+
+    def compiled(self, args, meta):
+        """What Triton compiled for a launch that was made, and the launcher's constants.
+
+        None if the kernel is interpreted, or if Triton did not return what it compiled.
+        """
+        if self._interpreted:
+            return None
+        known = self._known.get((*map(type, args), *map(type, meta.values()), *meta))
+        if known is None:
+            return None
+        keyer, resolved = known
+        device = args[0].get_device()
+        if device < 0:
+            device = driver.active.get_current_device()
+        return resolved.get(keyer(device, args, meta.values()))
+
     def __call__(self, grid, *args, **meta):
         if 0 in grid:
             return
+        log = listeners.log
+        if log is None:
+            self._run(grid, args, meta)
+            return
+        before, log.paused = log.paused, True
+        try:
+            self._run(grid, args, meta)
+        finally:
+            log.paused = before
+        log.launched(self, grid, args, meta)
+
+    def _run(self, grid, args, meta):
         if self._interpreted:
             self._interpret(grid, args, meta)
             return
@@ -129,8 +204,7 @@ class Kernel:
         keyer, resolved = known
         key = keyer(device, args, meta.values())
         ready = resolved.get(key)
-        runtime = knobs.runtime
-        if ready is None or _hooked(runtime.launch_enter_hook) or _hooked(runtime.launch_exit_hook):
+        if ready is None or listened():
             # Triton's own path compiles on first use, and launches.
             options = meta
             if "maxnreg" in meta and active.get_current_target().backend != "cuda":

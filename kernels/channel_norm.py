@@ -613,6 +613,16 @@ def _whole_config(view, itemsize, most):
     }
 
 
+def reads_once(x, groups, last=False):
+    """Whether both passes hold a whole statistic of x in registers, and so read it once each.
+
+    x, groups, last: as for `fwd`.
+    """
+    view, itemsize = _view(x, groups, last), x.element_size()
+    most = WHOLE_BWD // 2 if x.dtype == torch.float32 else WHOLE_BWD
+    return all(_whole_config(view, itemsize, m) is not None for m in (WHOLE, most))
+
+
 def _whole_launch(view, config):
     """(programs, arguments C, S, N and D) for a `_whole_config`."""
     blocks = cdiv(view.C, view.D if view.D > 1 else config["BLOCK_C"])

@@ -384,6 +384,13 @@ def _norm_bwd_sum_kernel(
         _sum_partials(PARTIALS, DB, G, N, cols, BLOCK_G, BLOCK_N)
 
 
+def reads_once(N, itemsize):
+    """Whether both passes hold a dense row of N values in registers, and so read it once each."""
+    unit = math.gcd(N, 8)
+    most = ROW_BWD // 2 if itemsize == 4 else ROW_BWD
+    return _rows.fits(N, unit, ROW) and _rows.fits(N, unit, most)
+
+
 def _processors(device_index):
     if _gpus.architecture(device_index) == "cpu":
         return 2  # in the interpreter, so that programs loop and their partial sums are added up

@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from fastnn import _cli, _gate, _mode
+from fastnn import _cli, _gate, _mode, _record, _runner
 from fastnn._op import Op
 from fastnn.kernels import _gpus
 
@@ -34,6 +34,14 @@ def devices() -> list[str]:
     if torch.backends.mps.is_available():
         lines.append("mps: runs stock, kernels need CUDA or ROCm")
     return lines
+
+
+def plans() -> str:
+    """Whether repeated calls are replayed, in words."""
+    if not _record.enabled():
+        return "no: FASTNN_PLANS=0"
+    why = _runner.unavailable()
+    return "replayed in Python" if why is None else f"no: {why}"
 
 
 def path(op: Op, why: str | None) -> str:
@@ -77,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     why = _cli.why_no_kernels()
     how = "yes, interpreted on the CPU: slow, for tests" if _mode.INTERPRET else "yes"
     facts.add_row("kernels", how if why is None else f"no: {why}")
+    facts.add_row("plans", plans())
     console.print(facts)
 
     table = Table(title=f"{len(REGISTRY)} ops with kernels, forward and backward")

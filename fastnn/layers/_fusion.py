@@ -101,6 +101,9 @@ class Rule(NamedTuple):
     """Of the input, of what is told of each member, and of what the container adds: the op's."""
     neighbours: bool = True
     """Whether each member takes what the one before returned, and nothing else."""
+    small: Callable[[Any, Any], bool] = lambda x, leader: False
+    """Of the input and the first member: whether the call is below the floor of the op. In `auto`
+    PyTorch then runs it, as the members do by themselves."""
 
 
 LINEAR = Place({Linear: _itself})
@@ -141,12 +144,16 @@ LINEAR_ACT = Rule(
         *act,
         *noise,
     ),
+    small=lambda x, linear: linear_act.small(  # type: ignore[attr-defined]
+        x, getattr(linear, "_parameters", {}).get("weight")
+    ),
 )
 DROPOUT_ADD = Rule(
     dropout_add,
     (DROPOUT,),
     lambda z, noise, residual: (z, residual, *noise),
     neighbours=False,
+    small=lambda z, leader: dropout_add.small(z),  # type: ignore[attr-defined]
 )
 DROPOUT_ADD_LAYER_NORM = Rule(
     dropout_add_layer_norm,
@@ -155,6 +162,7 @@ DROPOUT_ADD_LAYER_NORM = Rule(
         z, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps, *noise, prenorm,
     ),
     neighbours=False,
+    small=lambda z, leader: dropout_add_layer_norm.small(z),  # type: ignore[attr-defined]
 )  # fmt: skip
 DROPOUT_ADD_RMS_NORM = Rule(
     dropout_add_rms_norm,
@@ -163,21 +171,31 @@ DROPOUT_ADD_RMS_NORM = Rule(
         z, residual, norm.normalized_shape, norm.weight, norm.eps, *noise, prenorm,
     ),
     neighbours=False,
+    small=lambda z, leader: dropout_add_rms_norm.small(z),  # type: ignore[attr-defined]
 )  # fmt: skip
 
 RULES: tuple[Rule, ...] = (
     LINEAR_ACT,
     # The norm counts the batch where it says what it is given: only if the op runs.
-    Rule(batch_norm_act, (BATCH_NORM, ACTIVATION), lambda x, norm, a: (*norm._arguments(x), *a)),
+    Rule(
+        batch_norm_act,
+        (BATCH_NORM, ACTIVATION),
+        lambda x, norm, act: (*norm._arguments(x), *act),
+        small=lambda x, leader: batch_norm_act.small(x),  # type: ignore[attr-defined]
+    ),
     Rule(
         group_norm_act,
         (GROUP_NORM, ACTIVATION),
         lambda x, norm, act: (x, norm.num_groups, norm.weight, norm.bias, norm.eps, *act),
+        small=lambda x, leader: group_norm_act.small(x),  # type: ignore[attr-defined]
     ),
     DROPOUT_ADD,
     DROPOUT_ADD_LAYER_NORM,
     DROPOUT_ADD_RMS_NORM,
 )
+
+# The class of a member that leads neighbours -> the rule for them.
+LEADERS = {cls: rule for rule in RULES if rule.neighbours for cls in rule.places[0].tells}
 
 # ---- The matcher --------------------------------------------------------------------------------
 
@@ -311,7 +329,12 @@ def grouped(members: list) -> tuple[Group | None, ...] | None:
 
 
 def run_neighbours(group: Group, members: list, i: int, input: Any) -> tuple[int, Any]:
-    """(index after the members that ran as one op, what it returned); (i, input) if none did."""
+    """(index after the members that ran as one op, what it returned); (i, input) if none did.
+
+    None do if the op would run PyTorch because of its size: the members do the same by themselves.
+    """
+    if group.rule.small(input, members[i]):
+        return i, input
     what = []
     end = i
     for place, cls in group.places:

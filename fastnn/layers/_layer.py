@@ -19,6 +19,7 @@ from typing import Any
 import torch.fx
 import torch.nn
 
+from fastnn import _front as _front_of_op
 from fastnn import _mode
 
 STOCK: dict[type, type] = {}  # accelerated class -> the stock class it stands for
@@ -79,14 +80,17 @@ def watched(*layers: Any) -> str | None:
     return None
 
 
-def _front(cls: type, its: type, name: str, method: Any) -> Any:
+def _front(cls: type, its: type, name: str, method: Any, op: Any) -> Any:
     """The function that the class gets under `name`, in place of `method`.
 
     It calls the stock class's method if that one was replaced and ours was not. It calls PyTorch's
-    method if no kernel can run. Else it calls `method`. It is generated as source code from the
-    signature, so that arguments bind and fail as declared.
+    method if no kernel can run, or if the call is below the floor of `op`, the record of the op
+    that `method` runs (None: of several, or of none). Else it calls `method`. It is generated as
+    source code from the signature, so that arguments bind and fail as declared.
     """
-    declared, passed, defaults = [], [], {}
+    declared: list[str] = []
+    passed: list[str] = []
+    defaults: dict[str, Any] = dict(_front_of_op.BELOW)
     for p in signature(method).parameters.values():
         assert p.kind is Parameter.POSITIONAL_OR_KEYWORD, (cls, name, p)
         declared.append(p.name if p.default is p.empty else f"{p.name}=_{p.name}")
@@ -94,16 +98,34 @@ def _front(cls: type, its: type, name: str, method: Any) -> Any:
         if p.default is not p.empty:
             defaults[f"_{p.name}"] = p.default
     given = ", ".join(passed)
+    small = []
+    if op is not None:
+        asked = _front_of_op.below(op, passed[1])
+        assert {*asked.tensors, *asked.others} <= {*passed}, (cls, asked)
+        small = [
+            f"        elif _mode._plain and {asked.ready}:",
+            "            try:",
+            f"                _is_small = {asked.size} < _the_floor",
+            "            except Exception:",
+            "                _is_small = False",
+            "            if _is_small:",
+            f"                return made({given})",
+        ]
     lines = [
         f"def make(_mode, cls, its, made, ours, {', '.join(defaults)}):",
+        "    _the_floor = -1",
         f"    def {name}({', '.join(declared)}):",
         f"        if its.{name} is not made:",
         f"            if cls.{name} is {name}:",
         f"                return its.{name}({given})",
         "        elif _mode._idle:",
         f"            return made({given})",
+        *small,
         f"        return ours({given})",
-        f"    return {name}",
+        "    def set_floor(least):",
+        "        nonlocal _the_floor",
+        "        _the_floor = least",
+        f"    return {name}, set_floor",
     ]
     file = f"<{cls.__module__}.{cls.__name__}.{name}>"
     source = "\n".join(lines) + "\n"
@@ -112,7 +134,9 @@ def _front(cls: type, its: type, name: str, method: Any) -> Any:
     # TorchScript compiles the source of `method`, and looks up its names in these globals.
     exec(compile(source, file, "exec"), method.__globals__, scope)
     made = as_torch_made(getattr(its, name))
-    front = scope["make"](_mode, cls, its, made, method, **defaults)
+    front, set_floor = scope["make"](_mode, cls, its, made, method, **defaults)
+    if op is not None:
+        op.floor.follow(set_floor)
     return functools.update_wrapper(front, method)
 
 
@@ -122,10 +146,13 @@ def _front(cls: type, its: type, name: str, method: Any) -> Any:
 class Layer(ABCMeta):
     """Metaclass of accelerated layers. `class ReLU(stock.ReLU, metaclass=Layer)` registers one.
 
+    `op=F.relu` names the function that `forward` calls with its first argument first, if it calls
+    no other. Calls that are too small for its kernels then go to PyTorch's `forward` at once.
+
     It derives from ABCMeta, so that users can still mix `abc.ABC` into their subclasses.
     """
 
-    def __new__(mcls, name, bases, namespace, **kwargs):
+    def __new__(mcls, name, bases, namespace, op=None, **kwargs):
         ours = namespace.get("__module__", "").startswith("fastnn.layers.")
         if ours:
             namespace.setdefault("__doc__", bases[0].__doc__)
@@ -135,7 +162,8 @@ class Layer(ABCMeta):
             STOCK[cls], OURS[its] = its, cls
             for key, method in namespace.items():
                 if isinstance(method, FunctionType) and hasattr(its, key) and key[:2] != "__":
-                    setattr(cls, key, _front(cls, its, key, method))
+                    record = op.op if op is not None and key == "forward" else None
+                    setattr(cls, key, _front(cls, its, key, method, record))
             its_forward = as_torch_made(its.forward)
             _AS_MADE[cls] = cls.forward, its, its_forward
             _AS_MADE[its] = its_forward, its, its_forward

@@ -36,32 +36,32 @@ __all__ = [
 ]
 
 
-class Threshold(stock.Threshold, metaclass=Layer):
+class Threshold(stock.Threshold, metaclass=Layer, op=F.threshold):
     def forward(self, input):
         return F.threshold(input, self.threshold, self.value, self.inplace)
 
 
-class ReLU(stock.ReLU, metaclass=Layer):
+class ReLU(stock.ReLU, metaclass=Layer, op=F.relu):
     def forward(self, input):
         return F.relu(input, inplace=self.inplace)
 
 
-class RReLU(stock.RReLU, metaclass=Layer):
+class RReLU(stock.RReLU, metaclass=Layer, op=F.rrelu):
     def forward(self, input):
         return F.rrelu(input, self.lower, self.upper, self.training, self.inplace)
 
 
-class Hardtanh(stock.Hardtanh, metaclass=Layer):
+class Hardtanh(stock.Hardtanh, metaclass=Layer, op=F.hardtanh):
     def forward(self, input):
         return F.hardtanh(input, self.min_val, self.max_val, self.inplace)
 
 
-class ReLU6(stock.ReLU6, metaclass=Layer):
+class ReLU6(stock.ReLU6, metaclass=Layer, op=F.hardtanh):
     def forward(self, input):
         return F.hardtanh(input, self.min_val, self.max_val, self.inplace)
 
 
-class Sigmoid(stock.Sigmoid, metaclass=Layer):
+class Sigmoid(stock.Sigmoid, metaclass=Layer, op=F.sigmoid):
     def forward(self, input):
         if not isinstance(input, Tensor):
             # as PyTorch's layer does: its error differs from that of F.sigmoid
@@ -69,79 +69,79 @@ class Sigmoid(stock.Sigmoid, metaclass=Layer):
         return F.sigmoid(input)
 
 
-class Hardsigmoid(stock.Hardsigmoid, metaclass=Layer):
+class Hardsigmoid(stock.Hardsigmoid, metaclass=Layer, op=F.hardsigmoid):
     def forward(self, input):
         return F.hardsigmoid(input, self.inplace)
 
 
-class Tanh(stock.Tanh, metaclass=Layer):
+class Tanh(stock.Tanh, metaclass=Layer, op=F.tanh):
     def forward(self, input):
         if not isinstance(input, Tensor):
             return torch.tanh(input)  # as in Sigmoid
         return F.tanh(input)
 
 
-class SiLU(stock.SiLU, metaclass=Layer):
+class SiLU(stock.SiLU, metaclass=Layer, op=F.silu):
     def forward(self, input):
         return F.silu(input, inplace=self.inplace)
 
 
-class Mish(stock.Mish, metaclass=Layer):
+class Mish(stock.Mish, metaclass=Layer, op=F.mish):
     def forward(self, input):
         return F.mish(input, inplace=self.inplace)
 
 
-class Hardswish(stock.Hardswish, metaclass=Layer):
+class Hardswish(stock.Hardswish, metaclass=Layer, op=F.hardswish):
     def forward(self, input):
         return F.hardswish(input, self.inplace)
 
 
-class ELU(stock.ELU, metaclass=Layer):
+class ELU(stock.ELU, metaclass=Layer, op=F.elu):
     def forward(self, input):
         return F.elu(input, self.alpha, self.inplace)
 
 
-class CELU(stock.CELU, metaclass=Layer):
+class CELU(stock.CELU, metaclass=Layer, op=F.celu):
     def forward(self, input):
         return F.celu(input, self.alpha, self.inplace)
 
 
-class SELU(stock.SELU, metaclass=Layer):
+class SELU(stock.SELU, metaclass=Layer, op=F.selu):
     def forward(self, input):
         return F.selu(input, self.inplace)
 
 
-class GLU(stock.GLU, metaclass=Layer):
+class GLU(stock.GLU, metaclass=Layer, op=F.glu):
     def forward(self, input):
         return F.glu(input, self.dim)
 
 
-class GELU(stock.GELU, metaclass=Layer):
+class GELU(stock.GELU, metaclass=Layer, op=F.gelu):
     def forward(self, input):
         return F.gelu(input, approximate=self.approximate)
 
 
-class Hardshrink(stock.Hardshrink, metaclass=Layer):
+class Hardshrink(stock.Hardshrink, metaclass=Layer, op=F.hardshrink):
     def forward(self, input):
         return F.hardshrink(input, self.lambd)
 
 
-class LeakyReLU(stock.LeakyReLU, metaclass=Layer):
+class LeakyReLU(stock.LeakyReLU, metaclass=Layer, op=F.leaky_relu):
     def forward(self, input):
         return F.leaky_relu(input, self.negative_slope, self.inplace)
 
 
-class LogSigmoid(stock.LogSigmoid, metaclass=Layer):
+class LogSigmoid(stock.LogSigmoid, metaclass=Layer, op=F.logsigmoid):
     def forward(self, input):
         return F.logsigmoid(input)
 
 
-class Softplus(stock.Softplus, metaclass=Layer):
+class Softplus(stock.Softplus, metaclass=Layer, op=F.softplus):
     def forward(self, input):
         return F.softplus(input, self.beta, self.threshold)
 
 
-class Softshrink(stock.Softshrink, metaclass=Layer):
+class Softshrink(stock.Softshrink, metaclass=Layer, op=F.softshrink):
     def forward(self, input):
         return F.softshrink(input, self.lambd)
 
@@ -151,16 +151,16 @@ class MultiheadAttention(stock.MultiheadAttention, metaclass=Layer):
     forward = rebound(stock.MultiheadAttention.forward, F=F)
 
 
-class PReLU(stock.PReLU, metaclass=Layer):
+class PReLU(stock.PReLU, metaclass=Layer, op=F.prelu):
     def forward(self, input):
         return F.prelu(input, self.weight)
 
 
-class Softsign(stock.Softsign, metaclass=Layer):
+class Softsign(stock.Softsign, metaclass=Layer, op=F.softsign):
     def forward(self, input):
         return F.softsign(input)
 
 
-class Tanhshrink(stock.Tanhshrink, metaclass=Layer):
+class Tanhshrink(stock.Tanhshrink, metaclass=Layer, op=F.tanhshrink):
     def forward(self, input):
         return F.tanhshrink(input)

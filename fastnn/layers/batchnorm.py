@@ -43,34 +43,34 @@ def _forward(self, input):
     return F.batch_norm(*self._arguments(input))
 
 
-class BatchNorm1d(stock.BatchNorm1d, metaclass=Layer):
+class BatchNorm1d(stock.BatchNorm1d, metaclass=Layer, op=F.batch_norm):
     _arguments = _arguments
     forward = _forward
 
 
-class LazyBatchNorm1d(stock.LazyBatchNorm1d, metaclass=Layer):
+class LazyBatchNorm1d(stock.LazyBatchNorm1d, metaclass=Layer, op=F.batch_norm):
     cls_to_become = BatchNorm1d  # type: ignore[assignment]
     _arguments = _arguments
     forward = _forward
 
 
-class BatchNorm2d(stock.BatchNorm2d, metaclass=Layer):
+class BatchNorm2d(stock.BatchNorm2d, metaclass=Layer, op=F.batch_norm):
     _arguments = _arguments
     forward = _forward
 
 
-class LazyBatchNorm2d(stock.LazyBatchNorm2d, metaclass=Layer):
+class LazyBatchNorm2d(stock.LazyBatchNorm2d, metaclass=Layer, op=F.batch_norm):
     cls_to_become = BatchNorm2d  # type: ignore[assignment]
     _arguments = _arguments
     forward = _forward
 
 
-class BatchNorm3d(stock.BatchNorm3d, metaclass=Layer):
+class BatchNorm3d(stock.BatchNorm3d, metaclass=Layer, op=F.batch_norm):
     _arguments = _arguments
     forward = _forward
 
 
-class LazyBatchNorm3d(stock.LazyBatchNorm3d, metaclass=Layer):
+class LazyBatchNorm3d(stock.LazyBatchNorm3d, metaclass=Layer, op=F.batch_norm):
     cls_to_become = BatchNorm3d  # type: ignore[assignment]
     _arguments = _arguments
     forward = _forward

@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 import torch.nn as stock
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastnn import _mode
-from fastnn._mode import current_mode, idle
-from fastnn.layers._fusion import grouped, plainly, run_neighbours
+from fastnn._mode import current_mode
+from fastnn.layers._fusion import LEADERS, grouped, plainly, run_neighbours
 from fastnn.layers._layer import Layer
 
 __all__ = ["Sequential"]
@@ -25,13 +26,27 @@ def _one_by_one(members, input):
 
 
 def _forward(sequential, input):
-    if idle() or torch.compiler.is_compiling():
+    if is_dynamo_compiling():
         return _one_by_one(sequential, input)
-    members = list(sequential)
+    for i, module in enumerate(sequential._modules.values()):
+        rule = LEADERS.get(type(module))
+        if rule is not None and type(input) is Tensor and not rule.small(input, module):
+            return _in_groups([*sequential._modules.values()], i, input)
+        input = module(input)
+    return input
+
+
+def _in_groups(members, i, input):
+    """What the members from the i-th on make of `input`; groups of them run as one op."""
     groups = grouped(members)
-    if groups is None or plainly() or (not _mode._plain and current_mode() == "torch"):
-        return _one_by_one(members, input)
-    i, last = 0, len(members)
+    if (
+        groups is None
+        or torch.compiler.is_compiling()
+        or plainly()
+        or (not _mode._plain and current_mode() == "torch")
+    ):
+        return _one_by_one(members[i:], input)
+    last = len(members)
     while i < last:
         group = groups[i]
         if group is not None and type(input) is Tensor:

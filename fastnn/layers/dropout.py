@@ -15,31 +15,31 @@ __all__ = [
 ]
 
 
-class Dropout(stock.Dropout, metaclass=Layer):
+class Dropout(stock.Dropout, metaclass=Layer, op=F.dropout):
     def forward(self, input):
         return F.dropout(input, self.p, self.training, self.inplace)
 
 
-class Dropout1d(stock.Dropout1d, metaclass=Layer):
+class Dropout1d(stock.Dropout1d, metaclass=Layer, op=F.dropout1d):
     def forward(self, input):
         return F.dropout1d(input, self.p, self.training, self.inplace)
 
 
-class Dropout2d(stock.Dropout2d, metaclass=Layer):
+class Dropout2d(stock.Dropout2d, metaclass=Layer, op=F.dropout2d):
     def forward(self, input):
         return F.dropout2d(input, self.p, self.training, self.inplace)
 
 
-class Dropout3d(stock.Dropout3d, metaclass=Layer):
+class Dropout3d(stock.Dropout3d, metaclass=Layer, op=F.dropout3d):
     def forward(self, input):
         return F.dropout3d(input, self.p, self.training, self.inplace)
 
 
-class AlphaDropout(stock.AlphaDropout, metaclass=Layer):
+class AlphaDropout(stock.AlphaDropout, metaclass=Layer, op=F.alpha_dropout):
     def forward(self, input):
         return F.alpha_dropout(input, self.p, self.training)
 
 
-class FeatureAlphaDropout(stock.FeatureAlphaDropout, metaclass=Layer):
+class FeatureAlphaDropout(stock.FeatureAlphaDropout, metaclass=Layer, op=F.feature_alpha_dropout):
     def forward(self, input):
         return F.feature_alpha_dropout(input, self.p, self.training)

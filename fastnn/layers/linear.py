@@ -8,12 +8,12 @@ from fastnn.layers._layer import Layer
 __all__ = ["LazyLinear", "Linear"]
 
 
-class Linear(stock.Linear, metaclass=Layer):
+class Linear(stock.Linear, metaclass=Layer, op=F.linear):
     def forward(self, input):
         return F.linear(input, self.weight, self.bias)
 
 
-class LazyLinear(stock.LazyLinear, metaclass=Layer):
+class LazyLinear(stock.LazyLinear, metaclass=Layer, op=F.linear):
     cls_to_become = Linear  # type: ignore[assignment]
 
     def forward(self, input):

@@ -32,12 +32,12 @@ __all__ = [
 ]
 
 
-class L1Loss(stock.L1Loss, metaclass=Layer):
+class L1Loss(stock.L1Loss, metaclass=Layer, op=F.l1_loss):
     def forward(self, input, target):
         return F.l1_loss(input, target, reduction=self.reduction)
 
 
-class NLLLoss(stock.NLLLoss, metaclass=Layer):
+class NLLLoss(stock.NLLLoss, metaclass=Layer, op=F.nll_loss):
     def forward(self, input, target):
         return F.nll_loss(
             input,
@@ -57,7 +57,7 @@ with warnings.catch_warnings():
         forward = NLLLoss.forward
 
 
-class PoissonNLLLoss(stock.PoissonNLLLoss, metaclass=Layer):
+class PoissonNLLLoss(stock.PoissonNLLLoss, metaclass=Layer, op=F.poisson_nll_loss):
     def forward(self, log_input, target):
         return F.poisson_nll_loss(
             log_input,
@@ -69,61 +69,65 @@ class PoissonNLLLoss(stock.PoissonNLLLoss, metaclass=Layer):
         )
 
 
-class GaussianNLLLoss(stock.GaussianNLLLoss, metaclass=Layer):
+class GaussianNLLLoss(stock.GaussianNLLLoss, metaclass=Layer, op=F.gaussian_nll_loss):
     def forward(self, input, target, var):
         return F.gaussian_nll_loss(
             input, target, var, full=self.full, eps=self.eps, reduction=self.reduction
         )
 
 
-class KLDivLoss(stock.KLDivLoss, metaclass=Layer):
+class KLDivLoss(stock.KLDivLoss, metaclass=Layer, op=F.kl_div):
     def forward(self, input, target):
         return F.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
 
 
-class MSELoss(stock.MSELoss, metaclass=Layer):
+class MSELoss(stock.MSELoss, metaclass=Layer, op=F.mse_loss):
     def forward(self, input, target):
         return F.mse_loss(input, target, reduction=self.reduction)
 
 
-class BCELoss(stock.BCELoss, metaclass=Layer):
+class BCELoss(stock.BCELoss, metaclass=Layer, op=F.binary_cross_entropy):
     def forward(self, input, target):
         return F.binary_cross_entropy(input, target, weight=self.weight, reduction=self.reduction)
 
 
-class BCEWithLogitsLoss(stock.BCEWithLogitsLoss, metaclass=Layer):
+class BCEWithLogitsLoss(
+    stock.BCEWithLogitsLoss, metaclass=Layer, op=F.binary_cross_entropy_with_logits
+):
     def forward(self, input, target):
         return F.binary_cross_entropy_with_logits(
             input, target, self.weight, pos_weight=self.pos_weight, reduction=self.reduction
         )
 
 
-class HingeEmbeddingLoss(stock.HingeEmbeddingLoss, metaclass=Layer):
+class HingeEmbeddingLoss(stock.HingeEmbeddingLoss, metaclass=Layer, op=F.hinge_embedding_loss):
     def forward(self, input, target):
         return F.hinge_embedding_loss(input, target, margin=self.margin, reduction=self.reduction)
 
 
-class MultiLabelMarginLoss(stock.MultiLabelMarginLoss, metaclass=Layer):
+class MultiLabelMarginLoss(
+    stock.MultiLabelMarginLoss, metaclass=Layer, op=F.multilabel_margin_loss
+):
     def forward(self, input, target):
         return F.multilabel_margin_loss(input, target, reduction=self.reduction)
 
 
-class SmoothL1Loss(stock.SmoothL1Loss, metaclass=Layer):
+class SmoothL1Loss(stock.SmoothL1Loss, metaclass=Layer, op=F.smooth_l1_loss):
     def forward(self, input, target):
         return F.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
 
 
-class HuberLoss(stock.HuberLoss, metaclass=Layer):
+class HuberLoss(stock.HuberLoss, metaclass=Layer, op=F.huber_loss):
     def forward(self, input, target):
         return F.huber_loss(input, target, reduction=self.reduction, delta=self.delta)
 
 
-class SoftMarginLoss(stock.SoftMarginLoss, metaclass=Layer):
+class SoftMarginLoss(stock.SoftMarginLoss, metaclass=Layer, op=F.soft_margin_loss):
     def forward(self, input, target):
         return F.soft_margin_loss(input, target, reduction=self.reduction)
 
 
-class CrossEntropyLoss(stock.CrossEntropyLoss, metaclass=Layer):
+class CrossEntropyLoss(stock.CrossEntropyLoss, metaclass=Layer, op=F.cross_entropy):
     def forward(self, input, target):
         return F.cross_entropy(
             input,
@@ -135,28 +139,30 @@ class CrossEntropyLoss(stock.CrossEntropyLoss, metaclass=Layer):
         )
 
 
-class MultiLabelSoftMarginLoss(stock.MultiLabelSoftMarginLoss, metaclass=Layer):
+class MultiLabelSoftMarginLoss(
+    stock.MultiLabelSoftMarginLoss, metaclass=Layer, op=F.multilabel_soft_margin_loss
+):
     def forward(self, input, target):
         return F.multilabel_soft_margin_loss(
             input, target, weight=self.weight, reduction=self.reduction
         )
 
 
-class CosineEmbeddingLoss(stock.CosineEmbeddingLoss, metaclass=Layer):
+class CosineEmbeddingLoss(stock.CosineEmbeddingLoss, metaclass=Layer, op=F.cosine_embedding_loss):
     def forward(self, input1, input2, target):
         return F.cosine_embedding_loss(
             input1, input2, target, margin=self.margin, reduction=self.reduction
         )
 
 
-class MarginRankingLoss(stock.MarginRankingLoss, metaclass=Layer):
+class MarginRankingLoss(stock.MarginRankingLoss, metaclass=Layer, op=F.margin_ranking_loss):
     def forward(self, input1, input2, target):
         return F.margin_ranking_loss(
             input1, input2, target, margin=self.margin, reduction=self.reduction
         )
 
 
-class MultiMarginLoss(stock.MultiMarginLoss, metaclass=Layer):
+class MultiMarginLoss(stock.MultiMarginLoss, metaclass=Layer, op=F.multi_margin_loss):
     def forward(self, input, target):
         return F.multi_margin_loss(
             input,
@@ -168,7 +174,7 @@ class MultiMarginLoss(stock.MultiMarginLoss, metaclass=Layer):
         )
 
 
-class TripletMarginLoss(stock.TripletMarginLoss, metaclass=Layer):
+class TripletMarginLoss(stock.TripletMarginLoss, metaclass=Layer, op=F.triplet_margin_loss):
     def forward(self, anchor, positive, negative):
         return F.triplet_margin_loss(
             anchor,

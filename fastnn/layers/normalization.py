@@ -8,21 +8,21 @@ from fastnn.layers._layer import Layer
 __all__ = ["GroupNorm", "LayerNorm", "LocalResponseNorm", "RMSNorm"]
 
 
-class LocalResponseNorm(stock.LocalResponseNorm, metaclass=Layer):
+class LocalResponseNorm(stock.LocalResponseNorm, metaclass=Layer, op=F.local_response_norm):
     def forward(self, input):
         return F.local_response_norm(input, self.size, self.alpha, self.beta, self.k)
 
 
-class LayerNorm(stock.LayerNorm, metaclass=Layer):
+class LayerNorm(stock.LayerNorm, metaclass=Layer, op=F.layer_norm):
     def forward(self, input):
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-class GroupNorm(stock.GroupNorm, metaclass=Layer):
+class GroupNorm(stock.GroupNorm, metaclass=Layer, op=F.group_norm):
     def forward(self, input):
         return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
-class RMSNorm(stock.RMSNorm, metaclass=Layer):
+class RMSNorm(stock.RMSNorm, metaclass=Layer, op=F.rms_norm):
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)

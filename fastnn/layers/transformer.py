@@ -52,9 +52,9 @@ class _Fused:
         """All of stock's `_ff_block` but for the last dropout."""
         layer = self.layer
         linear, activation, dropout = layer.linear1, layer.activation, layer.dropout
-        what = fit(
-            LINEAR_ACT, (linear, activation, dropout), ("linear1", "the activation", "dropout")
-        )
+        members = linear, activation, dropout
+        names = "linear1", "the activation", "dropout"
+        what = None if LINEAR_ACT.small(x, linear) else fit(LINEAR_ACT, members, names)
         if what is None:
             x = dropout(activation(linear(x)))
         else:
@@ -63,7 +63,9 @@ class _Fused:
 
     def add(self, x: Tensor, z: Tensor, dropout) -> Tensor:
         """x + dropout(z)"""
-        what = fit(DROPOUT_ADD, (dropout,), ("a dropout",))
+        what = (
+            None if DROPOUT_ADD.small(z, dropout) else fit(DROPOUT_ADD, (dropout,), ("a dropout",))
+        )
         if what is None:
             return x + dropout(z)
         if not dropout.training or dropout.p == 0:
@@ -74,7 +76,7 @@ class _Fused:
         """norm(x + dropout(z)); (x + dropout(z), its norm) if `prenorm`."""
         rms = counts_as(norm) is RMSNorm
         rule = DROPOUT_ADD_RMS_NORM if rms else DROPOUT_ADD_LAYER_NORM
-        what = fit(rule, (dropout, norm), ("a dropout", "a norm"))
+        what = None if rule.small(z, norm) else fit(rule, (dropout, norm), ("a dropout", "a norm"))
         if what is None:
             s = x + dropout(z)
             return (s, norm(s)) if prenorm else norm(s)

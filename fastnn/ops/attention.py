@@ -265,6 +265,7 @@ def _settings():
     autocast="lower",
     autocast_cpu="lower",
     policy=_weights,
+    at_most="query.numel() // query.size(-1) * key.size(-2)",
     settings=_settings,
     variants=("", BESIDE_FUSED),
     source="arXiv:2307.08691 (FlashAttention-2)",

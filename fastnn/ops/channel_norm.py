@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, Stock, Work, op, rounded, run, second_order
+from fastnn._op import Function, Invalid, Stock, Work, impossible, op, rounded, run, second_order
 from fastnn.ops.linear import _ACTIVATIONS, _activate
 
 
@@ -223,9 +223,25 @@ def _group_norm(input, num_groups, weight, bias, eps, out_dtype, act=None):
     return run(ChannelNorm, input, weight, bias, None, None, None, spec)
 
 
+# Variants by what is saved. If the kernels hold the values of a statistic in registers, they read
+# them once, and PyTorch reads them twice. If they do not, they make as many passes as PyTorch. For
+# group norm of channels-last tensors, PyTorch makes copies.
+SEVERAL = "several passes"
+CHANNELS_LAST = "channels last"
+
+
+def _of_groups(input, num_groups, *rest, **options):
+    """The gate's policy: the number of elements, and what is saved."""
+    last = _format(input) is not torch.contiguous_format
+    once = kernels.channel_norm.reads_once(input, num_groups, last)
+    return Work(input.numel(), variant=CHANNELS_LAST if last else "" if once else SEVERAL)
+
+
 @op(
     stock=stock.group_norm,
     strided=("input",),
+    policy=_of_groups,
+    variants=("", SEVERAL, CHANNELS_LAST),
     autocast="fp32",
     source="arXiv:1803.08494; statistics: Welford (1962), Chan, Golub, LeVeque (1979)",
 )
@@ -267,12 +283,21 @@ def _in_training(input, mean, var, weight=None, bias=None, training=False, *rest
     """The gate's policy: in eval mode no pass can be saved."""
     if not training:
         return Stock("training=False: PyTorch also makes one pass")
-    return Work(input.numel())
+    last = _format(input) is not torch.contiguous_format
+    once = kernels.channel_norm.reads_once(input, 0, last)
+    return Work(input.numel(), variant="" if once else SEVERAL)
+
+
+def _of_instances(input, *rest, **options):
+    """The gate's policy: the number of elements, and what is saved."""
+    once = kernels.channel_norm.reads_once(input, input.shape[1])
+    return Work(input.numel(), variant="" if once else SEVERAL)
 
 
 @op(
     stock=stock.batch_norm,
     policy=_in_training,
+    variants=("", SEVERAL),
     strided=("input", "running_mean", "running_var"),
     source="arXiv:1502.03167; statistics: Welford (1962), Chan, Golub, LeVeque (1979)",
 )
@@ -289,6 +314,8 @@ def batch_norm(
 
 @op(
     stock=stock.instance_norm,
+    policy=_of_instances,
+    variants=("", SEVERAL),
     strided=("input", "running_mean", "running_var"),
     source="arXiv:1607.08022; statistics: Welford (1962), Chan, Golub, LeVeque (1979)",
 )
@@ -330,6 +357,7 @@ def instance_norm(
     spec = Spec(C, float(eps), momentum=float(momentum))
     y = run(ChannelNorm, input, weight, bias, None, running_mean, running_var, spec)
     if running_mean is not None and not running_mean.is_inference():
+        impossible("it counts a version")  # a plan would not
         torch.autograd.graph.increment_version((running_mean, running_var))
     return y
 

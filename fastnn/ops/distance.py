@@ -253,7 +253,13 @@ def _along(x1, x2, dim=1, eps=1e-8):
     return _in_rows(x1, x2, dim=dim)
 
 
-@op(stock=stock.cosine_similarity, strided=("x1", "x2"), policy=_along, autocast="fp32")
+@op(
+    stock=stock.cosine_similarity,
+    strided=("x1", "x2"),
+    policy=_along,
+    at_most="max(x1.numel(), x2.numel())",
+    autocast="fp32",
+)
 def cosine_similarity(x1, x2, dim=1, eps=1e-8, *, out_dtype=None):
     """Fused: one kernel per direction. PyTorch's chain needs 35."""
     why = refuse((x1, x2), "none")
@@ -271,7 +277,13 @@ def cosine_similarity(x1, x2, dim=1, eps=1e-8, *, out_dtype=None):
     return _rows(COSINE, xs, found[1], (2.0, float(eps), 0.0), 2, False, None, dtype)
 
 
-@op(stock=stock.pairwise_distance, strided=("x1", "x2"), policy=_in_rows, autocast="fp32")
+@op(
+    stock=stock.pairwise_distance,
+    strided=("x1", "x2"),
+    policy=_in_rows,
+    at_most="max(x1.numel(), x2.numel())",
+    autocast="fp32",
+)
 def pairwise_distance(x1, x2, p=2.0, eps=1e-6, keepdim=False, *, out_dtype=None):
     """Fused for positive exponents up to 64."""
     why = refuse((x1, x2), "none")
@@ -293,9 +305,15 @@ def pairwise_distance(x1, x2, p=2.0, eps=1e-6, keepdim=False, *, out_dtype=None)
     return y.unsqueeze(-1) if keepdim else y
 
 
-@op(stock=stock.triplet_margin_loss, strided=("anchor", "positive", "negative"),
-    policy=_in_rows, autocast="fp32", autocast_cpu="fp32",
-    source="doi:10.5244/C.30.119")  # fmt: skip
+@op(
+    stock=stock.triplet_margin_loss,
+    strided=("anchor", "positive", "negative"),
+    policy=_in_rows,
+    at_most="max(anchor.numel(), positive.numel(), negative.numel())",
+    autocast="fp32",
+    autocast_cpu="fp32",
+    source="doi:10.5244/C.30.119",
+)
 def triplet_margin_loss(
     anchor, positive, negative, margin=1.0, p=2, eps=1e-6, swap=False, size_average=None,
     reduce=None, reduction="mean", *, out_dtype=None,
@@ -334,6 +352,7 @@ def row_divisor(reduction, rows):
     stock=stock.cosine_embedding_loss,
     strided=("input1", "input2"),
     policy=_in_rows,
+    at_most="max(input1.numel(), input2.numel(), target.numel())",
     integers=INTEGERS,
     autocast="fp32",
     autocast_cpu="fp32",

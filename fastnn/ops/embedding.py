@@ -55,6 +55,7 @@ class Embedding(Function):
     integers=(torch.int64, torch.int32),
     opaque=True,
     policy=_vectors,
+    at_most="input.numel() * weight.size(-1)",
     variants=("", FEW),
 )
 def embedding(

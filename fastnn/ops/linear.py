@@ -10,7 +10,7 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import _rng, kernels
-from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
+from fastnn._op import Function, Invalid, Stock, Work, op, reads_setting, run, second_order
 from fastnn.kernels import _gpus
 from fastnn.ops import activation as acts
 from fastnn.ops.activation import Formula
@@ -30,6 +30,7 @@ def tf32_setting() -> str:
 
     The new setting is read first: after it was written, reading the old setting raises an error.
     """
+    reads_setting()
     matmul = torch.backends.cuda.matmul
     try:
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
@@ -128,7 +129,13 @@ def _declined(input, weight, bias):
     return None
 
 
-@op(stock=stock.linear, strided=("input", "weight"), autocast="lower", autocast_cpu="lower")
+@op(
+    stock=stock.linear,
+    settings=tf32_setting,
+    strided=("input", "weight"),
+    autocast="lower",
+    autocast_cpu="lower",
+)
 def linear(input, weight, bias=None):
     """Fused with its bias, for a (N, K) weight and input of any leading shape."""
     why = _declined(input, weight, bias)
@@ -347,6 +354,8 @@ def _outputs(
     autocast="lower",
     autocast_cpu="lower",
     policy=_outputs,
+    settings=tf32_setting,
+    at_most="input.numel() // weight.size(1) * weight.size(0)",
     variants=("gemm", "addmm", "epilogue"),
 )
 def linear_act(

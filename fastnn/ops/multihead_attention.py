@@ -14,7 +14,7 @@ from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 from fastnn.kernels import _gpus
 from fastnn.ops.attention import scaled_dot_product_attention
 from fastnn.ops.dropout import _native_scales
-from fastnn.ops.linear import matmul_precision, tf32_setting
+from fastnn.ops.linear import matmul_precision
 
 
 class How(NamedTuple):
@@ -205,15 +205,11 @@ def _rejected(
     )
 
 
-def _settings():
-    low = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    return low, tf32_setting()
-
-
 def _scores(query, key, value, embed_dim_to_check, num_heads, *rest, **options):
     """The gate's policy: the number of attention weights of all heads."""
     if query.is_cuda:
-        dtype = _settings()[0] or query.dtype
+        low = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        dtype = low or query.dtype
         if dtype == torch.float32 and matmul_precision(query.get_device()) == "ieee":
             return Stock("float32 products without TF32: cuBLAS is faster than a kernel")
     batch = query.shape[1] if query.dim() == 3 else 1
@@ -232,7 +228,7 @@ _TENSORS = (
     strided=_TENSORS,
     integers=(torch.bool,),
     policy=_scores,
-    settings=_settings,
+    at_most="query.numel() // query.size(-1) * num_heads * key.size(0)",
     source="arXiv:1706.03762, section 3.2; arXiv:2205.14135; arXiv:2307.08691",
 )
 def multi_head_attention_forward(

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
+from fastnn._op import Function, Invalid, Stock, Work, impossible, op, run, second_order
 
 INDICES = (torch.int64, torch.uint8)
 
@@ -52,6 +52,7 @@ def resolve_reduction(size_average, reduce, reduction):
     """`reduction`, or the meaning of the deprecated arguments, with PyTorch's warning."""
     if size_average is None and reduce is None:
         return reduction
+    impossible("it warns")
     return legacy_get_string(size_average, reduce)
 
 
@@ -92,6 +93,7 @@ def _positions(input, target, *rest, **options):
     autocast="fp32",
     autocast_cpu="fp32",
     policy=_positions,
+    at_most="target.numel()",
 )
 def nll_loss(
     input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,

@@ -5,7 +5,8 @@ import math
 import torch
 import torch.nn.functional as stock
 
-from fastnn._op import Function, Invalid, Stock, launcher, op, run, second_order
+from fastnn import kernels
+from fastnn._op import Function, Invalid, Stock, Work, launcher, op, run, second_order
 
 # RMS norm is composed for every input in torch 2.8, and not in 2.11
 _COMPOSED = torch.__version__ < "2.11"
@@ -100,9 +101,20 @@ def _unfit(input, normalized_shape, eps, *parameters):
     return None
 
 
+LONG = "long rows"  # the variant that reads each row twice, as PyTorch does
+
+
+def _in_rows(input, normalized_shape, *rest, **options):
+    """The gate's policy: the number of elements, and whether a row is held in registers."""
+    once = kernels.norm.reads_once(math.prod(normalized_shape), input.element_size())
+    return Work(input.numel(), variant="" if once else LONG)
+
+
 @op(
     stock=stock.layer_norm,
     strided=("input",),
+    policy=_in_rows,
+    variants=("", LONG),
     autocast="fp32",
     opaque=True,
     source="arXiv:1607.06450; statistics: Chan, Golub, LeVeque (1979)",
@@ -122,6 +134,8 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, out
 @op(
     stock=stock.rms_norm,
     strided=("input",),
+    policy=_in_rows,
+    variants=("", LONG),
     autocast="fp32",
     opaque=True,
     source="arXiv:1910.07467",

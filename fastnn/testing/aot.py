@@ -13,17 +13,21 @@ results are uninitialised memory. Compiled kernels come from Triton's cache if t
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import functools
 import itertools
 import math
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -34,6 +38,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
+from fastnn import _record
 from fastnn.kernels import _gpus
 from fastnn.testing import ptx
 from fastnn.testing.devices import simulated
@@ -191,6 +196,69 @@ class _Emulator(_Driver):
         return launch
 
 
+class _RealLauncher(_Driver):
+    """A driver whose launches go through Triton's own launcher, into an empty libcuda."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(target)
+        from triton.backends.nvidia import driver
+
+        with mock.patch.object(driver, "library_dirs", lambda: [driver.libdevice_dir, _libcuda()]):
+            utils = driver.CudaUtils()
+        self.utils.launch = utils.launch
+        self.utils.build_signature_metadata = utils.build_signature_metadata
+        self.utils.load_binary = lambda name, binary, shared, device: (None, 1, 0, 0, 1 << 20)
+        self._launcher = driver.CudaLauncher
+
+    def launcher(self, compiled: _Compiled) -> Callable:
+        return self._launcher(*compiled)
+
+
+# What Triton's launcher calls. Each function succeeds and does nothing.
+_LIBCUDA = r"""
+typedef int R;
+#define NOTHING(name) R name() { return 0; }
+R cuPointerGetAttribute(void *to, int what, unsigned long long p)
+{ *(unsigned long long *)to = p; return 0; }
+R cuCtxGetCurrent(void **to) { *to = (void *)1; return 0; }
+R cuGetErrorString(int code, const char **to) { *to = "none"; return 0; }
+R cuDriverGetVersion(int *to) { *to = 13000; return 0; }
+NOTHING(cuLaunchKernel) NOTHING(cuLaunchKernelEx) NOTHING(cuInit) NOTHING(cuCtxSetCurrent)
+NOTHING(cuCtxGetDevice) NOTHING(cuDevicePrimaryCtxRetain) NOTHING(cuDeviceGet)
+NOTHING(cuDeviceGetAttribute) NOTHING(cuModuleLoadData) NOTHING(cuModuleGetFunction)
+NOTHING(cuFuncGetAttribute) NOTHING(cuFuncSetAttribute) NOTHING(cuFuncSetCacheConfig)
+NOTHING(cuCtxSetLimit) NOTHING(cuCtxGetLimit) NOTHING(cuOccupancyMaxActiveClusters)
+NOTHING(cuTensorMapEncodeTiled) NOTHING(cuTensorMapEncodeIm2col) NOTHING(cuModuleUnload)
+NOTHING(cuCtxPushCurrent_v2) NOTHING(cuCtxPopCurrent_v2) NOTHING(cuMemAllocManaged)
+NOTHING(cuStreamQuery)
+"""
+
+
+def _compiler() -> str | None:
+    return shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+
+
+def has_compiler() -> bool:
+    """Whether there is a C compiler, which `launch_nothing(real_launcher=True)` needs."""
+    return _compiler() is not None
+
+
+@functools.cache
+def _libcuda() -> str:
+    """The folder of a libcuda that does nothing. Raises RuntimeError without a C compiler."""
+    compiler = _compiler()
+    if compiler is None:
+        raise RuntimeError("launch_nothing: an empty libcuda needs a C compiler")
+    folder = Path(tempfile.mkdtemp(prefix="fastnn-libcuda-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    source, library = folder / "libcuda.c", folder / "libcuda.so.1"
+    source.write_text(_LIBCUDA)
+    options = ["-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", str(library)]
+    subprocess.run([compiler, str(source), *options], check=True, capture_output=True)
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    return str(folder)
+
+
 @contextmanager
 def emulate(target: str = "cuda:90") -> Iterator[None]:
     """Launches in the block run the code compiled for `target`, an NVIDIA GPU of `TARGETS`.
@@ -201,7 +269,7 @@ def emulate(target: str = "cuda:90") -> Iterator[None]:
     """
     if not target.startswith("cuda:"):
         raise ValueError(f"emulate: target {target!r}: only NVIDIA's code is emulated")
-    with _active(target, _Emulator):
+    with _active(target, _Emulator), _record.using(False):  # it needs tensors, not addresses
         yield
 
 
@@ -226,13 +294,20 @@ def _active(target: str, kind: type[_Driver] = _Driver) -> Iterator[_Driver]:
 
 
 @contextmanager
-def launch_nothing(target: str = "cuda:90") -> Iterator[None]:
+def launch_nothing(target: str = "cuda:90", *, real_launcher: bool = False) -> Iterator[None]:
     """Launches in the block cost only their host side: they are compiled once and never run.
 
     This serves to measure the host cost on any machine. Inside the block, fastnn's dispatch treats
     a CPU tensor as one on `target`, one of `TARGETS`.
+
+    real_launcher: launches go through Triton's own launcher and an empty libcuda, so that all that
+        Triton does for a launch is done. It needs a C compiler and a machine without CUDA.
+
+    Raises RuntimeError if there is no C compiler, or if CUDA is available.
     """
-    with _active(target):
+    if real_launcher and torch.cuda.is_available():
+        raise RuntimeError("launch_nothing: the empty libcuda would replace the real one")
+    with _active(target, _RealLauncher if real_launcher else _Driver):
         yield
 
 
@@ -258,9 +333,10 @@ def compile_only(
     """
     records: list[Record] = []
     with _active(target) as driver, _only(wanted) if wanted else nullcontext():
-        yield records
+        with _record.using(False):
+            yield records
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # each thread waits for a tool
-        records += pool.map(functools.partial(_record, target), driver.compiled.values())
+        records += pool.map(functools.partial(_judged, target), driver.compiled.values())
 
 
 @contextmanager
@@ -313,7 +389,7 @@ _NVIDIA_MATH = {
 }
 
 
-def _record(target: str, compiled: _Compiled) -> Record:
+def _judged(target: str, compiled: _Compiled) -> Record:
     source, metadata = compiled
     asm = _assembly(source.name, metadata.hash)
     code = _nvidia(asm["cubin"], asm["ptx"]) if "cubin" in asm else _amd(asm["amdgcn"])

@@ -546,7 +546,7 @@ def all_traffic(*, races: bool = False) -> Iterator[AllTraffic]:
 # four times as long, measured by `bench/host.py` on one core of a virtual machine. The last number
 # is the share of the stream bandwidth that a masked, fused kernel is assumed to reach.
 _STOCK_LAUNCH_US = 4.0
-_OUR_LAUNCH_US = 16.0
+_OUR_LAUNCH_US = 10.0
 _OUR_BANDWIDTH = 0.9
 
 

@@ -1,0 +1,183 @@
+"""Computes the estimates of the size gate: `python -m bench.gates --host DIR/host.json`.
+
+A kernel saves time on the GPU in proportion to the size of a call, and costs the host a time that
+does not depend on the size. The estimate of a gate is the size at which the two are equal:
+
+    saved bytes / bandwidth = 0.7 * (host time of ours - host time of stock)
+                              + 2 us * (launches of ours - launches of stock) + 2 us
+
+The bytes are those of `bench.predict`: both passes of the training rows of an op in bfloat16, on an
+H100 at 3.35 TB/s, of which our kernels reach 0.9. Of several rows of a variant, the one that saves
+least for its size counts. The host times are those of `python -m bench.host`, with plans. 0.8 of
+the time of stock counts, since on a CPU it includes what is computed; and at most 11 us and 5.3 us
+for each launch on CUDA, since the CPU runs some ops by more operators than CUDA does. These two
+numbers fit the rows whose operators are the same on both. 0.7 of the difference counts, because
+most servers with GPUs have faster cores. The last 2 us are a margin. Ops that a container runs
+for several members cost 8 us more. All of this is an estimate. `fastnn tune` measures.
+
+The program prints the table, and with `--write` it puts the new sizes into `crossover.json`. Ops
+whose bytes depend on data, or whose time is bound by matrix products, keep what they have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fastnn import _gate
+from fastnn._gate import LEAST_OF_ESTIMATES as LEAST
+from fastnn.bench.cases import CASES, BenchCase
+
+SHARE = 0.7  # of the difference in host time
+OF_STOCK = 0.8  # of the time of stock: the rest is what the CPU computes
+FIXED, EACH = 11.0, 5.3  # us: stock needs at most FIXED and EACH for every launch
+MARGIN = 2.0  # us
+GROUP = 8.0  # us, assumed: what a container needs to see that members may run as one op
+GROUPED = ("batch_norm_act", "group_norm_act", "dropout_add")  # ops of containers begin so
+LAUNCH = 2.0  # us of the GPU's front end for each launch
+EFFICIENCY = 0.9  # of the bandwidth that our kernels reach
+SAVES = 0.03  # of the time of stock: a kernel that saves less never wins
+
+
+class Estimate(NamedTuple):
+    """The estimate for one op and variant.
+
+    saved: us on the GPU per million units of size. host: us that a call costs the host more.
+    least: the size from which the kernel wins; None if it never does.
+    """
+
+    op: str
+    variant: str
+    saved: float
+    host: float
+    least: int | None
+
+
+def _rows() -> Iterator[tuple[str, str, int, BenchCase]]:
+    """(op, variant, size, row) for the training rows of one op."""
+    from fastnn.bench.predict import ARCHITECTURE
+    from fastnn.bench.tune import gate_work
+
+    for case in CASES:
+        asked = (
+            gate_work(case, ARCHITECTURE, torch.bfloat16)
+            if case.train and case.flops is None
+            else []
+        )
+        for op, work in asked if len(asked) == 1 else ():
+            if work is None:
+                continue
+            yield op, work.variant, work.size, case
+
+
+def rounded(size: float) -> int:
+    """`size`, rounded up to a power of two below 2**20, and to a multiple of 2**20 above."""
+    size = max(size, LEAST)
+    if size <= 1 << 20:
+        return 1 << math.ceil(math.log2(size))
+    return -(-math.ceil(size) >> 20) << 20
+
+
+def host_costs(rows: Sequence[dict]) -> dict[str, float]:
+    """Op -> how many us a call of ours costs the host more than stock; of several rows the most."""
+    found: dict[str, float] = {}
+    for row in rows:
+        if len(row["ops"]) == 1:
+            launches = row["ours_launches"] - row["stock_launches"]
+            stock = min(OF_STOCK * row["stock_us"], FIXED + EACH * row["stock_launches"])
+            more = SHARE * (row["ours_us"] - stock) + LAUNCH * launches + MARGIN
+            op = row["ops"][0]
+            more += GROUP if op.startswith(GROUPED) else 0.0
+            found[op] = max(more, found.get(op, -math.inf))
+    return found
+
+
+def estimates(rows: Sequence[dict]) -> list[Estimate]:
+    """The estimates that follow from the rows of host.json."""
+    from fastnn.bench.predict import BANDWIDTH, predicted
+
+    host = host_costs(rows)
+    rates: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for op, variant, size, case in _rows():
+        if op not in host or size < 1 << 20:
+            continue
+        record = predicted(case, torch.bfloat16)
+        if record["why"] is not None:
+            continue
+        stock, ours = (sum(p["bytes"] for p in record[side]) for side in ("stock", "ours"))
+        stock_us, ours_us = (b / BANDWIDTH * 1e6 for b in (stock, ours / EFFICIENCY))
+        saved = (stock_us - ours_us) / size * 1e6
+        rates.setdefault((op, variant), []).append((saved, stock_us / size * 1e6))
+    found = []
+    for (op, variant), pairs in sorted(rates.items()):
+        saved, of = min(pairs)
+        wins = saved > SAVES * of
+        least = rounded(max(host[op], 0.0) / saved * 1e6) if wins else None
+        found.append(Estimate(op, variant, saved, host[op], least))
+    return found
+
+
+def write(found: Sequence[Estimate], path: Path) -> None:
+    """Put the estimates into the entry "default" of the table at `path`."""
+    table = _gate.read(path)
+    new = {(e.op, e.variant): e.least for e in found}
+    lines = table["default"]["crossovers"]
+    for line in lines:
+        key = line["op"], line.get("variant", "")
+        if key in new:
+            line["least"] = new[key]
+    path.write_text(_text(table))
+
+
+def _text(table: dict) -> str:
+    """The table as JSON, with one line for each crossover."""
+    entries = []
+    for name, entry in table.items():
+        lines = ",\n".join(
+            "      {{ {} }}".format(
+                ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in x.items())
+            )
+            for x in entry["crossovers"]
+        )
+        rest = "".join(
+            f"    {json.dumps(k)}: {json.dumps(v)},\n"
+            for k, v in entry.items()
+            if k != "crossovers"
+        )
+        entries.append(f'  {json.dumps(name)}: {{\n{rest}    "crossovers": [\n{lines}\n    ]\n  }}')
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gates", description=__doc__)
+    parser.add_argument("--host", type=Path, required=True, metavar="FILE", help="a host.json")
+    parser.add_argument("--write", action="store_true", help="put the sizes into crossover.json")
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        print(
+            "bench.gates: bytes are counted in the interpreter: set TRITON_INTERPRET=1",
+            file=sys.stderr,
+        )
+        return 2
+    found = estimates(json.loads(args.host.read_text())["rows"])
+    print(f"{'op':34} {'variant':12} {'saves us/M':>10} {'host us':>8} {'from':>12} {'before':>12}")
+    for e in found:
+        before = _gate.crossover(e.op, "default", e.variant).least
+        least = "never" if e.least is None else f"{e.least:,}"
+        old = "never" if before == math.inf else f"{int(before):,}"
+        print(f"{e.op:34} {e.variant:12} {e.saved:10.3f} {e.host:8.1f} {least:>12} {old:>12}")
+    if args.write:
+        write(found, _gate.TABLE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,709 @@
+"""Records plans: which calls, what is heard of them, and where the plans are kept.
+
+What cannot be a plan runs as always, and `refusals` tells why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fastnn import _mode, _runner, kernels
+from fastnn._plan import (
+    Allocate,
+    Call,
+    Draw,
+    Drawn,
+    Launch,
+    Pointer,
+    Program,
+    Refused,
+    Slot,
+    active,
+    reads,
+)
+from fastnn.kernels import _gpus
+
+aten = torch.ops.aten
+
+MOST = 1024  # plans kept per op
+_TRIES = 64  # calls of an op that are recorded in vain before the op is left alone
+
+
+# ---- Listening ----------------------------------------------------------------------------------
+
+_ALLOCATIONS = frozenset(
+    (
+        aten.empty.memory_format,
+        aten.empty_like.default,
+        aten.empty_strided.default,
+        aten.new_empty.default,
+        aten.new_empty_strided.default,
+    )
+)
+_DRAWN = ("seed", "offset")  # what kernels call the numbers of a draw
+# Questions about tensors, whose answers do not depend on their values.
+_QUESTIONS = frozenset((aten.promote_types.default, aten.is_same_size.default))
+# Such questions, whose answers depend on settings of PyTorch.
+_OF_SETTINGS = frozenset((aten._fused_sdp_choice.default,))
+# These give a value of a tensor to Python, or depend on such values.
+_READS = frozenset((aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default))
+
+
+class _Operators(TorchDispatchMode):
+    """Tells a log about every operator of PyTorch."""
+
+    def __init__(self, log: _Log):
+        super().__init__()
+        self.log = log
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        self.log.called(function, args, kwargs, out)
+        return out
+
+
+class _Log:
+    """Listens to one pass, and makes a `Program` of it."""
+
+    def __init__(self, given: tuple[Tensor, ...], drawn: tuple[int, int] | None = None):
+        self.given = given
+        self.slots: dict[int, int] = {}
+        self.alive: list[Tensor] = []  # by slot; keeps the ids in `slots` unique
+        self.alias: list[Tensor] = []  # other tensors with an id in `slots`
+        self.steps: list = []
+        self.views: dict[
+            int, tuple[int, Tensor, Tensor]
+        ] = {}  # slot -> (base, view, base's tensor)
+        self.why: str | None = None
+        self.paused = False
+        self.constants: dict[int, Tensor] = {}
+        self.reads_setting = False
+        self.drawn: tuple[int, int] | None = drawn
+        self.device = given[0].device
+        for t in given:
+            if id(t) in self.slots:
+                self.refuse("a tensor is given twice")
+            self._new(t)
+
+    def refuse(self, why: str) -> None:
+        self.why = self.why or why
+
+    def _new(self, t: Tensor) -> int:
+        slot = self.slots[id(t)] = len(self.alive)
+        self.alive.append(t)
+        return slot
+
+    def _slot(self, t: Tensor) -> int:
+        slot = self.slots.get(id(t))
+        if slot is None:
+            raise Refused("a tensor comes from elsewhere")
+        return slot
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Hear nothing inside the block."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+    def lasting(self, *tensors: Tensor) -> None:
+        """Log tensors that exist as long as the process."""
+        for t in tensors:
+            if id(t) not in self.slots:
+                self.constants[self._new(t)] = t
+
+    def drew(self, device: int, launch: Any, draw: Any) -> None:
+        """Log a reservation of random numbers."""
+        if self.drawn is not None:
+            self.refuse("random numbers are drawn twice")
+        elif isinstance(draw, str) or draw.scratch is None:
+            self.refuse("random numbers under graph capture")
+        else:
+            self.drawn = draw.seed, draw.offset
+            self.steps.append(Draw(device, launch))
+
+    def called(self, function, args, kwargs, out) -> None:
+        """Log a call of an operator, which returned `out`."""
+        if self.paused or self.why is not None:
+            return
+        try:
+            self._called(function, args, kwargs, out)
+        except Refused as e:
+            self.refuse(str(e))
+
+    def _called(self, function, args, kwargs, out) -> None:
+        tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if tensors and all(t.is_meta for t in tensors):
+            return  # a question about shapes
+        if function in _ALLOCATIONS:
+            if out.device != self.device or out.layout is not torch.strided:
+                raise Refused("a tensor on another device is made")
+            self.steps.append(Allocate(self._new(out), tuple(out.shape), out.stride(), out.dtype))
+            return
+        if function in _QUESTIONS:
+            return
+        last = self.steps[-1] if self.steps else None
+        if function is aten.detach.default and isinstance(last, Allocate):
+            if self.slots.get(id(args[0])) == last.slot:
+                # A factory function does this only under a dispatch mode.
+                self.slots[id(out)] = last.slot
+                self.alias.append(out)
+                return
+        if function in _OF_SETTINGS:
+            self.reads_setting = True
+            return
+        if function in _READS:
+            raise Refused(f"{function} reads a value of a tensor")
+        if torch.Tag.nondeterministic_seeded in function.tags:
+            raise Refused(f"{function} draws random numbers")
+        given, named = tree_map(self._as_slot, (tuple(args), dict(kwargs)))
+        results = tuple([self._result(leaf, function) for leaf in tree_leaves(out)])
+        self.steps.append(Call(function, given, named, results))
+        if len(results) == 1 and results[0] is not None:
+            self._view(results[0], out if isinstance(out, Tensor) else tree_leaves(out)[0], args)
+
+    def _as_slot(self, value):
+        return Slot(self._slot(value)) if isinstance(value, Tensor) else value
+
+    def _result(self, leaf, function) -> int | None:
+        if not isinstance(leaf, Tensor):
+            if leaf is None:
+                return None
+            raise Refused(f"{function} returns a value that is no tensor")
+        known = self.slots.get(id(leaf))  # an operator that wrote into its argument returns it
+        return self._new(leaf) if known is None else known
+
+    def _view(self, slot: int, out: Tensor, args) -> None:
+        if slot in self.views or slot < len(self.given):
+            return
+        storage = out.untyped_storage().data_ptr()
+        tensors = [t for t in args if isinstance(t, Tensor)]
+        if len(tensors) == 1 and tensors[0].untyped_storage().data_ptr() == storage:
+            base = tensors[0]
+            root = self.slots[id(base)]
+            root, _, of = self.views.get(root, (root, base, base))
+            if of.dtype == out.dtype:
+                self.views[slot] = root, out, of
+
+    def launched(self, kernel, grid, args, meta) -> None:
+        """Log a launch."""
+        if self.why is not None:
+            return
+        try:
+            named = kernel.parameters
+            given = tuple([self._argument(a, n) for a, n in zip(args, named, strict=False)])
+            compiled = kernel.compiled(args, meta)
+        except Refused as e:
+            self.refuse(str(e))
+            return
+        if compiled is None and not kernel.interpreted:
+            self.refuse("a kernel that Triton did not return")
+            return
+        self.steps.append(Launch(kernel, tuple(grid), given, meta, compiled))
+
+    def _argument(self, value, name: str):
+        if self.drawn is not None and name in _DRAWN:
+            index = _DRAWN.index(name)
+            if value == 0:  # a kernel that draws nothing is given 0
+                return Drawn(index) if self.drawn[index] == 0 else 0
+            if value != self.drawn[index]:
+                raise Refused("a kernel draws other random numbers than were reserved")
+            return Drawn(index)
+        if isinstance(value, Tensor):
+            slot = self._slot(value)
+            if slot in self.views:
+                slot, _, base = self.views[slot]
+                return Pointer(slot, value.data_ptr() - base.data_ptr())
+            return Pointer(slot, 0)
+        if value is None or type(value) in (int, float, bool):
+            return value
+        raise Refused(f"an argument of a kernel is a {type(value).__name__}")
+
+    def slot_of(self, t: Tensor) -> int:
+        """The slot of a tensor. Raises `Refused` if it has none."""
+        return self._slot(t)
+
+    def program(self, results, saved, first: int = 0, last: int | None = None) -> Program:
+        """The program of the steps from `first` to `last`. Raises `Refused` if there is none."""
+        if self.why is not None:
+            raise Refused(self.why)
+        out = tuple([None if t is None else self._slot(t) for t in results])
+        kept = tuple([None if t is None else self._slot(t) for t in saved])
+        steps = _needed(self.steps[first:last], {*out, *kept})
+        needed = {*out, *kept}.union(*map(reads, steps))
+        lasting = {slot: t for slot, t in self.constants.items() if slot in needed}
+        draws = self.drawn is not None
+        return Program(len(self.given), self.device, lasting, draws, steps, out, kept)
+
+
+def _needed(steps: list, wanted: set) -> tuple:
+    """The steps without those whose tensors nobody uses."""
+    kept: list = []
+    for step in reversed(steps):
+        if isinstance(step, Allocate):
+            needed = step.slot in wanted
+        elif isinstance(step, Call):
+            makes = {r for r in step.results if r is not None}
+            changes = step.function._schema.is_mutable or not makes
+            needed = changes or bool(makes & wanted)
+        else:
+            needed = True
+        if needed:
+            kept.append(step)
+            wanted |= reads(step)
+    return tuple(reversed(kept))
+
+
+@contextmanager
+def _listening(log: _Log) -> Iterator[None]:
+    listeners = kernels._launch.listeners
+    before, listeners.log = listeners.log, log
+    try:
+        with _Operators(log):
+            yield
+    finally:
+        listeners.log = before
+
+
+# ---- Recording ----------------------------------------------------------------------------------
+
+
+class Context:
+    """Stands for the autograd context of a function: what its forward and backward use of it."""
+
+    def __init__(self, needs_input_grad: tuple[bool, ...]):
+        self.needs_input_grad = needs_input_grad
+        self.saved_tensors: tuple = ()
+        self._plan = _Facts()
+
+    def save_for_backward(self, *tensors) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors) -> None:
+        self._plan.constant = tensors
+
+    def mark_dirty(self, *tensors) -> None:
+        self._plan.dirty = True
+
+    def set_materialize_grads(self, value: bool) -> None:
+        self._plan.materialize = value
+
+
+class _Facts:
+    constant: tuple = ()
+    dirty = False
+    materialize = True
+
+
+class Recorder:
+    """Listens to one call of a fused function, or to one backward.
+
+    tensors: those among the arguments. drawn: the random numbers that the forward drew. inside:
+    whether an autograd function runs.
+    """
+
+    def __init__(self, tensors: tuple[Tensor, ...], drawn: tuple[int, int] | None = None):
+        self.tensors = tensors
+        self.log = _Log(tensors, drawn)
+        self.pass_: Pass | None = None
+        self.inside = False
+
+    def refuse(self, why: str) -> None:
+        self.log.refuse(why)
+
+    def run(self, function, args: tuple):
+        """What `_function.run` does, heard."""
+        if self.inside or self.log.why is not None:
+            return None
+        if self.pass_ is not None:
+            self.refuse("it runs two autograd functions")
+            return None
+        at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+        for i in at:
+            slot = self.log.slots.get(id(args[i]))
+            if slot is None or (slot >= len(self.tensors) and args[i].requires_grad):
+                self.refuse("an argument was converted first")
+                return None
+            self.log.views.pop(slot, None)  # the function is given this tensor, not its base
+        graph = torch.is_grad_enabled() and any(args[i].requires_grad for i in at)
+        needs = tuple([graph and isinstance(a, Tensor) and a.requires_grad for a in args])
+        ctx = Context(needs)
+        self.inside = True
+        prologue = len(self.log.steps)
+        try:
+            with torch.no_grad():
+                out = function.forward(ctx, *args)
+        finally:
+            self.inside = False
+        many = isinstance(out, tuple)
+        self.pass_ = Pass(function, ctx, args, at, out if many else (out,), many, graph)
+        self.pass_.drawn = self.log.drawn
+        self.pass_.prologue = prologue
+        return self.pass_.attach()
+
+
+class Pass:
+    """One run of an autograd function that was heard."""
+
+    def __init__(self, function, ctx, args, at, outputs, many, graph):
+        self.function = function
+        self.ctx = ctx
+        self.args = args
+        self.at = at
+        self.raw = self.outputs = outputs
+        self.saved = ctx.saved_tensors
+        self.many = many
+        self.graph = graph
+        self.drawn: tuple[int, int] | None = None
+        self.prologue = 0  # how many steps came before
+        self.plan = Plan(function, ctx, len(args), at, outputs, many, graph)
+        ctx.saved_tensors = ()
+
+    def attach(self):
+        """The outputs, with a node of autograd if a gradient is wanted."""
+        if self.graph:
+            tensors = [self.args[i] for i in self.at]
+            computed = self.outputs, self.saved, self.drawn
+            assert self.plan.node is not None
+            result = self.plan.node(self.plan, computed, None, *tensors)
+            self.outputs = result if self.many else (result,)
+            return result
+        return self.outputs if self.many else self.outputs[0]
+
+
+class Plan:
+    """How to run an autograd function for one signature, both ways."""
+
+    __slots__ = (
+        "attributes",
+        "backward",
+        "constant",
+        "forward",
+        "function",
+        "many",
+        "materialize",
+        "needs",
+        "node",
+        "places",
+        "tries",
+        "width",
+    )  # fmt: skip
+
+    def __init__(self, function, ctx: Context, width: int, at, outputs, many, graph):
+        facts = ctx._plan
+        self.function = function
+        self.attributes = {
+            k: v for k, v in vars(ctx).items() if k not in ("saved_tensors", "_plan")
+        }
+        self.needs = ctx.needs_input_grad
+        self.constant = tuple(
+            [i for i, o in enumerate(outputs) if any(o is c for c in facts.constant)]
+        )
+        self.materialize = facts.materialize
+        self.many = many
+        self.places = tuple(at)
+        self.width = width
+        self.node = _node(function) if graph else None
+        self.forward: Callable | None = None
+        self.backward: Callable | None = None  # of the gradients and what was saved
+        self.tries = 2  # of recording the backward
+
+    def context(self, saved: tuple, drawn: tuple[int, int] | None) -> Context:
+        """The context that the function's own backward expects."""
+        ctx = Context(self.needs)
+        vars(ctx).update(self.attributes)
+        if drawn is not None:
+            vars(ctx).update({k: _redrawn(v, drawn) for k, v in self.attributes.items()})
+        ctx.saved_tensors = saved
+        return ctx
+
+    def gradients(self, grads) -> tuple:
+        """The gradients of a node's inputs, of what the function's backward returned."""
+        if not isinstance(grads, tuple):
+            grads = (grads,)
+        return (None, None, None, *[grads[i] for i in self.places])
+
+
+def _redrawn(value: Any, drawn: tuple[int, int]) -> Any:
+    """`value`, in which every `Draw` of kernels/_philox.py has these numbers."""
+    if isinstance(value, kernels._philox.Draw):
+        return value._replace(seed=drawn[0], offset=drawn[1])
+    if isinstance(value, tuple):
+        found = [_redrawn(v, drawn) for v in value]
+        return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
+    return value
+
+
+# ---- The node of autograd -----------------------------------------------------------------------
+
+
+class _Replay(torch.autograd.Function):
+    """The node of every plan.
+
+    Its inputs: the plan, what was computed already, the random numbers if they are drawn already,
+    and the tensors.
+    """
+
+    @staticmethod
+    def forward(ctx, plan, computed, drawn, *tensors):
+        found = plan.forward(drawn, *tensors) if computed is None else computed
+        outputs, saved, drawn = found
+        ctx.plan = plan
+        ctx.drawn = drawn
+        ctx.save_for_backward(*saved)
+        if plan.constant:
+            ctx.mark_non_differentiable(*[outputs[i] for i in plan.constant])
+        if not plan.materialize:
+            ctx.set_materialize_grads(False)
+        return outputs if plan.many else outputs[0]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        plan = ctx.plan
+        saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            if plan.backward is not None:
+                result = plan.backward(ctx.drawn, *grads, *saved)
+                if type(result) is tuple:
+                    return result
+            elif plan.tries and enabled():
+                return _record_backward(plan, ctx.drawn, grads, saved)
+        return plan.gradients(plan.function.backward(plan.context(saved, ctx.drawn), *grads))
+
+
+_nodes: dict[type, Callable] = {}
+
+
+def _node(function: type) -> Callable:
+    """`apply` of the node for plans of `function`; its name is that of the function."""
+    known = _nodes.get(function)
+    if known is None:
+        node: Any = type(function.__name__, (_Replay,), {"__doc__": function.__doc__})
+        # The engine calls `apply` of the node, whose wrapper looks for the user's function anew.
+        if hasattr(node, "_backward_cls"):
+            node._backward_cls.apply = _Replay.backward
+        # The wrapper of `apply` asks for functorch and for a setup_context; the guards rule these
+        # out, and there is none.
+        known = super(torch.autograd.Function, node).apply  # type: ignore[misc]
+        _nodes[function] = known
+    return known
+
+
+def _record_backward(plan: Plan, drawn, grads: tuple, saved: tuple) -> tuple:
+    plan.tries -= 1
+    given = [t for t in (*grads, *saved) if t is not None]
+    if not all(map(_plannable, given)):
+        return plan.gradients(plan.function.backward(plan.context(saved, drawn), *grads))
+    recorder = Recorder(tuple(given), drawn)
+    recorder.inside = True
+    log = recorder.log
+    before, active.recorder = active.recorder, recorder
+    try:
+        with _listening(log):
+            found = plan.function.backward(plan.context(saved, drawn), *grads)
+    finally:
+        active.recorder = before
+    result = plan.gradients(found)
+    try:
+        if log.reads_setting:
+            raise Refused("it depends on a setting")
+        program = log.program(result[3:], ())
+    except Refused as e:
+        refusals[plan.function.__name__ + ".backward", str(e)] += 1
+        return result
+    plan.backward = _runner.backward(program, grads, saved)
+    return result
+
+
+# ---- Which calls are recorded, and where plans are kept ----------------------------------------
+
+_CONSTANTS = frozenset((int, float, bool, str, type(None), torch.dtype, FunctionType))
+_TENSORS = (Tensor, Parameter)
+
+refusals: Counter[tuple[str, str]] = Counter()  # (op, why) -> how often a recording was in vain
+
+_on = os.environ.get("FASTNN_PLANS", "1") != "0"
+
+
+def enabled() -> bool:
+    """Whether plans are recorded and replayed: `FASTNN_PLANS` is not 0."""
+    return _on
+
+
+@contextmanager
+def using(on: bool) -> Iterator[None]:
+    """Whether plans are recorded and replayed inside the block, in all threads. For tests."""
+    global _on
+    before, _on = _on, on
+    forget()
+    try:
+        yield
+    finally:
+        _on = before
+        forget()
+
+
+def _plannable(t: Tensor) -> bool:
+    """Whether a plan may be given `t`: memory of its own, at an address that kernels like."""
+    return (
+        type(t) in _TENSORS
+        and t.numel() > 0
+        and not t.is_inference()
+        and t.data_ptr() % 16 == 0
+        and t.data_ptr() != 0
+    )
+
+
+def _constant(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_constant, value))
+    return type(value) in _CONSTANTS
+
+
+class Plans:
+    """The plans of one op.
+
+    ready: key -> functions that run a plan. Each is called as the op's public function; it returns
+        UNFIT if the call does not fit its plan.
+    """
+
+    def __init__(self, record: Any):
+        self.record = record
+        self.ready: dict[tuple, list[Callable]] = {}
+        self.count = 0
+        self.seen: dict[tuple, bool] = {}  # key -> whether its recording was in vain
+        self.vain = 0
+        _all.append(self)
+
+    def forget(self) -> None:
+        """Forget all plans, and which calls were seen."""
+        self.ready.clear()
+        self.seen.clear()
+        self.count = self.vain = 0
+
+    def heard(self, args: tuple, kwargs: dict, mode: str, call: Callable[[], Any]) -> Any:
+        """`call()`, which runs the fused function; recorded if this is the signature's second."""
+        if not _on or self.vain >= _TRIES or active.recorder is not None or not _mode.uniform():
+            return call()
+        values = (*args, *kwargs.values())
+        tensors = tuple([v for v in values if isinstance(v, Tensor)])
+        device = tensors[0].device.type
+        if torch.is_inference_mode_enabled() or _HIP:
+            return call()
+        if not all(map(_plannable, tensors)):
+            return call()
+        facts = [_fact(v) for v in values]
+        state = torch.is_grad_enabled(), mode, self._settings(), _runner.autocast(device)
+        key = (*state, *facts)
+        try:
+            in_vain = self.seen.get(key)
+        except TypeError:  # an argument that does not hash
+            return call()
+        if in_vain is None:
+            if len(self.seen) >= MOST:
+                self.seen.clear()
+            self.seen[key] = False
+            return call()
+        if in_vain or not all(isinstance(v, Tensor) or _constant(v) for v in values):
+            return call()
+        self.seen[key] = True
+        return self._record(values, tensors, mode, call)
+
+    def _settings(self):
+        return None if self.record.settings is None else self.record.settings()
+
+    def _record(self, values: tuple, tensors: tuple, mode: str, call: Callable[[], Any]) -> Any:
+        recorder = Recorder(tensors)
+        active.recorder = recorder
+        try:
+            with _listening(recorder.log):
+                result = call()
+        finally:
+            active.recorder = None
+        if isinstance(result, _mode.Stock):
+            return result
+        try:
+            self._add(recorder, result, values, mode)
+        except Refused as e:
+            if recorder.pass_ is not None:
+                recorder.pass_.plan.tries = 0
+            self.vain += 1
+            refusals[self.record.name, str(e)] += 1
+        return result
+
+    def _add(self, recorder: Recorder, result: Any, values: tuple, mode: str) -> None:
+        heard = recorder.pass_
+        if recorder.log.why is not None:
+            raise Refused(recorder.log.why)
+        if heard is None:
+            raise Refused("it runs no autograd function")
+        if heard.ctx._plan.dirty:
+            raise Refused("it writes into an argument")
+        picked = _picked(result, heard.outputs, heard.many)
+        if any(isinstance(v, Tensor) for v in tree_leaves(heard.plan.attributes)):
+            raise Refused("a tensor is kept beside those of save_for_backward")
+        if recorder.log.reads_setting and self.record.settings is None:
+            raise Refused("it depends on a setting that the record of the op does not name")
+        log, inputs = recorder.log, [heard.args[i] for i in heard.at]
+        before = log.program(inputs, (), 0, heard.prologue)
+        after = log.program(heard.raw, heard.saved, heard.prologue)
+        if any(r is not None and r < after.given for r in after.results):
+            raise Refused("a result is one of the arguments")
+        plan = heard.plan
+        run = _runner.call(self.record, plan, before, after, values, heard, picked)
+        if self.count >= MOST:
+            self.ready.clear()
+            self.count = 0
+        key = values[self.record.keyed_by].shape, torch.is_grad_enabled(), mode
+        self.ready.setdefault(key, []).append(run)
+        self.count += 1
+        self.vain = 0
+
+
+def _picked(result: Any, outputs: tuple, many: bool) -> int | None:
+    """Which of the outputs the call returns; None: all of them."""
+    if many and isinstance(result, tuple) and len(result) == len(outputs):
+        if all(a is b for a, b in zip(result, outputs, strict=True)):
+            return None
+    for i, out in enumerate(outputs):
+        if result is out:
+            return i
+    raise Refused("it does something after its autograd function")
+
+
+def _fact(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return (
+            type(value), value.dtype, value.device, value.shape, value.stride(),
+            value.requires_grad,
+        )  # fmt: skip
+    if isinstance(value, (tuple, list)):
+        return type(value), *map(_fact, value)
+    return type(value), value
+
+
+_all: list[Plans] = []
+_HIP = torch.version.hip is not None
+
+
+def forget() -> None:
+    """Forget all plans, because something has changed that no guard looks at."""
+    for plans in _all:
+        plans.forget()
+
+
+_gpus.on_change.append(forget)

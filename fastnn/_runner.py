@@ -1,0 +1,330 @@
+"""Runs plans in Python: a function is generated for each structure of a plan.
+
+What belongs to one signature (sizes, compiled kernels, constants) reaches the function through its
+closure, so that plans of the same structure share one piece of compiled code.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastnn import _rng, kernels
+from fastnn._plan import (
+    UNFIT,
+    Allocate,
+    Call,
+    Draw,
+    Drawn,
+    Launch,
+    Pointer,
+    Program,
+    Refused,
+    Slot,
+    reads,
+    same,
+)
+
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # a private name: without it, calls run as always
+    TensorGuards = None  # type: ignore[assignment,misc]
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why this PyTorch cannot run plans; None if it can."""
+    if TensorGuards is None:
+        return "this torch has no TensorGuards"
+    x, y = torch.empty(2), torch.empty(3)
+    try:
+        check = _guard([x])
+        if check(x) and not check(y) and not check(None):
+            return None
+    except Exception as e:
+        return f"TensorGuards of this torch is another one: {e}"
+    return "TensorGuards of this torch is another one"
+
+
+def _guard(tensors) -> Callable[..., bool]:
+    """Whether tensors have the metadata of these, and the thread the state of now.
+
+    Metadata: class, dtype, device, sizes, strides, requires_grad, dispatch keys. State: autocast,
+    dispatch modes, inference mode, functorch, tracing.
+    """
+    guard = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    return guard.check
+
+
+def _allocator(device: torch.device) -> Callable[..., Tensor]:
+    """A function (size, stride, dtype) -> an uninitialised tensor on the current device."""
+    from torch._C._dynamo import guards
+
+    quick = getattr(guards, f"_empty_strided_{device.type}", None)
+    if quick is not None:
+        return quick
+    empty = torch.empty_strided
+    return lambda size, stride, dtype: empty(size, stride, dtype=dtype, device=device)
+
+
+def _at(base: Tensor, offset: int) -> Tensor:
+    """A tensor whose memory begins `offset` bytes behind that of `base`. For the interpreter."""
+    start = base.storage_offset() + offset // base.element_size()
+    return base.detach().as_strided((1,), (1,), start)
+
+
+# ---- Sources ------------------------------------------------------------------------------------
+
+
+class _Cells:
+    """The constants that a generated function gets through its closure."""
+
+    def __init__(self):
+        self.values: dict[str, Any] = {}
+
+    def __call__(self, value: Any, kind: str = "c") -> str:
+        """The name under which the function finds `value`."""
+        name = f"{kind}{len(self.values)}"
+        self.values[name] = value
+        return name
+
+
+def _name(slot: int) -> str:
+    return f"s{slot}"
+
+
+def _steps(program: Program, cells: _Cells) -> list[str]:
+    """The source lines that carry out the steps."""
+    lines = [f"{_name(slot)} = {cells(t)}" for slot, t in program.lasting.items()]
+    device = program.device
+    if any(isinstance(s, Allocate) for s in program.steps):
+        cells.values["alloc"] = _allocator(device)
+    if any(isinstance(s, Launch) and s.compiled is not None for s in program.steps):
+        cells.values["get_stream"] = kernels._launch.current_stream()
+        lines.append(f"stream = get_stream({device.index or 0})")
+    for step in program.steps:
+        if isinstance(step, Allocate):
+            size, stride, dtype = cells(step.size), cells(step.stride), cells(step.dtype)
+            lines.append(f"{_name(step.slot)} = alloc({size}, {stride}, {dtype})")
+        elif isinstance(step, Draw):
+            numbers = cells(_rng.numbers)
+            lines.append(f"drawn = {numbers}({cells(step.device)}, {cells(step.launch)})")
+        elif isinstance(step, Launch):
+            lines.append(_launch(step, cells))
+        else:
+            lines.append(_call(step, cells))
+    return lines
+
+
+def _launch(step: Launch, cells: _Cells) -> str:
+    interpreted = step.compiled is None
+    args = []
+    for a in step.args:
+        if isinstance(a, Drawn):
+            args.append(f"drawn[{a.number}]")
+        elif not isinstance(a, Pointer):
+            args.append(cells(a))
+        elif interpreted:
+            name = _name(a.slot)
+            args.append(f"{cells(_at)}({name}, {cells(a.offset)})" if a.offset else name)
+        else:
+            plus = f" + {cells(a.offset)}" if a.offset else ""
+            args.append(f"{_name(a.slot)}.data_ptr(){plus}")
+    if interpreted:
+        given = ", ".join(args)
+        kernel, grid, meta = cells(step.kernel), cells(step.grid), cells(step.meta)
+        return f"{kernel}({grid}, {given}, **{meta})"
+    compiled, consts = step.compiled
+    function, packed = cells(compiled.function), cells(compiled.packed_metadata)
+    grid = ", ".join(cells(g) for g in (*step.grid, 1, 1)[:3])
+    given = ", ".join([*args, *map(cells, consts)])
+    quick = kernels._launch.direct(compiled)
+    if quick is None:
+        run = cells(compiled.run)
+        return f"{run}({grid}, stream, {function}, {packed}, None, None, None, {given})"
+    launch, flags, rest = quick
+    flags, rest = (", ".join(map(cells, v)) for v in (flags, rest))
+    run = cells(launch)
+    return f"{run}({grid}, stream, {function}, {flags}, {packed}, {rest}, ({given},))"
+
+
+def _value(value: Any, cells: _Cells) -> str:
+    """The source of an argument of an operator."""
+    if isinstance(value, Slot):
+        return _name(value.number)
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        inner = ", ".join(_value(v, cells) for v in value)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if value else ''})"
+    return cells(value)
+
+
+def _call(step: Call, cells: _Cells) -> str:
+    args = [_value(v, cells) for v in step.args]
+    args += [f"{k}={_value(v, cells)}" for k, v in step.kwargs.items()]
+    call = f"{cells(step.function)}({', '.join(args)})"
+    names = [_name(r) if r is not None else "_" for r in step.results]
+    returned = len(step.function._schema.returns)
+    is_list = returned == 1 and "[]" in str(step.function._schema.returns[0].type)
+    if not names:
+        return call
+    if returned == 1 and not is_list:
+        return f"{names[0]} = {call}"
+    return f"{', '.join(names)}, = {call}"
+
+
+def _slots(slots) -> str:
+    """The source of a tuple of slots."""
+    return f"({''.join('None, ' if s is None else f'{_name(s)}, ' for s in slots)})"
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(source: str) -> Any:
+    scope: dict = {}
+    exec(compile(source, "<fastnn.plan>", "exec"), scope)
+    return scope["make"]
+
+
+def _make(cells: _Cells, head: str, lines: list[str]) -> Callable:
+    """A function with this first line and these lines, which finds the cells in its closure."""
+    body = "\n        ".join(lines)
+    source = (
+        f"def make({', '.join(cells.values)}):\n    {head}\n        {body}\n    return function\n"
+    )
+    return _compiled(source)(**cells.values)
+
+
+def _aligned(names: list[str]) -> str:
+    return f"not ({' | '.join(f'{n}.data_ptr()' for n in names)}) & 15"
+
+
+# ---- Both passes --------------------------------------------------------------------------------
+
+
+def autocast(device_type: str) -> torch.dtype | None:
+    """The dtype of autocast; None if it is off."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def _ready(record: Any, program: Program, cells: _Cells) -> list[str]:
+    """Sources of what must hold for a plan, beside the metadata of its tensors."""
+    device = program.device
+    asked = [f"{cells(forward_ad)}._current_level < 0"]
+    if record is not None and autocast(device.type) is not None:
+        dtype = cells(autocast(device.type))
+        asked.append(f"{cells(torch.get_autocast_dtype)}({device.type!r}) is {dtype}")
+    if record is not None and record.settings is not None:
+        asked.append(f"{cells(record.settings)}() == {cells(record.settings())}")
+    if device.type != "cpu":
+        current = cells(torch._C._cuda_getDevice)  # type: ignore[attr-defined]
+        asked.append(f"{current}() == {cells(device.index)}")
+        asked.append(f"not {cells(kernels._launch.listened)}()")
+        if program.draws:
+            asked.append(f"not {cells(torch.cuda.is_current_stream_capturing)}()")
+    return asked
+
+
+def call(
+    record: Any, plan: Any, before: Program, after: Program, values: tuple, heard: Any, picked
+) -> Callable:
+    """A function that runs `plan` for calls of the op's public function, or returns UNFIT.
+
+    before: makes the tensors that the autograd function is given. after: its forward.
+    values: the arguments of the call that was recorded. picked: which of the outputs the call
+    returns; None: all.
+    """
+    why = unavailable()
+    if why is not None:
+        raise Refused(why)
+    order = [s for s in before.results if s is not None]
+    used = {r for step in after.steps for r in reads(step)}
+    used |= {s for s in after.saved if s is not None}
+    made: set[int | None] = {s.slot for s in after.steps if isinstance(s, Allocate)}
+    made |= {r for s in after.steps if isinstance(s, Call) for r in s.results}
+    if not used <= {*order, *made, *after.lasting}:
+        raise Refused("it uses a tensor that its autograd function is not given")
+    given = [_name(s) if order.index(s) == i else f"again{i}" for i, s in enumerate(order)]
+    results = _slots(after.results)
+
+    def body(result: str) -> Callable:
+        cells = _Cells()
+        lines = [*_steps(after, cells), f"return {result}"]
+        return _make(cells, f"def function({', '.join(['drawn', *given])}):", lines)
+
+    plan.forward = body(f"{results}, {_slots(after.saved)}, drawn")
+    wanted = results if picked is None else _slots((after.results[picked],))[1:-3]
+    cells = _Cells()
+    names = [f"a{i}" for i in range(len(values))]
+    mine = [n for n, v in zip(names, values, strict=True) if isinstance(v, Tensor)]
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    asked = [f"{cells(_guard(tensors))}({', '.join(mine)})"]
+    for name, value, said in zip(names, values, record.names, strict=True):
+        if not isinstance(value, Tensor) and said != "_stacklevel":
+            asked.append(_equals(name, value, cells))
+    asked += [_aligned(mine), *_ready(record, after, cells)]
+    lines = []
+    passed = [mine[s] if s < len(mine) else _name(s) for s in order]
+    if before.steps:
+        lines += [f"{_name(i)} = {n}" for i, n in enumerate(mine)]
+        lines += _steps(before, cells)
+    early_draw = any(isinstance(s, Draw) for s in before.steps)
+    passed.insert(0, "drawn" if early_draw else "None")
+    if heard.graph:
+        run = f"{cells(plan.node)}({cells(plan)}, None, {', '.join(passed)})"
+        run += "" if picked is None or not heard.many else f"[{picked}]"
+    else:
+        run = f"{cells(body(wanted))}({', '.join(passed)})"
+    lines = [
+        f"if {' and '.join(asked)}:",
+        *(f"    {line}" for line in lines),
+        f"    return {run}",
+        f"return {cells(UNFIT)}",
+    ]
+    return _make(cells, f"def function({', '.join(names)}):", lines)
+
+
+def _equals(name: str, value: Any, cells: _Cells) -> str:
+    """The source of a comparison with a constant."""
+    if value is None or isinstance(value, bool):
+        return f"{name} is {value}"
+    if isinstance(value, list):
+        return f"{cells(same)}({name}, {cells(list(value))})"
+    constant = cells(value)
+    return f"({name} is {constant} or {cells(same)}({name}, {constant}))"
+
+
+def backward(program: Program, grads: tuple, saved: tuple) -> Callable:
+    """A function of (drawn, *grads, *saved) that returns the gradients of a node's inputs.
+
+    It returns UNFIT for tensors that do not fit.
+    """
+    values = (*grads, *saved)
+    tensors = [t for t in values if t is not None]
+    cells = _Cells()
+    names: list[str] = []
+    mine: list[str] = []
+    asked: list[str] = []
+    for i, t in enumerate(values):
+        if t is None:
+            names.append(f"none{i}")
+            asked.append(f"none{i} is None")
+        else:
+            names.append(_name(len(mine)))
+            mine.append(names[-1])
+    asked[:0] = [f"{cells(_guard(tensors))}({', '.join(mine)})"]
+    asked += [_aligned(mine), *_ready(None, program, cells)]
+    steps = _steps(program, cells)
+    results = _slots((None, None, None, *program.results))
+    lines = [
+        f"if {' and '.join(asked)}:",
+        *(f"    {line}" for line in steps),
+        f"    return {results}",
+        f"return {cells(UNFIT)}",
+    ]
+    return _make(cells, f"def function({', '.join(['drawn', *names])}):", lines)
