@@ -36,15 +36,15 @@ class Conv3d(stock.Conv3d, metaclass=Layer):
     _conv_forward = rebound(stock.Conv3d._conv_forward, F=F)
 
 
-class ConvTranspose1d(stock.ConvTranspose1d, metaclass=Layer):
+class ConvTranspose1d(stock.ConvTranspose1d, metaclass=Layer, op=F.conv_transpose1d):
     forward = rebound(stock.ConvTranspose1d.forward, F=F)
 
 
-class ConvTranspose2d(stock.ConvTranspose2d, metaclass=Layer):
+class ConvTranspose2d(stock.ConvTranspose2d, metaclass=Layer, op=F.conv_transpose2d):
     forward = rebound(stock.ConvTranspose2d.forward, F=F)
 
 
-class ConvTranspose3d(stock.ConvTranspose3d, metaclass=Layer):
+class ConvTranspose3d(stock.ConvTranspose3d, metaclass=Layer, op=F.conv_transpose3d):
     forward = rebound(stock.ConvTranspose3d.forward, F=F)
 
 
@@ -63,16 +63,16 @@ class LazyConv3d(stock.LazyConv3d, metaclass=Layer):
     _conv_forward = rebound(stock.Conv3d._conv_forward, F=F)
 
 
-class LazyConvTranspose1d(stock.LazyConvTranspose1d, metaclass=Layer):
+class LazyConvTranspose1d(stock.LazyConvTranspose1d, metaclass=Layer, op=F.conv_transpose1d):
     cls_to_become = ConvTranspose1d  # type: ignore[assignment]
     forward = rebound(stock.ConvTranspose1d.forward, F=F)
 
 
-class LazyConvTranspose2d(stock.LazyConvTranspose2d, metaclass=Layer):
+class LazyConvTranspose2d(stock.LazyConvTranspose2d, metaclass=Layer, op=F.conv_transpose2d):
     cls_to_become = ConvTranspose2d  # type: ignore[assignment]
     forward = rebound(stock.ConvTranspose2d.forward, F=F)
 
 
-class LazyConvTranspose3d(stock.LazyConvTranspose3d, metaclass=Layer):
+class LazyConvTranspose3d(stock.LazyConvTranspose3d, metaclass=Layer, op=F.conv_transpose3d):
     cls_to_become = ConvTranspose3d  # type: ignore[assignment]
     forward = rebound(stock.ConvTranspose3d.forward, F=F)

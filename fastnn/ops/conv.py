@@ -10,7 +10,7 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
+from fastnn._op import Function, Invalid, Stock, Work, op, reads_setting, run, second_order
 from fastnn.kernels import _gpus
 
 _FEW_PAIRS = 16  # pairs of channels in a group, for which matrix products are mostly padding
@@ -146,19 +146,25 @@ def _channel_sums(dy: Tensor, last: bool) -> Tensor:
     return dy.sum((0, 2, 3, 4), dtype=dy.dtype)  # which autocast then leaves as it is
 
 
-def _precision(device_index: int) -> tuple[str, str]:
-    """("tf32" or "ieee", architecture), by PyTorch's setting for convolutions on a GPU.
+def tf32_setting() -> str:
+    """PyTorch's setting for float32 convolutions on a GPU: "tf32" or "ieee".
 
     The new setting is read first: after it was written, reading the old setting raises an error.
     """
-    arch = _gpus.architecture(device_index)
-    if arch == "cpu":
-        return "ieee", arch
+    reads_setting()
     try:
         tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     except AttributeError:
         tf32 = torch.backends.cudnn.allow_tf32
-    return "tf32" if tf32 and _gpus.facts(arch).tf32 else "ieee", arch
+    return "tf32" if tf32 else "ieee"
+
+
+def _precision(device_index: int) -> tuple[str, str]:
+    """("tf32" or "ieee", architecture) of products on a device."""
+    arch = _gpus.architecture(device_index)
+    gpu = _gpus.facts(arch)
+    # The setting is one of CUDA; a CPU, on which kernels are interpreted, follows another one.
+    return (tf32_setting() if gpu.tf32 and gpu.name != "cpu" else "ieee"), arch
 
 
 class Conv(Function):
@@ -314,6 +320,7 @@ def _op(name: str):
         autocast="lower",
         autocast_cpu="lower",
         policy=_depthwise,
+        settings=tf32_setting,
         variants=("depthwise",),
     )
 
