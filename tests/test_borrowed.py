@@ -201,8 +201,10 @@ def test_function_samples(pair, dtype, mode, device, account):
             continue
         if name in RANDOM and sample.kwargs.get("training", sample.args[1:2] != (False,)):
             continue
-        if device == "cpu" and slow(name, sample):
-            continue
+        if device == "cpu" and name.startswith("conv"):
+            # the three dtypes share the samples
+            if slow(name, sample) or (mode == "triton" and i % 3 != FLOATS.index(dtype)):
+                continue
         result = compare_sides(
             Side(function),
             Side(function.op.stock),
