@@ -80,12 +80,13 @@ class _Log:
     def __init__(self, given: tuple[Tensor, ...], drawn: tuple[int, int] | None = None):
         self.given = given
         self.slots: dict[int, int] = {}
-        self.alive: list[Tensor] = []  # by slot; keeps the ids in `slots` unique
-        self.alias: list[Tensor] = []  # other tensors with an id in `slots`
         self.steps: list = []
-        self.views: dict[
-            int, tuple[int, Tensor, Tensor]
-        ] = {}  # slot -> (base, view, base's tensor)
+        # Weak references keep the addresses in `slots` unique. Strong ones would change the
+        # program: a factory function returns a view if somebody holds the tensor that it made.
+        self.known: list = []
+        self.count = 0
+        # slot -> (the slot whose memory it views, the address of that slot, its dtype)
+        self.views: dict[int, tuple[int, int, torch.dtype]] = {}
         self.why: str | None = None
         self.paused = False
         self.constants: dict[int, Tensor] = {}
@@ -93,7 +94,7 @@ class _Log:
         self.drawn: tuple[int, int] | None = drawn
         self.device = given[0].device
         for t in given:
-            if id(t) in self.slots:
+            if t._cdata in self.slots:
                 self.refuse("a tensor is given twice")
             self._new(t)
 
@@ -101,12 +102,13 @@ class _Log:
         self.why = self.why or why
 
     def _new(self, t: Tensor) -> int:
-        slot = self.slots[id(t)] = len(self.alive)
-        self.alive.append(t)
+        slot = self.slots[t._cdata] = self.count
+        self.count += 1
+        self.known.append(torch._C._WeakTensorRef(t))  # type: ignore[attr-defined]
         return slot
 
     def _slot(self, t: Tensor) -> int:
-        slot = self.slots.get(id(t))
+        slot = self.slots.get(t._cdata)
         if slot is None:
             raise Refused("a tensor comes from elsewhere")
         return slot
@@ -123,7 +125,7 @@ class _Log:
     def lasting(self, *tensors: Tensor) -> None:
         """Log tensors that exist as long as the process."""
         for t in tensors:
-            if id(t) not in self.slots:
+            if t._cdata not in self.slots:
                 self.constants[self._new(t)] = t
 
     def drew(self, device: int, launch: Any, draw: Any) -> None:
@@ -156,13 +158,6 @@ class _Log:
             return
         if function in _QUESTIONS:
             return
-        last = self.steps[-1] if self.steps else None
-        if function is aten.detach.default and isinstance(last, Allocate):
-            if self.slots.get(id(args[0])) == last.slot:
-                # A factory function does this only under a dispatch mode.
-                self.slots[id(out)] = last.slot
-                self.alias.append(out)
-                return
         if function in _OF_SETTINGS:
             self.reads_setting = True
             return
@@ -184,7 +179,7 @@ class _Log:
             if leaf is None:
                 return None
             raise Refused(f"{function} returns a value that is no tensor")
-        known = self.slots.get(id(leaf))  # an operator that wrote into its argument returns it
+        known = self.slots.get(leaf._cdata)  # an operator that wrote into its argument returns it
         return self._new(leaf) if known is None else known
 
     def _view(self, slot: int, out: Tensor, args) -> None:
@@ -194,10 +189,10 @@ class _Log:
         tensors = [t for t in args if isinstance(t, Tensor)]
         if len(tensors) == 1 and tensors[0].untyped_storage().data_ptr() == storage:
             base = tensors[0]
-            root = self.slots[id(base)]
-            root, _, of = self.views.get(root, (root, base, base))
-            if of.dtype == out.dtype:
-                self.views[slot] = root, out, of
+            at = self.slots[base._cdata]
+            root, address, dtype = self.views.get(at, (at, base.data_ptr(), base.dtype))
+            if dtype == out.dtype:
+                self.views[slot] = root, address, dtype
 
     def launched(self, kernel, grid, args, meta) -> None:
         """Log a launch."""
@@ -226,8 +221,8 @@ class _Log:
         if isinstance(value, Tensor):
             slot = self._slot(value)
             if slot in self.views:
-                slot, _, base = self.views[slot]
-                return Pointer(slot, value.data_ptr() - base.data_ptr())
+                root, address, _ = self.views[slot]
+                return Pointer(root, value.data_ptr() - address)
             return Pointer(slot, 0)
         if value is None or type(value) in (int, float, bool):
             return value
@@ -297,7 +292,7 @@ class Context:
         self._plan.constant = tensors
 
     def mark_dirty(self, *tensors) -> None:
-        self._plan.dirty = True
+        self._plan.dirty = tensors
 
     def set_materialize_grads(self, value: bool) -> None:
         self._plan.materialize = value
@@ -305,7 +300,7 @@ class Context:
 
 class _Facts:
     constant: tuple = ()
-    dirty = False
+    dirty: tuple = ()
     materialize = True
 
 
@@ -334,7 +329,7 @@ class Recorder:
             return None
         at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
         for i in at:
-            slot = self.log.slots.get(id(args[i]))
+            slot = self.log.slots.get(args[i]._cdata)
             if slot is None or (slot >= len(self.tensors) and args[i].requires_grad):
                 self.refuse("an argument was converted first")
                 return None
@@ -370,7 +365,7 @@ class Pass:
         self.graph = graph
         self.drawn: tuple[int, int] | None = None
         self.prologue = 0  # how many steps came before
-        self.plan = Plan(function, ctx, len(args), at, outputs, many, graph)
+        self.plan = Plan(function, ctx, args, at, outputs, many, graph)
         ctx.saved_tensors = ()
 
     def attach(self):
@@ -382,6 +377,10 @@ class Pass:
             result = self.plan.node(self.plan, computed, None, *tensors)
             self.outputs = result if self.many else (result,)
             return result
+        for i in self.plan.dirty:
+            t = self.args[self.at[i]]
+            if not t.is_inference():  # inference tensors count no versions
+                torch.autograd.graph.increment_version(t)
         return self.outputs if self.many else self.outputs[0]
 
 
@@ -392,6 +391,7 @@ class Plan:
         "attributes",
         "backward",
         "constant",
+        "dirty",
         "forward",
         "function",
         "many",
@@ -400,10 +400,9 @@ class Plan:
         "node",
         "places",
         "tries",
-        "width",
     )  # fmt: skip
 
-    def __init__(self, function, ctx: Context, width: int, at, outputs, many, graph):
+    def __init__(self, function, ctx: Context, args: tuple, at, outputs, many, graph):
         facts = ctx._plan
         self.function = function
         self.attributes = {
@@ -414,9 +413,10 @@ class Plan:
             [i for i, o in enumerate(outputs) if any(o is c for c in facts.constant)]
         )
         self.materialize = facts.materialize
+        tensors = [args[i] for i in at]
+        self.dirty = tuple([i for i, t in enumerate(tensors) if any(t is d for d in facts.dirty)])
         self.many = many
         self.places = tuple(at)
-        self.width = width
         self.node = _node(function) if graph else None
         self.forward: Callable | None = None
         self.backward: Callable | None = None  # of the gradients and what was saved
@@ -467,6 +467,8 @@ class _Replay(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         if plan.constant:
             ctx.mark_non_differentiable(*[outputs[i] for i in plan.constant])
+        if plan.dirty:
+            ctx.mark_dirty(*[tensors[i] for i in plan.dirty])
         if not plan.materialize:
             ctx.set_materialize_grads(False)
         return outputs if plan.many else outputs[0]

@@ -41,6 +41,8 @@ def unavailable() -> str | None:
     """Why this PyTorch cannot run plans; None if it can."""
     if TensorGuards is None:
         return "this torch has no TensorGuards"
+    if not hasattr(torch._C, "_WeakTensorRef"):  # which recording needs
+        return "this torch has no _WeakTensorRef"
     x, y = torch.empty(2), torch.empty(3)
     try:
         check = _guard([x])

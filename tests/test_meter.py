@@ -325,7 +325,7 @@ def test_prediction():
     large = predict(Cost(10**9, 6), Cost(3 * 10**8, 2), bandwidth=1e12)
     assert large.speedup == pytest.approx(10 / 3 * 0.9)
     small = predict(Cost(1000, 6), Cost(300, 2), bandwidth=1e12)
-    assert small.speedup == pytest.approx(6 * 4 / (2 * 16))
+    assert small.speedup == pytest.approx(6 * 4 / (2 * 10))
     assert str(large).startswith("predicted 3.00x") and "not measured" in str(large)
 
 

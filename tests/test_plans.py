@@ -20,12 +20,14 @@ import torch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastnn
 import fastnn.functional as F
 from fastnn import _op, _record, _runner
+from fastnn._front import parameters
 from fastnn.ops import FUNCTIONS, REGISTRY
-from tests.calls import Outcome, _Upstream, attempt, recorded
+from tests.calls import Outcome, _Upstream, attempt, fresh, recorded
 from tests.marks import interpreted
 
 pytestmark = interpreted
@@ -64,6 +66,8 @@ def unequal(a: Outcome, b: Outcome) -> str | None:
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:
+    if t.layout is not torch.strided:
+        t = t.to_dense()
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return t.contiguous().view(kinds[t.element_size()]) if t.dtype != torch.bool else t
 
@@ -335,6 +339,59 @@ def test_a_node_has_the_name_of_its_function():
         first = call()
         _warm(lambda: _step(call, x))
     assert _replayed(call).grad_fn.name() == first.grad_fn.name() == "NormBackward"
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_recorded_result_is_like_any_other(name):
+    """Recording must not turn results into views, or change what an edit in place does."""
+    for call in share(name)[:1]:
+        found = []
+        for _ in range(4):
+            with fastnn.backend("triton"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                made, _ = fresh(call, {})
+                names = [p.name for p in parameters(call.op.fused)]
+                keyword = {
+                    p.name: made.arguments[p.name]
+                    for p in parameters(call.op.fused)
+                    if p.kind is p.KEYWORD_ONLY and p.name in made.arguments
+                }
+                given = [
+                    made.arguments[n] for n in names if n in made.arguments and n not in keyword
+                ]
+                try:
+                    outs = tree_leaves(FUNCTIONS[name](*given, **keyword))
+                except RuntimeError as e:
+                    found.append(str(e))
+                    continue
+            told = []
+            for t in (t for t in outs if isinstance(t, torch.Tensor)):
+                told.append((t._is_view(), t._version, t.is_leaf, t.output_nr))
+                try:
+                    t.mul_(1)
+                    told.append(t._version)
+                except RuntimeError as e:
+                    told.append(str(e))
+            found.append(told)
+        assert all(f == found[0] for f in found), found
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_recorded_call_in_place_is_like_any_other(graph):
+    found = []
+    for _ in range(4):
+        leaf = torch.randn(4, 8, requires_grad=graph)
+        x = leaf * 1
+        with fastnn.backend("triton"):
+            y = F.relu(x, inplace=True)
+        told = [y is x, y._version, y._is_view(), str(y.grad_fn).split(" ")[0]]
+        y.mul_(2)
+        try:
+            y.sum().backward()
+        except RuntimeError as e:
+            told.append(str(e)[:40])
+        found.append(told)
+    assert all(f == found[0] for f in found), found
 
 
 def test_versions_are_checked_and_buffers_freed_as_without_a_plan():

@@ -80,13 +80,14 @@ def watched(*layers: Any) -> str | None:
     return None
 
 
-def _front(cls: type, its: type, name: str, method: Any, op: Any) -> Any:
+def _front(cls: type, its: type, name: str, method: Any, op: Any, eager: Any) -> Any:
     """The function that the class gets under `name`, in place of `method`.
 
     It calls the stock class's method if that one was replaced and ours was not. It calls PyTorch's
     method if no kernel can run, or if the call is below the floor of `op`, the record of the op
-    that `method` runs (None: of several, or of none). Else it calls `method`. It is generated as
-    source code from the signature, so that arguments bind and fail as declared.
+    that `method` runs (None: of several, or of none). Else it calls `eager`, which does what
+    `method` does outside TorchScript, or `method` if there is none. It is generated as source code
+    from the signature, so that arguments bind and fail as declared.
     """
     declared: list[str] = []
     passed: list[str] = []
@@ -134,7 +135,7 @@ def _front(cls: type, its: type, name: str, method: Any, op: Any) -> Any:
     # TorchScript compiles the source of `method`, and looks up its names in these globals.
     exec(compile(source, file, "exec"), method.__globals__, scope)
     made = as_torch_made(getattr(its, name))
-    front, set_floor = scope["make"](_mode, cls, its, made, method, **defaults)
+    front, set_floor = scope["make"](_mode, cls, its, made, eager or method, **defaults)
     if op is not None:
         op.floor.follow(set_floor)
     return functools.update_wrapper(front, method)
@@ -148,11 +149,12 @@ class Layer(ABCMeta):
 
     `op=F.relu` names the function that `forward` calls with its first argument first, if it calls
     no other. Calls that are too small for its kernels then go to PyTorch's `forward` at once.
+    `eager=function` names a function that does what `forward` does outside TorchScript.
 
     It derives from ABCMeta, so that users can still mix `abc.ABC` into their subclasses.
     """
 
-    def __new__(mcls, name, bases, namespace, op=None, **kwargs):
+    def __new__(mcls, name, bases, namespace, op=None, eager=None, **kwargs):
         ours = namespace.get("__module__", "").startswith("fastnn.layers.")
         if ours:
             namespace.setdefault("__doc__", bases[0].__doc__)
@@ -162,8 +164,10 @@ class Layer(ABCMeta):
             STOCK[cls], OURS[its] = its, cls
             for key, method in namespace.items():
                 if isinstance(method, FunctionType) and hasattr(its, key) and key[:2] != "__":
-                    record = op.op if op is not None and key == "forward" else None
-                    setattr(cls, key, _front(cls, its, key, method, record))
+                    given = (None, None)
+                    if key == "forward":
+                        given = None if op is None else op.op, eager
+                    setattr(cls, key, _front(cls, its, key, method, *given))
             its_forward = as_torch_made(its.forward)
             _AS_MADE[cls] = cls.forward, its, its_forward
             _AS_MADE[its] = its_forward, its, its_forward

@@ -59,7 +59,7 @@ def _in_groups(members, i, input):
     return input
 
 
-class Sequential(stock.Sequential, metaclass=Layer):
+class Sequential(stock.Sequential, metaclass=Layer, eager=_forward):
     def forward(self, input):
         if torch.jit.is_scripting():  # TorchScript compiles this branch alone
             for module in self:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastnn import _rng, kernels
+from fastnn import _record, _rng, kernels
 
 
 @contextmanager
 def recording() -> Iterator[list]:
-    """Collect every `Draw` that kernels get inside the block."""
+    """Collect every `Draw` that kernels get inside the block. No plan runs there."""
     draws: list = []
     draw = _rng._draw
 
@@ -29,7 +29,7 @@ def recording() -> Iterator[list]:
         draws.append(drawn)
         return drawn
 
-    with mock.patch.object(_rng, "_draw", noted):
+    with mock.patch.object(_rng, "_draw", noted), _record.using(False):
         yield draws
 
 
