@@ -693,9 +693,47 @@ TRANSFORMERS = [
     decoder("DETR, 100 queries, 16 images", 16, 100, 1050, 256, 8, 2048),
 ]
 
+# ---- Index maps and interpolation ---------------------------------------------------------------
+
+
+def mapped(name: str, model: str, rows: int, *shape: int, last=False, dtypes=(BF16,), **options):
+    """An index map or interpolation of (rows, *shape); channels last if `last`."""
+    shaped = (lambda n: (channels_last(n, *shape),)) if last else shape
+    return row(name, model, rows, shaped, dtypes, options=options, rereads=False)
+
+
+MAPS = [
+    mapped("ZeroPad2d", "MobileNetV2 of TensorFlow, 64 images", 64, 96, 112, 112,
+           padding=(0, 1, 0, 1)),
+    mapped("ConstantPad1d", "WaveNet-like, causal, 16 x 1 s", 16, 512, 16000,
+           padding=(2, 0), value=0.0),
+    mapped("ReflectionPad2d", "CycleGAN, 16 images", 16, 64, 256, 256,
+           padding=3, dtypes=(BF16, FP32)),
+    mapped("ReflectionPad2d", "CycleGAN, channels last", 16, 64, 256, 256, padding=3, last=True),
+    mapped("ReplicationPad3d", "3-d U-Net, 2 volumes", 2, 32, 64, 64, 64, padding=1),
+    mapped("CircularPad2d", "panoramas, 16 images", 16, 64, 128, 512, padding=(1, 1, 0, 0)),
+    mapped("PixelShuffle", "ESPCN-like, x2, 16 images", 16, 256, 128, 128, upscale_factor=2),
+    mapped("PixelShuffle", "channels last", 16, 256, 128, 128, upscale_factor=2, last=True),
+    mapped("PixelUnshuffle", "Real-ESRGAN, x2, 16 images", 16, 64, 256, 256, downscale_factor=2),
+    mapped("ChannelShuffle", "ShuffleNet, 64 images", 64, 240, 56, 56, groups=3),
+    mapped("Unfold", "T2T-ViT, 64 images", 64, 3, 224, 224, kernel_size=7, stride=4, padding=2),
+    mapped("Fold", "patches of 3 x 3, 16 images", 16, 576, 4096,
+           output_size=64, kernel_size=3, padding=1),
+    mapped("Upsample", "U-Net of Stable Diffusion, 8 latents", 8, 640, 64, 64, scale_factor=2.0),
+    mapped("Upsample", "U-Net, 8 images", 8, 128, 128, 128,
+           scale_factor=2.0, mode="bilinear", dtypes=(BF16, FP32)),
+    mapped("Upsample", "U-Net, channels last", 8, 128, 128, 128,
+           scale_factor=2.0, mode="bilinear", last=True),
+    mapped("interpolate", "DeepLab, 4 images", 4, 21, 65, 65, size=(513, 513), mode="bilinear"),
+    mapped("Upsample", "super-resolution, 16 images", 16, 32, 128, 128,
+           scale_factor=2.0, mode="bicubic"),
+    mapped("Upsample", "3-d U-Net, 2 volumes", 2, 64, 32, 32, 32,
+           scale_factor=2.0, mode="trilinear"),
+]  # fmt: skip
+
 CASES = [
     *ACTIVATIONS, *NORMS, *CHANNEL_NORMS, *CONVOLUTIONS, *SOFTMAX, *DROPOUT, *EMBEDDING, *LOSSES,
-    *RESIDUALS, *LINEAR, *ATTENTION, *TRANSFORMERS,
+    *RESIDUALS, *LINEAR, *ATTENTION, *TRANSFORMERS, *MAPS,
 ]  # fmt: skip
 
 # Rows with independent results. On a GPU the ends of a row beyond 2**31 elements are compared.

@@ -12,7 +12,7 @@ import inspect
 import linecache
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -194,9 +194,24 @@ def front(record: Any, dispatch: Callable) -> Callable:
     return call
 
 
+class _Overloads:
+    """The names of the overloads of a function that TorchScript has compiled. It compiles them when
+    it first needs them, as for `interpolate`, of which the type of `size` decides on one."""
+
+    def __init__(self, stock: Callable):
+        self.stock = stock
+
+    def __iter__(self) -> Iterator[str]:
+        return (f.qualified_name for f in torch.jit._script._get_overloads(self.stock))
+
+
 def _tell_torchscript(call: Callable, stock: Callable) -> None:
     """Make TorchScript compile PyTorch's function where a scripted function calls `call`."""
     call.__prepare_scriptable__ = lambda: stock  # type: ignore[attr-defined]
+    state, internal = torch.jit._state, torch._jit_internal
+    declared = internal._get_fn_overloads(internal._qualified_name(stock))
+    if declared or state._try_get_jit_cached_overloads(stock):
+        state._jit_function_overload_caching[call] = _Overloads(stock)
     if not isinstance(stock, FunctionType):
         # TorchScript finds a builtin by identity in a table. Building the table is slow, so this
         # only adds to the list from which it is built.

@@ -142,6 +142,9 @@ def _class_name(layer: stock.Module) -> str:
     return f"{kind.__module__.split('.')[0]}.{kind.__qualname__}"
 
 
+_PASSING_ON = (stock.Flatten, stock.Identity, stock.Unflatten)
+
+
 def _explain_statically(model: stock.Module) -> Explanation:
     rows = []
     for name, layer in model.named_modules():
@@ -157,6 +160,8 @@ def _explain_statically(model: stock.Module) -> Explanation:
                 if next(layer.children(), None) is not None:
                     continue  # a container: its members have rows of their own
                 why = "no kernels for this class"
+                if kind in _PASSING_ON:
+                    why = "passes its input on, as it is or as a view: there is nothing to run"
             elif base in STOCK:
                 why = f"a subclass of fastnn.{base.__name__}: kernels where it calls that forward"
             else:

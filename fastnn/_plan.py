@@ -10,6 +10,7 @@ This file says what a plan consists of. A plan knows nothing of single ops.
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any, NamedTuple
 
@@ -113,6 +114,8 @@ def same(a: Any, b: Any) -> bool:
         return False
     if isinstance(a, (tuple, list)):
         return len(a) == len(b) and all(map(same, a, b))
+    if a == b == 0 and type(a) is float:
+        return math.copysign(1, a) == math.copysign(1, b)
     return a == b
 
 

@@ -399,6 +399,7 @@ class Plan:
         "needs",
         "node",
         "places",
+        "saves",
         "tries",
     )  # fmt: skip
 
@@ -415,6 +416,7 @@ class Plan:
         self.materialize = facts.materialize
         tensors = [args[i] for i in at]
         self.dirty = tuple([i for i, t in enumerate(tensors) if any(t is d for d in facts.dirty)])
+        self.saves = bool(ctx.saved_tensors)
         self.many = many
         self.places = tuple(at)
         self.node = _node(function) if graph else None
@@ -476,7 +478,8 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         plan = ctx.plan
-        saved = ctx.saved_tensors
+        # In a second backward `saved_tensors` raises, even if nothing was saved.
+        saved = ctx.saved_tensors if plan.saves else ()
         if not torch.is_grad_enabled():
             if plan.backward is not None:
                 result = plan.backward(ctx.drawn, *grads, *saved)

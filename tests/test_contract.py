@@ -42,6 +42,14 @@ OTHERS = {
         for kind in ("Batch", "Instance")
         for d in (1, 2, 3)
     },
+    "PixelShuffle": lambda x: ((2,), x(2, 4, 3, 3)),
+    "PixelUnshuffle": lambda x: ((2,), x(2, 3, 4, 4)),
+    "ChannelShuffle": lambda x: ((2,), x(2, 4, 3, 3)),
+    "Fold": lambda x: (((3, 3), 2), x(2, 8, 4)),
+    "Unfold": lambda x: ((2,), x(2, 3, 3, 3)),
+    "Upsample": lambda x: ((None, 2.0, "bilinear"), x(2, 3, 3, 3)),
+    "UpsamplingNearest2d": lambda x: ((5,), x(2, 3, 3, 3)),
+    "UpsamplingBilinear2d": lambda x: ((5,), x(2, 3, 3, 3)),
     "SyncBatchNorm": lambda x: ((4,), x(2, 4, 3)),
     "MultiheadAttention": lambda x: ((8, 2), x(3, 2, 8), x(4, 2, 8), x(4, 2, 8)),
     "TransformerEncoderLayer": lambda x: ((8, 2, 12, 0.0), x(3, 2, 8)),

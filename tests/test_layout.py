@@ -120,7 +120,7 @@ def test_import_stays_light():
 
 FAMILIES = {path.stem for path in (ROOT / "fastnn" / "ops").glob("[a-z]*.py")}
 # Kernel files with parts for several families.
-PARTS = {"epilogue", "pointwise"}
+PARTS = {"epilogue", "gather", "pointwise"}
 
 
 def test_a_family_has_one_name():

@@ -409,6 +409,31 @@ def test_versions_are_checked_and_buffers_freed_as_without_a_plan():
         y.sum().backward()
 
 
+@pytest.mark.parametrize("mode", ["constant", "reflect", "circular"])
+def test_a_second_backward_ends_as_in_stock(mode):
+    """It raises where stock saves something for the backward, and only there."""
+
+    def end(F):
+        x = torch.randn(1, 2, 3, requires_grad=True)
+        y = F.pad(x, (1, 1), mode)
+        y.sum().backward()
+        try:
+            y.sum().backward()
+        except RuntimeError as e:
+            return str(e)
+
+    with fastnn.backend("triton"):
+        ends = {end(F) for _ in range(4)}
+    assert ends == {end(torch.nn.functional)}
+
+
+def test_a_zero_with_another_sign_is_another_argument():
+    x = torch.ones(2)
+    with fastnn.backend("triton"):
+        padded = [F.pad(x, (1, 0), value=v) for v in (0.0, 0.0, 0.0, -0.0)]
+    assert [y.signbit().any().item() for y in padded] == [False] * 3 + [True]
+
+
 def test_second_derivatives_of_a_replay():
     x, w, call = _norm()
     _warm(lambda: _step(call, x))

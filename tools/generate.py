@@ -61,13 +61,12 @@ def functions_table() -> str:
 
 # Families that share a line of the README's table. Any other family has a line of its own.
 AREAS = {
-    "activations": (("activation", "glu", "prelu", "softmax"), None),
+    "activations, dropout": (("activation", "dropout", "glu", "prelu", "softmax"), None),
     "attention and transformers": (
         ("attention", "multihead_attention", "residual_norm"),
         "[attention](docs/attention.md), [transformers](docs/transformer.md)",
     ),
-    "convolution": (("conv",), None),
-    "dropout": (("dropout",), None),
+    "images": (("conv", "fold", "padding", "shuffle", "upsampling"), "[images](docs/images.md)"),
     "linear, embedding": (("linear", "embedding"), None),
     "losses, distances": (
         (

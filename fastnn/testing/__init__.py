@@ -135,12 +135,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One compared tensor: our largest error against float64, that of stock, and the bound."""
+    """One compared tensor: our largest error against float64, that of stock, and the bound; and the
+    number of elements compared, where that is known."""
 
     what: str
     ours: float
     stock: float
     bound: float
+    elements: int = 0
 
     @property
     def ratio(self) -> float:
@@ -289,7 +291,7 @@ def _compare(
     error = (ours64[finite] - exact).abs().max().item()
     its = (stock64[finite] - exact).abs().max().item()
     bound = 2 * its + torch.finfo(stock.dtype).eps * exact.abs().max().item()
-    return Comparison(what, error, its, bound), None
+    return Comparison(what, error, its, bound, exact.numel()), None
 
 
 def compare_sides(

@@ -386,6 +386,12 @@ _HIDDEN = {
     "soft_margin_loss": (4, 8),
     "soft_margin_loss_backward": (7, 16),
 }
+# Backward passes that on CUDA fill their result with zeros, and then add to it with atomics.
+_SPATIAL = ("1d", "2d", "3d")
+_PADS = {f"{kind}_pad{n}_backward" for kind in ("reflection", "replication") for n in _SPATIAL}
+_ADDS = {"linear1d", "bilinear2d", "bicubic2d", "trilinear3d"}
+_ADDS = _PADS | {f"upsample_{kind}_backward" for kind in _ADDS}
+_UNREAD |= dict.fromkeys(_PADS, 1)
 # If the result is a scalar, these run a pointwise kernel and then a reduction.
 _REDUCED = {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy"}
 
@@ -433,6 +439,13 @@ class AtenTraffic(TorchDispatchMode):
         if name in _GATHERS:
             moved += min(nbytes(read[0]), _gathered(name, read, results)) - nbytes(read[0])
         launches, passes = _HIDDEN.get(name, (0, 0))
+        if name in _ADDS:
+            launches, moved, written = 1, moved + written, 2 * written
+        if name == "constant_pad_nd":
+            if max(args[1], default=0) > 0:  # filled, and then the input copied into it
+                launches, written = 1, written + moved
+            else:
+                moved = written
         largest = max((nbytes(t) for t in (*read, *results)), default=0)
         if name in _REDUCED and results[0].numel() == 1 < read[0].numel():
             launches, passes = 1, 2

@@ -1,0 +1,127 @@
+"""Interpolation: nearest, linear and cubic, in one to three dimensions."""
+
+import math
+
+import torch
+import torch.nn.functional as stock
+
+from fastnn import kernels
+from fastnn._op import Invalid, Stock, Work, op, run
+from fastnn.ops._linear_map import LinearMap, Maps, channels_last
+
+# Of each mode, the kernel's, and for how many dimensions of an image it is.
+_MODES = {
+    "nearest": ("nearest", (1, 2, 3)),
+    "nearest-exact": ("nearest_exact", (1, 2, 3)),
+    "linear": ("linear", (1,)),
+    "bilinear": ("linear", (2,)),
+    "trilinear": ("linear", (3,)),
+    "bicubic": ("cubic", (2,)),
+}
+_STOCKS = {"area": "an adaptive average pooling", "lanczos": "for CPUs alone"}
+
+
+def _per_dimension(what, value, dims, kinds):
+    """`value` for each dimension; `Stock`, or `Invalid`, where it is none of these kinds."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * dims
+    if len(values) != dims:
+        return Invalid(f"{what}={value!r} for {dims} dimensions")
+    return values if all(type(v) in kinds for v in values) else Stock(f"{what}={value!r}")
+
+
+def _image(input, size, scale_factor, recompute_scale_factor):
+    """(sizes of the result's image, factors to go by); or `Stock`, or `Invalid`."""
+    dims = input.dim() - 2
+    none = [None] * dims
+    if size is not None:
+        sizes = _per_dimension("size", size, dims, (int,))
+        return sizes if isinstance(sizes, Stock) else (sizes, none)
+    factors = _per_dimension("scale_factor", scale_factor, dims, (int, float))
+    if isinstance(factors, Stock):
+        return factors
+    if not all(0 < f < math.inf for f in factors):
+        return Invalid(f"scale_factor={scale_factor!r}")
+    sizes = [int(n * f) for n, f in zip(input.shape[2:], factors, strict=True)]
+    return sizes, none if recompute_scale_factor else factors
+
+
+def _autocast():
+    return torch.is_autocast_enabled("cuda")
+
+
+def _gains(input, size, scale_factor, mode, *rest):
+    """The policy of the size gate: under autocast a kernel saves copies of the input, else the pass
+    that fills the gradient with zeros."""
+    if input.is_cuda and torch.is_autocast_enabled("cuda"):
+        return Work(input.numel())
+    if mode.startswith("nearest") or not (torch.is_grad_enabled() and input.requires_grad):
+        return Stock("no gradient that PyTorch adds up: it reads and writes once as well")
+    image = _image(input, size, scale_factor, None)
+    if isinstance(image, Stock):
+        return image
+    grown = math.prod(image[0]) // math.prod(input.shape[2:])
+    if grown > 8:
+        return Stock(f"{grown} times the elements, beside which what would be saved is little")
+    return Work(input.numel())
+
+
+@op(stock=stock.interpolate, strided=("input",), policy=_gains, settings=_autocast, autocast="fp32")
+def interpolate(
+    input, size=None, scale_factor=None, mode="nearest", align_corners=None,
+    recompute_scale_factor=None, antialias=False, *, out_dtype=None,
+):  # fmt: skip
+    """Fused for nearest, nearest-exact, linear, bilinear, bicubic and trilinear.
+
+    The gradient is a gather, with the same bits each time. Under
+    `torch.use_deterministic_algorithms(True)` no mode raises. Under CUDA's autocast 16-bit input is
+    read as it is, and the result is float32.
+
+    Values are those of CUDA. PyTorch differs on a CPU in two ways. Bicubic to the same size
+    multiplies there, so that 0 * inf is nan; on CUDA it copies. A scale_factor is ignored there if
+    the sizes are equal, or in mode nearest if one is twice the other.
+
+    In the gradient, an output gives nothing to a place that has the weight 0 in it. PyTorch adds 0
+    times the gradient of the output, which is nan if that is infinite.
+    """
+    if type(mode) is not str:
+        return Stock(f"mode={mode!r}")
+    if mode in _STOCKS:
+        return Stock(f"mode={mode!r}, {_STOCKS[mode]}")
+    dims = input.dim() - 2
+    kind, ranks = _MODES.get(mode, ("", ()))
+    if dims not in ranks:
+        return Invalid(f"mode={mode!r} for {input.dim()} dimensions")
+    if antialias:
+        there = mode in ("bilinear", "bicubic")
+        return Stock("antialias=True") if there else Invalid(f"antialias=True, mode={mode!r}")
+    if align_corners is not None and kind.startswith("nearest"):
+        return Invalid(f"align_corners={align_corners} with mode={mode!r}")
+    if (size is None) == (scale_factor is None) or (size is not None and recompute_scale_factor):
+        return Invalid(f"size={size}, scale_factor={scale_factor}")
+    image = _image(input, size, scale_factor, recompute_scale_factor)
+    if isinstance(image, Stock):
+        return image
+    sizes, factors = image
+    if min(sizes) < 1 or 0 in input.shape[1:]:
+        return Invalid(f"{tuple(input.shape)} to {tuple(sizes)}")
+    elements = math.prod((*input.shape[:2], *sizes))
+    if max(elements, input.numel()) >= kernels.gather.MOST:
+        return Stock(f"a result of {elements} elements")  # more than 32 bits can index
+    dtype = out_dtype or input.dtype
+    was = tuple(input.shape[2:])
+    align = bool(align_corners)
+    if tuple(sizes) == was and not kind.startswith("nearest"):
+        kind, align, factors = "nearest", False, [None] * dims
+    scales = [
+        kernels.upsampling.scale(n, out, factor, kind, align)
+        for n, out, factor in zip(was, sizes, factors, strict=True)
+    ]
+    given, last = input.dtype, channels_last(input)
+
+    def forward(x):
+        return kernels.upsampling.fwd(x, sizes, kind, align, scales, dtype, last)
+
+    def backward(dy):
+        return kernels.upsampling.bwd(dy, was, kind, align, scales, given, last)
+
+    return run(LinearMap, input, Maps(forward, backward, forward), False)

@@ -1,0 +1,237 @@
+"""Pads, shuffles, folds and interpolation: what a parity row cannot show."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as stock
+
+import fastnn
+import fastnn.functional as F
+from fastnn import _gate, _mode, backend, kernels
+from fastnn.testing import meter
+from tests.errors import assert_same_error
+from tests.marks import interpreted, on_device
+
+# (call of F, shape of x)
+CALLS = {
+    "constant": (lambda F, x: F.pad(x, (1, 2, -1, 0), value=3.0), (2, 3, 4)),
+    "reflect": (lambda F, x: F.pad(x, (1, 2), "reflect"), (2, 3, 4)),
+    "replicate": (lambda F, x: F.pad(x, (1, 2), "replicate"), (2, 3, 4)),
+    "circular": (lambda F, x: F.pad(x, (1, 2), "circular"), (2, 3, 4)),
+    "pixel_shuffle": (lambda F, x: F.pixel_shuffle(x, 2), (1, 4, 2, 3)),
+    "pixel_unshuffle": (lambda F, x: F.pixel_unshuffle(x, 2), (1, 2, 4, 2)),
+    "channel_shuffle": (lambda F, x: F.channel_shuffle(x, 2), (1, 4, 3)),
+    "unfold": (lambda F, x: F.unfold(x, 2, padding=1), (1, 2, 3, 3)),
+    "fold": (lambda F, x: F.fold(x, 3, 2), (1, 8, 4)),
+    "nearest": (lambda F, x: F.interpolate(x, 5), (1, 2, 3)),
+    "bilinear": (lambda F, x: F.interpolate(x, (5, 2), mode="bilinear"), (1, 2, 3, 3)),
+    "bicubic": (lambda F, x: F.interpolate(x, (5, 2), mode="bicubic"), (1, 2, 3, 3)),
+}
+each_call = pytest.mark.parametrize("name", CALLS)
+
+
+def inputs(name, device):
+    torch.manual_seed(0)
+    return torch.randn(CALLS[name][1]).to(device).requires_grad_()
+
+
+@each_call
+def test_deterministic_algorithms_forbid_nothing(name, device):
+    call, x = CALLS[name][0], inputs(name, device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with backend("triton"):
+            y = call(F, x)
+            y.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(y, call(stock, x))
+
+
+@each_call
+def test_second_order(name, device):
+    """The gradient of the gradient runs on kernels and equals that of stock, also by x itself."""
+    call, x = CALLS[name][0], inputs(name, device)
+
+    def twice(F):
+        y = call(F, x)
+        weights = torch.linspace(-1, 1, y.numel(), device=device).view(y.shape).requires_grad_()
+        (dx,) = torch.autograd.grad((y * weights).sum(), x, create_graph=True)
+        return dx, *torch.autograd.grad((dx * dx).sum(), (weights, x), allow_unused=True)
+
+    with backend("triton"):
+        ours = twice(F)
+    for a, b in zip(ours, twice(stock), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+
+
+@each_call
+def test_in_place_changes_before_backward(name, device):
+    """They raise where they do in stock: an op saves what stock saves."""
+
+    def outcome(F):
+        x = inputs(name, device) * 1
+        y = CALLS[name][0](F, x)
+        with torch.no_grad():
+            x.add_(1)
+        try:
+            y.sum().backward()
+        except RuntimeError as e:
+            assert "modified by an inplace operation" in str(e)
+            return "raises"
+        return "passes"
+
+    with backend("triton"):
+        ours = outcome(F)
+    assert ours == outcome(stock)
+
+
+@pytest.mark.parametrize("value", [-0.0, math.nan, 0.1, -math.inf, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_constant_has_the_bits_that_stock_writes(value, dtype, device):
+    x = torch.zeros(2, dtype=dtype, device=device)
+    with backend("triton"):
+        ours = F.pad(x, (1, 1), value=value)
+    theirs = stock.pad(x, (1, 1), value=value)
+    assert torch.equal(ours.nan_to_num(nan=9.0), theirs.nan_to_num(nan=9.0))
+    assert torch.equal(ours.signbit(), theirs.signbit())
+
+
+Z = torch.zeros
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda F: F.pad(Z(1, 1, 4), (4, 4), mode="reflect"),
+        lambda F: F.pad(Z(1, 1, 4, 4), (1, 1, 4, 0), mode="reflect"),
+        lambda F: F.pad(Z(1, 1, 4), (-3, -1), mode="replicate"),
+        lambda F: F.pad(Z(1, 1, 4), (5, 0), mode="circular"),
+        lambda F: F.pad(Z(1, 1, 4), (1, 1), mode="reflect", value=1.0),
+        lambda F: F.pad(Z(1, 1, 4), (1, 1), mode="bogus"),
+        lambda F: F.pad(Z(1, 1, 4), (1, 1, 1)),
+        lambda F: F.pad(Z(4), (1, 1, 1, 1)),
+        lambda F: F.pad(Z(4), (-5, 6)),
+        lambda F: F.pad(Z(4), (-2, -3)),
+        lambda F: F.pad(Z(2, 3, 4, 4), (1, 1), mode="replicate"),
+        lambda F: F.pad(Z(1).half(), (1, 0), value=1e6),
+        lambda F: F.pixel_shuffle(Z(1, 3, 2, 2), 2),
+        lambda F: F.pixel_shuffle(Z(4, 2), 2),
+        lambda F: F.pixel_unshuffle(Z(1, 3, 3, 2), 2),
+        lambda F: F.channel_shuffle(Z(4, 3, 3), 2),
+        lambda F: F.channel_shuffle(Z(4, 2), 2),
+        lambda F: F.unfold(Z(4, 4), 2),
+        lambda F: F.unfold(Z(1, 1, 2, 2), 3),
+        lambda F: F.unfold(Z(1, 1, 2, 2), 1, stride=0),
+        lambda F: F.fold(Z(1, 4, 4), 3, 2, stride=0),
+        lambda F: F.fold(Z(1, 4, 5), 3, 2),
+        lambda F: F.fold(Z(1, 3, 4), 3, 2),
+        lambda F: F.interpolate(Z(1, 1, 4), size=2, mode="bogus"),
+        lambda F: F.interpolate(Z(1, 1, 4), size=2, mode="bilinear"),
+        lambda F: F.interpolate(Z(1, 1, 4), size=2, align_corners=True),
+        lambda F: F.interpolate(Z(1, 1, 4)),
+        lambda F: F.interpolate(Z(1, 1, 4), size=2, scale_factor=2.0),
+        lambda F: F.interpolate(Z(1, 1, 4), size=2, recompute_scale_factor=True),
+        lambda F: F.interpolate(Z(1, 1, 4), size=0),
+        lambda F: F.interpolate(Z(1, 0, 4, 4), size=2),
+        lambda F: F.interpolate(Z(1, 1, 4, 4), size=(2, 2, 2)),
+    ],
+)
+@on_device
+def test_wrong_calls_raise_what_stock_raises(call):
+    assert_same_error(lambda: call(F), lambda: call(stock))
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
+def test_under_the_rule_of_cuda_autocast(mode, device):
+    """Input of 16 bits: read as it is, the result in float32, the gradient in the input's dtype."""
+    x = torch.randn(1, 2, 3, 4).to(device, torch.bfloat16).requires_grad_()
+    y = F.interpolate.op.fused(x, scale_factor=2, mode=mode, out_dtype=torch.float32)
+    cast = stock.interpolate(x.float(), scale_factor=2, mode=mode)
+    torch.testing.assert_close(y, cast)
+    (ours,), (theirs,) = (torch.autograd.grad(t.sum(), x) for t in (y, cast))
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs)
+
+
+# ---- Bytes ---------------------------------------------------------------------------------------
+
+
+def both_passes(call, x, dy):
+    torch.autograd.grad(call(x), x, dy)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "shape", "most"),
+    [
+        (
+            lambda x: F.pad(x, (2, 2, 2, 2), "reflect"),
+            lambda x: stock.pad(x, (2, 2, 2, 2), "reflect"),
+            (2, 4, 32, 64),
+            0.75,
+        ),
+        (
+            lambda x: F.interpolate.op.fused(
+                x, scale_factor=2, mode="bilinear", out_dtype=torch.float32
+            ),
+            lambda x: stock.interpolate(x.float(), scale_factor=2, mode="bilinear"),
+            (1, 4, 16, 32),
+            0.7,
+        ),
+    ],
+    ids=["reflect", "bilinear x2 under autocast"],
+)
+@interpreted
+def test_bytes_against_stock(ours, theirs, shape, most):
+    x = torch.randn(shape).bfloat16().requires_grad_()
+    dy = torch.ones_like(theirs(x))
+    with backend("triton"), meter.all_traffic(races=True) as counted:
+        both_passes(ours, x, dy)
+    with meter.AtenTraffic() as stocks:
+        both_passes(theirs, x, dy)
+    assert sum(launch.shared_writes for launch in counted.kernels) == 0
+    assert counted.cost.bytes <= most * stocks.cost.bytes
+
+
+@interpreted
+def test_auto_takes_what_saves_bytes():
+    lines = [{"op": op, "least": 1} for op in ("interpolate", "pad")]
+    table = {"default": {"source": "the test", "crossovers": lines}}
+
+    def path(call, grad=True):
+        x = torch.zeros(1, 1, 4, 4, requires_grad=grad)
+        with fastnn.backend("auto"), _mode.decisions() as heard:
+            call(x)
+        return heard[0].why
+
+    with _gate.using(table):
+        assert path(lambda x: F.interpolate(x, 8, mode="bilinear")) is None
+        assert "reads and writes once" in path(
+            lambda x: F.interpolate(x, 8, mode="bilinear"), False
+        )
+        assert "reads and writes once" in path(lambda x: F.interpolate(x, 8))
+        assert "64 times" in path(lambda x: F.interpolate(x, 32, mode="bilinear"))
+        assert path(lambda x: F.pad(x, (1, 1, 1, 1), "reflect")) is None
+        assert "reads and writes once" in path(lambda x: F.pad(x, (1, 1, 1, 1), "reflect"), False)
+        assert path(lambda x: F.pad(x, (1, 1)), False) is None
+
+
+# ---- Walks --------------------------------------------------------------------------------------
+
+
+def test_a_tensor_that_spans_more_than_32_bits_is_copied(monkeypatch, device):
+    monkeypatch.setattr(kernels.gather, "MOST", 40)
+    x = torch.randn(2, 3, 30, device=device)[:, :, ::7]
+    assert kernels.gather.near(x).is_contiguous() and not x.is_contiguous()
+    assert kernels.gather.near(x[0, 0]) is not None
+
+
+def test_what_passes_its_input_on_says_so():
+    layers = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Identity(), torch.nn.Unflatten(0, (1, 1))
+    )
+    rows = fastnn.explain(layers)
+    assert sum("passes its input on" in row.reason for row in rows) == 3
