@@ -23,9 +23,10 @@ import fastnn.functional
 from fastnn import _gate
 from fastnn.testing.aot import TARGETS, check, compile_only, summary, table
 
-# Kernels that need not run at the speed of memory: they gather, multiply matrices, or only pool
-# partial sums.
+# Kernels that need not run at the speed of memory: they gather, multiply matrices, or only pool or
+# store partial sums.
 NOT_STREAMING = ("attention", "embedding", "gemm", "nll_loss", "channel_pool", "channel_totals")
+NOT_STREAMING += ("conv_direct_weight",)
 NOT_STREAMING += ("fold",)  # and unfold
 
 
