@@ -313,6 +313,65 @@ CONVOLUTIONS = [
         stride=2),
 ]  # fmt: skip
 
+# ---- Pooling ----------------------------------------------------------------------------------
+
+
+def pool(name: str, model: str, rows: int, *shape: int, last=False, dtypes=(BF16,), **options):
+    """Pooling of (rows, *shape), channels last if `last`; what it keeps is small beside that."""
+    shaped = (lambda n: (channels_last(n, *shape),)) if last else shape
+    # Windows of fractional pooling depend on samples; PyTorch cannot count the 3-D backward.
+    drawn = name == "FractionalMaxPool3d"
+    return row(name, model, rows, shaped, dtypes, options=options, rereads=False, gathers=drawn)
+
+
+def unpool(name: str, model: str, rows: int, *shape: int):
+    """Unpooling of (rows, *shape) by windows of 2 along each axis, not by their true indices."""
+    high = math.prod(shape[1:]) * 2 ** (len(shape) - 1)
+    return row(
+        name, model, rows, lambda n: (normal(n, *shape), indices(n, *shape, high=high)),
+        options={"kernel_size": 2}, rereads=False, gathers=True,
+    )  # fmt: skip
+
+
+STEM = {"kernel_size": 3, "stride": 2, "padding": 1}
+POOLING = [
+    pool("MaxPool2d", "ResNet-50, stem, 64 images", 64, 64, 112, 112, dtypes=(BF16, FP32), **STEM),
+    pool("MaxPool2d", "ResNet-50, stem, channels last", 64, 64, 112, 112, last=True, **STEM),
+    pool("MaxPool2d", "VGG-16, 64 images", 64, 64, 224, 224, kernel_size=2),
+    pool("MaxPool2d", "U-Net, 8 images, channels last", 8, 128, 256, 256, last=True,
+        kernel_size=2),
+    pool("MaxPool1d", "speech, 64 clips", 64, 512, 1600, kernel_size=2),
+    pool("MaxPool3d", "3-d U-Net, 2 volumes", 2, 32, 64, 128, 128, kernel_size=2),
+    pool("AvgPool2d", "DenseNet transition, 64 images", 64, 256, 56, 56, kernel_size=2),
+    pool("AvgPool2d", "Inception-v3 branch, channels last", 64, 192, 35, 35, last=True,
+        kernel_size=3, stride=1, padding=1),
+    pool("AvgPool1d", "moving average, 64 series", 64, 64, 4096, kernel_size=25, stride=1,
+        padding=12),
+    pool("AvgPool3d", "I3D, 4 clips", 4, 192, 16, 56, 56, kernel_size=2),
+    pool("AdaptiveAvgPool2d", "ResNet-50, head, channels last", 256, 2048, 7, 7, last=True,
+        output_size=1),
+    pool("AdaptiveAvgPool2d", "DeepLab, pyramid of 6, 8 images", 8, 2048, 65, 65, output_size=6),
+    pool("AdaptiveAvgPool1d", "speech, 64 clips", 64, 512, 1600, output_size=400),
+    pool("AdaptiveAvgPool3d", "I3D, head, 16 clips", 16, 1024, 4, 14, 14, output_size=(4, 7, 7)),
+    pool("AdaptiveMaxPool2d", "detector, 64 images", 64, 256, 56, 56, output_size=28),
+    pool("AdaptiveMaxPool1d", "speech, 64 clips", 64, 512, 1600, output_size=400),
+    pool("AdaptiveMaxPool3d", "video, 8 clips", 8, 128, 8, 56, 56, output_size=(4, 28, 28)),
+    *(
+        row(name, "power mean, like a VGG stage", 16, shape,
+            options={"norm_type": 2, "kernel_size": 2})
+        for name, shape in (
+            ("LPPool1d", (256, 6400)), ("LPPool2d", (128, 112, 112)), ("LPPool3d", (64, 16, 56, 56))
+        )
+    ),
+    pool("FractionalMaxPool2d", "Graham's net, 64 images", 64, 160, 94, 94, kernel_size=2,
+        output_ratio=(0.7, 0.7)),
+    pool("FractionalMaxPool3d", "volumes, 4", 4, 32, 64, 64, 64, kernel_size=2,
+        output_ratio=(0.7, 0.7, 0.7)),
+    unpool("max_unpool1d", "speech decoder, 16 clips", 16, 256, 800),
+    unpool("max_unpool2d", "SegNet decoder, 8 images", 8, 64, 112, 112),
+    unpool("max_unpool3d", "3-d decoder, 2 volumes", 2, 32, 32, 32, 32),
+]  # fmt: skip
+
 # ---- Softmax ----------------------------------------------------------------------------------
 
 SOFTMAX = [
@@ -732,8 +791,8 @@ MAPS = [
 ]  # fmt: skip
 
 CASES = [
-    *ACTIVATIONS, *NORMS, *CHANNEL_NORMS, *CONVOLUTIONS, *SOFTMAX, *DROPOUT, *EMBEDDING, *LOSSES,
-    *RESIDUALS, *LINEAR, *ATTENTION, *TRANSFORMERS, *MAPS,
+    *ACTIVATIONS, *NORMS, *CHANNEL_NORMS, *CONVOLUTIONS, *POOLING, *SOFTMAX, *DROPOUT, *EMBEDDING,
+    *LOSSES, *RESIDUALS, *LINEAR, *ATTENTION, *TRANSFORMERS, *MAPS,
 ]  # fmt: skip
 
 # Rows with independent results. On a GPU the ends of a row beyond 2**31 elements are compared.

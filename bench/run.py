@@ -98,7 +98,7 @@ def _checked_rows(case: BenchCase, dtype: torch.dtype, free: int) -> int:
     """How many rows fit into memory three times in float64, with gradients."""
     elements = sum(t.numel() for t in case.make(dtype, "meta")) / case.rows
     if case.gathers:
-        elements *= case.options["embedding_dim"]
+        elements *= case.options.get("embedding_dim", 1)
     return max(1, min(case.rows, int(0.5 * free / (12 * 8 * elements))))
 
 

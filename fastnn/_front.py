@@ -210,6 +210,10 @@ class _Overloads:
 def _tell_torchscript(call: Callable, stock: Callable) -> None:
     """Make TorchScript compile PyTorch's function where a scripted function calls `call`."""
     call.__prepare_scriptable__ = lambda: stock  # type: ignore[attr-defined]
+    two = torch._jit_internal.boolean_dispatched.get(stock)
+    if two is not None:  # `max_pool2d` and its like: which of two functions runs, a flag decides
+        torch._jit_internal.boolean_dispatched[call] = two
+        call.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]
     state, internal = torch.jit._state, torch._jit_internal
     declared = internal._get_fn_overloads(internal._qualified_name(stock))
     if declared or state._try_get_jit_cached_overloads(stock):

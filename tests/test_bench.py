@@ -131,6 +131,12 @@ MOVES_MORE = {
     r"TripletMarginLoss": (1.1, "stock keeps two differences, so that inputs may be written to"),
     r"LayerNorm\(.*(12288|4099|1048576|56\))": (2, "rows that no registers hold are read again"),
     r"Softmax\(.*(32000|128256|262144)": (8 / 5, "rows that no registers hold are read again"),
+    r"MaxPool1d": (7 / 6, "a byte of each window says where its maximum was"),
+    r"(Adaptive)?MaxPool": (11 / 10, "a byte of each window says where its maximum was"),
+    r"FractionalMaxPool": (7 / 6, "a byte of each window says where its maximum was"),
+    r"LPPool1d": (24 / 16, "a factor in fp32 is kept of each window"),
+    r"LPPool2d": (36 / 28, "a factor in fp32 is kept of each window"),
+    r"LPPool3d": (60 / 52, "a factor in fp32 is kept of each window"),
     r"CrossEntropyLoss\(16x21x": (1.07, "lse in fp32 beside only 21 classes"),
     r"(Sequential\[)?(Batch|Group|Instance)Norm": (
         8 / 5,

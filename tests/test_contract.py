@@ -51,6 +51,23 @@ OTHERS = {
     "UpsamplingNearest2d": lambda x: ((5,), x(2, 3, 3, 3)),
     "UpsamplingBilinear2d": lambda x: ((5,), x(2, 3, 3, 3)),
     "SyncBatchNorm": lambda x: ((4,), x(2, 4, 3)),
+    # odd powers of negative sums are nan
+    "LPPool1d": lambda x: ((2, 3), x(2, 3, 7)),
+    **{
+        f"FractionalMaxPool{d}d": lambda x, d=d: (
+            (2, (2,) * d, None, False, torch.full((2, 3, d), 0.4)),
+            x(2, 3, *(5,) * d),
+        )
+        for d in (2, 3)
+    },
+    **{
+        f"MaxUnpool{d}d": lambda x, d=d: (
+            (2,),
+            x(1, 2, *(2,) * d),
+            torch.randperm(4**d)[: 2 * 2**d].view(1, 2, *(2,) * d),
+        )
+        for d in (1, 2, 3)
+    },
     "MultiheadAttention": lambda x: ((8, 2), x(3, 2, 8), x(4, 2, 8), x(4, 2, 8)),
     "TransformerEncoderLayer": lambda x: ((8, 2, 12, 0.0), x(3, 2, 8)),
     "TransformerDecoderLayer": lambda x: ((8, 2, 12, 0.0), x(3, 2, 8), x(4, 2, 8)),
@@ -100,8 +117,8 @@ def build(cls):
 each_layer = pytest.mark.parametrize(
     "cls", [c for c in LAYERS if OTHERS.get(c.__name__, 1)], ids=lambda c: c.__name__
 )
-# The stock forward branches on the values of a tensor.
-UNTRACEABLE = {"GaussianNLLLoss"}
+# The stock forward branches on the values of a tensor; the stock backward has no fake kernel.
+UNTRACEABLE = {"GaussianNLLLoss", "FractionalMaxPool3d"}
 each_traceable_layer = pytest.mark.parametrize(
     "cls",
     [c for c in LAYERS if OTHERS.get(c.__name__, 1) and c.__name__ not in UNTRACEABLE],

@@ -120,6 +120,10 @@ KNOWN = {
     ("nll_loss", "grad_input must be contiguous"): "stock rejects channels last in its backward",
     ("batch_norm", "grad of input: finite"): "stock reads a strided weight as dense on a CPU",
     ("logsigmoid", "output 0: strides"): "contiguous on a CPU; as the input on CUDA, and here",
+    **{
+        (f"max_unpool{d}d", "view size is not compatible"): "stock rejects indices without a view"
+        for d in "23"
+    },
 }
 
 

@@ -80,6 +80,7 @@ AREAS = {
         "[losses](docs/losses.md)",
     ),
     "norms": (("norm", "channel_norm", "local_response_norm"), "[norms](docs/norms.md)"),
+    "pooling": (("pooling",), "[pooling](docs/pooling.md)"),
 }
 
 
@@ -101,9 +102,9 @@ def family_table() -> str:
         rows.append(f"| {area} | {named} | {page or '[functions](docs/ops.md)'} |")
     ours, everything = _layers()
     return (
-        f"{len(ours)} of the {len(everything)} layers of `torch.nn` run on these functions.\n"
-        "[docs/layers.md](docs/layers.md) lists them, and the size from which each function takes\n"
-        "its kernel.\n\n" + "\n".join(rows) + "\n"
+        f"{len(ours)} of the {len(everything)} layers of `torch.nn` run on these functions. "
+        "[docs/layers.md](docs/layers.md) lists\n"
+        "them, and the size from which each function takes its kernel.\n\n" + "\n".join(rows) + "\n"
     )
 
 

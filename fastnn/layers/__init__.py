@@ -18,6 +18,7 @@ from fastnn.layers.loss import *  # noqa: F403
 from fastnn.layers.normalization import *  # noqa: F403
 from fastnn.layers.padding import *  # noqa: F403
 from fastnn.layers.pixelshuffle import *  # noqa: F403
+from fastnn.layers.pooling import *  # noqa: F403
 from fastnn.layers.softmax import *  # noqa: F403
 from fastnn.layers.sparse import *  # noqa: F403
 from fastnn.layers.transformer import *  # noqa: F403

@@ -371,7 +371,24 @@ _GATHERS |= {"nll_loss_forward", "nll_loss2d_forward"}
 _UNREAD = {
     "nll_loss_backward": 1,
     "nll_loss2d_backward": 1,
+    **{
+        f"{name}_backward": 1
+        for d in "23"
+        for name in (
+            f"max_pool{d}d_with_indices",
+            f"adaptive_max_pool{d}d",
+            f"fractional_max_pool{d}d",
+            f"avg_pool{d}d",
+            f"_adaptive_avg_pool{d}d",
+        )
+    },
 }  # position of an argument that is used only for its shape
+# Operators that fill their result with zeros before the kernel that adds to it.
+_ZEROED = {
+    f"{name}_backward"
+    for d in "23"
+    for name in (f"max_pool{d}d_with_indices", f"adaptive_max_pool{d}d", f"fractional_max_pool{d}d")
+}
 # What ATen's CUDA code does inside one operator: kernels besides the first, and passes over the
 # largest operand besides those of arguments and results. Read in its sources, not measured.
 _HIDDEN = {
@@ -447,6 +464,8 @@ class AtenTraffic(TorchDispatchMode):
             else:
                 moved = written
         largest = max((nbytes(t) for t in (*read, *results)), default=0)
+        if name in _ZEROED:
+            launches, written = launches + 1, 2 * written
         if name in _REDUCED and results[0].numel() == 1 < read[0].numel():
             launches, passes = 1, 2
         return AtenOp(name, moved + passes * largest, written, 1 + launches)
