@@ -266,6 +266,53 @@ CHANNEL_NORMS = [
     row("LocalResponseNorm", "GoogLeNet, 128 images", 128, (192, 56, 56), options={"size": 5}),
 ]  # fmt: skip
 
+# ---- Convolution ------------------------------------------------------------------------------
+
+
+def convolution(
+    model: str, rows: int, K: int, kernel: tuple[int, ...], *shape: int, name="Conv", last=False,
+    dtypes=(BF16,), **options,
+):  # fmt: skip
+    """Conv1d, 2d or 3d of (rows, *shape) with K output channels; channels last if `last`."""
+    dims = len(kernel)
+    options = {"in_channels": shape[0], "out_channels": K, "kernel_size": kernel, **options}
+    stride, groups = options.get("stride", 1), options.get("groups", 1)
+    pairs = math.prod(kernel) * K * shape[0] // groups
+    positions = math.prod(shape[1:])
+    if name == "Conv":
+        positions //= stride**dims
+    return row(
+        f"{name}{dims}d", model, rows, (lambda n: (channels_last(n, *shape),)) if last else shape,
+        dtypes, options=options, flops=lambda n: 2 * n * positions * pairs,
+    )  # fmt: skip
+
+
+def depthwise(model: str, rows: int, kernel: tuple[int, ...], *shape: int, **fields):
+    return convolution(model, rows, shape[0], kernel, *shape, groups=shape[0], **fields)
+
+
+CONVOLUTIONS = [
+    depthwise("MobileNetV3, 64 images", 64, (5, 5), 240, 28, 28, last=True, padding=2),
+    depthwise("MobileNetV2, 64 images", 64, (3, 3), 144, 56, 56, padding=1, dtypes=(BF16, FP32)),
+    depthwise("MobileNetV2, channels last", 64, (3, 3), 144, 56, 56, last=True, padding=1,
+        dtypes=(BF16, FP32)),
+    depthwise("EfficientNet-B0, stride 2", 64, (3, 3), 96, 112, 112, last=True, padding=1,
+        stride=2),
+    depthwise("ConvNeXt-T, 64 images", 64, (7, 7), 96, 56, 56, last=True, padding=3),
+    depthwise("Conformer, 32 x 400", 32, (31,), 512, 400, padding=15),
+    depthwise("X3D, 8 clips", 8, (3, 3, 3), 54, 16, 56, 56, last=True, padding=1),
+    convolution("ResNet-50, 64 images", 64, 64, (3, 3), 64, 56, 56, last=True, padding=1),
+    convolution("ResNet-50, stem", 64, 64, (7, 7), 3, 224, 224, stride=2, padding=3),
+    convolution("DCGAN, 128 images", 128, 128, (4, 4), 256, 16, 16, name="ConvTranspose",
+        stride=2, padding=1),
+    convolution("WaveNet, 8 x 8000", 8, 128, (2,), 128, 8000, dilation=64),
+    convolution("WaveNet, upsampling", 8, 80, (16,), 80, 400, name="ConvTranspose", stride=8,
+        padding=4),
+    convolution("3-d U-Net, 2 volumes", 2, 64, (3, 3, 3), 64, 32, 64, 64, padding=1),
+    convolution("3-d U-Net, upsampling", 2, 64, (2, 2, 2), 128, 16, 32, 32, name="ConvTranspose",
+        stride=2),
+]  # fmt: skip
+
 # ---- Pooling ----------------------------------------------------------------------------------
 
 
@@ -744,8 +791,8 @@ MAPS = [
 ]  # fmt: skip
 
 CASES = [
-    *ACTIVATIONS, *NORMS, *CHANNEL_NORMS, *POOLING, *SOFTMAX, *DROPOUT, *EMBEDDING, *LOSSES,
-    *RESIDUALS, *LINEAR, *ATTENTION, *TRANSFORMERS, *MAPS,
+    *ACTIVATIONS, *NORMS, *CHANNEL_NORMS, *CONVOLUTIONS, *POOLING, *SOFTMAX, *DROPOUT, *EMBEDDING,
+    *LOSSES, *RESIDUALS, *LINEAR, *ATTENTION, *TRANSFORMERS, *MAPS,
 ]  # fmt: skip
 
 # Rows with independent results. On a GPU the ends of a row beyond 2**31 elements are compared.

@@ -74,10 +74,10 @@ class Below(NamedTuple):
     size: str
 
 
-def below(record: Any, first: str) -> Below:
+def below(record: Any, first: str, home: str = "") -> Below:
     """The sources for `record`, an `Op`. `first` is the name of its first argument.
 
-    They use the names in `BELOW`.
+    They use the names in `BELOW`, and globals of `_mode`, which `home` stands before.
     """
     size = record.at_most or f"{first}.numel()"
     tree = list(ast.walk(ast.parse(size, mode="eval")))
@@ -87,12 +87,14 @@ def below(record: Any, first: str) -> Below:
     names = {n.id for n in tree if isinstance(n, ast.Name)} - vars(builtins).keys()
     tensors = tuple(sorted(read))
     kinds = " and ".join(f"type({t}) in _exact_types" for t in tensors)
-    state = "not _is_compiling() and not _function_modes() and not _is_tracing()"
+    state = f"(not {home}_blocks or _context_mode() in (None, {home}_uniform)) and "
+    state += "not _is_compiling() and not _function_modes() and not _is_tracing()"
     ready = f"{state} and {kinds}"
     return Below(tensors, tuple(sorted(names - read)), ready, size)
 
 
 BELOW = {
+    "_context_mode": _mode._mode.get,
     "_is_compiling": torch.compiler.is_dynamo_compiling,
     "_function_modes": torch._C._len_torch_function_stack,
     "_is_tracing": torch._C._is_tracing,  # sizes would be tensors

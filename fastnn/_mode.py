@@ -51,6 +51,7 @@ _lock = threading.Lock()
 _idle = True
 _plain = True  # every mode is "auto" and no `decisions()` is open: earlier decisions stay valid
 _uniform: Mode | None = None  # the mode of every thread, unless a `decisions()` is open
+_blocks = False  # whether any `backend()` block was ever opened
 _watching = 0  # open `decisions()` blocks, in all threads
 _open_modes: list[Mode] = []  # of all open `backend()` blocks, in all threads, oldest first
 _awake = INTERPRET
@@ -85,8 +86,12 @@ def idle() -> bool:
 
 
 def uniform() -> Mode | None:
-    """The mode that is in force in every thread; None if they differ or somebody asks what ran."""
-    return _uniform
+    """The mode that is in force in every thread; None if they differ or somebody asks what ran.
+
+    A context that was copied inside a block keeps the mode of that block (`asyncio`). In such a
+    context the answer is None, too.
+    """
+    return _uniform if _mode.get() in (None, _uniform) else None
 
 
 def current_mode() -> Mode:
@@ -130,6 +135,8 @@ class backend:
         self._tokens: list = []
 
     def __enter__(self) -> backend:
+        global _blocks
+        _blocks = True
         self._tokens.append(_mode.set(self.mode))
         with _lock:
             _open_modes.append(self.mode)

@@ -84,9 +84,9 @@ class Op:
             ("dense_names", dense),
             ("names", names),
             ("keyed_by", names.index(_front.below(self, names[0]).tensors[0])),
-            ("plans", Plans(self)),
         ):
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "plans", Plans(self))
 
     def __repr__(self):
         return f"Op({self.name})"
@@ -294,11 +294,26 @@ def dispatch(op: Op, args: tuple, kwargs: dict):
 
 
 def _raise_as_stock(op: Op, args: tuple, kwargs: dict) -> None:
-    """Raise the error that PyTorch raises for this call; return if it raises none."""
-    try:
-        op.stock(*args, **kwargs)
-    except Exception as e:
-        raise e from None
+    """Raise the error that PyTorch raises for this call; return if it raises none.
+
+    PyTorch gets copies of the tensors, and the generators are put back. So nothing that a call
+    without an error wrote or drew remains.
+    """
+    devices = set()
+
+    def copied(v):
+        if isinstance(v, Tensor):
+            if v.is_cuda:
+                devices.add(v.get_device())
+            return v.detach().clone().requires_grad_(v.requires_grad) if v.is_leaf else v.clone()
+        return type(v)(map(copied, v)) if type(v) in (tuple, list) else v
+
+    args, kwargs = tuple(map(copied, args)), {k: copied(v) for k, v in kwargs.items()}
+    with torch.random.fork_rng(sorted(devices)):
+        try:
+            op.stock(*args, **kwargs)
+        except Exception as e:
+            raise e from None
 
 
 def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:

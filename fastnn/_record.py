@@ -37,7 +37,10 @@ from fastnn.kernels import _gpus
 aten = torch.ops.aten
 
 MOST = 1024  # plans kept per op
-_TRIES = 64  # calls of an op that are recorded in vain before the op is left alone
+_MOST_OF_ONE = 16  # plans kept for one shape: each call asks them one by one
+_TRIES_OF_ONE = 8  # calls of one shape that are recorded in vain before the shape is left alone
+_ATTEMPTS = 3  # to record a signature
+_TRIES = 512  # calls of an op that are recorded in vain before the op is left alone
 
 
 # ---- Listening ----------------------------------------------------------------------------------
@@ -348,7 +351,8 @@ class Recorder:
         self.pass_ = Pass(function, ctx, args, at, out if many else (out,), many, graph)
         self.pass_.drawn = self.log.drawn
         self.pass_.prologue = prologue
-        return self.pass_.attach()
+        with self.log.pause():  # hooks of saved tensors may run operators of their own
+            return self.pass_.attach()
 
 
 class Pass:
@@ -566,6 +570,7 @@ def _plannable(t: Tensor) -> bool:
     """Whether a plan may be given `t`: memory of its own, at an address that kernels like."""
     return (
         type(t) in _TENSORS
+        and t.layout is torch.strided
         and t.numel() > 0
         and not t.is_inference()
         and t.data_ptr() % 16 == 0
@@ -590,7 +595,10 @@ class Plans:
         self.record = record
         self.ready: dict[tuple, list[Callable]] = {}
         self.count = 0
-        self.seen: dict[tuple, bool] = {}  # key -> whether its recording was in vain
+        self.seen: dict[tuple, int] = {}  # key -> how often it may still be recorded
+        self.vain_at: dict[tuple, int] = {}  # key of `ready` -> how many recordings were in vain
+        names = record.names
+        self.inplace = names.index("inplace") if "inplace" in names else None
         self.vain = 0
         _all.append(self)
 
@@ -598,6 +606,7 @@ class Plans:
         """Forget all plans, and which calls were seen."""
         self.ready.clear()
         self.seen.clear()
+        self.vain_at.clear()
         self.count = self.vain = 0
 
     def heard(self, args: tuple, kwargs: dict, mode: str, call: Callable[[], Any]) -> Any:
@@ -605,33 +614,49 @@ class Plans:
         if not _on or self.vain >= _TRIES or active.recorder is not None or not _mode.uniform():
             return call()
         values = (*args, *kwargs.values())
+        if self.inplace is not None and values[self.inplace] is True:
+            return call()  # a plan would not check whether the argument may be written to
+        rough = self._rough(values, mode)
+        if self.vain_at.get(rough, 0) >= _TRIES_OF_ONE or torch.is_inference_mode_enabled() or _HIP:
+            return call()
         tensors = tuple([v for v in values if isinstance(v, Tensor)])
         device = tensors[0].device.type
-        if torch.is_inference_mode_enabled() or _HIP:
-            return call()
         if not all(map(_plannable, tensors)):
             return call()
         facts = [_fact(v) for v in values]
         state = torch.is_grad_enabled(), mode, self._settings(), _runner.autocast(device)
         key = (*state, *facts)
         try:
-            in_vain = self.seen.get(key)
+            left = self.seen.get(key)
         except TypeError:  # an argument that does not hash
             return call()
-        if in_vain is None:
+        if left is None:
             if len(self.seen) >= MOST:
                 self.seen.clear()
-            self.seen[key] = False
+            self.seen[key] = _ATTEMPTS
             return call()
-        if in_vain or not all(isinstance(v, Tensor) or _constant(v) for v in values):
+        if not left or not all(isinstance(v, Tensor) or _constant(v) for v in values):
             return call()
-        self.seen[key] = True
-        return self._record(values, tensors, mode, call)
+        self.seen[key] = left - 1  # a recording that an exception ends may be tried again
+        result, why = self._record(values, tensors, mode, call)
+        if why is not None:
+            self.seen[key] = 0
+            self.vain += 1
+            if len(self.vain_at) >= MOST:
+                self.vain_at.clear()
+            self.vain_at[rough] = self.vain_at.get(rough, 0) + 1
+            refusals[self.record.name, why] += 1
+        return result
+
+    def _rough(self, values: tuple, mode: str) -> tuple:
+        """The key under which the public function looks for plans."""
+        return getattr(values[self.record.keyed_by], "shape", None), torch.is_grad_enabled(), mode
 
     def _settings(self):
         return None if self.record.settings is None else self.record.settings()
 
-    def _record(self, values: tuple, tensors: tuple, mode: str, call: Callable[[], Any]) -> Any:
+    def _record(self, values: tuple, tensors: tuple, mode: str, call: Callable[[], Any]):
+        """(what `call` returned, why it cannot be a plan; None if it is one)."""
         recorder = Recorder(tensors)
         active.recorder = recorder
         try:
@@ -640,15 +665,14 @@ class Plans:
         finally:
             active.recorder = None
         if isinstance(result, _mode.Stock):
-            return result
+            return result, "it is declined"
         try:
             self._add(recorder, result, values, mode)
         except Refused as e:
             if recorder.pass_ is not None:
                 recorder.pass_.plan.tries = 0
-            self.vain += 1
-            refusals[self.record.name, str(e)] += 1
-        return result
+            return result, str(e)
+        return result, None
 
     def _add(self, recorder: Recorder, result: Any, values: tuple, mode: str) -> None:
         heard = recorder.pass_
@@ -673,8 +697,11 @@ class Plans:
         if self.count >= MOST:
             self.ready.clear()
             self.count = 0
-        key = values[self.record.keyed_by].shape, torch.is_grad_enabled(), mode
-        self.ready.setdefault(key, []).append(run)
+        plans = self.ready.setdefault(self._rough(values, mode), [])
+        if len(plans) >= _MOST_OF_ONE:
+            del plans[0]
+            self.count -= 1
+        plans.append(run)
         self.count += 1
         self.vain = 0
 

@@ -201,7 +201,8 @@ def _make(cells: _Cells, head: str, lines: list[str]) -> Callable:
 
 
 def _aligned(names: list[str]) -> str:
-    return f"not ({' | '.join(f'{n}.data_ptr()' for n in names)}) & 15"
+    taken = [f"(at_{n} := {n}.data_ptr())" for n in names]  # 0: the memory was freed
+    return f"{' and '.join(taken)} and not ({' | '.join(f'at_{n}' for n in names)}) & 15"
 
 
 # ---- Both passes --------------------------------------------------------------------------------

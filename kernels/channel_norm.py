@@ -288,14 +288,25 @@ def _channel_bwd_kernel(
 # ---- statistics that do not fit in registers ----------------------------------------------------
 
 
-@kernel(do_not_specialize=["C", "S", "N", "span", "K"])
+@triton.jit
+def _origin(X, o, g, mask, outer_stride, group_stride):
+    """The first element of each of the groups g, from which the others are subtracted.
+
+    Where numbers are far from zero, their differences are exact, and a mean of differences is not
+    rounded to the last place of the numbers.
+    """
+    return tl.load(X + o * outer_stride + g * group_stride, mask=mask, other=0.0).to(tl.float32)
+
+
+@kernel(do_not_specialize=["C", "S", "N", "D", "outer_stride", "group_stride", "span", "K"])
 def _channel_moments_kernel(
-    X, MEAN, M2, C, S, N, span, K,
+    X, MEAN, M2, C, S, N, D, outer_stride, group_stride, span, K,
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """A program computes the moments of chunk k of J of BLOCK_C channels, and loops over the chunk.
 
-    X: (O, C, J) in LAYOUT, float. MEAN, M2: (O, K, C) fp32, of each chunk.
+    X: (O, C, J) in LAYOUT, float. MEAN, M2: (O, K, C) fp32, of each chunk. MEAN is relative to the
+    first element of the D channels that share statistics, see `_origin`.
     """
     C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
     U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
@@ -305,6 +316,7 @@ def _channel_moments_kernel(
     start = k * span
     stop = tl.minimum(start + span, V)
     v = tl.arange(0, BLOCK_V)
+    origin = _origin(X, o, c // D, c < C, outer_stride, group_stride)[:, None, None]
     mean = tl.zeros((BLOCK_C, BLOCK_V, U), tl.float32)
     m2 = tl.zeros((BLOCK_C, BLOCK_V, U), tl.float32)
     step = 0.0
@@ -313,17 +325,15 @@ def _channel_moments_kernel(
         mask = (c < C)[:, None, None] & (v0 + v < stop)[None, :, None]
         x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
         step += 1.0
+        x -= origin
         d = tl.where(mask, x - mean, 0.0)
         mean += d * tl.div_rn(1.0, step)
         m2 += d * (x - mean)
-    # Each lane has the moments of its own elements. They are combined relative to the first lane's
-    # mean: if |mean| >> std, a sum of the means would lose low-order digits.
+    # Each lane has the moments of its own elements.
     count = tl.maximum((stop - start - v + BLOCK_V - 1) // BLOCK_V, 0).to(tl.float32)[None, :, None]
-    is_first = (v == 0)[None, :, None] & (tl.arange(0, U) == 0)[None, None, :]
-    origin = _sum(tl.where(is_first, mean, 0.0))
-    d = tl.where(count > 0, mean - origin[:, None, None], 0.0)
+    d = tl.where(count > 0, mean, 0.0)
     share = tl.div_rn(count, ((stop - start) * U).to(tl.float32))  # d * count might overflow
-    pooled = origin + _sum(d * share)
+    pooled = _sum(d * share)
     d = tl.where(count > 0, mean - pooled[:, None, None], 0.0)
     m2 = _sum(m2 + count * d * d)
     at = (o * K + k) * C + c
@@ -340,16 +350,19 @@ def _parts(e, g, o, K, D, groups):
     return there, k, at
 
 
-@kernel(do_not_specialize=["V", "span", "K", "D", "groups", "outer"])
+@kernel(
+    do_not_specialize=["V", "span", "K", "D", "groups", "outer", "outer_stride", "group_stride"]
+)
 def _channel_pool_kernel(
-    PART_MEAN, PART_M2, MEAN, RSTD, RUNNING_MEAN, RUNNING_VAR, V, span, K, D, groups, outer, eps,
-    momentum, U: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
+    X, PART_MEAN, PART_M2, MEAN, RSTD, RUNNING_MEAN, RUNNING_VAR, V, span, K, D, groups, outer,
+    outer_stride, group_stride, eps, momentum,
+    U: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """A program combines the chunks of BLOCK_G groups: two loops over the chunks per outer index.
 
-    PART_MEAN, PART_M2: (O, K, groups * D) fp32. MEAN, RSTD: (O, groups) fp32. RUNNING_MEAN,
-    RUNNING_VAR (groups,): float, or None; updated, if D is 1. A chunk has `span` of the V vectors
-    of J.
+    X, PART_MEAN, PART_M2 (O, K, groups * D): as in `_channel_moments_kernel`. MEAN, RSTD: (O,
+    groups) fp32. RUNNING_MEAN, RUNNING_VAR (groups,): float, or None; updated, if D is 1. A chunk
+    has `span` of the V vectors of J.
     """
     g = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     total = (V * U).to(tl.float32) * D.to(tl.float32)
@@ -357,19 +370,20 @@ def _channel_pool_kernel(
     sum_var = tl.zeros((BLOCK_G,), tl.float32)
     # If running statistics are updated, one program has all outer indices of its groups.
     for o in range(tl.program_id(1).to(tl.int64), outer, tl.num_programs(1)):
-        origin = tl.load(PART_MEAN + o * K * (groups * D) + g * D, mask=g < groups, other=0.0)
+        origin = _origin(X, o, g, g < groups, outer_stride, group_stride)
         acc = tl.zeros((BLOCK_E, BLOCK_G), tl.float32)
         for start in range(0, K * D, BLOCK_E):
             there, k, at = _parts(start + tl.arange(0, BLOCK_E), g, o, K, D, groups)
             count = (tl.minimum(span, V - k * span) * U).to(tl.float32)[:, None]
             part = tl.load(PART_MEAN + at, mask=there, other=0.0)
-            acc += tl.where(there, (part - origin[None, :]) * tl.div_rn(count, total), 0.0)
-        mean = origin + tl.sum(acc, 0)
+            acc += tl.where(there, part * tl.div_rn(count, total), 0.0)
+        low = tl.sum(acc, 0)
+        mean = origin + low
         acc = tl.zeros((BLOCK_E, BLOCK_G), tl.float32)
         for start in range(0, K * D, BLOCK_E):
             there, k, at = _parts(start + tl.arange(0, BLOCK_E), g, o, K, D, groups)
             count = (tl.minimum(span, V - k * span) * U).to(tl.float32)[:, None]
-            d = tl.load(PART_MEAN + at, mask=there, other=0.0) - mean[None, :]
+            d = tl.load(PART_MEAN + at, mask=there, other=0.0) - low[None, :]
             m2 = tl.load(PART_M2 + at, mask=there, other=0.0)
             acc += tl.where(there, m2 + count * d * d, 0.0)
         var = tl.div_rn(tl.sum(acc, 0), total)
@@ -563,6 +577,11 @@ class _View(NamedTuple):
     def V(self):
         return self.N * self.S // self.vector
 
+    @property
+    def strides(self):
+        """From an outer index to the next, and from a group of D channels to the next."""
+        return self.C * self.S, self.D * (1 if self.layout == "last" else self.S)
+
     def arguments(self, unit):
         """C, S and N in the form that the kernels take."""
         if self.layout == "last":
@@ -740,14 +759,23 @@ def fwd(
     K = grid[1]
     parts = mean.new_empty((2, view.outer * K * view.C))
     _channel_moments_kernel(
-        grid, x, parts[0], parts[1], *view.arguments(config["UNIT"]), span, K, **config
+        grid,
+        x,
+        parts[0],
+        parts[1],
+        *view.arguments(config["UNIT"]),
+        view.D,
+        *view.strides,
+        span,
+        K,
+        **config,
     )
     pool = _pool_tile(K, view.D)
     G = view.C // view.D
     _channel_pool_kernel(
         (cdiv(G, pool["BLOCK_G"]), 1 if tracked else min(view.outer, GRID_Y)),
-        parts[0], parts[1], mean, rstd, running_mean, running_var, view.V, span, K, view.D, G,
-        view.outer, eps, momentum, U=view.vector, **pool,
+        x, parts[0], parts[1], mean, rstd, running_mean, running_var, view.V, span, K, view.D, G,
+        view.outer, *view.strides, eps, momentum, U=view.vector, **pool,
     )  # fmt: skip
     apply(x, weight, bias, mean, rstd, y, groups, None, formula, a, b, residual, last)
     return mean, rstd

@@ -160,11 +160,11 @@ def cosine_grad(
 ):
     # Where a norm is at its lower limit eps, PyTorch's derivative is that of the norm itself. Each
     # element is first divided by its own norm, because products of norms, and their reciprocals,
-    # overflow fp32.
+    # overflow fp32. A row of zeros is left out, unless its cosine is nan, for an eps of 0.
     n1 = tl.maximum(s1, eps, propagate_nan=tl.PropagateNan.ALL)
     n2 = tl.maximum(s2, eps, propagate_nan=tl.PropagateNan.ALL)
-    along1 = tl.where(s1 == 0, 0.0, s0 * tl.div_rn(x1, tl.broadcast_to(s1, x1.shape)))
-    along2 = tl.where(s2 == 0, 0.0, s0 * tl.div_rn(x2, tl.broadcast_to(s2, x2.shape)))
+    along1 = tl.where(s1 == 0, s0 * 0.0, s0 * tl.div_rn(x1, tl.broadcast_to(s1, x1.shape)))
+    along2 = tl.where(s2 == 0, s0 * 0.0, s0 * tl.div_rn(x2, tl.broadcast_to(s2, x2.shape)))
     d1 = tl.div_rn(g, n1) * (tl.div_rn(x2, tl.broadcast_to(n2, x2.shape)) - along1)
     d2 = tl.div_rn(g, n2) * (tl.div_rn(x1, tl.broadcast_to(n1, x1.shape)) - along2)
     return d1, d2

@@ -147,7 +147,7 @@ def _tiles(gpu):
     return _SMALL_TILES if gpu.matrix == "mma" and small else _TILES[gpu.matrix]
 
 
-def _tile(M, N, itemsize, precision, arch, sms, aligned, epilogue):
+def gemm_tile(M, N, itemsize, precision, arch, sms, aligned, epilogue):
     """The largest tile with which there are at least as many tiles as multiprocessors (`sms`)."""
     if itemsize == 4 and precision == "ieee":  # no tensor cores: operands are in registers
         return (64, 64, 32, 8, 2) if aligned or epilogue else (64, 64, 32, 4, 3)
@@ -171,7 +171,7 @@ def _tile(M, N, itemsize, precision, arch, sms, aligned, epilogue):
 
 @tunable("BLOCK_M", "BLOCK_N", "BLOCK_K")
 def _config(M, N, itemsize, precision, arch, sms, aligned, epilogue):
-    block_m, block_n, block_k, warps, stages = _tile(
+    block_m, block_n, block_k, warps, stages = gemm_tile(
         M, N, itemsize, precision, arch, sms, aligned, epilogue
     )
     config = {
@@ -188,7 +188,7 @@ def _config(M, N, itemsize, precision, arch, sms, aligned, epilogue):
     return config
 
 
-def _splits(tiles, steps, sms):
+def gemm_splits(tiles, steps, sms):
     """How many programs share the sum of one tile: they fill the GPU, with about 8 steps each."""
     wanted = sms // max(tiles, 1)
     return max(1, min(wanted, cdiv(steps, 8), 32))
@@ -231,7 +231,7 @@ def _gemm(a, b, precision, arch, split=False, bias=None, y=None, z=None, act=Non
     block_k = config["BLOCK_K"]
     steps = cdiv(K, block_k)
     tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
-    each = cdiv(steps, _splits(tiles, steps, sms)) if split and K else steps
+    each = cdiv(steps, gemm_splits(tiles, steps, sms)) if split and K else steps
     splits = cdiv(steps, each) if K else 1
     if y is None:
         y = a.new_empty((M, N))

@@ -238,7 +238,9 @@ def gaussian_of_difference(g, k, b, c, p, q):
     v = tl.where(c < 0, float("nan"), _at_least(c, p))
     # Stock's order: a small v makes quotients inf.
     da = tl.div_rn(0.5 * g, v) * (2.0 * k)
-    return da, -da, tl.div_rn(0.5 - tl.div_rn(0.5 * k * k, v), v) * g
+    dc = tl.div_rn(0.5 - tl.div_rn(0.5 * k * k, v), v) * g
+    # For a variance of 0, which only an eps of 0 leaves, the two terms are inf - inf.
+    return da, -da, tl.where(v == 0, float("nan"), dc)
 
 
 @triton.jit

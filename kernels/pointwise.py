@@ -254,7 +254,8 @@ def softsign_grad(dy, x, a, b):
 
 @triton.jit
 def softplus(x, a, b):
-    return tl.where(x * a > b, x, libdevice.log1p(libdevice.exp(x * a)) * tl.div_rn(1.0, a))
+    # The reciprocal of a subnormal `a` would overflow.
+    return tl.where(x * a > b, x, tl.div_rn(libdevice.log1p(libdevice.exp(x * a)), a))
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import fastnn.functional as F
 from fastnn import _mode
 from fastnn.layers._layer import STOCK
 from fastnn.ops import FUNCTIONS
-from tests.marks import on_device
+from tests.marks import interpreted, on_device
 
 LAYERS = sorted(STOCK, key=lambda c: c.__name__)
 DATABASE = {m.module_cls: m for m in module_db}
@@ -563,3 +563,25 @@ def test_argument_errors_are_stocks():
             call(F.relu)
         with pytest.raises(TypeError), fastnn.backend("triton"):
             call(F.relu)
+
+
+@interpreted
+def test_asking_pytorch_for_its_error_leaves_nothing_behind(monkeypatch):
+    """If a fused function fails where PyTorch does not, the error is raised, and what PyTorch wrote
+    or drew when it was asked is undone."""
+
+    def broken(input, *rest, **options):
+        raise TypeError("of our own")
+
+    def stock(input, *rest, **options):
+        return input.add_(torch.rand(()))
+
+    op = F.relu.op
+    monkeypatch.setitem(vars(op), "fused", broken)
+    monkeypatch.setitem(vars(op), "stock", stock)
+    x = torch.zeros(3)
+    before = torch.get_rng_state()
+    with pytest.raises(TypeError, match="of our own"), fastnn.backend("triton"):
+        F.relu(x)
+    assert torch.equal(x, torch.zeros(3))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -5,6 +5,8 @@ depends on is changed, one at a time: the guard must send the call the long way.
 the same call with plans off. `python -m tests.test_plans 2000` makes 2000 random sequences.
 """
 
+import contextlib
+import contextvars
 import gc
 import random
 import sys
@@ -24,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastnn
 import fastnn.functional as F
-from fastnn import _op, _record, _runner
+from fastnn import _op, _plan, _record, _runner
 from fastnn._front import parameters
 from fastnn.ops import FUNCTIONS, REGISTRY
 from tests.calls import Outcome, _Upstream, attempt, fresh, recorded
@@ -313,6 +315,100 @@ def test_functorch_and_tracing_take_the_long_way():
         warnings.simplefilter("ignore", DeprecationWarning)
         traced = torch.jit.trace(lambda t: F.gelu(t), x, check_trace=False)
     torch.testing.assert_close(traced(x + 1), torch.nn.functional.gelu(x + 1))
+
+
+@pytest.mark.parametrize("function", [F.softmax, F.log_softmax, F.softmin])
+def test_a_warning_is_given_each_time(function):
+    x = torch.ones(4, 8)
+    with fastnn.backend("triton"):
+        for _ in range(4):
+            with pytest.warns(UserWarning, match="Implicit dimension"):
+                function(x)
+
+
+def test_a_copied_context_keeps_its_mode():
+    x = torch.randn(4, 8)
+    with fastnn.backend("triton"):
+        with fastnn.backend("torch"):
+            context = contextvars.copy_context()
+        forced = contextvars.copy_context()
+        _warm(lambda: F.gelu(x))
+        assert torch.equal(context.run(F.gelu, x), torch.nn.functional.gelu(x))
+    F.gelu(x)  # in auto, far below the floor
+    F.gelu(x)
+    with counted() as surveys:
+        forced.run(F.gelu, x)
+        forced.run(fastnn.GELU(), x)
+    assert surveys == ["gelu", "gelu"]
+
+
+def test_freed_memory_does_not_fit_a_plan():
+    """The long way then raises; here, in the interpreter, it would read address 0."""
+    x, w = torch.randn(4, 8), torch.ones(8)
+    _warm(lambda: F.layer_norm(x, (8,), w))
+    (plan,) = [p for plans in REGISTRY["layer_norm"].plans.ready.values() for p in plans]
+    with fastnn.backend("triton"):
+        assert plan(x, (8,), w, None, 1e-5) is not _plan.UNFIT
+        w.untyped_storage().resize_(0)
+        assert plan(x, (8,), w, None, 1e-5) is _plan.UNFIT
+
+
+def test_hooks_of_the_recorded_call_are_no_part_of_the_plan():
+    x, _, call = _norm()
+    with fastnn.backend("triton"):
+        call()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: torch.empty_like(t).copy_(t), lambda t: t
+        ):
+            _step(call, x)
+    _warm(lambda: _step(call, x))
+    (plan,) = [p for plans in REGISTRY["layer_norm"].plans.ready.values() for p in plans]
+    inside = [c.cell_contents for c in plan.__closure__]
+    (forward,) = [v.forward for v in inside if isinstance(v, _record.Plan)]
+    assert "copy_" not in str([c.cell_contents for c in forward.__closure__])
+
+
+def test_scalars_that_keep_changing_leave_few_plans():
+    x = torch.randn(4, 8)
+    for i in range(40):
+        _warm(lambda i=i: F.leaky_relu(x, 0.01 * i), 2)
+    assert REGISTRY["leaky_relu"].plans.count <= 16
+
+
+def test_a_recording_that_an_exception_ends_is_tried_again():
+    x, _, call = _norm()
+    with fastnn.backend("triton"):
+        call()
+
+        def fail(t):
+            raise MemoryError
+
+        with contextlib.suppress(MemoryError), torch.autograd.graph.saved_tensors_hooks(fail, fail):
+            call()
+    _warm(lambda: _step(call, x), 2)
+    _replayed(call)
+
+
+def test_calls_in_place_do_not_end_the_plans_of_others():
+    for n in range(1, 80):
+        _warm(lambda n=n: F.relu(torch.zeros(n), inplace=True), 2)
+    x = torch.zeros(4)
+    _warm(lambda: F.relu(x))
+    _replayed(lambda: F.relu(x))
+
+
+def test_a_sequential_that_iterates_in_another_way():
+    backwards = lambda self: reversed(list(self._modules.values()))  # noqa: E731
+    mine, its = (
+        type("Backwards", (base,), {"__iter__": backwards})(*members)
+        for base in (fastnn.Sequential, torch.nn.Sequential)
+        for members in [(torch.nn.Linear(8, 8), torch.nn.Tanh())]
+    )
+    its.load_state_dict(mine.state_dict())
+    x = torch.randn(4, 8)
+    for mode in ("auto", "triton"):
+        with fastnn.backend(mode):
+            torch.testing.assert_close(mine(x), its(x))
 
 
 # ---- Autograd -----------------------------------------------------------------------------------

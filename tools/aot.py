@@ -33,6 +33,7 @@ NOT_STREAMING = (
     "unpool",
     "channel_pool",
     "channel_totals",
+    "conv_direct_weight",
 )
 NOT_STREAMING += ("fold",)  # and unfold
 

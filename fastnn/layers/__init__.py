@@ -7,6 +7,7 @@ from fastnn.layers.activation import *  # noqa: F403
 from fastnn.layers.batchnorm import *  # noqa: F403
 from fastnn.layers.channelshuffle import *  # noqa: F403
 from fastnn.layers.container import *  # noqa: F403
+from fastnn.layers.conv import *  # noqa: F403
 from fastnn.layers.distance import *  # noqa: F403
 from fastnn.layers.dropout import *  # noqa: F403
 from fastnn.layers.fold import *  # noqa: F403

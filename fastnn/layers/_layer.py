@@ -101,7 +101,7 @@ def _front(cls: type, its: type, name: str, method: Any, op: Any, eager: Any) ->
     given = ", ".join(passed)
     small = []
     if op is not None:
-        asked = _front_of_op.below(op, passed[1])
+        asked = _front_of_op.below(op, passed[1], "_mode.")
         assert {*asked.tensors, *asked.others} <= {*passed}, (cls, asked)
         small = [
             f"        elif _mode._plain and {asked.ready}:",

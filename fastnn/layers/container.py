@@ -28,10 +28,10 @@ def _one_by_one(members, input):
 def _forward(sequential, input):
     if is_dynamo_compiling():
         return _one_by_one(sequential, input)
-    for i, module in enumerate(sequential._modules.values()):
+    for i, module in enumerate(sequential):
         rule = LEADERS.get(type(module))
         if rule is not None and type(input) is Tensor and not rule.small(input, module):
-            return _in_groups([*sequential._modules.values()], i, input)
+            return _in_groups([*sequential], i, input)
         input = module(input)
     return input
 

@@ -112,17 +112,25 @@ class Pointwise(Function):
 _X = ("input",)
 
 
-def _pointwise(x, formula, a=0.0, b=0.0, inplace=False, out_dtype=None):
-    for number in (a, b):
+def refuse_numbers(*numbers) -> Stock | None:
+    """Why no kernel takes these parameters of an activation."""
+    for number in numbers:
         if isinstance(number, Tensor):
             return Stock("a parameter is a tensor")
         if not isinstance(number, (int, float)) or _FLOAT_MAX < abs(number) < math.inf:
             return Invalid(f"a parameter is not a float32 number: {number!r}")
+    return None
+
+
+def _pointwise(x, formula, a=0.0, b=0.0, inplace=False, out_dtype=None):
+    why = refuse_numbers(a, b)
+    if why is not None:
+        return why
     copy = None
     if inplace:
-        why = _not_writable(x)
-        if why is not None:
-            return Invalid(why)
+        not_writable = _not_writable(x)
+        if not_writable is not None:
+            return Invalid(not_writable)
         formula = IN_PLACE.get(formula, formula)
         if formula.keeps == "x" and x.requires_grad and torch.is_grad_enabled():
             copy = x.clone()  # recorded by autograd, so that second derivatives pass through it

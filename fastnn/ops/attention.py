@@ -255,7 +255,9 @@ def _weights(
 def _settings():
     cuda = torch.backends.cuda
     allowed = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
-    return allowed, cuda.cudnn_sdp_enabled(), tf32_setting()
+    order = getattr(torch._C, "_get_sdp_priority_order", tuple)()
+    exact = torch.are_deterministic_algorithms_enabled()
+    return allowed, cuda.cudnn_sdp_enabled(), tuple(order), exact, tf32_setting()
 
 
 @op(

@@ -9,6 +9,7 @@ import torch.nn.functional as stock
 
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, Work, impossible, op, rounded, run, second_order
+from fastnn.ops.activation import refuse_numbers
 from fastnn.ops.linear import _ACTIVATIONS, _activate
 
 
@@ -92,7 +93,8 @@ class ChannelNorm(Function):
         ctx.save_for_backward(
             x,
             weight,
-            None if act is None else bias,
+            # with a residual, the gradient of the activation is computed from y
+            None if act is None or residual is not None else bias,
             running_mean,
             running_var,
             mean,
@@ -344,6 +346,10 @@ def instance_norm(
         return Stock("running statistics in another dtype, or one without the other")
     if any(t is not None and (t.requires_grad or not t.is_contiguous()) for t in tensors[:2]):
         return Stock("running statistics that require grad, or are strided")
+    given = (running_mean, running_var) if use_input_stats else ()
+    if any(t is not None and t.is_inference() for t in given):
+        if not torch.is_inference_mode_enabled():
+            return Invalid("running statistics made under inference_mode")
     if torch.is_grad_enabled():
         # PyTorch repeats these for each sample, so edits between forward and backward do not
         # matter.
@@ -392,6 +398,9 @@ def group_norm_act(
     """
     if activation not in _ACTIVATIONS:
         return Invalid(f"activation={activation!r}")
+    why = refuse_numbers(a, b)
+    if why is not None:
+        return why
     act = Act(activation, float(a), float(b))
     return _group_norm(input, num_groups, weight, bias, eps, out_dtype, act)
 
@@ -417,6 +426,9 @@ def batch_norm_act(
     """
     if activation not in _ACTIVATIONS:
         return Invalid(f"activation={activation!r}")
+    why = refuse_numbers(a, b)
+    if why is not None:
+        return why
     act = Act(activation, float(a), float(b))
     return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, act)
 

@@ -129,5 +129,6 @@ def cross_entropy(
             if weight is not None:
                 dtype = torch.promote_types(dtype, weight.dtype)
     reduction = resolve_reduction(size_average, reduce, reduction)
-    smoothing = max(float(label_smoothing), 0.0)
+    # as in ATen, where nan also means none
+    smoothing = float(label_smoothing) if label_smoothing > 0 else 0.0
     return run(CrossEntropy, input, target, weight, ignore_index, smoothing, reduction, dtype)

@@ -268,7 +268,7 @@ def cosine_similarity(x1, x2, dim=1, eps=1e-8, *, out_dtype=None):
     found = _row_shape(dim, x1, x2)
     if isinstance(found, Stock):
         return found
-    if not number(eps):
+    if not number(eps) or eps < 0:
         return Invalid(f"eps={eps!r}")
     dtype = out_dtype or common_dtype(x1, x2)
     if isinstance(dtype, Stock):

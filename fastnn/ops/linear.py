@@ -376,6 +376,9 @@ def linear_act(
         return why
     if activation not in _ACTIVATIONS:
         return Invalid(f"activation={activation!r}")
+    why = acts.refuse_numbers(a, b)
+    if why is not None:
+        return why
     if not 0 <= p <= 1:
         return Invalid(f"p={p}")
     N = weight.shape[0]

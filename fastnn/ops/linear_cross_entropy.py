@@ -287,9 +287,8 @@ def linear_cross_entropy(
         b = b.reshape(-1)
         if torch.is_grad_enabled() and any(v.requires_grad for v in (x, w, b)):
             b = b.clone()  # which stock does not keep: an edit of the bias given is harmless
-    loss = run(
-        LinearCrossEntropy, x, w, b, t, weight, shape,
-        -100 if ignore_index is None else ignore_index, max(float(label_smoothing), 0.0), reduction,
-        dtype,
-    )  # fmt: skip
+    ignored = -100 if ignore_index is None else ignore_index
+    smoothing = float(label_smoothing) if label_smoothing > 0 else 0.0  # nan also means none
+    options = shape, ignored, smoothing, reduction, dtype
+    loss = run(LinearCrossEntropy, x, w, b, t, weight, *options)
     return loss.squeeze(0) if single and reduction == "none" else loss

@@ -1,5 +1,7 @@
 """Local response norm."""
 
+import math
+
 import torch
 import torch.nn.functional as stock
 
@@ -47,6 +49,9 @@ def local_response_norm(input, size, alpha=1e-4, beta=0.75, k=1.0, *, out_dtype=
     if type(size) is not int or size <= 0:
         return Invalid(f"size={size!r}")
     if any(type(v) not in (int, float) for v in (alpha, beta, k)):
+        return Stock(f"alpha={alpha!r}, beta={beta!r}, k={k!r}")
+    # Other numbers can make PyTorch's chain compute inf - inf or 0 * inf, or sums that cancel.
+    if not (alpha >= 0 and k >= 0 and beta and all(map(math.isfinite, (alpha, beta, k)))):
         return Stock(f"alpha={alpha!r}, beta={beta!r}, k={k!r}")
     if not input.numel():
         return Stock("no elements")

@@ -180,6 +180,8 @@ def dropout_add(input, residual, p=0.5, training=True):
 
     It is one pass, and stores no mask. If nothing is dropped, it is an addition.
     """
+    if not 0 <= p <= 1:
+        return Invalid(f"p={p}")
     if p == 0 or not training:
         return residual + input
     out = _fused(input, residual, None, None, p, training, False, True)

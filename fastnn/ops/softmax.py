@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn._front import FRAMES, depth
-from fastnn._op import FLOATS, Function, Invalid, Stock, launcher, op, run
+from fastnn._op import FLOATS, Function, Invalid, Stock, impossible, launcher, op, run
 
 _fwd = launcher(
     "softmax",
@@ -49,6 +49,7 @@ def _softmax(name, x, dim, stacklevel, dtype, out_dtype, log=False, negate=False
         # `stacklevel` is 3 by default: the caller of PyTorch's softmax, which calls
         # _get_softmax_dim.
         level = depth() + 1 + stacklevel - FRAMES - 3
+        impossible("it warns")
         dim = stock._get_softmax_dim(name, x.dim(), level)
     if not isinstance(dim, int) or isinstance(dim, bool):
         return Invalid(f"dim={dim!r}")

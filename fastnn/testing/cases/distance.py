@@ -38,6 +38,8 @@ CASES: list[Case] = [
     ),
     Case("CosineSimilarity", (randn(17), randn(17)), {"dim": 0}),
     Case("CosineSimilarity", (randn(17, 3), randn(17, 3)), {"dim": 0}),
+    # a row of zeros without an eps: the cosine and its gradient are nan
+    Case("CosineSimilarity", (duplicate(3, 7), randn(3, 7)), {"eps": 0.0}),
     Case("CosineSimilarity", (randn(2, 5, 24), randn(2, 5, 24)), {"dim": -1}),
     Case("CosineSimilarity", (randn(2, 11, 6, 8), randn(2, 11, 6, 8))),
     Case("CosineSimilarity", (randn(2, 11, 6, 8), randn(2, 11, 6, 8)), view=channels_last),

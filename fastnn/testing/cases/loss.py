@@ -268,6 +268,7 @@ CASES: list[Case] = [
          {"reduction": "none"},  # in float16 a gradient overflows
          dtypes=(torch.float32, torch.bfloat16)),
     Case("GaussianNLLLoss", (SPECIAL, ONES, ONES), {"reduction": "none"}),
+    Case("GaussianNLLLoss", (randn(3), randn(3), values(0.0, 0.3, 2.0)), {"eps": 0.0}),
     # hinge, soft margin, ranking
     *(
         Case("HingeEmbeddingLoss", (randn(3, 343), signs(3, 343)), {"reduction": r, "margin": 0.7})

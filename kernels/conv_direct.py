@@ -1,0 +1,355 @@
+"""Convolution without matrix products, for channels that read few others: depthwise, most of all.
+
+    gather      y[n, q, o] = b[q] + sum over the channels r of the group and the taps t of
+                             x[n, r, o * stride - padding + t * dilation] w[q, r, t]
+    transposed  y[n, q, i] = b[q] + sum over r and t of x[n, r, o] w[r, q, t], for the o,
+                             if there is one, with o * stride - padding + t * dilation = i
+    weight      dw[k, c, t] = sum over n and o of
+                             small[n, k, o] big[n, c, o * stride - padding + t * dilation]
+
+A convolution is `gather`, and the gradient of its input is `transposed`; a transposed convolution
+is the opposite. Thus every result is one sum in a fixed order. `small` has the positions where the
+taps are placed (the output of a convolution), and `big` the positions that they read.
+Memory-bound. Passes over the elements (R read, W write), with T taps:
+    stock   forward 1R 1W; backward 1R 1W, 2R for each tap, 1R for the bias     5 + 2T
+    here    forward 1R 1W; backward 1R 1W, 2R                                   6
+Neighbouring positions share what they read in the caches.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from fastnn.kernels._config import tunable
+from fastnn.kernels._gpus import multiprocessors
+from fastnn.kernels._launch import kernel
+from fastnn.kernels._sizes import cdiv, next_power_of_2
+from fastnn.kernels.epilogue import sum_partials
+
+CHUNK = 256  # positions that a program reads once per tap; they stay in the L1 cache
+MOST_TAPS = 64  # taps whose sums a program keeps in registers
+UNROLLED = 7  # the widest kernel whose columns are unrolled
+
+
+@triton.jit
+def source(out, padding, reach, size, STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """(the position that a tap reads for the position `out`, whether there is one).
+
+    reach: the distance of the tap from the first one.
+    """
+    if TRANSPOSED:
+        ahead = out + padding - reach
+        at = ahead // STRIDE
+        there = (ahead >= 0) & (at * STRIDE == ahead)
+    else:
+        at = out * STRIDE - padding + reach
+        there = at >= 0
+    return at, there & (at < size)
+
+
+@triton.jit
+def _add_tap(
+    acc, X, W, row, within, ow, read, there_q, size, padding, reach, IP, RC,
+    STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """acc (BLOCK_P, BLOCK_C) and the products of one tap. row: where the rows that it reads begin.
+
+    X and W point to the channels; W to this tap of each.
+    """
+    at, there = source(ow, padding, reach, size, STRIDE, TRANSPOSED)
+    at = (row + at)[:, None]
+    offs = at * RC + read[None, :] if LAST else read[None, :] * IP + at
+    mask = (within & there)[:, None] & there_q[None, :]
+    x = tl.load(X + offs, mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(W, mask=there_q, other=0.0).to(tl.float32)
+    # A tap outside the tensor adds nothing, also if its weight is inf or nan.
+    return acc + tl.where(mask, x * w[None, :], 0.0)
+
+
+SIZES = ["id_", "ih", "iw", "od", "oh", "ow", "pd", "ph", "pw", "dd", "dh", "dw"]
+
+
+@kernel(
+    do_not_specialize=[
+        "channels", "positions", "outs", "reads", *SIZES, "w_group", "w_out", "w_read", "w_tap",
+        "blocks_p", "blocks_c",
+    ]
+)  # fmt: skip
+def _conv_direct_kernel(
+    X, W, BIAS, Y, channels, positions, outs, reads, id_, ih, iw, od, oh, ow, pd, ph, pw, dd, dh,
+    dw, w_group, w_out, w_read, w_tap, blocks_p, blocks_c,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr,
+    SW: tl.constexpr, UNIT: tl.constexpr, PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr,
+    LAST: tl.constexpr, UNROLL: tl.constexpr, DIMS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A program computes BLOCK_P positions of BLOCK_C channels of one sample.
+
+    X (N, groups * reads, id_, ih, iw), Y (N, groups * outs, od, oh, ow): float, contiguous, or
+    channels last if LAST. W: float, by its strides. BIAS (groups * outs,): float, or None.
+    The number of `channels` of Y if LAST, else of `positions`, is divided by UNIT. KD, KH, KW: the
+    taps; SD, SH, SW: the strides. Only the last DIMS dimensions have more than one position.
+    PLAIN: whether outs and reads are 1; if also LAST, W is (taps, groups).
+    """
+    if DIMS < 3:  # so that nothing is computed for the dimensions that are not there
+        id_ = 1
+        pd = 0
+    if DIMS < 2:
+        ih = 1
+        oh = 1
+        ph = 0
+    # Sizes are passed divided by a factor of them, so that the compiler sees the factor.
+    Q = channels * UNIT if LAST else channels
+    OP = positions if LAST else positions * UNIT
+    IP = id_ * ih * iw
+    RC = Q if PLAIN else Q // outs * reads
+    pid = tl.program_id(0)
+    o = pid % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    q = pid // blocks_p % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = (pid // (blocks_p * blocks_c)).to(tl.int64)
+    X += n * RC * IP
+    Y += n * Q * OP
+    there_q = q < Q
+    if PLAIN:
+        read = q
+        if LAST:
+            W += q
+            w_tap = Q  # whose factor the compiler sees, so that it loads weights side by side
+        else:
+            W += q * w_group
+    else:
+        read = q // outs * reads
+        W += q // outs * w_group + q % outs * w_out
+    x_ow = o % ow
+    x_oh = o // ow % oh
+    x_od = o // (ow * oh)
+    acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for r in range(reads):
+        for td in range(KD):
+            at_d, there_d = source(x_od, pd, td * dd, id_, SD, TRANSPOSED)
+            for th in range(KH):
+                at_h, there_h = source(x_oh, ph, th * dh, ih, SH, TRANSPOSED)
+                row = (at_d * ih + at_h) * iw
+                within = there_d & there_h & (o < OP)
+                taps = W + (td * KH + th) * KW * w_tap
+                channel = read
+                if not PLAIN:
+                    taps += r * w_read
+                    channel += r
+                if UNROLL:
+                    for tw in tl.static_range(KW):
+                        acc = _add_tap(
+                            acc, X, taps + tw * w_tap, row, within, x_ow, channel, there_q, iw, pw,
+                            tw * dw, IP, RC, SW, TRANSPOSED, LAST,
+                        )  # fmt: skip
+                else:
+                    for tw in range(KW):
+                        acc = _add_tap(
+                            acc, X, taps + tw * w_tap, row, within, x_ow, channel, there_q, iw, pw,
+                            tw * dw, IP, RC, SW, TRANSPOSED, LAST,
+                        )  # fmt: skip
+    if BIAS is not None:
+        acc += tl.load(BIAS + q, mask=there_q, other=0.0).to(tl.float32)[None, :]
+    offs = o[:, None] * Q + q[None, :] if LAST else q[None, :] * OP + o[:, None]
+    mask = (o < OP)[:, None] & there_q[None, :]
+    tl.store(Y + offs, acc.to(Y.dtype.element_ty), mask=mask)
+
+
+@kernel(
+    do_not_specialize=[
+        "pairs", "positions", "outs", "reads", *SIZES, "rows", "columns", "row_blocks",
+        "column_blocks", "chunks", "chunks_each",
+    ]
+)  # fmt: skip
+def _conv_direct_weight_kernel(
+    SMALL, BIG, PARTIALS, BIAS_PARTIALS, pairs, positions, outs, reads, id_, ih, iw, od, oh, ow, pd,
+    ph, pw, dd, dh, dw, rows, columns, row_blocks, column_blocks, chunks, chunks_each,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr,
+    SW: tl.constexpr, UNIT: tl.constexpr, PLAIN: tl.constexpr, LAST: tl.constexpr,
+    DIMS: tl.constexpr, TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A program sums TAPS taps of BLOCK_C pairs of channels, and loops over its chunks.
+
+    A chunk is `rows` rows of `columns` columns of SMALL, which a program reads once for each tap.
+    SMALL (N, groups * outs, od, oh, ow), BIG (N, groups * reads, id_, ih, iw): float, contiguous,
+    or channels last if LAST. PARTIALS (splits, groups * outs, reads, taps): fp32. BIAS_PARTIALS
+    (splits, groups * outs): fp32 sums of SMALL, or None. The number of `pairs` (groups *
+    outs * reads) if LAST, else of `positions` of SMALL, is divided by UNIT. PLAIN: whether outs and
+    reads are 1. The other constants are as in _conv_direct_kernel.
+    """
+    if DIMS < 3:  # so that nothing is computed for the dimensions that are not there
+        id_ = 1
+        od = 1
+        pd = 0
+    if DIMS < 2:
+        ih = 1
+        oh = 1
+        ph = 0
+    E = pairs * UNIT if LAST else pairs
+    OP = positions if LAST else positions * UNIT
+    IP = (id_ * ih * iw).to(tl.int64)
+    e = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    there_e = e < E
+    if PLAIN:
+        K = E
+        C = E
+        k = e
+        c = e
+    else:
+        K = E // reads
+        C = K // outs * reads
+        k = e // reads
+        c = k // outs * reads + e % reads
+    taps: tl.constexpr = KD * KH * KW
+    first = tl.program_id(1) * TAPS
+    last = taps
+    if BIAS_PARTIALS is not None:
+        last = taps + 1  # a tap that reads ones
+    stop = tl.minimum(TAPS, last - first)
+    split = tl.program_id(2)
+    begin = split * chunks_each
+    total = tl.zeros((TAPS, BLOCK_C), tl.float32)
+    for chunk in range(begin, tl.minimum(begin + chunks_each, chunks)):
+        w0 = chunk % column_blocks * columns
+        h0 = chunk // column_blocks % row_blocks * rows
+        plane = chunk // (column_blocks * row_blocks)
+        od_ = plane % od
+        n = (plane // od).to(tl.int64)
+        h1 = tl.minimum(h0 + rows, oh)
+        w1 = tl.minimum(w0 + columns, ow)
+        small = SMALL + n * K * OP
+        big = BIG + n * C * IP
+        for i in range(stop):
+            tap = first + i
+            at_d, there_d = source(od_, pd, tap // (KH * KW) * dd, id_, SD, False)
+            acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+            for h in range(h0, h1):
+                at_h, there_h = source(h, ph, tap // KW % KH * dh, ih, SH, False)
+                for w in range(w0, w1, BLOCK_P):
+                    p = w + tl.arange(0, BLOCK_P)
+                    at_w, there_w = source(p, pw, tap % KW * dw, iw, SW, False)
+                    o = ((od_ * oh + h) * ow + p)[:, None]
+                    at = ((at_d * ih + at_h) * iw + at_w)[:, None]
+                    mask = (p < w1)[:, None] & there_e[None, :]
+                    offs = o * K + k[None, :] if LAST else k[None, :] * OP + o
+                    s = tl.load(small + offs, mask=mask, other=0.0).to(tl.float32)
+                    mask = mask & (there_d & there_h & there_w)[:, None] & (tap < taps)
+                    offs = at * C + c[None, :] if LAST else c[None, :] * IP + at
+                    b = tl.load(big + offs, mask=mask, other=0.0).to(tl.float32)
+                    # a tap outside the tensor adds nothing, also if the other factor is inf or nan
+                    acc += tl.where(tap == taps, s, tl.where(mask, s * b, 0.0))
+            row = tl.arange(0, TAPS)[:, None]
+            total = tl.where(row == i, total + tl.sum(acc, 0)[None, :], total)
+    tap = first + tl.arange(0, TAPS)[:, None]
+    PARTIALS += split.to(tl.int64) * E * taps
+    tl.store(PARTIALS + e[None, :] * taps + tap, total, mask=(tap < taps) & there_e[None, :])
+    if BIAS_PARTIALS is not None:
+        BIAS_PARTIALS += split.to(tl.int64) * K
+        if not PLAIN:
+            there_e = there_e & (e % reads == 0)
+        mask = (tap == taps) & there_e[None, :]
+        tl.store(BIAS_PARTIALS + k[None, :] + tap * 0, total, mask=mask)
+
+
+# ---- Configurations ------------------------------------------------------------------------------
+
+
+@tunable("BLOCK_P", "BLOCK_C")
+def _config(channels, positions, itemsize, last):
+    """If channels are last, a thread takes 128 bits of them; else it takes single positions."""
+    if last:
+        block_c = min(next_power_of_2(channels), 128 // itemsize)
+        block_p = min(next_power_of_2(positions), 1024 // block_c)
+    else:
+        block_p = min(next_power_of_2(positions), 1024)
+        block_c = min(next_power_of_2(channels), max(1, 1024 // block_p))
+    # Without a limit, ptxas spills a few registers, so that another block fits.
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4, "maxnreg": 168}
+
+
+@tunable("BLOCK_P", "BLOCK_C")
+def _weight_config(pairs, columns, itemsize, last):
+    if last:
+        # narrower than in `_config`, so that the chunks of several programs stay in the L1 cache
+        block_c = min(next_power_of_2(pairs), 64 // itemsize)
+        block_p = min(next_power_of_2(columns), 1024 // block_c)
+    else:
+        block_p = min(next_power_of_2(columns), 256)
+        block_c = min(next_power_of_2(pairs), max(1, 1024 // block_p))
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4, "maxnreg": 128}
+
+
+# ---- Launchers -----------------------------------------------------------------------------------
+
+
+def constants(geometry):
+    (kd, kh, kw), (sd, sh, sw), _, _, dims = geometry
+    return {"KD": kd, "KH": kh, "KW": kw, "SD": sd, "SH": sh, "SW": sw, "DIMS": dims}
+
+
+def gather(x, w, strides, bias, y, outs, reads, geometry, transposed, last):
+    """x (N, groups * reads, *in) and w -> y (N, groups * outs, *out), which is written.
+
+    x and y are contiguous, or channels last if `last`. strides: of w, along its groups, the
+    channels of y, the channels of x, and the taps. geometry: the sizes of the kernel, the strides,
+    the paddings before the first position and the dilations, each for three dimensions; and how
+    many of these there are.
+    """
+    (N, Q), out = y.shape[:2], y.shape[2:]
+    kernel_size, _, padding, dilation, _ = geometry
+    positions = out[0] * out[1] * out[2]
+    v = 16 // y.element_size()
+    plain = outs == reads == 1
+    unit = math.gcd(v, Q if last else positions) if plain or not last else 1
+    channels, places = (Q // unit, positions) if last else (Q, positions // unit)
+    if plain and last:
+        w = w.view(Q, -1).t().contiguous()
+    config = _config(Q, positions, y.element_size(), last)
+    blocks_p, blocks_c = cdiv(positions, config["BLOCK_P"]), cdiv(Q, config["BLOCK_C"])
+    _conv_direct_kernel(
+        (N * blocks_p * blocks_c,), x, w, bias, y, channels, places, outs, reads,
+        *x.shape[2:], *out, *padding, *dilation, *strides, blocks_p, blocks_c,
+        **constants(geometry), UNIT=unit, PLAIN=plain, TRANSPOSED=transposed, LAST=last,
+        UNROLL=kernel_size[2] <= UNROLLED, **config,
+    )  # fmt: skip
+    return y
+
+
+def weight_gradient(small, big, dw, outs, reads, geometry, last, want_db=False):
+    """small (N, groups * outs, *out), big (N, groups * reads, *in) -> (dw, db).
+
+    Both are contiguous, or channels last if `last`. dw (groups * outs, reads, taps), contiguous, is
+    written. db (groups * outs,): the sums of `small`, or None unless wanted.
+    """
+    (N, K), (od, oh, ow) = small.shape[:2], small.shape[2:]
+    kernel_size, _, padding, dilation, _ = geometry
+    taps = kernel_size[0] * kernel_size[1] * kernel_size[2]
+    pairs = K * reads
+    v = 16 // small.element_size()
+    plain = outs == reads == 1
+    positions = od * oh * ow
+    unit = math.gcd(v, pairs if last else positions) if plain or not last else 1
+    channels, places = (pairs // unit, positions) if last else (pairs, positions // unit)
+    config = _weight_config(pairs, ow, small.element_size(), last)
+    block_p, block_c = config["BLOCK_P"], config["BLOCK_C"]
+    columns = min(cdiv(ow, block_p) * block_p, cdiv(CHUNK, block_p) * block_p)
+    rows = max(1, min(oh, CHUNK // columns))
+    row_blocks, column_blocks = cdiv(oh, rows), cdiv(ow, columns)
+    chunks = N * od * row_blocks * column_blocks
+    blocks, TAPS = cdiv(pairs, block_c), min(MOST_TAPS, next_power_of_2(taps + want_db))
+    tap_blocks = cdiv(taps + want_db, TAPS)
+    wanted = cdiv(8 * multiprocessors(small.get_device()), blocks * tap_blocks)
+    each = cdiv(chunks, min(chunks, wanted))
+    splits = cdiv(chunks, each)
+    partials = small.new_empty((splits, *dw.shape), dtype=torch.float32)
+    bias_partials = small.new_empty((splits, K), dtype=torch.float32) if want_db else None
+    _conv_direct_weight_kernel(
+        (blocks, tap_blocks, splits), small, big, partials, bias_partials, channels, places, outs,
+        reads, *big.shape[2:], od, oh, ow, *padding, *dilation, rows, columns, row_blocks,
+        column_blocks, chunks, each, **constants(geometry), UNIT=unit, PLAIN=plain, LAST=last,
+        TAPS=TAPS, **config,
+    )  # fmt: skip
+    sum_partials(partials, dw)
+    return dw, sum_partials(bias_partials, small.new_empty(K)) if want_db else None
