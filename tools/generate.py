@@ -66,7 +66,10 @@ AREAS = {
         ("attention", "multihead_attention", "residual_norm"),
         "[attention](docs/attention.md), [transformers](docs/transformer.md)",
     ),
-    "images": (("conv", "fold", "padding", "shuffle", "upsampling"), "[images](docs/images.md)"),
+    "images": (
+        ("conv", "fold", "padding", "shuffle", "upsampling"),
+        "[convolution](docs/convolution.md), [images](docs/images.md)",
+    ),
     "linear, embedding": (("linear", "embedding"), None),
     "losses, distances": (
         (
