@@ -87,8 +87,9 @@ def below(record: Any, first: str, home: str = "") -> Below:
     names = {n.id for n in tree if isinstance(n, ast.Name)} - vars(builtins).keys()
     tensors = tuple(sorted(read))
     kinds = " and ".join(f"type({t}) in _exact_types" for t in tensors)
-    state = f"(not {home}_blocks or _context_mode() in (None, {home}_uniform)) and "
-    state += "not _is_compiling() and not _function_modes() and not _is_tracing()"
+    copied = f"(not {home}_blocks or _context_mode() in (None, {home}_uniform))"
+    # first, because Dynamo can trace nothing of the rest
+    state = f"not _is_compiling() and {copied} and not _function_modes() and not _is_tracing()"
     ready = f"{state} and {kinds}"
     return Below(tensors, tuple(sorted(names - read)), ready, size)
 

@@ -24,10 +24,10 @@ class Net(stock.Module):
         self.body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         self.act = nn.GELU()
         self.own = Own(3, 3)
-        self.conv = nn.Conv1d(1, 1, 3, padding=1)
+        self.plain = nn.CrossMapLRN2d(3)  # which has no kernels
 
     def forward(self, x):
-        return self.conv(self.own(self.act(self.body(x))).unsqueeze(1)).squeeze(1)
+        return self.plain(self.own(self.act(self.body(x)))[..., None, None])[..., 0, 0]
 
 
 def test_convert_swaps_classes_in_place_and_revert_undoes_it():
@@ -43,7 +43,7 @@ def test_convert_swaps_classes_in_place_and_revert_undoes_it():
     assert fastnn.convert(model) is model
     assert type(model.body) is fastnn.Sequential and type(model.body[0]) is fastnn.Linear
     assert type(model.act) is fastnn.GELU
-    assert type(model.own) is Own and type(model.conv) is stock.Conv1d
+    assert type(model.own) is Own and type(model.plain) is stock.CrossMapLRN2d
     assert {n: id(p) for n, p in model.named_parameters()} == parameters
     assert repr(model) == text
     torch.testing.assert_close(model(x), want)
@@ -139,7 +139,7 @@ def test_explain_without_inputs_tells_of_each_layer():
     rows = {row.layer: row for row in fastnn.explain(Net(fastnn))}
     assert rows["act"].reason == "has kernels"
     assert rows["own"].reason == "a subclass of torch.nn.Linear: left as it is"
-    assert rows["conv"].reason == "no kernels for this class"
+    assert rows["plain"].reason == "no kernels for this class"
     assert "" not in rows  # a container of the user
     stock_rows = {row.layer: row for row in fastnn.explain(Net(stock))}
     assert "fastnn.convert" in stock_rows["act"].reason
