@@ -620,6 +620,8 @@ class Plans:
         if self.vain_at.get(rough, 0) >= _TRIES_OF_ONE or torch.is_inference_mode_enabled() or _HIP:
             return call()
         tensors = tuple([v for v in values if isinstance(v, Tensor)])
+        if not tensors:  # they are all inside tuples or lists
+            return call()
         device = tensors[0].device.type
         if not all(map(_plannable, tensors)):
             return call()
