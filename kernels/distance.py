@@ -74,7 +74,8 @@ def _norm_grad(d, y, p, NORM: tl.constexpr):
         slope = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0))
         if NORM == 0:
             ratio = tl.div_rn(libdevice.pow(tl.abs(d), p - 1.0), libdevice.pow(y, p - 1.0))
-            slope = tl.where((y == 0) | (d == 0), 0.0, slope * ratio)
+            chosen = tl.where(y == y, 0.0, y + tl.zeros_like(d))  # nan in a row with a nan
+            slope = tl.where((y == 0) | (d == 0), chosen, slope * ratio)
     return slope
 
 

@@ -224,8 +224,6 @@ def test_whatever_changes_the_answer_is_right(name, record_property):
         with _record.using(True):
             for _ in range(3):
                 outcome(call)
-            with counted() as before:
-                outcome(call)
             for what, state in STATES.items():
                 told["states"] += 1
                 for _ in range(2):
@@ -240,9 +238,7 @@ def test_whatever_changes_the_answer_is_right(name, record_property):
                     found = outcome(other, layouts)
                 complaint = unequal(found, _plan_off(other, layouts, nullcontext))
                 assert complaint is None, (what, complaint)
-            with counted() as after:
-                again = outcome(call)
-            assert bool(after) == bool(before), name
+            again = outcome(call)  # its plan may have been pushed out by others of the same shape
             assert unequal(again, _plan_off(call, {}, nullcontext)) is None
     record_property("plans", sorted(told.items()))
 

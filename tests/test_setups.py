@@ -9,6 +9,7 @@ import collections
 import contextlib
 import functools
 import itertools
+import re
 import subprocess
 import sys
 import threading
@@ -722,7 +723,8 @@ def said(call, mode, args, kwargs):
     except fastnn.BackendError:
         return "declined"
     except Exception as e:
-        return type(e), str(e)
+        # PyTorch's parser lists the arguments as they were passed: here all, there by name
+        return type(e), re.sub(r" - got \(.*", " - got (...)", str(e), flags=re.DOTALL)
     return "nothing"
 
 

@@ -26,16 +26,19 @@ __all__ = [
 
 class CircularPad1d(stock.CircularPad1d, metaclass=Layer, op=F.pad):
     def forward(self, input):
+        self._check_input_dim(input)
         return F.pad(input, self.padding, "circular")
 
 
 class CircularPad2d(stock.CircularPad2d, metaclass=Layer, op=F.pad):
     def forward(self, input):
+        self._check_input_dim(input)
         return F.pad(input, self.padding, "circular")
 
 
 class CircularPad3d(stock.CircularPad3d, metaclass=Layer, op=F.pad):
     def forward(self, input):
+        self._check_input_dim(input)
         return F.pad(input, self.padding, "circular")
 
 

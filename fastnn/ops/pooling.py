@@ -49,7 +49,7 @@ class Pool(Function):
         x, samples, at, slope = kept
         if torch.is_grad_enabled():  # create_graph=True: a kernel's gradient would carry no graph
             if x is None:  # the gradient of a mean does not depend on values
-                x = torch.zeros(layout[0], dtype=layout[2], device=dy.device)
+                x = torch.zeros(layout[0], dtype=layout[2], device=dy.device, requires_grad=True)
             (dx,) = second_order(lambda x: formula(x.to(dtype), samples), (x,), dy, (True,))
         else:
             dx = kernels.pooling.bwd(dy, at, slope, x, samples, spec, dtype, layout)
