@@ -231,10 +231,6 @@ class _Log:
             return value
         raise Refused(f"an argument of a kernel is a {type(value).__name__}")
 
-    def slot_of(self, t: Tensor) -> int:
-        """The slot of a tensor. Raises `Refused` if it has none."""
-        return self._slot(t)
-
     def program(self, results, saved, first: int = 0, last: int | None = None) -> Program:
         """The program of the steps from `first` to `last`. Raises `Refused` if there is none."""
         if self.why is not None:
@@ -359,7 +355,6 @@ class Pass:
     """One run of an autograd function that was heard."""
 
     def __init__(self, function, ctx, args, at, outputs, many, graph):
-        self.function = function
         self.ctx = ctx
         self.args = args
         self.at = at
@@ -405,7 +400,7 @@ class Plan:
         "places",
         "saves",
         "tries",
-    )  # fmt: skip
+    )
 
     def __init__(self, function, ctx: Context, args: tuple, at, outputs, many, graph):
         facts = ctx._plan

@@ -49,8 +49,8 @@ def unavailable() -> str | None:
         if check(x) and not check(y) and not check(None):
             return None
     except Exception as e:
-        return f"TensorGuards of this torch is another one: {e}"
-    return "TensorGuards of this torch is another one"
+        return f"TensorGuards of this torch works in another way: {e}"
+    return "TensorGuards of this torch works in another way"
 
 
 def _guard(tensors) -> Callable[..., bool]:
@@ -89,9 +89,9 @@ class _Cells:
     def __init__(self):
         self.values: dict[str, Any] = {}
 
-    def __call__(self, value: Any, kind: str = "c") -> str:
+    def __call__(self, value: Any) -> str:
         """The name under which the function finds `value`."""
-        name = f"{kind}{len(self.values)}"
+        name = f"c{len(self.values)}"
         self.values[name] = value
         return name
 

@@ -10,8 +10,9 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, Stock, Work, op, reads_setting, run, second_order
+from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 from fastnn.kernels import _gpus
+from fastnn.ops.linear import precision_of
 
 _FEW_PAIRS = 16  # pairs of channels in a group, for which matrix products are mostly padding
 _LIMIT = 2**31  # elements of a sample, and positions of a channel, that kernels can index
@@ -147,16 +148,9 @@ def _channel_sums(dy: Tensor, last: bool) -> Tensor:
 
 
 def tf32_setting() -> str:
-    """PyTorch's setting for float32 convolutions on a GPU: "tf32" or "ieee".
-
-    The new setting is read first: after it was written, reading the old setting raises an error.
-    """
-    reads_setting()
-    try:
-        tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    except AttributeError:
-        tf32 = torch.backends.cudnn.allow_tf32
-    return "tf32" if tf32 else "ieee"
+    """PyTorch's setting for float32 convolutions on a GPU: "tf32" or "ieee"."""
+    cudnn: Any = torch.backends.cudnn
+    return precision_of(lambda: cudnn.conv.fp32_precision, lambda: cudnn.allow_tf32)
 
 
 def _precision(device_index: int) -> tuple[str, str]:

@@ -26,16 +26,23 @@ def matmul_precision(device_index: int) -> str:
 
 
 def tf32_setting() -> str:
-    """PyTorch's setting for products of float32 matrices: "tf32" or "ieee".
+    """PyTorch's setting for products of float32 matrices: "tf32" or "ieee"."""
+    matmul = torch.backends.cuda.matmul
+    return precision_of(lambda: matmul.fp32_precision, lambda: matmul.allow_tf32)
 
-    The new setting is read first: after it was written, reading the old setting raises an error.
+
+def precision_of(new: Callable[[], str], old: Callable[[], bool]) -> str:
+    """A setting of PyTorch for float32 products: "tf32" or "ieee".
+
+    new, old: read the setting by its name `fp32_precision`, and by its older name `allow_tf32`. The
+    new name is read first: after it was written, reading the old one raises an error.
     """
     reads_setting()
-    matmul = torch.backends.cuda.matmul
     try:
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+        tf32 = new() == "tf32"
     except AttributeError:
-        return "tf32" if matmul.allow_tf32 else "ieee"
+        tf32 = old()
+    return "tf32" if tf32 else "ieee"
 
 
 def _matrix(x):
