@@ -259,11 +259,11 @@ def fwd(x, weight, bias, precision, arch, y=None, z=None, act=None, noise=None):
     return _gemm(x, weight.t(), precision, arch, bias=bias, y=y, z=z, act=act, noise=noise)
 
 
-def bwd_dx(dy, weight, precision, arch):
-    """dy (M, N), weight (N, K) -> dx (M, K)."""
-    return _gemm(dy, weight, precision, arch, split=True)
+def bwd_dx(dy, weight, precision, arch, dx=None):
+    """dy (M, N), weight (N, K) -> dx (M, K), in `dx` if given."""
+    return _gemm(dy, weight, precision, arch, split=True, y=dx)
 
 
-def bwd_dw(dy, x, precision, arch):
-    """dy (M, N), x (M, K) -> dW (N, K)."""
-    return _gemm(dy.t(), x, precision, arch, split=True)
+def bwd_dw(dy, x, precision, arch, dw=None):
+    """dy (M, N), x (M, K) -> dW (N, K), in `dw` if given."""
+    return _gemm(dy.t(), x, precision, arch, split=True, y=dw)
