@@ -436,6 +436,7 @@ EXCEPTIONS = (
     ("TransformerEncoderLayer TransformerDecoderLayer", "parameter self_attn.in_proj", _VIEWS),
     ("group_norm_act", "input 3", _BIAS),
     ("batch_norm_act", "input 4", _BIAS),
+    ("conv_batch_norm_act", "input 6", _BIAS),
 )
 
 

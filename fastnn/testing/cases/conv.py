@@ -123,7 +123,7 @@ AFTER = [
     function("conv_act", (3, 5, 4), (5, 3, 2, 2), 5, activation="relu"),  # one sample
     Case(
         "conv_batch_norm_act",
-        (randn(3, 4), randn(4, 3, 2), None, *statistics(4)),
+        (randn(3, 4), randn(4, 3, 2), None, *statistics(3)),
         stock="one sample",
     ),
 ]  # fmt: skip
