@@ -55,9 +55,9 @@ def _conv_gemm_kernel(
     X (N, groups * reads, id_, ih, iw), Y (N, groups * outs, od, oh, ow): float, contiguous, or
     channels last if LAST, of the same dtype. W (groups * outs, reads, taps), or (groups * reads,
     outs, taps) if TRANSPOSED, of that dtype: contiguous, or (..., taps, ...) in memory if LAST.
-    BIAS and the rest up to b: as in `finish`. pixels: N * od * oh * ow. `outs` and `reads` are
-    divided by OUT_VEC and READ_VEC. KD, KH, KW: the taps; SD, SH, SW: the strides. Only the last
-    DIMS dimensions have more than one position.
+    BIAS, Z, MEAN, VAR, SCALE, SHIFT: as in `finish`. pixels: N * od * oh * ow. `outs` and `reads`
+    are divided by OUT_VEC and READ_VEC. KD, KH, KW: the taps; SD, SH, SW: the strides. Only the
+    last DIMS dimensions have more than one position.
     """
     id_, ih, od, oh, pd, ph = shape_of(id_, ih, od, oh, pd, ph, DIMS)
     # Sizes are passed divided by a factor of them, so that the compiler sees the factor.

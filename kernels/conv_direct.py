@@ -132,7 +132,8 @@ def _conv_direct_kernel(
     """A program computes BLOCK_P positions of BLOCK_C channels of one sample.
 
     X (N, groups * reads, id_, ih, iw), Y (N, groups * outs, od, oh, ow): float, contiguous, or
-    channels last if LAST. W: float, by its strides. BIAS and the rest up to b: as in `finish`.
+    channels last if LAST. W: float, by its strides. BIAS, Z, MEAN, VAR, SCALE,
+    SHIFT: as in `finish`.
     The number of `channels` of Y if LAST, else of `positions`, is divided by UNIT. KD, KH, KW: the
     taps; SD, SH, SW: the strides. Only the last DIMS dimensions have more than one position.
     PLAIN: whether outs and reads are 1; if also LAST, W is (taps, groups).
