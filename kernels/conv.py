@@ -176,11 +176,12 @@ def _conv_gemm_weight_kernel(
 
 
 @tunable("BLOCK_M", "BLOCK_N", "BLOCK_K")
-def _config(M, N, itemsize, precision, arch, sms, aligned, along, formula=False):
-    """along: whether operands run along the dimension that is summed."""
+def _config(M, N, itemsize, precision, arch, sms, aligned, along, followed=False):
+    """along: whether operands run along the dimension that is summed. followed: whether anything
+    but a bias follows the sum."""
     # Pointers of single elements take registers, as a formula in the epilogue does; so do operands
     # of tf32 that do not run along the sum.
-    crowded = "act" if formula or not aligned or (itemsize == 4 and not along) else None
+    crowded = "act" if followed or not aligned or (itemsize == 4 and not along) else None
     block_m, block_n, block_k, warps, stages = linear.gemm_tile(
         M, N, itemsize, precision, arch, sms, aligned, crowded
     )
@@ -194,6 +195,9 @@ def _config(M, N, itemsize, precision, arch, sms, aligned, along, formula=False)
     if not aligned:
         # Without a limit, ptxas spills a few registers, so that another block fits.
         config["maxnreg"] = 255
+    elif (block_m, block_n, warps) == (128, 128, 8) and stages > 3 and not followed:
+        # so that two blocks fit on a multiprocessor, by shared memory and by registers
+        config.update(num_stages=3, maxnreg=128)
     return config
 
 
@@ -221,9 +225,8 @@ def gather(x, w, bias, y, outs, reads, geometry, transposed, last, precision, ar
     pixels = N * math.prod(out)
     out_vec, read_vec, wide = _widths(x, outs, reads, last)
     sms = cdiv(multiprocessors(x.get_device()), groups)
-    config = _config(
-        pixels, outs, x.element_size(), precision, arch, sms, wide, True, formula is not None
-    )
+    followed = formula is not None or any(t is not None for t in rest[:5])
+    config = _config(pixels, outs, x.element_size(), precision, arch, sms, wide, True, followed)
     tiles = cdiv(pixels, config["BLOCK_M"]) * cdiv(outs, config["BLOCK_N"])
     _conv_gemm_kernel(
         (tiles, groups), x, w, bias, y, *rest, pixels, groups, outs // out_vec, reads // read_vec,

@@ -18,7 +18,7 @@ from fastnn.kernels import _philox, epilogue, pointwise
 from fastnn.kernels._config import tunable
 from fastnn.kernels._gpus import KIB, facts, multiprocessors
 from fastnn.kernels._launch import kernel
-from fastnn.kernels._sizes import cdiv
+from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels.epilogue import keep_tile, width
 
 
@@ -161,8 +161,10 @@ def gemm_tile(M, N, itemsize, precision, arch, sms, aligned, epilogue):
     most = 128 * 128 if epilogue or itemsize == 4 else 128 * 256
     if epilogue == "noise" or (epilogue and gpu.matrix == "mma"):
         most = 64 * 64
+    widest = max(64, next_power_of_2(M)), max(64, next_power_of_2(N))
     for tile in tiles:
-        if tile[0] * tile[1] > most:
+        # A tile that is wider than the matrix would mostly multiply zeros.
+        if tile[0] * tile[1] > most or tile[0] > widest[0] or tile[1] > widest[1]:
             continue
         if cdiv(M, tile[0]) * cdiv(N, tile[1]) >= sms:
             return tile

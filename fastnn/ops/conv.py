@@ -14,7 +14,7 @@ from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 from fastnn.kernels import _gpus
 from fastnn.ops.activation import refuse_numbers
 from fastnn.ops.channel_norm import Act, _act, _mixed, _of_channels
-from fastnn.ops.linear import _ACTIVATIONS, _GEMM_ARCHITECTURES, precision_of
+from fastnn.ops.linear import _ACTIVATIONS, _GEMM_ARCHITECTURES, Fp32Precision
 
 _FEW_PAIRS = 16  # pairs of channels in a group, for which matrix products are mostly padding
 _LIMIT = 2**31  # elements of a sample, and positions of a channel, that kernels can index
@@ -54,10 +54,9 @@ class Plan(NamedTuple):
 
     @property
     def is_linear(self) -> bool:
-        """Whether it is a product of matrices that are views: the rows of one are positions."""
+        """Whether products of it are one of matrices that are views: rows are positions."""
         ones = self.kernel_size == self.stride == (1, 1, 1) and not any(self.padding)
-        dense = self.how is not None and self.groups == 1
-        return ones and dense and self.last and not self.transposed
+        return ones and self.groups == 1 and self.last and not self.transposed
 
 
 # ---- Layouts -------------------------------------------------------------------------------------
@@ -130,7 +129,7 @@ def _gather(
 
     z, norm and act: what follows, as in `kernels.conv_direct.follows`.
     """
-    if plan.is_linear and norm is None:
+    if plan.how is not None and plan.is_linear and norm is None:
         w = weight.reshape(weight.shape[:2])
         if up:
             kernels.linear.bwd_dx(_rows(source), w, *plan.how, dx=_rows(to))
@@ -158,7 +157,7 @@ def _gather(
 def _weight_gradient(small: Tensor, big: Tensor, weight: Tensor, plan: Plan, want_db: bool):
     """(dw, db); db, the sums of `small`, is None unless wanted, and where another kernel is due."""
     dw = weight.new_empty(weight.shape)
-    if plan.is_linear:
+    if plan.how is not None and plan.is_linear:
         kernels.linear.bwd_dw(_rows(small), _rows(big), *plan.how, dw=dw.view(weight.shape[:2]))
         return dw, None
     sizes = dw.view(*weight.shape[:2], -1), weight.shape[0] // plan.groups, weight.shape[1]
@@ -178,10 +177,8 @@ def _channel_sums(dy: Tensor, last: bool) -> Tensor:
     return dy.sum((0, 2, 3, 4), dtype=dy.dtype)  # which autocast then leaves as it is
 
 
-def tf32_setting() -> str:
-    """PyTorch's setting for float32 convolutions on a GPU: "tf32" or "ieee"."""
-    cudnn: Any = torch.backends.cudnn
-    return precision_of(lambda: cudnn.conv.fp32_precision, lambda: cudnn.allow_tf32)
+_CUDNN: Any = torch.backends.cudnn
+tf32_setting = Fp32Precision(lambda: _CUDNN.conv, lambda: _CUDNN)
 
 
 def _precision(device_index: int) -> tuple[str, str]:
@@ -549,7 +546,7 @@ def _wins(input, weight, bias, stride, padding, dilation, groups, passes, tracke
     return Work(input.numel(), "elements", "dense")
 
 
-def _after(activation, a, b) -> Act | Invalid | None:
+def _after(activation, a, b) -> Act | Stock | None:
     if activation is None:
         return None
     if activation not in _ACTIVATIONS:

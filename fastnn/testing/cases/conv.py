@@ -1,5 +1,7 @@
 """Convolutions: groups, edges of the taps, strides, dilations, layouts, one sample, no elements."""
 
+from typing import Any
+
 import torch
 
 from fastnn.testing import Case, randn
@@ -68,7 +70,7 @@ DENSE = [
 ]
 
 # Shapes of input, weight and bias, and whether channels are last.
-FOLLOWED = [
+FOLLOWED: list[tuple[Any, ...]] = [
     ((2, 3, 9), (3, 1, 3), 3, None, {"groups": 3, "padding": 1}),
     ((2, 8, 5, 4), (8, 1, 3, 3), None, last, {"groups": 8, "padding": "same"}),
     ((1, 2, 3, 2, 4), (2, 1, 2, 2, 3), 2, last, {"groups": 2, "stride": (1, 2, 1)}),
@@ -76,33 +78,34 @@ FOLLOWED = [
     ((2, 16, 3, 4), (8, 16, 2, 2), 8, last, {}),
     ((2, 16, 3, 4), (24, 16, 1, 1), 24, last, {}),  # the product of two matrices
 ]
-ACTS = [{}, {"activation": "silu"}, {"activation": "elu", "a": 0.5, "b": 1.0}]
+ACTS: list[dict[str, Any]] = [{}, {"activation": "silu"}, {"activation": "elu", "a": 0.5, "b": 1.0}]
 
 
-def followed(name, x, w, b, view, options, grad=True, dtypes=FLOATS):
-    """With a norm: its statistics, weight and bias."""
+def followed(name, shape, act, grad=True, dtypes=FLOATS):
+    """A row of `FOLLOWED`. A norm has statistics, weight and bias."""
+    x, w, b, view, options = shape
     K = w[0]
     norm = (*statistics(K), randn(K, grad=grad), randn(K, grad=grad))
     bias = randn(b, grad=grad) if b else None
     inputs = (randn(*x, grad=grad), randn(*w, grad=grad), bias)
     given = (*inputs, *(norm if name == "conv_batch_norm_act" else ()))
-    return Case(name, given, options, view=view, dtypes=dtypes)
+    return Case(name, given, {**options, **act}, view=view, dtypes=dtypes)
 
 
 AFTER = [
     *(
-        followed(name, *shape[:4], {**shape[4], **act}, dtypes=dtypes)
+        followed(name, shape, act, dtypes=dtypes)
         for name in ("conv_act", "conv_batch_norm_act")
         for i, shape in enumerate(FOLLOWED)
         for act, dtypes in ((ACTS[i % 3], (FLOATS[i % 3],)), (ACTS[(i + 1) % 3], F32))
     ),
     *(
-        followed("conv_batch_norm_act", *shape, dtypes=BF16 if i else F32)
+        followed("conv_batch_norm_act", shape, {}, dtypes=BF16 if i else F32)
         for i, shape in enumerate(FOLLOWED[1:5])
     ),
     # no gradient is wanted, so that nothing is kept; only some are wanted
     *(
-        followed(name, *shape, grad=False, dtypes=BF16)
+        followed(name, shape, {}, grad=False, dtypes=BF16)
         for name in ("conv_act", "conv_batch_norm_act")
         for shape in (FOLLOWED[1], FOLLOWED[4])
     ),
