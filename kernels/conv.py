@@ -18,7 +18,7 @@ import triton.language as tl
 
 from fastnn.kernels import linear
 from fastnn.kernels._config import tunable
-from fastnn.kernels._gpus import multiprocessors
+from fastnn.kernels._gpus import facts, multiprocessors
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels.conv_direct import SIZES, constants, finish, follows, shape_of, source
@@ -176,14 +176,14 @@ def _conv_gemm_weight_kernel(
 
 
 @tunable("BLOCK_M", "BLOCK_N", "BLOCK_K")
-def _config(M, N, itemsize, precision, arch, sms, aligned, along, followed=False):
-    """along: whether operands run along the dimension that is summed. followed: whether anything
-    but a bias follows the sum."""
+def _config(M, N, itemsize, precision, arch, sms, aligned, along, followed=None):
+    """along: whether operands run along the dimension that is summed. followed: "norm" or "act",
+    the first thing but a bias that follows the sum; or None."""
     # Pointers of single elements take registers, as a formula in the epilogue does; so do operands
     # of tf32 that do not run along the sum.
-    crowded = "act" if followed or not aligned or (itemsize == 4 and not along) else None
+    crowded = "act" if not aligned or (itemsize == 4 and not along) else None
     block_m, block_n, block_k, warps, stages = linear.gemm_tile(
-        M, N, itemsize, precision, arch, sms, aligned, crowded
+        M, N, itemsize, precision, arch, sms, aligned, followed or crowded
     )
     config = {
         "BLOCK_M": block_m,
@@ -196,8 +196,10 @@ def _config(M, N, itemsize, precision, arch, sms, aligned, along, followed=False
         # Without a limit, ptxas spills a few registers, so that another block fits.
         config["maxnreg"] = 255
     elif (block_m, block_n, warps) == (128, 128, 8) and stages > 3 and not followed:
-        # so that two blocks fit on a multiprocessor, by shared memory and by registers
-        config.update(num_stages=3, maxnreg=128)
+        # Two blocks fit on a multiprocessor, by shared memory and by registers; but for tf32 on
+        # sm_100, which would spill.
+        if itemsize == 2 or facts(arch).matrix == "wgmma":
+            config.update(num_stages=3, maxnreg=128)
     return config
 
 
@@ -225,7 +227,8 @@ def gather(x, w, bias, y, outs, reads, geometry, transposed, last, precision, ar
     pixels = N * math.prod(out)
     out_vec, read_vec, wide = _widths(x, outs, reads, last)
     sms = cdiv(multiprocessors(x.get_device()), groups)
-    followed = formula is not None or any(t is not None for t in rest[:5])
+    z, mean = rest[:2]
+    followed = "norm" if mean is not None else "act" if formula or z is not None else None
     config = _config(pixels, outs, x.element_size(), precision, arch, sms, wide, True, followed)
     tiles = cdiv(pixels, config["BLOCK_M"]) * cdiv(outs, config["BLOCK_N"])
     _conv_gemm_kernel(

@@ -437,7 +437,7 @@ def run_neighbours(group: Group, members: list, i: int, input: Any) -> tuple[int
     if type(arguments) is Misfit:
         note(rule, arguments)
         return i, input
-    if rule.asks and _mode.current_mode() == "auto":
+    if rule.asks and _gate.answers() and _mode.current_mode() == "auto":
         op: Any = rule.op.op  # type: ignore[attr-defined]
         chosen = _gate.decide(op.name, op.policy, input.get_device(), arguments, {})
         if isinstance(chosen, _mode.Stock):

@@ -114,7 +114,7 @@ AFTER = [
             "conv_batch_norm_act",
             (
                 randn(1, 4, 5, grad=x), randn(4, 4 // groups, 2, grad=w), None,
-                *statistics(4), randn(4, grad=s), None,
+                *statistics(4), randn(4, grad=s), randn(4, grad=not s),
             ),
             {"groups": groups, "activation": "tanh"},
             dtypes=F32,
