@@ -95,7 +95,7 @@ class RMS(stock.Module):
 
 
 class Llama(stock.Module):
-    expected = {"rms_norm written out": 3, "dropout, add, norm": 2, "linear, activation": 1}  # noqa: RUF012
+    expected = {"rms_norm written out": 3, "dropout, add, norm": 2, "activation, product": 1}  # noqa: RUF012
 
     def __init__(self):
         super().__init__()
@@ -295,6 +295,8 @@ SPELLINGS = {
     "batch": ("batch_norm, activation", lambda x: F.silu(BATCH(x))),
     "batch, eval": ("batch_norm, activation", lambda x: torch.relu(batch_in_eval(x))),
     "batch, add": ("batch_norm, add, relu", lambda x: (x.sin() + BATCH(x)).relu()),
+    "swiglu": ("activation, product", lambda x: F.silu(x) * x.cos()),
+    "geglu": ("activation, product", lambda x: x.cos().mul(F.gelu(x, approximate="tanh"))),
     "group": ("group_norm, activation", lambda x: torch.tanh(GROUP(x))),
 }  # fmt: skip
 
@@ -413,6 +415,19 @@ def other_tensor(x):
     return 0.5 * x.sin() * (1.0 + torch.erf(x / 2**0.5))
 
 
+def gate_of_a_column(x):
+    return F.silu(x) * x[:, :1]
+
+
+def gate_of_a_number(x):
+    return F.silu(x) * 2
+
+
+def gate_used_twice(x):
+    y = F.silu(x)
+    return y * x.cos() + y
+
+
 def gate_of_another(x):
     return x * torch.sigmoid(x.sin())
 
@@ -441,7 +456,9 @@ REFUSED = {
         (grad_mode_between, {}), (statistics_between, {}), (shared_norm, {}), (own_sum, {}),
         (broadcast, {}), (scaled_sum, {}), (other_epsilon_place, {}), (mean_of_all, {}),
         (square_of_another, {}), (scaled_norm, {}), (wide_weight, {}), (other_constant, {}),
-        (other_tensor, {}), (gate_of_another, {}), (wrong_sixth, {}), (last_is_not_classes, {}),
+        (other_tensor, {}), (gate_of_another, {"activation, product": 1}), (gate_of_a_column, {}),
+        (gate_of_a_number, {}), (gate_used_twice, {}),
+        (wrong_sixth, {"activation, product": 1}), (last_is_not_classes, {}),
         (dropout_in_place, {"linear, activation": 1}), (negative_slope_in_place, {}),
     )
 }  # fmt: skip

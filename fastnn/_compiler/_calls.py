@@ -292,7 +292,7 @@ def draws(node: Node) -> bool:
     name = _target_name(node)
     if name == "scaled_dot_product_attention":
         probability = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return probability != 0.0
+        return bool(probability != 0.0)
     return any(part in name for part in _RANDOM)
 
 

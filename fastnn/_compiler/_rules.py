@@ -23,6 +23,7 @@ from fastnn._compiler._calls import Call, call, is_conversion, is_view, value
 from fastnn._compiler._site import Misfit, Rewrite, Site
 from fastnn.ops import REGISTRY
 from fastnn.ops.channel_norm import batch_norm_act, batch_norm_add_relu, group_norm_act
+from fastnn.ops.glu import act_mul
 from fastnn.ops.linear import linear_act
 from fastnn.ops.residual_norm import dropout_add, dropout_add_layer_norm, dropout_add_rms_norm
 
@@ -399,6 +400,20 @@ def _group_norm_act(site: Site, end: Node) -> Rewrite:
     names = "input", "num_groups", "weight", "bias", "eps"
     _numbers(norm["num_groups"], norm["eps"])
     return Rewrite(group_norm_act, (*(norm[n] for n in names), *act), (end,))
+
+
+@rule("activation, product", "mul")
+def _act_mul(site: Site, end: Node) -> Rewrite:
+    """act(x) * z: a gated unit (arXiv:2002.05202), or a gate of any other kind."""
+    known = site.call(end, "mul")
+    two = known["input"], known["other"]
+    one, other = map(_tensor, two)
+    site.expect(one.shape == other.shape and one.dtype == other.dtype, "the factors differ in kind")
+    for gate, z in (two, two[::-1]):
+        if gate is not z and site.is_call(gate, *_ACTIVATIONS) and len(gate.users) == 1:
+            x, *act = _activation(site, gate)
+            return Rewrite(act_mul, (x, z, *act), (end,))
+    raise Misfit("no factor is an activation")
 
 
 @rule("linear, activation, dropout", "dropout")
