@@ -316,6 +316,8 @@ def is_opaque(node: Node) -> bool:
         return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
     if isinstance(target, torch._ops.HigherOrderOperator):
         return True
+    if target is getattr:  # for example of `x.device`
+        return False
     home = getattr(target, "__module__", None) or ""
     if home.split(".")[0] not in _KNOWN_HOMES and type(target).__name__ != "method_descriptor":
         return True
