@@ -411,6 +411,10 @@ def other_constant(x):
     return 0.5 * x * (1.0 + torch.tanh(0.8 * (x + 0.044715 * x**3)))
 
 
+def rounded_constant(x):
+    return 0.5 * x * (1.0 + torch.tanh(0.79788 * (x + 0.044715 * x**3)))
+
+
 def other_tensor(x):
     return 0.5 * x.sin() * (1.0 + torch.erf(x / 2**0.5))
 
@@ -456,7 +460,8 @@ REFUSED = {
         (grad_mode_between, {}), (statistics_between, {}), (shared_norm, {}), (own_sum, {}),
         (broadcast, {}), (scaled_sum, {}), (other_epsilon_place, {}), (mean_of_all, {}),
         (square_of_another, {}), (scaled_norm, {}), (wide_weight, {}), (other_constant, {}),
-        (other_tensor, {}), (gate_of_another, {"activation, product": 1}), (gate_of_a_column, {}),
+        (other_tensor, {}), (rounded_constant, {}),
+        (gate_of_another, {"activation, product": 1}), (gate_of_a_column, {}),
         (gate_of_a_number, {}), (gate_used_twice, {}),
         (wrong_sixth, {"activation, product": 1}), (last_is_not_classes, {}),
         (dropout_in_place, {"linear, activation": 1}), (negative_slope_in_place, {}),

@@ -64,7 +64,8 @@ def _numbers(*values: Any) -> None:
 
 
 def _close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-4)
+    """Whether float32 does not tell two constants apart."""
+    return math.isclose(a, b, rel_tol=2.0**-24)
 
 
 # ---- Formulas that are written out --------------------------------------------------------------
