@@ -214,9 +214,9 @@ def _act_mul_bwd_kernel(
     DY, X, Z, DX, DZ, n: tl.int64, a, b,
     FORMULA: tl.constexpr, GRADIENT: tl.constexpr, OF_Y: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program computes one block of BLOCK elements of dx and dz. All pointers (n,): float.
+    """A program computes one block of BLOCK elements of dx and dz.
 
-    OF_Y: whether GRADIENT takes the activation's result instead of x.
+    DY, X, Z, DX, DZ (n,): float. OF_Y: whether GRADIENT takes the activation's result instead of x.
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     DY += start
