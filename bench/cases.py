@@ -294,7 +294,34 @@ def depthwise(model: str, rows: int, kernel: tuple[int, ...], *shape: int, **fie
     return convolution(model, rows, shape[0], kernel, *shape, groups=shape[0], **fields)
 
 
+def followed(
+    model: str, rows: int, K: int, kernel: int, activation: str, *shape: int, norm=True,
+    train=False, **options,
+):  # fmt: skip
+    """Conv2d of channels-last images, a norm and an activation, in a Sequential."""
+    groups = options.get("groups", 1)
+    products = shape[0] // groups * kernel**2 * K * shape[1] * shape[2]
+
+    def build(namespace):
+        conv = namespace.Conv2d(shape[0], K, kernel, bias=not norm, **options)
+        norms = (namespace.BatchNorm2d(K),) if norm else ()
+        return namespace.Sequential(conv, *norms, getattr(namespace, activation)())
+
+    kind = f"Conv2d {K}, {kernel}x{kernel}{', depthwise' if groups > 1 else ''}"
+    name = f"Sequential[{kind}, {'BatchNorm2d, ' if norm else ''}{activation}]"
+    return row(
+        name, model, rows, lambda n: (channels_last(n, *shape),), build=build, train=train,
+        flops=lambda n: 2 * n * products,
+    )  # fmt: skip
+
+
 CONVOLUTIONS = [
+    followed("MobileNetV3, 64 images", 64, 240, 5, "Hardswish", 240, 28, 28, groups=240,
+        padding=2),
+    followed("MobileNetV3, 64 images", 64, 240, 5, "Hardswish", 240, 28, 28, groups=240,
+        padding=2, train=True),
+    followed("ResNet-50, 64 images", 64, 256, 1, "ReLU", 64, 56, 56),
+    followed("SqueezeNet, 64 images", 64, 128, 1, "ReLU", 32, 27, 27, norm=False),
     depthwise("MobileNetV3, 64 images", 64, (5, 5), 240, 28, 28, last=True, padding=2),
     depthwise("MobileNetV2, 64 images", 64, (3, 3), 144, 56, 56, padding=1, dtypes=(BF16, FP32)),
     depthwise("MobileNetV2, channels last", 64, (3, 3), 144, 56, 56, last=True, padding=1,

@@ -59,6 +59,7 @@ class Op:
     strided: tuple[str, ...] = ()
     autocast: Literal["fp32", "lower", None] = None  # the autocast list of CUDA that has this op
     autocast_cpu: Literal["fp32", "lower", None] = None
+    lowered: tuple[str, ...] = ()  # the arguments that autocast to 16 bits casts; default: all
     compiled: Literal["stock", "opaque"] = "stock"  # what runs it under torch.compile
     opaque: bool = False  # whether its launches are registered, so that a graph can hold them
     policy: Policy | None = None  # how much work a call is; default: elements of the first argument
@@ -210,7 +211,12 @@ def _under_autocast(op: Op, device_type: str, args: tuple, kwargs: dict):
             return v.to(low) if v.is_floating_point() else v
         return type(v)(map(cast, v)) if type(v) in (tuple, list) else v
 
-    return tuple(map(cast, args)), {k: cast(v) for k, v in kwargs.items()}
+    names = op.lowered or op.names
+    given = zip(op.names, args, strict=False)
+    return (
+        tuple([cast(v) if name in names else v for name, v in given]),
+        {k: cast(v) if k in names else v for k, v in kwargs.items()},
+    )
 
 
 def _fused(op: Op, device_type: str, args: tuple, kwargs: dict, variant: str) -> Any:

@@ -18,10 +18,10 @@ import triton.language as tl
 
 from fastnn.kernels import linear
 from fastnn.kernels._config import tunable
-from fastnn.kernels._gpus import multiprocessors
+from fastnn.kernels._gpus import facts, multiprocessors
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
-from fastnn.kernels.conv_direct import SIZES, constants, source
+from fastnn.kernels.conv_direct import SIZES, constants, finish, follows, shape_of, source
 from fastnn.kernels.epilogue import sum_partials, width
 
 
@@ -42,10 +42,12 @@ def _placed(
 
 @kernel(do_not_specialize=["pixels", "groups", "outs", "reads", *SIZES])
 def _conv_gemm_kernel(
-    X, W, BIAS, Y, pixels, groups, outs, reads, id_, ih, iw, od, oh, ow, pd, ph, pw, dd, dh, dw,
+    X, W, BIAS, Y, Z, MEAN, VAR, SCALE, SHIFT, eps, a, b, pixels, groups, outs, reads, id_, ih, iw,
+    od, oh, ow, pd, ph, pw, dd, dh, dw,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr,
     SW: tl.constexpr, DIMS: tl.constexpr, OUT_VEC: tl.constexpr, READ_VEC: tl.constexpr,
     EVEN_K: tl.constexpr, TRANSPOSED: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
+    FORMULA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """A program computes one tile of positions and channels of a group, and loops over the taps.
@@ -53,18 +55,11 @@ def _conv_gemm_kernel(
     X (N, groups * reads, id_, ih, iw), Y (N, groups * outs, od, oh, ow): float, contiguous, or
     channels last if LAST, of the same dtype. W (groups * outs, reads, taps), or (groups * reads,
     outs, taps) if TRANSPOSED, of that dtype: contiguous, or (..., taps, ...) in memory if LAST.
-    BIAS (groups * outs,): float, or None. pixels: N * od * oh * ow. `outs` and `reads` are divided
-    by OUT_VEC and READ_VEC. KD, KH, KW: the taps; SD, SH, SW: the strides. Only the last DIMS
-    dimensions have more than one position.
+    BIAS, Z, MEAN, VAR, SCALE, SHIFT: as in `finish`. pixels: N * od * oh * ow. `outs` and `reads`
+    are divided by OUT_VEC and READ_VEC. KD, KH, KW: the taps; SD, SH, SW: the strides. Only the
+    last DIMS dimensions have more than one position.
     """
-    if DIMS < 3:  # so that nothing is computed for the dimensions that are not there
-        id_ = 1
-        od = 1
-        pd = 0
-    if DIMS < 2:
-        ih = 1
-        oh = 1
-        ph = 0
+    id_, ih, od, oh, pd, ph = shape_of(id_, ih, od, oh, pd, ph, DIMS)
     # Sizes are passed divided by a factor of them, so that the compiler sees the factor.
     outs = outs * OUT_VEC
     reads = reads * READ_VEC
@@ -92,38 +87,37 @@ def _conv_gemm_kernel(
             TRANSPOSED,
         )  # fmt: skip
         r = k0 + ks
-        a_mask = there[:, None]
-        b_mask = (q < outs)[None, :]
+        x_mask = there[:, None]
+        w_mask = (q < outs)[None, :]
         if not EVEN_K:
-            a_mask = a_mask & (r < reads)[None, :]
-            b_mask = b_mask & (r < reads)[:, None]
+            x_mask = x_mask & (r < reads)[None, :]
+            w_mask = w_mask & (r < reads)[:, None]
         if LAST:
-            a_pointers = X + ((n * IP + at) * (groups * reads) + g * reads)[:, None] + r[None, :]
+            x_pointers = X + ((n * IP + at) * (groups * reads) + g * reads)[:, None] + r[None, :]
             if TRANSPOSED:
-                b_pointers = W + r[:, None] * (TAPS * outs) + tap * outs + q[None, :]
+                w_pointers = W + r[:, None] * (TAPS * outs) + tap * outs + q[None, :]
             else:
-                b_pointers = W + q[None, :] * (TAPS * reads) + tap * reads + r[:, None]
+                w_pointers = W + q[None, :] * (TAPS * reads) + tap * reads + r[:, None]
         else:
-            a_pointers = X + (n * (groups * reads) * IP + g * reads * IP + at)[:, None]
-            a_pointers += r[None, :] * IP
+            x_pointers = X + (n * (groups * reads) * IP + g * reads * IP + at)[:, None]
+            x_pointers += r[None, :] * IP
             if TRANSPOSED:
-                b_pointers = W + (r[:, None] * outs + q[None, :]) * TAPS + tap
+                w_pointers = W + (r[:, None] * outs + q[None, :]) * TAPS + tap
             else:
-                b_pointers = W + (q[None, :] * reads + r[:, None]) * TAPS + tap
-        a = tl.load(a_pointers, mask=a_mask, other=0.0)
-        b = tl.load(b_pointers, mask=b_mask, other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    if BIAS is not None:
-        bias = tl.load(BIAS + g * outs + q, mask=q < outs, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
+                w_pointers = W + (q[None, :] * reads + r[:, None]) * TAPS + tap
+        x = tl.load(x_pointers, mask=x_mask, other=0.0)
+        w = tl.load(w_pointers, mask=w_mask, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
     mask = (m < pixels)[:, None] & (q < outs)[None, :]
     if LAST:
-        y_pointers = Y + (m.to(tl.int64) * (groups * outs) + g * outs)[:, None] + q[None, :]
+        offs = (m.to(tl.int64) * (groups * outs) + g * outs)[:, None] + q[None, :]
     else:
         n = (m // OP).to(tl.int64)
-        y_pointers = Y + (n * (groups * outs) * OP + g * outs * OP + m % OP)[:, None]
-        y_pointers += q[None, :] * OP
-    tl.store(y_pointers, acc.to(Y.dtype.element_ty), mask=mask)
+        offs = (n * (groups * outs) * OP + g * outs * OP + m % OP)[:, None] + q[None, :] * OP
+    finish(
+        acc, Y, offs, mask, g * outs + q, q < outs, BIAS, Z, MEAN, VAR, SCALE, SHIFT, eps, a, b,
+        FORMULA,
+    )  # fmt: skip
 
 
 @kernel(do_not_specialize=["pixels", "groups", "outs", "reads", "steps_each", *SIZES])
@@ -140,14 +134,7 @@ def _conv_gemm_weight_kernel(
     contiguous, or channels last if LAST. DW (splits, groups * outs, reads, taps): float; fp32
     partial sums if there are several splits. The rest is as in _conv_gemm_kernel.
     """
-    if DIMS < 3:
-        id_ = 1
-        od = 1
-        pd = 0
-    if DIMS < 2:
-        ih = 1
-        oh = 1
-        ph = 0
+    id_, ih, od, oh, pd, ph = shape_of(id_, ih, od, oh, pd, ph, DIMS)
     outs = outs * OUT_VEC
     reads = reads * READ_VEC
     TAPS: tl.constexpr = KD * KH * KW
@@ -189,13 +176,14 @@ def _conv_gemm_weight_kernel(
 
 
 @tunable("BLOCK_M", "BLOCK_N", "BLOCK_K")
-def _config(M, N, itemsize, precision, arch, sms, aligned, along):
-    """along: whether operands run along the dimension that is summed."""
+def _config(M, N, itemsize, precision, arch, sms, aligned, along, followed=None):
+    """along: whether operands run along the dimension that is summed. followed: "norm" or "act",
+    the first thing but a bias that follows the sum; or None."""
     # Pointers of single elements take registers, as a formula in the epilogue does; so do operands
     # of tf32 that do not run along the sum.
     crowded = "act" if not aligned or (itemsize == 4 and not along) else None
     block_m, block_n, block_k, warps, stages = linear.gemm_tile(
-        M, N, itemsize, precision, arch, sms, aligned, crowded
+        M, N, itemsize, precision, arch, sms, aligned, followed or crowded
     )
     config = {
         "BLOCK_M": block_m,
@@ -207,6 +195,11 @@ def _config(M, N, itemsize, precision, arch, sms, aligned, along):
     if not aligned:
         # Without a limit, ptxas spills a few registers, so that another block fits.
         config["maxnreg"] = 255
+    elif (block_m, block_n, warps) == (128, 128, 8) and stages > 3 and not followed:
+        # Two blocks fit on a multiprocessor, by shared memory and by registers; but for tf32 on
+        # sm_100, which would spill.
+        if itemsize == 2 or facts(arch).matrix == "wgmma":
+            config.update(num_stages=3, maxnreg=128)
     return config
 
 
@@ -220,26 +213,29 @@ def _widths(t, outs, reads, last):
     return (v, v, True) if wide else (1, 1, False)
 
 
-def gather(x, w, bias, y, outs, reads, geometry, transposed, last, precision, arch):
+def gather(x, w, bias, y, outs, reads, geometry, transposed, last, precision, arch, **after):
     """x (N, groups * reads, *in) and w -> y (N, groups * outs, *out), which is written.
 
     x and y are contiguous, or channels last if `last`. w (groups * outs, reads, taps), or (groups *
     reads, outs, taps) if `transposed`; the last two in the opposite order if `last`. geometry: as
-    in conv_direct.gather.
+    in conv_direct.gather. after: as in conv_direct.follows.
     """
+    rest, formula = follows(**after)
     (N, Q), out = y.shape[:2], y.shape[2:]
     _, _, padding, dilation, _ = geometry
     groups = Q // outs
     pixels = N * math.prod(out)
     out_vec, read_vec, wide = _widths(x, outs, reads, last)
     sms = cdiv(multiprocessors(x.get_device()), groups)
-    config = _config(pixels, outs, x.element_size(), precision, arch, sms, wide, True)
+    z, mean = rest[:2]
+    followed = "norm" if mean is not None else "act" if formula or z is not None else None
+    config = _config(pixels, outs, x.element_size(), precision, arch, sms, wide, True, followed)
     tiles = cdiv(pixels, config["BLOCK_M"]) * cdiv(outs, config["BLOCK_N"])
     _conv_gemm_kernel(
-        (tiles, groups), x, w, bias, y, pixels, groups, outs // out_vec, reads // read_vec,
+        (tiles, groups), x, w, bias, y, *rest, pixels, groups, outs // out_vec, reads // read_vec,
         *x.shape[2:], *out, *padding, *dilation, **constants(geometry), OUT_VEC=out_vec,
         READ_VEC=read_vec, EVEN_K=reads % config["BLOCK_K"] == 0, TRANSPOSED=transposed, LAST=last,
-        PRECISION=precision, GROUP_M=8, **config,
+        PRECISION=precision, FORMULA=formula, GROUP_M=8, **config,
     )  # fmt: skip
     return y
 

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastnn.kernels import pointwise
 from fastnn.kernels._config import tunable
 from fastnn.kernels._gpus import multiprocessors
 from fastnn.kernels._launch import kernel
@@ -68,6 +69,49 @@ def _add_tap(
     return acc + tl.where(mask, x * w[None, :], 0.0)
 
 
+@triton.jit
+def shape_of(id_, ih, od, oh, pd, ph, DIMS: tl.constexpr):
+    """The sizes and paddings of the first two dimensions: constants for those that are not there,
+    so that nothing is computed for them."""
+    if DIMS < 3:
+        id_ = 1
+        od = 1
+        pd = 0
+    if DIMS < 2:
+        ih = 1
+        oh = 1
+        ph = 0
+    return id_, ih, od, oh, pd, ph
+
+
+@triton.jit
+def finish(
+    acc, Y, offs, mask, q, there_q, BIAS, Z, MEAN, VAR, SCALE, SHIFT, eps, a, b,
+    FORMULA: tl.constexpr,
+):  # fmt: skip
+    """Stores what follows the sums acc (positions, channels q), at `offs` of Y.
+
+    z = acc + bias is stored, if Z is given; then z is normalised, if MEAN is given, and FORMULA
+    applied, if there is one. BIAS, MEAN, VAR, SCALE and SHIFT: float, of all channels, or None.
+    """
+    if BIAS is not None:
+        acc += tl.load(BIAS + q, mask=there_q, other=0.0).to(tl.float32)[None, :]
+    if Z is not None:
+        tl.store(Z + offs, acc.to(Z.dtype.element_ty), mask=mask)
+    if MEAN is not None:
+        mean = tl.load(MEAN + q, mask=there_q, other=0.0).to(tl.float32)
+        var = tl.load(VAR + q, mask=there_q, other=1.0).to(tl.float32)
+        # Not one factor of the sum: the product of a large scale and a small rstd is rounded last.
+        acc = (acc - mean[None, :]) * tl.div_rn(1.0, tl.sqrt_rn(var + eps))[None, :]
+        if SCALE is not None:
+            acc *= tl.load(SCALE + q, mask=there_q, other=0.0).to(tl.float32)[None, :]
+        if SHIFT is not None:
+            acc += tl.load(SHIFT + q, mask=there_q, other=0.0).to(tl.float32)[None, :]
+    if FORMULA is not None:
+        acc = FORMULA(acc, a, b)
+    tl.store(Y + offs, acc.to(Y.dtype.element_ty), mask=mask)
+
+
 SIZES = ["id_", "ih", "iw", "od", "oh", "ow", "pd", "ph", "pw", "dd", "dh", "dw"]
 
 
@@ -78,28 +122,23 @@ SIZES = ["id_", "ih", "iw", "od", "oh", "ow", "pd", "ph", "pw", "dd", "dh", "dw"
     ]
 )  # fmt: skip
 def _conv_direct_kernel(
-    X, W, BIAS, Y, channels, positions, outs, reads, id_, ih, iw, od, oh, ow, pd, ph, pw, dd, dh,
-    dw, w_group, w_out, w_read, w_tap, blocks_p, blocks_c,
+    X, W, BIAS, Y, Z, MEAN, VAR, SCALE, SHIFT, eps, a, b, channels, positions, outs, reads, id_, ih,
+    iw, od, oh, ow, pd, ph, pw, dd, dh, dw, w_group, w_out, w_read, w_tap, blocks_p, blocks_c,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr,
     SW: tl.constexpr, UNIT: tl.constexpr, PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr,
-    LAST: tl.constexpr, UNROLL: tl.constexpr, DIMS: tl.constexpr,
+    LAST: tl.constexpr, UNROLL: tl.constexpr, DIMS: tl.constexpr, FORMULA: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program computes BLOCK_P positions of BLOCK_C channels of one sample.
 
     X (N, groups * reads, id_, ih, iw), Y (N, groups * outs, od, oh, ow): float, contiguous, or
-    channels last if LAST. W: float, by its strides. BIAS (groups * outs,): float, or None.
+    channels last if LAST. W: float, by its strides. BIAS, Z, MEAN, VAR, SCALE,
+    SHIFT: as in `finish`.
     The number of `channels` of Y if LAST, else of `positions`, is divided by UNIT. KD, KH, KW: the
     taps; SD, SH, SW: the strides. Only the last DIMS dimensions have more than one position.
     PLAIN: whether outs and reads are 1; if also LAST, W is (taps, groups).
     """
-    if DIMS < 3:  # so that nothing is computed for the dimensions that are not there
-        id_ = 1
-        pd = 0
-    if DIMS < 2:
-        ih = 1
-        oh = 1
-        ph = 0
+    id_, ih, od, oh, pd, ph = shape_of(id_, ih, od, oh, pd, ph, DIMS)
     # Sizes are passed divided by a factor of them, so that the compiler sees the factor.
     Q = channels * UNIT if LAST else channels
     OP = positions if LAST else positions * UNIT
@@ -150,11 +189,13 @@ def _conv_direct_kernel(
                             acc, X, taps + tw * w_tap, row, within, x_ow, channel, there_q, iw, pw,
                             tw * dw, IP, RC, SW, TRANSPOSED, LAST,
                         )  # fmt: skip
-    if BIAS is not None:
-        acc += tl.load(BIAS + q, mask=there_q, other=0.0).to(tl.float32)[None, :]
     offs = o[:, None] * Q + q[None, :] if LAST else q[None, :] * OP + o[:, None]
     mask = (o < OP)[:, None] & there_q[None, :]
-    tl.store(Y + offs, acc.to(Y.dtype.element_ty), mask=mask)
+    if Z is not None:
+        Z += n * Q * OP
+    finish(
+        acc, Y, offs, mask, q, there_q, BIAS, Z, MEAN, VAR, SCALE, SHIFT, eps, a, b, FORMULA
+    )  # fmt: skip
 
 
 @kernel(
@@ -179,14 +220,7 @@ def _conv_direct_weight_kernel(
     outs * reads) if LAST, else of `positions` of SMALL, is divided by UNIT. PLAIN: whether outs and
     reads are 1. The other constants are as in _conv_direct_kernel.
     """
-    if DIMS < 3:  # so that nothing is computed for the dimensions that are not there
-        id_ = 1
-        od = 1
-        pd = 0
-    if DIMS < 2:
-        ih = 1
-        oh = 1
-        ph = 0
+    id_, ih, od, oh, pd, ph = shape_of(id_, ih, od, oh, pd, ph, DIMS)
     E = pairs * UNIT if LAST else pairs
     OP = positions if LAST else positions * UNIT
     IP = (id_ * ih * iw).to(tl.int64)
@@ -289,14 +323,25 @@ def constants(geometry):
     return {"KD": kd, "KH": kh, "KW": kw, "SD": sd, "SH": sh, "SW": sw, "DIMS": dims}
 
 
-def gather(x, w, strides, bias, y, outs, reads, geometry, transposed, last):
+def follows(z=None, norm=None, act=None):
+    """(the arguments of `finish` from Z on, its FORMULA).
+
+    z, like y: also stored. norm: (mean, var, scale, shift, eps). act: (formula, a, b).
+    """
+    mean, var, scale, shift, eps = norm or (None, None, None, None, 0.0)
+    formula, a, b = act or (None, 0.0, 0.0)
+    return (z, mean, var, scale, shift, eps, a, b), formula and getattr(pointwise, formula)
+
+
+def gather(x, w, strides, bias, y, outs, reads, geometry, transposed, last, **after):
     """x (N, groups * reads, *in) and w -> y (N, groups * outs, *out), which is written.
 
     x and y are contiguous, or channels last if `last`. strides: of w, along its groups, the
     channels of y, the channels of x, and the taps. geometry: the sizes of the kernel, the strides,
     the paddings before the first position and the dilations, each for three dimensions; and how
-    many of these there are.
+    many of these there are. after: as in `follows`.
     """
+    rest, formula = follows(**after)
     (N, Q), out = y.shape[:2], y.shape[2:]
     kernel_size, _, padding, dilation, _ = geometry
     positions = out[0] * out[1] * out[2]
@@ -309,10 +354,10 @@ def gather(x, w, strides, bias, y, outs, reads, geometry, transposed, last):
     config = _config(Q, positions, y.element_size(), last)
     blocks_p, blocks_c = cdiv(positions, config["BLOCK_P"]), cdiv(Q, config["BLOCK_C"])
     _conv_direct_kernel(
-        (N * blocks_p * blocks_c,), x, w, bias, y, channels, places, outs, reads,
+        (N * blocks_p * blocks_c,), x, w, bias, y, *rest, channels, places, outs, reads,
         *x.shape[2:], *out, *padding, *dilation, *strides, blocks_p, blocks_c,
         **constants(geometry), UNIT=unit, PLAIN=plain, TRANSPOSED=transposed, LAST=last,
-        UNROLL=kernel_size[2] <= UNROLLED, **config,
+        UNROLL=kernel_size[2] <= UNROLLED, FORMULA=formula, **config,
     )  # fmt: skip
     return y
 

@@ -18,7 +18,7 @@ from fastnn.kernels import _philox, epilogue, pointwise
 from fastnn.kernels._config import tunable
 from fastnn.kernels._gpus import KIB, facts, multiprocessors
 from fastnn.kernels._launch import kernel
-from fastnn.kernels._sizes import cdiv
+from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels.epilogue import keep_tile, width
 
 
@@ -159,10 +159,13 @@ def gemm_tile(M, N, itemsize, precision, arch, sms, aligned, epilogue):
     # Formulas, and even more random words, make kernels with many sums spill, most of all if the
     # operands are in registers too. The same is true of tf32 operands that do not run along K.
     most = 128 * 128 if epilogue or itemsize == 4 else 128 * 256
-    if epilogue == "noise" or (epilogue and gpu.matrix == "mma"):
+    few = epilogue == "noise" or (epilogue == "norm" and gpu.matrix == "tcgen05")
+    if few or (epilogue and gpu.matrix == "mma"):
         most = 64 * 64
+    widest = max(64, next_power_of_2(M)), max(64, next_power_of_2(N))
     for tile in tiles:
-        if tile[0] * tile[1] > most:
+        # A tile that is wider than the matrix would mostly multiply zeros.
+        if tile[0] * tile[1] > most or tile[0] > widest[0] or tile[1] > widest[1]:
             continue
         if cdiv(M, tile[0]) * cdiv(N, tile[1]) >= sms:
             return tile
@@ -259,11 +262,11 @@ def fwd(x, weight, bias, precision, arch, y=None, z=None, act=None, noise=None):
     return _gemm(x, weight.t(), precision, arch, bias=bias, y=y, z=z, act=act, noise=noise)
 
 
-def bwd_dx(dy, weight, precision, arch):
-    """dy (M, N), weight (N, K) -> dx (M, K)."""
-    return _gemm(dy, weight, precision, arch, split=True)
+def bwd_dx(dy, weight, precision, arch, dx=None):
+    """dy (M, N), weight (N, K) -> dx (M, K), in `dx` if given."""
+    return _gemm(dy, weight, precision, arch, split=True, y=dx)
 
 
-def bwd_dw(dy, x, precision, arch):
-    """dy (M, N), x (M, K) -> dW (N, K)."""
-    return _gemm(dy.t(), x, precision, arch, split=True)
+def bwd_dw(dy, x, precision, arch, dw=None):
+    """dy (M, N), x (M, K) -> dW (N, K), in `dw` if given."""
+    return _gemm(dy.t(), x, precision, arch, split=True, y=dw)

@@ -11,7 +11,7 @@ import fastnn
 import fastnn.functional as F
 from fastnn import _gate, kernels
 from fastnn.kernels import _gpus
-from fastnn.ops.conv import _channels_last, _precision
+from fastnn.ops.conv import _channels_last, _precision, tf32_setting
 from fastnn.testing import Case, assert_parity, check, randn
 from tests.errors import assert_same_error
 from tests.marks import interpreted
@@ -127,16 +127,12 @@ def test_only_depthwise_convolutions_are_considered_in_auto():
 
 
 def test_precision_is_that_of_pytorchs_setting():
-    conv = torch.backends.cudnn.conv
-    before = conv.fp32_precision
-    try:
-        for setting, expected in (("tf32", "tf32"), ("ieee", "ieee")):
-            conv.fp32_precision = setting
-            for arch, here in (("sm_90", expected), ("gfx90a", "ieee"), ("cpu", "ieee")):
+    for setting in ("tf32", "ieee"):
+        with tf32_setting.set_to(setting):
+            assert torch.backends.cudnn.conv.fp32_precision == setting
+            for arch, here in (("sm_90", setting), ("gfx90a", "ieee"), ("cpu", "ieee")):
                 with _gpus.simulated(arch):
                     assert _precision(-1) == (here, arch)
-    finally:
-        conv.fp32_precision = before
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (1, 3, 4, 1)])

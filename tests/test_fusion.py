@@ -17,6 +17,9 @@ MADE = {
     "BatchNorm2d": lambda: fastnn.BatchNorm2d(4),
     "BatchNorm3d": lambda: fastnn.BatchNorm3d(4),
     "GroupNorm": lambda: fastnn.GroupNorm(2, 4),
+    "Conv1d": lambda: fastnn.Conv1d(4, 4, 1),
+    "Conv2d": lambda: fastnn.Conv2d(4, 4, 1),
+    "Conv3d": lambda: fastnn.Conv3d(4, 4, 1),
 }
 
 
@@ -37,15 +40,17 @@ def names(net, x):
 
 @pytest.mark.parametrize("rule", NEIGHBOURS, ids=lambda rule: rule.op.__name__)
 def test_each_rule_runs_its_op_for_every_class_it_names(rule, device):
-    lead, activation, *_ = rule.places
+    lead, *between = (p for p in rule.places if p is not rule.places[-1] or not p.optional)
+    end = next(p for p in rule.places if fastnn.ReLU in p.tells)
+    between = [make(next(iter(p.tells))).eval() for p in between if p is not end]
     for first in lead.tells:
-        for second in activation.tells:
+        for second in end.tells:
             if not isinstance(second, type) or not issubclass(second, stock.Module):
                 continue
-            net = fastnn.Sequential(make(first), make(second)).to(device)
-            dims = {"BatchNorm2d": (2,) * 2, "BatchNorm3d": (2,) * 3}.get(first.__name__, ())
-            x = torch.randn(3, 4, *dims, device=device)
-            assert names(net, x) == [(rule.op.__name__, None)], (first, second)
+            net = fastnn.Sequential(make(first), *between, make(second)).to(device)
+            dims = int(first.__name__[-2]) if first.__name__[-1] == "d" else 0
+            x = torch.randn(3, 4, *(2,) * max(0, dims - (first is fastnn.BatchNorm1d)))
+            assert names(net, x.to(device)) == [(rule.op.__name__, None)], (first, second)
 
 
 CHANGES = {

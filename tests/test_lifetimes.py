@@ -478,6 +478,7 @@ EXCEPTIONS = (
     ),
     ("group_norm_act", "input 3", RAISES, _BIAS),
     ("batch_norm_act", "input 4", RAISES, _BIAS),
+    ("conv_batch_norm_act", "input 6", RAISES, _BIAS),
 )
 
 

@@ -334,7 +334,7 @@ LISTED: list[tuple[str, str, str, str]] = [
         UNREAD,
     ),
     (
-        "batch_norm|BatchNorm|instance_norm|InstanceNorm",
+        "(conv_)?batch_norm|BatchNorm|instance_norm|InstanceNorm",
         r"one\(-?inf",
         "finite where both are nan",
         ALPHA,
@@ -353,6 +353,8 @@ LISTED: list[tuple[str, str, str, str]] = [
     ),
     (PRODUCTS, r"one\((-?inf|nan)", "not finite where both are", OUTSIDE),
     ("[Cc]onv", r"one\(max|each|outer|inner|scaled\(1.00", "not finite where both are", ORDER),
+    # nan in one order of terms, and -inf in the other, of which relu makes 0
+    ("conv_", r"scaled\((0\.[89]|1)", "not finite where both are: nan", ORDER),
     ("CosineSimilarity", r"scaled", "beyond the bound", "products of what is below eps underflow"),
 ]
 

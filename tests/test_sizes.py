@@ -22,6 +22,7 @@ from tests.marks import interpreted
 
 ROWS = 4  # rows of each op in pytest
 FEWER = {"conv2d": 2, "conv3d": 1, "conv_transpose2d": 1, "conv_transpose3d": 1}  # as conv1d
+FEWER |= {"conv_act": 2}
 
 # Differences from stock that stay, by op and words of the difference: see docs/design.md.
 KNOWN = {

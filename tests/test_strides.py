@@ -110,6 +110,7 @@ GRADIENTS = "incoming gradients"
 # pytest makes one of so many calls of these ops, because an interpreted call takes long.
 SHARE = {"multi_head_attention_forward": 4}
 SHARE |= {f"conv{kind}{dims}d": 6 for kind in ("", "_transpose") for dims in (1, 2, 3)}
+SHARE |= {"conv_act": 6, "conv_batch_norm_act": 9}
 
 # Differences from stock that stay, by op and words of the difference: see docs/design.md.
 KNOWN = {

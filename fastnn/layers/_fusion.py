@@ -16,14 +16,15 @@ import torch.nn as stock
 from torch.nn.modules import module as _module
 
 import fastnn.functional as F
-from fastnn import _mode
+from fastnn import _gate, _mode
 from fastnn.layers import activation as acts
-from fastnn.layers import batchnorm
-from fastnn.layers._layer import OURS, watched
+from fastnn.layers import batchnorm, conv
+from fastnn.layers._layer import OURS, STOCK, as_torch_made, watched
 from fastnn.layers.dropout import Dropout
 from fastnn.layers.linear import Linear
 from fastnn.layers.normalization import GroupNorm, LayerNorm, RMSNorm
 from fastnn.ops.channel_norm import batch_norm_act, group_norm_act
+from fastnn.ops.conv import conv_act, conv_batch_norm_act
 from fastnn.ops.linear import linear_act
 from fastnn.ops.residual_norm import dropout_add, dropout_add_layer_norm, dropout_add_rms_norm
 
@@ -83,11 +84,43 @@ def _noise(m) -> tuple[float, bool] | None:
     return None if m.inplace and m.training else (m.p, m.training)
 
 
+class Misfit(str):
+    """Why a member does not fuse."""
+
+
+# Of each convolution, what its `forward` calls: as we made it, and as PyTorch made it.
+_CONV_FORWARD = {
+    cls: (cls._conv_forward, as_torch_made(STOCK[cls]._conv_forward))  # type: ignore[attr-defined]
+    for cls in (conv.Conv1d, conv.Conv2d, conv.Conv3d)
+}
+
+
+def _convolution(m) -> Any:
+    cls = type(m)
+    ours, its = _CONV_FORWARD[cls]
+    known = cls._conv_forward is ours and STOCK[cls]._conv_forward is its  # type: ignore
+    if not known or "_conv_forward" in m.__dict__:
+        return Misfit(f"{cls.__name__}._conv_forward was replaced")
+    if m.padding_mode != "zeros":
+        return Misfit(f"{cls.__name__} has padding_mode={m.padding_mode!r}")
+    return m
+
+
+def _given(m) -> Any:
+    name = type(m).__name__
+    if m.training:
+        return Misfit(f"{name} is in training mode, and its statistics are those of the batch")
+    if m.running_mean is None or m.running_var is None:
+        return Misfit(f"{name} has no running statistics")
+    return m
+
+
 class Place(NamedTuple):
     """One place in a rule, in which one member stands."""
 
     tells: Mapping[type, Tell]
-    """Class of a member -> what the op is told of it; None if it does not fuse as it is set."""
+    """Class of a member -> what the op is told of it. None or a `Misfit` if it does not fuse as it
+    is set."""
     optional: bool = False
     """Whether the rule also holds where no such member follows. Only the last place may be."""
 
@@ -98,12 +131,16 @@ class Rule(NamedTuple):
     op: Callable[..., Any]
     places: tuple[Place, ...]
     arguments: Callable[..., tuple]
-    """Of the input, of what is told of each member, and of what the container adds: the op's."""
+    """Of the input, of what is told of each member, and of what the container adds: the op's. A
+    `Misfit` if they do not fuse for this input."""
     neighbours: bool = True
     """Whether each member takes what the one before returned, and nothing else."""
     small: Callable[[Any, Any], bool] = lambda x, leader: False
     """Of the input and the first member: whether the call is below the floor of the op. In `auto`
     PyTorch then runs it, as the members do by themselves."""
+    asks: bool = False
+    """Whether in `auto` the members run by themselves where the gate declines the op, because some
+    of them may then run on kernels."""
 
 
 LINEAR = Place({Linear: _itself})
@@ -133,6 +170,26 @@ ACTIVATION = Place(
         BuiltinFunctionType: _FUNCTIONS.get,
     }
 )
+
+CONVOLUTIONS = tuple(
+    (Place({layer: _convolution}), Place({norm: _given}))
+    for layer, norm in (
+        (conv.Conv1d, batchnorm.BatchNorm1d),
+        (conv.Conv2d, batchnorm.BatchNorm2d),
+        (conv.Conv3d, batchnorm.BatchNorm3d),
+    )
+)
+
+
+def _of_convolution(x, conv, norm, act=(None, 0.0, 0.0)) -> Any:
+    if x.dim() != len(conv.kernel_size) + 2:
+        return Misfit(f"an input of {x.dim()} dimensions is one sample, which has no batch to norm")
+    return (
+        x, _parameter(conv, "weight"), _parameter(conv, "bias"), norm.running_mean,
+        norm.running_var, norm.weight, norm.bias, norm.eps, conv.stride, conv.padding,
+        conv.dilation, conv.groups, *act,
+    )  # fmt: skip
+
 
 LINEAR_ACT = Rule(
     linear_act,
@@ -189,6 +246,36 @@ RULES: tuple[Rule, ...] = (
         lambda x, norm, act: (x, norm.num_groups, norm.weight, norm.bias, norm.eps, *act),
         small=lambda x, leader: group_norm_act.small(x),  # type: ignore[attr-defined]
     ),
+    # The floors of the two ops are equal: the first member asks for one of them.
+    *(
+        Rule(
+            conv_batch_norm_act,
+            (layer, norm, ACTIVATION._replace(optional=True)),
+            _of_convolution,
+            small=lambda x, leader: conv_batch_norm_act.small(x),  # type: ignore[attr-defined]
+            asks=True,
+        )
+        for layer, norm in CONVOLUTIONS
+    ),
+    *(
+        Rule(
+            conv_act,
+            (layer, ACTIVATION),
+            lambda x, conv, act: (
+                x,
+                _parameter(conv, "weight"),
+                _parameter(conv, "bias"),
+                conv.stride,
+                conv.padding,
+                conv.dilation,
+                conv.groups,
+                *act,
+            ),
+            small=lambda x, leader: conv_act.small(x),  # type: ignore[attr-defined]
+            asks=True,
+        )
+        for layer, _ in CONVOLUTIONS
+    ),
     DROPOUT_ADD,
     DROPOUT_ADD_LAYER_NORM,
     DROPOUT_ADD_RMS_NORM,
@@ -198,10 +285,6 @@ RULES: tuple[Rule, ...] = (
 LEADERS = {cls: rule for rule in RULES if rule.neighbours for cls in rule.places[0].tells}
 
 # ---- The matcher --------------------------------------------------------------------------------
-
-
-class Misfit(str):
-    """Why a member does not fuse."""
 
 
 def told(place: Place, member: Any, cls: type, called: str = "") -> Any:
@@ -333,14 +416,15 @@ def run_neighbours(group: Group, members: list, i: int, input: Any) -> tuple[int
 
     None do if the op would run PyTorch because of its size: the members do the same by themselves.
     """
-    if group.rule.small(input, members[i]):
+    rule = group.rule
+    if rule.small(input, members[i]):
         return i, input
     what = []
     end = i
     for place, cls in group.places:
         one = told(place, members[end], cls)
         if type(one) is Misfit:
-            note(group.rule, one)
+            note(rule, one)
             return i, input
         what.append(one)
         end += 1
@@ -349,4 +433,14 @@ def run_neighbours(group: Group, members: list, i: int, input: Any) -> tuple[int
         if type(one) is not Misfit:
             what.append(one)
             end += 1
-    return end, group.rule.op(*group.rule.arguments(input, *what))
+    arguments = rule.arguments(input, *what)
+    if type(arguments) is Misfit:
+        note(rule, arguments)
+        return i, input
+    if rule.asks and _gate.answers() and _mode.current_mode() == "auto":
+        op: Any = rule.op.op  # type: ignore[attr-defined]
+        chosen = _gate.decide(op.name, op.policy, input.get_device(), arguments, {})
+        if isinstance(chosen, _mode.Stock):
+            _mode.note(op, chosen.why)
+            return i, input
+    return end, rule.op(*arguments)

@@ -12,7 +12,9 @@ from torch import Tensor
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 from fastnn.kernels import _gpus
-from fastnn.ops.linear import precision_of
+from fastnn.ops.activation import refuse_numbers
+from fastnn.ops.channel_norm import Act, _act, _mixed, _of_channels
+from fastnn.ops.linear import _ACTIVATIONS, _GEMM_ARCHITECTURES, Fp32Precision
 
 _FEW_PAIRS = 16  # pairs of channels in a group, for which matrix products are mostly padding
 _LIMIT = 2**31  # elements of a sample, and positions of a channel, that kernels can index
@@ -49,6 +51,12 @@ class Plan(NamedTuple):
     @property
     def geometry(self) -> tuple[Any, ...]:
         return self.kernel_size, self.stride, self.padding, self.dilation, self.dims
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether products of it are one of matrices that are views: rows are positions."""
+        ones = self.kernel_size == self.stride == (1, 1, 1) and not any(self.padding)
+        return ones and self.groups == 1 and self.last and not self.transposed
 
 
 # ---- Layouts -------------------------------------------------------------------------------------
@@ -98,6 +106,11 @@ def _new(like: Tensor, shape: Sequence[int], last: bool, single: bool) -> Tensor
     return torch.empty_strided(*made, dtype=like.dtype, device=like.device)
 
 
+def _rows(t: Tensor) -> Tensor:
+    """A volume (N, C, D, H, W) that is channels last -> (N * D * H * W, C), a view."""
+    return t.movedim(1, -1).view(-1, t.shape[1])
+
+
 # ---- The products --------------------------------------------------------------------------------
 
 
@@ -108,27 +121,45 @@ def _weight(weight: Tensor, last: bool) -> Tensor:
     return weight.contiguous().view(*weight.shape[:2], -1)
 
 
-def _gather(source: Tensor, weight: Tensor, bias: Tensor | None, to: Tensor, plan: Plan, up: bool):
-    """Writes `to`. up: from `small` to `big`, else from `big` to `small`. Both are volumes."""
+def _gather(
+    source: Tensor, weight: Tensor, bias: Tensor | None, to: Tensor, plan: Plan, up: bool,
+    z: Tensor | None = None, norm: tuple | None = None, act: tuple | None = None,
+):  # fmt: skip
+    """Writes `to`. up: from `small` to `big`, else from `big` to `small`. Both are volumes.
+
+    z, norm and act: what follows, as in `kernels.conv_direct.follows`.
+    """
+    if plan.how is not None and plan.is_linear and norm is None:
+        w = weight.reshape(weight.shape[:2])
+        if up:
+            kernels.linear.bwd_dx(_rows(source), w, *plan.how, dx=_rows(to))
+        else:
+            more = {"z": None if z is None else _rows(z), "act": act}
+            kernels.linear.fwd(_rows(source), w, bias, *plan.how, y=_rows(to), **more)
+        return
+    after = {"z": z, "norm": norm, "act": act}
     each, C = weight.shape[0] // plan.groups, weight.shape[1]
     outs, reads = (C, each) if up else (each, C)
     if plan.how is not None:
         kernels.conv.gather(
             source, _weight(weight, plan.last), bias, to, outs, reads, plan.geometry, up, plan.last,
-            *plan.how,
+            *plan.how, **after,
         )  # fmt: skip
         return
     w = _weight(weight, False)
     k, c, tap = w.stride()
     strides = (each * k, c, k, tap) if up else (each * k, k, c, tap)
     kernels.conv_direct.gather(
-        source, w, strides, bias, to, outs, reads, plan.geometry, up, plan.last
+        source, w, strides, bias, to, outs, reads, plan.geometry, up, plan.last, **after
     )
 
 
 def _weight_gradient(small: Tensor, big: Tensor, weight: Tensor, plan: Plan, want_db: bool):
     """(dw, db); db, the sums of `small`, is None unless wanted, and where another kernel is due."""
     dw = weight.new_empty(weight.shape)
+    if plan.how is not None and plan.is_linear:
+        kernels.linear.bwd_dw(_rows(small), _rows(big), *plan.how, dw=dw.view(weight.shape[:2]))
+        return dw, None
     sizes = dw.view(*weight.shape[:2], -1), weight.shape[0] // plan.groups, weight.shape[1]
     if plan.how is not None:
         kernels.conv.weight_gradient(small, big, *sizes, plan.geometry, plan.last, *plan.how)
@@ -142,15 +173,12 @@ def _weight_gradient(small: Tensor, big: Tensor, weight: Tensor, plan: Plan, wan
 def _channel_sums(dy: Tensor, last: bool) -> Tensor:
     """dy (N, K, D, H, W), contiguous or channels last -> (K,)."""
     if last:
-        rows = dy.movedim(1, -1).reshape(-1, dy.shape[1])
-        return kernels.epilogue.bwd(rows, want_dz=False)[1]
+        return kernels.epilogue.bwd(_rows(dy), want_dz=False)[1]
     return dy.sum((0, 2, 3, 4), dtype=dy.dtype)  # which autocast then leaves as it is
 
 
-def tf32_setting() -> str:
-    """PyTorch's setting for float32 convolutions on a GPU: "tf32" or "ieee"."""
-    cudnn: Any = torch.backends.cudnn
-    return precision_of(lambda: cudnn.conv.fp32_precision, lambda: cudnn.allow_tf32)
+_CUDNN: Any = torch.backends.cudnn
+tf32_setting = Fp32Precision(lambda: _CUDNN.conv, lambda: _CUDNN)
 
 
 def _precision(device_index: int) -> tuple[str, str]:
@@ -159,6 +187,37 @@ def _precision(device_index: int) -> tuple[str, str]:
     gpu = _gpus.facts(arch)
     # The setting is one of CUDA; a CPU, on which kernels are interpreted, follows another one.
     return (tf32_setting() if gpu.tf32 and gpu.name != "cpu" else "ieee"), arch
+
+
+def _result(input: Tensor, weight: Tensor, plan: Plan) -> Tensor:
+    x = plan.batch(input)
+    K = weight.shape[1] * plan.groups if plan.transposed else weight.shape[0]
+    return _new(input, (x.shape[0], K, *plan.out), plan.last, x is not input)
+
+
+def _convolve(input, weight, bias, y, plan, z=None, norm=None, act=None):
+    """Writes y, and z if given."""
+    x, to, z = (None if t is None else _volume(plan.batch(t), plan.last) for t in (input, y, z))
+    _gather(x, weight, bias, to, plan, plan.transposed, z, norm, act)
+
+
+def _gradients(dy, input, weight, plan, needs, db=None):
+    """dy, a volume -> (dx, dw, db), each None unless needed. `db` may already be known."""
+    dx = dw = None
+    x = plan.batch(input)
+    if needs[0]:
+        dx = _new(input, x.shape, plan.last, x is not input)
+        to = _volume(plan.batch(dx), plan.last)
+        _gather(dy, weight, None, to, plan, not plan.transposed)
+    if needs[1]:
+        x = _volume(x, plan.last)
+        small, big = (x, dy) if plan.transposed else (dy, x)
+        sums = needs[2] and db is None and not plan.transposed
+        dw, found = _weight_gradient(small, big, weight, plan, sums)
+        db = found if db is None else db
+    if needs[2] and db is None:
+        db = _channel_sums(dy, plan.last)
+    return dx, dw, db
 
 
 class Conv(Function):
@@ -170,11 +229,8 @@ class Conv(Function):
     def forward(ctx, input, weight, bias, plan):
         ctx.save_for_backward(input, weight)
         ctx.rest = plan
-        x = plan.batch(input)
-        K = weight.shape[1] * plan.groups if plan.transposed else weight.shape[0]
-        y = _new(input, (x.shape[0], K, *plan.out), plan.last, x is not input)
-        x, to = _volume(x, plan.last), _volume(plan.batch(y), plan.last)
-        _gather(x, weight, bias, to, plan, plan.transposed)
+        y = _result(input, weight, plan)
+        _convolve(input, weight, bias, y, plan)
         return y
 
     @staticmethod
@@ -186,19 +242,117 @@ class Conv(Function):
             dx, dw = second_order(plan.formula, (input, weight), dy, needs[:2])
             db = plan.batch(dy).flatten(2).sum((0, 2)) if needs[2] else None
             return dx, dw, db, None
-        dx = dw = db = None
-        x, dy = plan.batch(input), _volume(plan.batch(dy), plan.last)
-        if needs[0]:
-            dx = _new(input, x.shape, plan.last, x is not input)
-            to = _volume(plan.batch(dx), plan.last)
-            _gather(dy, weight, None, to, plan, not plan.transposed)
-        if needs[1]:
-            x = _volume(x, plan.last)
-            small, big = (x, dy) if plan.transposed else (dy, x)
-            dw, db = _weight_gradient(small, big, weight, plan, needs[2] and not plan.transposed)
-        if needs[2] and db is None:
-            db = _channel_sums(dy, plan.last)
-        return dx, dw, db, None
+        dy = _volume(plan.batch(dy), plan.last)
+        return *_gradients(dy, input, weight, plan, needs), None
+
+
+class After(NamedTuple):
+    """What follows a convolution: a norm with running statistics, if eps is given; then `act`."""
+
+    act: Act | None
+    eps: float | None
+
+    def __call__(self, z, mean, var, scale, shift):
+        """PyTorch's formula."""
+        if self.eps is not None:
+            z = stock.batch_norm(z, mean, var, scale, shift, False, 0.0, self.eps)
+        return z if self.act is None else self.act(z)
+
+    @property
+    def keeps_y(self) -> bool:
+        return self.act is not None and self.act.formula.keeps == "y"
+
+
+class ConvAct(Function):
+    """input, weight and bias as for `Conv`, the norm's mean, var, scale and shift, each (K,) or
+    None -> y, and z, the result of the convolution, if it is kept.
+
+    z is an output, so that a second derivative can pass through z.
+    """
+
+    strided = ("dy", "dz_of_second")
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, mean, var, scale, shift, plan, after):
+        y, z = _result(input, weight, plan), None
+        if any(ctx.needs_input_grad) and (after.eps is not None or not after.keeps_y):
+            z = _result(input, weight, plan)
+        given = after.act
+        act = None if given is None else (given.formula.value, given.a, given.b)
+        norm = None if after.eps is None else (mean, var, scale, shift, after.eps)
+        _convolve(input, weight, bias, y, plan, z, norm, act)
+        ctx.save_for_backward(
+            input, weight, mean, var, scale, shift, z, y if after.keeps_y else None
+        )
+        ctx.rest = plan, after, None if shift is None else shift.dtype
+        ctx.set_materialize_grads(False)
+        return y, z
+
+    @staticmethod
+    def backward(ctx, dy, dz_of_second):
+        input, weight, mean, var, scale, shift, z, y = ctx.saved_tensors
+        plan, after, shift_dtype = ctx.rest
+        needs = ctx.needs_input_grad
+        dz, dscale, dshift = dz_of_second, None, None
+        if torch.is_grad_enabled():
+            if dy is not None:
+                if z is None:
+                    through_y = after.act.formula.stock(dy, y, after.act.a, after.act.b)
+                else:
+                    through_y, dscale, dshift = second_order(
+                        lambda z, *parameters: after(z, mean, var, *parameters),
+                        (z, scale, shift), dy, (True, *needs[5:7]),
+                    )  # fmt: skip
+                dz = through_y if dz is None else through_y + dz
+            dx, dw = second_order(plan.formula, (input, weight), dz, needs[:2])
+            db = plan.batch(dz).flatten(2).sum((0, 2)) if needs[2] else None
+            return dx, dw, db, None, None, dscale, dshift, None, None
+        db = None
+        if dy is not None:
+            through_y, db, dscale, dshift = _through(
+                _volume(plan.batch(dy), plan.last), mean, var, scale, shift,
+                *(None if t is None else _volume(plan.batch(t), plan.last) for t in (z, y)),
+                plan, after, any(needs[:3]) , needs[2] and dz is None,
+                scale.dtype if needs[5] else None, shift_dtype if needs[6] else None,
+            )  # fmt: skip
+            if dz is not None and through_y is not None:
+                through_y = through_y + _volume(plan.batch(dz), plan.last)
+            dz = through_y
+        else:
+            dz = _volume(plan.batch(dz), plan.last)
+        dx = dw = None
+        if any(needs[:3]):
+            dx, dw, db = _gradients(dz, input, weight, plan, needs, db)
+        return dx, dw, db, None, None, dscale, dshift, None, None
+
+
+def _through(
+    dy, mean, var, scale, shift, z, y, plan, after, want_dz, want_db, dscale_dtype, dshift_dtype
+):  # fmt: skip
+    """dy, a volume -> dz, the part of dy that comes through what follows; db, dscale and dshift.
+
+    Each is None unless wanted, and db also where it would cost a pass of its own.
+    """
+    act = after.act
+    formula = None if act is None else act.formula
+    if after.eps is not None:
+        rest: dict[str, Any] = {"last": plan.last}
+        if act is not None:
+            value = formula.value if formula.keeps == "y" else None
+            rest.update(formula=value, gradient=formula.gradient, a=act.a, b=act.b)
+        dz, dscale, dshift, _ = kernels.channel_norm.bwd(
+            dy, z, scale, shift, mean, var, 0, want_dz, dscale_dtype, dshift_dtype, after.eps,
+            **rest,
+        )  # fmt: skip
+        return dz, None, dscale, dshift
+    saved = y if z is None else z
+    if plan.last and plan.how is not None:
+        dz, db = kernels.epilogue.bwd(
+            _rows(dy), _rows(saved), formula.gradient, None, act.a, act.b, want_db=want_db
+        )
+        N, K, *sizes = dy.shape
+        return dz.view(N, *sizes, K).movedim(-1, 1), db, None, None
+    return kernels.pointwise.bwd(dy, saved, formula.gradient, act.a, act.b), None, None, None
 
 
 # ---- The arguments -------------------------------------------------------------------------------
@@ -362,3 +516,153 @@ def conv_transpose3d(
 ):  # fmt: skip
     """As conv2d."""
     return _conv(3, input, weight, bias, stride, padding, dilation, groups, output_padding)
+
+
+# ---- Convolution, norm, activation ---------------------------------------------------------------
+
+# Estimates from bytes and FLOPs, not timed. At 0.7 of the speed of cuDNN, our products still win by
+# the passes that they save, for so many products of an output per pass; see linear.py. If z is
+# written too, half a pass is lost.
+_PRODUCTS = 512
+
+
+def _wins(input, weight, bias, stride, padding, dilation, groups, passes, tracked):
+    """The gate's policy, for a convolution whose result `passes` passes would follow."""
+    chosen = _depthwise(input, weight, bias, stride, padding, dilation, groups)
+    if groups != 1 or not isinstance(chosen, Stock):
+        return chosen
+    C, products = weight.shape[1], weight.shape[1:].numel()
+    most = _PRODUCTS * passes
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tracked):
+        most -= _PRODUCTS // 2
+    if products > most:
+        return Stock(f"{products} products for an output: cuDNN saves more than a pass takes")
+    if input.element_size() != 2 or C % 8 or weight.shape[0] % 8:
+        return Stock("cuDNN is faster for products of float32, or of channels not in eights")
+    if _gpus.architecture(input.get_device()) not in _GEMM_ARCHITECTURES:
+        return Stock("for dense convolutions on this GPU there is no estimate")
+    if not _runs_channels_last(input, weight):
+        return Stock("channels are not last, and cuDNN is as fast for every dense convolution")
+    return Work(input.numel(), "elements", "dense")
+
+
+def _after(activation, a, b) -> Act | Stock | None:
+    if activation is None:
+        return None
+    if activation not in _ACTIVATIONS:
+        return Invalid(f"activation={activation!r}")
+    return refuse_numbers(a, b) or Act(activation, float(a), float(b))
+
+
+def _stock_conv(input, weight, *rest):
+    return getattr(stock, f"conv{min(max(weight.dim() - 2, 1), 3)}d")(input, weight, *rest)
+
+
+def _conv_then_act(
+    input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, activation="relu", a=0.0,
+    b=0.0,
+):  # fmt: skip
+    act = _act("conv_act", activation, a, b)
+    return act(_stock_conv(input, weight, bias, stride, padding, dilation, groups))
+
+
+def _act_wins(
+    input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, activation="relu", a=0.0,
+    b=0.0,
+):  # fmt: skip
+    tracked = input, weight, bias
+    return _wins(input, weight, bias, stride, padding, dilation, groups, 1, tracked)
+
+
+@op(
+    stock=_conv_then_act,
+    strided=("input", "weight"),
+    autocast="lower",
+    autocast_cpu="lower",
+    policy=_act_wins,
+    settings=tf32_setting,
+    variants=("depthwise", "dense"),
+)
+def conv_act(
+    input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, activation="relu", a=0.0,
+    b=0.0,
+):  # fmt: skip
+    """`activation(conv(input, weight, bias, stride, padding, dilation, groups), a, b)`, one kernel.
+
+    `Sequential` calls it for a convolution and the activation after it. weight (K, C / groups, *)
+    has one, two or three dimensions of taps. The activations, and a and b, are those of
+    `linear_act`. Raises ValueError for any other activation.
+    """
+    act = _after(activation, a, b)
+    if act is None or isinstance(act, Stock):
+        return act or Invalid("activation=None")
+    plan = _planned(weight.dim() - 2, input, weight, bias, stride, padding, dilation, groups)
+    if isinstance(plan, Stock):
+        return plan
+    rest = plan, After(act, None)
+    return run(ConvAct, input, weight, bias, None, None, None, None, *rest)[0]
+
+
+def _conv_then_norm_then_act(
+    input, weight, bias, running_mean, running_var, norm_weight=None, norm_bias=None, eps=1e-5,
+    stride=1, padding=0, dilation=1, groups=1, activation=None, a=0.0, b=0.0,
+):  # fmt: skip
+    z = _stock_conv(input, weight, bias, stride, padding, dilation, groups)
+    y = stock.batch_norm(
+        z, running_mean, running_var, norm_weight, norm_bias, False, 0.0, eps
+    )  # fmt: skip
+    return y if activation is None else _act("conv_batch_norm_act", activation, a, b)(y)
+
+
+def _norm_wins(
+    input, weight, bias, running_mean, running_var, norm_weight=None, norm_bias=None, eps=1e-5,
+    stride=1, padding=0, dilation=1, groups=1, activation=None, a=0.0, b=0.0,
+):  # fmt: skip
+    tracked = input, weight, bias, norm_weight, norm_bias
+    passes = 1 if activation is None else 2
+    return _wins(input, weight, bias, stride, padding, dilation, groups, passes, tracked)
+
+
+@op(
+    stock=_conv_then_norm_then_act,
+    strided=("input", "weight"),
+    autocast="lower",
+    autocast_cpu="lower",
+    lowered=("input", "weight", "bias"),
+    policy=_norm_wins,
+    settings=tf32_setting,
+    variants=("depthwise", "dense"),
+)
+def conv_batch_norm_act(
+    input, weight, bias, running_mean, running_var, norm_weight=None, norm_bias=None, eps=1e-5,
+    stride=1, padding=0, dilation=1, groups=1, activation=None, a=0.0, b=0.0,
+):  # fmt: skip
+    """`conv`, then `batch_norm` in eval mode, then the activation if there is one, in one kernel.
+
+    `Sequential` calls it for a convolution and the BatchNorm after it in eval mode. The kernel
+    reads running_mean, running_var, norm_weight and norm_bias, each (K,), when it is called, so
+    nothing goes stale. The result of the convolution is kept if a gradient is wanted. The rest is
+    as in `conv_act`.
+    """
+    act = _after(activation, a, b)
+    if isinstance(act, Stock):
+        return act
+    plan = _planned(weight.dim() - 2, input, weight, bias, stride, padding, dilation, groups)
+    if isinstance(plan, Stock):
+        return plan
+    if type(eps) not in (float, int) or eps < 0:
+        return Invalid(f"eps={eps!r}")
+    if running_mean is None or running_var is None:
+        return Invalid("no running statistics")
+    if input.dim() != plan.dims + 2:
+        return Stock("one sample, whose first dimension batch_norm takes for a batch")
+    tensors = running_mean, running_var, norm_weight, norm_bias
+    why = _of_channels(weight.shape[0], *tensors)
+    if why is not None:
+        return why
+    if _mixed(input, *tensors):
+        return Invalid("parameters or statistics in other dtypes")
+    if any(t.requires_grad for t in tensors[:2]):
+        return Stock("running statistics that require grad")
+    rest = plan, After(act, float(eps))
+    return run(ConvAct, input, weight, bias, *tensors, *rest)[0]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -25,24 +26,41 @@ def matmul_precision(device_index: int) -> str:
     return tf32_setting() if _gpus.facts(_gpus.architecture(device_index)).tf32 else "ieee"
 
 
-def tf32_setting() -> str:
-    """PyTorch's setting for products of float32 matrices: "tf32" or "ieee"."""
-    matmul = torch.backends.cuda.matmul
-    return precision_of(lambda: matmul.fp32_precision, lambda: matmul.allow_tf32)
+class Fp32Precision:
+    """A setting of PyTorch for one kind of float32 products: "tf32" or "ieee".
 
-
-def precision_of(new: Callable[[], str], old: Callable[[], bool]) -> str:
-    """A setting of PyTorch for float32 products: "tf32" or "ieee".
-
-    new, old: read the setting by its name `fp32_precision`, and by its older name `allow_tf32`. The
-    new name is read first: after it was written, reading the old one raises an error.
+    new, old: the objects that have the setting under its name `fp32_precision`, and under its older
+    name `allow_tf32`. The new name is read first: after it was written, reading the old one raises
+    an error.
     """
-    reads_setting()
-    try:
-        tf32 = new() == "tf32"
-    except AttributeError:
-        tf32 = old()
-    return "tf32" if tf32 else "ieee"
+
+    def __init__(self, new: Callable[[], Any], old: Callable[[], Any]):
+        self._new, self._old = new, old
+
+    def __call__(self) -> str:
+        reads_setting()
+        try:
+            tf32 = self._new().fp32_precision == "tf32"
+        except AttributeError:
+            tf32 = self._old().allow_tf32
+        return "tf32" if tf32 else "ieee"
+
+    @contextmanager
+    def set_to(self, precision: str) -> Iterator[None]:
+        """Inside the block the setting is `precision`."""
+        home, name, value = self._old(), "allow_tf32", precision == "tf32"  # type: Any, str, Any
+        with suppress(AttributeError):
+            if hasattr(self._new(), "fp32_precision"):
+                home, name, value = self._new(), "fp32_precision", precision
+        before = getattr(home, name)
+        setattr(home, name, value)
+        try:
+            yield
+        finally:
+            setattr(home, name, before)
+
+
+tf32_setting = Fp32Precision(lambda: torch.backends.cuda.matmul, lambda: torch.backends.cuda.matmul)
 
 
 def _matrix(x):

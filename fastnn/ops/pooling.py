@@ -360,6 +360,13 @@ def _adaptive_max_last(input, dims, out):
     return _last(input, dims)
 
 
+def adaptive_mean(input, output_size, dtype=None):
+    """Adaptive average pooling of input (N, C, *), over one to three dimensions."""
+    dims = input.dim() - 2
+    function = getattr(stock, f"adaptive_avg_pool{dims}d")
+    return _adaptive_pool("mean", function, dims, input, output_size, False, _avg_last, dtype)
+
+
 @op(stock=stock.adaptive_avg_pool1d, strided=_INPUT)
 def adaptive_avg_pool1d(input, output_size):
     """Fused like `adaptive_avg_pool2d`."""

@@ -8,6 +8,7 @@ import torch.nn.functional as stock
 from fastnn import kernels
 from fastnn._op import Invalid, Stock, Work, op, run
 from fastnn.ops._linear_map import LinearMap, Maps, channels_last
+from fastnn.ops.pooling import adaptive_mean
 
 # Of each mode, the kernel's, and for how many dimensions of an image it is.
 _MODES = {
@@ -17,8 +18,8 @@ _MODES = {
     "bilinear": ("linear", (2,)),
     "trilinear": ("linear", (3,)),
     "bicubic": ("cubic", (2,)),
+    "area": ("area", (1, 2, 3)),  # a pooling
 }
-_STOCKS = {"area": "an adaptive average pooling", "lanczos": "for CPUs alone"}
 
 
 def _per_dimension(what, value, dims, kinds):
@@ -54,6 +55,8 @@ def _gains(input, size, scale_factor, mode, *rest):
     that fills the gradient with zeros."""
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
         return Work(input.numel())
+    if mode == "area":
+        return Stock("mode='area': PyTorch's adaptive pooling is as fast at every size")
     if mode.startswith("nearest") or not (torch.is_grad_enabled() and input.requires_grad):
         return Stock("no gradient that PyTorch adds up: it reads and writes once as well")
     image = _image(input, size, scale_factor, None)
@@ -70,7 +73,7 @@ def interpolate(
     input, size=None, scale_factor=None, mode="nearest", align_corners=None,
     recompute_scale_factor=None, antialias=False, *, out_dtype=None,
 ):  # fmt: skip
-    """Fused for nearest, nearest-exact, linear, bilinear, bicubic and trilinear.
+    """Fused for nearest, nearest-exact, linear, bilinear, bicubic, trilinear and area.
 
     The gradient is a gather, with the same bits each time. Under
     `torch.use_deterministic_algorithms(True)` no mode raises. Under CUDA's autocast 16-bit input is
@@ -85,8 +88,9 @@ def interpolate(
     """
     if type(mode) is not str:
         return Stock(f"mode={mode!r}")
-    if mode in _STOCKS:
-        return Stock(f"mode={mode!r}, {_STOCKS[mode]}")
+    if mode == "lanczos":
+        why = "mode='lanczos', for CPUs alone"
+        return Stock(why) if antialias else Invalid(f"{why}, without antialias")
     dims = input.dim() - 2
     kind, ranks = _MODES.get(mode, ("", ()))
     if dims not in ranks:
@@ -94,7 +98,7 @@ def interpolate(
     if antialias:
         there = mode in ("bilinear", "bicubic")
         return Stock("antialias=True") if there else Invalid(f"antialias=True, mode={mode!r}")
-    if align_corners is not None and kind.startswith("nearest"):
+    if align_corners is not None and kind not in ("linear", "cubic"):
         return Invalid(f"align_corners={align_corners} with mode={mode!r}")
     if (size is None) == (scale_factor is None) or (size is not None and recompute_scale_factor):
         return Invalid(f"size={size}, scale_factor={scale_factor}")
@@ -102,6 +106,8 @@ def interpolate(
     if isinstance(image, Stock):
         return image
     sizes, factors = image
+    if kind == "area":
+        return adaptive_mean(input, tuple(sizes), out_dtype)
     if min(sizes) < 1 or 0 in input.shape[1:]:
         return Invalid(f"{tuple(input.shape)} to {tuple(sizes)}")
     elements = math.prod((*input.shape[:2], *sizes))

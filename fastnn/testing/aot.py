@@ -40,6 +40,7 @@ from triton.runtime.jit import JITFunction
 
 from fastnn import _record
 from fastnn.kernels import _gpus
+from fastnn.ops.conv import tf32_setting
 from fastnn.testing import ptx
 from fastnn.testing.devices import simulated
 
@@ -260,21 +261,6 @@ def _libcuda() -> str:
 
 
 @contextmanager
-def _exact_convolutions() -> Iterator[None]:
-    holder: Any = getattr(torch.backends.cudnn, "conv", None)
-    name: str = "fp32_precision"
-    exact: Any = "ieee"
-    if not hasattr(holder, name):
-        holder, name, exact = torch.backends.cudnn, "allow_tf32", False
-    before = getattr(holder, name)
-    setattr(holder, name, exact)
-    try:
-        yield
-    finally:
-        setattr(holder, name, before)
-
-
-@contextmanager
 def emulate(target: str = "cuda:90") -> Iterator[None]:
     """Launches in the block run the code compiled for `target`, an NVIDIA GPU of `TARGETS`.
 
@@ -286,7 +272,7 @@ def emulate(target: str = "cuda:90") -> Iterator[None]:
         raise ValueError(f"emulate: target {target!r}: only NVIDIA's code is emulated")
     # The emulator needs tensors, not addresses. Its results are compared with those of a CPU, which
     # has no TF32; for convolutions CUDA's default is TF32.
-    with _active(target, _Emulator), _record.using(False), _exact_convolutions():
+    with _active(target, _Emulator), _record.using(False), tf32_setting.set_to("ieee"):
         yield
 
 

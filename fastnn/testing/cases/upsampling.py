@@ -60,7 +60,14 @@ CASES: list[Case] = [
     resize(randn(0, 2, 4, 4), "bilinear", size=3),
     resize(randn(1, 2, 3, 3), "bicubic", size=3),
     resize(randn(2, 3, 4, 4), "bilinear", scale_factor=2, autocast=torch.bfloat16),
-    resize(randn(2, 3, 4, 4), "area", size=2, stock="mode='area'"),
+    resize(randn(2, 3, 4, 6), "area", size=2),
+    resize(randn(2, 3, 7), "area", scale_factor=0.6, dtypes=F32),
+    resize(randn(1, 8, 5, 4), "area", size=(3, 7), view=last),
+    resize(randn(1, 2, 3, 4, 5), "area", size=(2, 3, 4), autocast=torch.bfloat16, dtypes=F32),
+    Case(
+        "interpolate", (randn(1, 2, 4, 4),), {"size": 2, "mode": "lanczos", "antialias": True},
+        dtypes=F32, stock="lanczos",
+    ),
     resize(randn(2, 3, 4, 4), "nearest", size=2, dtypes=(torch.float64,), stock="float64"),
     Case(
         "interpolate", (randn(1, 2, 4, 4),), {"size": 2, "mode": "bilinear", "antialias": True},
