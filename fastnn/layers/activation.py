@@ -146,7 +146,7 @@ class Softshrink(stock.Softshrink, metaclass=Layer, op=F.softshrink):
         return F.softshrink(input, self.lambd)
 
 
-class MultiheadAttention(stock.MultiheadAttention, metaclass=Layer):
+class MultiheadAttention(stock.MultiheadAttention, metaclass=Layer, boxes=("out_proj",)):
     # The code of PyTorch's forward, which keeps its inference kernel and its nested tensors.
     forward = rebound(stock.MultiheadAttention.forward, F=F)
 
