@@ -203,7 +203,9 @@ def test_members_that_only_hold_parameters():
     assert row.reason == "holds parameters that MultiheadAttention reads; it is never called"
     if hasattr(stock, "LinearCrossEntropyLoss"):
         row = fastnn.explain(fastnn.convert(stock.LinearCrossEntropyLoss(4, 3)))[-1]
-        assert row.reason == "holds parameters that LinearCrossEntropyLoss reads; it is never called"
+        assert (
+            row.reason == "holds parameters that LinearCrossEntropyLoss reads; it is never called"
+        )
 
 
 def test_explain_without_inputs_tells_of_each_layer():

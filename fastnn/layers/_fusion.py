@@ -212,6 +212,7 @@ def leads(member: Any) -> Rule | None:
             return None
     return rule
 
+
 # ---- The matcher --------------------------------------------------------------------------------
 
 

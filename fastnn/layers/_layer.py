@@ -89,7 +89,10 @@ def called(method: Any) -> dict[str, tuple]:
             seen.add(name)
             its = as_torch_made(function)
             if its is None or (name[0] != "_" and its.__module__ in _HOMES):
-                found[name] = (*(() if its is None else (its,)), *((STANDING[name],) if name in STANDING else ()))
+                found[name] = (
+                    *(() if its is None else (its,)),
+                    *((STANDING[name],) if name in STANDING else ()),
+                )
             todo.append(function)
     return dict(sorted(found.items()))
 
@@ -100,7 +103,7 @@ def replaced(cls: type) -> str | None:
     `cls` is an accelerated class, or a stock class that has an accelerated twin.
     """
     forward, its, its_forward = _AS_MADE[cls]
-    if cls.forward is not forward:  # type: ignore[attr-defined]
+    if cls in STOCK and cls.forward is not forward:  # type: ignore[attr-defined]
         return f"{cls.__name__}.forward was replaced"
     if its.forward is not its_forward:  # type: ignore[attr-defined]
         return f"torch.nn.{its.__name__}.forward was replaced"

@@ -151,13 +151,17 @@ def _compiled(made: Any, original: CodeType, called: str) -> tuple[CodeType, Cod
         name
         for name in original.co_names
         if name in scope
-        and (isinstance(scope[name], ModuleType) or getattr(scope[name], "__module__", here) != here)
+        and (
+            isinstance(scope[name], ModuleType) or getattr(scope[name], "__module__", here) != here
+        )
     }
     above = f"import {', '.join(sorted({*names, 'torch'}))}\nif True:\n"
     found = []
     for asks in (False, True):
         tree = ast.parse(above + "".join(lines))
         function: Any = tree.body[1].body[0]  # type: ignore[attr-defined]
+        if not isinstance(function, ast.FunctionDef):
+            raise ValueError("it is no function")
         function.decorator_list = []
         if asks:
             given = ", ".join(a.arg for a in function.args.args)
