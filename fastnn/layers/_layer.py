@@ -195,8 +195,8 @@ def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
         lines += [f"        if not isinstance({passed[1]}, _tensor_class):"]
         lines += [f"            return _its_method({given})"]
     lines = [
-        "def make(_mode, _functional, _tensor_class, _our_class, _its_class, _as_made, _its_method, "
-        f"_our_method, {', '.join(defaults)}):",
+        "def make(_mode, _functional, _tensor_class, _our_class, _its_class, _as_made, "
+        f"_its_method, _our_method, {', '.join(defaults)}):",
         "    _the_floor = -1",
         f"    def {name}({', '.join(declared)}):",
         *lines,

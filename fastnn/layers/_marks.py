@@ -17,8 +17,8 @@ and costs three times as much on layers without a mark.)
 """
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import functools
 import inspect
@@ -109,22 +109,21 @@ def _ask(method: Method) -> str | None:
         return None
     # An earlier import of fastnn in this process may have been here.
     original = scope.setdefault(f"{called}_code", made.__code__)
+    shared = [
+        (its, m) for its, methods in METHODS.items() for m in methods if m.made is made
+    ]  # classes that inherit the method
+    question = called if len(shared) == 1 else f"{called}(self)"
     try:
-        plain, asking = _compiled(made, original, called)
+        plain, asking = _compiled(made, original, question)
     except (OSError, SyntaxError, TypeError, ValueError) as e:
         return f"the source of torch.nn's {made.__qualname__} cannot be read ({e})"
     if (plain.co_code, plain.co_names) != (original.co_code, original.co_names):
         return f"the source of torch.nn's {made.__qualname__} is not what runs"
     twin = FunctionType(original, scope, made.__name__, made.__defaults__, made.__closure__)
     twin.__kwdefaults__ = made.__kwdefaults__
-    fronts = {
-        its: front(OURS[its], its, m, twin)
-        for its, methods in METHODS.items()
-        for m in methods
-        if m.made is made
-    }
+    fronts = {its: front(OURS[its], its, m, twin) for its, m in shared}
     scope[f"{KEY}_mark"] = MARK
-    scope[called] = _choice(fronts, twin)
+    scope[called] = _choice(fronts, twin) if len(shared) > 1 else fronts[shared[0][0]]
     made.__code__ = asking
     return None
 
@@ -141,8 +140,11 @@ def _choice(fronts: dict[type, Callable], twin: Callable) -> Callable:
     return choose
 
 
-def _compiled(made: Any, original: CodeType, called: str) -> tuple[CodeType, CodeType]:
-    """The code of a method as its source file has it, and the same with the question in it."""
+def _compiled(made: Any, original: Any, front: str) -> tuple[CodeType, CodeType]:
+    """The code of a method as its source file has it, and the same with the question in it.
+
+    `front` is the source of what a marked layer calls in place of the method.
+    """
     lines, first = inspect.getsourcelines(made)
     # Python compiles a call of an attribute of an imported name in a way of its own.
     scope = made.__globals__
@@ -165,10 +167,8 @@ def _compiled(made: Any, original: CodeType, called: str) -> tuple[CodeType, Cod
         function.decorator_list = []
         if asks:
             given = ", ".join(a.arg for a in function.args.args)
-            layer = function.args.args[0].arg
             question = ast.parse(
-                f"if {KEY!r} in {layer}.__dict__ and {layer}.{KEY} is {KEY}_mark:"
-                f" return {called}({layer})({given})"
+                f"if {KEY!r} in self.__dict__ and self.{KEY} is {KEY}_mark: return {front}({given})"
             ).body[0]
             at = int(ast.get_docstring(function) is not None)
             for node in ast.walk(question):

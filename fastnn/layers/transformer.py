@@ -173,8 +173,8 @@ def _decode(
 ):  # fmt: skip
     if not isinstance(tgt, Tensor) or _one_by_one(layer, stock.TransformerDecoderLayer):
         return _decode_as_stock(
-            layer, tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
-            tgt_is_causal, memory_is_causal,
+            layer, tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask,
+            memory_key_padding_mask, tgt_is_causal, memory_is_causal,
         )  # fmt: skip
 
     def attend(x):
