@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from fastnn._mode import decisions
 from fastnn.layers import _marks
 from fastnn.layers._layer import BOXES, CALLS, OURS, STOCK, Layer, replaced
-from fastnn.layers._standing import STANDING
+from fastnn.layers._standing import STANDING, tell_torchscript
 from fastnn.ops import FUNCTIONS
 
 
@@ -136,6 +136,7 @@ class patch:
         with _patch_lock:
             _patch_depth += 1
             if _patch_depth == 1:
+                tell_torchscript()
                 for home, name, new in list(_replacements()):
                     _patched.append((home, name, getattr(home, name), new))
                     setattr(home, name, new)

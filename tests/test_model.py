@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import io
 import pickle
 import threading
 
@@ -171,6 +172,33 @@ def test_what_was_taken_inside_a_patch_works_after_it():
     copied = pickle.loads(pickle.dumps(taken["relu"]))
     assert "fastnn" not in repr(copied) and torch.equal(copied(x), its["relu"](x))
     assert copy.deepcopy(taken["relu"]) is taken["relu"]
+
+
+def both(x):
+    return stock.functional.relu(stock.functional.gelu(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripts_made_inside_a_patch_can_be_saved():
+    class Scripted(stock.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = stock.Linear(3, 3)
+            self.pool = stock.MaxPool1d(2)  # one of two functions runs
+
+        def forward(self, x):
+            return both(self.pool(self.linear(x)))
+
+    with fastnn.patch():
+        model = Scripted()
+        scripts = [torch.jit.script(model)]
+    scripts.append(torch.jit.script(model))
+    x = torch.randn(1, 2, 3)
+    for script in scripts:
+        file = io.BytesIO()
+        torch.jit.save(script, file)
+        file.seek(0)
+        assert torch.equal(torch.jit.load(file)(x), model(x))
 
 
 def test_patch_under_threads_restores_exactly():

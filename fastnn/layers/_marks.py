@@ -178,7 +178,9 @@ def _compiled(made: Any, original: Any, front: str) -> tuple[CodeType, CodeType]
         module = compile(
             tree, original.co_filename, "exec", original.co_flags & _FLAGS, dont_inherit=True
         )
-        code = next(c for c in module.co_consts if isinstance(c, CodeType))
+        code: Any = next(
+            c for c in module.co_consts if isinstance(c, CodeType) and c.co_name == original.co_name
+        )
         if hasattr(code, "co_qualname"):
             code = code.replace(co_qualname=original.co_qualname)
         found.append(code)

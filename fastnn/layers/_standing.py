@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from typing import Any
+
+import torch
 
 from fastnn.ops import FUNCTIONS
 
@@ -42,6 +45,25 @@ class Standing(functools.partial):
 
     def __reduce__(self) -> Any:
         return functools.partial, (self.made,)
+
+
+_dispatched = torch._jit_internal._try_get_dispatched_fn
+
+
+def _dispatched_or_standing(function: Any) -> Any:
+    """What TorchScript asks of a function: which of two functions a flag decides on, if any.
+
+    For what stands in for PyTorch's function, both are PyTorch's function, and there is no flag.
+    """
+    if isinstance(function, Standing):
+        both = {"if_true": function.made, "if_false": function.made}
+        return {**both, "index": sys.maxsize, "arg_name": "", "default": False}
+    return _dispatched(function)
+
+
+def tell_torchscript() -> None:
+    """Let TorchScript compile PyTorch's function where a scripted function calls a `Standing`."""
+    torch._jit_internal._try_get_dispatched_fn = _dispatched_or_standing
 
 
 STANDING = {name: Standing(function) for name, function in FUNCTIONS.items()}
