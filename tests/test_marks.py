@@ -233,7 +233,7 @@ def test_a_source_that_is_not_what_runs_is_not_touched():
     method = METHODS[stock.ReLU][0]._replace(made=Other.forward)
     Other.forward.__code__ = (lambda self, input: input + 1).__code__
     assert "cannot be read" in _marks._ask(method)
-    Other.forward.__code__ = Other.forward.__code__.replace(co_firstlineno=line)
+    Other.forward.__code__ = Other.forward.__code__.replace(co_firstlineno=line, co_name="forward")
     assert "is not what runs" in _marks._ask(method)
     assert Other()(1) == 2
 

@@ -162,8 +162,8 @@ def _compiled(made: Any, original: Any, front: str) -> tuple[CodeType, CodeType]
     for asks in (False, True):
         tree = ast.parse(above + "".join(lines))
         function: Any = tree.body[1].body[0]  # type: ignore[attr-defined]
-        if not isinstance(function, ast.FunctionDef):
-            raise ValueError("it is no function")
+        if not isinstance(function, ast.FunctionDef) or function.name != original.co_name:
+            raise ValueError("it is another function")
         function.decorator_list = []
         if asks:
             given = ", ".join(a.arg for a in function.args.args)
