@@ -108,7 +108,7 @@ def _ask(method: Method) -> str | None:
     if scope.get(called) is not None and scope.get(f"{KEY}_mark") is MARK:
         return None
     # An earlier import of fastnn in this process may have been here.
-    original = scope.setdefault(f"{called}_code", made.__code__)
+    original = scope.get(f"{called}_code", made.__code__)
     shared = [
         (its, m) for its, methods in METHODS.items() for m in methods if m.made is made
     ]  # classes that inherit the method
@@ -122,6 +122,7 @@ def _ask(method: Method) -> str | None:
     twin = FunctionType(original, scope, made.__name__, made.__defaults__, made.__closure__)
     twin.__kwdefaults__ = made.__kwdefaults__
     fronts = {its: front(OURS[its], its, m, twin) for its, m in shared}
+    scope[f"{called}_code"] = original
     scope[f"{KEY}_mark"] = MARK
     scope[called] = _choice(fronts, twin) if len(shared) > 1 else fronts[shared[0][0]]
     made.__code__ = asking
