@@ -18,6 +18,7 @@ from fastnn._model import convert as convert
 from fastnn._model import explain as explain
 from fastnn._model import patch as patch
 from fastnn._model import revert as revert
+from fastnn._model import reverted as reverted
 from fastnn._model import warmup as warmup
 from fastnn.layers import *  # noqa: F403  (the accelerated layers replace the stock ones)
 

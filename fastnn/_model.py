@@ -1,7 +1,8 @@
-"""Whole models: `explain`, `warmup`, `convert`, `revert`, `patch`."""
+"""Whole models: `explain`, `warmup`, `convert`, `revert`, `reverted`, `patch`."""
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ import torch.nn as stock
 from torch.utils._pytree import tree_leaves
 
 from fastnn._mode import decisions
-from fastnn.layers._layer import CALLS, OURS, STOCK, replaced
+from fastnn.layers import _marks
+from fastnn.layers._layer import BOXES, CALLS, OURS, STOCK, Layer, replaced
+from fastnn.layers._standing import STANDING, tell_torchscript
 from fastnn.ops import FUNCTIONS
 
 
@@ -23,60 +26,109 @@ def _expect_module(verb: str, model: Any) -> None:
         raise TypeError(f"{verb}: expected a Module, got {kind}; {verb} {hint}")
 
 
-def _reclass(model: stock.Module, classes: dict[type, type]) -> None:
-    for layer in model.modules():
-        new = classes.get(type(layer))
-        if new is not None:
-            layer.__class__ = new
-
-
 def convert(model: stock.Module) -> stock.Module:
-    """Give each stock layer of `model` its accelerated class, if there is one, in place.
+    """Let each stock layer of `model` run on our methods, if we have some, in place.
+
+    No layer changes its class: `type(layer) is torch.nn.Linear` stays true. Each gets a mark, an
+    entry `_fastnn` of its `__dict__`. Copies keep it. A pickle names nothing of fastnn; where
+    fastnn was imported before it is loaded, the layers are marked again. Layers of fastnn's own
+    classes become marked layers of the stock classes.
 
     Parameters, buffers, hooks, names and training flags stay the same objects, so optimizers stay
-    valid. Only exact stock classes are swapped. A subclass may have a forward of its own, so it is
-    left alone, and `explain(model)` says so. A second call changes nothing.
+    valid. Only layers that are exactly of a stock class are marked. A subclass may have a forward
+    of its own, so it is left alone, and `explain(model)` says so. A second call changes nothing.
 
     Returns `model`. Raises TypeError if `model` is not a Module.
     """
     _expect_module("convert", model)
-    _reclass(model, OURS)
+    for layer in model.modules():
+        cls = type(layer)
+        if cls in STOCK:
+            layer.__class__ = STOCK[cls]
+        elif cls not in OURS:
+            continue
+        _marks.mark(layer)
     return model
 
 
 def revert(model: stock.Module) -> stock.Module:
-    """Give each accelerated layer of `model` its stock class back, in place.
+    """Undo `convert`: every layer of `model` runs on PyTorch's methods again, in place.
+
+    Layers of fastnn's own classes become layers of the stock classes.
 
     Returns `model`. Raises TypeError if `model` is not a Module.
     """
     _expect_module("revert", model)
-    _reclass(model, STOCK)
+    for layer in model.modules():
+        _marks.unmark(layer)
+        cls = type(layer)
+        if cls in STOCK:
+            layer.__class__ = STOCK[cls]
     return model
+
+
+@contextmanager
+def reverted(model: stock.Module) -> Iterator[stock.Module]:
+    """`with fastnn.reverted(model):` runs `revert(model)` for the length of the block.
+
+    At the end, also by an exception, the layers of `model` at the beginning run on our methods
+    again, if they are still of their stock class. Layers that the block put in stay as they are.
+
+    Yields `model`. Raises TypeError if `model` is not a Module.
+    """
+    _expect_module("reverted", model)
+    before = [(m, type(m), _marks.is_marked(m)) for m in model.modules()]
+    before = [(m, cls, marked) for m, cls, marked in before if marked or cls in STOCK]
+    revert(model)
+    try:
+        yield model
+    finally:
+        for layer, cls, marked in before:
+            if type(layer) is STOCK.get(cls, cls):
+                layer.__class__ = cls
+                if marked:
+                    _marks.mark(layer)
 
 
 # ---- patch --------------------------------------------------------------------------------------
 
+
 _patch_lock = threading.Lock()
 _patch_depth = 0
-_patched: list[tuple[Any, str, Any]] = []  # (module, name, the object that was replaced)
+_patched: list[tuple[Any, str, Any, Any]] = []  # (home, name, what was there, what is there now)
 
 
 def _replacements() -> Iterator[tuple[Any, str, Any]]:
-    for ours, its_stock in STOCK.items():
-        for home in (stock, stock.modules):
-            if getattr(home, its_stock.__name__, None) is its_stock:
-                yield home, its_stock.__name__, ours
+    yield stock.Module, "__init__", _marking(stock.Module.__init__)
     for name, function in FUNCTIONS.items():
         if getattr(stock.functional, name, None) is function.op.stock:
-            yield stock.functional, name, function
+            yield stock.functional, name, STANDING[name]
+
+
+def _marking(initialise: Callable) -> Callable:
+    """`Module.__init__`, which also marks each layer of a stock class with kernels, or of a
+    subclass of one."""
+
+    @functools.wraps(initialise)
+    def __init__(self, *args, **kwargs):
+        initialise(self, *args, **kwargs)
+        if _patch_depth and not isinstance(type(self), Layer):
+            _marks.mark(self)
+
+    return __init__
 
 
 class patch:
-    """`with fastnn.patch():` makes `torch.nn.X` and `torch.nn.functional.x` resolve to fastnn.
+    """`with fastnn.patch():` lets the layers that are built inside the block run on our methods.
 
-    Use it for code that builds its layers from `torch.nn`. It holds for the whole process, and may
-    be nested. When the outermost block ends, also by an exception, the original objects are put
-    back.
+    Use it for code that builds its layers from `torch.nn`. The layers have the classes of
+    `torch.nn` and are marked, as by `convert`. Layers of a subclass are marked, too: they run on
+    our methods where they call those of their stock class. While the block is open, the functions
+    of `torch.nn.functional` resolve to those of fastnn.
+
+    It holds for the whole process, and may be nested. When the outermost block ends, also by an
+    exception, the original objects are put back, except where somebody else replaced them inside
+    the block. The layers stay marked. What was imported inside the block works after it.
     """
 
     def __enter__(self) -> patch:
@@ -84,8 +136,9 @@ class patch:
         with _patch_lock:
             _patch_depth += 1
             if _patch_depth == 1:
+                tell_torchscript()
                 for home, name, new in list(_replacements()):
-                    _patched.append((home, name, getattr(home, name)))
+                    _patched.append((home, name, getattr(home, name), new))
                     setattr(home, name, new)
         return self
 
@@ -95,7 +148,9 @@ class patch:
             _patch_depth -= 1
             if _patch_depth == 0:
                 while _patched:
-                    setattr(*_patched.pop())
+                    home, name, before, new = _patched.pop()
+                    if getattr(home, name, None) is new:
+                        setattr(home, name, before)
 
 
 # ---- explain ------------------------------------------------------------------------------------
@@ -147,13 +202,20 @@ _PASSING_ON = (stock.Flatten, stock.Identity, stock.Unflatten)
 
 def _explain_statically(model: stock.Module) -> Explanation:
     rows = []
+    boxes = {
+        id(getattr(layer, name, None)): type(layer).__name__
+        for layer in model.modules()
+        for name in BOXES.get(type(layer), ())
+    }
     for name, layer in model.named_modules():
         kind = type(layer)
         path = None
-        if kind in STOCK:
+        if id(layer) in boxes:
+            why = f"holds parameters that {boxes[id(layer)]} reads; it is never called"
+        elif _marks.ours(layer) is not None:
             why = replaced(kind) or "has kernels"
         elif kind in OURS:
-            why = "stock class with kernels available: fastnn.convert(model) swaps it"
+            why = _marks.why_not(kind) or "has kernels: fastnn.convert(model) lets it use them"
         else:
             base = next((c for c in kind.__mro__[1:] if c in OURS or c in STOCK), None)
             if base is None:
@@ -162,8 +224,9 @@ def _explain_statically(model: stock.Module) -> Explanation:
                 why = "no kernels for this class"
                 if kind in _PASSING_ON:
                     why = "passes its input on, as it is or as a view: there is nothing to run"
-            elif base in STOCK:
-                why = f"a subclass of fastnn.{base.__name__}: kernels where it calls that forward"
+            elif base in STOCK or _marks.is_marked(layer):
+                home = "fastnn" if base in STOCK else "torch.nn"
+                why = f"a subclass of {home}.{base.__name__}: kernels where it calls that forward"
             else:
                 why = f"a subclass of torch.nn.{base.__name__}: left as it is"
         rows.append(Row(name, _class_name(layer), None, path, why))
@@ -249,7 +312,7 @@ def explain(model: stock.Module, *inputs, compiled: bool = False, **kwargs) -> E
         try:
             out = call()
             flush()
-            why = replaced(type(layer)) if type(layer) in STOCK else None
+            why = replaced(type(layer)) if _marks.ours(layer) is not None else None
             if why is not None:
                 rows.append(Row(names.get(id(layer), "?"), _class_name(layer), None, None, why))
             return out

@@ -104,6 +104,7 @@ SWEEPS = {
     "magnitudes": "Sweep of magnitudes",
     "lifetimes": "Sweep of lifetimes",
     "setups": "Set-ups, against stock",
+    "marks": "Questions to converted layers, against stock",
     "scalars": "Sweep of numbers that are infinite, nan, zero or negative",
 }
 

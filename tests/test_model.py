@@ -1,6 +1,9 @@
 """`convert`, `revert`, `patch`, `explain` and `decisions` on whole models."""
 
 import copy
+import inspect
+import io
+import pickle
 import threading
 
 import pytest
@@ -9,7 +12,8 @@ import torch.nn as stock
 import torch.nn.utils.parametrize as parametrize
 
 import fastnn
-from fastnn.layers._layer import STOCK
+from fastnn.layers import _marks
+from fastnn.ops import FUNCTIONS
 from tests.marks import on_device
 
 
@@ -30,7 +34,11 @@ class Net(stock.Module):
         return self.plain(self.own(self.act(self.body(x)))[..., None, None])[..., 0, 0]
 
 
-def test_convert_swaps_classes_in_place_and_revert_undoes_it():
+def marked(model):
+    return {n for n, m in model.named_modules() if _marks.ours(m) is not None}
+
+
+def test_convert_marks_in_place_and_revert_undoes_it():
     model = Net(stock)
     model.body[0].register_forward_hook(lambda m, a, o: o + 1)
     parameters = {n: id(p) for n, p in model.named_parameters()}
@@ -41,15 +49,14 @@ def test_convert_swaps_classes_in_place_and_revert_undoes_it():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     assert fastnn.convert(model) is model
-    assert type(model.body) is fastnn.Sequential and type(model.body[0]) is fastnn.Linear
-    assert type(model.act) is fastnn.GELU
-    assert type(model.own) is Own and type(model.plain) is stock.CrossMapLRN2d
+    assert {n: type(m) for n, m in model.named_modules()} == before
+    assert marked(model) == {"body", "body.0", "body.1", "body.2", "act"}
     assert {n: id(p) for n, p in model.named_parameters()} == parameters
     assert repr(model) == text
     torch.testing.assert_close(model(x), want)
-    once = {n: type(m) for n, m in model.named_modules()}
+    once = [dict(m.__dict__) for m in model.modules()]
     fastnn.convert(model)
-    assert {n: type(m) for n, m in model.named_modules()} == once
+    assert [dict(m.__dict__) for m in model.modules()] == once
 
     model(x).sum().backward()
     old = model.body[0].weight.clone()
@@ -58,12 +65,27 @@ def test_convert_swaps_classes_in_place_and_revert_undoes_it():
 
     assert fastnn.revert(model) is model
     assert {n: type(m) for n, m in model.named_modules()} == before
+    assert not marked(model) and not any("_fastnn" in m.__dict__ for m in model.modules())
 
 
-def test_revert_undoes_a_model_built_with_fastnn():
-    model = fastnn.revert(Net(fastnn))
-    assert not any(type(m) in STOCK for m in model.modules())
+@pytest.mark.parametrize("verb", [fastnn.convert, fastnn.revert])
+def test_a_model_built_with_fastnn_gets_stock_classes(verb):
+    model = verb(Net(fastnn))
+    assert [type(m) for m in model.modules()] == [type(m) for m in Net(stock).modules()]
+    assert len(marked(model)) == (5 if verb is fastnn.convert else 0)
     model.load_state_dict(Net(fastnn).state_dict(), strict=True)
+
+
+def test_reverted_holds_for_a_block():
+    model = stock.ModuleList([fastnn.convert(Net(stock)), Net(fastnn), Net(stock)])
+    before = [(type(m), dict(m.__dict__)) for m in model.modules()]
+    with pytest.raises(KeyError), fastnn.reverted(model) as same:
+        assert same is model and not marked(model)
+        raise KeyError
+    assert [(type(m), dict(m.__dict__)) for m in model.modules()] == before
+    with fastnn.reverted(model):
+        model[0].act = stock.GELU()  # as a tool would
+    assert "0.act" not in marked(model) and "0.body.0" in marked(model)
 
 
 def test_parametrized_layers_are_left_alone():
@@ -79,7 +101,12 @@ def test_parametrized_layers_are_left_alone():
     torch.testing.assert_close(ours(torch.ones(1, 3)).shape, torch.Size([1, 3]))
 
 
-@pytest.mark.parametrize("verb", [fastnn.convert, fastnn.revert, fastnn.explain])
+def reverted(model):
+    with fastnn.reverted(model):
+        pass
+
+
+@pytest.mark.parametrize("verb", [fastnn.convert, fastnn.revert, fastnn.explain, reverted])
 def test_what_is_not_a_module_is_refused(verb):
     with pytest.raises(TypeError, match=r"expected a Module, got list; \w+ each element"):
         verb([stock.ReLU()])
@@ -94,22 +121,84 @@ def snapshot():
     }
 
 
-def test_patch_resolves_to_ours_and_restores_exactly():
+def test_patch_marks_what_is_built_and_restores_exactly():
     before = snapshot()
+    initialise = stock.Module.__init__
     with pytest.raises(KeyError), fastnn.patch():
-        assert stock.ReLU is fastnn.ReLU
-        assert stock.functional.gelu is fastnn.functional.gelu
+        assert stock.functional.gelu == fastnn.functional.gelu
+        captured = stock.Linear
         model = Net(stock)
-        assert type(model.act) is fastnn.GELU
         with fastnn.patch():
-            assert stock.ReLU is fastnn.ReLU
-        assert stock.ReLU is fastnn.ReLU
+            assert stock.functional.gelu == fastnn.functional.gelu
+        assert stock.functional.gelu == fastnn.functional.gelu
         raise KeyError
     after = snapshot()
     assert after.keys() == before.keys()
     assert all(after[k] is before[k] for k in before)
-    assert type(model.act) is fastnn.GELU
+    assert stock.Module.__init__ is initialise and captured is stock.Linear
+    assert marked(model) == {"body", "body.0", "body.1", "body.2", "act"}
+    assert [type(m) for m in model.modules()] == [type(m) for m in Net(stock).modules()]
+    assert not marked(Net(stock))
     torch.testing.assert_close(model(torch.ones(1, 4)).shape, torch.Size([1, 3]))
+
+
+def test_patch_reaches_subclasses_where_they_call_the_stock_forward():
+    with fastnn.patch(), fastnn.decisions() as heard:
+        own = Own(3, 3)
+        want = stock.functional.linear(torch.ones(1, 3), own.weight, own.bias) * 2
+        torch.testing.assert_close(own(torch.ones(1, 3)), want)
+    assert [d.op.name for d in heard] == ["linear", "linear"]
+    row = fastnn.explain(own)[0]
+    assert row.reason == "a subclass of torch.nn.Linear: kernels where it calls that forward"
+
+
+def test_what_was_taken_inside_a_patch_works_after_it():
+    its = {name: f.op.stock for name, f in FUNCTIONS.items() if hasattr(stock.functional, name)}
+    with fastnn.patch():
+        taken = {name: getattr(stock.functional, name) for name in its}
+        wrapper = stock.functional.silu = lambda x, taken=stock.functional.silu: taken(x)
+    try:
+        assert stock.functional.silu is wrapper, "somebody else's"
+    finally:
+        stock.functional.silu = its["silu"]
+    # a table that a library fills at its import, inside the block
+    table = dict.fromkeys(taken.values(), 1)
+    for name, function in its.items():
+        assert taken[name] == function == taken[name] and function in table
+        assert inspect.signature(taken[name]) == inspect.signature(fastnn.functional.__dict__[name])
+    assert taken["relu"] != its["gelu"]
+    x = torch.randn(3)
+    assert torch.equal(taken["gelu"](x), its["gelu"](x))
+    copied = pickle.loads(pickle.dumps(taken["relu"]))
+    assert "fastnn" not in repr(copied) and torch.equal(copied(x), its["relu"](x))
+    assert copy.deepcopy(taken["relu"]) is taken["relu"]
+
+
+def both(x):
+    return stock.functional.relu(stock.functional.gelu(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripts_made_inside_a_patch_can_be_saved():
+    class Scripted(stock.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = stock.Linear(3, 3)
+            self.pool = stock.MaxPool1d(2)  # one of two functions runs
+
+        def forward(self, x):
+            return both(self.pool(self.linear(x)))
+
+    with fastnn.patch():
+        model = Scripted()
+        scripts = [torch.jit.script(model)]
+    scripts.append(torch.jit.script(model))
+    x = torch.randn(1, 2, 3)
+    for script in scripts:
+        file = io.BytesIO()
+        torch.jit.save(script, file)
+        file.seek(0)
+        assert torch.equal(torch.jit.load(file)(x), model(x))
 
 
 def test_patch_under_threads_restores_exactly():
@@ -119,7 +208,7 @@ def test_patch_under_threads_restores_exactly():
     def work():
         for _ in range(50):
             with fastnn.patch():
-                assert stock.ReLU is fastnn.ReLU
+                assert stock.functional.relu == fastnn.functional.relu
         barrier.wait(10)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -130,9 +219,21 @@ def test_patch_under_threads_restores_exactly():
 
 def test_every_override_is_patched():
     with fastnn.patch():
-        for ours, its in STOCK.items():
-            if hasattr(stock, its.__name__):
-                assert getattr(stock, its.__name__) is ours
+        for name, function in FUNCTIONS.items():
+            if hasattr(stock.functional, name):
+                assert getattr(stock.functional, name) == function
+
+
+def test_members_that_only_hold_parameters():
+    attention = stock.MultiheadAttention(4, 2)
+    row = fastnn.explain(attention)[-1]
+    assert row.layer == "out_proj"
+    assert row.reason == "holds parameters that MultiheadAttention reads; it is never called"
+    if hasattr(stock, "LinearCrossEntropyLoss"):
+        row = fastnn.explain(fastnn.convert(stock.LinearCrossEntropyLoss(4, 3)))[-1]
+        assert (
+            row.reason == "holds parameters that LinearCrossEntropyLoss reads; it is never called"
+        )
 
 
 def test_explain_without_inputs_tells_of_each_layer():

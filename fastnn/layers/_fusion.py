@@ -2,7 +2,8 @@
 
 `RULES` is the one table, `told` the one matcher: `Sequential` and the Transformer layers go by
 them. A new fusion is one more rule. Members are fused only where nothing could tell: each is
-exactly of a class of the table, and nobody watches it (`watched` of `_layer.py`).
+exactly of a class of the table, or marked and of its stock class, and nobody watches it (`watched`
+of `_layer.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fastnn import _gate, _mode
 from fastnn.layers import activation as acts
 from fastnn.layers import batchnorm, conv
 from fastnn.layers._layer import OURS, STOCK, as_torch_made, watched
+from fastnn.layers._marks import KEY, MARK
 from fastnn.layers.dropout import Dropout
 from fastnn.layers.linear import Linear
 from fastnn.layers.normalization import GroupNorm, LayerNorm, RMSNorm
@@ -71,7 +73,8 @@ def _itself(m) -> Any:
 def _parameter(m, name: str) -> Any:
     """`getattr(m, name)`, without the search that ends in `Module.__getattr__`.
 
-    Of a member that is exactly of a class of ours, so that the class has no such attribute.
+    Of a member that is exactly of a class of ours or of its stock class, so that the class has no
+    such attribute.
     """
     d = m.__dict__
     if name not in d:
@@ -96,7 +99,7 @@ _CONV_FORWARD = {
 
 
 def _convolution(m) -> Any:
-    cls = type(m)
+    cls = counts_as(m)
     ours, its = _CONV_FORWARD[cls]
     known = cls._conv_forward is ours and STOCK[cls]._conv_forward is its  # type: ignore
     if not known or "_conv_forward" in m.__dict__:
@@ -237,7 +240,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         batch_norm_act,
         (BATCH_NORM, ACTIVATION),
-        lambda x, norm, act: (*norm._arguments(x), *act),
+        lambda x, norm, act: (*batchnorm.arguments(norm, x), *act),
         small=lambda x, leader: batch_norm_act.small(x),  # type: ignore[attr-defined]
     ),
     Rule(
@@ -283,6 +286,19 @@ RULES: tuple[Rule, ...] = (
 
 # The class of a member that leads neighbours -> the rule for them.
 LEADERS = {cls: rule for rule in RULES if rule.neighbours for cls in rule.places[0].tells}
+_MARKED_LEADERS = {its: LEADERS[cls] for its, cls in OURS.items() if cls in LEADERS}
+
+
+def leads(member: Any) -> Rule | None:
+    """The rule for neighbours which the member leads, if it is ours or marked."""
+    cls = type(member)
+    rule = LEADERS.get(cls)
+    if rule is None:
+        rule = _MARKED_LEADERS.get(cls)
+        if rule is not None and member.__dict__.get(KEY) is not MARK:
+            return None
+    return rule
+
 
 # ---- The matcher --------------------------------------------------------------------------------
 
@@ -306,7 +322,8 @@ def told(place: Place, member: Any, cls: type, called: str = "") -> Any:
 
 
 def counts_as(member: Any) -> type:
-    """The class of a member of a Transformer layer: ours, also where it is the stock class."""
+    """The class of a member of a Transformer layer: ours, also where it is the stock class, marked
+    or not."""
     return OURS.get(type(member), type(member))
 
 
@@ -365,6 +382,20 @@ _TAKEN: dict[type, type] = {
 
 _MOST = 1024  # sequences of classes remembered
 
+_TAKEN_MARKED = {its: cls for its, cls in OURS.items() if cls in _TAKEN}
+
+
+def _taken(member: Any) -> type | None:
+    """The class of ours that a member counts as, if some rule for neighbours takes it."""
+    cls = type(member)
+    counts = _TAKEN.get(cls)
+    if counts is None:
+        counts = _TAKEN_MARKED.get(cls)
+        if counts is not None and member.__dict__.get(KEY) is not MARK:
+            return None
+    return counts
+
+
 # What `grouped` found. By the classes of the members alone, and of these only ours: there is
 # nothing in it that could go stale, or that it would keep alive.
 _found: dict[tuple[type | None, ...], tuple[Group | None, ...] | None] = {}
@@ -402,7 +433,7 @@ def _group_all(classes: tuple[type | None, ...]) -> tuple[Group | None, ...] | N
 
 def grouped(members: list) -> tuple[Group | None, ...] | None:
     """For each member, the group that begins with it; None if there is no group at all."""
-    classes = tuple(map(_TAKEN.get, map(type, members)))
+    classes = tuple(map(_taken, members))
     try:
         return _found[classes]
     except KeyError:

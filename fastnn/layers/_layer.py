@@ -2,8 +2,8 @@
 
 A plain subclass gives a wrong answer to two questions: whether `isinstance(layer, nn.Linear)` holds
 when code that knows only `torch.nn` built the layer, and whether torch.fx may step into the layer.
-Also, tools replace methods on a class, most of all `torch.nn.Linear.forward`. A subclass with a
-method of its own would hide the replacement.
+Also, tools replace methods on a class, most of all `torch.nn.Linear.forward`, and functions of
+`torch.nn.functional`. A subclass with a method of its own would hide the replacement.
 """
 
 from __future__ import annotations
@@ -13,23 +13,40 @@ import linecache
 from abc import ABCMeta
 from collections.abc import Callable
 from inspect import Parameter, signature
-from types import FunctionType
-from typing import Any
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple
 
 import torch.fx
 import torch.nn
 
 from fastnn import _front as _front_of_op
 from fastnn import _mode
+from fastnn.layers._standing import STANDING
 
 STOCK: dict[type, type] = {}  # accelerated class -> the stock class it stands for
 OURS: dict[type, type] = {}  # stock class -> accelerated class
 
-# ---- Methods that somebody replaced on a class --------------------------------------------------
+
+class Method(NamedTuple):
+    """One method of an accelerated class, in place of a method of its stock class."""
+
+    name: str
+    ours: Any  # as the class declares it
+    made: Any  # PyTorch's; None if it was replaced before fastnn was imported
+    op: Any  # the record of the op that it runs; None: of several, or of none
+
+
+METHODS: dict[type, tuple[Method, ...]] = {}  # of a stock class
+BOXES: dict[type, tuple[str, ...]] = {}  # class -> members of which it only reads the parameters
+
+# ---- What somebody replaced: methods of a class, functions of torch.nn.functional ---------------
 
 # For each accelerated and each stock class: its original forward, the stock class, and the stock
 # class's original forward.
 _AS_MADE: dict[type, tuple[Any, type, Any]] = {}
+
+# For each accelerated and each stock class: the functions that its methods call.
+_CALLED: dict[type, dict[str, tuple]] = {}
 
 # The values of a layer class's `__call__` that count as original. `explain` adds its own.
 CALLS: set[Callable] = {torch.nn.Module._wrapped_call_impl}
@@ -42,18 +59,60 @@ def as_torch_made(method: Any) -> Any:
     return method if home.split(".")[0] == "torch" else None
 
 
+_functional = torch.nn.functional
+
+# The modules from which torch.nn.functional has its functions. It also has helpers from elsewhere.
+_HOMES = ("torch", "torch._C._nn", "torch.nn.functional")
+
+
+def _codes(code: CodeType) -> list[CodeType]:
+    """The code itself, and that of the functions and comprehensions in it."""
+    inner = [c for const in code.co_consts if isinstance(const, CodeType) for c in _codes(const)]
+    return [code, *inner]
+
+
+def called(method: Any) -> dict[str, tuple]:
+    """The functions of `torch.nn.functional` that PyTorch's `method` calls, at any depth.
+
+    For each name the functions that count as original. The names are those in the code, so there
+    may be too many of them, for example that of an attribute of the layer.
+    """
+    found: dict[str, tuple] = {}
+    seen: set[str] = set()
+    todo = [method]
+    while todo:
+        code = getattr(todo.pop(), "__code__", None)
+        for name in {n for c in _codes(code) for n in c.co_names} if code else ():
+            function = vars(_functional).get(name)
+            if name in seen or not callable(function) or isinstance(function, type):
+                continue
+            seen.add(name)
+            its = as_torch_made(function)
+            if its is None or (name[0] != "_" and its.__module__ in _HOMES):
+                found[name] = (
+                    *(() if its is None else (its,)),
+                    *((STANDING[name],) if name in STANDING else ()),
+                )
+            todo.append(function)
+    return dict(sorted(found.items()))
+
+
 def replaced(cls: type) -> str | None:
-    """Which method of the class is no longer the original one, in words; None if all are.
+    """What the class runs that is no longer the original, in words; None if all is.
 
     `cls` is an accelerated class, or a stock class that has an accelerated twin.
     """
     forward, its, its_forward = _AS_MADE[cls]
-    if cls.forward is not forward:  # type: ignore[attr-defined]
+    if cls in STOCK and cls.forward is not forward:  # type: ignore[attr-defined]
         return f"{cls.__name__}.forward was replaced"
     if its.forward is not its_forward:  # type: ignore[attr-defined]
         return f"torch.nn.{its.__name__}.forward was replaced"
     if cls.__call__ not in CALLS or cls._call_impl is not _CALL_IMPL:  # type: ignore[attr-defined]
         return f"{cls.__name__}.__call__ was replaced"
+    here = vars(_functional)
+    for name, originals in _CALLED[cls].items():
+        if not any(here.get(name) is f for f in originals):
+            return f"torch.nn.functional.{name} was replaced"
     return None
 
 
@@ -80,65 +139,87 @@ def watched(*layers: Any) -> str | None:
     return None
 
 
-def _front(cls: type, its: type, name: str, method: Any, op: Any, eager: Any) -> Any:
-    """The function that the class gets under `name`, in place of `method`.
+def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
+    """The function that runs in place of `method.ours`.
 
-    It calls the stock class's method if that one was replaced and ours was not. It calls PyTorch's
-    method if no kernel can run, or if the call is below the floor of `op`, the record of the op
-    that `method` runs (None: of several, or of none). Else it calls `eager`, which does what
-    `method` does outside TorchScript, or `method` if there is none. It is generated as source code
-    from the signature, so that arguments bind and fail as declared.
+    On our class it calls the stock class's method if that one was replaced and ours was not. On
+    marked layers of the stock class (`twin` is then a copy of PyTorch's method) nothing of the kind
+    is needed: whoever replaces the stock class's method is called first.
+
+    It calls PyTorch's method if no kernel can run, if the call is below the floor of the op, if a
+    function that PyTorch's method calls was replaced in `torch.nn.functional`, or if the first
+    argument is no tensor. Else it calls `method.ours`. It is generated as source code from the
+    signature, so that arguments bind and fail as declared. TorchScript, which compiles the source
+    of `__wrapped__`, finds PyTorch's there.
     """
+    name, op = method.name, method.op
     declared: list[str] = []
     passed: list[str] = []
     defaults: dict[str, Any] = dict(_front_of_op.BELOW)
-    for p in signature(method).parameters.values():
+    for p in signature(method.ours).parameters.values():
         assert p.kind is Parameter.POSITIONAL_OR_KEYWORD, (cls, name, p)
         declared.append(p.name if p.default is p.empty else f"{p.name}=_{p.name}")
         passed.append(p.name)
         if p.default is not p.empty:
             defaults[f"_{p.name}"] = p.default
     given = ", ".join(passed)
-    small = []
+    lines = []
+    if twin is None:
+        lines += [
+            f"        if _its_class.{name} is not _as_made:",
+            f"            if _our_class.{name} is {name}:",
+            f"                return _its_class.{name}({given})",
+            f"            return _our_method({given})",
+        ]
+    lines += ["        if _mode._idle:", f"            return _its_method({given})"]
     if op is not None:
         asked = _front_of_op.below(op, passed[1], "_mode.")
         assert {*asked.tensors, *asked.others} <= {*passed}, (cls, asked)
-        small = [
-            f"        elif _mode._plain and {asked.ready}:",
+        lines += [
+            f"        if _mode._plain and {asked.ready}:",
             "            try:",
             f"                _is_small = {asked.size} < _the_floor",
             "            except Exception:",
             "                _is_small = False",
             "            if _is_small:",
-            f"                return made({given})",
+            f"                return _its_method({given})",
         ]
+    for number, (function, originals) in enumerate(called(method.made).items()):
+        same = []
+        for i, original in enumerate(originals):
+            defaults[f"_original_{number}_{i}"] = original
+            same.append(f"_functional.{function} is _original_{number}_{i}")
+        lines += [f"        if not ({' or '.join(same) or 'False'}):"]
+        lines += [f"            return _its_method({given})"]
+    if not issubclass(its, torch.nn.Sequential):  # which hands on what its first member takes
+        lines += [f"        if not isinstance({passed[1]}, _tensor_class):"]
+        lines += [f"            return _its_method({given})"]
     lines = [
-        f"def make(_mode, cls, its, made, ours, {', '.join(defaults)}):",
+        "def make(_mode, _functional, _tensor_class, _our_class, _its_class, _as_made, "
+        f"_its_method, _our_method, {', '.join(defaults)}):",
         "    _the_floor = -1",
         f"    def {name}({', '.join(declared)}):",
-        f"        if its.{name} is not made:",
-        f"            if cls.{name} is {name}:",
-        f"                return its.{name}({given})",
-        "        elif _mode._idle:",
-        f"            return made({given})",
-        *small,
-        f"        return ours({given})",
+        *lines,
+        f"        return _our_method({given})",
         "    def set_floor(least):",
         "        nonlocal _the_floor",
         "        _the_floor = least",
         f"    return {name}, set_floor",
     ]
-    file = f"<{cls.__module__}.{cls.__name__}.{name}>"
+    made = method.made
+    side = cls if twin is None else its
+    file = f"<fastnn: {side.__module__}.{side.__name__}.{name}>"
     source = "\n".join(lines) + "\n"
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
     scope: dict = {}
-    # TorchScript compiles the source of `method`, and looks up its names in these globals.
-    exec(compile(source, file, "exec"), method.__globals__, scope)
-    made = as_torch_made(getattr(its, name))
-    front, set_floor = scope["make"](_mode, cls, its, made, eager or method, **defaults)
+    # TorchScript looks up the names of PyTorch's method in these globals.
+    exec(compile(source, file, "exec"), getattr(its, name).__globals__, scope)
+    function, set_floor = scope["make"](
+        _mode, _functional, torch.Tensor, cls, its, made, twin or made, method.ours, **defaults
+    )
     if op is not None:
         op.floor.follow(set_floor)
-    return functools.update_wrapper(front, method)
+    return functools.update_wrapper(function, getattr(its, name))
 
 
 # ---- The metaclass -----------------------------------------------------------------------------
@@ -149,12 +230,12 @@ class Layer(ABCMeta):
 
     `op=F.relu` names the function that `forward` calls with its first argument first, if it calls
     no other. Calls that are too small for its kernels then go to PyTorch's `forward` at once.
-    `eager=function` names a function that does what `forward` does outside TorchScript.
+    `boxes` are the names of members that the layer never calls: it reads their parameters.
 
     It derives from ABCMeta, so that users can still mix `abc.ABC` into their subclasses.
     """
 
-    def __new__(mcls, name, bases, namespace, op=None, eager=None, **kwargs):
+    def __new__(mcls, name, bases, namespace, op=None, boxes=(), **kwargs):
         ours = namespace.get("__module__", "").startswith("fastnn.layers.")
         if ours:
             namespace.setdefault("__doc__", bases[0].__doc__)
@@ -162,15 +243,24 @@ class Layer(ABCMeta):
         if ours:
             its: Any = bases[0]
             STOCK[cls], OURS[its] = its, cls
-            for key, method in namespace.items():
-                if isinstance(method, FunctionType) and hasattr(its, key) and key[:2] != "__":
-                    given = (None, None)
-                    if key == "forward":
-                        given = None if op is None else op.op, eager
-                    setattr(cls, key, _front(cls, its, key, method, *given))
+            BOXES[its] = BOXES[cls] = boxes
+            METHODS[its] = tuple(
+                Method(
+                    key,
+                    method,
+                    as_torch_made(getattr(its, key)),
+                    op.op if op is not None and key == "forward" else None,
+                )
+                for key, method in namespace.items()
+                if isinstance(method, FunctionType) and hasattr(its, key) and key[:2] != "__"
+            )
+            for method in METHODS[its]:
+                setattr(cls, method.name, front(cls, its, method))
             its_forward = as_torch_made(its.forward)
             _AS_MADE[cls] = cls.forward, its, its_forward
             _AS_MADE[its] = its_forward, its, its_forward
+            names = {n: f for m in METHODS[its] for n, f in called(m.made).items()}
+            _CALLED[cls] = _CALLED[its] = names
         return cls
 
     # A stock layer counts as an instance of the accelerated class: `isinstance(m, nn.Linear)` asks
@@ -186,16 +276,15 @@ class Layer(ABCMeta):
         return super().__subclasscheck__(subclass)
 
 
-def rebound(function: Any, called: str | None = None, /, **names: Any) -> Any:
+def rebound(function: Any, /, **names: Any) -> Any:
     """A function with the code of `function`, whose globals have `names` in place of their own.
 
     With it, a PyTorch method calls our functions or builds our layers, and stays PyTorch's in all
-    else, in every version of PyTorch. `called` is the name of the new function; TorchScript
-    identifies it by this name.
+    else, in every version of PyTorch.
     """
     scope = {**function.__globals__, **names}
     del scope["__name__"]  # With this entry, Dynamo would look the names up in PyTorch's module.
-    name, closure = called or function.__name__, function.__closure__
+    name, closure = function.__name__, function.__closure__
     twin = FunctionType(function.__code__, scope, name, function.__defaults__, closure)
     twin.__module__ = function.__module__
     twin.__kwdefaults__ = function.__kwdefaults__

@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn as stock
-from torch import Tensor
 
 import fastnn.functional as F
 from fastnn.layers._layer import Layer, rebound
@@ -63,8 +62,7 @@ class ReLU6(stock.ReLU6, metaclass=Layer, op=F.hardtanh):
 
 class Sigmoid(stock.Sigmoid, metaclass=Layer, op=F.sigmoid):
     def forward(self, input):
-        if not isinstance(input, Tensor):
-            # as PyTorch's layer does: its error differs from that of F.sigmoid
+        if torch.compiler.is_exporting():  # PyTorch's layer does not call F.sigmoid
             return torch.sigmoid(input)
         return F.sigmoid(input)
 
@@ -76,7 +74,7 @@ class Hardsigmoid(stock.Hardsigmoid, metaclass=Layer, op=F.hardsigmoid):
 
 class Tanh(stock.Tanh, metaclass=Layer, op=F.tanh):
     def forward(self, input):
-        if not isinstance(input, Tensor):
+        if torch.compiler.is_exporting():
             return torch.tanh(input)  # as in Sigmoid
         return F.tanh(input)
 
@@ -146,7 +144,7 @@ class Softshrink(stock.Softshrink, metaclass=Layer, op=F.softshrink):
         return F.softshrink(input, self.lambd)
 
 
-class MultiheadAttention(stock.MultiheadAttention, metaclass=Layer):
+class MultiheadAttention(stock.MultiheadAttention, metaclass=Layer, boxes=("out_proj",)):
     # The code of PyTorch's forward, which keeps its inference kernel and its nested tensors.
     forward = rebound(stock.MultiheadAttention.forward, F=F)
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn as stock
 
 import fastnn.functional as F
-from fastnn.layers._layer import Layer
+from fastnn.layers._layer import Layer, rebound
 
 __all__ = [
     "BatchNorm1d",
@@ -17,15 +17,14 @@ __all__ = [
 ]
 
 
-def _arguments(self, input):
-    """Count the batch; return the arguments for `batch_norm`. A method, because of TorchScript."""
+def arguments(self, input):
+    """Count the batch; return the arguments for `batch_norm`."""
     self._check_input_dim(input)
     factor = 0.0 if self.momentum is None else self.momentum
-    if self.training and self.track_running_stats:
-        if self.num_batches_tracked is not None:  # a test of its own, which TorchScript requires
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # the average over all batches
-                factor = 1.0 / float(self.num_batches_tracked)
+    if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+        self.num_batches_tracked.add_(1)
+        if self.momentum is None:  # the average over all batches
+            factor = 1.0 / float(self.num_batches_tracked)
     used = not self.training or self.track_running_stats
     return (
         input,
@@ -40,51 +39,46 @@ def _arguments(self, input):
 
 
 def _forward(self, input):
-    return F.batch_norm(*self._arguments(input))
+    return F.batch_norm(*arguments(self, input))
 
 
 class BatchNorm1d(stock.BatchNorm1d, metaclass=Layer, op=F.batch_norm):
-    _arguments = _arguments
     forward = _forward
 
 
 class LazyBatchNorm1d(stock.LazyBatchNorm1d, metaclass=Layer, op=F.batch_norm):
     cls_to_become = BatchNorm1d  # type: ignore[assignment]
-    _arguments = _arguments
     forward = _forward
 
 
 class BatchNorm2d(stock.BatchNorm2d, metaclass=Layer, op=F.batch_norm):
-    _arguments = _arguments
     forward = _forward
 
 
 class LazyBatchNorm2d(stock.LazyBatchNorm2d, metaclass=Layer, op=F.batch_norm):
     cls_to_become = BatchNorm2d  # type: ignore[assignment]
-    _arguments = _arguments
     forward = _forward
 
 
 class BatchNorm3d(stock.BatchNorm3d, metaclass=Layer, op=F.batch_norm):
-    _arguments = _arguments
     forward = _forward
 
 
 class LazyBatchNorm3d(stock.LazyBatchNorm3d, metaclass=Layer, op=F.batch_norm):
     cls_to_become = BatchNorm3d  # type: ignore[assignment]
-    _arguments = _arguments
     forward = _forward
 
 
-class SyncBatchNorm(stock.SyncBatchNorm, metaclass=Layer):
-    _arguments = _arguments
+_across_processes = rebound(stock.SyncBatchNorm.forward)
 
+
+class SyncBatchNorm(stock.SyncBatchNorm, metaclass=Layer):
     def forward(self, input):
         tracks = self.training and self.track_running_stats
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         # PyTorch's forward has the collectives, and the error for a missing buffer.
         if (self.training and distributed) or (tracks and self.num_batches_tracked is None):
-            return super().forward(input)
+            return _across_processes(self, input)
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         return _forward(self, input)

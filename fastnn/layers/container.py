@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fastnn import _mode
 from fastnn._mode import current_mode
-from fastnn.layers._fusion import LEADERS, grouped, plainly, run_neighbours
+from fastnn.layers._fusion import grouped, leads, plainly, run_neighbours
 from fastnn.layers._layer import Layer
 
 __all__ = ["Sequential"]
@@ -21,17 +21,6 @@ __all__ = ["Sequential"]
 
 def _one_by_one(members, input):
     for module in members:
-        input = module(input)
-    return input
-
-
-def _forward(sequential, input):
-    if is_dynamo_compiling():
-        return _one_by_one(sequential, input)
-    for i, module in enumerate(sequential):
-        rule = LEADERS.get(type(module))
-        if rule is not None and type(input) is Tensor and not rule.small(input, module):
-            return _in_groups([*sequential], i, input)
         input = module(input)
     return input
 
@@ -59,11 +48,13 @@ def _in_groups(members, i, input):
     return input
 
 
-class Sequential(stock.Sequential, metaclass=Layer, eager=_forward):
+class Sequential(stock.Sequential, metaclass=Layer):
     def forward(self, input):
-        if torch.jit.is_scripting():  # TorchScript compiles this branch alone
-            for module in self:
-                input = module(input)
-        else:
-            input = _forward(self, input)
+        if is_dynamo_compiling():
+            return _one_by_one(self, input)
+        for i, module in enumerate(self):
+            rule = leads(module)
+            if rule is not None and type(input) is Tensor and not rule.small(input, module):
+                return _in_groups([*self], i, input)
+            input = module(input)
         return input

@@ -35,7 +35,7 @@ _Stock: Any = getattr(stock, "LinearCrossEntropyLoss", None)
 
 if _Stock is not None:
 
-    class LinearCrossEntropyLoss(_Stock, metaclass=Layer):
+    class LinearCrossEntropyLoss(_Stock, metaclass=Layer, boxes=("linear",)):
         forward = _forward
 
 else:

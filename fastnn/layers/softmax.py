@@ -4,21 +4,27 @@ import torch.nn as stock
 
 import fastnn.functional as F
 from fastnn.layers._layer import Layer
+from fastnn.layers._marks import is_marked
 
 __all__ = ["LogSoftmax", "Softmax", "Softmax2d", "Softmin"]
 
-# `_stacklevel` is one more than in PyTorch, because forward lies one frame deeper. So a warning
-# about `dim` names the same line as in PyTorch.
+
+def _level(layer):
+    """The `_stacklevel` for which a warning about `dim` names the same line as in PyTorch.
+
+    PyTorch passes 5. Our forward lies one frame deeper, and that of a marked layer two.
+    """
+    return 7 if is_marked(layer) else 6
 
 
 class Softmin(stock.Softmin, metaclass=Layer):
     def forward(self, input):
-        return F.softmin(input, self.dim, _stacklevel=6)
+        return F.softmin(input, self.dim, _stacklevel=_level(self))
 
 
 class Softmax(stock.Softmax, metaclass=Layer):
     def forward(self, input):
-        return F.softmax(input, self.dim, _stacklevel=6)
+        return F.softmax(input, self.dim, _stacklevel=_level(self))
 
 
 class Softmax2d(stock.Softmax2d, metaclass=Layer):
@@ -27,9 +33,9 @@ class Softmax2d(stock.Softmax2d, metaclass=Layer):
             raise ValueError(
                 f"Softmax2d: expected input to be 3D or 4D, got {input.dim()}D instead"
             )
-        return F.softmax(input, -3, _stacklevel=6)
+        return F.softmax(input, -3, _stacklevel=_level(self))
 
 
 class LogSoftmax(stock.LogSoftmax, metaclass=Layer):
     def forward(self, input):
-        return F.log_softmax(input, self.dim, _stacklevel=6)
+        return F.log_softmax(input, self.dim, _stacklevel=_level(self))

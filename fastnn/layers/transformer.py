@@ -125,13 +125,17 @@ def _has_stocks_kernel(layer, src: Tensor) -> bool:
     )
 
 
+_encode_as_stock = rebound(stock.TransformerEncoderLayer.forward)
+_decode_as_stock = rebound(stock.TransformerDecoderLayer.forward)
+
+
 def _encode(layer, src, src_mask, src_key_padding_mask, is_causal):
     if (
         not isinstance(src, Tensor)  # stock says what is wrong with it
         or _one_by_one(layer, stock.TransformerEncoderLayer)
         or _has_stocks_kernel(layer, src)
     ):
-        return layer._plain(src, src_mask, src_key_padding_mask, is_causal)
+        return _encode_as_stock(layer, src, src_mask, src_key_padding_mask, is_causal)
     src_key_padding_mask = F._canonical_mask(  # type: ignore[attr-defined]
         mask=src_key_padding_mask,
         mask_name="src_key_padding_mask",
@@ -168,9 +172,9 @@ def _decode(
     tgt_is_causal, memory_is_causal,
 ):  # fmt: skip
     if not isinstance(tgt, Tensor) or _one_by_one(layer, stock.TransformerDecoderLayer):
-        return layer._plain(
-            tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
-            tgt_is_causal, memory_is_causal,
+        return _decode_as_stock(
+            layer, tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask,
+            memory_key_padding_mask, tgt_is_causal, memory_is_causal,
         )  # fmt: skip
 
     def attend(x):
@@ -198,7 +202,6 @@ def _decode(
 
 class TransformerEncoderLayer(stock.TransformerEncoderLayer, metaclass=Layer):
     __init__ = rebound(stock.TransformerEncoderLayer.__init__, **_MEMBERS)
-    _plain = rebound(stock.TransformerEncoderLayer.forward, "_plain")
 
     def forward(
         self,
@@ -207,16 +210,11 @@ class TransformerEncoderLayer(stock.TransformerEncoderLayer, metaclass=Layer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        if torch.jit.is_scripting():  # TorchScript compiles this branch alone
-            src = self._plain(src, src_mask, src_key_padding_mask, is_causal)
-        else:
-            src = _encode(self, src, src_mask, src_key_padding_mask, is_causal)
-        return src
+        return _encode(self, src, src_mask, src_key_padding_mask, is_causal)
 
 
 class TransformerDecoderLayer(stock.TransformerDecoderLayer, metaclass=Layer):
     __init__ = rebound(stock.TransformerDecoderLayer.__init__, **_MEMBERS)
-    _plain = rebound(stock.TransformerDecoderLayer.forward, "_plain")
 
     def forward(
         self,
@@ -229,30 +227,17 @@ class TransformerDecoderLayer(stock.TransformerDecoderLayer, metaclass=Layer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        if torch.jit.is_scripting():
-            tgt = self._plain(
-                tgt,
-                memory,
-                tgt_mask,
-                memory_mask,
-                tgt_key_padding_mask,
-                memory_key_padding_mask,
-                tgt_is_causal,
-                memory_is_causal,
-            )
-        else:
-            tgt = _decode(
-                self,
-                tgt,
-                memory,
-                tgt_mask,
-                memory_mask,
-                tgt_key_padding_mask,
-                memory_key_padding_mask,
-                tgt_is_causal,
-                memory_is_causal,
-            )
-        return tgt
+        return _decode(
+            self,
+            tgt,
+            memory,
+            tgt_mask,
+            memory_mask,
+            tgt_key_padding_mask,
+            memory_key_padding_mask,
+            tgt_is_causal,
+            memory_is_causal,
+        )
 
 
 def _clones(module, N):
