@@ -429,6 +429,29 @@ EMBEDDING = [
     embedding("few rows, many indices", 64, 4096, 512, 256),
 ]
 
+# ---- Recurrent cells --------------------------------------------------------------------------
+
+
+def cell(name: str, model: str, batch: int, width: int, dtypes=(BF16, FP32), **options):
+    def states(n):
+        one = normal(n, width)
+        both = lambda dtype, device: (one(dtype, device), one(dtype, device))  # noqa: E731
+        return normal(n, width), both if name == "LSTMCell" else one
+
+    options = {"input_size": width, "hidden_size": width, **options}
+    products = {"RNNCell": 1, "GRUCell": 3, "LSTMCell": 4}[name] * 2
+    return row(
+        name, model, batch, states, dtypes, options=options,
+        flops=lambda n: 2 * products * n * width * width,
+    )  # fmt: skip
+
+
+RECURRENT = [
+    cell("RNNCell", "4096 sequences", 4096, 1024),
+    cell("LSTMCell", "4096 sequences", 4096, 1024),
+    cell("GRUCell", "4096 sequences", 4096, 1024),
+]
+
 # ---- Losses -----------------------------------------------------------------------------------
 
 
@@ -792,7 +815,7 @@ MAPS = [
 
 CASES = [
     *ACTIVATIONS, *NORMS, *CHANNEL_NORMS, *CONVOLUTIONS, *POOLING, *SOFTMAX, *DROPOUT, *EMBEDDING,
-    *LOSSES, *RESIDUALS, *LINEAR, *ATTENTION, *TRANSFORMERS, *MAPS,
+    *RECURRENT, *LOSSES, *RESIDUALS, *LINEAR, *ATTENTION, *TRANSFORMERS, *MAPS,
 ]  # fmt: skip
 
 # Rows with independent results. On a GPU the ends of a row beyond 2**31 elements are compared.
