@@ -145,3 +145,143 @@ def test_functions_take_what_torch_takes(device):
         assert_same_error(F.lstm_cell, torch.lstm_cell, x, (h,), w, u, mode="auto")
     with pytest.raises(fastnn.BackendError, match="one bias"), fastnn.backend("triton"):
         F.rnn_relu_cell(x, h, w, u, b)
+
+
+# ---- All steps -----------------------------------------------------------------------------------
+
+LAYERS = ("RNN", "LSTM", "GRU")
+
+
+def last(out):
+    """The output of all steps."""
+    return out[0]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_second_derivatives_of_a_layer(name, device):
+    found = []
+    x0 = torch.randn(3, 2, 3)
+    for layer in three(name, 3, 2, bidirectional=True):
+        layer.to(device)
+        x = x0.to(device, layer.weight_hh_l0.dtype).requires_grad_()
+        with fastnn.backend("auto" if x.dtype == torch.float64 else "triton"):
+            y = last(layer(x)).square().sum()
+        leaves = (x, *layer.parameters())
+        first = torch.autograd.grad(y, leaves, create_graph=True)
+        total = sum(g.square().sum() for g in first)
+        found.append(torch.autograd.grad(total, leaves))
+    for ours, stock, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+
+
+def test_errors_do_not_grow_faster_with_the_steps(device):
+    ours, stock, exact = (m.to(device) for m in three("LSTM", 2, 3))
+    x = torch.randn(512, 1, 2, device=device)
+    with fastnn.backend("triton"), torch.no_grad():
+        y = last(ours(x))
+    with torch.no_grad():
+        theirs, right = last(stock(x)), last(exact(x.double()))
+    error, its = ((t.double() - right).abs().max().item() for t in (y, theirs))
+    assert error <= 2 * its + torch.finfo(torch.float32).eps
+
+
+@interpreted
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_number_of_launches_does_not_depend_on_the_steps(name):
+    counts = []
+    for steps in (1, 4):
+        layer = getattr(fastnn, name)(3, 4)
+        x = torch.randn(steps, 2, 3, requires_grad=True)
+        with fastnn.backend("triton"), meter.traffic(distinct=False) as log:
+            last(layer(x)).sum().backward()
+        counts.append([launch.kernel for launch in log])
+    assert counts[0] == counts[1]
+    assert [k for k in counts[0] if "steps" in k] == ["_steps_fwd_kernel", "_steps_bwd_kernel"]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_parametrised_weight(name, device):
+    """`weight_norm` makes a new weight for each call, and keeps it out of the parameters."""
+    ours, stock, exact = (m.to(device) for m in three(name, 3, 4))
+    for layer in (ours, stock, exact):
+        torch.nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
+    sides = (Side(m, dict(m.named_parameters())) for m in (ours, stock, exact))
+    result = compare_sides(
+        *sides, (torch.randn(2, 3, 3, device=device),), {}, device=device, mode="triton"
+    )
+    assert result.path == "kernel" and not result.failures
+
+
+def test_packed_sequences_run_stock(device):
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, 4), torch.randn(2, 4)])
+    ours, stock, _ = (m.to(device) for m in three("LSTM", 4, 5))
+    packed = packed.to(device)
+    assert torch.equal(ours(packed)[0].data, stock(packed)[0].data)
+    with pytest.raises(fastnn.BackendError), fastnn.backend("triton"):
+        ours(packed)
+
+
+BAD_LAYER = {
+    "a wrong size": lambda m, x, h: m(x[..., :2], h),
+    "a wrong state": lambda m, x, h: m(x, h[..., :2]),
+    "another batch": lambda m, x, h: m(x[:, :1], h),
+    "one dimension": lambda m, x, h: m(x[0, 0], h),
+    "a state of two dimensions": lambda m, x, h: m(x, h[0]),
+    "another dtype": lambda m, x, h: m(x.double(), h),
+    "no steps": lambda m, x, h: m(x[:0], h),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_bad_input_of_a_layer_raises_what_pytorch_raises(name, device):
+    ours, stock, _ = (m.to(device) for m in three(name, 3, 4))
+    x, h = torch.randn(2, 5, 3, device=device), torch.randn(1, 5, 4, device=device)
+    for call in BAD_LAYER.values():
+
+        def with_state(m, call=call):
+            return call((lambda x, h: m(x, (h, h))) if name == "LSTM" else m, x, h)
+
+        assert_same_error(lambda: with_state(ours), lambda: with_state(stock), mode="auto")
+
+
+class Holding(torch.nn.Module):
+    def __init__(self, member):
+        super().__init__()
+        self.member = member
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.member(x)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])  # PyTorch can script no RNN
+def test_scripts_of_models_with_layers(name):
+    ours, stock, _ = three(name, 3, 4, num_layers=2)
+    x = torch.randn(2, 2, 3)
+    scripted = torch.jit.script(Holding(ours))
+    torch.testing.assert_close(scripted(x), last(stock(x)), rtol=0, atol=0)
+
+
+def test_a_character_model_follows_the_curve_of_pytorch(device):
+    """Six steps of Adam on one line of text: the losses are those of PyTorch."""
+    text = torch.tensor([ord(c) % 13 for c in "the cat sat on the mat, m"]).to(device)
+    x, target = torch.nn.functional.one_hot(text[:-1].view(4, 6).t(), 13).float(), text[1:]
+    target = target.view(4, 6).t().reshape(-1)
+    curves = []
+    for nn in (torch.nn, fastnn):
+        torch.manual_seed(0)
+        lstm, head = nn.LSTM(13, 8).to(device), torch.nn.Linear(8, 13).to(device)
+        adam = torch.optim.Adam([*lstm.parameters(), *head.parameters()], lr=0.05)
+        curve = []
+        for _ in range(6):
+            adam.zero_grad()
+            with fastnn.backend("triton"):
+                y = last(lstm(x))
+            loss = torch.nn.functional.cross_entropy(head(y).flatten(0, 1), target)
+            loss.backward()
+            adam.step()
+            curve.append(loss.item())
+        curves.append(curve)
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=1e-4)
+    assert curves[1][-1] < 0.85 * curves[1][0]
