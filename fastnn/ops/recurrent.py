@@ -238,8 +238,8 @@ class Steps(Function):
             if cells is not None:
                 cn[d].copy_(cells[T % cells.shape[0]])
             kept += [gates, states, cells]
-        # PyTorch keeps the result of an LSTM, and not those of the others. So an edit of it raises an
-        # error in the backward, as in PyTorch.
+        # PyTorch keeps the result of an LSTM, and not those of the others. An edit of it therefore
+        # raises an error in the backward, as in PyTorch.
         ctx.save_for_backward(x, h0, c0, y if kind == "lstm" else None, *weights, *kept)
         ctx.kind = kind
         ctx.set_materialize_grads(False)
