@@ -8,6 +8,7 @@ import torch
 import fastnn
 import fastnn.functional as F
 from fastnn import kernels
+from fastnn._mode import decisions
 from fastnn.testing import Side, compare_sides, meter
 from tests.errors import assert_same_error
 from tests.marks import interpreted
@@ -285,3 +286,14 @@ def test_a_character_model_follows_the_curve_of_pytorch(device):
         curves.append(curve)
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=1e-4)
     assert curves[1][-1] < 0.85 * curves[1][0]
+
+
+@interpreted
+@pytest.mark.parametrize("there", [True, False])
+def test_auto_leaves_all_steps_to_cudnn(there, monkeypatch, simulate):
+    simulate(least=0)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: there)
+    with decisions() as told:
+        fastnn.GRU(3, 4)(torch.randn(2, 3, 3))
+    reasons = [d.why for d in told]
+    assert reasons == ["cuDNN runs all steps of a layer" if there else None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -201,6 +202,17 @@ _STOCK_LAYER = {
 }
 
 
+@contextmanager
+def _without_cudnn():
+    """PyTorch's own formulas run in the block, because cuDNN's backward has no derivative."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.enabled = cudnn.enabled, False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        cudnn.enabled = before  # type: ignore[assignment]
+
+
 class Direction(NamedTuple):
     """The parameters of one direction of one layer."""
 
@@ -289,8 +301,7 @@ class Steps(Function):
         def formula(x, h0, c0, *weights):
             weights = [w for w in weights if w is not None]
             state = h0 if c0 is None else (h0, c0)
-            # cuDNN's backward has no derivative
-            with torch.backends.cudnn.flags(enabled=False):
+            with _without_cudnn():
                 out = _STOCK_LAYER[ctx.kind](
                     x, state, weights, biased, 1, 0.0, False, D == 2, False
                 )
@@ -351,11 +362,11 @@ def _layers(kind, input, h0, c0, params, biased, layers, dropout, train, both, b
     return x.transpose(0, 1) if batch_first else x, hn, cn
 
 
-def _without_cudnn(
+def _unless_cudnn(
     input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first
 ):  # fmt: skip
     """The gate's policy: the number of elements of the input."""
-    if torch.backends.cudnn.is_acceptable(input):
+    if torch.backends.cudnn.enabled and torch.backends.cudnn.is_available():
         return Stock("cuDNN runs all steps of a layer")
     return Work(input.numel())
 
@@ -363,7 +374,7 @@ def _without_cudnn(
 _LAYER = {
     "strided": ("input", "hx", "params"),
     "autocast": "lower",
-    "policy": _without_cudnn,
+    "policy": _unless_cudnn,
     "settings": tf32_setting,
 }
 
