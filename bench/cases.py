@@ -459,6 +459,41 @@ EMBEDDING = [
     embedding("few rows, many indices", 64, 4096, 512, 256),
 ]
 
+# ---- Recurrent cells --------------------------------------------------------------------------
+
+
+def cell(name: str, model: str, batch: int, width: int, dtypes=(BF16, FP32), **options):
+    def states(n):
+        one = normal(n, width)
+        both = lambda dtype, device: (one(dtype, device), one(dtype, device))  # noqa: E731
+        return normal(n, width), both if name == "LSTMCell" else one
+
+    options = {"input_size": width, "hidden_size": width, **options}
+    products = {"RNNCell": 1, "GRUCell": 3, "LSTMCell": 4}[name] * 2
+    return row(
+        name, model, batch, states, dtypes, options=options,
+        flops=lambda n: 2 * products * n * width * width,
+    )  # fmt: skip
+
+
+def sequence(name: str, model: str, steps: int, batch: int, width: int, dtypes=(BF16, FP32)):
+    products = {"RNN": 1, "GRU": 3, "LSTM": 4}[name] * 2
+    return row(
+        name, model, steps, (batch, width), dtypes,
+        flops=lambda n: 2 * products * n * batch * width**2,
+        options={"input_size": width, "hidden_size": width},
+    )  # fmt: skip
+
+
+RECURRENT = [
+    sequence("LSTM", "characters, 64 x 128 steps", 128, 64, 256),
+    sequence("GRU", "characters, 64 x 128 steps", 128, 64, 256),
+    sequence("RNN", "characters, 64 x 128 steps", 128, 64, 256),
+    cell("RNNCell", "4096 sequences", 4096, 1024),
+    cell("LSTMCell", "4096 sequences", 4096, 1024),
+    cell("GRUCell", "4096 sequences", 4096, 1024),
+]
+
 # ---- Losses -----------------------------------------------------------------------------------
 
 
@@ -822,7 +857,7 @@ MAPS = [
 
 CASES = [
     *ACTIVATIONS, *NORMS, *CHANNEL_NORMS, *CONVOLUTIONS, *POOLING, *SOFTMAX, *DROPOUT, *EMBEDDING,
-    *LOSSES, *RESIDUALS, *LINEAR, *ATTENTION, *TRANSFORMERS, *MAPS,
+    *RECURRENT, *LOSSES, *RESIDUALS, *LINEAR, *ATTENTION, *TRANSFORMERS, *MAPS,
 ]  # fmt: skip
 
 # Rows with independent results. On a GPU the ends of a row beyond 2**31 elements are compared.

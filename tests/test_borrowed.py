@@ -37,12 +37,14 @@ pytestmark = [
         "reduction. .mean. divides the total loss",
         "linear_cross_entropy. ..options.. ignored",
         "Using padding='same' with even kernel",
+        "LSTM with projections is not supported with oneDNN",
     )
 ]
 
 # These have norms of four features, one after the other. A row of nearly equal features multiplies
 # rounding errors by a hundred, in stock and in fastnn. The largest error of all samples is luck.
-ILL_CONDITIONED = {"Transformer"}
+# So it is with gates of inputs as large as 9: a gradient has the factor 1 - y * y of a y near 1.
+ILL_CONDITIONED = {"Transformer", "RNN", "LSTM", "GRU"}
 
 COMPOSED = (
     torch.nn.MultiheadAttention,
@@ -50,6 +52,7 @@ COMPOSED = (
     torch.nn.TransformerEncoder,
     torch.nn.TransformerEncoderLayer,
     torch.nn.TransformerDecoderLayer,
+    torch.nn.RNNBase,
 )
 
 MODULES = [m for m in module_db if m.module_cls in OURS]
@@ -168,15 +171,17 @@ def test_module_samples(info, dtype, mode, device, account):
     name = info.module_cls.__name__
     # the interpreter is slow where an element has many taps or windows
     few = device == "cpu" and ("Conv" in name or name == "FractionalMaxPool3d")
+    recurrent = device == "cpu" and issubclass(info.module_cls, torch.nn.RNNBase)
     for seed, training in itertools.product(range(8), modes):
-        if seed and (few or account.enough()):
+        if seed and (few or recurrent or account.enough()):
             break
         torch.manual_seed(seed)
         samples = info.module_inputs_func(
             info, device=device, dtype=dtype, requires_grad=True, training=training
         )
         # If a layer has hundreds of samples (LinearCrossEntropyLoss has 857), an even share runs.
-        # So it does for layers that hold others, because the samples of those run their kernels.
+        # So it does for layers that hold others, because the samples of those run their kernels,
+        # and for recurrent layers, which have many steps.
         most = 8 if issubclass(info.module_cls, COMPOSED) else 100
         share = samples[:: len(samples) // most + 1]
         for i, sample in enumerate(share[:: len(share) - 1] if few else share):

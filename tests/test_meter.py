@@ -53,9 +53,11 @@ def _neighbour(X, Y, OUT, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _through_memory(X, Y, BLOCK: tl.constexpr):
+def _through_memory(X, Y, BLOCK: tl.constexpr, BARRIER: tl.constexpr = False):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(Y + offs, tl.load(X + offs))
+    if BARRIER:
+        tl.debug_barrier()
     tl.store(X + offs, tl.load(Y + offs) + 1)
 
 
@@ -197,6 +199,13 @@ def test_loading_back_what_was_stored_is_a_race():
     with traffic(races=True) as log:
         _through_memory[(3,)](torch.randn(3, 64), torch.empty(3, 64), 64)
     assert log[0].shared_writes == 3 * 64 * 4
+
+
+@interpreted
+def test_a_barrier_puts_a_store_before_a_load():
+    with traffic(races=True) as log:
+        _through_memory[(3,)](torch.randn(3, 64), torch.empty(3, 64), 64, BARRIER=True)
+    assert log[0].shared_writes == 0
 
 
 @interpreted

@@ -40,6 +40,11 @@ ROWS = 3  # of each op in pytest
 WITHOUT = {
     "gaussian_nll_loss": "autograd follows the broadcast before its function",
     "linear_cross_entropy": "autograd follows the view of rows before its function",
+    "lstm_cell": "its states are in a tuple",
+    **dict.fromkeys(
+        ("gru", "lstm", "rnn_relu", "rnn_tanh"),
+        "its parameters are in a list, and each layer has a function of its own",
+    ),
     "multi_head_attention_forward": "it runs several ops, which have plans of their own",
     **{f"fractional_max_pool{d}d": "it draws samples, or looks at given ones" for d in "23"},
     **{f"max_unpool{d}d": "on a CPU it looks at the indices" for d in "123"},

@@ -59,6 +59,8 @@ def variants(call: Call):
         for size in sorted({s for t in tensors.values() for s in t.shape if s > to}):
 
             def new(s, size=size, to=to):
+                if isinstance(s, Tensor):  # in a tuple, as the states of an LSTM
+                    return _resized(s, tuple(map(new, s.shape)))
                 return to if s == size else s
 
             shapes = {k: tuple(map(new, t.shape)) for k, t in tensors.items()}

@@ -70,7 +70,10 @@ AREAS = {
         ("conv", "fold", "padding", "shuffle", "upsampling"),
         "[convolution](docs/convolution.md), [images](docs/images.md)",
     ),
-    "linear, embedding": (("linear", "embedding"), None),
+    "linear, embedding, recurrent": (
+        ("linear", "embedding", "recurrent"),
+        "[recurrent layers](docs/recurrent.md)",
+    ),
     "losses, distances": (
         (
             "cross_entropy",

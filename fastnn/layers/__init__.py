@@ -19,6 +19,7 @@ from fastnn.layers.normalization import *  # noqa: F403
 from fastnn.layers.padding import *  # noqa: F403
 from fastnn.layers.pixelshuffle import *  # noqa: F403
 from fastnn.layers.pooling import *  # noqa: F403
+from fastnn.layers.rnn import *  # noqa: F403
 from fastnn.layers.softmax import *  # noqa: F403
 from fastnn.layers.sparse import *  # noqa: F403
 from fastnn.layers.transformer import *  # noqa: F403

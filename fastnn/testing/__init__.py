@@ -117,10 +117,7 @@ class Case:
 
     def __str__(self) -> str:
         made = torch.random.get_rng_state()
-        shapes = [
-            "x".join(map(str, v.shape)) if isinstance(v, Tensor) else repr(v)
-            for v in self.make(torch.float32, "cpu")
-        ]
+        shapes = [_shape(v) for v in self.make(torch.float32, "cpu")]
         shapes += [str(member(torch.nn)) for member in self.members]
         options = [f"{k}={_told(v)}" for k, v in self.options.items()]
         torch.random.set_rng_state(made)
@@ -131,6 +128,14 @@ class Case:
     def make(self, dtype: torch.dtype, device: str) -> list:
         """The inputs, as leaves; the generator's state decides their values."""
         return [v(dtype, device) if callable(v) else v for v in self.inputs]
+
+
+def _shape(v) -> str:
+    if isinstance(v, Tensor):
+        return "x".join(map(str, v.shape))
+    if isinstance(v, (tuple, list)) and any(isinstance(t, Tensor) for t in v):
+        return f"({', '.join(map(_shape, v))})"
+    return repr(v)
 
 
 @dataclass(frozen=True)

@@ -135,11 +135,11 @@ class Launch:
     """Bytes from the first to the last element of each tensor given. `distinct` of a kernel that
     only reads or only writes each tensor is not larger."""
     shared_writes: int | None = None
-    """Bytes that one program stores, and that another program touches or the same program loads
-    later; None unless metered with `races=True`.
+    """Bytes that one program stores, and that another program touches, or that the same program
+    loads later without a barrier in between; None unless metered with `races=True`.
 
     Programs run in any order and at the same time, and so do the threads of a program. Such bytes
-    are therefore races unless atomics or barriers put the accesses in order."""
+    are therefore races unless atomics put the accesses in order."""
 
 
 class Log(list[Launch]):
@@ -185,6 +185,7 @@ class _Meter:
         self.races = races
         self.program: tuple[int, ...] | None = None
         self.touched, self.written = _Runs(), _Runs()  # by the program that runs now
+        self.ordered = _Runs()  # what it wrote before its last barrier
         self.touches: list[tuple[Array, Array]] = []  # by each program before it
         self.writes = _Runs()
         self.loaded_back = 0  # bytes that a program loads after storing them
@@ -268,11 +269,19 @@ class _Meter:
         return f"{distance} bytes {side} {name}"
 
     def _next_program(self) -> None:
-        touched, written = self.touched.union(), self.written.union()
+        self.barrier()
+        touched, written = self.touched.union(), self.ordered.union()
+        self.ordered = _Runs()
         if touched[0].size:
             self.touches.append(touched)
             self.writes.add(*written)
         self.touched, self.written = _Runs(), _Runs()
+
+    def barrier(self) -> None:
+        """The threads of the program wait for each other, and see what all of them stored."""
+        if self.written:
+            self.ordered.add(*self.written.union())
+            self.written = _Runs()
 
     def finish(self) -> None:
         self.launch.grid = tuple(interpreter.interpreter_builder.grid_dim)
@@ -340,7 +349,12 @@ def traffic(*, distinct: bool = True, races: bool = False) -> Iterator[Log]:
         meters[-1].arguments(dict(zip(self.arg_names, on_host, strict=False)) | named)
         return on_host, named
 
+    def create_barrier(self, stock=builder.create_barrier):
+        meters[-1].barrier()
+        return stock(self)
+
     patched: dict[tuple[Any, str], Callable] = {
+        (builder, "create_barrier"): create_barrier,
         (executor, "__call__"): call,
         (executor, "_init_args_hst"): init_args,
     }

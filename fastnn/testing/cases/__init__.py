@@ -20,7 +20,12 @@ def _in_torch(case: Case) -> bool:
     if not case.is_layer:
         return True
     layer = getattr(torch.nn, case.name, None)
-    return layer is not None and case.options.keys() <= inspect.signature(layer).parameters.keys()
+    if layer is None:
+        return False
+    parameters = inspect.signature(layer).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):  # as those of an LSTM
+        return True
+    return case.options.keys() <= parameters.keys()
 
 
 def _on_device(case: Case) -> Case:

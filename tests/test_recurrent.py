@@ -1,0 +1,299 @@
+"""Recurrent cells beyond their rows: single gradients, second derivatives, bad input, scripts."""
+
+import copy
+
+import pytest
+import torch
+
+import fastnn
+import fastnn.functional as F
+from fastnn import kernels
+from fastnn._mode import decisions
+from fastnn.testing import Side, compare_sides, meter
+from tests.errors import assert_same_error
+from tests.marks import interpreted
+
+CELLS = ("RNNCell", "LSTMCell", "GRUCell")
+
+
+def three(name, *sizes, **options):
+    """The layer of fastnn, of PyTorch and in float64, with equal parameters."""
+    stock = getattr(torch.nn, name)(*sizes, **options)
+    ours = getattr(fastnn, name)(*sizes, **options)
+    ours.load_state_dict(stock.state_dict())
+    return ours, stock, copy.deepcopy(stock).double()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_state_of_an_lstm_cell_has_a_gradient(which, device):
+    """The other state then has no gradient, which is not the same as a gradient of zeros."""
+    ours, stock, exact = (m.to(device) for m in three("LSTMCell", 3, 5))
+    sides = (
+        Side(lambda *a, m=m: m(*a)[which], dict(m.named_parameters())) for m in (ours, stock, exact)
+    )
+    state = torch.randn(2, 4, 5, device=device, requires_grad=True)
+    result = compare_sides(
+        *sides, (torch.randn(4, 3, device=device), tuple(state.detach().requires_grad_())),
+        {}, device=device, mode="triton",
+    )  # fmt: skip
+    assert result.path == "kernel" and not result.failures
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_second_derivatives(name, device):
+    """Gradients of squared gradients, for inputs, states and parameters, against float64."""
+    found = []
+    x0 = torch.randn(2, 3)
+    for cell in three(name, 3, 4):
+        cell.to(device)
+        x = x0.to(device, cell.weight_hh.dtype).requires_grad_()
+        with fastnn.backend("auto" if cell.weight_hh.dtype == torch.float64 else "triton"):
+            y = cell(x)
+        y = sum(t.square().sum() for t in y) if name == "LSTMCell" else y.square().sum()
+        leaves = (x, *cell.parameters())
+        first = torch.autograd.grad(y, leaves, create_graph=True)
+        total = sum(g.square().sum() for g in first)
+        found.append(torch.autograd.grad(total, leaves))
+    for ours, stock, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
+
+
+BAD = {
+    "a wrong size": lambda m, x, h: m(x[:, :2], h),
+    "a wrong state": lambda m, x, h: m(x, h[:, :2]),
+    "another batch": lambda m, x, h: m(x[:2], h),
+    "three dimensions": lambda m, x, h: m(x[None], h),
+    "a state of three dimensions": lambda m, x, h: m(x, h[None]),
+    "another dtype": lambda m, x, h: m(x.double(), h),
+    "integers": lambda m, x, h: m(x.long(), h),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_bad_input_raises_what_pytorch_raises(name, device):
+    ours, stock, _ = (m.to(device) for m in three(name, 3, 4))
+    x, h = torch.randn(5, 3, device=device), torch.randn(5, 4, device=device)
+    for call in BAD.values():
+
+        def with_state(m, call=call):
+            return call((lambda x, h: m(x, (h, h))) if name == "LSTMCell" else m, x, h)
+
+        assert_same_error(lambda: with_state(ours), lambda: with_state(stock), mode="auto")
+
+
+def test_an_unknown_nonlinearity_raises_as_in_pytorch(device):
+    ours, stock, _ = (m.to(device) for m in three("RNNCell", 3, 4, nonlinearity="gelu"))
+    assert_same_error(ours, stock, torch.randn(2, 3, device=device))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", CELLS)
+def test_scripts_compile_pytorchs_function(name):
+    ours, stock, _ = three(name, 3, 4)
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(torch.jit.script(ours)(x), stock(x), rtol=0, atol=0)
+
+
+@interpreted
+@pytest.mark.parametrize("biases", [True, False])
+def test_bytes_are_those_of_the_docstring(biases):
+    """In units of B * H floats: what each kernel reads and writes, once."""
+    B, H = 8, 16
+
+    def new(n):
+        return torch.randn(B, n * H)
+
+    def given(n):
+        return [torch.randn(n * H) if biases else None for _ in range(2)]
+
+    K = kernels.recurrent
+    calls = {
+        "rnn": (1, 3, lambda g: K.rnn_fwd(new(1), new(1), *g, False)),
+        "lstm": (4, 15, lambda g: K.lstm_fwd(new(4), new(4), *g, new(1), True)),
+        "gru": (3, 12, lambda g: K.gru_fwd(new(3), new(3), *g, new(1), True)),
+        "rnn back": (0, 3, lambda g: K.rnn_bwd(new(1), new(1), False)),
+        "lstm back": (0, 13, lambda g: K.lstm_bwd(new(1), new(1), new(1), new(1), new(4))),
+        "gru back": (0, 13, lambda g: K.gru_bwd(new(1), new(1), new(4))),
+    }
+    for what, (gates, units, call) in calls.items():
+        with meter.traffic() as log:
+            call(given(gates))
+        (launch,) = log
+        moved = launch.distinct["load"] + launch.distinct["store"]
+        of_biases = 2 * gates * H * 4 if biases else 0
+        assert moved - of_biases == units * B * H * 4, what
+
+
+def test_autograd_keeps_what_pytorch_keeps_on_a_gpu(device):
+    """An edit of a saved tensor raises in the backward; so it does for each tensor here."""
+    for edited in ("x", "h", "weight_ih", "bias_hh"):
+        cell = fastnn.GRUCell(3, 4).to(device)
+        given = {"x": torch.randn(2, 3, device=device), "h": torch.randn(2, 4, device=device)}
+        with fastnn.backend("triton"):
+            y = cell(given["x"].requires_grad_(), given["h"])
+        with torch.no_grad():
+            (given.get(edited) if edited in given else getattr(cell, edited)).add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_functions_take_what_torch_takes(device):
+    x, h = torch.randn(2, 3, device=device), torch.randn(2, 4, device=device)
+    w, u = torch.randn(4, 3, device=device), torch.randn(4, 4, device=device)
+    b = torch.randn(4, device=device)
+    with fastnn.backend("auto"):  # one bias alone runs stock
+        assert_same_error(F.lstm_cell, torch.lstm_cell, x, (h,), w, u, mode="auto")
+    with pytest.raises(fastnn.BackendError, match="one bias"), fastnn.backend("triton"):
+        F.rnn_relu_cell(x, h, w, u, b)
+
+
+# ---- All steps -----------------------------------------------------------------------------------
+
+LAYERS = ("RNN", "LSTM", "GRU")
+
+
+def last(out):
+    """The output of all steps."""
+    return out[0]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_second_derivatives_of_a_layer(name, device):
+    found = []
+    x0 = torch.randn(3, 2, 3)
+    for layer in three(name, 3, 2, bidirectional=True):
+        layer.to(device)
+        x = x0.to(device, layer.weight_hh_l0.dtype).requires_grad_()
+        with fastnn.backend("auto" if x.dtype == torch.float64 else "triton"):
+            y = last(layer(x)).square().sum()
+        leaves = (x, *layer.parameters())
+        first = torch.autograd.grad(y, leaves, create_graph=True)
+        total = sum(g.square().sum() for g in first)
+        found.append(torch.autograd.grad(total, leaves))
+    for ours, stock, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+
+
+def test_errors_do_not_grow_faster_with_the_steps(device):
+    ours, stock, exact = (m.to(device) for m in three("LSTM", 2, 3))
+    x = torch.randn(512, 1, 2, device=device)
+    with fastnn.backend("triton"), torch.no_grad():
+        y = last(ours(x))
+    with torch.no_grad():
+        theirs, right = last(stock(x)), last(exact(x.double()))
+    error, its = ((t.double() - right).abs().max().item() for t in (y, theirs))
+    assert error <= 2 * its + torch.finfo(torch.float32).eps
+
+
+@interpreted
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_number_of_launches_does_not_depend_on_the_steps(name):
+    counts = []
+    for steps in (1, 4):
+        layer = getattr(fastnn, name)(3, 4)
+        x = torch.randn(steps, 2, 3, requires_grad=True)
+        with fastnn.backend("triton"), meter.traffic(distinct=False) as log:
+            last(layer(x)).sum().backward()
+        counts.append([launch.kernel for launch in log])
+    assert counts[0] == counts[1]
+    assert [k for k in counts[0] if "steps" in k] == ["_steps_fwd_kernel", "_steps_bwd_kernel"]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_parametrised_weight(name, device):
+    """`weight_norm` makes a new weight for each call, and keeps it out of the parameters."""
+    ours, stock, exact = (m.to(device) for m in three(name, 3, 4))
+    for layer in (ours, stock, exact):
+        torch.nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
+    sides = (Side(m, dict(m.named_parameters())) for m in (ours, stock, exact))
+    result = compare_sides(
+        *sides, (torch.randn(2, 3, 3, device=device),), {}, device=device, mode="triton"
+    )
+    assert result.path == "kernel" and not result.failures
+
+
+def test_packed_sequences_run_stock(device):
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, 4), torch.randn(2, 4)])
+    ours, stock, _ = (m.to(device) for m in three("LSTM", 4, 5))
+    packed = packed.to(device)
+    assert torch.equal(ours(packed)[0].data, stock(packed)[0].data)
+    with pytest.raises(fastnn.BackendError), fastnn.backend("triton"):
+        ours(packed)
+
+
+BAD_LAYER = {
+    "a wrong size": lambda m, x, h: m(x[..., :2], h),
+    "a wrong state": lambda m, x, h: m(x, h[..., :2]),
+    "another batch": lambda m, x, h: m(x[:, :1], h),
+    "one dimension": lambda m, x, h: m(x[0, 0], h),
+    "a state of two dimensions": lambda m, x, h: m(x, h[0]),
+    "another dtype": lambda m, x, h: m(x.double(), h),
+    "no steps": lambda m, x, h: m(x[:0], h),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_bad_input_of_a_layer_raises_what_pytorch_raises(name, device):
+    ours, stock, _ = (m.to(device) for m in three(name, 3, 4))
+    x, h = torch.randn(2, 5, 3, device=device), torch.randn(1, 5, 4, device=device)
+    for call in BAD_LAYER.values():
+
+        def with_state(m, call=call):
+            return call((lambda x, h: m(x, (h, h))) if name == "LSTM" else m, x, h)
+
+        assert_same_error(lambda: with_state(ours), lambda: with_state(stock), mode="auto")
+
+
+class Holding(torch.nn.Module):
+    def __init__(self, member):
+        super().__init__()
+        self.member = member
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.member(x)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])  # PyTorch can script no RNN
+def test_scripts_of_models_with_layers(name):
+    ours, stock, _ = three(name, 3, 4, num_layers=2)
+    x = torch.randn(2, 2, 3)
+    scripted = torch.jit.script(Holding(ours))
+    torch.testing.assert_close(scripted(x), last(stock(x)), rtol=0, atol=0)
+
+
+def test_a_character_model_follows_the_curve_of_pytorch(device):
+    """Six steps of Adam on one line of text: the losses are those of PyTorch."""
+    text = torch.tensor([ord(c) % 13 for c in "the cat sat on the mat, m"]).to(device)
+    x, target = torch.nn.functional.one_hot(text[:-1].view(4, 6).t(), 13).float(), text[1:]
+    target = target.view(4, 6).t().reshape(-1)
+    curves = []
+    for nn in (torch.nn, fastnn):
+        torch.manual_seed(0)
+        lstm, head = nn.LSTM(13, 8).to(device), torch.nn.Linear(8, 13).to(device)
+        adam = torch.optim.Adam([*lstm.parameters(), *head.parameters()], lr=0.05)
+        curve = []
+        for _ in range(6):
+            adam.zero_grad()
+            with fastnn.backend("triton"):
+                y = last(lstm(x))
+            loss = torch.nn.functional.cross_entropy(head(y).flatten(0, 1), target)
+            loss.backward()
+            adam.step()
+            curve.append(loss.item())
+        curves.append(curve)
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=1e-4)
+    assert curves[1][-1] < 0.85 * curves[1][0]
+
+
+@interpreted
+@pytest.mark.parametrize("there", [True, False])
+def test_auto_leaves_all_steps_to_cudnn(there, monkeypatch, simulate):
+    simulate(least=0)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: there)
+    with decisions() as told:
+        fastnn.GRU(3, 4)(torch.randn(2, 3, 3))
+    reasons = [d.why for d in told]
+    assert reasons == ["cuDNN runs all steps of a layer" if there else None]
