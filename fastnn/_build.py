@@ -19,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -218,14 +219,22 @@ def start() -> None:
     try:
         if unsupported() or failed() or path().exists() or compiler() is None:
             return
-        subprocess.Popen(
+        threading.Thread(target=_run, daemon=True, name="fastnn-build").start()
+    except Exception:
+        pass  # the Python runner runs
+
+
+def _run() -> None:
+    """Start the process and wait for it, so that no dead process remains."""
+    try:
+        subprocess.run(
             [sys.executable, "-c", _BACKGROUND],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True, close_fds=True,
+            start_new_session=True,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)},
         )  # fmt: skip
     except Exception:
-        pass  # the Python runner runs
+        pass
 
 
 _BACKGROUND = """

@@ -435,7 +435,7 @@ class Plan:
         return ctx
 
     def slow(self, drawn: tuple[int, int] | None, grads: tuple, saved: tuple) -> tuple:
-        """The gradients of the tensors that a node was given, without a plan; recorded if useful."""
+        """The gradients of the tensors that a node was given, by the function's own backward."""
         if not torch.is_grad_enabled() and self.backward is None and self.tries and enabled():
             return _record_backward(self, drawn, grads, saved)[3:]
         return self.gradients(self.function.backward(self.context(saved, drawn), *grads))[3:]
