@@ -30,7 +30,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import fastnn
-from fastnn import _record
+from fastnn import _native, _record
 
 
 def _rows(only: Sequence[str]) -> Iterator:
@@ -175,7 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.out / "host.json"
     lines = ",\n".join(json.dumps(row) for row in rows)
     launcher = "Triton's launcher and an empty libcuda" if has_compiler() else "an empty driver"
-    origin = {**environment(), "launcher": launcher}
+    runner = "Python" if _native.module() is None else "C++"
+    origin = {**environment(), "launcher": launcher, "runner": runner}
     head = json.dumps(origin, indent=1)
     path.write_text(f'{{"environment": {head},\n"rows": [\n{lines}\n]}}\n')
     print(path)

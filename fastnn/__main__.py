@@ -18,6 +18,7 @@ COMMANDS = {
     "parity": ("fastnn._cli.parity", "every function with kernels against stock and float64, here"),
     "bench": ("fastnn._cli.bench", "layers of real models timed; without a GPU, predicted"),
     "tune": ("fastnn._cli.tune", "launch configurations, and from which size kernels win, here"),
+    "native": ("fastnn._cli.native", "builds the C++ runner, by which a repeated call costs less"),
     "info": ("fastnn._cli.info", "versions, devices, and which ops can run on kernels here"),
 }
 

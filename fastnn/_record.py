@@ -395,6 +395,7 @@ class Plan:
         "function",
         "many",
         "materialize",
+        "native",
         "needs",
         "node",
         "places",
@@ -421,6 +422,7 @@ class Plan:
         self.node = _node(function) if graph else None
         self.forward: Callable | None = None
         self.backward: Callable | None = None  # of the gradients and what was saved
+        self.native: Any = None  # its side in the C++ runner
         self.tries = 2  # of recording the backward
 
     def context(self, saved: tuple, drawn: tuple[int, int] | None) -> Context:
@@ -431,6 +433,12 @@ class Plan:
             vars(ctx).update({k: _redrawn(v, drawn) for k, v in self.attributes.items()})
         ctx.saved_tensors = saved
         return ctx
+
+    def slow(self, drawn: tuple[int, int] | None, grads: tuple, saved: tuple) -> tuple:
+        """The gradients of the tensors that a node was given, by the function's own backward."""
+        if not torch.is_grad_enabled() and self.backward is None and self.tries and enabled():
+            return _record_backward(self, drawn, grads, saved)[3:]
+        return self.gradients(self.function.backward(self.context(saved, drawn), *grads))[3:]
 
     def gradients(self, grads) -> tuple:
         """The gradients of a node's inputs, of what the function's backward returned."""
@@ -529,7 +537,7 @@ def _record_backward(plan: Plan, drawn, grads: tuple, saved: tuple) -> tuple:
     except Refused as e:
         refusals[plan.function.__name__ + ".backward", str(e)] += 1
         return result
-    plan.backward = _runner.backward(program, grads, saved)
+    plan.backward = _runner.backward(program, grads, saved, plan.native)
     return result
 
 

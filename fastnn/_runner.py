@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastnn import _rng, kernels
+from fastnn import _native, _rng, kernels
 from fastnn._plan import (
     UNFIT,
     Allocate,
@@ -179,6 +179,18 @@ def _call(step: Call, cells: _Cells) -> str:
     return f"{', '.join(names)}, = {call}"
 
 
+def _step(program: Program, step: Any) -> tuple:
+    """A step of `program` that the C++ runner calls back (`_native.Python`)."""
+    if isinstance(step, Draw):
+        return "draw", functools.partial(_rng.numbers, step.device, step.launch)
+    cells = _Cells()
+    read = tuple(sorted(reads(step)))
+    made = step.results if isinstance(step, Call) else ()
+    lines = _steps(program._replace(steps=(step,), lasting={}), cells)
+    head = f"def function({', '.join(['drawn', *map(_name, read)])}):"
+    return "python", _make(cells, head, [*lines, f"return {_slots(made)}"]), read, made
+
+
 def _slots(slots) -> str:
     """The source of a tuple of slots."""
     return f"({''.join('None, ' if s is None else f'{_name(s)}, ' for s in slots)})"
@@ -230,6 +242,18 @@ def _ready(record: Any, program: Program, cells: _Cells) -> list[str]:
         asked.append(f"not {cells(kernels._launch.listened)}()")
         if program.draws:
             asked.append(f"not {cells(torch.cuda.is_current_stream_capturing)}()")
+    return asked
+
+
+def _checks(record: Any, program: Program) -> list[tuple[Callable, Any]]:
+    """What of `_ready` only Python can ask: functions, and what they must return."""
+    asked = []
+    if record is not None and record.settings is not None:
+        asked.append((record.settings, record.settings()))
+    if program.device.type != "cpu":
+        asked.append((kernels._launch.listened, False))
+        if program.draws:
+            asked.append((torch.cuda.is_current_stream_capturing, False))
     return asked
 
 
@@ -289,6 +313,12 @@ def call(
         f"    return {run}",
         f"return {cells(UNFIT)}",
     ]
+    native = _native.call(
+        record, plan, before, after, values, heard, picked, _checks(record, after), plan.slow,
+        functools.partial(_step, after),
+    )  # fmt: skip
+    if native is not None:
+        return native
     return _make(cells, f"def function({', '.join(names)}):", lines)
 
 
@@ -302,12 +332,16 @@ def _equals(name: str, value: Any, cells: _Cells) -> str:
     return f"({name} is {constant} or {cells(same)}({name}, {constant}))"
 
 
-def backward(program: Program, grads: tuple, saved: tuple) -> Callable:
+def backward(program: Program, grads: tuple, saved: tuple, native: Any) -> Callable:
     """A function of (drawn, *grads, *saved) that returns the gradients of a node's inputs.
 
-    It returns UNFIT for tensors that do not fit.
+    It returns UNFIT for tensors that do not fit. native: the plan's side in the C++ runner, which
+    gets the program too; or None.
     """
     values = (*grads, *saved)
+    if native is not None:
+        python = functools.partial(_step, program)
+        _native.backward(native, program, values, _checks(None, program), python)
     tensors = [t for t in values if t is not None]
     cells = _Cells()
     names: list[str] = []

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 RANKS = {
     "fastnn._checkout": 0,
     "fastnn.kernels": 0,
+    "fastnn._build": 1,
     "fastnn._graph": 1,
     "fastnn._mode": 1,
     "fastnn._plan": 1,
@@ -24,6 +25,7 @@ RANKS = {
     "fastnn._front": 2,
     "fastnn._function": 2,
     "fastnn._gate": 2,
+    "fastnn._native": 2,
     "fastnn._runner": 3,
     "fastnn._record": 4,
     "fastnn._op": 5,

@@ -71,7 +71,7 @@ def test_holds_the_package_whole(wheel):
         f"{home}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, home in homes.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".pyi", ".json", ".typed")
+        if path.suffix in (".py", ".pyi", ".json", ".typed", ".cpp")
     }
     left_out = ("fastnn/bench/results/", "fastnn/bench/tests/")
     wanted = {name for name in wanted if not name.startswith(left_out)}

@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from fastnn import _cli, _gate, _mode, _record, _runner
+from fastnn import _cli, _gate, _mode, _native, _record, _runner
 from fastnn._op import Op
 from fastnn.kernels import _gpus
 
@@ -41,7 +41,10 @@ def plans() -> str:
     if not _record.enabled():
         return "no: FASTNN_PLANS=0"
     why = _runner.unavailable()
-    return "replayed in Python" if why is None else f"no: {why}"
+    if why is not None:
+        return f"no: {why}"
+    why = _native.unavailable()
+    return "replayed in C++" if why is None else f"replayed in Python; C++: {why}"
 
 
 def path(op: Op, why: str | None) -> str:

@@ -1,0 +1,517 @@
+"""The C++ runner: it replays what the Python runner replays, and every build ends well.
+
+The module is built once for the user's cache folder, in 20 to 30 seconds. Steps of interpreted
+kernels are called back from C++; the child process at the end of this file launches compiled
+kernels, into an empty libcuda that tells what it is given. `python -m tests.test_native 2000` makes
+2000 random sequences of calls, with TRITON_INTERPRET=1; `python -m tests.test_native leaks 100000`
+makes 100,000 calls.
+"""
+
+import ctypes
+import gc
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from unittest import mock
+
+import pytest
+import torch
+
+import fastnn
+import fastnn.functional as F
+from fastnn import _build, _native, _plan, _record
+from fastnn.ops import REGISTRY
+from tests import test_plans
+from tests.marks import interpreted
+
+SHARE = 5  # of the ops, one in so many
+
+
+def _module():
+    if why := _build.unsupported():
+        pytest.skip(why)
+    if _build.compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    _build.build()
+    return _build.load()
+
+
+@pytest.fixture(scope="module")
+def module():
+    return _module()
+
+
+@pytest.fixture
+def native(module):
+    with _native.using(module), _record.using(True):
+        yield module
+
+
+def _is_native(plan) -> bool:
+    return type(plan).__module__ == "fastnn.native"
+
+
+def _ready(name):
+    return [p for plans in REGISTRY[name].plans.ready.values() for p in plans]
+
+
+# ---- The tests of plans, in C++ -----------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("name", [n for n in REGISTRY if n not in test_plans.WITHOUT][::SHARE])
+def test_a_replay_equals_the_call_bit_for_bit(native, name, record_property):
+    for call in test_plans.share(name)[:1]:
+        reference = test_plans.without_plans(call)
+        _record.forget()
+        for _ in range(4):
+            with test_plans.counted() as surveys:
+                found = test_plans.outcome(call)
+            assert test_plans.unequal(found, reference) is None
+        kinds = {"C++" if _is_native(p) else "Python" for p in _ready(name)}
+        record_property("plans", [("replayed in " + " and ".join(sorted(kinds)), not surveys)])
+
+
+def test_which_plans_are_not_taken_is_told(native):
+    """A result that is a view of what an operator of PyTorch made stays with the Python runner."""
+    refused = _native.refusals.total()
+
+    class Heard:
+        raw = (torch.ones(4)[1:],)
+
+    program = _plan.Program(1, torch.device("cpu"), {}, False, (), (1,), ())
+    assert _native.call(None, None, program, program, (), Heard, 0, [], None, None) is None
+    assert _native.refusals.total() == refused + 1 and _native.refusals["a result is a view"]
+
+
+CHECKS = [
+    test_plans.test_the_memory_of_a_parameter_may_move,
+    test_plans.test_a_subclass_and_a_list_that_changed_take_the_long_way,
+    test_plans.test_functorch_and_tracing_take_the_long_way,
+    test_plans.test_freed_memory_does_not_fit_a_plan,
+    test_plans.test_a_node_has_the_name_of_its_function,
+    test_plans.test_versions_are_checked_and_buffers_freed_as_without_a_plan,
+    test_plans.test_a_zero_with_another_sign_is_another_argument,
+    test_plans.test_second_derivatives_of_a_replay,
+    test_plans.test_a_draw_of_the_backward_is_that_of_its_forward,
+    test_plans.test_hooks_see_what_is_kept,
+    test_plans.test_calls_under_autocast_have_plans,
+    test_plans.test_an_upstream_gradient_of_another_layout,
+    test_plans.test_no_tensor_is_kept_by_a_plan,
+    test_plans.test_many_calls_leave_nothing,
+    test_plans.test_plans_are_bounded_where_shapes_never_repeat,
+]
+
+
+@interpreted
+@pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__.removeprefix("test_"))
+def test_of_plans(native, check):
+    check()
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["layer_norm", "dropout"])
+def test_whatever_changes_the_answer_is_right(native, name):
+    test_plans.test_whatever_changes_the_answer_is_right(name, lambda *told: None)
+
+
+@interpreted
+@pytest.mark.parametrize("seed", range(1000, 1004))
+def test_a_sequence_of_calls_equals_the_same_without_plans(native, seed):
+    assert test_plans.sequence(seed) is None
+
+
+# ---- What only C++ can get wrong ----------------------------------------------------------------
+
+
+def _norm():
+    x, w = torch.randn(4, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    call = lambda: F.layer_norm(x, (8,), w)  # noqa: E731
+    test_plans._warm(lambda: torch.autograd.grad(call().sum(), (x, w)))
+    (plan,) = _ready("layer_norm")
+    assert _is_native(plan)
+    return x, w, lambda: test_plans._replayed(call)
+
+
+@interpreted
+def test_an_exception_of_python_passes_through(native):
+    x, w, call = _norm()
+
+    class Mine(Exception):
+        pass
+
+    def fail(t):
+        raise Mine
+
+    for _ in range(3):
+        with torch.autograd.graph.saved_tensors_hooks(fail, fail), pytest.raises(Mine):
+            call()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, fail):
+            y = call()
+        with pytest.raises(Mine):
+            y.sum().backward()
+    assert x.grad is None and w.grad is None
+
+
+@interpreted
+def test_a_node_outlives_its_plan_and_is_freed(native):
+    x, ws = torch.randn(4, 8, requires_grad=True), [torch.randn(8, requires_grad=True)]
+    call = lambda: F.layer_norm(x, (8,), *ws)  # noqa: E731
+    test_plans._warm(lambda: torch.autograd.grad(call().sum(), (x, *ws)))
+    y = test_plans._replayed(call)
+    kept = weakref.ref(ws[0])
+    _record.forget()
+    y.sum().backward(retain_graph=True)
+    assert x.grad is not None
+    ws.clear()
+    assert kept() is not None
+    del y
+    assert kept() is None
+
+
+@interpreted
+def test_anomaly_mode_names_the_line_of_the_call(native):
+    _, _, call = _norm()
+    with torch.autograd.set_detect_anomaly(True, check_nan=True), pytest.warns(UserWarning):
+        y = call()
+        y.register_hook(lambda g: g * float("nan"))
+        with pytest.raises(RuntimeError, match=r"NormBackward.*returned nan values"):
+            y.sum().backward()
+
+
+@interpreted
+def test_hooks_on_the_node_and_the_result(native):
+    _, _, call = _norm()
+    told = []
+    y = call()
+    y.retain_grad()
+    y.register_hook(lambda g: told.append("result") or 2 * g)
+    y.grad_fn.register_prehook(lambda g: told.append("before") or None)
+    y.grad_fn.register_hook(lambda dx, g: told.append("after") or None)
+    y.sum().backward()
+    assert told == ["result", "before", "after"] and torch.equal(y.grad, torch.full((4, 8), 2.0))
+    assert [type(n).__name__ for n, _ in y.grad_fn.next_functions] == ["AccumulateGrad"] * 2
+
+
+@interpreted
+def test_an_output_without_a_gradient_counts_as_zeros(native):
+    x = torch.randn(1, 2, 8, requires_grad=True)
+    call = lambda: F.max_pool1d(x, 2, return_indices=True)  # noqa: E731
+    test_plans._warm(lambda: torch.autograd.grad(call()[0].sum(), x))
+    y, indices = test_plans._replayed(call)
+    assert not indices.requires_grad and indices.grad_fn is None and y.requires_grad
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert dx.sum() == y.numel()
+
+
+# ---- Compiled kernels, in another process -------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", [("launches",), ("leaks", "10000")], ids="-".join)
+def test_compiled_kernels(module, what):
+    from fastnn.testing.aot import has_compiler
+
+    if torch.cuda.is_available() or not has_compiler():
+        pytest.skip("the empty libcuda needs a C compiler, and no GPU")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_native", *what],
+        capture_output=True, text=True, env=environment, timeout=560,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+_TELLS = r"""
+static void (*tell)(void *, unsigned *, void **);
+void set_tell(void (*f)(void *, unsigned *, void **)) { tell = f; }
+int cuLaunchKernel(void *f, unsigned x, unsigned y, unsigned z, unsigned a, unsigned b, unsigned c,
+                   unsigned shared, void *stream, void **params, void **extra)
+{ unsigned n[7] = {x, y, z, a, b, c, shared}; if (tell) tell(f, n, params); return 0; }
+int cuLaunchKernelEx(unsigned *config, void *f, void **params, void **extra)
+{ if (tell) tell(f, config, params); return 0; }
+"""
+
+
+def launches() -> None:
+    """The driver is given the same by both runners: kernel, grid, shared bytes, each parameter."""
+    from fastnn.testing import aot
+
+    for name in ("cuLaunchKernel", "cuLaunchKernelEx"):
+        aot._LIBCUDA = aot._LIBCUDA.replace(f"NOTHING({name}) ", "")
+    aot._LIBCUDA += _TELLS
+    torch.set_num_threads(1)
+    kinds: dict[int, list[str]] = {}
+    translated = _native._launch
+
+    def listening(step):
+        compiled = step.compiled[0]
+        found = [k for k in compiled.src.signature.values() if k != "constexpr"]
+        kinds[compiled.function] = found
+        return translated(step)
+
+    _native._launch = listening
+    sizes = {
+        "i1": ctypes.c_int32, "i32": ctypes.c_int32, "u32": ctypes.c_uint32,
+        "i64": ctypes.c_int64, "u64": ctypes.c_uint64, "fp32": ctypes.c_uint32,
+    }  # fmt: skip
+    told: list[tuple] = []
+
+    def tell(function, numbers, params):
+        if function not in kinds:  # not a replay
+            return
+        values = []
+        for i, kind in enumerate(kinds[function]):
+            holds = ctypes.c_uint64 if kind[0] == "*" else sizes[kind]
+            value = ctypes.cast(params[i], ctypes.POINTER(holds)).contents.value
+            values.append(("at", value) if kind[0] == "*" else value)
+        last = [ctypes.cast(params[i], ctypes.POINTER(ctypes.c_uint64)).contents.value
+                for i in (len(values), len(values) + 1)]  # fmt: skip
+        assert last == [0, 0]
+        told.append((function, numbers[:7], values))
+
+    hook = ctypes.CFUNCTYPE(
+        None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_void_p)
+    )(tell)
+    x = torch.randn(6, 40, requires_grad=True)
+    w, b = torch.randn(40, requires_grad=True), torch.randn(40, requires_grad=True)
+    target, half = torch.randint(40, (6,)), torch.randn(6, 40, dtype=torch.bfloat16)
+    half.requires_grad_()
+    calls = {
+        "layer_norm": (lambda: F.layer_norm(x, (40,), w, b), (x, w, b)),
+        "cross_entropy": (lambda: F.cross_entropy(x, target, label_smoothing=0.1), (x,)),
+        "dropout": (lambda: F.dropout(half, 0.3), (half,)),
+        "leaky_relu": (lambda: F.leaky_relu(x, -0.3), (x,)),
+    }
+    given = {t.data_ptr(): f"given {i}" for i, t in enumerate((x, w, b, target, half))}
+
+    def heard(call, leaves):
+        """What the driver is told by one step. Addresses of new tensors have numbers."""
+        told.clear()
+        torch.manual_seed(3)
+        out = call()
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+        names = dict(given)
+        named = lambda v: names.setdefault(v[1], len(names)) if isinstance(v, tuple) else v  # noqa: E731
+        return [(f, n, [named(v) for v in values]) for f, n, values in told]
+
+    with aot.launch_nothing(real_launcher=True), fastnn.backend("triton"):
+        driver = fastnn.kernels._launch.driver.active
+        numbers = itertools.count(16, 16)
+        driver.utils.load_binary = lambda *args: (None, next(numbers), 0, 0, 1 << 20)
+        ctypes.CDLL("libcuda.so.1").set_tell(hook)
+        for name, (call, leaves) in calls.items():
+            with _native.using(_build.load()), _record.using(True):
+                for _ in range(4):
+                    in_cpp = heard(call, leaves)
+                assert all(map(_is_native, _ready(name))) and _ready(name)
+            with _native.using(None), _record.using(True):
+                for _ in range(4):
+                    in_python = heard(call, leaves)
+                assert not any(map(_is_native, _ready(name)))
+            assert len(in_cpp) >= 2, (name, in_cpp)
+            assert in_cpp == in_python, (name, in_cpp, in_python)
+    assert not _native.refusals, _native.refusals
+
+
+def leaks(count: int) -> None:
+    """Memory, references and threads after many calls; long chains of nodes."""
+    from fastnn.testing.aot import launch_nothing
+
+    def pages():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1])
+
+    torch.set_num_threads(1)
+    x, w = torch.randn(4, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    shape, one, other = (8,), torch.ones(4, 8), torch.randn(4, 8, dtype=torch.float64)
+    with (
+        launch_nothing(real_launcher=True),
+        _native.using(_build.load()),
+        fastnn.backend("triton"),
+        _record.using(True),
+    ):
+
+        def step(x=x):
+            return torch.autograd.grad(F.layer_norm(x, shape, w), (x, w), one)
+
+        def refused():
+            assert plan(other, shape, w, None, 1e-5) is _plan.UNFIT
+
+        def fail(t):
+            raise ValueError
+
+        def failing():
+            try:
+                with torch.autograd.graph.saved_tensors_hooks(fail, fail):
+                    F.layer_norm(x, shape, w)
+            except ValueError:
+                return
+            raise AssertionError
+
+        test_plans._warm(step)
+        (plan,) = _ready("layer_norm")
+        assert _is_native(plan)
+        watched = x, w, shape, plan, _plan.UNFIT
+        for call, times in ((step, count), (refused, count), (failing, count // 20)):
+            for _ in range(times // 10):
+                call()
+            gc.collect()
+            before = pages(), len(gc.get_objects()), [sys.getrefcount(o) for o in watched]
+            for _ in range(times):
+                call()
+            gc.collect()
+            assert [sys.getrefcount(o) for o in watched] == before[2]
+            assert len(gc.get_objects()) <= before[1] + 10
+            grown = (pages() - before[0]) * 4
+            assert grown < 4096, f"{call.__name__}: {grown} kB after {times} calls"
+        y = x
+        for _ in range(30_000):
+            y = F.gelu(y)
+        del y  # frees the chain without recursion
+        errors, done = [], []
+        end = time.time() + 3
+
+        def work():
+            try:
+                mine = torch.randn(4, 8, requires_grad=True)
+                while time.time() < end:
+                    dx, _ = step(mine)
+                    F.layer_norm(mine, shape, w).sum().backward(inputs=[mine])
+                    done.append(dx.shape)
+            except Exception as e:
+                errors.append(e)
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for t in threads:
+            t.start()
+        while any(t.is_alive() for t in threads):
+            _record.forget()  # plans come and go
+            time.sleep(0.01)
+        assert not errors and len(done) > 8, errors
+
+
+# ---- Builds -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTNN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FASTNN_NATIVE", "1")
+    if why := _build.unsupported():
+        pytest.skip(why)
+    return tmp_path / "cache"
+
+
+def _fake(folder, body):
+    tool = folder / "compiler"
+    tool.write_text(f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\n{body}\n')
+    tool.chmod(0o755)
+    return str(tool)
+
+
+def _told() -> str:
+    """What `fastnn info` says of the C++ runner, in a process that starts no build."""
+    with mock.patch.object(_build, "start"), _native.using(None):
+        _native._asked = False
+        return _native.unavailable() or ""
+
+
+def test_no_compiler(cache, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(_build.BuildError, match="no C\\+\\+ compiler"):
+        _build.build()
+    _build.start()
+    assert not cache.exists() and "not built" in _told()
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("echo 'x.h: fatal error: no such file' >&2; exit 1", "fatal error: no such file"),
+        ("exit 0", "wrote nothing"),
+        ("kill -9 $$", "code -9"),
+    ],
+)
+def test_a_broken_compiler(cache, monkeypatch, tmp_path, body, why):
+    monkeypatch.setenv("CXX", _fake(tmp_path, body))
+    with pytest.raises(_build.BuildError, match=why):
+        _build.build()
+    assert why in _told()
+    assert not list(cache.glob("*.tmp")) and not list(cache.glob("*.so"))
+    with mock.patch.object(threading, "Thread", side_effect=AssertionError):
+        _build.start()  # it is not tried again in the background
+
+
+def test_a_module_that_cannot_be_loaded(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", _fake(tmp_path, "echo garbage > $2"))
+    _build.build()
+    assert "cannot be loaded" in _told()
+
+
+def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("FASTNN_NATIVE", "1")
+    monkeypatch.setenv("FASTNN_CACHE", str(file / "cache"))
+    if not _build.unsupported() and _build.compiler():
+        with pytest.raises(_build.BuildError, match="cannot be used"):
+            _build.build()
+        assert "not built" in _told()
+
+
+def test_two_builds_and_one_that_is_killed(cache, monkeypatch, tmp_path):
+    ran = tmp_path / "ran"
+    monkeypatch.setenv("CXX", _fake(tmp_path, f"echo run >> {ran}; sleep 1; echo module > $2"))
+    program = "from fastnn import _build; _build.build()"
+    first = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+    while not ran.exists() and first.poll() is None:
+        time.sleep(0.02)
+    assert not _build.path().exists()  # it appears only when it is complete
+    with pytest.raises(_build.BuildError, match="another process"):
+        _build.build(wait=False)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    left = list(cache.glob("*.tmp"))
+    assert len(left) == 1
+    said = []
+    others = [threading.Thread(target=_build.build, args=(said.append,)) for _ in range(2)]
+    for t in others:
+        t.start()
+    for t in others:
+        t.join()
+    assert len(ran.read_text().split()) == 2  # the killed one, and one of the two
+    assert not list(cache.glob("*.tmp")) and _build.path().read_text() == "module\n"
+
+
+def test_the_background_build_waits_for_nothing(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", _fake(tmp_path, "sleep 1; echo module > $2"))
+    start = time.monotonic()
+    _build.start()
+    assert time.monotonic() - start < 5
+    end = time.monotonic() + 60
+    while not _build.path().exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert _build.path().exists()
+
+
+def test_it_is_off_unless_asked_for(monkeypatch):
+    for value in (None, "0", ""):
+        monkeypatch.delenv("FASTNN_NATIVE", raising=False)
+        if value is not None:
+            monkeypatch.setenv("FASTNN_NATIVE", value)
+        assert not _build.wanted() and "FASTNN_NATIVE" in _told()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "launches":
+        launches()
+    elif sys.argv[1] == "leaks":
+        leaks(int(sys.argv[2]))
+    else:
+        with _native.using(_module()):
+            sys.exit(test_plans.main(int(sys.argv[1])))
