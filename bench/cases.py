@@ -139,6 +139,9 @@ ACTIVATIONS = [
         options={"num_parameters": 64}),
     row("GLU", "Conformer, 32 x 400", 32 * 400, 1024, (BF16, FP32)),
     row("GLU", "over channels", 32, (1024, 400), options={"dim": 1}),
+    row("act_mul", "Llama 3 8B, 4k tokens", 4096, lambda n: (normal(n, 14336), normal(n, 14336))),
+    row("act_mul", "T5 v1.1 base, 16 x 512", 8192, lambda n: (normal(n, 2048), normal(n, 2048)),
+        options={"activation": "gelu_tanh"}),
     *(row(name, WIDE, 8192, 4096) for name in (
         "ELU", "CELU", "SELU", "Sigmoid", "Tanh", "LogSigmoid", "Hardtanh", "Hardshrink",
         "Softshrink", "Softplus",

@@ -10,6 +10,7 @@ from torch.nn import *  # noqa: F403  (every stock name, where editors and type 
 import fastnn._checkout as _checkout  # noqa: F401  (first: it refuses kernels from elsewhere)
 import fastnn.functional as functional  # type: ignore[no-redef]  # replaces PyTorch's module
 from fastnn import _namespace
+from fastnn._compiler import compile as compile
 from fastnn._mode import BackendError as BackendError
 from fastnn._mode import backend as backend
 from fastnn._mode import decisions as decisions

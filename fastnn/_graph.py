@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -32,3 +33,24 @@ def launcher(file: str, function: str, schema: str, fake: Callable) -> Callable:
         return launch(*args)
 
     return call
+
+
+def traced_for_fastnn() -> bool:
+    """Whether Dynamo traces for our backend. It must then see PyTorch's functions."""
+    home = sys.modules.get("fastnn._compiler._backend")
+    if home is None:
+        return False
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        given = InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:  # nothing is traced, or Dynamo is organised in another way
+        return False
+    while given is not None and given is not home.backend:
+        wrapped = getattr(given, "__wrapped__", None)  # Dynamo's wrapper for debugging
+        given = getattr(given, "compiler_fn", None) if wrapped is None else wrapped
+    return given is not None
+
+
+# Dynamo runs it while tracing. Each backend has graphs of its own, so the answer holds for a graph.
+traced_for_fastnn._dynamo_marked_constant = True  # type: ignore[attr-defined]

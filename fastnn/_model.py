@@ -211,17 +211,32 @@ def _untouched(model: stock.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
-def explain(model: stock.Module, *inputs, **kwargs) -> Explanation:
+def _explain_compiled(model: stock.Module, inputs: tuple, kwargs: dict) -> Explanation:
+    from fastnn._compiler._backend import decisions_of
+
+    kinds = {name: _class_name(layer) for name, layer in model.named_modules()}
+    with _untouched(model):
+        return Explanation(
+            Row(d.layer, kinds.get(d.layer, ""), d.op, "stock" if d.why else "kernel", d.why or "")
+            for d in decisions_of(model, inputs, kwargs)
+        )
+
+
+def explain(model: stock.Module, *inputs, compiled: bool = False, **kwargs) -> Explanation:
     """Which layers of `model` run on kernels, which run on PyTorch, and why.
 
     With inputs, `explain` calls `model(*inputs, **kwargs)` once, and gives one row per dispatched
     function, in order. Buffers and random states are put back. Without inputs, it gives one row per
-    layer, from the class of the layer alone.
+    layer, from the class of the layer alone. With `compiled=True`, which needs inputs, it tells of
+    the call of `fastnn.compile(model)`. A row then names the layer in which the last of the calls
+    stands that became the op.
 
     Returns an `Explanation`, a tuple of `Row`s that prints as a table. Raises TypeError if `model`
     is not a Module, and any error that the model raises.
     """
     _expect_module("explain", model)
+    if compiled:
+        return _explain_compiled(model, inputs, kwargs)
     if not inputs and not kwargs:
         return _explain_statically(model)
     names = {id(layer): name for name, layer in model.named_modules()}

@@ -27,6 +27,7 @@ from fastnn._function import second_order as second_order
 from fastnn._gate import Policy
 from fastnn._gate import Work as Work
 from fastnn._graph import launcher as launcher
+from fastnn._graph import traced_for_fastnn
 from fastnn._mode import BackendError, Invalid, Stock
 from fastnn._plan import active
 from fastnn._plan import impossible as impossible
@@ -234,6 +235,8 @@ _forced_onto_stock._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _dispatch_compiling(op: Op, args: tuple, kwargs: dict):
     """The choice when Dynamo traces: PyTorch, or the fused function with opaque launches."""
+    if traced_for_fastnn():
+        return op.stock(*args, **kwargs)
     mode = _mode.traced_mode()
     why = 'backend("torch")' if mode == "torch" else "torch.compile fuses PyTorch's formula itself"
     if op.opaque and mode != "torch" and (mode == "triton" or op.compiled == "opaque"):

@@ -173,6 +173,16 @@ def kl_div_log_grad(g, a, b, c, p, q):
 
 
 @triton.jit
+def kl_div_log_slope(a, b, c, p, q):
+    return -libdevice.exp(b)
+
+
+@triton.jit
+def kl_div_log_of_slope(g, k, b, c, p, q):
+    return (k * g,)
+
+
+@triton.jit
 def _stirling(b):
     value = b * tl.log(b) - b + 0.5 * tl.log(6.283185307179586 * b)
     return tl.where(b <= 1, 0.0, value)

@@ -1,5 +1,6 @@
 """Batch, group and instance norm beyond the parity rows: buffers, versions, fusion."""
 
+import contextlib
 import copy
 
 import pytest
@@ -142,6 +143,37 @@ def test_in_place_changes_before_backward(call, changed, device):
     theirs = edit_outcome(lambda *t: call(stock.functional, *t), changed, device)
     with fastnn.backend("triton"):
         assert edit_outcome(lambda *t: call(F, *t), changed, device) == theirs
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inference", "outside"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("name", ["batch_norm", "instance_norm"])
+def test_statistics_made_under_inference_mode(name, training, inside, device):
+    """Each norm reads and updates them where stock does. An instance norm updates them only under
+    inference_mode.
+    """
+    ended = []
+    for functions in (stock.functional, F):
+        torch.manual_seed(0)
+        x = torch.randn(2, 3, 5, device=device)
+        with torch.inference_mode():
+            mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+        mode = torch.inference_mode() if inside else contextlib.nullcontext()
+        try:
+            with mode, fastnn.backend("triton" if functions is F else "torch"):
+                y = getattr(functions, name)(x, mean, var, None, None, training)
+        except RuntimeError as e:
+            ended.append(str(e).splitlines()[0])
+            continue
+        with torch.inference_mode():
+            ended.append([t.clone() for t in (y, mean, var)])
+    if isinstance(ended[0], str) or isinstance(ended[1], str):
+        assert ended[0] == ended[1]
+    else:
+        with torch.inference_mode():
+            torch.testing.assert_close(ended[1], ended[0])
+    raises = name == "instance_norm" and training and not inside
+    assert isinstance(ended[0], str) == raises
 
 
 @pytest.mark.parametrize(

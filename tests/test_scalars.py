@@ -187,8 +187,9 @@ def test_a_number_is_computed_with_in_the_dtype_that_the_page_says(name, number,
 
 def test_numbers_of_the_page_are_called_or_said_why_not():
     apart = {op for op, _ in TABLE if TABLE[op, _] == "see below"}
-    fused = {"batch_norm_act", "batch_norm_add_relu", "group_norm_act", "dropout_add_layer_norm",
-             "dropout_add_rms_norm", "linear_act", "linear_cross_entropy"}  # fmt: skip
+    fused = {"act_mul", "batch_norm_act", "batch_norm_add_relu", "group_norm_act",
+             "dropout_add_layer_norm", "dropout_add_rms_norm", "linear_act",
+             "linear_cross_entropy"}  # fmt: skip
     for op, number in TABLE:
         assert (op, number) in CALLS or op in apart | fused or number == "momentum", (op, number)
 

@@ -31,6 +31,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fastnn
+from fastnn.layers._fusion import RULES
 from fastnn.layers._layer import OURS, STOCK
 from fastnn.testing import Comparison, _compare, _pooled, _side, simulated
 from fastnn.testing.cases import CASES
@@ -99,6 +100,12 @@ def encoding(**options):
     return lambda nn: nn.TransformerEncoderLayer(6, 2, 5, dropout=0.2, **options)
 
 
+def with_rms_norms(nn):
+    layer = encoding()(nn)
+    layer.norm1, layer.norm2 = nn.RMSNorm(6), nn.RMSNorm(6)
+    return layer
+
+
 def chain(*members):
     """A Sequential of members, each given by class name and arguments."""
     return lambda nn: nn.Sequential(*(getattr(nn, name)(*args) for name, *args in members))
@@ -115,9 +122,22 @@ MODELS = {
         ROWS,
     ),
     "embedding": (Embedded, ROWS),
+    "convolution": (
+        chain(
+            ("Conv1d", 1, 4, 3, 1, 1),
+            ("BatchNorm1d", 4),
+            ("ReLU",),
+            ("MaxPool1d", 2, 1),
+            ("ReflectionPad1d", 1),
+            ("ConvTranspose1d", 4, 2, 2),
+            ("AvgPool1d", 2),
+        ),
+        SEQUENCE,
+    ),
     "attention": (Attending, SEQUENCE),
     "encoder": (encoding(), SEQUENCE),
     "encoder, norm first": (encoding(norm_first=True, activation="gelu"), SEQUENCE),
+    "encoder, RMS norms": (with_rms_norms, SEQUENCE),
     "decoder": (Decoding, SEQUENCE),
     "decoder, norm first": (functools.partial(Decoding, norm_first=True), SEQUENCE),
 }
@@ -128,7 +148,16 @@ FUSED = {
     "linear_act_dropout": {"linear_act"},
     "batch_norm_act": {"batch_norm_act"},
     "group_norm_act": {"group_norm_act"},
+    "convolution": {
+        "batch_norm_act",
+        "conv1d",
+        "conv_transpose1d",
+        "max_pool1d",
+        "avg_pool1d",
+        "pad",
+    },
     "encoder": {"linear_act", "dropout_add_layer_norm"},
+    "encoder, RMS norms": {"linear_act", "dropout_add_rms_norm"},
     "encoder, norm first": {"linear_act", "dropout_add_layer_norm", "dropout_add"},
     "decoder": {"linear_act", "dropout_add_layer_norm"},
     "decoder, norm first": {"linear_act", "dropout_add_layer_norm", "dropout_add"},
@@ -618,6 +647,10 @@ def test_the_models_are_fused(name, mode):
     wrong, heard = differences(name, None, lambda lab: lab.all(lab.net(lab.x)), mode)
     assert not wrong
     assert FUSED[name] <= {op.name for op, why in heard if why is None}
+
+
+def test_there_is_a_model_of_every_fused_kind():
+    assert {rule.op.__name__ for rule in RULES} <= set().union(*FUSED.values())
 
 
 # ---- Hooks of the old kind ---------------------------------------------------------------------

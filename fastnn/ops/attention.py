@@ -294,6 +294,8 @@ def scaled_dot_product_attention(
     lead = _shapes(q, k, v, mask, gqa)
     if isinstance(lead, Stock):
         return lead
+    if not (q.numel() and k.numel() and v.numel()):
+        return Stock("no elements")  # PyTorch fills the result, and keeps nothing
     D, (S, E) = q.shape[-1], v.shape[-2:]
     if not 0 < D <= 256 or not 0 < E <= 256:
         return Stock(f"head size {max(D, E)}")

@@ -90,17 +90,20 @@ class ChannelNorm(Function):
         if spec.groups:
             running_mean = running_var = None
         keeps_y = act is not None and act.formula.keeps == "y"
-        ctx.save_for_backward(
-            x,
-            weight,
-            # with a residual, the gradient of the activation is computed from y
-            None if act is None or residual is not None else bias,
-            running_mean,
-            running_var,
-            mean,
-            rstd,
-            y if keeps_y else None,
-        )
+        if any(ctx.needs_input_grad[:3]):
+            ctx.save_for_backward(
+                x,
+                weight,
+                # with a residual, the gradient of the activation is computed from y
+                None if act is None or residual is not None else bias,
+                running_mean,
+                running_var,
+                mean,
+                rstd,
+                y if keeps_y else None,
+            )
+        else:  # the gradient of a residual is that of the activation
+            ctx.save_for_backward(*(None,) * 7, y if keeps_y else None)
         ctx.bias = None if bias is None else bias.dtype
         ctx.has_residual = residual is not None
         ctx.spec = spec
@@ -110,6 +113,9 @@ class ChannelNorm(Function):
     def backward(ctx, dy):
         x, weight, bias, *running, mean, rstd, y = ctx.saved_tensors
         spec, needs = ctx.spec, ctx.needs_input_grad[:4]
+        if not any(needs[:3]):
+            dz = spec.act.formula.stock(dy, y, spec.act.a, spec.act.b)
+            return None, None, None, dz, None, None, None
         if torch.is_grad_enabled():  # create_graph=True: a kernel's gradient would carry no graph
             grads = _differentiable_gradients(ctx, dy, x, weight, bias, running, y, needs)
             return *grads, None, None, None

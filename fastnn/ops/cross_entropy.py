@@ -41,15 +41,19 @@ class CrossEntropy(Function):
     @staticmethod
     def forward(ctx, x, target, weight, ignore_index, smoothing, reduction, dtype):
         loss, stats = _fwd(x, target, weight, ignore_index, smoothing, reduction, dtype)
-        ctx.save_for_backward(x, target, weight, stats)
-        ctx.options = ignore_index, smoothing, reduction
+        # The gradient of probabilities does not depend on them.
+        kept = target if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x, kept, weight, stats)
+        ctx.options = ignore_index, smoothing, reduction, target.dtype
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
         x, target, weight, stats = ctx.saved_tensors
-        ignore_index, smoothing, reduction = ctx.options
+        ignore_index, smoothing, reduction, target_dtype = ctx.options
         need_x, need_target = ctx.needs_input_grad[:2]
+        if target is None:
+            target = torch.empty_like(x, dtype=target_dtype)  # not read
         if torch.is_grad_enabled():
             dtype = dloss.dtype
 
@@ -89,6 +93,10 @@ def _refuse(input, target, weight, ignore_index, smoothing, reduction, out_dtype
     if smoothing > 0.0 and isinstance(target, torch.Tensor) and target.dtype is torch.uint8:
         return Stock("uint8 targets with label smoothing")
     return refuse_indices(input, target, weight, out_dtype)
+
+
+def _tracked(input):
+    return torch.is_grad_enabled() and input.requires_grad
 
 
 @op(
@@ -131,4 +139,6 @@ def cross_entropy(
     reduction = resolve_reduction(size_average, reduce, reduction)
     # as in ATen, where nan also means none
     smoothing = float(label_smoothing) if label_smoothing > 0 else 0.0
+    if smoothing > 0.0 and target.is_floating_point() and _tracked(input):
+        target = target.clone()  # ATen keeps new, smoothed probabilities: users may edit theirs
     return run(CrossEntropy, input, target, weight, ignore_index, smoothing, reduction, dtype)

@@ -51,7 +51,7 @@ class Embedding(Function):
 
 @op(
     stock=stock.embedding,
-    strided=("weight",),
+    strided=("input", "weight"),  # the launchers copy indices that are not dense
     integers=(torch.int64, torch.int32),
     opaque=True,
     policy=_vectors,

@@ -1,10 +1,12 @@
-"""GLU."""
+"""Gated units: GLU, and the product of an activation with a tensor."""
 
 import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, op, run, second_order
+from fastnn._op import Function, Invalid, Stock, op, run, second_order
+from fastnn.ops.activation import refuse_numbers
+from fastnn.ops.linear import _ACTIVATIONS, _activate
 
 
 class GLU(Function):
@@ -33,3 +35,64 @@ def glu(input, dim=-1):
     if type(dim) is not int or not -rank <= dim < rank or input.shape[dim] % 2:
         return Invalid(f"dim={dim!r} of {tuple(input.shape)}")
     return run(GLU, input, dim % rank)
+
+
+class ActMul(Function):
+    """x, z -> act(x) * z. It keeps x and z; PyTorch keeps act(x) as well."""
+
+    strided = ("dy",)
+
+    @staticmethod
+    def forward(ctx, x, z, activation, a, b):
+        ctx.save_for_backward(x, z)
+        ctx.rest = activation, a, b
+        return kernels.glu.act_mul_fwd(x, z, _ACTIVATIONS[activation].value, a, b)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, z = ctx.saved_tensors
+        activation, a, b = ctx.rest
+        if torch.is_grad_enabled():
+            act = _activate(activation)
+            needs = ctx.needs_input_grad[:2]
+            grads = second_order(lambda x, z: act(x, a, b) * z, (x, z), dy, needs)
+        else:
+            formula = _ACTIVATIONS[activation]
+            grads = kernels.glu.act_mul_bwd(
+                dy, x, z, formula.value, formula.gradient, formula.keeps == "y", a, b
+            )
+        return *grads, None, None, None
+
+
+def _act_then_mul(input, other, activation="silu", a=0.0, b=0.0):
+    if activation not in _ACTIVATIONS:
+        accepted = ", ".join(_ACTIVATIONS)
+        raise ValueError(f"act_mul: activation {activation!r}; accepted are {accepted}")
+    return _activate(activation)(input, a, b) * other
+
+
+@op(stock=_act_then_mul, strided=("input", "other"), source="arXiv:2002.05202")
+def act_mul(input, other, activation="silu", a=0.0, b=0.0):
+    """`activation(input, a, b) * other`, one pass per direction: SwiGLU, GEGLU, ReGLU.
+
+    It takes two tensors of one shape and dtype, contiguous or both channels-last. The activations,
+    and a and b, are those of `linear_act`. Raises ValueError for any other activation.
+    """
+    if activation not in _ACTIVATIONS:
+        return Invalid(f"activation={activation!r}")
+    why = refuse_numbers(a, b)
+    if why is not None:
+        return why
+    if not isinstance(other, torch.Tensor) or not isinstance(input, torch.Tensor):
+        return Stock("one of the factors is a number")
+    if input.shape != other.shape or input.dtype != other.dtype:
+        return Stock(
+            f"{tuple(input.shape)} of {input.dtype}, {tuple(other.shape)} of {other.dtype}"
+        )
+    last = torch.channels_last if input.dim() == 4 else torch.contiguous_format
+    if not any(
+        input.is_contiguous(memory_format=f) and other.is_contiguous(memory_format=f)
+        for f in (torch.contiguous_format, last)
+    ):
+        return Stock(f"strides {input.stride()} and {other.stride()}")
+    return run(ActMul, input, other, activation, float(a), float(b))

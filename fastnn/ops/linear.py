@@ -50,6 +50,20 @@ def _matrix(x):
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
+def _foldable(x):
+    """x (..., K) with leading dims that can be one dim: a copy, as ATen makes one, or x itself.
+
+    The copy is made here, and not beside the product, so that it is what the backward keeps.
+    """
+    step = None
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size != 1:
+            if step is not None and stride != step:
+                return x.contiguous()
+            step = size * stride
+    return x
+
+
 def _rows(dy):
     """dy (..., N) -> (M, N) with unit stride in N."""
     dy = _matrix(dy)
@@ -149,7 +163,7 @@ def linear(input, weight, bias=None):
     if why is not None:
         return why
     how = How(True, matmul_precision(input.get_device()), _gpus.architecture(input.get_device()))
-    return run(Linear, input, weight, bias, how)
+    return run(Linear, _foldable(input), weight, bias, how)
 
 
 # ---- Linear, activation, dropout -----------------------------------------------------------------
@@ -408,4 +422,4 @@ def linear_act(
     # A forced call has no variant: our GEMM multiplies, also in the backward.
     how = How(not variant, matmul_precision(input.get_device()), arch)
     rest = Neighbours(activation, float(a), float(b), variant or "gemm", noise, how)
-    return run(LinearAct, input, weight, bias, rest)[0]
+    return run(LinearAct, _foldable(input), weight, bias, rest)[0]

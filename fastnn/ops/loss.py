@@ -63,6 +63,7 @@ KL_DIV = Loss("kl_div", lambda a, b, c, p, q: torch.kl_div(a, b, 0), reads_a=Fal
 KL_DIV_LOG = Loss(
     "kl_div_log", lambda a, b, c, p, q: torch.kl_div(a, b, 0, log_target=True), reads_a=False
 )
+KL_DIV_LOG_OF_FROZEN = KL_DIV_LOG._replace(keep="slope")  # if the target requires no grad
 POISSON = {
     (log_input, full): Loss(
         f"poisson{'_log' if log_input else ''}{'_full' if full else ''}",
@@ -472,7 +473,11 @@ def kl_div(
         reduction = resolve_reduction(size_average, reduce, reduction)
     elif reduction == "mean":
         _warn_of_mean()
-    loss = KL_DIV_LOG if log_target else KL_DIV
+    loss = KL_DIV
+    if log_target:  # ATen keeps neither tensor, but what it makes of them
+        loss = KL_DIV_LOG_OF_FROZEN
+        if target.requires_grad and torch.is_grad_enabled():
+            loss, input, target = KL_DIV_LOG, input.clone(), target.clone()
     divisor = None
     if reduction != "none":
         divisor = shape.numel() if reduction == "mean" else 1

@@ -516,7 +516,8 @@ def _fractional(
         or samples.shape[1:] != (channels, dims)
     ):
         return Invalid(f"_random_samples {tuple(samples.shape)} {samples.dtype}")
-    samples = samples.detach().contiguous()
+    # A copy, because ATen keeps indices instead: users may edit the samples.
+    samples = samples.detach().clone(memory_format=torch.contiguous_format)
     impossible("it looks at the samples, or draws them")
     if not samples.is_cuda and not ((samples >= 0) & (samples <= 1)).all():
         return Stock("_random_samples outside [0, 1]")

@@ -1,4 +1,4 @@
-"""GLU: every dimension, halves that lie together or apart, special values."""
+"""Gated units: every dimension and layout, every activation, special values."""
 
 from fastnn.testing import Case, randn, values
 from fastnn.testing.cases.activation import channels_last
@@ -27,4 +27,23 @@ CASES: list[Case] = [
     ),
     Case("GLU", (values(1.0, 2.0, float("nan"), 3.0, 9.0, float("inf"), -float("inf"), 1.0,
                         -90.0, 90.0),), {"dim": 0}),
+    *(
+        Case("act_mul", (randn(3, 7, scale=3.0), randn(3, 7)), {"activation": name, "a": a, "b": b})
+        for name, a, b in (
+            ("relu", 0.0, 0.0), ("leaky_relu", 0.1, 0.0), ("elu", 0.7, 1.0), ("selu", 0.0, 0.0),
+            ("gelu", 0.0, 0.0), ("gelu_tanh", 0.0, 0.0), ("silu", 0.0, 0.0), ("mish", 0.0, 0.0),
+            ("sigmoid", 0.0, 0.0), ("tanh", 0.0, 0.0), ("hardtanh", -0.5, 0.25),
+            ("hardsigmoid", 0.0, 0.0), ("hardswish", 0.0, 0.0),
+        )
+    ),
+    *(
+        Case("act_mul", (randn(*shape), randn(*shape)))
+        for shape in ((1025,), (2, 1024), (1,), (), (0, 4), (3, 1, 5))
+    ),
+    Case("act_mul", (randn(2, 3, 4, 5, grad=False), randn(2, 3, 4, 5))),
+    # Calls that run stock.
+    Case("act_mul", (randn(4, 5), randn(5)), stock="(4, 5) of"),
+    Case("act_mul", (randn(4, 3), randn(3, 4)), view=lambda x: x.t(), stock="strides (1, 3)"),
+    Case("act_mul", (values(1.0, float("nan"), float("inf"), -float("inf"), -90.0, 90.0, 0.0),
+                     values(2.0, 1.0, 3.0, 1.0, 4.0, -1.0, float("nan")))),
 ]  # fmt: skip

@@ -1,0 +1,189 @@
+"""The backend that `torch.compile(model, backend="fastnn")` finds, and what it did."""
+
+from __future__ import annotations
+
+import operator
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from fastnn import _mode
+from fastnn._compiler._calls import value
+from fastnn._compiler._rules import RULES, alone
+from fastnn._compiler._site import Misfit, Rewrite, Site
+
+
+class Found(NamedTuple):
+    """One place of a graph that became a call of an op.
+
+    rule: the name of the rule.
+    layer: the name of the module in whose forward the last node is; "" for the model itself.
+    shape: the shape of the result.
+    dtype: the dtype of the result.
+    """
+
+    rule: str
+    layer: str
+    shape: tuple[Any, ...]
+    dtype: torch.dtype
+
+
+_listening = threading.local()
+
+
+@contextmanager
+def listen() -> Iterator[list[Found]]:
+    """Collects in the block what graphs that this thread compiles become."""
+    before = getattr(_listening, "found", None)
+    found: list[Found] = []
+    _listening.found = found
+    try:
+        yield found
+    finally:
+        _listening.found = before
+
+
+def layer_of(node: Node) -> str:
+    """The name of the module in whose forward `node` was recorded; "" for the model itself."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = next(reversed(stack.values()))[0]
+    path = re.sub(r"^L\['\w+'\]", "", path)
+    path = re.sub(r"\._modules\['(.*?)'\]", r".\1", path)
+    return path.removeprefix(".")
+
+
+def _replace(gm: GraphModule, site: Site, rewrite: Rewrite) -> None:
+    graph = gm.graph
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    first = min(rewrite.outputs, key=order.__getitem__)
+    last = max(rewrite.outputs, key=order.__getitem__)
+    with graph.inserting_before(first):
+        args = rewrite.args
+        for view in rewrite.views:
+            swap = {view.args[0]: args[0]}
+            again = graph.node_copy(view, lambda n, swap=swap: swap.get(n, n))  # type: ignore[misc]
+            again.meta["example_value"] = value(view).to(value(args[0]).dtype)
+            args = (again, *args[1:])
+        call = graph.call_function(rewrite.target, args, dict(rewrite.kwargs))
+        call.meta = dict(last.meta)
+        if len(rewrite.outputs) == 1:
+            new = [call]
+        else:
+            call.meta["example_value"] = tuple(map(value, rewrite.outputs))
+            new = []
+            for i, output in enumerate(rewrite.outputs):
+                new.append(graph.call_function(operator.getitem, (call, i)))
+                new[-1].meta = dict(output.meta)
+    for output, one in zip(rewrite.outputs, new, strict=True):
+        output.replace_all_uses_with(one)
+    # Not `eliminate_dead_code`, which would also erase calls in place whose result nobody uses.
+    for node in sorted(site.taken, key=order.__getitem__, reverse=True):
+        graph.erase_node(node)
+
+
+def rewrite(gm: GraphModule) -> list[Found]:
+    """Put calls of our ops into a graph that Dynamo captured, and tell what was found.
+
+    The body of a higher-order operator, such as an activation checkpoint, is a graph of its own. It
+    is rewritten, too.
+    """
+    found: list[Found] = []
+
+    def tell(name: str, node: Node) -> None:
+        v = value(node)
+        if isinstance(v, Tensor):
+            found.append(Found(name, layer_of(node), tuple(v.shape), v.dtype))
+
+    graphs = [m for m in gm.modules() if isinstance(m, GraphModule)]
+    autocast = any(map(torch.is_autocast_enabled, ("cuda", "cpu"))) or any(
+        getattr(node.target, "__name__", "") == "_enter_autocast"
+        for module in graphs
+        for node in module.graph.nodes
+    )
+    for module in graphs:
+        for rule in RULES:
+            for node in list(module.graph.nodes):
+                if node._erased:
+                    continue
+                site = Site(module.graph, autocast)
+                if not site.is_call(node, *rule.ends):
+                    continue
+                try:
+                    result = rule.match(site, node)
+                    site.check(result)
+                except Misfit:
+                    continue
+                tell(rule.name, node)
+                _replace(module, site, result)
+        for node in module.graph.nodes:
+            ours = alone(node)
+            if ours is not None:
+                node.op = "call_function"
+                node.target, node.args, node.kwargs = ours
+                tell(ours[0].__name__, node)
+        module.graph.lint()
+        module.recompile()
+    return found
+
+
+def backend(gm: GraphModule, example_inputs: list[Any], **options: Any) -> Callable:
+    """A backend of `torch.compile`: the captured graph, with ops of fastnn where rules hold.
+
+    The graph runs with PyTorch's autograd. Each op decides at each call whether a kernel or PyTorch
+    runs it. So second derivatives, hooks and dynamic shapes work as in eager mode. There are no
+    options. Raises TypeError for any.
+    """
+    if options:
+        given = ", ".join(map(str, options.get("options") or options))
+        raise TypeError(f"the backend fastnn takes no options; given: {given}")
+    found = rewrite(gm)
+    listener = getattr(_listening, "found", None)
+    if listener is not None:
+        listener += found
+    return gm.forward
+
+
+# ---- explain ------------------------------------------------------------------------------------
+
+
+class Decision(NamedTuple):
+    """What one call of an op in a graph did: its layer, the op's name, and why not a kernel."""
+
+    layer: str
+    op: str
+    why: str | None
+
+
+class _Told(Interpreter):
+    """Runs a graph node by node, and notes the decisions of each."""
+
+    def __init__(self, gm: GraphModule, decisions: list[Decision]):
+        super().__init__(gm)
+        self.decisions = decisions
+
+    def run_node(self, n: Node) -> Any:
+        with _mode.decisions() as heard:
+            result = super().run_node(n)
+        self.decisions += [Decision(layer_of(n), op.name, why) for op, why in heard]
+        return result
+
+
+def decisions_of(model: Callable, inputs: tuple, kwargs: dict) -> list[Decision]:
+    """The decisions in one call of `model`, compiled for this backend."""
+    decisions: list[Decision] = []
+
+    def told(gm: GraphModule, example_inputs: list[Any]) -> Callable:
+        rewrite(gm)
+        return _Told(gm, decisions).run
+
+    told.__wrapped__ = backend  # type: ignore[attr-defined]  # so that it is traced alike
+    torch.compile(model, backend=told)(*inputs, **kwargs)
+    return decisions

@@ -1,0 +1,324 @@
+"""What a node of a captured graph computes, however the user's code spelt it.
+
+Dynamo records `x + y`, `torch.add(x, y)`, `x.add(y)` and `x += y` as four kinds of nodes. `call`
+gives all of them one name and one set of arguments. The other functions here say what a node
+writes, whether it draws random numbers, and which memory its result may share.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Node
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a node computes: the function's name, and its arguments by name, with defaults."""
+
+    name: str
+    arguments: dict[str, Any]
+    inplace: bool
+    """Whether the result overwrites the first argument."""
+
+    def __getitem__(self, argument: str) -> Any:
+        return self.arguments[argument]
+
+
+# Functions that have several spellings, or that are builtins and so tell no signature. A function
+# that `torch.nn.functional` writes in Python tells its own.
+_SIGNATURES: dict[str, Callable] = {
+    "add": lambda input, other, alpha=1: None,
+    "sub": lambda input, other, alpha=1: None,
+    "mul": lambda input, other: None,
+    "div": lambda input, other, rounding_mode=None: None,
+    "neg": lambda input: None,
+    "pow": lambda input, exponent: None,
+    "square": lambda input: None,
+    "sqrt": lambda input: None,
+    "rsqrt": lambda input: None,
+    "reciprocal": lambda input: None,
+    "exp": lambda input: None,
+    "erf": lambda input: None,
+    "mean": lambda input, dim=None, keepdim=False, dtype=None: None,
+    "tanh": lambda input: None,
+    "sigmoid": lambda input: None,
+    "relu": lambda input: None,
+    "selu": lambda input: None,
+    "silu": lambda input, inplace=False: None,
+    "mish": lambda input, inplace=False: None,
+    "elu": lambda input, alpha=1.0, inplace=False: None,
+    "hardswish": lambda input, inplace=False: None,
+    "hardsigmoid": lambda input, inplace=False: None,
+    "hardtanh": lambda input, min_val=-1.0, max_val=1.0, inplace=False: None,
+    "relu6": lambda input, inplace=False: None,
+    "leaky_relu": lambda input, negative_slope=0.01, inplace=False: None,
+    "softplus": lambda input, beta=1.0, threshold=20.0: None,
+    "gelu": lambda input, approximate="none": None,
+    "linear": lambda input, weight, bias=None: None,
+    "layer_norm": F.layer_norm,
+    "rms_norm": F.rms_norm,
+    "group_norm": F.group_norm,
+    "batch_norm": F.batch_norm,
+    "dropout": F.dropout,
+    "cross_entropy": F.cross_entropy,
+    "nll_loss": F.nll_loss,
+    "log_softmax": F.log_softmax,
+    "softmax": F.softmax,
+}  # fmt: skip
+_ALIASES = {
+    "multiply": "mul",
+    "divide": "div",
+    "true_divide": "div",
+    "subtract": "sub",
+    "negative": "neg",
+}
+_OPERATORS = {
+    "add": "add",
+    "sub": "sub",
+    "mul": "mul",
+    "truediv": "div",
+    "pow": "pow",
+    "neg": "neg",
+}
+# Functions of one name whose signature in `torch` differs from that in `torch.nn.functional`.
+_ONLY_FUNCTIONAL = {"layer_norm", "group_norm", "batch_norm", "dropout", "nll_loss"}
+_LOG_SOFTMAX = inspect.signature(lambda input, dim=None, dtype=None: None)
+
+
+class _Spelling(NamedTuple):
+    name: str
+    signature: inspect.Signature
+    inplace: bool
+
+
+def _signature(name: str, function: Any) -> inspect.Signature:
+    if isinstance(function, FunctionType) and function.__module__.startswith("torch"):
+        return inspect.signature(function)
+    if name in ("softmax", "log_softmax"):
+        return _LOG_SOFTMAX
+    return inspect.signature(_SIGNATURES[name])
+
+
+def _spellings() -> tuple[dict[Any, _Spelling], dict[str, _Spelling]]:
+    functions: dict[Any, _Spelling] = {}
+    methods: dict[str, _Spelling] = {}
+    names = {**{n: n for n in _SIGNATURES}, **_ALIASES}
+    for spelt, name in names.items():
+        homes: tuple[ModuleType, ...] = (F,) if name in _ONLY_FUNCTIONAL else (F, torch)
+        for suffix in ("", "_"):
+            for home in homes:
+                function = getattr(home, spelt + suffix, None)
+                if function is not None:
+                    functions[function] = _Spelling(name, _signature(name, function), bool(suffix))
+            if hasattr(Tensor, spelt + suffix) and name not in _ONLY_FUNCTIONAL:
+                signature = _signature(name, None)
+                methods[spelt + suffix] = _Spelling(name, signature, bool(suffix))
+    for spelt, name in _OPERATORS.items():
+        signature = inspect.signature(_SIGNATURES[name])
+        functions[getattr(operator, spelt)] = _Spelling(name, signature, False)
+        if hasattr(operator, f"i{spelt}"):
+            functions[getattr(operator, f"i{spelt}")] = _Spelling(name, signature, True)
+    return functions, methods
+
+
+_FUNCTIONS, _METHODS = _spellings()
+
+
+def value(node: Any) -> Any:
+    """What Dynamo knows of the result of a node: a fake tensor, a number, ...; None if nothing."""
+    return node.meta.get("example_value") if isinstance(node, Node) else None
+
+
+def _constant(argument: Any) -> Any:
+    """With `dynamic=True`, Dynamo passes an `eps` as a symbol. To read its value adds a guard."""
+    v = value(argument)
+    return float(v) if isinstance(v, (float, torch.SymFloat)) else argument
+
+
+def call(node: Any) -> Call | None:
+    """What `node` computes; None if it is not a call of a function that has a name here."""
+    if not isinstance(node, Node):
+        return None
+    if node.op == "call_function":
+        spelling = _FUNCTIONS.get(node.target)
+    elif node.op == "call_method":
+        spelling = _METHODS.get(str(node.target))
+    else:
+        return None
+    if spelling is None:
+        return None
+    try:
+        bound = spelling.signature.bind(*node.args, **node.kwargs)
+    except TypeError:  # for example `out=`
+        return None
+    bound.apply_defaults()
+    arguments = {name: _constant(v) for name, v in bound.arguments.items()}
+    inplace = spelling.inplace or bool(arguments.pop("inplace", False))
+    # `a += b` for an `a` that is a number makes a new object, like `a + b`.
+    return Call(spelling.name, arguments, inplace and isinstance(value(node), Tensor))
+
+
+# ---- Conversions and views ----------------------------------------------------------------------
+
+_CONVERSIONS = frozenset(("to", "float", "half", "bfloat16", "type", "type_as"))
+_VIEWS = frozenset(
+    ("view", "reshape", "contiguous", "transpose", "permute", "flatten", "unflatten", "unsqueeze",
+     "squeeze", "expand", "expand_as", "view_as", "reshape_as", "t", "detach", "chunk", "split",
+     "unbind", "narrow", "select", "swapaxes", "movedim", "getitem", "getattr", "alias", "mT")
+)  # fmt: skip
+
+
+def _target_name(node: Node) -> str:
+    target = node.target
+    return target if isinstance(target, str) else getattr(target, "__name__", "")
+
+
+def is_conversion(node: Any) -> bool:
+    """Whether a node changes the dtype of a tensor, and nothing else."""
+    if not isinstance(node, Node) or node.op != "call_method" or node.target not in _CONVERSIONS:
+        return False
+    new, old = value(node), value(node.args[0])
+    return (
+        isinstance(new, Tensor)
+        and isinstance(old, Tensor)
+        and new.device == old.device
+        and "memory_format" not in node.kwargs
+        and not node.kwargs.get("copy")
+    )
+
+
+def is_view(node: Any) -> bool:
+    """Whether the result of a node may share the memory of its first argument."""
+    return (
+        isinstance(node, Node)
+        and node.op in ("call_function", "call_method")
+        and _target_name(node) in _VIEWS | _CONVERSIONS
+        and bool(node.args)
+        and isinstance(node.args[0], Node)
+    )
+
+
+def roots(node: Node) -> set[Node]:
+    """The nodes whose memory the result of `node` may share: itself, if it makes a tensor."""
+    found: set[Node] = set()
+    todo, seen = [node], set()
+    while todo:
+        one = todo.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        known = call(one)
+        if is_view(one):
+            todo.append(one.args[0])  # type: ignore[arg-type]
+        elif known is not None and known.inplace:
+            todo.append(one.args[0])  # type: ignore[arg-type]
+        elif one.op in ("placeholder", "get_attr"):
+            found.add(one)
+        elif known is not None and known.name != "dropout":
+            found.add(one)
+        else:  # unknown: any argument may be shared. Dropout that drops nothing returns its input.
+            found.add(one)
+            todo.extend(one.all_input_nodes)
+    return found
+
+
+def is_alone(node: Any) -> bool:
+    """Whether `node` holds new memory that is read through this node only, by one user.
+
+    To overwrite it is then the same as to make a new tensor.
+    """
+    while isinstance(node, Node) and len(node.users) == 1:
+        if is_view(node):
+            node = node.args[0]
+            continue
+        known = call(node)
+        if known is None or known.name == "dropout":
+            return False
+        if not known.inplace:
+            return True
+        node = node.args[0]
+    return False
+
+
+# ---- Effects ------------------------------------------------------------------------------------
+
+_STATISTICS = ("running_mean", "running_var")
+
+
+def writes(node: Node) -> list[Node]:
+    """The nodes whose memory a call writes."""
+    known = call(node)
+    if known is not None:
+        if known.inplace:
+            return [a for a in node.args[:1] if isinstance(a, Node)]
+        if known.name == "batch_norm" and known["training"] is not False:
+            return [known[s] for s in _STATISTICS if isinstance(known[s], Node)]
+    written = []
+    out = node.kwargs.get("out")
+    if isinstance(out, Node):
+        written.append(out)
+    name = _target_name(node)
+    overwrites = name.endswith("_") and not name.endswith("__")
+    overwrites |= name in ("setitem", "__setitem__") or bool(node.kwargs.get("inplace"))
+    overwrites |= node.op == "call_function" and getattr(operator, name, None) is node.target and (
+        name.startswith("i") and name[1:] in vars(operator)
+    )  # fmt: skip
+    if overwrites:
+        written += [a for a in node.args[:1] if isinstance(a, Node)]
+    return written
+
+
+# Parts of the names of functions that draw, or that set a generator.
+_RANDOM = (
+    "rand", "drop", "bernoulli", "normal", "multinomial", "uniform", "rrelu", "fractional", "seed",
+    "exponential", "poisson", "gumbel", "cauchy", "geometric",
+)  # fmt: skip
+
+
+def draws(node: Node) -> bool:
+    """Whether a call may take random numbers from a generator."""
+    known = call(node)
+    if known is not None:
+        return known.name == "dropout" and known["training"] is not False
+    name = _target_name(node)
+    if name == "scaled_dot_product_attention":
+        probability = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        return bool(probability != 0.0)
+    return any(part in name for part in _RANDOM)
+
+
+_KNOWN_HOMES = ("torch", "_operator", "operator", "math")
+
+
+def is_opaque(node: Node) -> bool:
+    """Whether a call may have effects that `writes` and `draws` do not tell.
+
+    Such are higher-order operators, functions from outside of PyTorch, operators whose schema says
+    that they write, and switches such as those of autocast.
+    """
+    if node.op == "call_module":
+        return True
+    if node.op != "call_function":
+        return False
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return True
+    if target is getattr:  # for example of `x.device`
+        return False
+    home = getattr(target, "__module__", None) or ""
+    if home.split(".")[0] not in _KNOWN_HOMES and type(target).__name__ != "method_descriptor":
+        return True
+    return _target_name(node).startswith("_") or "autograd" in home

@@ -1,0 +1,470 @@
+"""Which calls of a captured graph become one call of an op, and which spelling stands for which op.
+
+A rule is a function of a `Site` and of the last node. It takes nodes, raises `Misfit` where it does
+not hold, and returns a `Rewrite`. `RULES` is the table; the first rule that holds wins. A rule that
+needs two nodes with several spellings in between is a few lines, since `Site` reads the spellings.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as stock
+from torch import Tensor
+from torch.fx import Node
+
+import fastnn.functional as F
+from fastnn._compiler._calls import Call, call, is_conversion, is_view, value
+from fastnn._compiler._site import Misfit, Rewrite, Site
+from fastnn.ops import REGISTRY
+from fastnn.ops.channel_norm import batch_norm_act, batch_norm_add_relu, group_norm_act
+from fastnn.ops.glu import act_mul
+from fastnn.ops.linear import linear_act
+from fastnn.ops.residual_norm import dropout_add, dropout_add_layer_norm, dropout_add_rms_norm
+
+
+class Rule(NamedTuple):
+    """A rule and the functions that its last node may compute."""
+
+    name: str
+    ends: tuple[str, ...]
+    match: Callable[[Site, Node], Rewrite]
+
+
+RULES: list[Rule] = []
+
+
+def rule(name: str, *ends: str) -> Callable[[Callable], Callable]:
+    """Enter a function into the table of rules."""
+
+    def enter(match: Callable) -> Callable:
+        RULES.append(Rule(name, ends, match))
+        return match
+
+    return enter
+
+
+def _tensor(node: Any) -> Tensor:
+    v = value(node)
+    if not isinstance(v, Tensor):
+        raise Misfit(f"{node} is no tensor")
+    return v
+
+
+def _numbers(*values: Any) -> None:
+    """Numbers that a graph with dynamic shapes computes have no place in an op."""
+    for v in values:
+        if isinstance(v, Node):
+            raise Misfit("a number is computed in the graph")
+
+
+def _close(a: float, b: float) -> bool:
+    """Whether float32 does not tell two constants apart."""
+    return math.isclose(a, b, rel_tol=2.0**-24)
+
+
+# ---- Formulas that are written out --------------------------------------------------------------
+# They become PyTorch's function of that name. Other rules then see it, and `alone` puts ours there.
+
+
+def _rms_norm_without_autocast(input: Tensor, *args: Any) -> Tensor:
+    """`rms_norm` in the dtypes that the formula states, which autocast does not change."""
+    with torch.autocast(input.device.type, enabled=False):
+        return F.rms_norm(input, *args)
+
+
+_rms_norm_without_autocast.__name__ = "rms_norm"
+
+
+@rule("rms_norm written out", "mul")
+def _rms_norm_written_out(site: Site, end: Node) -> Rewrite:
+    """w * (x * rsqrt(mean(x ** 2) + eps)), with conversions to float32 and back."""
+    scaled = site.call(end, "mul")
+    for weight, normed in (
+        (scaled["input"], scaled["other"]),
+        (scaled["other"], scaled["input"]),
+    ):
+        inner = normed
+        while is_conversion(inner):
+            inner = inner.args[0]
+        if site.is_call(inner, "mul") and isinstance(weight, Node) and _tensor(weight).dim() == 1:
+            break
+    else:
+        raise Misfit("no weight times a product")
+    normed = site.below_conversion(normed)
+    number, two = site.product(normed)
+    site.expect(number == 1.0 and len(two) == 2, "not a product of two")
+    factor = next((f for f in two if site.is_call(f, "rsqrt")), None)
+    x = next((f for f in two if f is not factor), None)
+    site.expect(factor is not None and x is not None, "no rsqrt")
+    terms = site.sum(site.call(factor, "rsqrt")["input"])
+    eps, mean = site.number_and_node(terms)
+    of = site.call(mean, "mean")
+    site.expect(of["dim"] in (-1, (-1,), [-1]) and of["keepdim"] is True, "the mean is not of rows")
+    site.expect(of["dtype"] is None, "the mean has a dtype of its own")
+    number, squares = site.product(of["input"])
+    site.expect(number == 1.0 and len(squares) == 2 and squares[0] is squares[1], "no square")
+    # The square and the product may read x through the same conversion, or each through its own.
+    source = _source(site, x)
+    site.expect(_source(site, squares[0]) is source, "the square is of another tensor")
+    given, w, out = _tensor(source), _tensor(weight), _tensor(end)
+    site.expect(given.dtype == w.dtype == out.dtype, "the weight or the result has another dtype")
+    wide = torch.promote_types(given.dtype, torch.float32)
+    site.expect(_tensor(mean).dtype == wide, "the mean is not taken in float32")
+    site.expect(given.shape == out.shape and w.shape == given.shape[-1:], "the weight is broadcast")
+    shape = (w.shape[0],)
+    site.expect(type(w.shape[0]) is int, "the rows have no fixed length")
+    norm = _rms_norm_without_autocast if site.autocast else stock.rms_norm
+    return Rewrite(norm, (source, shape, weight, eps), (end,))
+
+
+def _source(site: Site, node: Any) -> Any:
+    """What `node` converts; the conversion is taken if only nodes of this place read it."""
+    while is_conversion(node):
+        if all(user in site.taken for user in node.users):
+            site.taken[node] = None
+        elif _tensor(node).dtype != _tensor(node.args[0]).dtype:
+            pass  # somebody else needs it: it stays, and the norm reads what it converts
+        node = node.args[0]
+    return node
+
+
+def _split(site: Site, factors: list[Node], name: str, *but: Any) -> tuple[Node, list[Node]]:
+    """Of factors, the one that computes `name` and is none of `but`, and the others."""
+    found = [f for f in factors if site.is_call(f, name) and all(f is not b for b in but)]
+    if len(found) != 1:
+        raise Misfit(f"no {name} among the factors")
+    return found[0], [f for f in factors if f is not found[0]]
+
+
+def _split_one_plus(site: Site, factors: list[Node], *names: str) -> tuple[Call, list[Node]]:
+    """Of factors, the call of one of `names` in `1 + name(...)`, and the other factors."""
+    for factor in factors:
+        known = call(factor)
+        if known is not None and known.name == "add" and 1 in (known["input"], known["other"]):
+            _, inner = site.number_and_node([known["input"], known["other"]])
+            if site.is_call(inner, *names):
+                site.call(factor, "add")
+                return site.call(inner, *names), [f for f in factors if f is not factor]
+    raise Misfit(f"no one plus {' or '.join(names)}")
+
+
+def _expect_elementwise(site: Site, x: Node, end: Node) -> None:
+    given = _tensor(x)
+    site.expect(given.shape == _tensor(end).shape, "the result has another shape")
+    site.expect(given.is_floating_point(), "integers")
+    site.expect_all_of(given.dtype)
+
+
+@rule("gelu written out", "mul", "div")
+def _gelu_written_out(site: Site, end: Node) -> Rewrite:
+    """x / 2 * (1 + erf(x / sqrt(2))), or with tanh for erf (arXiv:1606.08415, section 2)."""
+    number, factors = site.product(end)
+    gate, (x, *more) = _split_one_plus(site, factors, "erf", "tanh")
+    site.expect(not more and _close(number, 0.5), "not half of x times a sum")
+    scale, of = site.product(gate["input"])
+    if gate.name == "erf":
+        site.expect(of == [x] and _close(scale, math.sqrt(0.5)), "not erf(x / sqrt(2))")
+        approximate = "none"
+    else:
+        site.expect(_close(scale, math.sqrt(2 / math.pi)), "not sqrt(2 / pi)")
+        poly, rest = _split(site, of, "add", x)
+        terms = site.sum(poly)
+        if rest:  # x * (1 + c * x * x)
+            cubic, first, power = _cubic(site, terms, 2)
+            site.expect(first == 1.0 and rest == [x], "not x times a sum")
+        else:  # x + c * x ** 3
+            cubic, first, power = _cubic(site, terms, 3)
+            site.expect(first is x, "not x plus a cube")
+        site.expect(_close(cubic, 0.044715), "not 0.044715")
+        site.expect(all(p is x for p in power), "a power of another tensor")
+        approximate = "tanh"
+    _expect_elementwise(site, x, end)
+    return Rewrite(stock.gelu, (x,), (end,), {"approximate": approximate})
+
+
+def _cubic(site: Site, terms: list[Any], power: int) -> tuple[float, Any, list[Node]]:
+    """Of the terms `first + c * x ** power`: c, first, the factors of the power."""
+    for first, other in (terms, terms[::-1]):
+        if site.is_call(other, "mul") and isinstance(other, Node) and first is not other:
+            if site.is_call(first, "mul"):
+                continue
+            number, factors = site.product(other)
+            if len(factors) == power:
+                return number, float(first) if isinstance(first, (int, float)) else first, factors
+    raise Misfit("no power")
+
+
+@rule("silu written out", "mul")
+def _silu_written_out(site: Site, end: Node) -> Rewrite:
+    """x * sigmoid(x)."""
+    number, factors = site.product(end)
+    gate, (x, *more) = _split(site, factors, "sigmoid")
+    site.expect(number == 1.0 and not more, "not a product of two")
+    site.expect(site.call(gate, "sigmoid")["input"] is x, "the sigmoid is of another tensor")
+    _expect_elementwise(site, x, end)
+    return Rewrite(stock.silu, (x,), (end,))
+
+
+@rule("mish written out", "mul")
+def _mish_written_out(site: Site, end: Node) -> Rewrite:
+    """x * tanh(softplus(x))."""
+    number, factors = site.product(end)
+    gate, (x, *more) = _split(site, factors, "tanh")
+    site.expect(number == 1.0 and not more, "not a product of two")
+    plus = site.call(site.call(gate, "tanh")["input"], "softplus")
+    site.expect(plus["input"] is x and plus["beta"] == 1 and plus["threshold"] == 20, "no softplus")
+    _expect_elementwise(site, x, end)
+    return Rewrite(stock.mish, (x,), (end,))
+
+
+@rule("hardswish written out", "mul", "div")
+def _hardswish_written_out(site: Site, end: Node) -> Rewrite:
+    """x * relu6(x + 3) / 6 (arXiv:1905.02244, section 5.2)."""
+    number, factors = site.product(end)
+    gate, (x, *more) = _split(site, factors, "relu6")
+    site.expect(_close(number, 1 / 6) and not more, "not a sixth of a product of two")
+    shift, of = site.number_and_node(site.sum(site.call(gate, "relu6")["input"]))
+    site.expect(shift == 3.0 and of is x, "not relu6(x + 3)")
+    _expect_elementwise(site, x, end)
+    return Rewrite(stock.hardswish, (x,), (end,))
+
+
+# ---- Losses -------------------------------------------------------------------------------------
+
+
+def _cross_entropy_in_float32(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`cross_entropy(input.float(), ...)`: autocast converts the logits, or a kernel reads them."""
+    low = input.dtype if input.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    with torch.autocast(input.device.type, dtype=low):
+        return F.cross_entropy(input, *args, **kwargs)
+
+
+_cross_entropy_in_float32.__name__ = "cross_entropy"
+
+
+@rule("nll_loss of log_softmax", "nll_loss")
+def _nll_of_log_softmax(site: Site, end: Node) -> Rewrite:
+    """nll_loss(log_softmax(x)): no table of log-probabilities is kept."""
+    loss = site.call(end, "nll_loss")
+    table = site.call(loss["input"], "log_softmax")
+    x = table["input"]
+    v = _tensor(x)
+    site.expect(v.dim() >= 2 and table["dim"] in (1, 1 - v.dim()), "the classes are elsewhere")
+    site.expect(table["dtype"] in (None, v.dtype), "log_softmax has a dtype of its own")
+    site.expect(_tensor(end).dtype == v.dtype, "the loss has another dtype than the logits")
+    site.expect(not _tensor(loss["target"]).is_floating_point(), "the target is no index")
+    names = "weight", "size_average", "ignore_index", "reduce", "reduction"
+    given = {n: loss[n] for n in names}
+    _numbers(given["ignore_index"])
+    return Rewrite(stock.cross_entropy, (x, loss["target"]), (end,), given)
+
+
+@rule("cross_entropy of converted logits", "cross_entropy")
+def _cross_entropy_of_converted(site: Site, end: Node) -> Rewrite:
+    """cross_entropy(x.float()), also with views between: the loss reads the 16-bit logits."""
+    loss = site.call(end, "cross_entropy")
+    above, node = [], loss["input"]
+    while is_view(node) and not is_conversion(node) and len(node.users) == 1:
+        above.append(node)
+        node = node.args[0]
+    site.expect(is_conversion(node) and len(node.users) == 1, "the logits are not converted")
+    narrow = node.args[0]
+    site.expect(_tensor(node).dtype == torch.float32, "the conversion is not to float32")
+    site.expect(_tensor(narrow).dtype in (torch.float16, torch.bfloat16), "logits of 32 bits")
+    site.expect(not _tensor(loss["target"]).is_floating_point(), "the target is no index")
+    site.expect(loss["weight"] is None, "the classes have weights")
+    site.taken[node] = None
+    for view in above:
+        site.taken[view] = None
+    given = {n: v for n, v in loss.arguments.items() if n not in ("input", "target")}
+    views = tuple(reversed(above))
+    return Rewrite(_cross_entropy_in_float32, (narrow, loss["target"]), (end,), given, views)
+
+
+# ---- Branches and norms -------------------------------------------------------------------------
+
+
+def _branch(site: Site, node: Node) -> tuple[Any, Any, float, bool]:
+    """(z, x, p, training) of `x + dropout(z, p, training)`; p = 0 for a sum without a dropout."""
+    terms = site.sum(node)
+    one, other = (_tensor(t) for t in terms)
+    site.expect(one.shape == other.shape and one.is_floating_point(), "the terms are of two shapes")
+    site.expect(terms[0] is not terms[1], "a tensor is added to itself")
+    for x, z in (terms, terms[::-1]):
+        known = call(z)
+        if known is not None and known.name == "dropout" and len(z.users) == 1:
+            _numbers(known["p"], known["training"])
+            if known["p"] == 0 or not known["training"]:
+                site.taken[z] = None
+                return known["input"], x, 0.0, False
+            if not known.inplace:  # in place, PyTorch draws its mask in another way
+                site.taken[z] = None
+                return known["input"], x, known["p"], True
+    return terms[1], terms[0], 0.0, False
+
+
+@rule("dropout, add, norm", "layer_norm", "rms_norm")
+def _add_norm(site: Site, end: Node) -> Rewrite:
+    """norm(x + dropout(z)), where the sum may be used elsewhere, too."""
+    norm = site.call(end, "layer_norm", "rms_norm")
+    s = norm["input"]
+    site.expect(len(norm["normalized_shape"]) == 1, "the norm is over several dimensions")
+    _numbers(norm["eps"], *norm["normalized_shape"])
+    z, x, p, training = _branch(site, s)
+    site.expect(_tensor(z).dtype == _tensor(x).dtype, "the terms have two dtypes")
+    prenorm = any(user is not end for user in s.users)
+    parameters = [norm["weight"]] + ([norm["bias"]] if end_is_layer_norm(end) else [])
+    op = dropout_add_layer_norm if end_is_layer_norm(end) else dropout_add_rms_norm
+    args = (z, x, tuple(norm["normalized_shape"]), *parameters, norm["eps"], p, training, prenorm)
+    return Rewrite(op, args, (s, end) if prenorm else (end,))
+
+
+def end_is_layer_norm(end: Node) -> bool:
+    known = call(end)
+    return known is not None and known.name == "layer_norm"
+
+
+# ---- Activations --------------------------------------------------------------------------------
+
+_ALWAYS = ("relu", "selu", "silu", "mish", "hardswish", "hardsigmoid", "tanh", "sigmoid")
+_ACTIVATIONS = (*_ALWAYS, "gelu", "leaky_relu", "elu", "hardtanh", "relu6")
+
+
+def _activation(site: Site, node: Node) -> tuple[Any, str, float, float]:
+    """(input, name, a, b) of an activation, as `linear_act` is told of it."""
+    known = site.call(node, *_ACTIVATIONS)
+    name, x = known.name, known["input"]
+    a = b = 0.0
+    if name == "gelu":
+        site.expect(known["approximate"] in ("none", "tanh"), "an unknown approximation")
+        name = "gelu" if known["approximate"] == "none" else "gelu_tanh"
+    elif name == "leaky_relu":
+        a = known["negative_slope"]
+    elif name == "elu":
+        a, b = known["alpha"], 1.0
+    elif name == "hardtanh":
+        a, b = known["min_val"], known["max_val"]
+    elif name == "relu6":
+        name, a, b = "hardtanh", 0.0, 6.0
+    site.expect(type(a) in (int, float) and type(b) in (int, float), "a number is no constant")
+    # In place, PyTorch's backward refuses a negative slope; a range must not be empty.
+    site.expect(not (known.inplace and a < 0 and name in ("leaky_relu", "elu")), "a negative slope")
+    site.expect(name != "hardtanh" or a <= b, "an empty range")
+    return x, name, float(a), float(b)
+
+
+def _norm_arguments(norm: Any) -> tuple:
+    names = (
+        "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps",
+    )  # fmt: skip
+    given = tuple(norm[n] for n in names)
+    _numbers(*given[4:])
+    return given
+
+
+@rule("batch_norm, add, relu", "relu")
+def _batch_norm_add_relu(site: Site, end: Node) -> Rewrite:
+    """relu(batch_norm(x) + residual): the end of a residual block."""
+    terms = site.sum(site.call(end, "relu")["input"])
+    # The norm that is computed last has nothing to wait for.
+    norms = [t for t in terms if site.is_call(t, "batch_norm") and len(t.users) == 1]
+    site.expect(bool(norms), "no batch_norm is added")
+    order = {n: i for i, n in enumerate(site.graph.nodes)}
+    node = max(norms, key=order.__getitem__)
+    residual = next(t for t in terms if t is not node)
+    norm = site.call(node, "batch_norm")
+    one, other = _tensor(node), _tensor(residual)
+    site.expect(
+        one.shape == other.shape and one.dtype == other.dtype, "the residual is of another kind"
+    )
+    args = (norm["input"], residual, *_norm_arguments(norm))
+    return Rewrite(batch_norm_add_relu, args, (end,))
+
+
+@rule("batch_norm, activation", *_ACTIVATIONS)
+def _batch_norm_act(site: Site, end: Node) -> Rewrite:
+    x, *act = _activation(site, end)
+    norm = site.call(x, "batch_norm")
+    return Rewrite(batch_norm_act, (norm["input"], *_norm_arguments(norm), *act), (end,))
+
+
+@rule("group_norm, activation", *_ACTIVATIONS)
+def _group_norm_act(site: Site, end: Node) -> Rewrite:
+    x, *act = _activation(site, end)
+    norm = site.call(x, "group_norm")
+    names = "input", "num_groups", "weight", "bias", "eps"
+    _numbers(norm["num_groups"], norm["eps"])
+    return Rewrite(group_norm_act, (*(norm[n] for n in names), *act), (end,))
+
+
+@rule("activation, product", "mul")
+def _act_mul(site: Site, end: Node) -> Rewrite:
+    """act(x) * z: a gated unit (arXiv:2002.05202), or a gate of any other kind."""
+    known = site.call(end, "mul")
+    two = known["input"], known["other"]
+    one, other = map(_tensor, two)
+    site.expect(one.shape == other.shape and one.dtype == other.dtype, "the factors differ in kind")
+    for gate, z in (two, two[::-1]):
+        if gate is not z and site.is_call(gate, *_ACTIVATIONS) and len(gate.users) == 1:
+            x, *act = _activation(site, gate)
+            return Rewrite(act_mul, (x, z, *act), (end,))
+    raise Misfit("no factor is an activation")
+
+
+@rule("linear, activation, dropout", "dropout")
+def _linear_act_dropout(site: Site, end: Node) -> Rewrite:
+    last = site.call(end, "dropout")
+    site.expect(not last.inplace or not last["training"], "the dropout is in place")
+    _numbers(last["p"], last["training"])
+    site.expect(0 <= last["p"] <= 1, "p is no probability")
+    return _linear_then(site, last["input"], end, last["p"], last["training"])
+
+
+@rule("linear, activation", *_ACTIVATIONS)
+def _linear_act(site: Site, end: Node) -> Rewrite:
+    return _linear_then(site, end, end)
+
+
+def _linear_then(site: Site, act: Any, end: Node, *noise: Any) -> Rewrite:
+    x, *how = _activation(site, act)
+    product = site.call(x, "linear")
+    args = product["input"], product["weight"], product["bias"]
+    return Rewrite(linear_act, (*args, *how, *noise), (end,))
+
+
+@rule("dropout, add", "add")
+def _dropout_add(site: Site, end: Node) -> Rewrite:
+    z, x, p, training = _branch(site, end)
+    site.expect(training, "nothing is dropped")
+    site.expect(_tensor(z).dtype == _tensor(x).dtype, "the terms have two dtypes")
+    return Rewrite(dropout_add, (z, x, p, True), (end,))
+
+
+# ---- Calls that stay as they are, and run on the op of the same name -----------------------------
+
+
+def alone(node: Node) -> tuple[Callable, tuple, dict[str, Any]] | None:
+    """Our function and its arguments in place of those of `node`; None if there is none."""
+    known = call(node)
+    if known is not None and known.inplace:
+        return None
+    if node.op == "call_function":
+        ours = _by_target().get(node.target)
+        if ours is not None:
+            return ours, node.args, dict(node.kwargs)
+    if known is not None and (op := REGISTRY.get(known.name)) is not None:
+        if known.arguments.keys() <= set(op.names):
+            return getattr(F, known.name), (), known.arguments
+    return None
+
+
+@functools.cache
+def _by_target() -> dict[Any, Callable]:
+    counts = Counter(op.stock for op in REGISTRY.values())
+    return {op.stock: getattr(F, name) for name, op in REGISTRY.items() if counts[op.stock] == 1}

@@ -1,0 +1,197 @@
+"""One place of a captured graph that a rule looks at, and the questions that a rule asks there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from fastnn._compiler import _calls
+from fastnn._compiler._calls import Call, value
+
+
+class Misfit(Exception):
+    """Why a rule does not hold at a place."""
+
+
+class Rewrite(NamedTuple):
+    """A call that stands in place of the nodes that a rule took."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    outputs: tuple[Node, ...]
+    """The nodes that the results replace. With several, the call returns a tuple."""
+    kwargs: dict[str, Any] = {}  # noqa: RUF012
+    views: tuple[Node, ...] = ()
+    """Views that are taken of the first argument before the call: nodes that did so before."""
+
+
+class Site:
+    """Takes nodes one by one. Each question marks the nodes that it took, or raises `Misfit`."""
+
+    def __init__(self, graph: Graph, autocast: bool = False):
+        self.graph = graph
+        self.autocast = autocast  # whether autocast may be on where the graph runs
+        self.taken: dict[Node, None] = {}
+
+    def call(self, node: Any, *names: str) -> Call:
+        """What `node` computes, which must be one of `names`."""
+        known = _calls.call(node)
+        if known is None or known.name not in names:
+            raise Misfit(f"no {' or '.join(names)}")
+        if known.inplace and not _calls.is_alone(node.args[0]):
+            raise Misfit(f"{known.name} overwrites a tensor that others may read")
+        self.taken[node] = None
+        return known
+
+    def is_call(self, node: Any, *names: str) -> bool:
+        """Whether `node` computes one of `names`. Takes nothing."""
+        known = _calls.call(node)
+        return known is not None and known.name in names
+
+    def below_conversion(self, node: Any) -> Any:
+        """What `node` converts to another dtype; `node` itself if it does not."""
+        while _calls.is_conversion(node) and len(node.users) == 1:
+            self.taken[node] = None
+            node = node.args[0]
+        return node
+
+    def follower(self, node: Node, *names: str) -> Node:
+        """The only user of `node`, which must compute one of `names`."""
+        if len(node.users) != 1:
+            raise Misfit("the value has another user")
+        (user,) = node.users
+        if not self.is_call(user, *names):
+            raise Misfit(f"no {' or '.join(names)} follows")
+        return user
+
+    def product(self, node: Any) -> tuple[float, list[Node]]:
+        """`node` as a number times nodes: through `*`, `/` by a number, squares, cubes, signs."""
+        number, factors = 1.0, []
+        todo = [(node, True)]
+        while todo:
+            one, first = todo.pop()
+            if isinstance(one, (int, float)) and not isinstance(one, bool):
+                number *= one
+                continue
+            if not isinstance(one, Node):
+                raise Misfit(f"a factor is {one!r}")
+            known = _calls.call(one) if first or len(one.users) == 1 else None
+            if known is None or known.inplace:
+                factors.append(one)
+            elif known.name == "mul":
+                self.taken[one] = None
+                todo += [(known["input"], False), (known["other"], False)]
+            elif known.name == "neg":
+                self.taken[one] = None
+                number = -number
+                todo.append((known["input"], False))
+            elif known.name == "div" and type(known["other"]) in (int, float) and known["other"]:
+                self.taken[one] = None
+                number /= known["other"]
+                todo.append((known["input"], False))
+            elif known.name == "square" or (known.name == "pow" and known["exponent"] in (2, 3)):
+                self.taken[one] = None
+                times = 2 if known.name == "square" else int(known["exponent"])
+                base = known["input"]
+                if not isinstance(base, Node):
+                    raise Misfit("a power of a number")
+                factors += [base] * times
+            else:
+                factors.append(one)
+        return number, factors
+
+    def sum(self, node: Any) -> list[Any]:
+        """The two terms of a sum."""
+        known = self.call(node, "add")
+        if known["alpha"] != 1:
+            raise Misfit("a term of the sum is scaled")
+        return [known["input"], known["other"]]
+
+    def number_and_node(self, terms: list[Any]) -> tuple[float, Node]:
+        """Of two values, the number and the node."""
+        numbers = [t for t in terms if type(t) in (int, float)]
+        nodes = [t for t in terms if isinstance(t, Node)]
+        if len(numbers) != 1 or len(nodes) != 1:
+            raise Misfit("no number beside a tensor")
+        return float(numbers[0]), nodes[0]
+
+    # ---- What must hold of the nodes that were taken ---------------------------------------------
+
+    def expect(self, holds: bool, why: str) -> None:
+        if not holds:
+            raise Misfit(why)
+
+    def expect_all_of(self, dtype: torch.dtype) -> None:
+        """All tensors that the taken nodes make have this dtype."""
+        for node in self.taken:
+            v = value(node)
+            if isinstance(v, Tensor) and v.dtype != dtype:
+                raise Misfit(f"a value between is {v.dtype}")
+
+    def check(self, rewrite: Rewrite) -> None:
+        """Raise `Misfit` if someone could tell that the taken nodes became one call."""
+        outputs = set(rewrite.outputs)
+        for node in self.taken:
+            if node not in outputs and any(user not in self.taken for user in node.users):
+                raise Misfit(f"{node.name} has another user")
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        place = min(rewrite.outputs, key=order.__getitem__)
+        read = [a for a in _nodes((rewrite.args, rewrite.kwargs)) if a not in self.taken]
+        for node in read:
+            if order[node] >= order[place]:
+                raise Misfit(f"{node.name} is computed later than the place of the call")
+        spans = [order[n] for n in self.taken]
+        memory = set().union(*(_calls.roots(n) for n in (*read, *self.taken)))
+        random = any(map(_calls.draws, self.taken))
+        written = set().union(*(_calls.writes(n) for n in self.taken)) - self.taken.keys()
+        for node in self.graph.nodes:
+            if min(spans) < order[node] < max(spans) and node not in self.taken:
+                why = _disturbs(node, memory, random)
+                if why is None and written.intersection(node.all_input_nodes):
+                    why = "reads a tensor that they write"
+                if why is not None:
+                    raise Misfit(f"between them, {node.name} {why}")
+
+
+def _nodes(tree: Any) -> list[Node]:
+    if isinstance(tree, Node):
+        return [tree]
+    if isinstance(tree, (tuple, list)):
+        return [n for t in tree for n in _nodes(t)]
+    if isinstance(tree, dict):
+        return [n for t in tree.values() for n in _nodes(t)]
+    return []
+
+
+def _may_share(a: Node, b: Node) -> bool:
+    """Whether two nodes of `roots` may share memory: two inputs may be views of one tensor."""
+    if a is b:
+        return True
+    if a.op == b.op == "placeholder":
+        one, other = value(a), value(b)
+        parameters = isinstance(one, torch.nn.Parameter) or isinstance(other, torch.nn.Parameter)
+        same = (
+            not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.dtype == other.dtype
+        )
+        return same and not parameters
+    return False
+
+
+def _disturbs(node: Node, memory: set[Node], random: bool) -> str | None:
+    """Why nodes must not be moved over `node`, which stands between them; None if they may be."""
+    if _calls.is_opaque(node):
+        return "may have effects of its own"
+    if random and _calls.draws(node):
+        return "draws random numbers"
+    known = _calls.call(node)
+    statistics = known is not None and known.name == "batch_norm"
+    for written in _calls.writes(node):
+        for one in _calls.roots(written):
+            # Running statistics are buffers of their norm. Nobody else holds their memory.
+            if one in memory or (not statistics and any(_may_share(one, m) for m in memory)):
+                return "writes a tensor that they read"
+    return None

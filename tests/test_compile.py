@@ -1,0 +1,650 @@
+"""`torch.compile(model, backend="fastnn")`: what becomes which op, and what must not."""
+
+import collections
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn as stock
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import fastnn
+from fastnn._compiler._backend import listen
+from fastnn.testing import simulated
+from tests.marks import interpreted
+
+WIDTH = 16
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def fused_in(found):
+    """How often each rule held, without calls that stayed as they are."""
+    return dict(collections.Counter(f.rule for f in found if " " in f.rule))
+
+
+def found_in(call, *inputs, **options):
+    """(how often each rule held, the result) of the compiled `call`."""
+    with listen() as found:
+        out = torch.compile(call, backend="fastnn", **options)(*inputs)
+    return fused_in(found), out
+
+
+# ---- Blocks, as people write them ---------------------------------------------------------------
+
+
+class Conv1D(stock.Module):
+    """The product of GPT-2: weight (in, out)."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.weight = stock.Parameter(torch.randn(n_in, n_out) * 0.2)
+        self.bias = stock.Parameter(torch.randn(n_out))
+
+    def forward(self, x):
+        shape = (*x.shape[:-1], self.bias.numel())
+        return torch.addmm(self.bias, x.reshape(-1, x.size(-1)), self.weight).view(shape)
+
+
+class NewGELU(stock.Module):
+    def forward(self, x):
+        inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))
+        return 0.5 * x * (1.0 + torch.tanh(inner))
+
+
+class GPT(stock.Module):
+    """A block of GPT-2 with its loss: pre-norm, dropouts, GELU written out."""
+
+    expected = {"gelu written out": 1, "dropout, add, norm": 2}  # noqa: RUF012
+
+    def __init__(self, p=0.0):
+        super().__init__()
+        self.norms = stock.ModuleList(stock.LayerNorm(WIDTH) for _ in range(3))
+        self.mix, self.up, self.down = (
+            Conv1D(WIDTH, WIDTH), Conv1D(WIDTH, 32), Conv1D(32, WIDTH),
+        )  # fmt: skip
+        self.act = NewGELU()
+        self.drops = stock.ModuleList(stock.Dropout(p) for _ in range(2))
+
+    def forward(self, x):
+        x = x + self.drops[0](self.mix(self.norms[0](x)))
+        x = x + self.drops[1](self.down(self.act(self.up(self.norms[1](x)))))
+        return self.norms[2](x)
+
+
+class RMS(stock.Module):
+    """The RMS norm of Llama and T5."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = stock.Parameter(torch.rand(WIDTH) + 0.5)
+
+    def forward(self, x):
+        given = x.dtype
+        x = x.to(torch.float32)
+        variance = x.pow(2).mean(-1, keepdim=True)
+        x = x * torch.rsqrt(variance + 1e-6)
+        return self.weight * x.to(given)
+
+
+class Llama(stock.Module):
+    expected = {"rms_norm written out": 3, "dropout, add, norm": 2, "activation, product": 1}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.norms = stock.ModuleList(RMS() for _ in range(3))
+        self.mix, self.gate, self.up, self.down = (
+            stock.Linear(i, o, bias=False)
+            for i, o in ((WIDTH, WIDTH), (WIDTH, 24), (WIDTH, 24), (24, WIDTH))
+        )
+
+    def forward(self, x):
+        x = x + self.mix(self.norms[0](x))
+        y = self.norms[1](x)
+        x = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return self.norms[2](x)
+
+
+class Residual(stock.Module):
+    """A block of ResNet as torchvision writes it: in place, with `+=`."""
+
+    expected = {"batch_norm, add, relu": 1, "batch_norm, activation": 1}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = (stock.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(2))
+        self.down = stock.Conv2d(4, 4, 1, bias=False)
+        self.bn1, self.bn2, self.bn3 = (stock.BatchNorm2d(4) for _ in range(3))
+        self.relu = stock.ReLU(inplace=True)
+
+    def forward(self, x):
+        identity = self.bn3(self.down(x))
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += identity
+        return self.relu(out)
+
+
+class UNet(stock.Module):
+    expected = {"group_norm, activation": 1, "silu written out": 1}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv = stock.GroupNorm(2, 4), stock.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.conv(y * torch.sigmoid(y))
+
+
+class Mobile(stock.Module):
+    expected = {"hardswish written out": 1, "batch_norm, activation": 1}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = stock.Conv2d(4, 4, 3, padding=1, groups=4), stock.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return y * F.relu6(y + 3) / 6
+
+
+ROWS, IMAGE = (2, 3, WIDTH), (2, 4, 5, 5)
+BLOCKS = [(GPT, ROWS), (Llama, ROWS), (Residual, IMAGE), (UNet, IMAGE), (Mobile, IMAGE)]
+blocks = pytest.mark.parametrize(
+    ("block", "shape"), BLOCKS, ids=lambda v: getattr(v, "__name__", "")
+)
+
+
+def gradients(model, call, x):
+    model.zero_grad()
+    x = x.detach().requires_grad_()
+    y = call(x)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y))
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
+
+
+def errors(model, call, x, exact):
+    return [
+        ((one.double() - true).abs().max() / true.abs().max().clamp(min=1e-12)).item()
+        for one, true in zip(gradients(model, call, x), exact, strict=True)
+    ]
+
+
+@blocks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_are_found_and_as_exact_as_stock(block, shape, dtype, device):
+    """On kernels: result and gradients are no farther from float64 than stock's, by twice.
+
+    The errors of three draws are added, because those of one draw differ by chance.
+    """
+    ours, theirs = [], []
+    for draw in range(3):
+        torch._dynamo.reset()
+        model = block().to(device, dtype)
+        x = torch.randn(shape, device=device, dtype=dtype)
+        exact_model, reference = copy.deepcopy(model).double(), copy.deepcopy(model)
+        exact = gradients(exact_model, exact_model, x.double())
+        theirs.append(errors(reference, reference, x, exact))
+        with listen() as found, fastnn.backend("triton"), fastnn.decisions() as heard:
+            ours.append(errors(model, torch.compile(model, backend="fastnn"), x, exact))
+        assert fused_in(found) == block.expected, draw
+        assert heard and all(d.why is None for d in heard), [d for d in heard if d.why]
+    floor = 4 * torch.finfo(dtype).eps
+    for one, other in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True):
+        assert sum(one) <= max(2 * sum(other), floor)
+
+
+@blocks
+def test_buffers_and_second_calls_are_as_in_stock(block, shape, device):
+    model = block().to(device)
+    reference = copy.deepcopy(model)
+    with fastnn.backend("triton"):
+        compiled = torch.compile(model, backend="fastnn")
+        for _ in range(2):
+            x = torch.randn(shape, device=device)
+            torch.testing.assert_close(compiled(x), reference(x))
+        assert torch.equal(compiled.eval()(x), compiled(x))
+    for (name, one), (_, other) in zip(
+        model.named_buffers(), reference.named_buffers(), strict=True
+    ):
+        torch.testing.assert_close(one, other, msg=name)
+
+
+@interpreted
+def test_masks_are_those_of_the_fused_layers():
+    """A dropout draws in a compiled model what it draws in the eager op of the same seed."""
+    x, z = torch.randn(4, WIDTH), torch.randn(4, WIDTH)
+    norm = stock.LayerNorm(WIDTH)
+
+    def call(z, x):
+        return norm(x + F.dropout(z, 0.5, training=True))
+
+    with fastnn.backend("triton"):
+        torch.manual_seed(3)
+        want = fastnn.functional.dropout_add_layer_norm(
+            z, x, (WIDTH,), norm.weight, norm.bias, p=0.5, training=True
+        )
+        torch.manual_seed(3)
+        fused, got = found_in(call, z, x)
+    assert fused == {"dropout, add, norm": 1}
+    assert torch.equal(got, want)
+
+
+# ---- Spellings ----------------------------------------------------------------------------------
+
+LINEAR = stock.Linear(WIDTH, WIDTH)
+WEIGHT = stock.Parameter(torch.rand(WIDTH) + 0.5)
+NORM, BATCH, GROUP = stock.LayerNorm(WIDTH), stock.BatchNorm1d(WIDTH), stock.GroupNorm(2, WIDTH)
+TARGET = torch.arange(4)
+
+
+def erf_gelu(x):
+    return 0.5 * x * (1 + torch.erf(x / 2**0.5))
+
+
+def batch_in_eval(x):
+    return F.batch_norm(x, BATCH.running_mean, BATCH.running_var)
+
+
+SPELLINGS = {
+    "x.mul": ("silu written out", lambda x: x.mul(x.sigmoid())),
+    "sigmoid first": ("silu written out", lambda x: torch.sigmoid(x) * x),
+    "erf": ("gelu written out", lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))),
+    "half last": ("gelu written out", lambda x: x * (1 + torch.erf(x * 0.5**0.5)) * 0.5),
+    "by two": ("gelu written out", lambda x: x * (torch.erf(x / 2**0.5) + 1) / 2),
+    "tanh, product": (
+        "gelu written out",
+        lambda x: 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x))),
+    ),
+    "tanh, **": (
+        "gelu written out",
+        lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    ),
+    "of a sum": ("gelu written out", lambda x: erf_gelu(x + 1)),
+    "mish": ("mish written out", lambda x: x * torch.tanh(F.softplus(x))),
+    "rms, x * x": (
+        "rms_norm written out",
+        lambda x: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5) * WEIGHT,
+    ),
+    "rms, square": (
+        "rms_norm written out",
+        lambda x: WEIGHT * (torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-5) * x),
+    ),
+    "rms, float": (
+        "rms_norm written out",
+        lambda x: (
+            WEIGHT * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, True) + 1e-5)).type_as(x)
+        ),
+    ),
+    "nll": ("nll_loss of log_softmax", lambda x: F.nll_loss(F.log_softmax(x, -1), TARGET)),
+    "nll, method": ("nll_loss of log_softmax", lambda x: F.nll_loss(x.log_softmax(dim=1), TARGET)),
+    "relu, method": ("linear, activation", lambda x: LINEAR(x).relu()),
+    "relu_": ("linear, activation", lambda x: LINEAR(x).relu_()),
+    "gelu, tanh": ("linear, activation", lambda x: F.gelu(LINEAR(x), approximate="tanh")),
+    "leaky": ("linear, activation", lambda x: F.leaky_relu(LINEAR(x), 0.1, inplace=True)),
+    "drop": ("linear, activation, dropout", lambda x: F.dropout(F.relu(LINEAR(x)), 0.0)),
+    "torch.add": ("dropout, add, norm", lambda x: NORM(torch.add(x, F.dropout(x.sin(), 0.0)))),
+    "batch": ("batch_norm, activation", lambda x: F.silu(BATCH(x))),
+    "batch, eval": ("batch_norm, activation", lambda x: torch.relu(batch_in_eval(x))),
+    "batch, add": ("batch_norm, add, relu", lambda x: (x.sin() + BATCH(x)).relu()),
+    "swiglu": ("activation, product", lambda x: F.silu(x) * x.cos()),
+    "geglu": ("activation, product", lambda x: x.cos().mul(F.gelu(x, approximate="tanh"))),
+    "group": ("group_norm, activation", lambda x: torch.tanh(GROUP(x))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_spellings_mean_the_same(spelling, device):
+    rule, call = SPELLINGS[spelling]
+    for module in (LINEAR, NORM, BATCH, GROUP):
+        module.to(device)
+    WEIGHT.data, TARGET.data = WEIGHT.data.to(device), TARGET.data.to(device)
+    x = torch.randn(4, WIDTH, device=device)
+    with fastnn.backend("triton"):
+        fused, got = found_in(call, x)
+    assert fused.pop(rule, 0) == 1 and not fused, fused
+    torch.testing.assert_close(got, call(x), rtol=1e-5, atol=1e-5)
+
+
+# ---- Where a rule must not hold -----------------------------------------------------------------
+
+
+def two_users(x):
+    y = LINEAR(x)
+    return F.relu(y) + y.sum()
+
+
+def returned(x):
+    y = LINEAR(x)
+    return F.relu(y), y
+
+
+def written_between(x):
+    s = x + x.sin()
+    view = x.view(-1)
+    y = BATCH(x)
+    view.mul_(2)
+    return F.relu(y), s
+
+
+def read_by_a_view(x):
+    y = LINEAR(x)
+    first = y[0]
+    return y.relu_(), first
+
+
+def in_place_of_an_input(x):
+    return torch.relu_(x), LINEAR(x)
+
+
+def draws_between(x):
+    z = F.dropout(x, 0.5, training=True)
+    noise = torch.rand_like(x)
+    return NORM(x + z) + noise
+
+
+def autocast_between(x):
+    y = LINEAR(x)
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        return F.relu(y)
+
+
+def grad_mode_between(x):
+    y = LINEAR(x)
+    with torch.no_grad():
+        return F.relu(y)
+
+
+def statistics_between(x):
+    y = BATCH(x)
+    seen = BATCH.running_mean.clone()
+    return F.relu(y), seen
+
+
+def shared_norm(x):
+    y = BATCH(x)
+    z = BATCH(x * 2)
+    return F.relu(y) + z
+
+
+def own_sum(x):
+    return NORM(x + x)
+
+
+def broadcast(x):
+    return NORM(x + x[:1])
+
+
+def scaled_sum(x):
+    return NORM(torch.add(x, x.sin(), alpha=2))
+
+
+def other_epsilon_place(x):
+    return WEIGHT * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + 1e-6)
+
+
+def mean_of_all(x):
+    return WEIGHT * (x * torch.rsqrt(x.pow(2).mean() + 1e-6))
+
+
+def square_of_another(x):
+    return WEIGHT * (x * torch.rsqrt(x.sin().pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def scaled_norm(x):
+    return WEIGHT * (2 * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def wide_weight(x):
+    return WEIGHT.double() * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def other_constant(x):
+    return 0.5 * x * (1.0 + torch.tanh(0.8 * (x + 0.044715 * x**3)))
+
+
+def rounded_constant(x):
+    return 0.5 * x * (1.0 + torch.tanh(0.79788 * (x + 0.044715 * x**3)))
+
+
+def other_tensor(x):
+    return 0.5 * x.sin() * (1.0 + torch.erf(x / 2**0.5))
+
+
+def gate_of_a_column(x):
+    return F.silu(x) * x[:, :1]
+
+
+def gate_of_a_number(x):
+    return F.silu(x) * 2
+
+
+def gate_used_twice(x):
+    y = F.silu(x)
+    return y * x.cos() + y
+
+
+def gate_of_another(x):
+    return x * torch.sigmoid(x.sin())
+
+
+def wrong_sixth(x):
+    return x * F.relu6(x + 3) / 5
+
+
+def last_is_not_classes(x):
+    return F.nll_loss(F.log_softmax(x.view(4, 4, 4), -1), TARGET[:4, None].expand(4, 4) % 4)
+
+
+def dropout_in_place(x):
+    return F.dropout(F.relu(LINEAR(x)), 0.5, training=True, inplace=True)
+
+
+def negative_slope_in_place(x):
+    return F.leaky_relu(LINEAR(x), -0.5, inplace=True)
+
+
+REFUSED = {
+    f.__name__: (f, allowed)
+    for f, allowed in (
+        (two_users, {}), (returned, {}), (written_between, {}), (read_by_a_view, {}),
+        (in_place_of_an_input, {}), (draws_between, {}), (autocast_between, {}),
+        (grad_mode_between, {}), (statistics_between, {}), (shared_norm, {}), (own_sum, {}),
+        (broadcast, {}), (scaled_sum, {}), (other_epsilon_place, {}), (mean_of_all, {}),
+        (square_of_another, {}), (scaled_norm, {}), (wide_weight, {}), (other_constant, {}),
+        (other_tensor, {}), (rounded_constant, {}),
+        (gate_of_another, {"activation, product": 1}), (gate_of_a_column, {}),
+        (gate_of_a_number, {}), (gate_used_twice, {}),
+        (wrong_sixth, {"activation, product": 1}), (last_is_not_classes, {}),
+        (dropout_in_place, {"linear, activation": 1}), (negative_slope_in_place, {}),
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_must_stay(name):
+    """The rule does not hold, and the result is stock's to the bit."""
+    call, allowed = REFUSED[name]
+    for module in (LINEAR, NORM, BATCH, GROUP):
+        module.cpu()
+    WEIGHT.data, TARGET.data = WEIGHT.data.cpu(), TARGET.data.cpu()
+    state = copy.deepcopy(BATCH.state_dict())
+    x = torch.randn(4, WIDTH)
+    given = x.clone()
+    torch.manual_seed(1)
+    want = call(x)
+    BATCH.load_state_dict(state)
+    torch.manual_seed(1)
+    with fastnn.backend("torch"):
+        fused, got = found_in(call, given)
+    assert fused == allowed
+    for one, other in zip(
+        *((t if isinstance(t, tuple) else (t,)) for t in (got, want)), strict=True
+    ):
+        assert torch.equal(one, other)
+    assert torch.equal(given, x)
+
+
+# ---- States of a model --------------------------------------------------------------------------
+
+
+WAYS = (
+    "hook", "buffer hook", "checkpoint", "no_grad", "inference", "dynamic", "second order",
+    "autocast", "converted", "frozen", "function",
+)  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_use_a_model(way):
+    model = stock.Sequential(
+        stock.Linear(WIDTH, WIDTH), stock.GELU(), stock.LayerNorm(WIDTH), stock.BatchNorm1d(WIDTH),
+        stock.ReLU(),
+    )  # fmt: skip
+    reference = copy.deepcopy(model)
+    expected = {"linear, activation": 1, "batch_norm, activation": 1}
+    call, want_call = model, reference
+    sizes: tuple[int, ...] = (4,)
+    context = torch.enable_grad()
+    if way == "hook":
+        for one in (model, reference):
+            one[0].register_forward_hook(lambda m, a, out: out * 2)
+        expected = {"batch_norm, activation": 1}
+    elif way == "buffer hook":
+        for one in (model, reference):
+            one[3].register_forward_pre_hook(lambda m, a: (a[0] + 1,))
+    elif way == "checkpoint":
+        # Dynamo cannot checkpoint a batch norm: its backend "eager" raises as well.
+        call = lambda x: model[3:](checkpoint(model[:3], x, use_reentrant=False))  # noqa: E731
+        want_call = reference
+    elif way == "no_grad":
+        context = torch.no_grad()
+    elif way == "inference":
+        context = torch.inference_mode()
+    elif way == "dynamic":
+        sizes = (4, 6, 9)
+    elif way == "autocast":
+        context = torch.autocast("cpu", dtype=torch.bfloat16)
+    elif way == "converted":
+        fastnn.convert(model)
+    elif way == "frozen":
+        for one in (model, reference):
+            one[0].requires_grad_(False)
+    elif way == "function":
+        call = lambda x: model(x)  # noqa: E731
+    # In `auto`: the CPU's autocast passes layer_norm two dtypes, which no kernel takes.
+    with listen() as found, simulated(least=0), context:
+        compiled = torch.compile(call, backend="fastnn", dynamic=True if way == "dynamic" else None)
+        for size in sizes:
+            x = torch.randn(size, WIDTH, requires_grad=torch.is_grad_enabled())
+            got, want = compiled(x), want_call(x)
+            low = way == "autocast"
+            torch.testing.assert_close(got, want, **({"rtol": 0.05, "atol": 0.05} if low else {}))
+            if way == "second order":
+                for y in (got, want):
+                    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+                    y.second = torch.autograd.grad(first.square().sum(), x)[0]
+                torch.testing.assert_close(got.second, want.second, rtol=1e-3, atol=2e-3)
+            elif got.requires_grad:
+                grads = [torch.autograd.grad(y.float().square().sum(), x)[0] for y in (got, want)]
+                torch.testing.assert_close(*grads, **({"rtol": 0.1, "atol": 0.1} if low else {}))
+    assert fused_in(found) == expected
+
+
+@interpreted
+def test_the_training_flag_makes_a_new_graph():
+    model = stock.Sequential(stock.BatchNorm1d(WIDTH), stock.ReLU(), stock.Dropout(0.5))
+    reference = copy.deepcopy(model).eval()
+    with fastnn.backend("triton"):
+        compiled = torch.compile(model, backend="fastnn")
+        x = torch.randn(4, WIDTH)
+        compiled(x)
+        reference.load_state_dict(model.state_dict())
+        model.eval()
+        torch.testing.assert_close(compiled(x), reference(x))
+
+
+@interpreted
+def test_logits_are_read_in_16_bits():
+    """cross_entropy(x.float()) and the views between: the kernel reads bfloat16."""
+    x = torch.randn(2, 5, 8, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.randint(8, (2, 5))
+
+    def loss(x, target):
+        wide = x.float()[:, :-1].contiguous()
+        return F.cross_entropy(wide.view(-1, 8), target[:, 1:].reshape(-1), label_smoothing=0.1)
+
+    with fastnn.backend("triton"), fastnn.decisions() as heard:
+        fused, got = found_in(loss, x, target)
+    assert fused == {"cross_entropy of converted logits": 1}
+    assert [d.why for d in heard] == [None]
+    assert got.dtype == torch.float32
+    want = loss(x, target)
+    torch.testing.assert_close(got, want)
+    a, b = (torch.autograd.grad(y, x)[0] for y in (got, want))
+    torch.testing.assert_close(a, b)
+
+
+def test_small_calls_run_stock_with_the_same_bits():
+    """In `auto`, small fused calls are PyTorch's own calls. Only formulas written out change."""
+    model = Residual()
+    reference = copy.deepcopy(model)
+    x = torch.randn(IMAGE)
+    assert torch.equal(torch.compile(model, backend="fastnn")(x), reference(x))
+
+
+@interpreted
+def test_equal_input_gives_equal_bits():
+    model, x = GPT(0.1), torch.randn(ROWS)
+    with fastnn.backend("triton"):
+        compiled = torch.compile(model, backend="fastnn")
+        results = []
+        for _ in range(3):
+            torch.manual_seed(5)
+            results.append(gradients(model, compiled, x))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_compile_is_the_short_way_and_takes_no_options():
+    x = torch.randn(2, WIDTH)
+    model = stock.Linear(WIDTH, WIDTH)
+    assert torch.equal(fastnn.compile(model, fullgraph=True)(x), model(x))
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="takes no options; given: a"):
+        torch.compile(model, backend="fastnn", options={"a": 1})(x)
+
+
+@interpreted
+def test_explain_tells_of_the_compiled_model():
+    model = Residual()
+    x = torch.randn(IMAGE)
+    state = copy.deepcopy(model.state_dict())
+    with fastnn.backend("triton"):
+        rows = fastnn.explain(model, x, compiled=True)
+    at = {row.op: row for row in rows}
+    assert at["batch_norm_add_relu"].layer == "relu"
+    assert at["batch_norm_add_relu"].kind == "torch.ReLU"
+    assert at["batch_norm_add_relu"].path == "kernel"
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    rows = fastnn.explain(model, x, compiled=True)
+    assert {row.path for row in rows} == {"stock"} and all(row.reason for row in rows)
+
+
+def test_dynamo_says_what_it_cannot_take():
+    def call(x):
+        torch._dynamo.graph_break()
+        return F.relu(LINEAR(x))
+
+    x = torch.randn(2, WIDTH)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        fastnn.compile(call, fullgraph=True)(x)
+    torch._dynamo.reset()
+    assert torch.equal(fastnn.compile(call)(x), call(x))
