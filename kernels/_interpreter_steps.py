@@ -230,6 +230,7 @@ class _Recorder:
         def call(*args: Any, **kwargs: Any) -> Any:
             out = method(*args, **kwargs)
             log = self.log
+            assert log is not None
             if kwargs:
                 log.complete = False
             else:
