@@ -148,14 +148,7 @@ FUSED = {
     "linear_act_dropout": {"linear_act"},
     "batch_norm_act": {"batch_norm_act"},
     "group_norm_act": {"group_norm_act"},
-    "convolution": {
-        "batch_norm_act",
-        "conv1d",
-        "conv_transpose1d",
-        "max_pool1d",
-        "avg_pool1d",
-        "pad",
-    },
+    "convolution": {"batch_norm_act", "max_pool1d", "pad"},  # `auto` leaves convolutions to cuDNN
     "encoder": {"linear_act", "dropout_add_layer_norm"},
     "encoder, RMS norms": {"linear_act", "dropout_add_rms_norm"},
     "encoder, norm first": {"linear_act", "dropout_add_layer_norm", "dropout_add"},
@@ -523,6 +516,13 @@ def penalty(lab):
     return {"first": g.detach(), **lab.grads()}
 
 
+def worded(error):
+    """The error, without the arguments that PyTorch's parser lists as they were passed: a Parameter
+    or the Tensor that stands for it, all of them or those that were given by name.
+    """
+    return type(error), re.sub(r" - got \(.*", " - got (...)", str(error), flags=re.DOTALL)
+
+
 @setup()
 def packed(lab):
     """A packed sequence, as for an RNN, raises the error of stock."""
@@ -530,7 +530,7 @@ def packed(lab):
     try:
         lab.net(wrong)
     except Exception as e:
-        return {"said": (type(e).__name__, str(e))}
+        return {"said": worded(e)}
     return {"said": None}
 
 
@@ -756,8 +756,7 @@ def said(call, mode, args, kwargs):
     except fastnn.BackendError:
         return "declined"
     except Exception as e:
-        # PyTorch's parser lists the arguments as they were passed: here all, there by name
-        return type(e), re.sub(r" - got \(.*", " - got (...)", str(e), flags=re.DOTALL)
+        return worded(e)
     return "nothing"
 
 

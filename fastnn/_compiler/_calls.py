@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,13 @@ class Call:
     """Whether the result overwrites the first argument."""
 
     def __getitem__(self, argument: str) -> Any:
-        return self.arguments[argument]
+        """An argument. With `dynamic=True`, Dynamo passes an `eps` as a symbol; whoever asks for it
+        gets its value, and a guard on it."""
+        given = self.arguments[argument]
+        v = value(given)
+        if isinstance(v, (float, torch.SymFloat)) and argument not in _OPERANDS:
+            return float(v)
+        return given
 
 
 # Functions that have several spellings, or that are builtins and so tell no signature. A function
@@ -74,6 +81,7 @@ _SIGNATURES: dict[str, Callable] = {
     "log_softmax": F.log_softmax,
     "softmax": F.softmax,
 }  # fmt: skip
+_OPERANDS = frozenset(("input", "other", "exponent"))
 _ALIASES = {
     "multiply": "mul",
     "divide": "div",
@@ -138,12 +146,6 @@ def value(node: Any) -> Any:
     return node.meta.get("example_value") if isinstance(node, Node) else None
 
 
-def _constant(argument: Any) -> Any:
-    """With `dynamic=True`, Dynamo passes an `eps` as a symbol. To read its value adds a guard."""
-    v = value(argument)
-    return float(v) if isinstance(v, (float, torch.SymFloat)) else argument
-
-
 def call(node: Any) -> Call | None:
     """What `node` computes; None if it is not a call of a function that has a name here."""
     if not isinstance(node, Node):
@@ -161,7 +163,7 @@ def call(node: Any) -> Call | None:
     except TypeError:  # for example `out=`
         return None
     bound.apply_defaults()
-    arguments = {name: _constant(v) for name, v in bound.arguments.items()}
+    arguments = dict(bound.arguments)
     inplace = spelling.inplace or bool(arguments.pop("inplace", False))
     # `a += b` for an `a` that is a number makes a new object, like `a + b`.
     return Call(spelling.name, arguments, inplace and isinstance(value(node), Tensor))
@@ -183,13 +185,15 @@ def _target_name(node: Node) -> str:
 
 
 def is_conversion(node: Any) -> bool:
-    """Whether a node changes the dtype of a tensor, and nothing else."""
+    """Whether a node changes the floating dtype of a tensor, and nothing else."""
     if not isinstance(node, Node) or node.op != "call_method" or node.target not in _CONVERSIONS:
         return False
     new, old = value(node), value(node.args[0])
     return (
         isinstance(new, Tensor)
         and isinstance(old, Tensor)
+        and new.is_floating_point()
+        and old.is_floating_point()
         and new.device == old.device
         and "memory_format" not in node.kwargs
         and not node.kwargs.get("copy")
@@ -207,6 +211,28 @@ def is_view(node: Any) -> bool:
     )
 
 
+def is_widening(node: Any) -> bool:
+    """Whether a node changes the dtype of a tensor without changing a value."""
+    if not is_conversion(node):
+        return False
+    new, old = value(node).dtype, value(node.args[0]).dtype
+    return torch.promote_types(new, old) == new
+
+
+def is_reshape(node: Any) -> bool:
+    """Whether a node is a view of its first argument in the same dtype, by constants only."""
+    return (
+        is_view(node)
+        and not is_conversion(node)
+        and isinstance(value(node), Tensor)
+        and isinstance(value(node.args[0]), Tensor)
+        and value(node).dtype == value(node.args[0]).dtype
+        and not any(
+            isinstance(value(n), Tensor) for n in node.all_input_nodes if n is not node.args[0]
+        )
+    )
+
+
 def roots(node: Node) -> set[Node]:
     """The nodes whose memory the result of `node` may share: itself, if it makes a tensor."""
     found: set[Node] = set()
@@ -220,7 +246,7 @@ def roots(node: Node) -> set[Node]:
         if is_view(one):
             todo.append(one.args[0])  # type: ignore[arg-type]
         elif known is not None and known.inplace:
-            todo.append(one.args[0])  # type: ignore[arg-type]
+            todo.append(known["input"])
         elif one.op in ("placeholder", "get_attr"):
             found.add(one)
         elif known is not None and known.name != "dropout":
@@ -245,7 +271,7 @@ def is_alone(node: Any) -> bool:
             return False
         if not known.inplace:
             return True
-        node = node.args[0]
+        node = known["input"]
     return False
 
 
@@ -259,13 +285,10 @@ def writes(node: Node) -> list[Node]:
     known = call(node)
     if known is not None:
         if known.inplace:
-            return [a for a in node.args[:1] if isinstance(a, Node)]
+            return [a for a in (known["input"],) if isinstance(a, Node)]
         if known.name == "batch_norm" and known["training"] is not False:
             return [known[s] for s in _STATISTICS if isinstance(known[s], Node)]
-    written = []
-    out = node.kwargs.get("out")
-    if isinstance(out, Node):
-        written.append(out)
+    written = [n for n in tree_leaves(node.kwargs.get("out")) if isinstance(n, Node)]
     name = _target_name(node)
     overwrites = name.endswith("_") and not name.endswith("__")
     overwrites |= name in ("setitem", "__setitem__") or bool(node.kwargs.get("inplace"))
@@ -273,19 +296,31 @@ def writes(node: Node) -> list[Node]:
         name.startswith("i") and name[1:] in vars(operator)
     )  # fmt: skip
     if overwrites:
-        written += [a for a in node.args[:1] if isinstance(a, Node)]
+        first = node.args[0] if node.args else node.kwargs.get("input")
+        written += [a for a in (first,) if isinstance(a, Node)]
     return written
 
 
-# Parts of the names of functions that draw, or that set a generator.
-_RANDOM = (
-    "rand", "drop", "bernoulli", "normal", "multinomial", "uniform", "rrelu", "fractional", "seed",
-    "exponential", "poisson", "gumbel", "cauchy", "geometric",
-)  # fmt: skip
+# They have no tag, and draw if they have a dropout.
+_MAY_DRAW = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
+
+
+def _is_known_not_to_draw(node: Node, name: str) -> bool:
+    if is_view(node) or node.target is getattr or getattr(operator, name, None) is node.target:
+        return True
+    if isinstance(node.target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded not in node.target.tags
+    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
+    if packet is None or name in _MAY_DRAW:
+        return False
+    tags = [getattr(packet, overload).tags for overload in packet.overloads()]
+    return not any(torch.Tag.nondeterministic_seeded in t for t in tags)
 
 
 def draws(node: Node) -> bool:
     """Whether a call may take random numbers from a generator."""
+    if node.op not in ("call_function", "call_method"):
+        return False
     known = call(node)
     if known is not None:
         return known.name == "dropout" and known["training"] is not False
@@ -293,7 +328,7 @@ def draws(node: Node) -> bool:
     if name == "scaled_dot_product_attention":
         probability = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
         return bool(probability != 0.0)
-    return any(part in name for part in _RANDOM)
+    return not _is_known_not_to_draw(node, name)
 
 
 _KNOWN_HOMES = ("torch", "_operator", "operator", "math")

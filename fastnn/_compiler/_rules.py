@@ -19,7 +19,14 @@ from torch import Tensor
 from torch.fx import Node
 
 import fastnn.functional as F
-from fastnn._compiler._calls import Call, call, is_conversion, is_view, value
+from fastnn._compiler._calls import (
+    Call,
+    call,
+    is_conversion,
+    is_reshape,
+    is_widening,
+    value,
+)
 from fastnn._compiler._site import Misfit, Rewrite, Site
 from fastnn.ops import REGISTRY
 from fastnn.ops.channel_norm import batch_norm_act, batch_norm_add_relu, group_norm_act
@@ -56,6 +63,11 @@ def _tensor(node: Any) -> Tensor:
     return v
 
 
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have one shape and one layout, so that their order does not matter."""
+    return one.shape == other.shape and one.stride() == other.stride()
+
+
 def _numbers(*values: Any) -> None:
     """Numbers that a graph with dynamic shapes computes have no place in an op."""
     for v in values:
@@ -74,7 +86,10 @@ def _close(a: float, b: float) -> bool:
 
 def _rms_norm_without_autocast(input: Tensor, *args: Any) -> Tensor:
     """`rms_norm` in the dtypes that the formula states, which autocast does not change."""
-    with torch.autocast(input.device.type, enabled=False):
+    kind = input.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return F.rms_norm(input, *args)
+    with torch.autocast(kind, enabled=False):
         return F.rms_norm(input, *args)
 
 
@@ -96,7 +111,7 @@ def _rms_norm_written_out(site: Site, end: Node) -> Rewrite:
             break
     else:
         raise Misfit("no weight times a product")
-    normed = site.below_conversion(normed)
+    normed = site.below_conversion(normed, _tensor(end).dtype)
     number, two = site.product(normed)
     site.expect(number == 1.0 and len(two) == 2, "not a product of two")
     factor = next((f for f in two if site.is_call(f, "rsqrt")), None)
@@ -117,6 +132,7 @@ def _rms_norm_written_out(site: Site, end: Node) -> Rewrite:
     wide = torch.promote_types(given.dtype, torch.float32)
     site.expect(_tensor(mean).dtype == wide, "the mean is not taken in float32")
     site.expect(given.shape == out.shape and w.shape == given.shape[-1:], "the weight is broadcast")
+    site.expect(given.is_contiguous() and out.is_contiguous(), "the rows are not contiguous")
     shape = (w.shape[0],)
     site.expect(type(w.shape[0]) is int, "the rows have no fixed length")
     norm = _rms_norm_without_autocast if site.autocast else stock.rms_norm
@@ -124,12 +140,10 @@ def _rms_norm_written_out(site: Site, end: Node) -> Rewrite:
 
 
 def _source(site: Site, node: Any) -> Any:
-    """What `node` converts; the conversion is taken if only nodes of this place read it."""
-    while is_conversion(node):
+    """What `node` widens. A conversion that somebody else needs, too, stays in the graph."""
+    while is_widening(node):
         if all(user in site.taken for user in node.users):
             site.taken[node] = None
-        elif _tensor(node).dtype != _tensor(node.args[0]).dtype:
-            pass  # somebody else needs it: it stays, and the norm reads what it converts
         node = node.args[0]
     return node
 
@@ -149,7 +163,7 @@ def _split_one_plus(site: Site, factors: list[Node], *names: str) -> tuple[Call,
         if known is not None and known.name == "add" and 1 in (known["input"], known["other"]):
             _, inner = site.number_and_node([known["input"], known["other"]])
             if site.is_call(inner, *names):
-                site.call(factor, "add")
+                site.sum(factor)
                 return site.call(inner, *names), [f for f in factors if f is not factor]
     raise Misfit(f"no one plus {' or '.join(names)}")
 
@@ -240,8 +254,11 @@ def _hardswish_written_out(site: Site, end: Node) -> Rewrite:
 
 def _cross_entropy_in_float32(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`cross_entropy(input.float(), ...)`: autocast converts the logits, or a kernel reads them."""
+    kind = input.device.type
+    if not torch.amp.is_autocast_available(kind):  # as on the meta device
+        return F.cross_entropy(input.float(), *args, **kwargs)
     low = input.dtype if input.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-    with torch.autocast(input.device.type, dtype=low):
+    with torch.autocast(kind, dtype=low):
         return F.cross_entropy(input, *args, **kwargs)
 
 
@@ -270,7 +287,7 @@ def _cross_entropy_of_converted(site: Site, end: Node) -> Rewrite:
     """cross_entropy(x.float()), also with views between: the loss reads the 16-bit logits."""
     loss = site.call(end, "cross_entropy")
     above, node = [], loss["input"]
-    while is_view(node) and not is_conversion(node) and len(node.users) == 1:
+    while is_reshape(node) and len(node.users) == 1:
         above.append(node)
         node = node.args[0]
     site.expect(is_conversion(node) and len(node.users) == 1, "the logits are not converted")
@@ -294,7 +311,7 @@ def _branch(site: Site, node: Node) -> tuple[Any, Any, float, bool]:
     """(z, x, p, training) of `x + dropout(z, p, training)`; p = 0 for a sum without a dropout."""
     terms = site.sum(node)
     one, other = (_tensor(t) for t in terms)
-    site.expect(one.shape == other.shape and one.is_floating_point(), "the terms are of two shapes")
+    site.expect(_alike(one, other) and one.is_floating_point(), "the terms are of two kinds")
     site.expect(terms[0] is not terms[1], "a tensor is added to itself")
     for x, z in (terms, terms[::-1]):
         known = call(z)
@@ -380,9 +397,7 @@ def _batch_norm_add_relu(site: Site, end: Node) -> Rewrite:
     residual = next(t for t in terms if t is not node)
     norm = site.call(node, "batch_norm")
     one, other = _tensor(node), _tensor(residual)
-    site.expect(
-        one.shape == other.shape and one.dtype == other.dtype, "the residual is of another kind"
-    )
+    site.expect(_alike(one, other) and one.dtype == other.dtype, "the residual differs in kind")
     args = (norm["input"], residual, *_norm_arguments(norm))
     return Rewrite(batch_norm_add_relu, args, (end,))
 
@@ -407,9 +422,10 @@ def _group_norm_act(site: Site, end: Node) -> Rewrite:
 def _act_mul(site: Site, end: Node) -> Rewrite:
     """act(x) * z: a gated unit (arXiv:2002.05202), or a gate of any other kind."""
     known = site.call(end, "mul")
+    site.expect(not known.inplace, "the product is in place")
     two = known["input"], known["other"]
     one, other = map(_tensor, two)
-    site.expect(one.shape == other.shape and one.dtype == other.dtype, "the factors differ in kind")
+    site.expect(_alike(one, other) and one.dtype == other.dtype, "the factors differ in kind")
     for gate, z in (two, two[::-1]):
         if gate is not z and site.is_call(gate, *_ACTIVATIONS) and len(gate.users) == 1:
             x, *act = _activation(site, gate)

@@ -42,7 +42,7 @@ class Site:
         known = _calls.call(node)
         if known is None or known.name not in names:
             raise Misfit(f"no {' or '.join(names)}")
-        if known.inplace and not _calls.is_alone(node.args[0]):
+        if known.inplace and not _calls.is_alone(known["input"]):
             raise Misfit(f"{known.name} overwrites a tensor that others may read")
         self.taken[node] = None
         return known
@@ -52,11 +52,11 @@ class Site:
         known = _calls.call(node)
         return known is not None and known.name in names
 
-    def below_conversion(self, node: Any) -> Any:
-        """What `node` converts to another dtype; `node` itself if it does not."""
-        while _calls.is_conversion(node) and len(node.users) == 1:
+    def below_conversion(self, node: Any, dtype: torch.dtype) -> Any:
+        """What `node` converts to `dtype`; `node` itself if it does not."""
+        if _calls.is_conversion(node) and value(node).dtype == dtype and len(node.users) == 1:
             self.taken[node] = None
-            node = node.args[0]
+            return node.args[0]
         return node
 
     def follower(self, node: Node, *names: str) -> Node:
@@ -89,7 +89,12 @@ class Site:
                 self.taken[one] = None
                 number = -number
                 todo.append((known["input"], False))
-            elif known.name == "div" and type(known["other"]) in (int, float) and known["other"]:
+            elif (
+                known.name == "div"
+                and type(known["other"]) in (int, float)
+                and known["other"]
+                and known["rounding_mode"] is None
+            ):
                 self.taken[one] = None
                 number /= known["other"]
                 todo.append((known["input"], False))
@@ -147,11 +152,13 @@ class Site:
         spans = [order[n] for n in self.taken]
         memory = set().union(*(_calls.roots(n) for n in (*read, *self.taken)))
         random = any(map(_calls.draws, self.taken))
-        written = set().union(*(_calls.writes(n) for n in self.taken)) - self.taken.keys()
+        written = [w for n in self.taken for w in _calls.writes(n) if w not in self.taken]
+        statistics = set().union(*map(_calls.roots, written))
         for node in self.graph.nodes:
             if min(spans) < order[node] < max(spans) and node not in self.taken:
                 why = _disturbs(node, memory, random)
-                if why is None and written.intersection(node.all_input_nodes):
+                seen = set().union(*map(_calls.roots, node.all_input_nodes))
+                if why is None and any(_may_share(a, b) for a in seen for b in statistics):
                     why = "reads a tensor that they write"
                 if why is not None:
                     raise Misfit(f"between them, {node.name} {why}")
@@ -167,18 +174,30 @@ def _nodes(tree: Any) -> list[Node]:
     return []
 
 
+def _is_state(node: Node) -> bool:
+    """Whether a placeholder is a parameter or a buffer of a module."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    name = name() if callable(name) else name
+    return "._parameters[" in name or "._buffers[" in name
+
+
 def _may_share(a: Node, b: Node) -> bool:
-    """Whether two nodes of `roots` may share memory: two inputs may be views of one tensor."""
+    """Whether two nodes of `roots` may share memory.
+
+    Two inputs may be views of one tensor, at some call. Of parameters and buffers of modules the
+    storages are known.
+    """
     if a is b:
         return True
-    if a.op == b.op == "placeholder":
-        one, other = value(a), value(b)
-        parameters = isinstance(one, torch.nn.Parameter) or isinstance(other, torch.nn.Parameter)
-        same = (
-            not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.dtype == other.dtype
-        )
-        return same and not parameters
-    return False
+    if a.op != "placeholder" or b.op != "placeholder":
+        return False
+    one, other = value(a), value(b)
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return False
+    if _is_state(a) or _is_state(b):
+        return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return True
 
 
 def _disturbs(node: Node, memory: set[Node], random: bool) -> str | None:
@@ -187,11 +206,7 @@ def _disturbs(node: Node, memory: set[Node], random: bool) -> str | None:
         return "may have effects of its own"
     if random and _calls.draws(node):
         return "draws random numbers"
-    known = _calls.call(node)
-    statistics = known is not None and known.name == "batch_norm"
     for written in _calls.writes(node):
-        for one in _calls.roots(written):
-            # Running statistics are buffers of their norm. Nobody else holds their memory.
-            if one in memory or (not statistics and any(_may_share(one, m) for m in memory)):
-                return "writes a tensor that they read"
+        if any(_may_share(one, m) for one in _calls.roots(written) for m in memory):
+            return "writes a tensor that they read"
     return None
