@@ -16,9 +16,10 @@ interpreted launch (`kernels/_launch.py`), for all kernels of the process:
 - Run-time scalars have the type that a compiled kernel gives them: floats are fp32, except where
   an annotation names another type.
 - NumPy gives no floating-point warnings.
-- It takes half the time: the language is pointed at the interpreter once and stays so, instead of
-  at each launch and each device function; types and shapes are made once; NumPy checks for integer
-  overflow.
+- It takes a fraction of the time: the language is pointed at the interpreter once and stays so,
+  instead of at each launch and each device function; types and shapes are made once; NumPy checks
+  for integer overflow; the semantics of an operation are asked once for the types of its operands
+  (`_interpreter_steps.py`).
 """
 
 import functools
@@ -40,11 +41,14 @@ from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from triton.runtime.jit import _normalize_ty
 
+from fastnn.kernels._interpreter_steps import Memory, identity
+
 Array = Any  # np.ndarray, whose stubs would need a cast in every expression here
 
 
 # the interpreter's state is global, so only one thread may launch at a time
 lock = threading.RLock()
+memory = Memory()
 
 
 def install() -> None:
@@ -86,13 +90,12 @@ def narrow(values: Array, toward_zero: bool = False) -> Array:
     return np.where(nan, np.uint16(0x7FC0), ((bits + up) >> np.uint32(16)).astype(np.uint16))
 
 
+_UINT16 = np.dtype(np.uint16)
+
+
 def _is_bf16(handle) -> bool:
     # The element type of a pointer is bf16 too, so the dtype of the data is checked.
-    return (
-        isinstance(handle, TensorHandle)
-        and handle.data.dtype == np.uint16
-        and handle.get_element_ty() == tl.bfloat16
-    )
+    return handle.data.dtype == _UINT16 and handle.get_element_ty() == tl.bfloat16
 
 
 def _float(handle):
@@ -292,14 +295,11 @@ def _repair_libdevice() -> None:
         out = _libdevice(symbol)(*(x.data for x in args))
         return TensorHandle(out.astype(stock._get_np_dtype(ret_type)), ret_type.scalar)
 
-    def interpreted(function):
-        return lambda *args: function(*args, _semantic=stock.interpreter_semantic)
-
     InterpreterBuilder.create_extern_elementwise = create_extern_elementwise
     # The portable module has only empty stubs, which the compiler replaces.
     for name, function in vars(cuda_libdevice).items():
         if tl.core.is_builtin(function) and hasattr(libdevice, name):
-            setattr(libdevice, name, interpreted(function))
+            setattr(libdevice, name, memory.remembered(function))
 
 
 # ---- scalars ----------------------------------------------------------------------------------
@@ -310,9 +310,21 @@ def _repair_scalars() -> None:
     # accepts only arrays without dimensions there.
     stock_patch = stock._patch_lang_tensor
 
+    def index(self):
+        memory.value_read()
+        return int(self.handle.data.item())
+
+    def truth(self):
+        data = self.handle.data
+        if data.size != 1:
+            return True  # as in Triton's own
+        truth = bool(data)
+        memory.truth_asked(self, truth)
+        return truth
+
     def patch(tensor, *scope):
         stock_patch(tensor, *scope)
-        tensor.__index__ = lambda self: int(self.handle.data.item())
+        tensor.__index__, tensor.__bool__ = index, truth
 
     stock._patch_lang_tensor = patch
 
@@ -415,6 +427,7 @@ def _repair_costs() -> None:
         key = (element_ty.name, *(getattr(n, "value", n) for n in shape))
         if key not in block_types:
             make_type(self, element_ty, shape)
+            identity(self)
             block_types[key] = vars(self).copy()
         vars(self).update(block_types[key])
 
@@ -423,6 +436,7 @@ def _repair_costs() -> None:
         known = vars(type).get("_fastnn_tensor")
         if known is None:
             make_tensor(self, handle, type)
+            self._fastnn_identity = identity(type)
             type._fastnn_tensor = {k: v for k, v in vars(self).items() if k != "handle"}
         else:
             vars(self).update(known)
@@ -431,13 +445,26 @@ def _repair_costs() -> None:
     def overflow(self, lhs, rhs, op):
         ty = lhs.type.scalar
         if ty.int_bitwidth < 64 and self.builder.options.sanitize_overflow:
-            wide = (x.handle.data.astype(np.int64) for x in (lhs, rhs))
-            out = getattr(operator, op.__name__)(*wide)
-            inside = (ty.get_int_min_value() <= out) & (out <= ty.get_int_max_value())
-            said = f"int{ty.int_bitwidth} overflow detected for operation {op.__name__}"
-            assert inside.all(), said
+            self.builder.check_overflow(lhs.handle, rhs.handle, op.__name__, ty)
 
+    def check_overflow(self, lhs, rhs, name, ty):
+        out = getattr(operator, name)(lhs.data.astype(np.int64), rhs.data.astype(np.int64))
+        inside = (ty.get_int_min_value() <= out) & (out <= ty.get_int_max_value())
+        assert inside.all(), f"int{ty.int_bitwidth} overflow detected for operation {name}"
+
+    def patch_attribute(obj, name, member, builder, *scope):
+        setattr(obj, name, memory.remembered(member))
+
+    InterpreterBuilder.check_overflow = check_overflow
+    stock._patch_attr = patch_attribute
     stock._patch_lang = patch_once
+
+    def handle(self, data, dtype, attr=None):
+        self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
+        if type(dtype) is tl.dtype and 8 * data.itemsize > max(8, dtype.primitive_bitwidth):
+            self.__post_init__()  # raises
+
+    TensorHandle.__init__ = handle
     stock._get_np_dtype = lambda ty: array_types.get(ty.scalar.name) or list_types(ty)
     tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
     type(stock.interpreter_semantic).binary_op_sanitize_overflow_impl = overflow

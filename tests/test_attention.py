@@ -118,10 +118,15 @@ def outcome(call, q, k, v, mask, options, upstream=None):
 DECLINED = ("constant in some of the dims", "one column", "heads of keys")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+# The arguments decide on the path. The 16-bit dtypes differ in their rounding only.
+@pytest.mark.parametrize(
+    ("dtype", "examples"),
+    [(torch.float32, 180), (torch.bfloat16, 60), (torch.float16, 60)],
+    ids=str,
+)
 @pytest.mark.usefixtures("small_tiles")
 @interpreted
-def test_any_call_is_as_stock(dtype):
+def test_any_call_is_as_stock(dtype, examples):
     """Values, gradients, dtypes, shapes, strides, nans, error types; no lane out of bounds.
 
     The error of stock is taken as its largest error over all calls, as for PyTorch's own samples.
@@ -129,7 +134,7 @@ def test_any_call_is_as_stock(dtype):
     ours, its, ran, seen = [(0.0, None)], [0.0], [0], [0]
 
     @hypothesis.settings(
-        max_examples=180,
+        max_examples=examples,
         deadline=None,
         derandomize=True,
         database=None,
@@ -175,7 +180,7 @@ def test_any_call_is_as_stock(dtype):
                 its.append((b.double() - c).abs().max().item() / unit)
 
     fuzz()
-    assert seen[0] >= 170 and ran[0] >= 90
+    assert seen[0] >= 0.9 * examples and ran[0] >= 0.5 * examples
     worst = max(ours, key=lambda x: x[0])
     assert worst[0] <= 2 * max(its) + 1, (worst, max(its))
 

@@ -1,4 +1,4 @@
-"""`torch.compile(model, backend="fastnn")`: what becomes which op, and what must not."""
+"""`fastnn.compile(model)`: what becomes which op, and what must not."""
 
 import collections
 import copy
@@ -33,7 +33,7 @@ def fused_in(found):
 def found_in(call, *inputs, **options):
     """(how often each rule held, the result) of the compiled `call`."""
     with listen() as found:
-        out = torch.compile(call, backend="fastnn", **options)(*inputs)
+        out = fastnn.compile(call, **options)(*inputs)
     return fused_in(found), out
 
 
@@ -194,7 +194,7 @@ def test_blocks_are_found_and_as_exact_as_stock(block, shape, dtype, device):
         exact = gradients(exact_model, exact_model, x.double())
         theirs.append(errors(reference, reference, x, exact))
         with listen() as found, fastnn.backend("triton"), fastnn.decisions() as heard:
-            ours.append(errors(model, torch.compile(model, backend="fastnn"), x, exact))
+            ours.append(errors(model, fastnn.compile(model), x, exact))
         assert fused_in(found) == block.expected, draw
         assert heard and all(d.why is None for d in heard), [d for d in heard if d.why]
     floor = 4 * torch.finfo(dtype).eps
@@ -207,7 +207,7 @@ def test_buffers_and_second_calls_are_as_in_stock(block, shape, device):
     model = block().to(device)
     reference = copy.deepcopy(model)
     with fastnn.backend("triton"):
-        compiled = torch.compile(model, backend="fastnn")
+        compiled = fastnn.compile(model)
         for _ in range(2):
             x = torch.randn(shape, device=device)
             torch.testing.assert_close(compiled(x), reference(x))
@@ -620,7 +620,7 @@ def test_ways_to_use_a_model(way):
         call = lambda x: model(x)  # noqa: E731
     # In `auto`: the CPU's autocast passes layer_norm two dtypes, which no kernel takes.
     with listen() as found, simulated(least=0), context:
-        compiled = torch.compile(call, backend="fastnn", dynamic=True if way == "dynamic" else None)
+        compiled = fastnn.compile(call, dynamic=True if way == "dynamic" else None)
         for size in sizes:
             x = torch.randn(size, WIDTH, requires_grad=torch.is_grad_enabled())
             got, want = compiled(x), want_call(x)
@@ -642,7 +642,7 @@ def test_the_training_flag_makes_a_new_graph():
     model = stock.Sequential(stock.BatchNorm1d(WIDTH), stock.ReLU(), stock.Dropout(0.5))
     reference = copy.deepcopy(model).eval()
     with fastnn.backend("triton"):
-        compiled = torch.compile(model, backend="fastnn")
+        compiled = fastnn.compile(model)
         x = torch.randn(4, WIDTH)
         compiled(x)
         reference.load_state_dict(model.state_dict())
@@ -676,14 +676,14 @@ def test_small_calls_run_stock_with_the_same_bits():
     model = Residual()
     reference = copy.deepcopy(model)
     x = torch.randn(IMAGE)
-    assert torch.equal(torch.compile(model, backend="fastnn")(x), reference(x))
+    assert torch.equal(fastnn.compile(model)(x), reference(x))
 
 
 @interpreted
 def test_equal_input_gives_equal_bits():
     model, x = GPT(0.1), torch.randn(ROWS)
     with fastnn.backend("triton"):
-        compiled = torch.compile(model, backend="fastnn")
+        compiled = fastnn.compile(model)
         results = []
         for _ in range(3):
             torch.manual_seed(5)
@@ -692,10 +692,13 @@ def test_equal_input_gives_equal_bits():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_compile_is_the_short_way_and_takes_no_options():
+def test_the_name_of_the_backend_is_registered_and_takes_no_options():
     x = torch.randn(2, WIDTH)
     model = stock.Linear(WIDTH, WIDTH)
-    assert torch.equal(fastnn.compile(model, fullgraph=True)(x), model(x))
+    with listen() as found:
+        named = torch.compile(model, backend="fastnn", fullgraph=True)
+        assert torch.equal(named(x), model(x))
+    assert [f.rule for f in found] == ["linear"]
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="takes no options; given: a"):
         torch.compile(model, backend="fastnn", options={"a": 1})(x)
 

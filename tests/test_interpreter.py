@@ -516,3 +516,77 @@ def test_nobody_has_to_install_it(program):
     code = [sys.executable, "-c", globals()[program]]
     done = subprocess.run(code, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "all ran\n"), done.stderr
+
+
+# ---- What is remembered -------------------------------------------------------------------------
+
+
+@triton.jit
+def _square_or_product(X, Y, OUT, BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    x, y = tl.load(X + cols), tl.load(Y + cols)
+    tl.store(OUT + cols, x * x)
+    tl.store(OUT + BLOCK + cols, x * y)
+
+
+def test_steps_tell_an_operand_from_another():
+    """x * x and x * y have the same types. Their steps are written down once."""
+    x, y = torch.randn(2, BLOCK)
+    for first, second in ((x, y), (y, x), (x, x)):
+        out = torch.empty(2 * BLOCK)
+        _square_or_product[(1,)](first, second, out, BLOCK)
+        assert torch.equal(out, torch.cat([first * first, first * second]))
+
+
+@triton.jit
+def _numbers(X, OUT, WHOLE, BLOCK: tl.constexpr, NUMBER: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    pid = tl.program_id(0)
+    other = tl.load(X + pid, mask=pid < 2, other=7.0)
+    tl.store(OUT + pid * BLOCK + cols, tl.load(X + cols) * NUMBER * other)
+    tl.store(WHOLE, (tl.program_id(1) + 16777217) * NUMBER)
+
+
+def test_steps_depend_on_numbers_and_read_scalars_anew():
+    x = torch.randn(BLOCK)
+    whole = torch.empty(1, dtype=torch.float64)
+    for number in (0.0, 1, 1.0, 1.5, 3, True):
+        out = torch.empty(3, BLOCK)
+        _numbers[(3,)](x, out, whole, BLOCK, number)
+        want = x * number * torch.tensor([x[0], x[1], 7.0])[:, None]
+        assert torch.equal(out, want) and torch.equal(out.signbit(), want.signbit())
+        odd = 16777217 if isinstance(number, int) else 16777216  # float32 loses the last bit
+        assert whole.item() == odd * number
+
+
+@triton.jit
+def _sum_of_int32(X, OUT, n):
+    tl.store(OUT, tl.load(X) + n)
+
+
+def test_remembered_steps_check_for_overflow():
+    out = torch.empty(1, dtype=torch.int32)
+    for value in (1, 2, 3):
+        _sum_of_int32[(1,)](torch.tensor([value], dtype=torch.int32), out, 2**31 - 4)
+        assert out.item() == value + 2**31 - 4
+    with pytest.raises(Exception, match="int32 overflow detected for operation add"):
+        _sum_of_int32[(1,)](torch.tensor([4], dtype=torch.int32), out, 2**31 - 4)
+
+
+def test_most_calls_are_remembered(monkeypatch):
+    """The second launch asks the semantics nothing."""
+    from fastnn.kernels import _interpreter
+
+    asked = []
+    record = _interpreter.memory.record
+
+    def counted(*args):
+        asked.append(args)
+        return record(*args)
+
+    monkeypatch.setattr(_interpreter.memory, "record", counted)
+    x, out, whole = torch.randn(64), torch.empty(3, 64), torch.empty(1, dtype=torch.float64)
+    _numbers[(3,)](x, out, whole, 64, 0.7182)
+    first = len(asked)
+    _numbers[(3,)](x, out, whole, 64, 0.7182)
+    assert first > 0 and len(asked) == first
