@@ -476,12 +476,14 @@ def cell(name: str, model: str, batch: int, width: int, dtypes=(BF16, FP32), **o
     )  # fmt: skip
 
 
-def sequence(name: str, model: str, steps: int, batch: int, width: int, dtypes=(BF16, FP32)):
+def sequence(
+    name: str, model: str, steps: int, batch: int, width: int, dtypes=(BF16, FP32), **options
+):
     products = {"RNN": 1, "GRU": 3, "LSTM": 4}[name] * 2
     return row(
         name, model, steps, (batch, width), dtypes,
         flops=lambda n: 2 * products * n * batch * width**2,
-        options={"input_size": width, "hidden_size": width},
+        options={"input_size": width, "hidden_size": width, **options},
     )  # fmt: skip
 
 
@@ -489,7 +491,9 @@ RECURRENT = [
     sequence("LSTM", "characters, 64 x 128 steps", 128, 64, 256),
     sequence("GRU", "characters, 64 x 128 steps", 128, 64, 256),
     sequence("RNN", "characters, 64 x 128 steps", 128, 64, 256),
+    sequence("RNN", "with relu", 128, 64, 256, nonlinearity="relu"),
     cell("RNNCell", "4096 sequences", 4096, 1024),
+    cell("RNNCell", "with relu", 4096, 1024, nonlinearity="relu"),
     cell("LSTMCell", "4096 sequences", 4096, 1024),
     cell("GRUCell", "4096 sequences", 4096, 1024),
 ]

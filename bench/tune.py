@@ -15,6 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 import fastnn
 from fastnn import _gate, _mode
@@ -59,7 +60,7 @@ def gate_work(
 
 
 def _elements(case: BenchCase) -> int:
-    sizes = [t.numel() for t in case.make(FP32, "meta")]
+    sizes = [t.numel() for t in tree_leaves(case.make(FP32, "meta"))]
     if case.gathers:
         sizes.append(sizes[0] * case.options.get("embedding_dim", 1))
     return max(sizes)

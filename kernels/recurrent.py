@@ -63,7 +63,10 @@ def _rnn_cell_fwd_kernel(
     GI, GH, BI, BH, Y, B, H,
     RELU: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """GI, GH, Y (B, H): float, contiguous. BI, BH (H,): float, or None."""
+    """A program computes y of one tile of the batch and the hidden units.
+
+    GI, GH, Y (B, H): float, contiguous. BI, BH (H,): float, or None.
+    """
     b, j, mask = _tile(B, H, BLOCK_B, BLOCK_H)
     g = _gate(GI, GH, BI, BH, b * H, j, mask)
     if RELU:
@@ -77,7 +80,10 @@ def _rnn_cell_fwd_kernel(
 def _rnn_cell_bwd_kernel(
     DY, Y, DG, B, H, RELU: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr
 ):
-    """DY, Y, DG (B, H): float, contiguous."""
+    """A program computes the gradient of the sum of the products for one tile.
+
+    DY, Y, DG (B, H): float, contiguous.
+    """
     b, j, mask = _tile(B, H, BLOCK_B, BLOCK_H)
     at = b * H + j
     dy = _get(DY, at, mask)
@@ -93,8 +99,11 @@ def _rnn_cell_bwd_kernel(
 def _lstm_cell_fwd_kernel(
     GI, GH, BI, BH, C, Y, YC, GATES, B, H, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr
 ):
-    """GI, GH (B, 4H): float, contiguous. BI, BH (4H,): float, or None. C, Y, YC (B, H): float,
-    contiguous. GATES (B, 4H): float, contiguous, or None: i, f, g, o."""
+    """A program computes h' (Y) and c' (YC) of one tile of the batch and the hidden units.
+
+    GI, GH (B, 4H): float, contiguous. BI, BH (4H,): float, or None. C, Y, YC (B, H): float,
+    contiguous. GATES (B, 4H): float, contiguous, or None: i, f, g, o.
+    """
     b, j, mask = _tile(B, H, BLOCK_B, BLOCK_H)
     row = b * H * 4
     i = _sigmoid(_gate(GI, GH, BI, BH, row, j, mask))
@@ -115,8 +124,11 @@ def _lstm_cell_fwd_kernel(
 def _lstm_cell_bwd_kernel(
     DY, DYC, C, YC, GATES, DG, DC, B, H, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr
 ):
-    """DY, DYC (B, H): float, contiguous, or None. C, YC, DC (B, H), GATES, DG (B, 4H): float,
-    contiguous."""
+    """A program computes the gradients of the gates and of c for one tile.
+
+    DY, DYC (B, H): float, contiguous, or None. C, YC, DC (B, H), GATES, DG (B, 4H): float,
+    contiguous.
+    """
     b, j, mask = _tile(B, H, BLOCK_B, BLOCK_H)
     row = b * H * 4
     at = b * H + j
@@ -144,8 +156,11 @@ def _lstm_cell_bwd_kernel(
 def _gru_cell_fwd_kernel(
     GI, GH, BI, BH, HX, Y, GATES, B, H, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr
 ):
-    """GI, GH (B, 3H): float, contiguous. BI, BH (3H,): float, or None. HX, Y (B, H): float,
-    contiguous. GATES (B, 4H): float, contiguous, or None: r, z, n, and h's part of n."""
+    """A program computes h' (Y) of one tile of the batch and the hidden units.
+
+    GI, GH (B, 3H): float, contiguous. BI, BH (3H,): float, or None. HX, Y (B, H): float,
+    contiguous. GATES (B, 4H): float, contiguous, or None: r, z, n, and h's part of n.
+    """
     b, j, mask = _tile(B, H, BLOCK_B, BLOCK_H)
     row = b * H * 3
     at = b * H + j
@@ -167,7 +182,10 @@ def _gru_cell_fwd_kernel(
 def _gru_cell_bwd_kernel(
     DY, HX, GATES, DGI, DGH, DH, B, H, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr
 ):
-    """DY, HX, DH (B, H), GATES (B, 4H), DGI, DGH (B, 3H): float, contiguous."""
+    """A program computes the gradients of both products and of h for one tile.
+
+    DY, HX, DH (B, H), GATES (B, 4H), DGI, DGH (B, 3H): float, contiguous.
+    """
     b, j, mask = _tile(B, H, BLOCK_B, BLOCK_H)
     row = b * H * 4 + j
     r = _get(GATES, row, mask)

@@ -92,14 +92,14 @@ class Misfit(str):
 
 
 # Of each convolution, what its `forward` calls: as we made it, and as PyTorch made it.
-_CONV_FORWARD = {
+_CONV_FORWARD: dict[type, tuple[Any, Any]] = {
     cls: (cls._conv_forward, as_torch_made(STOCK[cls]._conv_forward))  # type: ignore[attr-defined]
     for cls in (conv.Conv1d, conv.Conv2d, conv.Conv3d)
 }
 
 
 def _convolution(m) -> Any:
-    cls = counts_as(m)
+    cls: Any = counts_as(m)
     ours, its = _CONV_FORWARD[cls]
     known = cls._conv_forward is ours and STOCK[cls]._conv_forward is its  # type: ignore
     if not known or "_conv_forward" in m.__dict__:

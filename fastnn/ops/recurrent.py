@@ -243,7 +243,7 @@ class Steps(Function):
             with torch.autocast(x.device.type, enabled=False):
                 gi = stock.linear(x, p.w_ih, p.b_ih)
             part = y[:, :, d * H : (d + 1) * H]
-            gates, states, cells = kernels.sequence.fwd(
+            gates, states, cells = kernels.recurrent_steps.fwd(
                 gi, p.w_hh, p.b_hh, h0[d], None if c0 is None else c0[d], part, hn[d], kind,
                 d == 1, keep,
             )  # fmt: skip
@@ -272,7 +272,7 @@ class Steps(Function):
         for d, p in enumerate(_directions(weights)):
             gates, states, cells = kept[3 * d : 3 * d + 3]
             part = slice(d * H, (d + 1) * H)
-            dgi, dgh, dh, dc = kernels.sequence.bwd(
+            dgi, dgh, dh, dc = kernels.recurrent_steps.bwd(
                 None if dy is None else dy[:, :, part], None if dhn is None else dhn[d],
                 None if dcn is None else dcn[d], gates, states, cells, p.w_hh, kind, d == 1,
             )  # fmt: skip
@@ -328,7 +328,7 @@ def _layers(kind, input, h0, c0, params, biased, layers, dropout, train, both, b
         return Invalid("several dtypes")
     x = input.transpose(0, 1) if batch_first else input
     (T, N, width), H = x.shape, h0.shape[2]
-    rows = kernels.sequence.GATES[kind] * H
+    rows = kernels.recurrent_steps.GATES[kind] * H
     fits = all(t.shape == (D * layers, N, H) for t in states)
     for at in range(0, len(params), each):
         w_ih, w_hh, *biases = params[at : at + each]
