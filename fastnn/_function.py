@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastnn._plan import active
-from fastnn._strides import not_strided, with_dense_gradients
+from fastnn._strides import in_layout, not_strided, with_dense_gradients
 
 
 class Function(torch.autograd.Function):
@@ -54,6 +54,31 @@ class _NoGraph:
 _NO_GRAPH = _NoGraph()
 
 
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
+
+
+def _apply(function: type[torch.autograd.Function], args: tuple):
+    """`function.apply(*args)`. A backward gets what it kept in the layout in which it kept it.
+
+    Kernels of a backward rely on that, and the hooks of a user may give a tensor of other strides
+    back (`torch.autograd.graph.saved_tensors_hooks`).
+    """
+    hooks = None if torch.compiler.is_compiling() else _hooks(False)
+    if hooks is None:
+        return function.apply(*args)
+    pack, unpack = hooks[:2]
+
+    def keep(t: Tensor):
+        return pack(t), t.stride()
+
+    def give(kept):
+        packed, strides = kept
+        return in_layout(unpack(packed), strides)
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, give):
+        return function.apply(*args)
+
+
 def run(function: type[torch.autograd.Function], *args):
     """`function.apply(*args)`, or only its forward if autograd has nothing to record."""
     if active.recorder is not None:
@@ -63,7 +88,7 @@ def run(function: type[torch.autograd.Function], *args):
     if torch.is_grad_enabled():
         for value in args:
             if isinstance(value, Tensor) and value.requires_grad:
-                return function.apply(*args)
+                return _apply(function, args)
     if torch.compiler.is_compiling():
         return function.apply(*args)
     return function.forward(_NO_GRAPH, *args)

@@ -32,6 +32,7 @@ from fastnn._plan import (
     active,
     reads,
 )
+from fastnn._strides import in_layout
 from fastnn.kernels import _gpus
 
 aten = torch.ops.aten
@@ -393,6 +394,7 @@ class Plan:
         "dirty",
         "forward",
         "function",
+        "layouts",
         "many",
         "materialize",
         "native",
@@ -417,6 +419,7 @@ class Plan:
         tensors = [args[i] for i in at]
         self.dirty = tuple([i for i, t in enumerate(tensors) if any(t is d for d in facts.dirty)])
         self.saves = bool(ctx.saved_tensors)
+        self.layouts = tuple([None if t is None else t.stride() for t in ctx.saved_tensors])
         self.many = many
         self.places = tuple(at)
         self.node = _node(function) if graph else None
@@ -431,8 +434,12 @@ class Plan:
         vars(ctx).update(self.attributes)
         if drawn is not None:
             vars(ctx).update({k: _redrawn(v, drawn) for k, v in self.attributes.items()})
-        ctx.saved_tensors = saved
+        ctx.saved_tensors = self.as_saved(saved)
         return ctx
+
+    def as_saved(self, saved: tuple) -> tuple:
+        """What was saved, in the layouts in which it was: hooks may have changed them."""
+        return tuple(map(in_layout, saved, self.layouts))
 
     def slow(self, drawn: tuple[int, int] | None, grads: tuple, saved: tuple) -> tuple:
         """The gradients of the tensors that a node was given, by the function's own backward."""
@@ -517,6 +524,7 @@ def _node(function: type) -> Callable:
 
 def _record_backward(plan: Plan, drawn, grads: tuple, saved: tuple) -> tuple:
     plan.tries -= 1
+    saved = plan.as_saved(saved)
     given = [t for t in (*grads, *saved) if t is not None]
     if not all(map(_plannable, given)):
         return plan.gradients(plan.function.backward(plan.context(saved, drawn), *grads))

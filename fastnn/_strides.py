@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from fastnn.kernels._tl import dense, is_dense  # type: ignore[import-not-found]
@@ -42,6 +43,16 @@ def make_dense(at: tuple[int, ...], names: frozenset[str], args: tuple, kwargs: 
         if name in names and isinstance(value, Tensor) and not is_dense(value):
             kwargs = {**kwargs, name: dense(value)}
     return args, kwargs
+
+
+def in_layout(t: Tensor | None, strides: tuple[int, ...] | None) -> Tensor | None:
+    """`t` with these strides; a copy if it has others. `t` itself if the strides overlap."""
+    if t is None or strides is None or t.stride() == strides or t.dim() != len(strides):
+        return t
+    if any(size > 1 and not stride for size, stride in zip(t.shape, strides, strict=True)):
+        return t
+    like = torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device)
+    return like.copy_(t)
 
 
 def with_dense_gradients(backward: Callable, at: tuple[int, ...]) -> Callable:

@@ -631,7 +631,7 @@ def test_many_calls_leave_nothing():
             _warm(call, 200)
             gc.collect()
             grown.append(len(gc.get_objects()) - before)
-    assert grown[1] <= grown[0] + 50
+    assert grown[1] <= max(grown[0], 0) + 50  # and may forget some of earlier ones
 
 
 def test_plans_are_bounded_where_shapes_never_repeat():

@@ -77,6 +77,26 @@ class Losing(stock.Module):
         return self.loss(x, torch.arange(5, device=x.device) % 4)
 
 
+class FrozenNorm(stock.Module):
+    """Depthwise convolutions, one with a norm that stays in evaluation mode, as in fine-tuning."""
+
+    def __init__(self, nn):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv1d(1, 4, 1), nn.Conv1d(4, 4, 3, 1, 1, 1, 4), nn.BatchNorm1d(4), nn.ReLU(),
+            nn.Conv1d(4, 4, 3, 1, 1, 1, 4), nn.Hardswish(),
+        )  # fmt: skip
+        self.train()
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.body[2].eval()
+        return self
+
+    def forward(self, x):
+        return self.body(x)
+
+
 class Attending(stock.Module):
     def __init__(self, nn):
         super().__init__()
@@ -134,6 +154,7 @@ MODELS = {
         ),
         SEQUENCE,
     ),
+    "depthwise convolution": (FrozenNorm, SEQUENCE),
     "attention": (Attending, SEQUENCE),
     "encoder": (encoding(), SEQUENCE),
     "encoder, norm first": (encoding(norm_first=True, activation="gelu"), SEQUENCE),
@@ -149,6 +170,7 @@ FUSED = {
     "batch_norm_act": {"batch_norm_act"},
     "group_norm_act": {"group_norm_act"},
     "convolution": {"batch_norm_act", "max_pool1d", "pad"},  # `auto` leaves convolutions to cuDNN
+    "depthwise convolution": {"conv_batch_norm_act", "conv_act"},
     "encoder": {"linear_act", "dropout_add_layer_norm"},
     "encoder, RMS norms": {"linear_act", "dropout_add_rms_norm"},
     "encoder, norm first": {"linear_act", "dropout_add_layer_norm", "dropout_add"},

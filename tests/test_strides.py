@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from fastnn.ops import REGISTRY
 from fastnn.testing import meter
 from fastnn.testing.cases import CASES
 from fastnn.testing.noise import recording, replaying
-from tests.calls import Call, differences, recorded
+from tests.calls import Call, _Upstream, differences, forced, recorded
 from tests.marks import interpreted
 
 # ---- Layouts: a tensor -> (a tensor like it, the memory that holds it), or None ------------------
@@ -242,6 +243,35 @@ def test_layers_with_parameters_that_are_views(name):
             want = called(stock, layout)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, equal_nan=True)
     assert ran
+
+
+@interpreted
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_saved_tensors_that_hooks_give_back_in_other_strides(name):
+    """A hook of saved tensors may return any strides. Kernels of a backward rely on their own."""
+    call = next((c for c in recorded().get(name, ()) if c.wanting), None)
+    if call is None:
+        pytest.skip("no row takes a gradient")
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    for change in (lambda t: column(t)[0], lambda t: transposed(t)):
+        results = []
+        for hooked in (False, True, True, True):  # a call, one that is recorded, one replayed
+            around = (
+                hooks(lambda t: t, lambda t, c=change: c(t.detach())) if hooked else nullcontext()
+            )
+            with around, meter.traffic(distinct=False):
+                outcome, _ = forced(call, {}, upstream=_Upstream(0))
+            if outcome.values is None:
+                pytest.skip(f"the call runs stock: {outcome.reason or outcome.error}")
+            results.append(outcome.values)
+        first, *others = results
+        for other in others:
+            assert all(torch.equal(other[k].nan_to_num(), v.nan_to_num()) for k, v in first.items())
+
+
+def transposed(t: Tensor) -> Tensor:
+    """The same values in memory of the reverse order of dimensions."""
+    return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
 
 
 if __name__ == "__main__":

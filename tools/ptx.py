@@ -71,7 +71,6 @@ def of_real_widths():
 
 # Rows that a share leaves out. The run of all rows tells them.
 LEFT_OUT = {
-    "unpool": "the emulator has no atomic maximum",
     "lp_pool2d(1x1x4x4, 3.5": "libdevice's pow errs more than the pow of a CPU, which is the"
     " reference here; PyTorch uses libdevice's on a GPU",
 }

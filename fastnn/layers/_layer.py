@@ -191,7 +191,9 @@ def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
             same.append(f"_functional.{function} is _original_{number}_{i}")
         lines += [f"        if not ({' or '.join(same) or 'False'}):"]
         lines += [f"            return _its_method({given})"]
-    if not issubclass(its, torch.nn.Sequential):  # which hands on what its first member takes
+    # A Sequential hands on what its first member takes. Recurrent layers tell why a PackedSequence
+    # runs stock.
+    if not issubclass(its, (torch.nn.Sequential, torch.nn.RNNBase)):
         lines += [f"        if not isinstance({passed[1]}, _tensor_class):"]
         lines += [f"            return _its_method({given})"]
     lines = [

@@ -112,8 +112,14 @@ class Pointwise(Function):
 _X = ("input",)
 
 
-def refuse_numbers(*numbers) -> Stock | None:
+def refuse_numbers(*numbers, activation: str = "") -> Stock | None:
     """Why no kernel takes these parameters of an activation."""
+    if (
+        activation == "hardtanh"
+        and isinstance(numbers[0], (int, float))
+        and numbers[0] > numbers[1]
+    ):
+        return Invalid(f"limits {numbers}")
     for number in numbers:
         if isinstance(number, Tensor):
             return Stock("a parameter is a tensor")

@@ -404,7 +404,7 @@ def group_norm_act(
     """
     if activation not in _ACTIVATIONS:
         return Invalid(f"activation={activation!r}")
-    why = refuse_numbers(a, b)
+    why = refuse_numbers(a, b, activation=activation)
     if why is not None:
         return why
     act = Act(activation, float(a), float(b))
@@ -432,7 +432,7 @@ def batch_norm_act(
     """
     if activation not in _ACTIVATIONS:
         return Invalid(f"activation={activation!r}")
-    why = refuse_numbers(a, b)
+    why = refuse_numbers(a, b, activation=activation)
     if why is not None:
         return why
     act = Act(activation, float(a), float(b))

@@ -551,7 +551,7 @@ def _after(activation, a, b) -> Act | Stock | None:
         return None
     if activation not in _ACTIVATIONS:
         return Invalid(f"activation={activation!r}")
-    return refuse_numbers(a, b) or Act(activation, float(a), float(b))
+    return refuse_numbers(a, b, activation=activation or "") or Act(activation, float(a), float(b))
 
 
 def _stock_conv(input, weight, *rest):

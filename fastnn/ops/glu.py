@@ -44,7 +44,9 @@ class ActMul(Function):
 
     @staticmethod
     def forward(ctx, x, z, activation, a, b):
-        ctx.save_for_backward(x, z)
+        # If only z wants a gradient, PyTorch keeps act(x), and x may be edited afterwards.
+        kept = x if ctx.needs_input_grad[0] or not ctx.needs_input_grad[1] else x.clone()
+        ctx.save_for_backward(kept, z)
         ctx.rest = activation, a, b
         return kernels.glu.act_mul_fwd(x, z, _ACTIVATIONS[activation].value, a, b)
 
@@ -80,7 +82,7 @@ def act_mul(input, other, activation="silu", a=0.0, b=0.0):
     """
     if activation not in _ACTIVATIONS:
         return Invalid(f"activation={activation!r}")
-    why = refuse_numbers(a, b)
+    why = refuse_numbers(a, b, activation=activation)
     if why is not None:
         return why
     if not isinstance(other, torch.Tensor) or not isinstance(input, torch.Tensor):

@@ -415,7 +415,7 @@ def linear_act(
         return why
     if activation not in _ACTIVATIONS:
         return Invalid(f"activation={activation!r}")
-    why = acts.refuse_numbers(a, b)
+    why = acts.refuse_numbers(a, b, activation=activation)
     if why is not None:
         return why
     if not 0 <= p <= 1:

@@ -205,12 +205,13 @@ _STOCK_LAYER = {
 @contextmanager
 def _without_cudnn():
     """PyTorch's own formulas run in the block, because cuDNN's backward has no derivative."""
-    cudnn = torch.backends.cudnn
-    before, cudnn.enabled = cudnn.enabled, False  # type: ignore[assignment]
+    # Not `torch.backends.cudnn.enabled`, whose setter may have been turned off.
+    before = torch._C._get_cudnn_enabled()
+    torch._C._set_cudnn_enabled(False)
     try:
         yield
     finally:
-        cudnn.enabled = before  # type: ignore[assignment]
+        torch._C._set_cudnn_enabled(before)
 
 
 class Direction(NamedTuple):
@@ -250,9 +251,10 @@ class Steps(Function):
             if cells is not None:
                 cn[d].copy_(cells[T % cells.shape[0]])
             kept += [gates, states, cells]
-        # PyTorch keeps the result of an LSTM, and not those of the others. An edit of it therefore
+        # PyTorch keeps the result of an LSTM of one direction, and no others. An edit of it thus
         # raises an error in the backward, as in PyTorch.
-        ctx.save_for_backward(x, h0, c0, y if kind == "lstm" else None, *weights, *kept)
+        result = y if kind == "lstm" and D == 1 else None
+        ctx.save_for_backward(x, h0, c0, result, *weights, *kept)
         ctx.kind = kind
         ctx.set_materialize_grads(False)
         return y, hn, cn

@@ -715,6 +715,38 @@ def _store(names: Names, parts: list[str], operands: list[str]) -> Run:
     return run
 
 
+_ATOMIC = {"max": np.maximum, "min": np.minimum, "add": np.add}
+
+
+@makes("atom")
+def _atomic(names: Names, parts: list[str], operands: list[str]) -> Run:
+    text = told(parts, operands)
+    kind = parts[-1]
+    f = _ATOMIC.get(parts[-2])
+    if f is None or _space(parts) != "global" or kind[0] not in "su":
+        raise NotImplementedError(text)
+    put, at = names.put(operands[0]), names.address(operands[1], _ADDRESS["global"])
+    value = names.get(operands[2], kind)
+
+    def run(machine: Machine, mask: Mask) -> None:
+        _, (address, given) = machine.chosen(mask, at(machine), value(machine))
+        address, given = np.broadcast_arrays(address, given)
+        old = machine.memory.load(address, given.dtype, 1, text)[:, 0]
+        now: dict[int, Any] = {}
+        for i, where in enumerate(address.tolist()):  # the threads come in their order
+            old[i] = now.get(where, old[i])
+            now[where] = f(old[i], given[i])
+        places = np.array(list(now), np.uint64)
+        machine.memory.store(places, np.array(list(now.values()), given.dtype)[:, None], text)
+        all_lanes = old
+        if mask is not None:
+            all_lanes = np.zeros(machine.lanes, old.dtype)
+            all_lanes[mask] = old
+        put(machine, all_lanes, mask)
+
+    return run
+
+
 def nothing(machine: Machine, mask: Mask) -> None:
     pass
 
