@@ -336,15 +336,11 @@ def _add_norm(site: Site, end: Node) -> Rewrite:
     z, x, p, training = _branch(site, s)
     site.expect(_tensor(z).dtype == _tensor(x).dtype, "the terms have two dtypes")
     prenorm = any(user is not end for user in s.users)
-    parameters = [norm["weight"]] + ([norm["bias"]] if end_is_layer_norm(end) else [])
-    op = dropout_add_layer_norm if end_is_layer_norm(end) else dropout_add_rms_norm
+    centred = norm.name == "layer_norm"
+    parameters = [norm["weight"], norm["bias"]] if centred else [norm["weight"]]
+    op = dropout_add_layer_norm if centred else dropout_add_rms_norm
     args = (z, x, tuple(norm["normalized_shape"]), *parameters, norm["eps"], p, training, prenorm)
     return Rewrite(op, args, (s, end) if prenorm else (end,))
-
-
-def end_is_layer_norm(end: Node) -> bool:
-    known = call(end)
-    return known is not None and known.name == "layer_norm"
 
 
 # ---- Activations --------------------------------------------------------------------------------

@@ -59,15 +59,6 @@ class Site:
             return node.args[0]
         return node
 
-    def follower(self, node: Node, *names: str) -> Node:
-        """The only user of `node`, which must compute one of `names`."""
-        if len(node.users) != 1:
-            raise Misfit("the value has another user")
-        (user,) = node.users
-        if not self.is_call(user, *names):
-            raise Misfit(f"no {' or '.join(names)} follows")
-        return user
-
     def product(self, node: Any) -> tuple[float, list[Node]]:
         """`node` as a number times nodes: through `*`, `/` by a number, squares, cubes, signs."""
         number, factors = 1.0, []

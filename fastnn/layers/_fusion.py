@@ -289,15 +289,20 @@ LEADERS = {cls: rule for rule in RULES if rule.neighbours for cls in rule.places
 _MARKED_LEADERS = {its: LEADERS[cls] for its, cls in OURS.items() if cls in LEADERS}
 
 
+def _by_class(member: Any, of_ours: Mapping[type, Any], of_marked: Mapping[type, Any]) -> Any:
+    """The entry of a member's class: of our classes, or of the stock classes if it is marked."""
+    cls = type(member)
+    found = of_ours.get(cls)
+    if found is None:
+        found = of_marked.get(cls)
+        if found is not None and member.__dict__.get(KEY) is not MARK:
+            return None
+    return found
+
+
 def leads(member: Any) -> Rule | None:
     """The rule for neighbours which the member leads, if it is ours or marked."""
-    cls = type(member)
-    rule = LEADERS.get(cls)
-    if rule is None:
-        rule = _MARKED_LEADERS.get(cls)
-        if rule is not None and member.__dict__.get(KEY) is not MARK:
-            return None
-    return rule
+    return _by_class(member, LEADERS, _MARKED_LEADERS)
 
 
 # ---- The matcher --------------------------------------------------------------------------------
@@ -387,13 +392,7 @@ _TAKEN_MARKED = {its: cls for its, cls in OURS.items() if cls in _TAKEN}
 
 def _taken(member: Any) -> type | None:
     """The class of ours that a member counts as, if some rule for neighbours takes it."""
-    cls = type(member)
-    counts = _TAKEN.get(cls)
-    if counts is None:
-        counts = _TAKEN_MARKED.get(cls)
-        if counts is not None and member.__dict__.get(KEY) is not MARK:
-            return None
-    return counts
+    return _by_class(member, _TAKEN, _TAKEN_MARKED)
 
 
 # What `grouped` found. By the classes of the members alone, and of these only ours: there is

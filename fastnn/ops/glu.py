@@ -6,6 +6,7 @@ import torch.nn.functional as stock
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, op, run, second_order
 from fastnn.ops.activation import refuse_numbers
+from fastnn.ops.channel_norm import _act
 from fastnn.ops.linear import _ACTIVATIONS, _activate
 
 
@@ -67,10 +68,7 @@ class ActMul(Function):
 
 
 def _act_then_mul(input, other, activation="silu", a=0.0, b=0.0):
-    if activation not in _ACTIVATIONS:
-        accepted = ", ".join(_ACTIVATIONS)
-        raise ValueError(f"act_mul: activation {activation!r}; accepted are {accepted}")
-    return _activate(activation)(input, a, b) * other
+    return _act("act_mul", activation, a, b)(input) * other
 
 
 @op(stock=_act_then_mul, strided=("input", "other"), source="arXiv:2002.05202")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as stock
@@ -128,17 +128,19 @@ def _saves_nothing(*args, **kwargs):
 
 
 _X = ("input", "w_ih", "w_hh")  # products take any strides
-_BOUND = "input.size(0) * w_hh.size(1)"
+_CELL: dict[str, Any] = {
+    "autocast": "lower",
+    "at_most": "input.size(0) * w_hh.size(1)",
+    "settings": tf32_setting,
+}
 
 
 @op(
     stock=torch.rnn_tanh_cell,
     strided=_X,
-    autocast="lower",
     autocast_cpu="lower",
     policy=_new_state,
-    at_most=_BOUND,
-    settings=tf32_setting,
+    **_CELL,
 )
 def rnn_tanh_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
     """Two products, then one kernel for the biases, the sum and tanh."""
@@ -149,11 +151,9 @@ def rnn_tanh_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
 @op(
     stock=torch.rnn_relu_cell,
     strided=_X,
-    autocast="lower",
     autocast_cpu="lower",
     policy=_new_state,
-    at_most=_BOUND,
-    settings=tf32_setting,
+    **_CELL,
 )
 def rnn_relu_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
     """Two products, then one kernel for the biases, the sum and relu."""
@@ -164,11 +164,9 @@ def rnn_relu_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
 @op(
     stock=torch.lstm_cell,
     strided=("hx", *_X),
-    autocast="lower",
     policy=_saves_nothing,
-    at_most=_BOUND,
-    settings=tf32_setting,
     source="Hochreiter and Schmidhuber (1997)",
+    **_CELL,
 )
 def lstm_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
     """Two products, then one kernel for the biases, the gates and both states."""
@@ -180,11 +178,9 @@ def lstm_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
 @op(
     stock=torch.gru_cell,
     strided=_X,
-    autocast="lower",
     policy=_saves_nothing,
-    at_most=_BOUND,
-    settings=tf32_setting,
     source="arXiv:1406.1078",
+    **_CELL,
 )
 def gru_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
     """Two products, then one kernel for the biases, the gates and the state."""
