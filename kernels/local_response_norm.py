@@ -35,8 +35,10 @@ def _put(window, at, values, size, BLOCK_W: tl.constexpr):
 
 @triton.jit
 def _get(window, at, size, BLOCK_W: tl.constexpr):
+    """The row of channel `at`, as a sum of bits, which keeps -0.0."""
     row = tl.arange(0, BLOCK_W)[:, None]
-    return tl.sum(tl.where(row == at % size, window, 0.0), 0)
+    bits = tl.where(row == at % size, window.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, 0).to(tl.float32, bitcast=True)
 
 
 @kernel(do_not_specialize=["C", "S_units", "span", "blocks"])

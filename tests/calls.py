@@ -143,7 +143,7 @@ def _invoke(call: Call, function, bases, upstream, layout):
     return {k: t.detach() for k, t in named.items()}
 
 
-class _Upstream:
+class Upstream:
     """Incoming gradients, the same for each side of a comparison."""
 
     def __init__(self, draw: int):
@@ -226,7 +226,7 @@ def _shuffled(call, draw):
 
 def _compared(call, layouts, layout, draw):
     """(path or reason, failures, comparisons of errors)."""
-    upstream = _Upstream(draw)
+    upstream = Upstream(draw)
     ours, draws = forced(call, layouts, upstream=upstream, layout=layout)
     if ours.path == "stock":
         return ours.reason, [], []

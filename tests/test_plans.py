@@ -29,7 +29,7 @@ import fastnn.functional as F
 from fastnn import _op, _plan, _record, _runner
 from fastnn._front import parameters
 from fastnn.ops import FUNCTIONS, REGISTRY
-from tests.calls import Outcome, _Upstream, attempt, fresh, recorded
+from tests.calls import Outcome, Upstream, attempt, fresh, recorded
 from tests.marks import interpreted
 
 pytestmark = interpreted
@@ -53,7 +53,7 @@ WITHOUT = {
 
 def outcome(call, layouts=None, state=nullcontext) -> Outcome:
     with fastnn.backend("triton"), state():
-        return attempt(call, FUNCTIONS[call.op.name], layouts or {}, upstream=_Upstream(0))
+        return attempt(call, FUNCTIONS[call.op.name], layouts or {}, upstream=Upstream(0))
 
 
 def unequal(a: Outcome, b: Outcome) -> str | None:

@@ -24,8 +24,9 @@ from fastnn.ops import REGISTRY
 from fastnn.testing import meter
 from fastnn.testing.cases import CASES
 from fastnn.testing.noise import recording, replaying
-from tests.calls import Call, _Upstream, differences, forced, recorded
+from tests.calls import Call, Upstream, differences, forced, recorded
 from tests.marks import interpreted
+from tests.parts import part
 
 # ---- Layouts: a tensor -> (a tensor like it, the memory that holds it), or None ------------------
 
@@ -260,7 +261,7 @@ def test_saved_tensors_that_hooks_give_back_in_other_strides(name):
                 hooks(lambda t: t, lambda t, c=change: c(t.detach())) if hooked else nullcontext()
             )
             with around, meter.traffic(distinct=False):
-                outcome, _ = forced(call, {}, upstream=_Upstream(0))
+                outcome, _ = forced(call, {}, upstream=Upstream(0))
             if outcome.values is None:
                 pytest.skip(f"the call runs stock: {outcome.reason or outcome.error}")
             results.append(outcome.values)
@@ -281,7 +282,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     total: Counter = Counter()
-    for name in sys.argv[2:] or sorted(REGISTRY):
+    names = part(sorted(REGISTRY), sys.argv)  # --part K/N
+    for name in sys.argv[2:] or names:
         start = time.process_time()
         counts, wrong, stock = sweep(name, every=sys.argv[1:2] == ["all"])
         total += counts
