@@ -110,7 +110,8 @@ def _unfilled(t: Any) -> Any:
     if not isinstance(t, Tensor):
         return t
     if t.is_floating_point():
-        return torch.empty(t.shape, dtype=t.dtype, requires_grad=t.requires_grad)
+        made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+        return made.requires_grad_(t.requires_grad)
     return torch.zeros(t.shape, dtype=t.dtype)
 
 
