@@ -5,8 +5,8 @@
         F.gelu(torch.randn(4096))
     print(roof(launches[0]).worst)
 
-Bytes alone do not say whether a kernel can reach the bandwidth of a GPU. The compiled code says more.
-Each instruction of the machine code (SASS) came from a line of the PTX, which the disassembler
+Bytes alone do not say whether a kernel can reach the bandwidth of a GPU. The compiled code says
+more. Each instruction of the machine code (SASS) came from a line of PTX, which the disassembler
 names. The emulator runs one block of the launch, and counts how often each line runs. Together they
 give the instructions that the launch issues, also where a loop was unrolled. The blocks of a launch
 count as alike.
@@ -83,7 +83,7 @@ class Roof:
     us: dict[str, float] = field(default_factory=dict)
     """The least time of each part: "dram", "l2", "issue", "alu", "fma", "mufu", "lsu", "tensor"."""
     spilled: int = 0
-    """Bytes of registers that a thread stores to its memory and loads again, in the whole launch."""
+    """Bytes of registers that threads store to their memory and load again, in the launch."""
     spills_in_loop: int = 0
     """Instructions in a loop that store a register to the thread's memory."""
     in_flight: int = 0
@@ -112,7 +112,9 @@ class Roof:
 class _Capturing(aot._Driver):
     """A driver that keeps what a launch compiled, and its arguments."""
 
-    log: list[tuple[Any, tuple, list]]
+    def __init__(self, target: aot.Target) -> None:
+        super().__init__(target)
+        self.log: list[tuple[Any, tuple, list]] = []
 
     def launcher(self, compiled: Any) -> Callable:
         source, metadata = compiled
@@ -159,20 +161,21 @@ def capture(
         seen.add(key)
         if not wanted(key):
             return
-        driver.log = []
+        driver.log.clear()
         stock(self, grid, *args, **meta)
         for metadata, programs, given in driver.log:
             asm = aot._assembly(metadata.name, metadata.hash)
             tensors = [a for a in given if isinstance(a, torch.Tensor)]
             plain = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in given]
+            code = asm["cubin"], asm["ptx"]
+            options = metadata.num_warps, metadata.shared
             launches.append(
-                Launch(
-                    target, metadata.name, programs, metadata.num_warps, metadata.shared,
-                    asm["cubin"], asm["ptx"], plain, tensors, key,
-                )  # fmt: skip
+                Launch(target, metadata.name, programs, *options, *code, plain, tensors, key)
             )
 
-    with aot._active(target, _Capturing) as driver, _record.using(False):
+    with aot._active(target, _Capturing) as active, _record.using(False):
+        assert isinstance(active, _Capturing)
+        driver = active
         with mock.patch.object(kernels._launch.Kernel, "__call__", call):
             yield
 
@@ -357,10 +360,10 @@ def _repeats(code: list[Instruction], program: _Counting) -> dict[int, float]:
     """
     copies = Counter(i.line for i in code if i.op.partition(".")[0] in _ANCHORS)
     loops = program.loop_of()
-    anchors = defaultdict(list)
+    anchors: dict[int, list[int]] = defaultdict(list)
     for loop, lines in zip(loops, program.lines, strict=True):
         anchors[loop] += [copies[line] for line in lines if copies[line]]
-    found = {}
+    found: dict[int, float] = {}
     for at, (loop, lines) in enumerate(zip(loops, program.lines, strict=True)):
         unrolled = min(anchors[loop]) if loop >= 0 and anchors[loop] else 1
         found |= dict.fromkeys(lines, program.runs[at] / unrolled)
@@ -411,7 +414,7 @@ def roof(launch: Launch) -> Roof:
     dram = min(held, SECTOR * (programs * own + common))
 
     repeats = _repeats(code, program)
-    busy: Counter[str] = Counter()
+    busy: dict[str, float] = defaultdict(float)
     spilled = issued = 0.0
     for one in code:
         times = repeats.get(one.line, 1)
