@@ -20,7 +20,7 @@ import fastnn
 from fastnn.kernels import _launch
 from fastnn.layers._layer import OURS
 from fastnn.ops import FUNCTIONS
-from fastnn.testing import FLOATS, Side, _compare, compare_sides
+from fastnn.testing import FLOATS, Side, compare_sides, compare_tensors
 from fastnn.testing.noise import recording, replaying
 from tests.errors import assert_same_error
 from tests.versions import OLDER
@@ -332,7 +332,7 @@ def test_function_samples_survive_second_derivatives(device):
                 assert (a is None) == (b is None), name
                 # Where all terms cancel, there is no scale for a comparison with float64.
                 if a is not None and not torch.allclose(a, b, rtol=1.3e-6, atol=1e-5):
-                    found, wrong = _compare(name, a, b, e)
+                    found, wrong = compare_tensors(name, a, b, e)
                     assert found is not None, wrong
                     unit = torch.finfo(a.dtype).eps * e.abs().max().item()
                     far.append((found.ours / unit, found.stock / unit))
