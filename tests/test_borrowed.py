@@ -162,8 +162,22 @@ def test_there_are_samples():
     assert len(FUNCTION_SAMPLES) >= 2
 
 
-@each_mode
-@pytest.mark.parametrize("info", MODULES, ids=lambda m: m.module_cls.__name__)
+# Layers take turns in the two 16-bit dtypes: a layer only calls functions, whose own samples and
+# rows have both.
+MODULE_RUNS = [
+    pytest.param(
+        info, dtype, mode, id=f"{info.module_cls.__name__}-{dtype}-{mode}".replace("torch.", "")
+    )
+    for i, info in enumerate(MODULES)
+    for dtype, mode in (
+        (torch.float32, "triton"),
+        (torch.float32, "auto"),
+        ((torch.float16, torch.bfloat16)[i % 2], "triton"),
+    )
+]
+
+
+@pytest.mark.parametrize(("info", "dtype", "mode"), MODULE_RUNS)
 def test_module_samples(info, dtype, mode, device, account):
     if lacks(info.module_cls.__name__, dtype, device):
         pytest.skip(f"stock {info.module_cls.__name__} has no {dtype} on {device}")
@@ -350,7 +364,7 @@ def test_most_samples_run_on_kernels(device, monkeypatch):
         for info, name in FUNCTION_SAMPLES:
             if dtype not in info.supported_dtypes(torch.device(device).type):
                 continue
-            for sample in info.sample_inputs(device, dtype):
+            for sample in share(list(info.sample_inputs(device, dtype)), str(dtype)):
                 if sample.kwargs.get("options") is not None:
                     continue  # of linear_cross_entropy, for an algorithm of PyTorch
                 try:
