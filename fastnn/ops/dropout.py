@@ -120,9 +120,10 @@ def _fused(x, p, launcher, n, inplace, alpha=False):
             scale, shift = _alpha_constants(p, x.dtype)
         else:
             scale = _bernoulli_scale(p, x.dtype)
-        draw = _rng.draw_bernoulli(n, x.get_device())
-        if isinstance(draw, str):
-            return Stock(draw)
+        drawn = _rng.draw_bernoulli(n, x.get_device())
+        if isinstance(drawn, str):
+            return Stock(drawn)
+        draw = drawn
     bound = kernels._philox.bound(1.0 - p)
     return run(Dropout, x, Noise(draw, launcher, bound, scale, scale, shift), inplace)
 

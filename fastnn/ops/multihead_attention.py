@@ -370,7 +370,7 @@ def _projected(query, key, value, packed, separate, bias, out_weight, out_bias, 
     if separate is None and k_is_v:
         weights = packed.split([E, 2 * E])
         biases = (None, None) if bias is None else bias.split([E, 2 * E])
-        inputs = query, key
+        inputs: tuple = query, key
     else:
         weights = packed.chunk(3) if separate is None else map(cast, separate)
         biases = (None, None, None) if bias is None else bias.chunk(3)
