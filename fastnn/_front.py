@@ -113,7 +113,24 @@ class _Inside(threading.local):
 _inside = _Inside()
 
 
-def _others(name: str) -> tuple[Callable, Callable]:
+def _given(parameters: list[inspect.Parameter], values: tuple) -> tuple[list, dict]:
+    """(args, kwargs) without the values that are defaults, as far as one can leave them out."""
+    args: list = []
+    kwargs = {}
+    last = 0
+    for p, value in zip(parameters, values, strict=True):
+        same = value is p.default or (type(value) is type(p.default) and value == p.default)
+        if p.kind is p.KEYWORD_ONLY:
+            if not same:
+                kwargs[p.name] = value
+            continue
+        args.append(value)
+        if not same:
+            last = len(args)
+    return args[:last], kwargs
+
+
+def _others(name: str, parameters: list[inspect.Parameter]) -> tuple[Callable, Callable]:
     """What a public function asks of the function that stands under its name in
     `torch.nn.functional`: whether somebody else replaced PyTorch's, and its result.
 
@@ -124,7 +141,8 @@ def _others(name: str) -> tuple[Callable, Callable]:
         ours = getattr(there, "op", None)  # an attribute of our functions, and of what `patch` sets
         return (ours is None or ours.name != name) and name not in _inside.names
 
-    def another(*args, **kwargs):
+    def another(*values):
+        args, kwargs = _given(parameters, values)
         before = _inside.names
         _inside.names = before | {name}
         try:
@@ -174,7 +192,7 @@ def front(record: Any, dispatch: Callable) -> Callable:
     if vars(torch.nn.functional).get(name) is record.stock:
         replaced = [
             f"        if _functional.{name} is not stock and _is_another(_functional.{name}):",
-            f"            return _call_another({passed})",
+            f"            return _call_another({', '.join(positional + names)})",
         ]
     # Names that are not parameters begin with an underscore and have two words: no parameter does.
     lines = [
@@ -225,8 +243,8 @@ def front(record: Any, dispatch: Callable) -> Callable:
     exec(compile(source, file, "exec"), vars(_mode), scope)
     call, call_small, set_floor = scope["make"](
         record.stock, record, dispatch, _NO_KEYWORDS, record.plans.ready, UNFIT,
-        torch.is_grad_enabled, torch.nn.functional, *_others(name), **BELOW,
-        **defaults,
+        torch.is_grad_enabled, torch.nn.functional,
+        *_others(name, parameters(record.fused)), **BELOW, **defaults,
     )  # fmt: skip
     record.floor.follow(set_floor)
     call.__qualname__ = name

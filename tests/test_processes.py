@@ -194,6 +194,30 @@ def collectives(wrong, mesh):
     wrong.run("a pending collective", pending, mesh)
 
 
+class NoMemory(torch.Tensor):
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    def __init__(self, values):
+        self.values = values
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return func(*[a.values if isinstance(a, cls) else a for a in args], **kwargs or {})
+
+
+def test_a_gradient_without_memory_is_refused():
+    """The kernel would read at address 0."""
+    x = normal(3).requires_grad_()
+    for f in (fastnn.functional.gelu, lambda x: fastnn.functional.softmax(x, -1)):
+        for _ in range(3):  # on the long way, when it is recorded, and as a plan
+            with fastnn.backend("triton"):
+                y = f(x)
+            with pytest.raises(TypeError, match="the gradient is a NoMemory"):
+                torch.autograd.grad(y, x, NoMemory(normal(3)))
+
+
 # ---- Plans of tensor parallelism, FSDP2, DDP ----------------------------------------------------
 
 
@@ -337,6 +361,38 @@ def models(wrong, mesh):
         wrong.run(f"{name}, {how}", one_way, name, wrap, how, mesh)
 
 
+def small_integers(wrap, mesh):
+    """With them arithmetic is exact, so that no order of adding can be told from another."""
+    found = []
+    for mode in ("torch", "triton"):
+        net = stock.Sequential(stock.Linear(8, 4), stock.ReLU(), stock.Linear(4, 2))
+        with torch.no_grad():
+            for i, p in enumerate(net.parameters()):
+                p.copy_((normal(*p.shape, seed=i) * 2).round())
+        if mode == "triton":
+            wrapped = wrap(fastnn.convert(net), mesh)
+        x = (normal(4, 8, seed=7) * 2).round()
+        with fastnn.backend(mode):
+            loss = (wrapped if mode == "triton" else net)(x).sum()
+            loss.backward()
+        whole = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in net.parameters()]
+        found.append([loss.detach(), *whole])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def exact(wrong, mesh):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import parallel as p
+
+    plan = {"0": p.ColwiseParallel(), "2": p.RowwiseParallel()}
+    for name, wrap in (
+        ("ddp", ddp),
+        ("fully_shard", lambda net, mesh: fully_shard(net, mesh=mesh)),
+        ("tensor parallel", lambda net, mesh: p.parallelize_module(net, mesh, plan)),
+    ):
+        wrong.run(f"small integers, {name}", small_integers, wrap, mesh)
+
+
 def checkpoint(wrong, mesh):
     """Written by a sharded model of one kind, read by one of the other."""
     import torch.distributed.checkpoint as dcp
@@ -400,7 +456,7 @@ def process(rank, world, folder):
 
 
 GROUPS = {
-    2: [calls, refusals, collectives, models, checkpoint, context_parallel],
+    2: [calls, refusals, collectives, models, exact, checkpoint, context_parallel],
     4: [calls, models],
 }
 
@@ -415,6 +471,7 @@ def test_processes(world, tmp_path, record_property):
     alive = [p for p in running if p.is_alive()]
     [p.kill() for p in alive]
     assert not alive, "processes wait for each other"
+    assert not any(p.exitcode for p in running), f"a process died: {[p.exitcode for p in running]}"
     found = [torch.load(tmp_path / str(rank)) for rank in range(world)]
     record_property("setups", [(f"cases in {world} processes", found[0][0])])
     assert not any(wrong for _, wrong in found), "\n".join(w for _, ws in found[:1] for w in ws)
