@@ -129,7 +129,8 @@ def _counts(launch: dict) -> bool:
 def warning_of(key: str) -> str:
     """`warning` of the launches of a row; "" for a row that the table does not have."""
     table = shipped()
-    return warning([table["launches"][i] for ids in table["rows"].get(key, ()) for i in ids])
+    ids = [i for launches in table["rows"].get(key, ()) for i in launches]
+    return warning([table["launches"][i] for i in ids if i in table["launches"]])
 
 
 def by_kernel() -> str:
