@@ -189,7 +189,7 @@ def launched(
 ) -> tuple[list[list[tuple[str, str]]], dict[str, dict]]:
     """((id, source) of the launches of each pass; the figures of those that are `wanted`)."""
     from fastnn.bench import predict
-    from fastnn.bench.run import FORCED, _around
+    from fastnn.bench.run import FORCED, in_mode
     from fastnn.testing.roof import Launch, capture
 
     passes: list[list[tuple[str, str]]] = []
@@ -202,7 +202,7 @@ def launched(
         passes.append([])
         inputs = [predict._unfilled(t) for t in case.make(dtype, "meta")]
         call = case.side(fastnn, dtype, "cpu")
-        with _around(FORCED), torch.set_grad_enabled(case.train):
+        with in_mode(FORCED), torch.set_grad_enabled(case.train):
             for each in predict._passes(case, call, inputs):
                 passes.append([])
                 each()
@@ -286,9 +286,10 @@ def main(arguments: list[str]) -> int:
         if before[name]["source"] == sources[name]:
             wrong += [f"in the table: {w}" for w in judged(before[name], None)]
     if write:
-        kept = {n: x for n, x in before.items() if n in sources or only} | found
         passes = table["rows"] if only else {}
         passes |= {k: [[n for n, _ in p] for p in ids] for k, ids in asked.items()}
+        named_by_rows = {n for ids in passes.values() for p in ids for n in p}
+        kept = {n: x for n, x in (before | found).items() if n in named_by_rows}
         made = f"Triton {triton.__version__}"
         lines = [f'"{n}": {json.dumps(kept[n])}' for n in sorted(kept)]
         named = [f"{json.dumps(k)}: {json.dumps(passes[k])}" for k in passes]
