@@ -200,10 +200,10 @@ def launched(
 
     with capture(launches, TARGET, lambda key: wanted(*_named(key)), asked):
         passes.append([])
-        inputs = [predict._unfilled(t) for t in case.make(dtype, "meta")]
+        inputs = [predict.unfilled(t) for t in case.make(dtype, "meta")]
         call = case.side(fastnn, dtype, "cpu")
         with in_mode(FORCED), torch.set_grad_enabled(case.train):
-            for each in predict._passes(case, call, inputs):
+            for each in predict.passes_of(case, call, inputs):
                 passes.append([])
                 each()
     return passes[1:], {_named(x.key)[0]: _figures(x) for x in launches}
