@@ -49,9 +49,9 @@ def _rows(only: Sequence[str]) -> Iterator:
 
 def _step(case, namespace) -> Callable[[], object]:
     """A function that runs forward and backward of a row."""
-    from fastnn.testing import _side
+    from fastnn.testing import side_of
 
-    side = _side(case, namespace, torch.float32, "cpu")
+    side = side_of(case, namespace, torch.float32, "cpu")
     inputs = case.make(torch.float32, "cpu")
     options = {} if case.is_layer else dict(case.options)
     options = {k: v(torch.float32, "cpu") if callable(v) else v for k, v in options.items()}

@@ -106,7 +106,7 @@ def _uncounted(function: Callable) -> Callable:
     return call
 
 
-def _unfilled(t: Any) -> Any:
+def unfilled(t: Any) -> Any:
     if not isinstance(t, Tensor):
         return t
     if t.is_floating_point():
@@ -114,7 +114,7 @@ def _unfilled(t: Any) -> Any:
     return torch.zeros(t.shape, dtype=t.dtype)
 
 
-def _passes(case: BenchCase, call: Callable, inputs: list) -> list[Callable]:
+def passes_of(case: BenchCase, call: Callable, inputs: list) -> list[Callable]:
     """[forward, backward], to be called in this order, or [forward] of a row in eval mode."""
     kept: list = []
 
@@ -134,7 +134,7 @@ def stock_costs(case: BenchCase, dtype: torch.dtype) -> list[Cost]:
     """Costs of [forward, backward] on CUDA by stock operators; of [forward] in eval mode."""
     with as_on_cuda():
         inputs = case.make(dtype, "meta")
-        passes = _passes(case, case.side(torch.nn, dtype, "meta"), inputs)
+        passes = passes_of(case, case.side(torch.nn, dtype, "meta"), inputs)
         costs = []
         with torch.set_grad_enabled(case.train):
             for run in passes:
@@ -219,8 +219,8 @@ def our_costs(case: BenchCase, dtype: torch.dtype) -> tuple[list[Cost], list[lis
     """As `stock_costs`, but with our kernels; and the names of the kernels of each pass."""
 
     def make() -> list[Callable]:
-        inputs = [_unfilled(t) for t in case.make(dtype, "meta")]
-        return _passes(case, case.side(fastnn, dtype, "cpu"), inputs)
+        inputs = [unfilled(t) for t in case.make(dtype, "meta")]
+        return passes_of(case, case.side(fastnn, dtype, "cpu"), inputs)
 
     with fastnn.backend("triton"), torch.set_grad_enabled(case.train):
         return costs_of(make)

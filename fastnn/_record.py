@@ -577,6 +577,17 @@ def using(on: bool) -> Iterator[None]:
         forget()
 
 
+@contextmanager
+def paused() -> Iterator[None]:
+    """Calls in the block run without plans, in all threads. Plans that were made stay."""
+    global _on
+    before, _on = _on, False
+    try:
+        yield
+    finally:
+        _on = before
+
+
 def _plannable(t: Tensor) -> bool:
     """Whether a plan may be given `t`: memory of its own, at an address that kernels like."""
     return (

@@ -78,7 +78,7 @@ def metered(case, dtype):
     """Bytes of our kernels, forward and backward, every program executed."""
     call = case.side(fastnn, dtype, "cpu")
     with traffic() as log, fastnn.backend("triton"):
-        run._both(case, call, case.make(dtype, "cpu"))()
+        run.both_passes(case, call, case.make(dtype, "cpu"))()
     return log
 
 
@@ -92,7 +92,7 @@ def test_sampled_programs_account_for_the_whole_grid(case, slack):
         log = metered(case, BF16)
         forward = (
             len(log) // 3
-        )  # `_both` calls it once to shape its gradient, before the two passes
+        )  # `both_passes` calls it once to shape its gradient, before the two passes
         whole = log.cost + Cost(-sum(x.distinct.total() for x in log[:forward]), -forward)
         costs, _ = predict.our_costs(case, BF16)
     counted = sum(costs, Cost(0, 0))

@@ -26,10 +26,11 @@ from torch.utils._pytree import tree_leaves
 
 import fastnn
 import fastnn.functional as F
-from fastnn import _op, _plan, _record, _runner
+from fastnn import _plan, _record, _runner
 from fastnn._front import parameters
 from fastnn.ops import FUNCTIONS, REGISTRY
-from tests.calls import Outcome, _Upstream, attempt, fresh, recorded
+from fastnn.testing.devices import surveyed
+from tests.calls import Outcome, Upstream, attempt, fresh, recorded
 from tests.marks import interpreted
 
 pytestmark = interpreted
@@ -53,7 +54,7 @@ WITHOUT = {
 
 def outcome(call, layouts=None, state=nullcontext) -> Outcome:
     with fastnn.backend("triton"), state():
-        return attempt(call, FUNCTIONS[call.op.name], layouts or {}, upstream=_Upstream(0))
+        return attempt(call, FUNCTIONS[call.op.name], layouts or {}, upstream=Upstream(0))
 
 
 def unequal(a: Outcome, b: Outcome) -> str | None:
@@ -86,18 +87,7 @@ def without_plans(call, layouts=None, state=nullcontext) -> Outcome:
         return outcome(call, layouts, state)
 
 
-@contextmanager
-def counted():
-    """Counts the calls that take the long way."""
-    surveys = []
-    survey = _op._survey
-
-    def counting(*args):
-        surveys.append(args[0].name)
-        return survey(*args)
-
-    with mock.patch.object(_op, "_survey", counting):
-        yield surveys
+counted = surveyed  # the calls that take the long way
 
 
 def share(name):
@@ -250,7 +240,7 @@ def test_whatever_changes_the_answer_is_right(name, record_property):
 
 def _plan_off(call, layouts, state):
     """The reference. The plans that were made stay as they are."""
-    with mock.patch.object(_record, "_on", False):
+    with _record.paused():
         ready = {op: dict(op.plans.ready) for op in REGISTRY.values()}
         for op in REGISTRY.values():
             op.plans.ready.clear()
@@ -562,7 +552,7 @@ def test_hooks_see_what_is_kept():
     seen = [[], []]
     for i, plans in enumerate((False, True)):
         with (
-            mock.patch.object(_record, "_on", plans),
+            nullcontext() if plans else _record.paused(),
             torch.autograd.graph.saved_tensors_hooks(
                 lambda t, i=i: seen[i].append(t.shape) or t, lambda t: t
             ),
@@ -598,7 +588,7 @@ def test_an_upstream_gradient_of_another_layout():
 
 @contextmanager
 def _off():
-    with mock.patch.object(_record, "_on", False):
+    with _record.paused():
         yield
 
 

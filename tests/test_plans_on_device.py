@@ -4,13 +4,12 @@ tests/test_plans.py has the guards, in the interpreter. Here the compiled kernel
 there is a GPU.
 """
 
-from unittest import mock
-
 import pytest
 import torch
 
 import fastnn as nn
-from fastnn import _op, _record
+from fastnn import _record
+from fastnn.testing.devices import surveyed
 
 F = nn.functional
 
@@ -48,13 +47,10 @@ def test_a_replay_has_the_bits_of_the_call(name, device):
         grads = torch.autograd.grad(out.float().square().sum(), leaves)
         return [out.detach(), *grads, torch.rand(1, device=device)]
 
-    surveys = []
-    survey = _op._survey
-    counting = lambda *args: surveys.append(args[0].name) or survey(*args)  # noqa: E731
     with nn.backend("triton"):
         with _record.using(False):
             reference = step()
-        with _record.using(True), mock.patch.object(_op, "_survey", counting):
+        with _record.using(True), surveyed() as surveys:
             found = [step() for _ in range(4)]
             surveys.clear()
             found.append(step())
