@@ -19,7 +19,7 @@ from fastnn import _gate, _mode
 from fastnn.__main__ import main
 from fastnn.bench import cases, gpu, host, measure, memory, models, pool, predict, report, run, tune
 from fastnn.ops import REGISTRY
-from fastnn.testing.meter import AtenTraffic, Cost, nbytes, traffic
+from fastnn.testing.meter import AtenTraffic, Cost, as_on_cuda, nbytes, traffic
 from tests.marks import interpreted
 from tests.test_aot import compiling
 
@@ -116,6 +116,15 @@ def test_stock_is_counted_as_on_cuda():
             Cost(2 * e, 1),
             Cost(3 * e, 1),
         ]
+    x, costs = torch.ones(64, 64), []
+    for rows in (x, x.t()):  # a norm copies rows that are not contiguous
+        with AtenTraffic() as counted:
+            stock.functional.layer_norm(rows, (64,))
+        costs.append(counted.cost)
+    assert (costs[1].bytes - costs[0].bytes, costs[1].launches) == (2 * e, costs[0].launches + 1)
+    with as_on_cuda(), AtenTraffic() as counted:
+        stock.functional.dropout(x, 0.0)  # PyTorch launches nothing
+    assert counted.ops == []
     with AtenTraffic() as counted:  # the function itself is unchanged
         stock.functional.dropout(torch.ones(4), 0.5)
     assert len(counted.ops) > 1
