@@ -73,18 +73,21 @@ class Op:
     dense_names: frozenset[str] = field(init=False)
     floor: _gate.Floor = field(init=False, default_factory=_gate.Floor)
     names: tuple[str, ...] = field(init=False)  # of the public function's parameters
+    keyword_only: frozenset[str] = field(init=False)
     keyed_by: int = field(init=False)  # the parameter by whose shape plans are found
     plans: Plans = field(init=False)
 
     def __post_init__(self):
         declared = inspect.signature(self.fused).parameters
         at, dense = not_strided(self.fused, self.strided)
-        names = tuple([p.name for p in _front.parameters(self.fused)])
+        parameters = _front.parameters(self.fused)
+        names = tuple([p.name for p in parameters])
         for name, value in (
             ("takes_variant", "variant" in declared),
             ("dense_at", at),
             ("dense_names", dense),
             ("names", names),
+            ("keyword_only", frozenset([p.name for p in parameters if p.kind is p.KEYWORD_ONLY])),
             ("keyed_by", names.index(_front.below(self, names[0]).tensors[0])),
         ):
             object.__setattr__(self, name, value)
@@ -296,6 +299,8 @@ def dispatch(op: Op, args: tuple, kwargs: dict):
             return declined
     _mode.note(op, declined.why)
     if mode != "triton":
+        if mode == "auto":
+            op.plans.declined(args, kwargs)
         return op.stock(*args, **kwargs)
     if isinstance(declined, Invalid):
         op.stock(*args, **kwargs)  # raises PyTorch's error
