@@ -96,6 +96,11 @@ class Op:
     def __repr__(self):
         return f"Op({self.name})"
 
+    def find_floor(self) -> None:
+        """Make the floor known, if it is not."""
+        if not self.floor.known and _gate.answers():
+            self.floor.set(_gate.floor(self.name, self.variants))
+
     def autocast_list(self, device_type: str):
         return self.autocast if device_type == "cuda" else self.autocast_cpu
 
@@ -291,8 +296,7 @@ def dispatch(op: Op, args: tuple, kwargs: dict):
     if mode == "torch":
         declined = Stock('backend("torch")')
     else:
-        if not op.floor.known and _gate.answers():
-            op.floor.set(_gate.floor(op.name, op.variants))
+        op.find_floor()
         declined = _try_kernel(op, args, kwargs, mode)
         if not isinstance(declined, Stock):
             _mode.note(op, None)
