@@ -139,8 +139,8 @@ def front(record: Any, dispatch: Callable) -> Callable:
     asked = below(record, positional[0])
     # Names that are not parameters begin with an underscore and have two words: no parameter does.
     lines = [
-        "def make(stock, record, dispatch, no_keywords, the_plans, unfit, is_grad_enabled, "
-        f"{', '.join((*BELOW, *defaults))}):",
+        "def make(stock, record, dispatch, no_keywords, the_plans, is_graphed, unfit, "
+        f"is_grad_enabled, {', '.join((*BELOW, *defaults))}):",
         "    _the_floor = -1",
         f"    def {name}({', '.join(declared)}):",
         "        if _idle:",
@@ -153,7 +153,10 @@ def front(record: Any, dispatch: Callable) -> Callable:
         "            if _is_small:",
         f"                return stock({passed})",
         "            if the_plans:",
-        f"                _this_key = {asked.tensors[0]}.shape, is_grad_enabled(), _uniform",
+        "                _this_mode = _uniform",
+        "                if is_graphed and _uniform == 'auto' and capturing():",
+        "                    _this_mode = 'graph'",
+        f"                _this_key = {asked.tensors[0]}.shape, is_grad_enabled(), _this_mode",
         "                for _one_plan in the_plans.get(_this_key, ()):",
         f"                    _its_result = _one_plan({', '.join(positional + names)})",
         "                    if _its_result is not unfit:",
@@ -184,8 +187,8 @@ def front(record: Any, dispatch: Callable) -> Callable:
     # The code runs in the namespace of `_mode`, because it reads `_idle` and `_plain` there.
     exec(compile(source, file, "exec"), vars(_mode), scope)
     call, call_small, set_floor = scope["make"](
-        record.stock, record, dispatch, _NO_KEYWORDS, record.plans.ready, UNFIT,
-        torch.is_grad_enabled, **BELOW, **defaults,
+        record.stock, record, dispatch, _NO_KEYWORDS, record.plans.ready, record.plans.graphed,
+        UNFIT, torch.is_grad_enabled, **BELOW, **defaults,
     )  # fmt: skip
     record.floor.follow(set_floor)
     call.__qualname__ = name

@@ -151,6 +151,25 @@ class backend:
             _settle()
 
 
+class rehearsal(backend):
+    """The mode "graph" inside the block: as "auto", but as if the host cost nothing.
+
+    `warmup` runs a model in it. Under graph capture, calls then find the plans that were made.
+    """
+
+    def __init__(self):
+        self.mode: Any = "graph"
+        self._tokens: list = []
+
+
+_HAS_STREAMS = bool(torch.version.cuda or torch.version.hip)
+
+
+def capturing() -> bool:
+    """Whether the current stream records a CUDA graph, of which a replay costs the host nothing."""
+    return _HAS_STREAMS and torch.cuda.is_current_stream_capturing()
+
+
 # ---- Telling which path ran ---------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn as stock
 from torch.utils._pytree import tree_leaves
 
+from fastnn import _mode
 from fastnn._mode import decisions
 from fastnn.layers import _marks
 from fastnn.layers._layer import BOXES, CALLS, OURS, STOCK, Layer, replaced
@@ -337,18 +338,28 @@ def explain(model: stock.Module, *inputs, compiled: bool = False, **kwargs) -> E
 def warmup(model: stock.Module, *inputs, **kwargs) -> None:
     """Compile every kernel that `model(*inputs, **kwargs)` and its backward launch.
 
-    It runs the forward and the backward once. Later calls with these shapes and dtypes then find
-    the kernels compiled. Use it before a benchmark, and before the capture of a CUDA graph: during
-    capture nothing can be compiled. Parameters, their `.grad`, buffers and random states stay as
-    they are.
+    It runs the forward and the backward. Later calls with these shapes and dtypes then find the
+    kernels compiled. Use it before a benchmark, and before the capture of a CUDA graph: during
+    capture nothing can be compiled. In `auto` two further runs make plans for such a capture: a
+    replay costs the host nothing, so kernels then also run for calls that are too small for them
+    elsewhere. Parameters, their `.grad`, buffers and random states stay as they are.
 
     Raises TypeError if `model` is not a Module, and any error that the model raises.
     """
     _expect_module("warmup", model)
     with _untouched(model), torch.enable_grad():
-        out = model(*inputs, **kwargs)
-        ends = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
-        given = [*tree_leaves((inputs, kwargs)), *model.parameters()]
-        leaves = [t for t in given if isinstance(t, torch.Tensor) and t.requires_grad]
-        if ends and leaves:
-            torch.autograd.grad(ends, leaves, [torch.ones_like(t) for t in ends], allow_unused=True)
+        _step(model, inputs, kwargs)
+        if not _mode.idle() and _mode.current_mode() == "auto":
+            with _mode.rehearsal():
+                for _ in range(2):  # a plan is made of the second call
+                    _step(model, inputs, kwargs)
+
+
+def _step(model: stock.Module, inputs: tuple, kwargs: dict) -> None:
+    """Forward and backward."""
+    out = model(*inputs, **kwargs)
+    ends = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
+    given = [*tree_leaves((inputs, kwargs)), *model.parameters()]
+    leaves = [t for t in given if isinstance(t, torch.Tensor) and t.requires_grad]
+    if ends and leaves:
+        torch.autograd.grad(ends, leaves, [torch.ones_like(t) for t in ends], allow_unused=True)

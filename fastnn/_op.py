@@ -340,8 +340,10 @@ def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
     if isinstance(found, str):
         return Invalid(found) if found is _NO_TENSOR else Stock(found)
     tensor, variant = found, ""
-    if mode == "auto":
-        chosen = _gate.decide(op.name, op.policy, tensor.get_device(), args, kwargs)
+    if mode != "triton":
+        chosen = _gate.decide(
+            op.name, op.policy, tensor.get_device(), args, kwargs, free=mode == "graph"
+        )
         if isinstance(chosen, Stock):
             return chosen
         variant = chosen

@@ -624,6 +624,7 @@ class Plans:
     def __init__(self, record: Any):
         self.record = record
         self.ready: dict[tuple, list[Callable]] = {}
+        self.graphed: list[str] = []  # not empty if some are for graph capture
         self.count = 0
         self.seen: dict[tuple, int] = {}  # key -> how often it may still be recorded
         self.vain_at: dict[tuple, int] = {}  # key of `ready` -> how many recordings were in vain
@@ -635,6 +636,7 @@ class Plans:
     def forget(self) -> None:
         """Forget all plans, and which calls were seen."""
         self.ready.clear()
+        self.graphed.clear()
         self.seen.clear()
         self.vain_at.clear()
         self.count = self.vain = 0
@@ -768,6 +770,9 @@ class Plans:
             self.count -= 1
         plans.append(run)
         self.count += 1
+        if mode == "graph" and not self.graphed:
+            self.graphed.append(mode)
+            self.record.floor.hold()
 
 
 def _picked(result: Any, outputs: tuple, many: bool) -> int | tuple[int, ...] | None:

@@ -63,7 +63,7 @@ def test_stock_where_triton_is_too_old(architecture, monkeypatch):
 def test_what_was_measured_counts_everywhere():
     lines = [{"op": "relu", "least": 7, "of a later version": 1}, {"op": "gelu", "least": None}]
     with _gate.using({"sm_999": {"source": "measured", "crossovers": lines}}):
-        assert _gate.crossover("relu", "sm_999") == (7, "measured", "elements")
+        assert _gate.crossover("relu", "sm_999") == (7, "measured", "elements", False)
         assert _gate.crossover("gelu", "sm_999")[:2] == (math.inf, "measured")
         assert "sm_999" in _gate.crossover("silu", "sm_999").source
 
@@ -163,9 +163,9 @@ def test_no_call_is_larger_than_its_bound(case):
     calls = []
     decide = _gate.decide
 
-    def listening(name, policy, index, args, kwargs):
+    def listening(name, policy, index, args, kwargs, free=False):
         calls.append((REGISTRY[name], args, kwargs))
-        return decide(name, policy, index, args, kwargs)
+        return decide(name, policy, index, args, kwargs, free)
 
     with mock.patch.object(_gate, "decide", listening):
         asked = gate_work(case)

@@ -407,6 +407,43 @@ def test_autograd_follows_what_comes_before_the_function():
     assert all(map(torch.equal, found, reference))
 
 
+# ---- Graph capture ------------------------------------------------------------------------------
+
+
+def test_under_graph_capture_calls_find_the_plans_of_warmup(monkeypatch):
+    """Without a GPU nothing is captured; what asks for it is told so."""
+    norm, x = fastnn.LayerNorm(1024), torch.randn(64, 1024, requires_grad=True)
+
+    def name():
+        with counted() as surveys:
+            y = norm(x)
+        torch.autograd.grad(y.sum(), x)
+        return y.grad_fn.name(), surveys
+
+    assert name()[0] == "NativeLayerNormBackward0"  # far below the gate
+    fastnn.warmup(norm, x)
+    assert name()[0] == "NativeLayerNormBackward0"
+    monkeypatch.setattr(fastnn._mode, "capturing", lambda: True)
+    assert name() == ("NormBackward", [])
+    with fastnn.backend("triton"):
+        assert torch.equal(norm(x), F.layer_norm(x, (1024,), norm.weight, norm.bias))
+    for small in (x[:32], x[:60]):  # warmup made no plans for these
+        assert norm(small).grad_fn.name() == "NativeLayerNormBackward0"
+    monkeypatch.undo()
+    assert name()[0] == "NativeLayerNormBackward0" and name()[1] == []
+    fastnn.kernels._gpus.changed()
+    monkeypatch.setattr(fastnn._mode, "capturing", lambda: True)
+    assert name()[0] == "NativeLayerNormBackward0"
+
+
+def test_a_kernel_that_saves_nothing_runs_nowhere_by_itself(monkeypatch):
+    x = torch.randn(2, 2**17, requires_grad=True)
+    norm = fastnn.LayerNorm(2**17, elementwise_affine=False)
+    fastnn.warmup(norm, x)
+    monkeypatch.setattr(fastnn._mode, "capturing", lambda: True)
+    assert norm(x).grad_fn.name() == "NativeLayerNormBackward0"
+
+
 # ---- Remembered: PyTorch runs the call ----------------------------------------------------------
 
 

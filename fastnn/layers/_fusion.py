@@ -475,8 +475,10 @@ def run_neighbours(group: Group, members: list, i: int, input: Any) -> tuple[int
     if type(arguments) is Misfit:
         note(rule, arguments)
         return i, input
-    if rule.asks and _gate.answers() and _mode.current_mode() == "auto":
-        chosen = _gate.decide(op.name, op.policy, input.get_device(), arguments, {})
+    mode = _mode.current_mode()
+    if rule.asks and _gate.answers() and mode != "triton":
+        free = mode == "graph" or (bool(op.plans.graphed) and _mode.capturing())
+        chosen = _gate.decide(op.name, op.policy, input.get_device(), arguments, {}, free)
         if isinstance(chosen, _mode.Stock):
             _mode.note(op, chosen.why)
             return i, input
