@@ -493,6 +493,14 @@ def table(environment: dict, rows: Sequence[dict], models: Sequence[dict] = ()) 
 _MARKED = re.compile(r"(<!-- host -->\n).*(<!-- /host -->\n)", re.S)
 
 
+def _write(path: Path, origin: dict, rows: Sequence[dict], models: Sequence[dict]) -> None:
+    told = [",\n".join(json.dumps(r) for r in found) for found in (rows, models)]
+    path.write_text(
+        f'{{"environment": {json.dumps(origin, indent=1)},\n"rows": [\n{told[0]}\n],\n'
+        f'"models": [\n{told[1]}\n]}}\n'
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -517,26 +525,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.counted:
         _counted(args.only, args.model)
         return 0
+    why = can_count() if args.count else None
+    if why is not None:
+        print(f"bench.host: instructions cannot be counted: {why}", file=sys.stderr)
+        return 2
     rows = measure(args.only, args.rounds)
     models = [] if args.no_models else measure_models(args.rounds)
-    if args.count:
-        why = can_count()
-        if why is not None:
-            print(f"bench.host: instructions are not counted: {why}", file=sys.stderr)
-            return 2
-        counted = instructions(args.only, [m["name"] for m in models])
-        for record in [*rows, *models]:
-            record["instructions"] = ratios(counted[record.get("row", record["name"])])
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "host.json"
     launcher = "Triton's launcher and an empty libcuda" if has_compiler() else "an empty driver"
     stock = "computes" if null() is None else "allocates and computes nothing"
     origin = {**environment(), "launcher": launcher, "stock": stock}
-    told = [",\n".join(json.dumps(r) for r in found) for found in (rows, models)]
-    path.write_text(
-        f'{{"environment": {json.dumps(origin, indent=1)},\n"rows": [\n{told[0]}\n],\n'
-        f'"models": [\n{told[1]}\n]}}\n'
-    )
+    _write(path, origin, rows, models)
+    if args.count:
+        counted = instructions(args.only, [m["name"] for m in models])
+        for record in [*rows, *models]:
+            record["instructions"] = ratios(counted[record.get("row", record["name"])])
+        _write(path, origin, rows, models)
     print(path)
     if args.into:
         page = table(origin, rows, models)

@@ -272,8 +272,10 @@ def test_a_free_host_opens_the_gates_of_estimates_that_save_something():
 
 def test_an_estimate_weighs_what_is_saved_against_what_the_host_pays(tmp_path):
     row = {"ops": ["relu"], "stock_us": 1000.0, "stock_launches": 2, "ours_launches": 2}
-    costs = [gates.host_costs([{**row, "ours_us": us}])["relu"] for us in (21.6, 31.6)]
-    assert costs == pytest.approx([gates.MARGIN, gates.MARGIN + gates.SHARE * 10])
+    costs = [gates.host_costs([{**row, "python_us": us}])["relu"] for us in (10.4, 20.4)]
+    assert costs == pytest.approx([gates.MARGIN, gates.MARGIN + 10])
+    fused = {**row, "stock_launches": 5, "stock_us": 20.0, "native_us": 21.0}
+    assert gates.host_costs([fused], "native")["relu"] == pytest.approx(3 - 3 * gates.LAUNCH)
     assert [gates.rounded(n) for n in (1, 70000, 2**20 + 1)] == [65536, 131072, 2**21]
     path = tmp_path / "crossover.json"
     path.write_text(_gate.TABLE.read_text())
