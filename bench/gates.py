@@ -11,9 +11,9 @@ H100 of which both sides reach 3.05 TB/s. A launch costs the GPU 6 us beside its
 come from a calibration against published times. Of several rows of a variant, the one that saves
 least for its size counts. The host times are those of `python -m bench.host`: of one more call, by
 the Python runner of plans, against operators of stock that compute nothing. Operators that
-`bench/null.cpp` does not replace do compute, so stock counts at most 5.2 us for each launch on CUDA;
-no operator that is replaced needs more. The last 2 us are a margin. Ops that a container runs for
-several members cost 8 us more. All of this is an estimate. `fastnn tune` measures.
+`bench/null.cpp` does not replace do compute, so stock counts at most 5.2 us for each launch on
+CUDA; no operator that is replaced needs more. The last 2 us are a margin. Ops that a container runs
+for several members cost 8 us more. All of this is an estimate. `fastnn tune` measures.
 
 The program prints the table, and with `--write` it puts the new sizes into `crossover.json`. Ops
 whose bytes depend on data, or whose time is bound by matrix products, keep what they have.

@@ -88,12 +88,12 @@ def _graded(tree) -> list[Tensor]:
 
 def step(case, namespace, count: int) -> Callable[[], object]:
     """A function that runs forward and backward of `count` calls of a row, in one graph."""
-    from fastnn.testing import _side
+    from fastnn.testing import side_of
 
     calls: list[tuple[Callable, list]] = []
     leaves: list[Tensor] = []
     for _ in range(count):
-        side = _side(case, namespace, torch.float32, "cpu")
+        side = side_of(case, namespace, torch.float32, "cpu")
         inputs = case.make(torch.float32, "cpu")
         options = {} if case.is_layer else dict(case.options)
         options = {k: v(torch.float32, "cpu") if callable(v) else v for k, v in options.items()}
@@ -206,7 +206,8 @@ class Way:
                 stack.enter_context(self.mode())
             stack.enter_context(_plans(self.kept))
             plans = self.name in ("python", "native")
-            stack.enter_context(mock.patch.object(_record, "_on", plans))
+            if not plans:
+                stack.enter_context(_record.paused())
             stack.enter_context(_native.using(runner() if self.name == "native" else None))
             yield
 
@@ -240,7 +241,7 @@ class Contest(NamedTuple):
                         least[name][i] = min(least[name][i], took)
         return least
 
-    def count(self, label: str, each: int = 2) -> None:
+    def tally(self, label: str, each: int = 2) -> None:
         """Let callgrind write the instructions of `each` runs of each step, under its name."""
         for name, way in self.ways.items():
             with way():
@@ -327,23 +328,11 @@ def _facts(case) -> dict:
 
 
 @contextmanager
-def _awake() -> Iterator[None]:
-    """fastnn decides about each call, as once CUDA is initialised."""
-    before, _mode._awake = _mode._awake, True
-    _mode._settle()
-    try:
-        yield
-    finally:
-        _mode._awake = before
-        _mode._settle()
-
-
-@contextmanager
 def _quiet() -> Iterator[None]:
     """Launches do nothing, stock computes nothing, and no garbage is collected."""
     from fastnn.testing.aot import has_compiler, launch_nothing
 
-    with launch_nothing(real_launcher=has_compiler()), _computing_nothing(), _awake():
+    with launch_nothing(real_launcher=has_compiler()), _computing_nothing(), _mode.awake():
         gc.collect()
         gc.disable()
         try:
@@ -381,7 +370,7 @@ def measure_models(rounds: int = 40) -> list[dict]:
         with _quiet():
             contest = _model_contest(of)
             contest.warm()
-            record = {"name": of.name}
+            record: dict[str, Any] = {"name": of.name}
             for name, (least,) in contest.time(rounds, 1).items():
                 record[f"{name}_us"] = round(least, 1)
         found.append(record)
@@ -409,7 +398,7 @@ def _counted(only: Sequence[str], models: Sequence[str]) -> None:
             contest.warm()
         null().start()
         for label, contest in contests:
-            contest.count(label)
+            contest.tally(label)
 
 
 def instructions(

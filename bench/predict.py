@@ -87,7 +87,7 @@ def _sampled(programs: Callable[[int], int], grids: list[tuple[int, int]]) -> It
 
 
 @contextmanager
-def _as_on_the_gpu() -> Iterator[None]:
+def as_on_the_gpu() -> Iterator[None]:
     """In the block, kernel files choose their grids as on the GPU of the prediction."""
     with ExitStack() as stack:
         stack.enter_context(_gpus.simulated(ARCHITECTURE))
@@ -106,7 +106,7 @@ def _uncounted(function: Callable) -> Callable:
     return call
 
 
-def _unfilled(t: Any) -> Any:
+def unfilled(t: Any) -> Any:
     if not isinstance(t, Tensor):
         return t
     if t.is_floating_point():
@@ -114,7 +114,7 @@ def _unfilled(t: Any) -> Any:
     return torch.zeros(t.shape, dtype=t.dtype)
 
 
-def _passes(case: BenchCase, call: Callable, inputs: list) -> list[Callable]:
+def passes_of(case: BenchCase, call: Callable, inputs: list) -> list[Callable]:
     """[forward, backward], to be called in this order, or [forward] of a row in eval mode."""
     kept: list = []
 
@@ -134,7 +134,7 @@ def stock_costs(case: BenchCase, dtype: torch.dtype) -> list[Cost]:
     """Costs of [forward, backward] on CUDA by stock operators; of [forward] in eval mode."""
     with as_on_cuda():
         inputs = case.make(dtype, "meta")
-        passes = _passes(case, case.side(torch.nn, dtype, "meta"), inputs)
+        passes = passes_of(case, case.side(torch.nn, dtype, "meta"), inputs)
         costs = []
         with torch.set_grad_enabled(case.train):
             for run in passes:
@@ -157,10 +157,10 @@ class _Count:
 
 
 def _our_counts(case: BenchCase, dtype: torch.dtype, programs: list[Callable]) -> list[_Count]:
-    inputs = [_unfilled(t) for t in case.make(dtype, "meta")]
+    inputs = [unfilled(t) for t in case.make(dtype, "meta")]
     call = case.side(fastnn, dtype, "cpu")
     counts = []
-    for run, sample in zip(_passes(case, call, inputs), programs, strict=False):
+    for run, sample in zip(passes_of(case, call, inputs), programs, strict=False):
         grids: list[tuple[int, int]] = []
         with (
             traffic() as log,
@@ -246,7 +246,7 @@ def predicted(case: BenchCase, dtype: torch.dtype, bandwidth: float = BANDWIDTH)
     if record["why"] is not None:
         return record
     stock = stock_costs(case, dtype)
-    with _as_on_the_gpu():
+    with as_on_the_gpu():
         ours, names = our_costs(case, dtype)
     for name, costs in (("stock", stock), ("ours", ours)):
         record[name] = [{"bytes": c.bytes, "launches": c.launches} for c in costs]

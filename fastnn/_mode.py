@@ -75,6 +75,19 @@ def _wake() -> None:
         _settle()
 
 
+@contextmanager
+def awake() -> Iterator[None]:
+    """Inside the block each call is decided about, as once CUDA is initialised. For benchmarks."""
+    global _awake
+    before, _awake = _awake, True
+    _settle()
+    try:
+        yield
+    finally:
+        _awake = before
+        _settle()
+
+
 if HAS_TRITON and (torch.version.cuda or torch.version.hip):
     torch.cuda._lazy_call(_wake)  # at once if CUDA is initialised, else at the first CUDA tensor
 _settle()

@@ -156,7 +156,7 @@ def _refuse_tensor(op: Op, t: Tensor) -> str | None:
 _NO_TENSOR = "there is no tensor among the arguments"
 
 
-def _survey(op: Op, args: tuple, kwargs: dict) -> str | Tensor:
+def survey(op: Op, args: tuple, kwargs: dict) -> str | Tensor:
     """Why no kernel can take this call, for reasons that all ops share; else one of its tensors.
 
     Tensors inside tuples and lists count, too.
@@ -336,7 +336,7 @@ def _raise_as_stock(op: Op, args: tuple, kwargs: dict) -> None:
 
 def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
     """The result of the fused function; a `Stock` if no kernel can run, or if PyTorch is faster."""
-    found = _survey(op, args, kwargs)
+    found = survey(op, args, kwargs)
     if isinstance(found, str):
         return Invalid(found) if found is _NO_TENSOR else Stock(found)
     tensor, variant = found, ""

@@ -5,6 +5,7 @@ What cannot be a plan runs as always, and `refusals` tells why.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -581,6 +582,17 @@ def using(on: bool) -> Iterator[None]:
         forget()
 
 
+@contextmanager
+def paused() -> Iterator[None]:
+    """Calls in the block run without plans, in all threads. Plans that were made stay."""
+    global _on
+    before, _on = _on, False
+    try:
+        yield
+    finally:
+        _on = before
+
+
 def _plannable(t: Tensor) -> bool:
     """Whether a plan may be given `t`: memory of its own, at an address that kernels like."""
     return (
@@ -781,7 +793,7 @@ def _picked(result: Any, outputs: tuple, many: bool) -> int | tuple[int, ...] | 
     if isinstance(result, Tensor) and id(result) in places:
         return places[id(result)]
     if many and type(result) is tuple:
-        if len(result) == len(outputs) and all(a is b for a, b in zip(result, outputs)):
+        if len(result) == len(outputs) and all(map(operator.is_, result, outputs)):
             return None
         if result and all(id(r) in places for r in result):
             return tuple([places[id(r)] for r in result])

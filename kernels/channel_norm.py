@@ -711,7 +711,7 @@ def _formulas(formula, gradient):
 
 def _add_up(parts, dw, db):
     """parts (1 or 2, G, C), summed over G -> dw, then db; or only one of them."""
-    norm._sum(parts, dw, db, parts.shape[1], parts.shape[2], math.gcd(parts.shape[2], 8))
+    norm.reduce_partials(parts, dw, db, parts.shape[1], parts.shape[2], math.gcd(parts.shape[2], 8))
 
 
 def apply(

@@ -78,7 +78,7 @@ def metered(case, dtype):
     """Bytes of our kernels, forward and backward, every program executed."""
     call = case.side(fastnn, dtype, "cpu")
     with traffic() as log, fastnn.backend("triton"):
-        run._both(case, call, case.make(dtype, "cpu"))()
+        run.both_passes(case, call, case.make(dtype, "cpu"))()
     return log
 
 
@@ -88,11 +88,11 @@ def metered(case, dtype):
     ids=str,
 )
 def test_sampled_programs_account_for_the_whole_grid(case, slack):
-    with predict._as_on_the_gpu():
+    with predict.as_on_the_gpu():
         log = metered(case, BF16)
         forward = (
             len(log) // 3
-        )  # `_both` calls it once to shape its gradient, before the two passes
+        )  # `both_passes` calls it once to shape its gradient, before the two passes
         whole = log.cost + Cost(-sum(x.distinct.total() for x in log[:forward]), -forward)
         costs, _ = predict.our_costs(case, BF16)
     counted = sum(costs, Cost(0, 0))
@@ -149,7 +149,7 @@ MOVES_MORE = {
 )
 def test_kernels_move_hardly_more_than_they_must(case):
     dtype = min(case.dtypes, key=lambda t: t.itemsize)  # fp32 partial sums weigh most beside it
-    with predict._as_on_the_gpu():
+    with predict.as_on_the_gpu():
         ours, _ = predict.our_costs(case, dtype)
     least = predict.least(case, dtype)
     ratio = sum(c.bytes for c in ours) / sum(least)
@@ -505,7 +505,7 @@ RATCHET = {
 
 @pytest.mark.slow
 def test_instructions_of_a_call():
-    """Counted by callgrind: the same on every machine and under every load, but for some percent."""
+    """Counted by callgrind, which neither the load nor the machine changes by much."""
     code = (
         "import json, warnings, torch; warnings.simplefilter('ignore'); torch.set_num_threads(1)\n"
         "from fastnn.bench import host\n"

@@ -24,6 +24,7 @@ from fastnn.kernels import _gpus
 from fastnn.ops import REGISTRY
 from fastnn.testing import simulated
 from fastnn.testing.aot import TARGETS
+from fastnn.testing.devices import surveyed
 from tests.marks import interpreted
 
 COMPILED = {gpu.name: gpu.compiled_from for gpu in _gpus.GPUS.values() if gpu.compiled_from}
@@ -93,14 +94,7 @@ def test_a_policy_counts_in_the_unit_of_the_table(case):
 
 def _dispatched(call, *args, **kwargs):
     """How often `call` asks dispatch."""
-    asked = []
-    survey = _op._survey
-
-    def counting(*question):
-        asked.append(question)
-        return survey(*question)
-
-    with mock.patch.object(_op, "_survey", counting):
+    with surveyed() as asked:
         call(*args, **kwargs)
     return len(asked)
 

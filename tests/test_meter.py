@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fastnn._mode import BackendError
-from fastnn.testing import Case, Traffic, _counted_run, count, randn
+from fastnn.testing import Case, Traffic, count, counted_run, randn
 from fastnn.testing.cases import CASES
 from fastnn.testing.meter import AtenTraffic, Cost, as_on_cuda, nbytes, predict, traffic
 from tests.marks import interpreted
@@ -353,6 +353,6 @@ def test_stock_is_counted_for_every_row():
     for case in CASES:
         if case.stock is None:
             with as_on_cuda(), AtenTraffic() as aten:
-                _counted_run(case, torch.nn, case.dtypes[-1])
+                counted_run(case, torch.nn, case.dtypes[-1])
             counted += aten.cost.bytes > 0
     assert counted >= 0.9 * len(CASES)

@@ -5,14 +5,13 @@ there is a GPU, by both runners. On a machine with a GPU and a C++ compiler this
 runner: `pytest -n 0 tests/test_plans_on_device.py`. Until that has passed, it is off by default.
 """
 
-from unittest import mock
-
 import pytest
 import torch
 
 import fastnn as nn
-from fastnn import _build, _native, _op, _record
+from fastnn import _build, _native, _record
 from fastnn.ops import REGISTRY
+from fastnn.testing.devices import surveyed
 
 F = nn.functional
 
@@ -71,13 +70,10 @@ def test_a_replay_has_the_bits_of_the_call(name, device, runner):
         grads = torch.autograd.grad(out.float().square().sum(), leaves)
         return [out.detach(), *grads, torch.rand(1, device=device)]
 
-    surveys = []
-    survey = _op._survey
-    counting = lambda *args: surveys.append(args[0].name) or survey(*args)  # noqa: E731
     with nn.backend("triton"):
         with _record.using(False):
             reference = step()
-        with _record.using(True), mock.patch.object(_op, "_survey", counting):
+        with _record.using(True), surveyed() as surveys:
             found = [step() for _ in range(4)]
             surveys.clear()
             found.append(step())

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastnn import _rng, kernels
 from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 from fastnn.kernels import _gpus
-from fastnn.ops.dropout import _native_scales
+from fastnn.ops.dropout import native_scales
 from fastnn.ops.linear import matmul_precision, tf32_setting
 
 # The backends that PyTorch may choose, values of `torch.nn.attention.SDPBackend`.
@@ -220,7 +220,7 @@ def _noise(q: Tensor, S: int, p: float) -> tuple[Any, float] | str:
     draw = _rng.draw_own(kernels.attention.increment(S), q.get_device())
     if isinstance(draw, str):
         return draw
-    scale, grad_scale = _native_scales(p)
+    scale, grad_scale = native_scales(p)
     return kernels.attention.Noise(draw, bound, scale), grad_scale
 
 
