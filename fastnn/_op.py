@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._device import DeviceContext
 
-from fastnn import _front, _gate, _mode
+from fastnn import _front, _gate, _mode, _shards
 from fastnn._function import Function as Function
 from fastnn._function import run as run
 from fastnn._function import second_order as second_order
@@ -67,6 +67,7 @@ class Op:
     at_most: str | None = None
     variants: tuple[str, ...] = ("",)  # the variants that the policy may name
     settings: Callable[[], Any] | None = None  # the PyTorch settings on which a call depends
+    split: _shards.Rule | None = None  # the ways to split a call among processes
     source: str = ""
     takes_variant: bool = field(init=False)  # whether `fused` is told which variant to run
     dense_at: tuple[int, ...] = field(init=False)  # positions of arguments that are made dense
@@ -154,12 +155,13 @@ def _refuse_tensor(op: Op, t: Tensor) -> str | None:
 
 
 _NO_TENSOR = "there is no tensor among the arguments"
+_WRAPPED = "an argument is a DTensor, or the result of a collective that is not complete"
 
 
 def survey(op: Op, args: tuple, kwargs: dict) -> str | Tensor:
     """Why no kernel can take this call, for reasons that all ops share; else one of its tensors.
 
-    Tensors inside tuples and lists count, too.
+    Tensors inside tuples and lists count, too. `_WRAPPED` if local tensors are inside.
     """
     if not _mode.HAS_TRITON:
         return "triton is not installed"
@@ -189,6 +191,8 @@ def survey(op: Op, args: tuple, kwargs: dict) -> str | Tensor:
         elif kind is tuple or kind is list:
             values.extend(value)  # the loop continues with these values
         elif kind not in _SCALARS:
+            if _shards.is_wrapped(kind):
+                return _WRAPPED
             if isinstance(value, Tensor):
                 return f"an argument is a tensor subclass ({kind.__name__})"
             if hasattr(kind, "__torch_function__"):
@@ -337,6 +341,12 @@ def _raise_as_stock(op: Op, args: tuple, kwargs: dict) -> None:
 def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
     """The result of the fused function; a `Stock` if no kernel can run, or if PyTorch is faster."""
     found = survey(op, args, kwargs)
+    if found is _WRAPPED:
+        local = _shards.local(op.names, op.split, args, kwargs)
+        if isinstance(local, str):
+            return Stock(local)
+        result = _try_kernel(op, local.args, local.kwargs, mode)
+        return result if isinstance(result, Stock) else local.whole(result)
     if isinstance(found, str):
         return Invalid(found) if found is _NO_TENSOR else Stock(found)
     tensor, variant = found, ""

@@ -4,6 +4,7 @@ README.md       each ```python block is run, in order and in one process, and it
                 ```text block after it; the table of families stands between its two markers.
 docs/layers.md  its tables of layers and of functions, between their markers.
 docs/ops.md     the whole file, from the record of each op.
+docs/compiled.md  its table of roofs, from bench/roofs.json.
 
 `--check` compares and writes nothing. Only `python -m tools.generate --commands` writes
 docs/commands.md, because that takes minutes: each ```sh line is run, and its output becomes the
@@ -190,12 +191,19 @@ def main() -> int:
     if "--commands" in sys.argv:
         commands_page()
         return 0
+    from fastnn.bench import roofs
+
     readme, layers = ROOT / "README.md", ROOT / "docs" / "layers.md"
     front = between(run_blocks(readme.read_text()), "families", family_table())
     tables = between(layers.read_text(), "layers", layers_table())
     tables = between(tables, "functions", functions_table())
+    compiled = ROOT / "docs" / "compiled.md"
+    roofed = between(compiled.read_text(), "roofs", roofs.by_kernel())
     stale = []
-    pages = ((readme, front), (layers, tables), (ROOT / "docs" / "ops.md", ops_page()))
+    pages = (
+        (readme, front), (layers, tables), (ROOT / "docs" / "ops.md", ops_page()),
+        (compiled, roofed),
+    )  # fmt: skip
     for path, content in pages:
         if not path.exists() or path.read_text() != content:
             stale.append(path.name)
