@@ -429,6 +429,7 @@ _SPATIAL = ("1d", "2d", "3d")
 _PADS = {f"{kind}_pad{n}_backward" for kind in ("reflection", "replication") for n in _SPATIAL}
 _ADDS = {"linear1d", "bilinear2d", "bicubic2d", "trilinear3d"}
 _ADDS = _PADS | {f"upsample_{kind}_backward" for kind in _ADDS}
+_ADDS |= {f"_upsample_{kind}2d_aa_backward" for kind in ("bilinear", "bicubic")}
 _UNREAD |= dict.fromkeys(_PADS, 1)
 # If the result is a scalar, these run a pointwise kernel and then a reduction.
 _REDUCED = {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy"}
