@@ -135,6 +135,9 @@ def _word(value: Any) -> Any:
     return value if isinstance(value, int | str | float | None) else str(value)
 
 
+_DRAWN = ("seed", "offset")  # what kernels call the numbers of a draw: other ones in each run
+
+
 @contextmanager
 def capture(
     launches: list[Launch],
@@ -153,7 +156,8 @@ def capture(
 
     def call(self, grid, *args, **meta):
         grid = (*grid, 1, 1)[:3]
-        sizes = tuple(map(_word, args)), tuple((k, _word(v)) for k, v in meta.items())
+        plain = [a for a, n in zip(args, self.parameters, strict=False) if n not in _DRAWN]
+        sizes = tuple(map(_word, plain)), tuple((k, _word(v)) for k, v in meta.items())
         key = (self.__name__, self.fn.cache_key, grid, *sizes)
         asked(key)
         if key in seen or not all(grid):
