@@ -188,7 +188,7 @@ def launched(
 ) -> tuple[list[list[tuple[str, str]]], dict[str, dict]]:
     """((id, source) of the launches of each pass; the figures of those that are `wanted`)."""
     from fastnn.bench import predict
-    from fastnn.bench.run import FORCED, _around
+    from fastnn.bench.run import FORCED, in_mode
     from fastnn.testing.roof import Launch, capture
 
     passes: list[list[tuple[str, str]]] = []
@@ -199,10 +199,10 @@ def launched(
 
     with capture(launches, TARGET, lambda key: wanted(*_named(key)), asked):
         passes.append([])
-        inputs = [predict._unfilled(t) for t in case.make(dtype, "meta")]
+        inputs = [predict.unfilled(t) for t in case.make(dtype, "meta")]
         call = case.side(fastnn, dtype, "cpu")
-        with _around(FORCED), torch.set_grad_enabled(case.train):
-            for each in predict._passes(case, call, inputs):
+        with in_mode(FORCED), torch.set_grad_enabled(case.train):
+            for each in predict.passes_of(case, call, inputs):
                 passes.append([])
                 each()
     return passes[1:], {_named(x.key)[0]: _figures(x) for x in launches}
