@@ -196,8 +196,9 @@ def front(record: Any, dispatch: Callable) -> Callable:
         ]
     # Names that are not parameters begin with an underscore and have two words: no parameter does.
     lines = [
-        "def make(stock, record, dispatch, no_keywords, the_plans, unfit, is_grad_enabled, "
-        f"_functional, _is_another, _call_another, {', '.join((*BELOW, *defaults))}):",
+        "def make(stock, record, dispatch, no_keywords, the_plans, is_graphed, unfit, "
+        "is_grad_enabled, _functional, _is_another, _call_another, "
+        f"{', '.join((*BELOW, *defaults))}):",
         "    _the_floor = -1",
         f"    def {name}({', '.join(declared)}):",
         *replaced,
@@ -211,7 +212,10 @@ def front(record: Any, dispatch: Callable) -> Callable:
         "            if _is_small:",
         f"                return stock({passed})",
         "            if the_plans:",
-        f"                _this_key = {asked.tensors[0]}.shape, is_grad_enabled(), _uniform",
+        "                _this_mode = _uniform",
+        "                if is_graphed and _uniform == 'auto' and capturing():",
+        "                    _this_mode = 'graph'",
+        f"                _this_key = {asked.tensors[0]}.shape, is_grad_enabled(), _this_mode",
         "                for _one_plan in the_plans.get(_this_key, ()):",
         f"                    _its_result = _one_plan({', '.join(positional + names)})",
         "                    if _its_result is not unfit:",
@@ -242,8 +246,8 @@ def front(record: Any, dispatch: Callable) -> Callable:
     # The code runs in the namespace of `_mode`, because it reads `_idle` and `_plain` there.
     exec(compile(source, file, "exec"), vars(_mode), scope)
     call, call_small, set_floor = scope["make"](
-        record.stock, record, dispatch, _NO_KEYWORDS, record.plans.ready, UNFIT,
-        torch.is_grad_enabled, torch.nn.functional,
+        record.stock, record, dispatch, _NO_KEYWORDS, record.plans.ready, record.plans.graphed,
+        UNFIT, torch.is_grad_enabled, torch.nn.functional,
         *_others(name, parameters(record.fused)), **BELOW, **defaults,
     )  # fmt: skip
     record.floor.follow(set_floor)

@@ -74,18 +74,21 @@ class Op:
     dense_names: frozenset[str] = field(init=False)
     floor: _gate.Floor = field(init=False, default_factory=_gate.Floor)
     names: tuple[str, ...] = field(init=False)  # of the public function's parameters
+    keyword_only: frozenset[str] = field(init=False)
     keyed_by: int = field(init=False)  # the parameter by whose shape plans are found
     plans: Plans = field(init=False)
 
     def __post_init__(self):
         declared = inspect.signature(self.fused).parameters
         at, dense = not_strided(self.fused, self.strided)
-        names = tuple([p.name for p in _front.parameters(self.fused)])
+        parameters = _front.parameters(self.fused)
+        names = tuple([p.name for p in parameters])
         for name, value in (
             ("takes_variant", "variant" in declared),
             ("dense_at", at),
             ("dense_names", dense),
             ("names", names),
+            ("keyword_only", frozenset([p.name for p in parameters if p.kind is p.KEYWORD_ONLY])),
             ("keyed_by", names.index(_front.below(self, names[0]).tensors[0])),
         ):
             object.__setattr__(self, name, value)
@@ -93,6 +96,11 @@ class Op:
 
     def __repr__(self):
         return f"Op({self.name})"
+
+    def find_floor(self) -> None:
+        """Make the floor known, if it is not."""
+        if not self.floor.known and _gate.answers():
+            self.floor.set(_gate.floor(self.name, self.variants))
 
     def autocast_list(self, device_type: str):
         return self.autocast if device_type == "cuda" else self.autocast_cpu
@@ -150,7 +158,7 @@ _NO_TENSOR = "there is no tensor among the arguments"
 _WRAPPED = "an argument is a DTensor, or the result of a collective that is not complete"
 
 
-def _survey(op: Op, args: tuple, kwargs: dict) -> str | Tensor:
+def survey(op: Op, args: tuple, kwargs: dict) -> str | Tensor:
     """Why no kernel can take this call, for reasons that all ops share; else one of its tensors.
 
     Tensors inside tuples and lists count, too. `_WRAPPED` if local tensors are inside.
@@ -292,14 +300,15 @@ def dispatch(op: Op, args: tuple, kwargs: dict):
     if mode == "torch":
         declined = Stock('backend("torch")')
     else:
-        if not op.floor.known and _gate.answers():
-            op.floor.set(_gate.floor(op.name, op.variants))
+        op.find_floor()
         declined = _try_kernel(op, args, kwargs, mode)
         if not isinstance(declined, Stock):
             _mode.note(op, None)
             return declined
     _mode.note(op, declined.why)
     if mode != "triton":
+        if mode == "auto":
+            op.plans.declined(args, kwargs)
         return op.stock(*args, **kwargs)
     if isinstance(declined, Invalid):
         op.stock(*args, **kwargs)  # raises PyTorch's error
@@ -331,7 +340,7 @@ def _raise_as_stock(op: Op, args: tuple, kwargs: dict) -> None:
 
 def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
     """The result of the fused function; a `Stock` if no kernel can run, or if PyTorch is faster."""
-    found = _survey(op, args, kwargs)
+    found = survey(op, args, kwargs)
     if found is _WRAPPED:
         local = _shards.local(op.names, op.split, args, kwargs)
         if isinstance(local, str):
@@ -341,8 +350,10 @@ def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
     if isinstance(found, str):
         return Invalid(found) if found is _NO_TENSOR else Stock(found)
     tensor, variant = found, ""
-    if mode == "auto":
-        chosen = _gate.decide(op.name, op.policy, tensor.get_device(), args, kwargs)
+    if mode != "triton":
+        chosen = _gate.decide(
+            op.name, op.policy, tensor.get_device(), args, kwargs, free=mode == "graph"
+        )
         if isinstance(chosen, Stock):
             return chosen
         variant = chosen

@@ -13,7 +13,7 @@ from fastnn import _rng, kernels
 from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 from fastnn._shards import Split
 from fastnn.kernels import _gpus
-from fastnn.ops.dropout import _native_scales
+from fastnn.ops.dropout import native_scales
 from fastnn.ops.linear import matmul_precision, tf32_setting
 
 # The backends that PyTorch may choose, values of `torch.nn.attention.SDPBackend`.
@@ -221,7 +221,7 @@ def _noise(q: Tensor, S: int, p: float) -> tuple[Any, float] | str:
     draw = _rng.draw_own(kernels.attention.increment(S), q.get_device())
     if isinstance(draw, str):
         return draw
-    scale, grad_scale = _native_scales(p)
+    scale, grad_scale = native_scales(p)
     return kernels.attention.Noise(draw, bound, scale), grad_scale
 
 

@@ -7,8 +7,8 @@ from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, op, run, second_order
 from fastnn._shards import Split
 from fastnn.ops.activation import refuse_numbers
-from fastnn.ops.channel_norm import _act
-from fastnn.ops.linear import _ACTIVATIONS, _activate
+from fastnn.ops.channel_norm import checked_activation
+from fastnn.ops.linear import ACTIVATIONS, stock_activation
 
 
 class GLU(Function):
@@ -54,18 +54,18 @@ class ActMul(Function):
         kept = x if ctx.needs_input_grad[0] or not ctx.needs_input_grad[1] else x.clone()
         ctx.save_for_backward(kept, z)
         ctx.rest = activation, a, b
-        return kernels.glu.act_mul_fwd(x, z, _ACTIVATIONS[activation].value, a, b)
+        return kernels.glu.act_mul_fwd(x, z, ACTIVATIONS[activation].value, a, b)
 
     @staticmethod
     def backward(ctx, dy):
         x, z = ctx.saved_tensors
         activation, a, b = ctx.rest
         if torch.is_grad_enabled():
-            act = _activate(activation)
+            act = stock_activation(activation)
             needs = ctx.needs_input_grad[:2]
             grads = second_order(lambda x, z: act(x, a, b) * z, (x, z), dy, needs)
         else:
-            formula = _ACTIVATIONS[activation]
+            formula = ACTIVATIONS[activation]
             grads = kernels.glu.act_mul_bwd(
                 dy, x, z, formula.value, formula.gradient, formula.keeps == "y", a, b
             )
@@ -73,7 +73,7 @@ class ActMul(Function):
 
 
 def _act_then_mul(input, other, activation="silu", a=0.0, b=0.0):
-    return _act("act_mul", activation, a, b)(input) * other
+    return checked_activation("act_mul", activation, a, b)(input) * other
 
 
 def _elements(input, other, **others):
@@ -92,7 +92,7 @@ def act_mul(input, other, activation="silu", a=0.0, b=0.0):
     It takes two tensors of one shape and dtype, contiguous or both channels-last. The activations,
     and a and b, are those of `linear_act`. Raises ValueError for any other activation.
     """
-    if activation not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         return Invalid(f"activation={activation!r}")
     why = refuse_numbers(a, b, activation=activation)
     if why is not None:

@@ -86,7 +86,7 @@ class Norm(Function):
         return *(next(found) if need else None for need in needs), None, None, None, None
 
 
-def _unfit(input, normalized_shape, eps, *parameters):
+def unfit(input, normalized_shape, eps, *parameters):
     """Why PyTorch would reject the call, or takes it by a path that is not worth a kernel."""
     if not isinstance(normalized_shape, (tuple, list)) or not normalized_shape:
         return Invalid(f"normalized_shape={normalized_shape!r}")
@@ -127,7 +127,7 @@ def _between_rows(input, normalized_shape, **others):
 )
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, out_dtype=None):
     """Fused for every normalized_shape, with or without weight and bias; statistics in fp32."""
-    declined = _unfit(input, normalized_shape, eps, weight, bias)
+    declined = unfit(input, normalized_shape, eps, weight, bias)
     if declined:
         return declined
     if out_dtype is None and any(p is not None and p.dtype != input.dtype for p in (weight, bias)):
@@ -155,7 +155,7 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, out_dtype=None):
     """
     if eps is None:
         eps = FINFO_EPS
-    declined = _unfit(input, normalized_shape, eps, weight)
+    declined = unfit(input, normalized_shape, eps, weight)
     if declined:
         return declined
     if not input.numel():

@@ -51,7 +51,7 @@ def _softmax(name, x, dim, stacklevel, dtype, out_dtype, log=False, negate=False
         # _get_softmax_dim.
         level = depth() + 1 + stacklevel - FRAMES - 3
         impossible("it warns")
-        dim = stock._get_softmax_dim(name, x.dim(), level)
+        dim = stock._get_softmax_dim(name, x.dim(), level)  # type: ignore[attr-defined]
     if not isinstance(dim, int) or isinstance(dim, bool):
         return Invalid(f"dim={dim!r}")
     dims = max(x.dim(), 1)

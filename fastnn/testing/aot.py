@@ -216,7 +216,7 @@ class _RealLauncher(_Driver):
 
 
 # What Triton's launcher calls. Each function succeeds and does nothing.
-_LIBCUDA = r"""
+LIBCUDA = r"""
 typedef int R;
 #define NOTHING(name) R name() { return 0; }
 R cuPointerGetAttribute(void *to, int what, unsigned long long p)
@@ -253,7 +253,7 @@ def _libcuda() -> str:
     folder = Path(tempfile.mkdtemp(prefix="fastnn-libcuda-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     source, library = folder / "libcuda.c", folder / "libcuda.so.1"
-    source.write_text(_LIBCUDA)
+    source.write_text(LIBCUDA)
     options = ["-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", str(library)]
     subprocess.run([compiler, str(source), *options], check=True, capture_output=True)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
