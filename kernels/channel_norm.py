@@ -21,8 +21,8 @@ element lies; S is the number of positions of a plane:
     last       o * J * C + j * C + c               channels last
 
 If the elements of a statistic do not fit in registers, each program reduces a chunk of J to sums of
-differences from some of its elements, and a second kernel combines the chunks in a fixed order. Other sums across
-programs also go through partial sums.
+differences from some of its elements, and a second kernel combines the chunks in a fixed order.
+Other sums across programs also go through partial sums.
 """
 
 import math

@@ -13,7 +13,7 @@ from fastnn._mode import BackendError
 from fastnn.testing import Case, Traffic, count, counted_run, randn
 from fastnn.testing.cases import CASES
 from fastnn.testing.meter import AtenTraffic, Cost, as_on_cuda, nbytes, predict, traffic
-from tests.marks import interpreted
+from tests.marks import interpreted, stock_may_warn
 
 
 @triton.jit
@@ -347,6 +347,7 @@ def test_prediction_from_counts():
     assert predict(t, log, bandwidth=1e6).speedup == pytest.approx(2, rel=0.01)
 
 
+@stock_may_warn
 def test_stock_is_counted_for_every_row():
     """`as_on_cuda` accepts all arguments of the functions whose operators it replaces."""
     counted = 0

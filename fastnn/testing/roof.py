@@ -109,7 +109,7 @@ class Roof:
 # ---- capture ------------------------------------------------------------------------------------
 
 
-class _Capturing(aot._Driver):
+class _Capturing(aot.CompilingDriver):
     """A driver that keeps what a launch compiled, and its arguments."""
 
     def __init__(self, target: aot.Target) -> None:
@@ -135,6 +135,9 @@ def _word(value: Any) -> Any:
     return value if isinstance(value, int | str | float | None) else str(value)
 
 
+_DRAWN = ("seed", "offset")  # what kernels call the numbers of a draw: other ones in each run
+
+
 @contextmanager
 def capture(
     launches: list[Launch],
@@ -153,7 +156,8 @@ def capture(
 
     def call(self, grid, *args, **meta):
         grid = (*grid, 1, 1)[:3]
-        sizes = tuple(map(_word, args)), tuple((k, _word(v)) for k, v in meta.items())
+        plain = [a for a, n in zip(args, self.parameters, strict=False) if n not in _DRAWN]
+        sizes = tuple(map(_word, plain)), tuple((k, _word(v)) for k, v in meta.items())
         key = (self.__name__, self.fn.cache_key, grid, *sizes)
         asked(key)
         if key in seen or not all(grid):
@@ -164,7 +168,7 @@ def capture(
         driver.log.clear()
         stock(self, grid, *args, **meta)
         for metadata, programs, given in driver.log:
-            asm = aot._assembly(metadata.name, metadata.hash)
+            asm = aot.assembly_of(metadata.name, metadata.hash)
             tensors = [a for a in given if isinstance(a, torch.Tensor)]
             plain = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in given]
             code = asm["cubin"], asm["ptx"]
@@ -173,7 +177,7 @@ def capture(
                 Launch(target, metadata.name, programs, *options, *code, plain, tensors, key)
             )
 
-    with aot._active(target, _Capturing) as active, _record.using(False):
+    with aot.active_driver(target, _Capturing) as active, _record.using(False):
         assert isinstance(active, _Capturing)
         driver = active
         with mock.patch.object(kernels._launch.Kernel, "__call__", call):
@@ -216,7 +220,7 @@ def disassembled(cubin: bytes) -> list[Instruction]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        text = aot._run("nvdisasm", "-ndf", "-c", "-gp", "-hex", f.name)
+        text = aot.run_tool("nvdisasm", "-ndf", "-c", "-gp", "-hex", f.name)
     rows: list[list] = []
     labels: dict[str, int] = {}
     line = 0
@@ -397,9 +401,9 @@ def roof(launch: Launch) -> Roof:
     gpu = aot.TARGETS[launch.target].facts
     if not gpu.clock:
         raise ValueError(f"roof: no clock of {gpu.name} is known")
-    usage = aot._nvidia(launch.cubin, launch.ptx)
+    usage = aot.nvidia_resources(launch.cubin, launch.ptx)
     code = disassembled(launch.cubin)
-    blocks, _ = aot._occupancy(gpu, usage.registers, launch.shared, launch.warps)
+    blocks, _ = aot.occupancy_of(gpu, usage.registers, launch.shared, launch.warps)
     programs = math.prod(launch.grid)
     program, memory = _ran(launch, programs // 2)
     # What another program reads too, weights above all, comes from a cache.
