@@ -3,7 +3,7 @@
     y[o] = sum over the places of o's windows of w_h w_w x[i_h, i_w]
     dx[i] = sum over the outputs o whose windows have i, of the same weights times dy[o]
 
-Along a dimension the window of o has the places within `support` of its centre scale * (o + 0.5). The
+The window of o has the places within `support` of its centre, which is scale * (o + 0.5). The
 weights are those of the filter (linear, or cubic with A = -0.5), divided by their sum. As in ATen
 all of it is computed in fp32. ATen rounds weights, and the sums along W, to the type of x.
 
@@ -12,7 +12,7 @@ Memory-bound. Elements moved, if x has E and y has F of them:
     backward   E + F. PyTorch fills dx with zeros and adds to it with atomics: 3E + F
 Under autocast PyTorch copies x of 16 bits to fp32 first, and dx back: 6E + 6E bytes more.
 
-The backward is a gather. The outputs that a place is in the window of follow from the inverse of the
+The backward is a gather. Which outputs have a place in their window follows from the inverse of the
 centre, and a window that rounding moved by less than `slack` outputs is tried too. As in
 kernels/upsampling.py, the result is walked in the order of its storage, and the source read by
 strides.
@@ -62,7 +62,7 @@ def _weight(t, off, inverse, total, FILTER: tl.constexpr):
     return FILTER((t + off + 0.5) * inverse) / total
 
 
-# Rows are counted by N, C and H, and columns are W; or with LAST rows by N, H and W, and columns are
+# Rows are counted by N, C and H, and columns are W; with LAST rows by N, H and W, and columns are
 # C. `scale` is the width of an output in the source, `inverse` what the filter is stretched by, and
 # `taps` the most places that a window has. 32 bits index all of it.
 
@@ -110,10 +110,8 @@ def _antialias_fwd_kernel(
         for tw in range(w_taps):
             to = at + (th * (h_step * UNIT) + tw * w_step)
             x = tl.load(X + to, mask=within & (tw < w_count), other=0.0).to(tl.float32)
-            weight = _weight(tw, w_off, w_inverse, w_total, FILTER)
-            along += tl.where(tw < w_count, weight, 0.0) * x
-        weight = _weight(th, h_off, h_inverse, h_total, FILTER)
-        acc += tl.where(th < h_count, weight, 0.0) * along
+            along += _weight(tw, w_off, w_inverse, w_total, FILTER) * x
+        acc += _weight(th, h_off, h_inverse, h_total, FILTER) * along
     tl.store(Y + row * cols + col, acc.to(Y.dtype.element_ty), mask=there)
 
 
