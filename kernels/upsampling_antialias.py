@@ -25,7 +25,7 @@ import triton.language as tl
 
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
-from fastnn.kernels.gather import _empty, near
+from fastnn.kernels.gather import empty_in_layout, near
 from fastnn.kernels.upsampling import _float32, _tile
 
 
@@ -219,7 +219,7 @@ def _launch(launched, source, result, order, mode, axes):
 def fwd(x, size, mode, scales, dtype, channels_last):
     """x (N, C, H, W) of any strides -> y (N, C, *size), dense."""
     x = near(x)
-    y, order = _empty((*x.shape[:2], *size), x, dtype, channels_last)
+    y, order = empty_in_layout((*x.shape[:2], *size), x, dtype, channels_last)
     if y.numel():
         axes = [
             _axis(out, n, step, s, mode, False)
@@ -232,7 +232,7 @@ def fwd(x, size, mode, scales, dtype, channels_last):
 def bwd(dy, size, mode, scales, dtype, channels_last):
     """dy (N, C, H, W) of any strides -> dx (N, C, *size), dense."""
     dy = near(dy)
-    dx, order = _empty((*dy.shape[:2], *size), dy, dtype, channels_last)
+    dx, order = empty_in_layout((*dy.shape[:2], *size), dy, dtype, channels_last)
     if dx.numel():
         axes = [
             _axis(out, n, step, s, mode, True)
