@@ -345,7 +345,7 @@ def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
         local = _shards.local(op.names, op.split, args, kwargs)
         if isinstance(local, str):
             return Stock(local)
-        result = _try_kernel(op, local.args, local.kwargs, mode)
+        result = local.run(lambda args, kwargs: _try_kernel(op, args, kwargs, mode))
         return result if isinstance(result, Stock) else local.whole(result)
     if isinstance(found, str):
         return Invalid(found) if found is _NO_TENSOR else Stock(found)

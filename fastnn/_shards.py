@@ -108,12 +108,68 @@ def plain_gradient(grad: Tensor) -> Tensor:
     return grad
 
 
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
+
+
+class _Watch:
+    """Notices edits of DTensors between forward and backward, as autograd does for other tensors.
+
+    An edit counts in the version of the DTensor, and not in that of the local tensor, which is what
+    our function saves. So the hooks of saved tensors note which DTensor a saved tensor belongs to.
+    """
+
+    def __init__(self, owners: dict[int, Any]):
+        self.owners = owners  # address -> DTensor
+        self.kept: list[tuple[int, list]] = []
+        # Only the last hooks are called, so ours call those of the user.
+        self.hooks = _hooks(False)
+
+    def pack(self, t: Tensor) -> list:
+        entry = [t if self.hooks is None else self.hooks[0](t), None, 0]
+        self.own(entry, self.owners.get(t.data_ptr()))
+        if entry[1] is None and t.numel():
+            self.kept.append((t.data_ptr(), entry))
+        return entry
+
+    @staticmethod
+    def own(entry: list, owner: Any) -> None:
+        if owner is not None:
+            # It shares the version and has no graph, which would be a cycle.
+            entry[1:] = [owner.detach(), owner._version]
+
+    def unpack(self, entry: list) -> Tensor:
+        packed, owner, version = entry
+        if owner is not None and owner._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: [DTensor {[*owner.shape]}] is at version {owner._version}; "
+                f"expected version {version} instead."
+            )
+        return packed if self.hooks is None else self.hooks[1](packed)
+
+    def returns(self, local: Tensor, result: Any) -> None:
+        """The result may be among the saved tensors."""
+        for address, entry in self.kept:
+            if address == local.data_ptr():
+                self.own(entry, result)
+        self.kept.clear()
+        self.owners = {}
+
+
 class Local(NamedTuple):
     """A call on the tensors of this process. `whole` makes the result of its result."""
 
     args: tuple
     kwargs: dict
     whole: Callable[[Tensor], Tensor]
+    watch: _Watch | None = None
+
+    def run(self, call: Callable[[tuple, dict], Any]) -> Any:
+        """The result of `call(args, kwargs)`, not yet whole."""
+        if self.watch is None or not torch.is_grad_enabled():
+            return call(self.args, self.kwargs)
+        with torch.autograd.graph.saved_tensors_hooks(self.watch.pack, self.watch.unpack):
+            return call(self.args, self.kwargs)
 
 
 def local(names: tuple[str, ...], rule: Rule | None, args: tuple, kwargs: dict) -> Local | str:
@@ -137,13 +193,15 @@ def local(names: tuple[str, ...], rule: Rule | None, args: tuple, kwargs: dict) 
     ways = _ways(spread, [*rule(**given)])
     if isinstance(ways, str):
         return ways
-    return _with(
-        {n: _shard(n, t, ways) for n, t in spread.items()},
-        names,
-        args,
-        kwargs,
-        lambda result: _joined(result, spread, ways),
-    )
+    shards = {n: _shard(n, t, ways) for n, t in spread.items()}
+    watch = _Watch({s.data_ptr(): spread[n] for n, s in shards.items() if s.numel()})
+
+    def whole(result: Tensor) -> Tensor:
+        joined = _joined(result, spread, shards, ways)
+        watch.returns(result, joined)
+        return joined
+
+    return _with(shards, names, args, kwargs, whole)._replace(watch=watch)
 
 
 def _with(found: dict, names: tuple[str, ...], args: tuple, kwargs: dict, whole: Callable) -> Local:
@@ -201,7 +259,9 @@ def _shard(name: str, t: Any, ways: list[Split | None]) -> Tensor:
     return found
 
 
-def _joined(result: Tensor, spread: dict[str, Any], ways: list[Split | None]) -> Tensor:
+def _joined(
+    result: Tensor, spread: dict[str, Any], shards: dict[str, Tensor], ways: list[Split | None]
+) -> Tensor:
     """The DTensor of which `result` is the part of this process."""
     kinds = _module("tensor")
     mesh: Any = next(iter(spread.values())).device_mesh
@@ -215,12 +275,16 @@ def _joined(result: Tensor, spread: dict[str, Any], ways: list[Split | None]) ->
         else:
             placed.append(kinds.Shard(way.result))
             shape[way.result] *= mesh.size(i)
-    # the strides of a dense tensor with the dimensions in the same order
+    # those of an argument of the same layout, else of a dense tensor with dimensions in this order
     stride, step = [0] * len(shape), 1
     order = sorted(range(len(shape)), key=lambda d: (result.stride(d), result.shape[d], -d))
     for d in order if not result.is_contiguous() else reversed(range(len(shape))):
         stride[d] = step
         step *= max(shape[d], 1)
+    for n, t in spread.items():
+        if [*t.shape] == shape and shards[n].stride() == result.stride():
+            stride = [*t.stride()]
+            break
     return kinds.DTensor.from_local(
         result, mesh, placed, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
     )

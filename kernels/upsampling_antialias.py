@@ -3,19 +3,19 @@
     y[o] = sum over the places of o's windows of w_h w_w x[i_h, i_w]
     dx[i] = sum over the outputs o whose windows have i, of the same weights times dy[o]
 
-The window of o has the places within `support` of its centre, which is scale * (o + 0.5). The
-weights are those of the filter (linear, or cubic with A = -0.5), divided by their sum. As in ATen
-all of it is computed in fp32. ATen rounds weights, and the sums along W, to the type of x.
+Along a dimension the window of o has the places within `support` of its centre scale * (o + 0.5).
+The weights are those of the filter (linear, or cubic with A = -0.5), divided by their sum. All of
+it is computed in fp32, as in ATen. ATen also rounds weights, and the sums along W, to the type of
+x.
 
 Memory-bound. Elements moved, if x has E and y has F of them:
     forward    E + F. Of channels last, PyTorch copies x, and then y: 3E + 3F
     backward   E + F. PyTorch fills dx with zeros and adds to it with atomics: 3E + F
 Under autocast PyTorch copies x of 16 bits to fp32 first, and dx back: 6E + 6E bytes more.
 
-The backward is a gather. Which outputs have a place in their window follows from the inverse of the
-centre, and a window that rounding moved by less than `slack` outputs is tried too. As in
-kernels/upsampling.py, the result is walked in the order of its storage, and the source read by
-strides.
+The backward is a gather. The inverse of the centre tells which windows contain a place. A window
+that rounding moved by less than `slack` outputs is tried, too. As in kernels/upsampling.py, the
+result is walked in the order of its storage, and the source is read by strides.
 """
 
 import math
@@ -62,9 +62,9 @@ def _weight(t, off, inverse, total, FILTER: tl.constexpr):
     return FILTER((t + off + 0.5) * inverse) / total
 
 
-# Rows are counted by N, C and H, and columns are W; with LAST rows by N, H and W, and columns are
-# C. `scale` is the width of an output in the source, `inverse` what the filter is stretched by, and
-# `taps` the most places that a window has. 32 bits index all of it.
+# Rows are counted by N, C and H, and columns are W. With LAST, rows are counted by N, H and W, and
+# columns are C. `scale` is the width of an output in the source. `inverse` is what the filter is
+# stretched by. `taps` is the most places that a window has. 32 bits index all of it.
 
 
 @kernel(

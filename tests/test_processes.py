@@ -173,6 +173,49 @@ def refusals(wrong, mesh):
     wrong.run("a mixture raises as in stock", mixed)
 
 
+def edited(name, what, mesh):
+    """An edit after the call raises where it raises in stock."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    raised = []
+    for mode in ("torch", "triton"):
+        x = distribute_tensor(normal(4, 8), mesh, [Shard(0)]).requires_grad_()
+        with fastnn.backend(mode):
+            given = x * 1
+            out = FUNCTIONS[name](given)
+            (given if what == "input" else out).add_(1)
+            try:
+                out.sum().backward()
+                raised.append(None)
+            except RuntimeError as e:
+                raised.append(str(e)[:80])
+    assert raised[0] == raised[1], raised
+
+
+def hooked(mesh):
+    """The hooks of a user see what is saved, and give it back."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    seen = []
+    x = distribute_tensor(normal(4, 8), mesh, [Shard(0)]).requires_grad_()
+    unpack = lambda t: seen.append("unpacked") or t + 0  # noqa: E731
+    with fastnn.backend("triton"):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append("packed") or t, unpack):
+            out = FUNCTIONS["gelu"](x)
+        out.sum().backward()
+    assert seen == ["packed", "unpacked"]
+    want = normal(4, 8).requires_grad_()
+    F.gelu(want).sum().backward()
+    torch.testing.assert_close(x.grad.full_tensor(), want.grad)
+
+
+def edits(wrong, mesh):
+    for name in ("gelu", "sigmoid", "relu"):  # they keep the input, or the result
+        for what in ("input", "result"):
+            wrong.run(f"edit of the {what} of {name}", edited, name, what, mesh)
+    wrong.run("hooks of saved tensors", hooked, mesh)
+
+
 def pending(asks):
     """A collective that is not complete, as argument and as gradient."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -456,7 +499,7 @@ def process(rank, world, folder):
 
 
 GROUPS = {
-    2: [calls, refusals, collectives, models, exact, checkpoint, context_parallel],
+    2: [calls, refusals, collectives, edits, models, exact, checkpoint, context_parallel],
     4: [calls, models],
 }
 
