@@ -944,8 +944,10 @@ def test_two_processes(tmp_path, record_property):
 
 
 def everything(arguments: list[str]) -> bool:
-    """Run every set-up on every model, forced and in `auto`, or part K of N (`--part K/N`), or those
-    whose set-up or model is among the arguments. Returns whether all is as in stock."""
+    """Run set-ups on models, forced and in `auto`. Returns whether all is as in stock.
+
+    All of them run, or part K of N (`--part K/N`), or those whose set-up or model is an argument.
+    """
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     right = True
