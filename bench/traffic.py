@@ -226,7 +226,7 @@ class _Shaped(torch.autograd.Function):
         return None, None, *found
 
 
-def _attention(query, key, value, *args, **kwargs):
+def fused_attention(query, key, value, *args, **kwargs):
     """Attention as fused kernels lay its result out: (batch, length, heads, width) in memory."""
     batch, heads, length, _ = query.shape
 
@@ -306,12 +306,12 @@ class _Counted(Interpreter):
 
     def call_function(self, target, args, kwargs):
         if target is F.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
+            return fused_attention(*args, **kwargs)
         name = getattr(target, "__name__", "")
         if not getattr(target, "__module__", "").startswith("fastnn"):
             return super().call_function(self.replaced.get(target, target), args, kwargs)
         if name == "scaled_dot_product_attention":
-            return _attention(*args, **kwargs)
+            return fused_attention(*args, **kwargs)
         results, asked = self._asked(target, args, kwargs)
         if name in _AS_STOCK or not self._wins(asked):
             with intercept(self._stock):

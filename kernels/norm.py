@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from fastnn.kernels import _gpus, _rows
+from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense
@@ -516,8 +517,18 @@ def _bwd_dx_wide(dy, x, weight, mean, rstd, dx, sizes, flags):
     )  # fmt: skip
 
 
+@tunable("BLOCK_G", "BLOCK_N")
+def _sum_tile(G):
+    """Few columns, so that there are many programs, and few turns, each of which waits for memory.
+
+    A row of 16 columns fills two sectors of memory.
+    """
+    block_g = max(32, min(next_power_of_2(G), 256))
+    return {"BLOCK_G": block_g, "BLOCK_N": 16, "num_warps": 8 if block_g > 64 else 2}
+
+
 def reduce_partials(parts, dw, db, G, N, unit):
+    config = _sum_tile(G)
     _norm_bwd_sum_kernel(
-        (cdiv(N, 64),), parts, dw, db, G, N // unit,
-        UNIT=unit, BLOCK_G=32, BLOCK_N=64, num_warps=4,
-    )  # fmt: skip
+        (cdiv(N, config["BLOCK_N"]),), parts, dw, db, G, N // unit, UNIT=unit, **config
+    )

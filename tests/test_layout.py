@@ -21,6 +21,7 @@ RANKS = {
     "fastnn._plan": 1,
     "fastnn._rng": 2,
     "fastnn._scalars": 1,
+    "fastnn._shards": 0,
     "fastnn._strides": 1,
     "fastnn._front": 2,
     "fastnn._function": 2,

@@ -83,7 +83,7 @@ def test_a_declined_call_counts_as_pytorch_runs_it_on_cuda():
 def test_attention_moves_no_bytes_and_keeps_the_layout_of_a_fused_kernel():
     q = torch.empty(2, 3, 8, 4, device="meta", requires_grad=True)
     with traffic.Outside() as counted:
-        y = traffic._attention(q, q, q)
+        y = traffic.fused_attention(q, q, q)
         y.transpose(1, 2).reshape(2, 8, 12)
     assert counted.cost == Cost(0, 0)
     assert y.shape == q.shape

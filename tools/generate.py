@@ -4,7 +4,8 @@ README.md       each ```python block is run, in order and in one process, and it
                 ```text block after it; the table of families stands between its two markers.
 docs/layers.md  its tables of layers and of functions, between their markers.
 docs/ops.md     the whole file, from the record of each op.
-docs/compile.md its table of models, from bench/results/counted/models.json.
+docs/compile.md  its table of models, from bench/results/counted/models.json.
+docs/compiled.md  its table of roofs, from bench/roofs.json.
 
 `--check` compares and writes nothing. Only `python -m tools.generate --commands` writes
 docs/commands.md, because that takes minutes: each ```sh line is run, and its output becomes the
@@ -200,17 +201,22 @@ def main() -> int:
     if "--commands" in sys.argv:
         commands_page()
         return 0
+    from fastnn.bench import roofs
+
     readme, layers = ROOT / "README.md", ROOT / "docs" / "layers.md"
-    compiled = ROOT / "docs" / "compile.md"
+    models = ROOT / "docs" / "compile.md"
     front = between(run_blocks(readme.read_text()), "families", family_table())
     tables = between(layers.read_text(), "layers", layers_table())
     tables = between(tables, "functions", functions_table())
+    compiled = ROOT / "docs" / "compiled.md"
+    roofed = between(compiled.read_text(), "roofs", roofs.by_kernel())
     stale = []
     pages = (
         (readme, front),
         (layers, tables),
         (ROOT / "docs" / "ops.md", ops_page()),
-        (compiled, between(compiled.read_text(), "models", models_table())),
+        (models, between(models.read_text(), "models", models_table())),
+        (compiled, roofed),
     )
     for path, content in pages:
         if not path.exists() or path.read_text() != content:

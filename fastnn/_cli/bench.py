@@ -35,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="also time torch.compile(stock), which takes minutes more",
     )  # fmt: skip
     parser.add_argument(
-        "--bandwidth", type=float, default=3.35, metavar="TB/S",
+        "--bandwidth", type=float, default=3.05, metavar="TB/S",
         help="without a GPU: bandwidth of the prediction (default: %(default)s, an H100)",
     )  # fmt: skip
     parser.add_argument(
@@ -187,9 +187,11 @@ def _chosen(results, kind: str, rows) -> list[dict]:
 def _predicted(results, rows):
     from rich.table import Table
 
+    from fastnn.bench import roofs
+
     table = Table(title="PREDICTED from bytes and launches, nothing was measured")
-    for column in ("row", "from", "stock MB", "ours MB", "launches", "predicted", "auto"):
-        left = column in ("row", "from", "auto")
+    for column in ("row", "from", "stock MB", "ours MB", "launches", "predicted", "roof", "auto"):
+        left = column in ("row", "from", "roof", "auto")
         table.add_column(column, justify="left" if left else "right", overflow="fold")
     for x in _chosen(results, "prediction", rows):
         if x["speedup"] is None:
@@ -197,7 +199,8 @@ def _predicted(results, rows):
             continue
         mb = [f"{sum(p['bytes'] for p in x[s]) / 1e6:.1f}" for s in ("stock", "ours")]
         launches = "/".join(str(sum(p["launches"] for p in x[s])) for s in ("stock", "ours"))
-        table.add_row(x["key"], x["model"], *mb, launches, f"{x['speedup']:.2f}x", x["auto"])
+        roof = roofs.warning_of(x["key"])
+        table.add_row(x["key"], x["model"], *mb, launches, f"{x['speedup']:.2f}x", roof, x["auto"])
     return table
 
 
@@ -210,6 +213,8 @@ def _explain_prediction(console, bandwidth: float, results, rows) -> None:
         f"No GPU here: {_cli.why_no_kernels() or 'kernels are interpreted'}. {len(given)} of "
         f"{len(lines)} rows have a prediction, for {bandwidth:g} TB/s, "
         f"kernels forced, forward and backward:\n  {predict.FORMULA}\n"
+        "The column roof is a warning, no predicted time: the time of a launch's instructions,\n"
+        "over that of its bytes, counted in the code for an H100, where it is more than 0.8.\n"
         "On a GPU the same command measures."
     )
 

@@ -5,6 +5,7 @@ import torch.nn.functional as stock
 
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, op, run, second_order
+from fastnn._shards import Split
 from fastnn.ops.activation import refuse_numbers
 from fastnn.ops.channel_norm import checked_activation
 from fastnn.ops.linear import ACTIVATIONS, stock_activation
@@ -29,7 +30,11 @@ class GLU(Function):
         return kernels.glu.bwd(dy, x, ctx.dim), None
 
 
-@op(stock=stock.glu, strided=("input",), source="arXiv:1612.08083")
+def _beside(input, dim=-1):
+    return [Split({"input": d}, d) for d in range(input.dim()) if d != dim % input.dim()]
+
+
+@op(stock=stock.glu, strided=("input",), split=_beside, source="arXiv:1612.08083")
 def glu(input, dim=-1):
     """Fused for every dimension and layout."""
     rank = input.dim()
@@ -71,7 +76,16 @@ def _act_then_mul(input, other, activation="silu", a=0.0, b=0.0):
     return checked_activation("act_mul", activation, a, b)(input) * other
 
 
-@op(stock=_act_then_mul, strided=("input", "other"), source="arXiv:2002.05202")
+def _elements(input, other, **others):
+    return [Split({"input": d, "other": d}, d) for d in range(input.dim())]
+
+
+@op(
+    stock=_act_then_mul,
+    strided=("input", "other"),
+    split=_elements,
+    source="arXiv:2002.05202",
+)
 def act_mul(input, other, activation="silu", a=0.0, b=0.0):
     """`activation(input, a, b) * other`, one pass per direction: SwiGLU, GEGLU, ReGLU.
 

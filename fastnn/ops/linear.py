@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastnn import _rng, kernels
 from fastnn._op import Function, Invalid, Stock, Work, op, reads_setting, run, second_order
+from fastnn._shards import Split
 from fastnn.kernels import _gpus
 from fastnn.ops import activation as acts
 from fastnn.ops.activation import Formula
@@ -168,9 +169,18 @@ def _declined(input, weight, bias):
     return None
 
 
+def _splits(input, weight, bias=None, **others):
+    """By rows of the input, by features of the result, and by the features that are summed."""
+    last = input.dim() - 1
+    rows = [Split({"input": d}, d) for d in range(last)]
+    columns = {"weight": 0} if bias is None else {"weight": 0, "bias": 0}
+    return [*rows, Split(columns, last), Split({"input": last, "weight": 1}, None, ("bias",))]
+
+
 @op(
     stock=stock.linear,
     settings=tf32_setting,
+    split=_splits,
     strided=("input", "weight"),
     autocast="lower",
     autocast_cpu="lower",

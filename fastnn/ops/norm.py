@@ -7,6 +7,7 @@ import torch.nn.functional as stock
 
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, Work, launcher, op, run, second_order
+from fastnn._shards import Split
 
 # RMS norm is composed for every input in torch 2.8, and not in 2.11
 _COMPOSED = torch.__version__ < "2.11"
@@ -110,10 +111,15 @@ def _in_rows(input, normalized_shape, *rest, **options):
     return Work(input.numel(), variant="" if once else LONG)
 
 
+def _between_rows(input, normalized_shape, **others):
+    return [Split({"input": d}, d) for d in range(input.dim() - len(normalized_shape))]
+
+
 @op(
     stock=stock.layer_norm,
     strided=("input",),
     policy=_in_rows,
+    split=_between_rows,
     variants=("", LONG),
     autocast="fp32",
     opaque=True,
@@ -135,6 +141,7 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, out
     stock=stock.rms_norm,
     strided=("input",),
     policy=_in_rows,
+    split=_between_rows,
     variants=("", LONG),
     autocast="fp32",
     opaque=True,

@@ -429,6 +429,7 @@ _SPATIAL = ("1d", "2d", "3d")
 _PADS = {f"{kind}_pad{n}_backward" for kind in ("reflection", "replication") for n in _SPATIAL}
 _ADDS = {"linear1d", "bilinear2d", "bicubic2d", "trilinear3d"}
 _ADDS = _PADS | {f"upsample_{kind}_backward" for kind in _ADDS}
+_ADDS |= {f"_upsample_{kind}2d_aa_backward" for kind in ("bilinear", "bicubic")}
 _UNREAD |= dict.fromkeys(_PADS, 1)
 # If the result is a scalar, these run a pointwise kernel and then a reduction.
 _REDUCED = {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy"}
@@ -607,12 +608,9 @@ def all_traffic(*, races: bool = False) -> Iterator[AllTraffic]:
 
 # ---- prediction ---------------------------------------------------------------------------------
 
-# The time of a launch from eager PyTorch comes from public measurements. A whole call of ours takes
-# four times as long, measured by `bench/host.py` on one core of a virtual machine. The last number
-# is the share of the stream bandwidth that a masked, fused kernel is assumed to reach.
-_STOCK_LAUNCH_US = 4.0
-_OUR_LAUNCH_US = 10.0
-_OUR_BANDWIDTH = 0.9
+# Read off times that others published for kernels on an H100 (docs/benchmarks.md): the time of a
+# call is that of its bytes, and about 6 us for each launch.
+LAUNCH_US = 6.0
 
 
 @dataclass(frozen=True)
@@ -636,12 +634,12 @@ class Prediction:
 def predict(stock: AtenTraffic | Cost, ours: Log | Cost, bandwidth: float) -> Prediction:
     """The predicted times of `stock` and `ours` on a GPU with `bandwidth` bytes per second.
 
-    Each side takes the time to move its bytes or to launch its kernels, whichever is longer.
+    Each side takes the time to move its bytes, and `LAUNCH_US` for each launch.
     """
     stock = stock if isinstance(stock, Cost) else stock.cost
     ours = ours if isinstance(ours, Cost) else ours.cost
     per_us = bandwidth / 1e6
     return Prediction(
-        stock_us=max(stock.bytes / per_us, stock.launches * _STOCK_LAUNCH_US),
-        ours_us=max(ours.bytes / (_OUR_BANDWIDTH * per_us), ours.launches * _OUR_LAUNCH_US),
+        stock_us=stock.bytes / per_us + stock.launches * LAUNCH_US,
+        ours_us=ours.bytes / per_us + ours.launches * LAUNCH_US,
     )
