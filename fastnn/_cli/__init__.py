@@ -18,6 +18,7 @@ from fastnn import _mode
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 
 class CliError(Exception):
@@ -44,6 +45,16 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False)
+
+
+def progress(console: Console) -> Progress:
+    """A bar with the number of steps that are done and the time that has passed."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    )  # fmt: skip
+    return Progress(*columns, console=console, transient=True)
 
 
 def versions() -> dict[str, str]:

@@ -63,8 +63,6 @@ def run(args: argparse.Namespace) -> int:
         return _models(args, console)
     import tempfile
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from fastnn.bench import cases, report
     from fastnn.bench import run as bench
 
@@ -79,11 +77,8 @@ def run(args: argparse.Namespace) -> int:
             results = bench.Results((args.out or Path(scratch)) / "bench.jsonl")
         except bench.Mismatch as e:
             raise _cli.CliError(str(e)) from None
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        )  # fmt: skip
         console.print(report.where(results.environment or {}))
-        with Progress(*columns, console=console, transient=True) as progress:
+        with _cli.progress(console) as progress:
             task = progress.add_task("bench", total=None)
 
             def on_row(line: dict) -> None:
@@ -113,7 +108,6 @@ def run(args: argparse.Namespace) -> int:
 def _models(args: argparse.Namespace, console) -> int:
     import json
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 
     from fastnn.bench import traffic
@@ -126,10 +120,7 @@ def _models(args: argparse.Namespace, console) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     interpreter.install()
     records = []
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
+    with _cli.progress(console) as progress:
         task = progress.add_task("models", total=len(models))
         for model in models:
             progress.update(task, description=model.name)

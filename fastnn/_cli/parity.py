@@ -293,8 +293,6 @@ partial sums.</p>
 def run(args: argparse.Namespace) -> int:
     _start_over(not args.emulate and (_mode.INTERPRET or not torch.cuda.is_available()))
     console = _cli.console()
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from fastnn.testing.cases import CASES
 
     device, kernels = "cuda", "compiled"
@@ -320,14 +318,8 @@ def run(args: argparse.Namespace) -> int:
     facts = {**_cli.versions(), "device": _cli.device_name(torch.device(device))}
     facts["kernels"] = kernels
     outcomes = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
     with (
-        Progress(*columns, console=console, transient=True) as progress,
+        _cli.progress(console) as progress,
         _uninitialised_memory_is_nan(),
         way,
     ):

@@ -37,15 +37,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _progress(console):
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    )  # fmt: skip
-    return Progress(*columns, console=console, transient=True)
-
-
 def _questions(only: list[str] | None, make, console) -> list:
     """The questions that the rows of these ops ask configuration functions."""
     from fastnn.bench import cases, configs, tune
@@ -54,7 +45,7 @@ def _questions(only: list[str] | None, make, console) -> list:
         row for row in cases.matching()
         if not only or any(op in only for op, _ in tune.gate_work(row[0].at(1)))
     ]  # fmt: skip
-    with _progress(console) as progress:
+    with _cli.progress(console) as progress:
         return configs.plan(progress.track(rows, description="asking"), make)
 
 
@@ -110,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         clock = measure.Cuda()
         if args.what != CROSSOVERS:
             questions = _questions(args.only, configs.on(clock), console)
-            with _progress(console) as progress:
+            with _cli.progress(console) as progress:
                 task = progress.add_task("configurations", total=len(questions))
                 configs.run(
                     questions, results, clock,
@@ -123,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
         with (
             kernels._config.trying(configs.read(config_path)),
-            _progress(console) as progress,
+            _cli.progress(console) as progress,
         ):
             task = progress.add_task("crossovers", total=len(sweeps))
             tune.run(
