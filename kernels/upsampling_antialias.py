@@ -62,6 +62,25 @@ def _weight(t, off, inverse, total, FILTER: tl.constexpr):
     return FILTER((t + off + 0.5) * inverse) / total
 
 
+@triton.jit
+def _place(
+    col_tiles, C, n_step, c_step, h_size, w_size,
+    LAST: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Of the elements of a program's tile: rows, columns, places along H and W, and the address of
+    their (n, c), or of their n and column, in the tensor that is read."""
+    row = (tl.program_id(0) // col_tiles * ROWS + tl.arange(0, ROWS))[:, None]
+    col = (tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS))[None, :]
+    if LAST:
+        w, z = row % w_size, row // w_size
+        h, z = z % h_size, z // h_size
+        at = z * (n_step * UNIT) + col * (c_step if UNIT == 1 else 1)
+    else:
+        w, h, z = col, row % h_size, row // h_size
+        at = z // C * (n_step * UNIT) + z % C * c_step
+    return row, col, h, w, at
+
+
 # Rows are counted by N, C and H, and columns are W. With LAST, rows are counted by N, H and W, and
 # columns are C. `scale` is the width of an output in the source. `inverse` is what the filter is
 # stretched by. `taps` is the most places that a window has. 32 bits index all of it.
@@ -84,18 +103,11 @@ def _antialias_fwd_kernel(
 
     X (N, C, H, W): the source, read through strides. Y: the result, dense, its rows are contiguous.
     """
-    row = (tl.program_id(0) // col_tiles * ROWS + tl.arange(0, ROWS))[:, None]
-    col = (tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS))[None, :]
     cols = cols * STORE_UNIT
+    row, col, h, w, at = _place(col_tiles, C, n_step, c_step, h_out, w_out, LAST, UNIT, ROWS, COLS)
     there = (row < rows) & (col < cols)
     if LAST:
-        w, z = row % w_out, row // w_out
-        h, z = z % h_out, z // h_out
-        at = z * (n_step * UNIT) + col * (c_step if UNIT == 1 else 1)
         w_step = w_step * UNIT
-    else:
-        w, h, z = col, row % h_out, row // h_out
-        at = z // C * (n_step * UNIT) + z % C * c_step
     h_first, h_count, h_off, h_total = _window(
         h, h_scale, h_support, h_inverse, h_size, h_taps, FILTER
     )
@@ -152,18 +164,13 @@ def _antialias_bwd_kernel(
 
     DY (N, C, H, W): the gradient, read through strides. DX: dense, its rows are contiguous.
     """
-    row = (tl.program_id(0) // col_tiles * ROWS + tl.arange(0, ROWS))[:, None]
-    col = (tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS))[None, :]
     cols = cols * STORE_UNIT
+    row, col, h, w, at = _place(
+        col_tiles, C, n_step, c_step, h_size, w_size, LAST, UNIT, ROWS, COLS
+    )
     there = (row < rows) & (col < cols)
     if LAST:
-        w, z = row % w_size, row // w_size
-        h, z = z % h_size, z // h_size
-        at = z * (n_step * UNIT) + col * (c_step if UNIT == 1 else 1)
         w_step = w_step * UNIT
-    else:
-        w, h, z = col, row % h_size, row // h_size
-        at = z // C * (n_step * UNIT) + z % C * c_step
     h_first = _earliest(h, h_support, h_back, h_slack)
     w_first = _earliest(w, w_support, w_back, w_slack)
     acc = tl.zeros((ROWS, COLS), tl.float32)
