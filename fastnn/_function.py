@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastnn._plan import active
+from fastnn._shards import last_hooks
 from fastnn._strides import in_layout, not_strided, with_dense_gradients
 
 
@@ -53,16 +54,13 @@ class _NoGraph:
 _NO_GRAPH = _NoGraph()
 
 
-_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
-
-
 def _apply(function: type[torch.autograd.Function], args: tuple):
     """`function.apply(*args)`. A backward gets what it kept in the layout in which it kept it.
 
     Kernels of a backward rely on that, and the hooks of a user may give a tensor of other strides
     back (`torch.autograd.graph.saved_tensors_hooks`).
     """
-    hooks = None if torch.compiler.is_compiling() else _hooks(False)
+    hooks = None if torch.compiler.is_compiling() else last_hooks(False)
     if hooks is None:
         return function.apply(*args)
     pack, unpack = hooks[:2]

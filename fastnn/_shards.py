@@ -43,6 +43,13 @@ def elements(input: Tensor, inplace: bool = False, **others: Any) -> list[Split]
     return [Split({"input": d}, d) for d in range(input.dim())]
 
 
+def beside(input: Tensor, dim: Any, **others: Any) -> list[Split]:
+    """Elements of the result depend on those of `input` that differ from them along `dim` alone."""
+    if not isinstance(dim, int):
+        return []
+    return [Split({"input": d}, d) for d in range(input.dim()) if d != dim % input.dim()]
+
+
 def _module(name: str) -> Any:
     return sys.modules.get(f"torch.distributed.{name}")
 
@@ -108,7 +115,8 @@ def plain_gradient(grad: Tensor) -> Tensor:
     return grad
 
 
-_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
+# The hooks of saved tensors that the user has set last; takes False.
+last_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
 
 
 class _Watch:
@@ -122,7 +130,7 @@ class _Watch:
         self.owners = owners  # address -> DTensor
         self.kept: list[tuple[int, list]] = []
         # Only the last hooks are called, so ours call those of the user.
-        self.hooks = _hooks(False)
+        self.hooks = last_hooks(False)
 
     def pack(self, t: Tensor) -> list:
         entry = [t if self.hooks is None else self.hooks[0](t), None, 0]

@@ -5,7 +5,7 @@ import torch.nn.functional as stock
 
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, op, run, second_order
-from fastnn._shards import Split
+from fastnn._shards import Split, beside
 from fastnn.ops.activation import refuse_numbers
 from fastnn.ops.channel_norm import checked_activation
 from fastnn.ops.linear import ACTIVATIONS, stock_activation
@@ -31,7 +31,7 @@ class GLU(Function):
 
 
 def _beside(input, dim=-1):
-    return [Split({"input": d}, d) for d in range(input.dim()) if d != dim % input.dim()]
+    return beside(input, dim)
 
 
 @op(stock=stock.glu, strided=("input",), split=_beside, source="arXiv:1612.08083")

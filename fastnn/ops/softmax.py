@@ -1,11 +1,13 @@
 """Softmax, log-softmax and softmin."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as stock
 
 from fastnn._front import FRAMES, depth
 from fastnn._op import FLOATS, Function, Invalid, Stock, impossible, launcher, op, run
-from fastnn._shards import Split
+from fastnn._shards import beside
 
 _fwd = launcher(
     "softmax",
@@ -65,45 +67,34 @@ def _softmax(name, x, dim, stacklevel, dtype, out_dtype, log=False, negate=False
 
 
 def _beside(input, dim=None, **others):
-    if not isinstance(dim, int):
-        return []
-    return [Split({"input": d}, d) for d in range(input.dim()) if d != dim % input.dim()]
+    return beside(input, dim)
+
+
+_RECORD: dict[str, Any] = {
+    "strided": ("input",),
+    "autocast": "fp32",
+    "split": _beside,
+    "opaque": True,
+}
 
 
 @op(
     stock=stock.softmax,
-    strided=("input",),
-    autocast="fp32",
-    split=_beside,
-    opaque=True,
     source="arXiv:1805.02867 (online normalizer, for long rows)",
+    **_RECORD,
 )
 def softmax(input, dim=None, _stacklevel=3, dtype=None, *, out_dtype=None):
     """Fused over any dim, with the cast to dtype."""
     return _softmax("softmax", input, dim, _stacklevel, dtype, out_dtype)
 
 
-@op(
-    stock=stock.log_softmax,
-    strided=("input",),
-    autocast="fp32",
-    split=_beside,
-    opaque=True,
-    source="arXiv:1805.02867",
-)
+@op(stock=stock.log_softmax, source="arXiv:1805.02867", **_RECORD)
 def log_softmax(input, dim=None, _stacklevel=3, dtype=None, *, out_dtype=None):
     """Fused over any dim, with the cast to dtype."""
     return _softmax("log_softmax", input, dim, _stacklevel, dtype, out_dtype, log=True)
 
 
-@op(
-    stock=stock.softmin,
-    strided=("input",),
-    autocast="fp32",
-    split=_beside,
-    opaque=True,
-    source="arXiv:1805.02867",
-)
+@op(stock=stock.softmin, source="arXiv:1805.02867", **_RECORD)
 def softmin(input, dim=None, _stacklevel=3, dtype=None, *, out_dtype=None):
     """Fused over any dim, with the negation and the cast to dtype."""
     return _softmax("softmin", input, dim, _stacklevel, dtype, out_dtype, negate=True)
