@@ -229,6 +229,13 @@ def autocast(device_type: str) -> torch.dtype | None:
     return None
 
 
+def _settings(record: Any, cells: _Cells) -> list[str]:
+    """The source of a comparison of the settings that an op depends on; none if there are none."""
+    if record.settings is None:
+        return []
+    return [f"{cells(record.settings)}() == {cells(record.settings())}"]
+
+
 def _ready(record: Any, program: Program, cells: _Cells) -> list[str]:
     """Sources of what must hold for a plan, beside the metadata of its tensors."""
     device = program.device
@@ -236,8 +243,8 @@ def _ready(record: Any, program: Program, cells: _Cells) -> list[str]:
     if record is not None and autocast(device.type) is not None:
         dtype = cells(autocast(device.type))
         asked.append(f"{cells(torch.get_autocast_dtype)}({device.type!r}) is {dtype}")
-    if record is not None and record.settings is not None:
-        asked.append(f"{cells(record.settings)}() == {cells(record.settings())}")
+    if record is not None:
+        asked += _settings(record, cells)
     if device.type != "cpu":
         current = cells(torch._C._cuda_getDevice)  # type: ignore[attr-defined]
         asked.append(f"{current}() == {cells(device.index)}")
@@ -334,8 +341,7 @@ def declined(record: Any, values: tuple) -> Callable:
         raise Refused(why)
     cells = _Cells()
     names, _, asked = _fitting(record, values, cells)
-    if record.settings is not None:
-        asked.append(f"{cells(record.settings)}() == {cells(record.settings())}")
+    asked += _settings(record, cells)
     given = []
     for name, said in zip(names, record.names, strict=True):
         # A warning names the user's line: this function and the public one lie between.
