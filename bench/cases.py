@@ -614,6 +614,9 @@ LOSSES += [
         normal(n, 1000), indices(n, high=1000)), gathers=True),
     row("MultiLabelMarginLoss", "COCO, 64k images", 65536, lambda n: (
         normal(n, 80), indices(n, 80, high=80, ignored=0.5)), gathers=True),
+    row("CTCLoss", "characters, 32 x 10 s", 32, lambda n: (
+        normal(500, n, 32), indices(n, 120, high=31), (500,) * n, (120,) * n),
+        (FP32,), options={"blank": 31}, gathers=True),
     row("MultiLabelSoftMarginLoss", "COCO, 64k images", 65536, pair(80, target=unit)),
     row("MultiLabelSoftMarginLoss", "COCO, per image", 65536, pair(80, target=unit),
         options={"reduction": "none"}),
