@@ -858,6 +858,8 @@ MAPS = [
     mapped("interpolate", "DeepLab, 4 images", 4, 21, 65, 65, size=(513, 513), mode="bilinear"),
     mapped("Upsample", "super-resolution, 16 images", 16, 32, 128, 128,
            scale_factor=2.0, mode="bicubic"),
+    mapped("interpolate", "CLIP, 16 pictures", 16, 3, 1024, 768,
+           size=(224, 224), mode="bicubic", antialias=True),
     mapped("Upsample", "3-d U-Net, 2 volumes", 2, 64, 32, 32, 32,
            scale_factor=2.0, mode="trilinear"),
 ]  # fmt: skip

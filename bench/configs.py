@@ -22,7 +22,15 @@ from fastnn.bench import predict
 from fastnn.bench.cases import BenchCase
 from fastnn.bench.environment import environment, measured
 from fastnn.bench.measure import Clock, interleaved
-from fastnn.bench.run import FORCED, Results, _around, _both, _sides, check, geometric_mean
+from fastnn.bench.run import (
+    FORCED,
+    Results,
+    both_passes,
+    check,
+    geometric_mean,
+    in_mode,
+    make_sides,
+)
 
 MARGIN = 0.03
 MOST_STEPS = 4
@@ -70,10 +78,10 @@ def without_a_gpu(target: str = "cuda:90") -> Iterator[Callable]:
     def make(case, dtype):
         def run():
             if predict.too_large(case, dtype) is None:
-                inputs = [predict._unfilled(t) for t in case.make(dtype, "meta")]
+                inputs = [predict.unfilled(t) for t in case.make(dtype, "meta")]
                 call = case.side(fastnn, dtype, "cpu")
-                with _around(FORCED), torch.set_grad_enabled(case.train):
-                    for each in predict._passes(case, call, inputs):
+                with in_mode(FORCED), torch.set_grad_enabled(case.train):
+                    for each in predict.passes_of(case, call, inputs):
                         each()
 
         return run
@@ -86,11 +94,11 @@ def on(clock: Clock) -> Callable:
     """The `make` for a plan on the present GPU."""
 
     def make(case, dtype):
-        _, ours = _sides(case, dtype, clock.name)
+        _, ours = make_sides(case, dtype, clock.name)
 
         def run():
-            with _around(FORCED):
-                _both(case, ours, case.make(dtype, clock.name))()
+            with in_mode(FORCED):
+                both_passes(case, ours, case.make(dtype, clock.name))()
             clock.clear()
 
         return run
@@ -98,23 +106,23 @@ def on(clock: Clock) -> Callable:
     return make
 
 
-def _faster(question: Question, ahead: dict, behind: dict, clock: Clock, repeats: int) -> float:
+def faster(question: Question, ahead: dict, behind: dict, clock: Clock, repeats: int) -> float:
     """How many times faster `ahead` is than `behind` over the rows. 0 if `ahead` fails, or is
     slower for one row."""
     ratios = []
     for case, dtype in question.rows[:MOST_ROWS]:
-        _, ours = _sides(case, dtype, clock.name)
+        _, ours = make_sides(case, dtype, clock.name)
         inputs = case.make(dtype, clock.name)
         calls = {}
         for name, config in (("ahead", ahead), ("behind", behind)):
-            with _as(question, config), _around(FORCED):
-                calls[name] = _both(case, ours, inputs)
+            with _as(question, config), in_mode(FORCED):
+                calls[name] = both_passes(case, ours, inputs)
                 calls[name]()
         configs = {"ahead": ahead, "behind": behind}
 
         @contextmanager
         def around(name, configs=configs):
-            with _as(question, configs[name]), _around(FORCED):
+            with _as(question, configs[name]), in_mode(FORCED):
                 yield
 
         times = interleaved(clock.executed, calls, repeats, around)
@@ -148,21 +156,21 @@ def answer(question: Question, clock: Clock, repeats: int = REPEATS) -> dict:
                 continue
             seen.append(config)
             try:
-                ratio = _faster(question, config, best, clock, repeats)
+                ratio = faster(question, config, best, clock, repeats)
             except Exception as e:  # no shared memory or registers left, or no such tile
                 tried.append({"config": config, "error": f"{type(e).__name__}: {e}"[:120]})
                 clock.clear()
                 continue
             tried.append({"config": config, "over_the_best": ratio})
             step = max(step, (ratio, config), key=lambda s: s[0])
-        if step[1] is None or not _right(question, step[1], clock):
+        if step[1] is None or not right(question, step[1], clock):
             break
         gain, best = gain * step[0], step[1]
     changes = question.function.changes(best, question.formula)
     return {"changes": changes, "gain": gain, "tried": tried}
 
 
-def _right(question: Question, config: dict, clock: Clock) -> bool:
+def right(question: Question, config: dict, clock: Clock) -> bool:
     """Whether the rows pass parity with `config`."""
     with _as(question, config):
         found = [check(case, dtype, clock) for case, dtype in question.rows[:1]]
@@ -229,7 +237,7 @@ def write(path: Path, results: Results) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"source": source, "configs": merged}, indent=1) + "\n")
     kernels._config.shipped.cache_clear()
-    kernels._config._forget()
+    kernels._config.forget_tables()
 
 
 def describe(questions: list[Question]) -> Iterator[str]:

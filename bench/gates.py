@@ -3,16 +3,16 @@
 A kernel saves time on the GPU in proportion to the size of a call, and costs the host a time that
 does not depend on the size. The estimate of a gate is the size at which the two are equal:
 
-    saved bytes / bandwidth = 0.7 * (host time of ours - host time of stock)
-                              + 2 us * (launches of ours - launches of stock) + 2 us
+    saved bytes / bandwidth = max(0, host time of ours - host time of stock
+                                     + 6 us * (launches of ours - launches of stock) + 2 us)
 
 The bytes are those of `bench.predict`: both passes of the training rows of an op in bfloat16, on an
-H100 at 3.35 TB/s, of which our kernels reach 0.9. Of several rows of a variant, the one that saves
-least for its size counts. The host times are those of `python -m bench.host`, with plans. 0.8 of
-the time of stock counts, since on a CPU it includes what is computed; and at most 11 us and 5.3 us
-for each launch on CUDA, since the CPU runs some ops by more operators than CUDA does. These two
-numbers fit the rows whose operators are the same on both. 0.7 of the difference counts, because
-most servers with GPUs have faster cores. The last 2 us are a margin. Ops that a container runs
+H100 of which both sides reach 3.05 TB/s. A launch costs the GPU 6 us beside its bytes. Both figures
+come from a calibration against published times. Of several rows of a variant, the one that saves
+least for its size counts. The host times are those of `python -m bench.host`: of one more call, by
+the Python runner of plans, against operators of stock that compute nothing. Operators that
+`bench/null.cpp` does not replace do compute, so stock counts at most 5.2 us for each launch on
+CUDA; no operator that is replaced needs more. The last 2 us are a margin. Ops that a container runs
 for several members cost 8 us more. All of this is an estimate. `fastnn tune` measures.
 
 The program prints the table, and with `--write` it puts the new sizes into `crossover.json`. Ops
@@ -36,14 +36,12 @@ from fastnn import _gate
 from fastnn._gate import LEAST_OF_ESTIMATES as LEAST
 from fastnn.bench.cases import CASES, BenchCase
 
-SHARE = 0.7  # of the difference in host time
-OF_STOCK = 0.8  # of the time of stock: the rest is what the CPU computes
-FIXED, EACH = 11.0, 5.3  # us: stock needs at most FIXED and EACH for every launch
+BANDWIDTH = 3.05e12  # bytes per second, of both sides
+LAUNCH = 6.0  # us on the GPU for each launch
+EACH = 5.2  # us of the host: stock needs at most so much for each launch
 MARGIN = 2.0  # us
 GROUP = 8.0  # us, assumed: what a container needs to see that members may run as one op
 GROUPED = ("batch_norm_act", "group_norm_act", "dropout_add")  # ops of containers begin so
-LAUNCH = 2.0  # us of the GPU's front end for each launch
-EFFICIENCY = 0.9  # of the bandwidth that our kernels reach
 SAVES = 0.03  # of the time of stock: a kernel that saves less never wins
 
 
@@ -86,25 +84,28 @@ def rounded(size: float) -> int:
     return -(-math.ceil(size) >> 20) << 20
 
 
-def host_costs(rows: Sequence[dict]) -> dict[str, float]:
-    """Op -> how many us a call of ours costs the host more than stock; of several rows the most."""
+def host_costs(rows: Sequence[dict], runner: str = "python") -> dict[str, float]:
+    """Op -> how many us a call of ours costs the host more than stock; of several rows the most.
+
+    runner: of plans, "python" or "native".
+    """
     found: dict[str, float] = {}
     for row in rows:
         if len(row["ops"]) == 1:
             launches = row["ours_launches"] - row["stock_launches"]
-            stock = min(OF_STOCK * row["stock_us"], FIXED + EACH * row["stock_launches"])
-            more = SHARE * (row["ours_us"] - stock) + LAUNCH * launches + MARGIN
+            stock = min(row["stock_us"], EACH * row["stock_launches"])
+            more = row[f"{runner}_us"] - stock + LAUNCH * launches + MARGIN
             op = row["ops"][0]
             more += GROUP if op.startswith(GROUPED) else 0.0
             found[op] = max(more, found.get(op, -math.inf))
     return found
 
 
-def estimates(rows: Sequence[dict]) -> list[Estimate]:
+def estimates(rows: Sequence[dict], runner: str = "python") -> list[Estimate]:
     """The estimates that follow from the rows of host.json."""
-    from fastnn.bench.predict import BANDWIDTH, predicted
+    from fastnn.bench.predict import predicted
 
-    host = host_costs(rows)
+    host = host_costs(rows, runner)
     rates: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for op, variant, size, case in _rows():
         if op not in host or size < 1 << 20:
@@ -113,7 +114,7 @@ def estimates(rows: Sequence[dict]) -> list[Estimate]:
         if record["why"] is not None:
             continue
         stock, ours = (sum(p["bytes"] for p in record[side]) for side in ("stock", "ours"))
-        stock_us, ours_us = (b / BANDWIDTH * 1e6 for b in (stock, ours / EFFICIENCY))
+        stock_us, ours_us = (b / BANDWIDTH * 1e6 for b in (stock, ours))
         saved = (stock_us - ours_us) / size * 1e6
         rates.setdefault((op, variant), []).append((saved, stock_us / size * 1e6))
     found = []
@@ -159,7 +160,11 @@ def _text(table: dict) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gates", description=__doc__)
     parser.add_argument("--host", type=Path, required=True, metavar="FILE", help="a host.json")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the estimates as JSON")
     parser.add_argument("--write", action="store_true", help="put the sizes into crossover.json")
+    parser.add_argument(
+        "--runner", choices=("python", "native"), default="python", help="of plans; default: python"
+    )
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") != "1":
         print(
@@ -167,13 +172,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    found = estimates(json.loads(args.host.read_text())["rows"])
+    found = estimates(json.loads(args.host.read_text())["rows"], args.runner)
     print(f"{'op':34} {'variant':12} {'saves us/M':>10} {'host us':>8} {'from':>12} {'before':>12}")
     for e in found:
         before = _gate.crossover(e.op, "default", e.variant).least
         least = "never" if e.least is None else f"{e.least:,}"
         old = "never" if before == math.inf else f"{int(before):,}"
         print(f"{e.op:34} {e.variant:12} {e.saved:10.3f} {e.host:8.1f} {least:>12} {old:>12}")
+    if args.out:
+        lines = ",\n".join(json.dumps(e._asdict()) for e in found)
+        args.out.write_text(f"[\n{lines}\n]\n")
     if args.write:
         write(found, _gate.TABLE)
     return 0

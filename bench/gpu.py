@@ -152,7 +152,7 @@ def _prepared(work: Work, item: tuple[str, str, dict]) -> None:
     """Run forward and backward of a row, on kernels or compiled. Errors are ignored, because the
     stage that reports them meets them again."""
     from fastnn import kernels
-    from fastnn.bench.run import FORCED, _around, _both, _sides
+    from fastnn.bench.run import FORCED, both_passes, in_mode, make_sides
 
     what, key, table = item
     with contextlib.suppress(Exception):
@@ -162,14 +162,14 @@ def _prepared(work: Work, item: tuple[str, str, dict]) -> None:
         else:
             rows = [(c, d) for c, d in work.bench if c.key(d) == key]
         for case, dtype in rows:
-            stock, ours = _sides(case, dtype, work.clock.name)
+            stock, ours = make_sides(case, dtype, work.clock.name)
             inputs = case.make(dtype, work.clock.name)
             if what == "compiled":
                 torch._dynamo.reset()
-                _both(case, torch.compile(stock, dynamic=False), inputs)()
+                both_passes(case, torch.compile(stock, dynamic=False), inputs)()
             else:
-                with kernels._config.trying(table), _around(FORCED):
-                    _both(case, ours, inputs)()
+                with kernels._config.trying(table), in_mode(FORCED):
+                    both_passes(case, ours, inputs)()
     with contextlib.suppress(RuntimeError):
         work.clock.clear()
 
@@ -356,7 +356,7 @@ def _train(step, namespace, mode, start, data, work: Work, compiled: bool) -> di
 def determinism(work: Work) -> bool:
     """Gradients must have the same bits twice on one stream, and at once on two other streams."""
     import fastnn
-    from fastnn.bench.run import _both, _sides
+    from fastnn.bench.run import both_passes, make_sides
 
     seen = set()
     for case, dtype in work.bench:
@@ -368,10 +368,10 @@ def determinism(work: Work) -> bool:
         small = case.at(min(case.rows, 256))
         line: dict = {"kind": "determinism", "key": case.key(dtype), "failures": []}
         try:
-            _, ours = _sides(small, dtype, work.clock.name)
+            _, ours = make_sides(small, dtype, work.clock.name)
             inputs = small.make(dtype, work.clock.name)
             with fastnn.backend("triton"):
-                both = _both(small, ours, inputs)
+                both = both_passes(small, ours, inputs)
                 runs = [_seeded(both) for _ in range(2)] + _on_two_streams(both, work.clock)
             for what, run in zip(("second run", "stream 1", "stream 2"), runs[1:], strict=False):
                 if not all(map(torch.equal, run, runs[0])):
@@ -422,9 +422,9 @@ def huge(work: Work) -> bool:
 
 def _huge(case, dtype, device: str) -> list[str]:
     import fastnn
-    from fastnn.bench.run import _leaves, _sides
+    from fastnn.bench.run import leaves_of, make_sides
 
-    _, ours = _sides(case, dtype, device)
+    _, ours = make_sides(case, dtype, device)
     inputs = case.make(dtype, device)
     each = 8
     middle = case.rows // 2  # after 2**30 elements, which are 2**31 bytes in 16 bits
@@ -433,7 +433,7 @@ def _huge(case, dtype, device: str) -> list[str]:
     with fastnn.backend("triton"):
         out = ours(*inputs)
         upstream = torch.ones_like(out)
-        wanted = [t for t in _leaves(ours, inputs) if any(t is x for x in inputs)]
+        wanted = [t for t in leaves_of(ours, inputs) if any(t is x for x in inputs)]
         grads = torch.autograd.grad(out, wanted, upstream) if wanted else ()
         for part in parts:
             some = [t[part].detach().requires_grad_(t.requires_grad) for t in inputs]

@@ -1,36 +1,71 @@
 """Measures what calls cost the host, on any machine: `python -m bench.host --out DIR`.
 
-For each layer or function it times the first training row of `fastnn.testing`, forward and backward
-together, as CPU time of one thread. The inputs are so small that their size does not matter. Stock
-runs on the CPU. Ours is timed in three ways: as a call that the size gate declines; forced onto
-kernels without plans; and forced with plans, as every call from the third of a signature on.
+It tells what one more call adds to a training step: the difference between a step of 12 calls and
+one of 2, divided by 10. A step is forward and backward. So the start of autograd, which a step pays
+once, is left out. For each layer or function the first training row of `fastnn.testing` is called,
+12 times one after the other if the result has the shape of the input, else side by side.
 
-Launches go through Triton's own launcher into an empty libcuda, if there is a C compiler, else to a
-driver that does nothing. No time includes the launches by the GPU, about 2 us each, so the numbers
-of launches stand beside the times. The estimates of the size gate follow from these figures
-(`python -m bench.gates`). The program writes DIR/host.json, and with `--into PAGE.md` a table
-between the markers of that page.
+Stock runs on the CPU. If there is a C++ compiler, its operators are replaced by ones that only
+allocate (`null.cpp`), so that only the host side remains. Ours is measured in four ways: *declined*
+by the size gate; *without plans*, as the first call of a signature; *Python* and *C++*, as every
+call from the third on, by the two runners of plans. Launches go through Triton's own launcher into
+an empty libcuda, if there is a C compiler, else to a driver that does nothing. No time includes the
+launches by the GPU, so the numbers of launches stand beside the times.
+
+Times are CPU time of one thread. The ways take turns, and the least time of many rounds counts.
+With `--count`, instructions are counted too, by callgrind. They hardly depend on the machine, and
+not on its load.
+
+Then whole models with tiny tensors take their turns: all of it declined, and with kernels for all
+that the gate would ever let through.
+
+The estimates of the size gate follow from these figures (`python -m bench.gates`), and so do the
+simulated steps (`python -m bench.steps`). The program writes DIR/host.json, and with
+`--into PAGE.md` two tables between the markers of that page.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import fastnn
-from fastnn import _native, _record
+from fastnn import _build, _mode, _native, _record
+from fastnn.bench.models import ResNet, Step, Transformer
+from fastnn.ops import REGISTRY
+
+FEW, MANY = 2, 12  # calls in the two steps
+NULL = Path(__file__).with_name("null.cpp")
+WAYS = ("stock", "declined", "without_plans", "python", "native")
+
+# As deep as the real ones: what one call costs the host does not depend on the width.
+MODELS = [
+    Step("GPT-2", Transformer(16, 2, 12, 4, 11, causal=True), 2),
+    Step("BERT", Transformer(16, 2, 12, 4, 12), 2),
+    Step("ResNet-50", ResNet((3, 4, 6, 3), 5, 32, 4), 2),
+]
+
+
+# ---- What is called -----------------------------------------------------------------------------
 
 
 def _rows(only: Sequence[str]) -> Iterator:
@@ -41,42 +76,218 @@ def _rows(only: Sequence[str]) -> Iterator:
     for case in CASES:
         plain = case.stock is None and case.view is None and case.autocast is None
         if plain and case.name not in seen and (not only or case.name in only):
-            inputs = [t for t in case.make(torch.float32, "cpu") if isinstance(t, torch.Tensor)]
+            inputs = [t for t in case.make(torch.float32, "cpu") if isinstance(t, Tensor)]
             if case.is_layer or any(t.requires_grad for t in inputs):
                 seen.add(case.name)
                 yield case
 
 
-def _step(case, namespace) -> Callable[[], object]:
-    """A function that runs forward and backward of a row."""
-    from fastnn.testing import _side
-
-    side = _side(case, namespace, torch.float32, "cpu")
-    inputs = case.make(torch.float32, "cpu")
-    options = {} if case.is_layer else dict(case.options)
-    options = {k: v(torch.float32, "cpu") if callable(v) else v for k, v in options.items()}
-    given = [*inputs, *side.parameters.values(), *options.values()]
-    leaves = [t for t in given if isinstance(t, torch.Tensor) and t.requires_grad]
-
-    def forward():
-        outs = tree_leaves(side.call(*inputs, **options))
-        return [t for t in outs if isinstance(t, torch.Tensor) and t.requires_grad]
-
-    upstream = [torch.ones_like(t) for t in forward()]
-    return lambda: torch.autograd.grad(forward(), leaves, upstream, allow_unused=True)
+def _graded(tree) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.requires_grad]
 
 
-def _least_us(call: Callable[[], object], rounds: int, each: int = 10) -> float:
-    """The least time of a call over all rounds: the others were disturbed by other programs."""
-    for _ in range(2 * each):
-        call()
-    times = []
-    for _ in range(rounds):
-        start = time.thread_time()
-        for _ in range(each):
+def step(case, namespace, count: int) -> Callable[[], object]:
+    """A function that runs forward and backward of `count` calls of a row, in one graph."""
+    from fastnn.testing import side_of
+
+    calls: list[tuple[Callable, list]] = []
+    leaves: list[Tensor] = []
+    for _ in range(count):
+        side = side_of(case, namespace, torch.float32, "cpu")
+        inputs = case.make(torch.float32, "cpu")
+        options = {} if case.is_layer else dict(case.options)
+        options = {k: v(torch.float32, "cpu") if callable(v) else v for k, v in options.items()}
+        call = functools.partial(side.call, **options) if options else side.call
+        calls.append((call, inputs))
+        leaves += _graded([*inputs, *side.parameters.values(), *options.values()])
+    call, inputs = calls[0]
+    out = call(*inputs)
+    first = inputs[0]
+    single = isinstance(out, Tensor)
+    chained = (
+        single and isinstance(first, Tensor) and first.requires_grad and out.shape == first.shape
+    )
+    rest = [(call, inputs[1:]) for call, inputs in calls]
+    if chained:
+        others = {id(inputs[0]) for _, inputs in calls[1:]}
+        leaves = [t for t in leaves if id(t) not in others]
+    upstream = [torch.ones_like(t) for t in _graded(out)] * (1 if chained else count)
+
+    def run():
+        if chained:
+            x = first
+            for call, others in rest:
+                x = call(x, *others)
+            outs = [x]
+        elif single:
+            outs = [call(*inputs) for call, inputs in calls]
+        else:
+            outs = [t for call, inputs in calls for t in _graded(call(*inputs))]
+        return torch.autograd.grad(outs, leaves, upstream, allow_unused=True)
+
+    return run
+
+
+def model_step(of: Step, namespace) -> Callable[[], object]:
+    """A function that runs forward and backward of a model."""
+    torch.manual_seed(0)
+    model, data = of.build(namespace), of.data("cpu")
+    parameters = list(model.parameters())
+    return lambda: torch.autograd.grad(model(*data), parameters, allow_unused=True)
+
+
+# ---- Ways of calling ----------------------------------------------------------------------------
+
+
+@functools.cache
+def null() -> Any:
+    """The module made of null.cpp; None without a C++ compiler."""
+    try:
+        _build.build(source=NULL)
+        return _build.load(NULL)
+    except _build.BuildError as e:
+        print(f"bench.host: stock computes, because {e}", file=sys.stderr)
+        return None
+
+
+@functools.cache
+def runner() -> Any:
+    """The C++ runner; None without a C++ compiler."""
+    try:
+        _build.build()
+        return _build.load()
+    except _build.BuildError as e:
+        print(f"bench.host: no C++ runner, because {e}", file=sys.stderr)
+        return None
+
+
+@contextmanager
+def _computing_nothing() -> Iterator[None]:
+    module = null()
+    if module is None:
+        yield
+        return
+    module.on()
+    try:
+        yield
+    finally:
+        module.off()
+
+
+@contextmanager
+def _plans(kept: dict) -> Iterator[None]:
+    """Exactly the plans in `kept` exist inside the block. Those made there are added."""
+    _record.forget()
+    for name, (ready, seen) in kept.items():
+        plans = REGISTRY[name].plans
+        plans.ready.update(ready)
+        plans.seen.update(seen)
+    try:
+        yield
+    finally:
+        for name, op in REGISTRY.items():
+            if op.plans.seen:
+                kept[name] = dict(op.plans.ready), dict(op.plans.seen)
+        _record.forget()
+
+
+class Way:
+    """One way of running a step, with the plans that belong to it."""
+
+    def __init__(self, name: str, mode: Callable = lambda: fastnn.backend("triton")):
+        self.name = name
+        self.mode = mode
+        self.kept: dict = {}
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self.name not in ("stock", "declined"):
+                stack.enter_context(self.mode())
+            stack.enter_context(_plans(self.kept))
+            plans = self.name in ("python", "native")
+            if not plans:
+                stack.enter_context(_record.paused())
+            stack.enter_context(_native.using(runner() if self.name == "native" else None))
+            yield
+
+
+class Contest(NamedTuple):
+    """Steps that take turns. `steps`: way -> the steps whose times are wanted."""
+
+    ways: dict[str, Way]
+    steps: dict[str, list[Callable[[], object]]]
+
+    def warm(self, times: int = 5) -> None:
+        """Run each step so often that its plans exist."""
+        for name, way in self.ways.items():
+            with way():
+                for _ in range(times):
+                    for call in self.steps[name]:
+                        call()
+
+    def time(self, rounds: int, each: int) -> dict[str, list[float]]:
+        """way -> the least microseconds of each of its steps: the other rounds were disturbed."""
+        least = {name: [float("inf")] * len(calls) for name, calls in self.steps.items()}
+        for _ in range(rounds):
+            for name, way in self.ways.items():
+                with way():
+                    for i, call in enumerate(self.steps[name]):
+                        call()
+                        start = time.thread_time()
+                        for _ in range(each):
+                            call()
+                        took = (time.thread_time() - start) / each * 1e6
+                        least[name][i] = min(least[name][i], took)
+        return least
+
+    def tally(self, label: str, each: int = 2) -> None:
+        """Let callgrind write the instructions of `each` runs of each step, under its name."""
+        for name, way in self.ways.items():
+            with way():
+                for i, call in enumerate(self.steps[name]):
+                    call()
+                    null().count(f"{label}/{name}/{i}", _repeated(call, each))
+
+
+def _repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
+    def run():
+        for _ in range(times):
             call()
-        times.append((time.thread_time() - start) / each)
-    return round(min(times) * 1e6, 1)
+
+    return run
+
+
+def _names() -> list[str]:
+    return [name for name in WAYS if name != "native" or runner() is not None]
+
+
+def _contest(case) -> Contest:
+    theirs, ours = ([step(case, side, n) for n in (FEW, MANY)] for side in (torch.nn, fastnn))
+    ways = {name: Way(name) for name in _names()}
+    return Contest(ways, {name: theirs if name == "stock" else ours for name in ways})
+
+
+@contextmanager
+def _open_gate() -> Iterator[None]:
+    """Kernels run at every size, except where they never win."""
+    from fastnn import _gate
+
+    table = _gate.table()["default"]
+    lines = [
+        {**line, "least": None if line["least"] is None else 0} for line in table["crossovers"]
+    ]
+    with _gate.using({"default": {**table, "crossovers": lines}}):
+        yield
+
+
+def _model_contest(of: Step) -> Contest:
+    ways = {name: Way(name, _open_gate) for name in _names() if name != "without_plans"}
+    theirs, ours = ([model_step(of, side)] for side in (torch.nn, fastnn))
+    return Contest(ways, {name: theirs if name == "stock" else ours for name in ways})
+
+
+# ---- Measuring ----------------------------------------------------------------------------------
 
 
 def _launches(call: Callable[[], object]) -> int:
@@ -95,72 +306,202 @@ def _launches(call: Callable[[], object]) -> int:
     return count
 
 
-def measure(only: Sequence[str] = (), rounds: int = 60) -> list[dict]:
-    """One record for each row: the microseconds and launches of both sides."""
-    from fastnn.testing.aot import has_compiler, launch_nothing
+def _facts(case) -> dict:
+    """What is said of a row beside its times."""
     from fastnn.testing.meter import AtenTraffic, as_on_cuda
 
+    theirs = step(case, torch.nn, 1)
+    with as_on_cuda(), AtenTraffic() as counted:
+        theirs()
+    ours = step(case, fastnn, 1)
+    with fastnn.backend("triton"), fastnn.decisions() as heard:
+        ours()
+    with fastnn.backend("triton"):
+        launches = _launches(ours)
+    return {
+        "name": case.name,
+        "row": str(case),
+        "ops": sorted({d.op.name for d in heard if d.why is None}),
+        "stock_launches": counted.cost.launches,
+        "ours_launches": launches,
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Launches do nothing, stock computes nothing, and no garbage is collected."""
+    from fastnn.testing.aot import has_compiler, launch_nothing
+
+    with launch_nothing(real_launcher=has_compiler()), _computing_nothing(), _mode.awake():
+        gc.collect()
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.enable()
+
+
+def slope(least: Sequence[float]) -> float:
+    """What one more call costs, of a step of FEW calls and one of MANY."""
+    return (least[1] - least[0]) / (MANY - FEW)
+
+
+def measure(only: Sequence[str] = (), rounds: int = 40, each: int = 3) -> list[dict]:
+    """One record for each row: the microseconds of one more call in each way, and the launches."""
+    from fastnn.testing.aot import has_compiler, launch_nothing
+
     found = []
-    with launch_nothing(real_launcher=has_compiler()):
-        for case in _rows(only):
-            theirs = _step(case, torch.nn)
-            with as_on_cuda(), AtenTraffic() as counted:
-                theirs()
-            gc.collect()
-            gc.disable()
-            try:
-                record = {"name": case.name, "row": str(case)}
-                record["stock_us"] = _least_us(theirs, rounds)
-                record["stock_launches"] = counted.cost.launches
-                ours = _step(case, fastnn)
-                record["declined_us"] = _least_us(ours, rounds)
-                with fastnn.backend("triton"):
-                    record["ours_launches"] = _launches(ours)
-                    with fastnn.decisions() as heard:
-                        ours()
-                    record["ops"] = sorted({d.op.name for d in heard if d.why is None})
-                    with _record.using(False):
-                        record["without_plans_us"] = _least_us(ours, rounds)
-                    with _record.using(True):
-                        record["ours_us"] = _least_us(ours, rounds)
-            finally:
-                gc.enable()
-            found.append(record)
+    for case in _rows(only):
+        with launch_nothing(real_launcher=has_compiler()):
+            record = _facts(case)
+        with _quiet():
+            contest = _contest(case)
+            contest.warm()
+            for name, least in contest.time(rounds, each).items():
+                record[f"{name}_us"] = round(slope(least), 2)
+        found.append(record)
     return found
 
 
-def table(environment: dict, rows: Sequence[dict]) -> str:
-    """The table in Markdown, with the origin of its figures."""
+def measure_models(rounds: int = 40) -> list[dict]:
+    """One record for each model: the microseconds of a step in each way."""
+    found = []
+    for of in MODELS:
+        with _quiet():
+            contest = _model_contest(of)
+            contest.warm()
+            record: dict[str, Any] = {"name": of.name}
+            for name, (least,) in contest.time(rounds, 1).items():
+                record[f"{name}_us"] = round(least, 1)
+        found.append(record)
+    return found
+
+
+# ---- Counting instructions ----------------------------------------------------------------------
+
+
+def can_count() -> str | None:
+    """Why instructions cannot be counted here; None if they can."""
+    if shutil.which("valgrind") is None:
+        return "valgrind is not installed"
+    if null() is None:
+        return "there is no C++ compiler"
+    return None
+
+
+def _counted(only: Sequence[str], models: Sequence[str]) -> None:
+    """Count, under valgrind. All plans are made first, while nothing is counted."""
+    with _quiet():
+        contests = [(str(case), _contest(case)) for case in _rows(only)]
+        contests += [(of.name, _model_contest(of)) for of in MODELS if of.name in models]
+        for _, contest in contests:
+            contest.warm()
+        null().start()
+        for label, contest in contests:
+            contest.tally(label)
+
+
+def instructions(
+    only: Sequence[str] = (), models: Sequence[str] = ()
+) -> dict[str, dict[str, list[int]]]:
+    """Row or model -> way -> the instructions of two runs of each of its steps."""
+    with tempfile.TemporaryDirectory(prefix="fastnn-callgrind-") as folder:
+        command = [
+            "valgrind", "--tool=callgrind", "--instr-atstart=no",
+            f"--callgrind-out-file={folder}/out",
+            sys.executable, "-m", "bench.host", "--out", folder, "--counted",
+            *(f"--only={name}" for name in only), *(f"--model={name}" for name in models),
+        ]  # fmt: skip
+        environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise RuntimeError(f"valgrind ended with code {done.returncode}: {done.stderr[-2000:]}")
+        found: dict[str, dict[str, list[int]]] = {}
+        dumps = sorted(Path(folder).glob("out.*"), key=lambda f: int(f.suffix[1:]))
+        for file in dumps:
+            text = file.read_text()
+            said = re.search(r"^desc: Trigger: Client Request: (.*)/(\w+)/\d+$", text, re.M)
+            count = re.search(r"^(?:totals|summary): (\d+)", text, re.M)
+            if said and count:
+                ways = found.setdefault(said[1], {})
+                ways.setdefault(said[2], []).append(int(count[1]))
+    return found
+
+
+def ratios(counted: dict[str, list[int]]) -> dict[str, float]:
+    """Way -> the instructions of one more call, or of the step of a model, over those of stock."""
+    costs = {way: slope(n) if len(n) == 2 else n[0] for way, n in counted.items()}
+    return {way: round(n / costs["stock"], 3) for way, n in costs.items() if way != "stock"}
+
+
+# ---- Telling ------------------------------------------------------------------------------------
+
+_TITLES = {
+    "stock": "stock", "declined": "declined", "without_plans": "without plans", "python": "Python",
+    "native": "C++",
+}  # fmt: skip
+
+
+def _cells(record: dict) -> list[str]:
+    """The cells of all ways: the ratio to stock, by instructions if they were counted."""
+    counted = record.get("instructions", {})
+    cells = [f"{record['stock_us']:.1f}"]
+    for way in WAYS[1:]:
+        told = "-"
+        if f"{way}_us" in record:
+            told = f"{record[f'{way}_us'] / record['stock_us']:.2f}"
+        if way in counted:
+            told += f" ({counted[way]:.2f})"
+        cells.append(told)
+    return cells
+
+
+def table(environment: dict, rows: Sequence[dict], models: Sequence[dict] = ()) -> str:
+    """The tables in Markdown, with the origin of their figures."""
+    ways = [_TITLES[way] for way in WAYS]
     lines = [
         f"One core of {environment['cpu']}, torch {environment['torch']}, triton "
         f"{environment['triton']}, commit {environment['commit']}, {environment['time'][:10]}; "
-        "float32; microseconds of one thread, forward and backward; launches through "
-        f"{environment['launcher']}.",
+        f"float32; launches through {environment['launcher']}; stock {environment['stock']}. "
+        "Microseconds of stock for one more call, forward and backward; then ratios to it, and in "
+        "brackets ratios of instructions.",
         "",
-        "| row | stock | launches | declined | ours | without plans | launches |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| row | {' | '.join(ways)} | launches of stock | ours |",
+        f"| --- |{' ---: |' * (len(ways) + 2)}",
     ]
     for r in rows:
         name = r["row"] if len(r["row"]) <= 60 else f"{r['name']}(...)"
-        cells = [
-            r["stock_us"], r["stock_launches"], r["declined_us"], r["ours_us"],
-            r["without_plans_us"], r["ours_launches"],
-        ]  # fmt: skip
-        lines.append(f"| `{name}` | " + " | ".join(map(str, cells)) + " |")
+        cells = [*_cells(r), str(r["stock_launches"]), str(r["ours_launches"])]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    if models:
+        lines += ["", f"| model | {' | '.join(ways)} |", f"| --- |{' ---: |' * len(ways)}"]
+        lines += [f"| {r['name']} | " + " | ".join(_cells(r)) + " |" for r in models]
     return "\n".join(lines) + "\n"
 
 
 _MARKED = re.compile(r"(<!-- host -->\n).*(<!-- /host -->\n)", re.S)
 
 
+def _write(path: Path, origin: dict, rows: Sequence[dict], models: Sequence[dict]) -> None:
+    told = [",\n".join(json.dumps(r) for r in found) for found in (rows, models)]
+    path.write_text(
+        f'{{"environment": {json.dumps(origin, indent=1)},\n"rows": [\n{told[0]}\n],\n'
+        f'"models": [\n{told[1]}\n]}}\n'
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument(
-        "--into", type=Path, metavar="PAGE.md", help="put a table between this page's markers"
+        "--into", type=Path, metavar="PAGE.md", help="put tables between this page's markers"
     )
     parser.add_argument("--only", action="append", default=[], metavar="NAME")
-    parser.add_argument("--rounds", type=int, default=60, help="of ten calls; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=40, help="default: %(default)s")
+    parser.add_argument("--count", action="store_true", help="count instructions, with valgrind")
+    parser.add_argument("--no-models", action="store_true", help="rows only")
+    parser.add_argument("--counted", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--model", action="append", default=[], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("bench.host: kernels are compiled: unset TRITON_INTERPRET", file=sys.stderr)
@@ -170,20 +511,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # stock warns in some rows
+    if args.counted:
+        _counted(args.only, args.model)
+        return 0
+    why = can_count() if args.count else None
+    if why is not None:
+        print(f"bench.host: instructions cannot be counted: {why}", file=sys.stderr)
+        return 2
     rows = measure(args.only, args.rounds)
+    models = [] if args.no_models else measure_models(args.rounds)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "host.json"
-    lines = ",\n".join(json.dumps(row) for row in rows)
     launcher = "Triton's launcher and an empty libcuda" if has_compiler() else "an empty driver"
-    runner = "Python" if _native.module() is None else "C++"
-    origin = {**environment(), "launcher": launcher, "runner": runner}
-    head = json.dumps(origin, indent=1)
-    path.write_text(f'{{"environment": {head},\n"rows": [\n{lines}\n]}}\n')
+    stock = "computes" if null() is None else "allocates and computes nothing"
+    origin = {**environment(), "launcher": launcher, "stock": stock}
+    _write(path, origin, rows, models)
+    if args.count:
+        counted = instructions(args.only, [m["name"] for m in models])
+        for record in [*rows, *models]:
+            record["instructions"] = ratios(counted[record.get("row", record["name"])])
+        _write(path, origin, rows, models)
     print(path)
     if args.into:
-        told = table(origin, rows)
+        page = table(origin, rows, models)
         args.into.write_text(
-            _MARKED.sub(lambda m: m[1] + "\n" + told + m[2], args.into.read_text())
+            _MARKED.sub(lambda m: m[1] + "\n" + page + m[2], args.into.read_text())
         )
     return 0
 

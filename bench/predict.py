@@ -34,10 +34,10 @@ from fastnn.kernels import _gpus
 from fastnn.testing.meter import AtenTraffic, Cost, as_on_cuda, predict, traffic
 
 ARCHITECTURE = "sm_90"
-BANDWIDTH = _gpus.GPUS[ARCHITECTURE].bandwidth
+BANDWIDTH = _gpus.GPUS[ARCHITECTURE].reached
 FORMULA = (
-    "max(bytes of stock / BW, launches of stock * 4 us) / "
-    "max(bytes of ours / (0.9 * BW), launches of ours * 10 us)"
+    "(bytes of stock / BW + launches of stock * 6 us) / "
+    "(bytes of ours / BW + launches of ours * 6 us)"
 )
 FEW = 2  # programs of the first run; the second has enough for _ACCESSES loads and stores
 _ACCESSES = 150
@@ -87,7 +87,7 @@ def _sampled(programs: Callable[[int], int], grids: list[tuple[int, int]]) -> It
 
 
 @contextmanager
-def _as_on_the_gpu() -> Iterator[None]:
+def as_on_the_gpu() -> Iterator[None]:
     """In the block, kernel files choose their grids as on the GPU of the prediction."""
     with ExitStack() as stack:
         stack.enter_context(_gpus.simulated(ARCHITECTURE))
@@ -106,15 +106,16 @@ def _uncounted(function: Callable) -> Callable:
     return call
 
 
-def _unfilled(t: Any) -> Any:
+def unfilled(t: Any) -> Any:
     if not isinstance(t, Tensor):
         return t
     if t.is_floating_point():
-        return torch.empty(t.shape, dtype=t.dtype, requires_grad=t.requires_grad)
+        made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+        return made.requires_grad_(t.requires_grad)
     return torch.zeros(t.shape, dtype=t.dtype)
 
 
-def _passes(case: BenchCase, call: Callable, inputs: list) -> list[Callable]:
+def passes_of(case: BenchCase, call: Callable, inputs: list) -> list[Callable]:
     """[forward, backward], to be called in this order, or [forward] of a row in eval mode."""
     kept: list = []
 
@@ -134,7 +135,7 @@ def stock_costs(case: BenchCase, dtype: torch.dtype) -> list[Cost]:
     """Costs of [forward, backward] on CUDA by stock operators; of [forward] in eval mode."""
     with as_on_cuda():
         inputs = case.make(dtype, "meta")
-        passes = _passes(case, case.side(torch.nn, dtype, "meta"), inputs)
+        passes = passes_of(case, case.side(torch.nn, dtype, "meta"), inputs)
         costs = []
         with torch.set_grad_enabled(case.train):
             for run in passes:
@@ -156,21 +157,20 @@ class _Count:
     aten: Cost
 
 
-def _our_counts(case: BenchCase, dtype: torch.dtype, programs: list[Callable]) -> list[_Count]:
-    inputs = [_unfilled(t) for t in case.make(dtype, "meta")]
-    call = case.side(fastnn, dtype, "cpu")
+def count_passes(
+    passes: list[Callable], programs: list[Callable], aten_of: Callable[[], AtenTraffic]
+) -> list[_Count]:
+    """Runs each pass with a sample of the programs of each launch, and counts."""
     counts = []
-    for run, sample in zip(_passes(case, call, inputs), programs, strict=False):
+    for run, sample in zip(passes, programs, strict=False):
         grids: list[tuple[int, int]] = []
         with (
             traffic() as log,
             _sampled(sample, grids),
             # Dispatch declines under a dispatch mode, but this mode only observes.
             mock.patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0),
-            AtenTraffic() as aten,
+            aten_of() as aten,
             _record.using(False),  # every launch is counted
-            fastnn.backend("triton"),
-            torch.set_grad_enabled(case.train),
         ):
             run()
         counts.append(
@@ -186,14 +186,21 @@ def _our_counts(case: BenchCase, dtype: torch.dtype, programs: list[Callable]) -
     return counts
 
 
-def our_costs(case: BenchCase, dtype: torch.dtype) -> tuple[list[Cost], list[list[str]]]:
-    """As `stock_costs`, but with our kernels; and the names of the kernels of each pass."""
-    few = _our_counts(case, dtype, [lambda n: FEW] * 2)
+def costs_of(
+    make: Callable[[], list[Callable]],
+    aten_of: Callable[[], AtenTraffic] = AtenTraffic,
+    products: Callable[[str], bool] = lambda kernel: False,
+) -> tuple[list[Cost], list[list[str]]]:
+    """The cost of each pass that `make` makes, and the names of its kernels.
+
+    The bytes of kernels that are `products`, by their names, do not count.
+    """
+    few = count_passes(make(), [lambda n: FEW] * 2, aten_of)
 
     def enough(count: _Count) -> Callable[[int], int]:
         return lambda n: max(2 * FEW, min(32, _ACCESSES * count.grids[n][0] // count.accesses[n]))
 
-    more = _our_counts(case, dtype, [enough(count) for count in few])
+    more = count_passes(make(), [enough(count) for count in few], aten_of)
     costs = []
     for a, b in zip(few, more, strict=True):
         total = b.aten
@@ -203,9 +210,21 @@ def our_costs(case: BenchCase, dtype: torch.dtype) -> tuple[list[Cost], list[lis
             left = b.accesses[at] * (whole / executed - 1)
             bytes_ = b.bytes[at] + (left * moved / accesses if accesses else 0)
             # Programs of other rows may read the same weight, which these few did not show.
-            total += Cost(round(min(bytes_, b.extents[at])), 1)
+            counted = 0 if products(b.kernels[at]) else round(min(bytes_, b.extents[at]))
+            total += Cost(counted, 1)
         costs.append(total)
     return costs, [b.kernels for b in more]
+
+
+def our_costs(case: BenchCase, dtype: torch.dtype) -> tuple[list[Cost], list[list[str]]]:
+    """As `stock_costs`, but with our kernels; and the names of the kernels of each pass."""
+
+    def make() -> list[Callable]:
+        inputs = [unfilled(t) for t in case.make(dtype, "meta")]
+        return passes_of(case, case.side(fastnn, dtype, "cpu"), inputs)
+
+    with fastnn.backend("triton"), torch.set_grad_enabled(case.train):
+        return costs_of(make)
 
 
 def least(case: BenchCase, dtype: torch.dtype) -> list[int]:
@@ -246,7 +265,7 @@ def predicted(case: BenchCase, dtype: torch.dtype, bandwidth: float = BANDWIDTH)
     if record["why"] is not None:
         return record
     stock = stock_costs(case, dtype)
-    with _as_on_the_gpu():
+    with as_on_the_gpu():
         ours, names = our_costs(case, dtype)
     for name, costs in (("stock", stock), ("ours", ours)):
         record[name] = [{"bytes": c.bytes, "launches": c.launches} for c in costs]

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from fastnn.bench import roofs
 from fastnn.bench.run import (
     AUTO,
     COMPILED,
@@ -93,7 +94,7 @@ def measured_table(lines: list[dict], ceilings: dict[str, float], prefix: str = 
 def predicted_table(lines: list[dict]) -> str:
     """Markdown with one line per row that has a prediction, and a list of the other rows."""
     head = ["row", "from", "stock MB", "ours MB", "ours / least", "stock launches", "ours"]
-    head += ["predicted", "auto runs"]
+    head += ["predicted", "roof", "auto runs"]
     rows, without = [], []
     for line in lines:
         if line["speedup"] is None:
@@ -114,6 +115,7 @@ def predicted_table(lines: list[dict]) -> str:
                 str(total["stock", "launches"]),
                 str(total["ours", "launches"]),
                 f"{line['speedup']:.2f}",
+                roofs.warning_of(line["key"]),
                 line["auto"],
             ]
         )

@@ -24,7 +24,7 @@ from fastnn.bench import liger
 from fastnn.bench.cases import BenchCase
 from fastnn.bench.environment import IDENTITY, environment
 from fastnn.bench.measure import REPEATS, Call, Clock, interleaved
-from fastnn.testing import Comparison, Side, _tensors, compare_sides
+from fastnn.testing import Comparison, Side, compare_sides, tensors_of
 from fastnn.testing.meter import nbytes
 
 STOCK, COMPILED, FORCED, AUTO, LIGER = "stock", "compiled", "ours", "auto", "liger"
@@ -81,7 +81,7 @@ class Results:
 # ---- Before timing ----------------------------------------------------------------------------
 
 
-def _sides(case: BenchCase, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
+def make_sides(case: BenchCase, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     """(stock, ours) with equal parameters."""
     torch.manual_seed(0)
     stock, ours = (case.side(n, dtype, device) for n in (nn, fastnn))
@@ -106,7 +106,7 @@ def check(case: BenchCase, dtype: torch.dtype, clock: Clock) -> dict:
     """The path of a row that is forced onto kernels, and its differences from stock."""
     rows = _checked_rows(case, dtype, clock.free())
     part = case.at(rows)
-    stock, ours = _sides(part, dtype, clock.name)
+    stock, ours = make_sides(part, dtype, clock.name)
     exact = copy.deepcopy(stock).double() if isinstance(stock, nn.Module) else stock
     with decisions() as heard, torch.set_grad_enabled(case.train):
         result = compare_sides(
@@ -130,11 +130,11 @@ def _whole_row(case, dtype, clock, comparisons: list[Comparison]) -> list[str]:
     """Compare a row too large for float64 with stock: it may be wrong only at its far end."""
     found = []
     modes: tuple[Mode, ...] = ("torch", "triton")
-    for call, mode in zip(_sides(case, dtype, clock.name), modes, strict=True):
+    for call, mode in zip(make_sides(case, dtype, clock.name), modes, strict=True):
         torch.manual_seed(0)
         inputs = case.make(dtype, clock.name)
         with fastnn.backend(mode):
-            found.append([t.detach() for t in _both(case, call, inputs)()])
+            found.append([t.detach() for t in both_passes(case, call, inputs)()])
     # Both may have the error of the part that was compared, in opposite directions.
     bound = 4 * max((c.bound for c in comparisons), default=0.0)
     failures = []
@@ -151,32 +151,32 @@ def _whole_row(case, dtype, clock, comparisons: list[Comparison]) -> list[str]:
 # ---- Timing -----------------------------------------------------------------------------------
 
 
-def _leaves(call: Any, inputs: list) -> list[Tensor]:
+def leaves_of(call: Any, inputs: list) -> list[Tensor]:
     parameters = call.parameters() if hasattr(call, "parameters") else ()
     tensors = [t for t in (*inputs, *parameters) if isinstance(t, Tensor)]
     return [t for t in tensors if t.requires_grad]
 
 
-def _both(case: BenchCase, call: Any, inputs: list) -> Call:
+def both_passes(case: BenchCase, call: Any, inputs: list) -> Call:
     """A call of forward and backward that returns the gradients; in eval mode only of forward."""
     if not case.train:
-        return torch.no_grad()(lambda: _tensors(call(*inputs)))
-    leaves = _leaves(call, inputs)
-    upstream = [torch.randn_like(t) for t in _tensors(call(*inputs))]
+        return torch.no_grad()(lambda: tensors_of(call(*inputs)))
+    leaves = leaves_of(call, inputs)
+    upstream = [torch.randn_like(t) for t in tensors_of(call(*inputs))]
 
     def both():
-        return torch.autograd.grad(_tensors(call(*inputs)), leaves, upstream)
+        return torch.autograd.grad(tensors_of(call(*inputs)), leaves, upstream)
 
     return both
 
 
 def _passes(case: BenchCase, call: Any, inputs: list) -> dict[str, Call]:
     if not case.train:
-        return {"forward": _both(case, call, inputs)}
-    return {"forward": lambda: call(*inputs), "forward+backward": _both(case, call, inputs)}
+        return {"forward": both_passes(case, call, inputs)}
+    return {"forward": lambda: call(*inputs), "forward+backward": both_passes(case, call, inputs)}
 
 
-def _around(name: str) -> AbstractContextManager:
+def in_mode(name: str) -> AbstractContextManager:
     return fastnn.backend(_MODES[name]) if name in _MODES else nullcontext()
 
 
@@ -186,7 +186,7 @@ def time_sides(
     """{side: {pass: {"executed", "enqueued", "replayed", "peak_bytes"}}} of the row."""
     passes = {}
     for name, call in calls.items():
-        with _around(name):
+        with in_mode(name):
             passes[name] = _passes(case, call, inputs)
             for run in passes[name].values():  # compile, and fill the allocator
                 run()
@@ -196,11 +196,11 @@ def time_sides(
     for which in next(iter(passes.values())):
         runs = {name: passes[name][which] for name in passes}
         for what in ("executed", "enqueued"):
-            times = interleaved(getattr(clock, what), runs, repeats, _around)
+            times = interleaved(getattr(clock, what), runs, repeats, in_mode)
             for name, summed in times.items():
                 results[name][which][what] = summed
         for name, run in runs.items():
-            with _around(name):
+            with in_mode(name):
                 results[name][which]["peak_bytes"] = clock.peak(run)
                 if clock.graphs:
                     results[name][which] |= _replayed(run, clock, repeats)
@@ -222,11 +222,11 @@ def least_bytes(case: BenchCase, call: Any, inputs: list) -> dict[str, int]:
     others = [t for t in inputs if not t.is_floating_point()]
     parameters = [] if case.gathers or not hasattr(call, "parameters") else list(call.parameters())
     with torch.no_grad():
-        out = _tensors(call(*inputs))
+        out = tensors_of(call(*inputs))
     forward = nbytes(*floats, *others, *parameters, *out) + (nbytes(*out) if case.gathers else 0)
     if not case.train:
         return {"forward": forward}
-    backward = nbytes(*out, *_leaves(call, inputs), *others)
+    backward = nbytes(*out, *leaves_of(call, inputs), *others)
     if case.rereads:
         backward += nbytes(*floats, *parameters)
     return {"forward": forward, "forward+backward": forward + backward}
@@ -251,7 +251,7 @@ def run_row(
     line: dict = {"kind": "row", **describe(case, dtype)}
     line |= check(case, dtype, clock) if checked else {"path": "kernel", "failures": []}
     clock.clear()
-    stock, ours = _sides(case, dtype, clock.name)
+    stock, ours = make_sides(case, dtype, clock.name)
     inputs = case.make(dtype, clock.name)
     line["least_bytes"] = least_bytes(case, stock, inputs)
     calls = {STOCK: stock, FORCED: ours, AUTO: ours}
@@ -270,7 +270,7 @@ def run_row(
 def run_compiled(case: BenchCase, dtype: torch.dtype, clock: Clock, repeats: int = REPEATS) -> dict:
     """Time `torch.compile(stock)` of a row in its default mode. Returns a "compiled" line."""
     torch._dynamo.reset()
-    stock, _ = _sides(case, dtype, clock.name)
+    stock, _ = make_sides(case, dtype, clock.name)
     compiled = torch.compile(stock, dynamic=False)
     inputs = case.make(dtype, clock.name)
     line = {"kind": "compiled", **describe(case, dtype)}

@@ -23,7 +23,7 @@ from fastnn._gate import Work
 from fastnn.bench.cases import BF16, CASES, FP32, BenchCase
 from fastnn.bench.environment import environment, measured
 from fastnn.bench.measure import Clock, interleaved
-from fastnn.bench.run import AUTO, STOCK, Results, _around, _both, _sides
+from fastnn.bench.run import AUTO, STOCK, Results, both_passes, in_mode, make_sides
 from fastnn.kernels import _gpus
 from fastnn.ops import REGISTRY
 from fastnn.testing import simulated
@@ -125,12 +125,12 @@ def contest(case: BenchCase, dtype: torch.dtype, clock: Clock, repeats: int) -> 
     inputs = case.make(dtype, clock.name)
     calls = {}
     with simulated(least=0):  # so that `auto` runs the variant that it would run there
-        for name, call in zip((STOCK, AUTO), _sides(case, dtype, clock.name), strict=True):
-            with _around(name):
-                calls[name] = _both(case, call, inputs)
+        for name, call in zip((STOCK, AUTO), make_sides(case, dtype, clock.name), strict=True):
+            with in_mode(name):
+                calls[name] = both_passes(case, call, inputs)
                 calls[name]()
-        executed = interleaved(clock.executed, calls, repeats, _around)
-        enqueued = interleaved(clock.enqueued, calls, repeats, _around)
+        executed = interleaved(clock.executed, calls, repeats, in_mode)
+        enqueued = interleaved(clock.enqueued, calls, repeats, in_mode)
     return tuple(max(executed[name]["median"], enqueued[name]["median"]) for name in (STOCK, AUTO))
 
 

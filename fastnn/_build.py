@@ -1,4 +1,4 @@
-"""Builds the C++ runner of plans on the user's machine, and loads it.
+"""Builds the C++ runner of plans on the user's machine, and loads it; other modules, too.
 
 One call of a C++ compiler, with the headers of the installed PyTorch and without a CUDA toolkit.
 The module lies in the user's cache folder under a name that is made of all that it depends on: the
@@ -82,46 +82,42 @@ def _options() -> list[str]:
 
 
 @functools.cache
-def _key() -> str:
+def _key(source: Path) -> str:
     facts = (
-        SOURCE.read_text(), torch.__version__, torch.version.git_version, torch.__file__,
+        source.read_text(), torch.__version__, torch.version.git_version, torch.__file__,
         sys.version, sysconfig.get_config_var("SOABI"), platform.machine(), *_options(),
     )  # fmt: skip
     return hashlib.sha256("\0".join(map(str, facts)).encode()).hexdigest()[:24]
 
 
-def path() -> Path:
+def path(source: Path = SOURCE) -> Path:
     """Where the module of this installation is, or will be."""
-    return folder() / f"runner-{_key()}.so"
+    return folder() / f"{source.stem}-{_key(source)}.so"
 
 
-def _failure() -> Path:
-    return path().with_suffix(".failed")
-
-
-def failed() -> str | None:
+def failed(source: Path = SOURCE) -> str | None:
     """Why the last build failed; None if none did."""
     try:
-        return _failure().read_text().strip() or "the build failed"
+        return path(source).with_suffix(".failed").read_text().strip() or "the build failed"
     except OSError:
         return None
 
 
-def load() -> Any:
+def load(source: Path = SOURCE) -> Any:
     """The module. Raises BuildError."""
     import importlib.machinery
     import importlib.util
 
-    file = path()
+    file = path(source)
     try:
         owners = {os.stat(p).st_uid for p in (file, file.parent)}
     except OSError:
-        raise BuildError(failed() or "it is not built; `fastnn native` builds it") from None
+        raise BuildError(failed(source) or "it is not built; `fastnn native` builds it") from None
     if owners - {os.getuid(), 0}:
         raise BuildError(f"{file} belongs to another user")
     try:
-        loader = importlib.machinery.ExtensionFileLoader("runner", str(file))
-        spec = importlib.util.spec_from_loader("runner", loader)
+        loader = importlib.machinery.ExtensionFileLoader(source.stem, str(file))
+        spec = importlib.util.spec_from_loader(source.stem, loader)
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
@@ -130,7 +126,9 @@ def load() -> Any:
     return module
 
 
-def build(say: Callable[[str], None] = lambda line: None, wait: bool = True) -> Path:
+def build(
+    say: Callable[[str], None] = lambda line: None, wait: bool = True, source: Path = SOURCE
+) -> Path:
     """Build the module, if it is not there, and return its path. Raises BuildError.
 
     say: is told what happens, a line at a time. wait: for another process that is building it;
@@ -139,7 +137,7 @@ def build(say: Callable[[str], None] = lambda line: None, wait: bool = True) -> 
     why = unsupported()
     if why is not None:
         raise BuildError(why)
-    target = path()
+    target = path(source)
     if target.exists():
         say(f"{target} is there already")
         return target
@@ -150,7 +148,7 @@ def build(say: Callable[[str], None] = lambda line: None, wait: bool = True) -> 
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_suffix(".lock"), say, wait):
             if not target.exists():
-                _compile(tool, target, say)
+                _compile(tool, source, target, say)
     except OSError as e:
         raise BuildError(f"{target.parent} cannot be used: {e.strerror or e}") from None
     say(f"built {target}")
@@ -173,16 +171,16 @@ def _locked(file: Path, say: Callable[[str], None], wait: bool) -> Iterator[None
         yield
 
 
-def _compile(tool: str, target: Path, say: Callable[[str], None]) -> None:
+def _compile(tool: str, source: Path, target: Path, say: Callable[[str], None]) -> None:
     for old in target.parent.glob(f"{target.stem}-*.tmp"):  # of builds that were killed
         _remove(old)
     handle, name = tempfile.mkstemp(prefix=f"{target.stem}-", suffix=".tmp", dir=target.parent)
     os.close(handle)
-    say(f"{tool} compiles {SOURCE.name}, which takes 15 to 60 seconds ...")
+    say(f"{tool} compiles {source.name}, which takes 15 to 60 seconds ...")
     try:
         try:
             done = subprocess.run(
-                [tool, "-x", "c++", str(SOURCE), "-o", name, *_options()],
+                [tool, "-x", "c++", str(source), "-o", name, *_options()],
                 capture_output=True, text=True, timeout=_SECONDS, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as e:
@@ -195,13 +193,13 @@ def _compile(tool: str, target: Path, say: Callable[[str], None]) -> None:
         os.replace(name, target)
     except BuildError as e:
         try:
-            _failure().write_text(str(e))
+            target.with_suffix(".failed").write_text(str(e))
         except OSError:
             pass  # the next process tries again
         raise
     finally:
         _remove(Path(name))
-    _remove(_failure())
+    _remove(target.with_suffix(".failed"))
 
 
 def _remove(file: Path) -> None:

@@ -11,6 +11,7 @@ import builtins
 import inspect
 import linecache
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from types import FunctionType
@@ -103,10 +104,60 @@ BELOW = {
 }
 
 
+class _Inside(threading.local):
+    """The functions of torch.nn.functional whose replacements this thread is calling."""
+
+    names: frozenset[str] = frozenset()
+
+
+_inside = _Inside()
+
+
+def _given(parameters: list[inspect.Parameter], values: tuple) -> tuple[list, dict]:
+    """(args, kwargs) without the values that are defaults, as far as one can leave them out."""
+    args: list = []
+    kwargs = {}
+    last = 0
+    for p, value in zip(parameters, values, strict=True):
+        same = value is p.default or (type(value) is type(p.default) and value == p.default)
+        if p.kind is p.KEYWORD_ONLY:
+            if not same:
+                kwargs[p.name] = value
+            continue
+        args.append(value)
+        if not same:
+            last = len(args)
+    return args[:last], kwargs
+
+
+def _others(name: str, parameters: list[inspect.Parameter]) -> tuple[Callable, Callable]:
+    """What a public function asks of the function that stands under its name in
+    `torch.nn.functional`: whether somebody else replaced PyTorch's, and its result.
+
+    Such a replacement may call our function, which then runs as always.
+    """
+
+    def is_another(there: Any) -> bool:
+        ours = getattr(there, "op", None)  # an attribute of our functions, and of what `patch` sets
+        return (ours is None or ours.name != name) and name not in _inside.names
+
+    def another(*values):
+        args, kwargs = _given(parameters, values)
+        before = _inside.names
+        _inside.names = before | {name}
+        try:
+            return getattr(torch.nn.functional, name)(*args, **kwargs)
+        finally:
+            _inside.names = before
+
+    return is_another, another
+
+
 def front(record: Any, dispatch: Callable) -> Callable:
     """The public function of `record`, an `Op`.
 
-    It calls PyTorch at once if no kernel can run, or if the call is smaller than the op's floor
+    A function that somebody put in place of PyTorch's in `torch.nn.functional` is called. Else it
+    calls PyTorch at once if no kernel can run, or if the call is smaller than the op's floor
     (`_gate.floor`). Else it calls `dispatch(record, args, kwargs)`. `args` are the positional
     arguments in the order of the signature.
 
@@ -137,12 +188,20 @@ def front(record: Any, dispatch: Callable) -> Callable:
     passed = passed.replace("_stacklevel", "_stacklevel + 1")
     dispatched = dispatched.replace("_stacklevel", f"_stacklevel + {FRAMES}")
     asked = below(record, positional[0])
+    replaced = []
+    if vars(torch.nn.functional).get(name) is record.stock:
+        replaced = [
+            f"        if _functional.{name} is not stock and _is_another(_functional.{name}):",
+            f"            return _call_another({', '.join(positional + names)})",
+        ]
     # Names that are not parameters begin with an underscore and have two words: no parameter does.
     lines = [
-        "def make(stock, record, dispatch, no_keywords, the_plans, unfit, is_grad_enabled, "
+        "def make(stock, record, dispatch, no_keywords, the_plans, is_graphed, unfit, "
+        "is_grad_enabled, _functional, _is_another, _call_another, "
         f"{', '.join((*BELOW, *defaults))}):",
         "    _the_floor = -1",
         f"    def {name}({', '.join(declared)}):",
+        *replaced,
         "        if _idle:",
         f"            return stock({passed})",
         f"        if _uniform and {asked.ready}:",
@@ -153,7 +212,10 @@ def front(record: Any, dispatch: Callable) -> Callable:
         "            if _is_small:",
         f"                return stock({passed})",
         "            if the_plans:",
-        f"                _this_key = {asked.tensors[0]}.shape, is_grad_enabled(), _uniform",
+        "                _this_mode = _uniform",
+        "                if is_graphed and _uniform == 'auto' and capturing():",
+        "                    _this_mode = 'graph'",
+        f"                _this_key = {asked.tensors[0]}.shape, is_grad_enabled(), _this_mode",
         "                for _one_plan in the_plans.get(_this_key, ()):",
         f"                    _its_result = _one_plan({', '.join(positional + names)})",
         "                    if _its_result is not unfit:",
@@ -184,8 +246,9 @@ def front(record: Any, dispatch: Callable) -> Callable:
     # The code runs in the namespace of `_mode`, because it reads `_idle` and `_plain` there.
     exec(compile(source, file, "exec"), vars(_mode), scope)
     call, call_small, set_floor = scope["make"](
-        record.stock, record, dispatch, _NO_KEYWORDS, record.plans.ready, UNFIT,
-        torch.is_grad_enabled, **BELOW, **defaults,
+        record.stock, record, dispatch, _NO_KEYWORDS, record.plans.ready, record.plans.graphed,
+        UNFIT, torch.is_grad_enabled, torch.nn.functional,
+        *_others(name, parameters(record.fused)), **BELOW, **defaults,
     )  # fmt: skip
     record.floor.follow(set_floor)
     call.__qualname__ = name

@@ -12,7 +12,7 @@ from fastnn._strides import in_layout, not_strided, with_dense_gradients
 
 
 class Function(torch.autograd.Function):
-    """Base class of the autograd functions in op files: `backward` gets dense gradients.
+    """Base class of the autograd functions in op files: `backward` gets plain, dense gradients.
 
     The exceptions are the parameters of `backward` that the class names in `strided`: these
     gradients may have any strides.
@@ -28,8 +28,7 @@ class Function(torch.autograd.Function):
             raise TypeError(
                 f"{cls.__name__}.backward: *gradients are taken as they are; call them strided"
             )
-        if at:
-            cls.backward = staticmethod(with_dense_gradients(backward, at))  # type: ignore
+        cls.backward = staticmethod(with_dense_gradients(backward, at))  # type: ignore
 
 
 class _NoGraph:

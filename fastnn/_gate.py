@@ -44,11 +44,19 @@ class Crossover(NamedTuple):
     least: the least size at which the kernel wins; infinity if it never wins.
     source: where this figure comes from.
     unit: what the size counts.
+    estimated: whether the figure is an estimate, which assumes that the host is the limit.
     """
 
     least: float
     source: str
     unit: str = "elements"
+    estimated: bool = False
+
+    def free(self) -> float:
+        """The least size if the host costs nothing: only what a kernel saves on the GPU counts."""
+        if self.estimated and self.least < math.inf:
+            return min(self.least, LEAST_OF_ESTIMATES)
+        return self.least
 
     def __str__(self) -> str:
         if self.least == math.inf:
@@ -104,9 +112,9 @@ def crossover(op: str, architecture: str, variant: str = "") -> Crossover:
         for line in entry["crossovers"]:
             if line["op"] == op and line.get("variant", "") == variant:
                 least = math.inf if line["least"] is None else line["least"]
-                if _host == "free" and key == "default" and least < math.inf:
-                    least = LEAST_OF_ESTIMATES
-                return Crossover(least, entry["source"], line.get("unit", "elements"))
+                unit, estimated = line.get("unit", "elements"), key == "default"
+                found = Crossover(least, entry["source"], unit, estimated)
+                return found._replace(least=found.free()) if _host == "free" else found
     return Crossover(math.inf, why or "no figure")
 
 
@@ -183,12 +191,17 @@ def answers() -> bool:
 
 
 def decide(
-    op: str, policy: Policy | None, device_index: int, args: tuple, kwargs: dict
+    op: str,
+    policy: Policy | None,
+    device_index: int,
+    args: tuple,
+    kwargs: dict,
+    free: bool = False,
 ) -> Stock | str:
     """The variant of `op` to run, or why PyTorch is to run the call.
 
     `policy` says how much work the call is. Without a policy, the size is the element count of the
-    first argument.
+    first argument. `free`: the host costs nothing.
     """
     try:
         work = Work(args[0].numel()) if policy is None else policy(*args, **kwargs)
@@ -200,7 +213,8 @@ def decide(
         return Stock("the gate was only asked")
     if isinstance(work, Stock):
         return work
-    least, source, _ = crossover(op, _gpus.architecture(device_index), work.variant)
+    found = crossover(op, _gpus.architecture(device_index), work.variant)
+    least, source = found.free() if free else found.least, found.source
     if work.size >= least:
         return work.variant
     if least == math.inf:
@@ -220,12 +234,14 @@ class Floor:
     """The floor of one op. Whoever needs it gets each new value through a function.
 
     The value is -1 while it is unknown: from the start, and after the table or the devices have
-    changed, until the gate is asked about a call of the op.
+    changed, until the gate is asked about a call of the op. It is also -1 while it is held: there
+    are plans for graph capture then, and a small call may need one of them.
     """
 
     def __init__(self):
         self._setters: list[Callable[[float], None]] = []
         self.known = False
+        self._held = False
         _floors.append(self)
 
     def follow(self, setter: Callable[[float], None]) -> None:
@@ -235,8 +251,15 @@ class Floor:
     def set(self, least: float) -> None:
         """Tell the value to all who follow. -1: it is unknown."""
         self.known = least >= 0
+        self._held &= self.known
         for setter in self._setters:
-            setter(least)
+            setter(-1 if self._held else least)
+
+    def hold(self) -> None:
+        """Let no call be small, until the table or the devices change."""
+        self._held = True
+        for setter in self._setters:
+            setter(-1)
 
 
 _floors: list[Floor] = []

@@ -75,6 +75,19 @@ def _wake() -> None:
         _settle()
 
 
+@contextmanager
+def awake() -> Iterator[None]:
+    """Inside the block each call is decided about, as once CUDA is initialised. For benchmarks."""
+    global _awake
+    before, _awake = _awake, True
+    _settle()
+    try:
+        yield
+    finally:
+        _awake = before
+        _settle()
+
+
 if HAS_TRITON and (torch.version.cuda or torch.version.hip):
     torch.cuda._lazy_call(_wake)  # at once if CUDA is initialised, else at the first CUDA tensor
 _settle()
@@ -149,6 +162,25 @@ class backend:
             # Remove the newest entry of this mode. Equal entries are the same to all threads.
             del _open_modes[len(_open_modes) - 1 - _open_modes[::-1].index(self.mode)]
             _settle()
+
+
+class rehearsal(backend):
+    """The mode "graph" inside the block: as "auto", but as if the host cost nothing.
+
+    `warmup` runs a model in it. Under graph capture, calls then find the plans that were made.
+    """
+
+    def __init__(self):
+        self.mode: Any = "graph"
+        self._tokens: list = []
+
+
+_HAS_STREAMS = bool(torch.version.cuda or torch.version.hip)
+
+
+def capturing() -> bool:
+    """Whether the current stream records a CUDA graph, of which a replay costs the host nothing."""
+    return _HAS_STREAMS and torch.cuda.is_current_stream_capturing()
 
 
 # ---- Telling which path ran ---------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import torch
 import torch.nn as stock
 from torch.utils._pytree import tree_leaves
 
+from fastnn import _mode
 from fastnn._mode import decisions
 from fastnn.layers import _marks
 from fastnn.layers._layer import BOXES, CALLS, OURS, STOCK, Layer, replaced
@@ -174,16 +176,22 @@ class Row(NamedTuple):
 
 
 class Explanation(tuple[Row, ...]):
-    """The rows of `explain`: a tuple that prints as a table."""
+    """The rows of `explain`: a tuple that prints as a table.
+
+    host: what the host and the GPU take for a step, if `explain` was asked.
+    """
+
+    host: HostTime | None = None
 
     def __str__(self) -> str:
         head = ("layer", "class", "op", "path", "reason")
         lines = [head, *(tuple("" if v is None else str(v) for v in row) for row in self)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
+        told = [
             "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
             for line in lines
-        )
+        ]
+        return "\n".join(told if self.host is None else [*told, str(self.host)])
 
     __repr__ = __str__
 
@@ -285,7 +293,9 @@ def _explain_compiled(model: stock.Module, inputs: tuple, kwargs: dict) -> Expla
         )
 
 
-def explain(model: stock.Module, *inputs, compiled: bool = False, **kwargs) -> Explanation:
+def explain(
+    model: stock.Module, *inputs, compiled: bool = False, host: bool = False, **kwargs
+) -> Explanation:
     """Which layers of `model` run on kernels, which run on PyTorch, and why.
 
     With inputs, `explain` calls `model(*inputs, **kwargs)` once, and gives one row per dispatched
@@ -294,10 +304,20 @@ def explain(model: stock.Module, *inputs, compiled: bool = False, **kwargs) -> E
     the call of `fastnn.compile(model)`. A row then names the layer in which the last of the calls
     stands that became the op.
 
+    With `host=True`, which needs inputs on a GPU, forward and backward run a few times more. The
+    text of the `Explanation` then ends with a line that says whether the host or the GPU is the
+    limit of a step, and which setting fits (`Explanation.host`, a `HostTime`). It decides nothing:
+    no call of fastnn depends on a clock.
+
     Returns an `Explanation`, a tuple of `Row`s that prints as a table. Raises TypeError if `model`
-    is not a Module, and any error that the model raises.
+    is not a Module, ValueError if `host=True` finds no inputs on a GPU, and any error that the
+    model raises.
     """
     _expect_module("explain", model)
+    if host:
+        found = explain(model, *inputs, compiled=compiled, **kwargs)
+        found.host = _host_time(model, inputs, kwargs)
+        return found
     if compiled:
         return _explain_compiled(model, inputs, kwargs)
     if not inputs and not kwargs:
@@ -334,21 +354,85 @@ def explain(model: stock.Module, *inputs, compiled: bool = False, **kwargs) -> E
     return Explanation(rows)
 
 
+class HostTime(NamedTuple):
+    """What a step, forward and backward, takes: the least of several, in milliseconds.
+
+    enqueue: until the host has handed over all work, if the GPU has nothing else to do.
+    step: until the GPU has finished, if steps follow one another.
+    """
+
+    enqueue: float
+    step: float
+
+    def __str__(self) -> str:
+        told = f"host: {self.enqueue:.2f} ms to enqueue a step that takes {self.step:.2f} ms"
+        if self.enqueue > 0.95 * self.step:
+            return (
+                f"{told}: the host is the limit. Leave FASTNN_HOST unset, use larger batches, or "
+                "capture a CUDA graph after fastnn.warmup(model, ...)"
+            )
+        if self.enqueue > 0.7 * self.step:
+            return f"{told}: host and GPU are about even. Leave FASTNN_HOST unset"
+        return f"{told}: the GPU is the limit. FASTNN_HOST=free lets more calls run on kernels"
+
+
+_HOST_STEPS = 5
+_TIMED = "cuda"
+
+
+def _host_time(model: stock.Module, inputs: tuple, kwargs: dict) -> HostTime:
+    given = [*tree_leaves((inputs, kwargs)), *model.parameters()]
+    devices = {t.device for t in given if isinstance(t, torch.Tensor)}
+    device = next((d for d in devices if d.type == _TIMED), None)
+    if device is None:
+        raise ValueError(
+            "explain: host=True times a step on a GPU; the inputs and the model are on "
+            f"{', '.join(sorted({d.type for d in devices})) or 'no device'}"
+        )
+    with _untouched(model), torch.enable_grad():
+        for _ in range(3):  # kernels are compiled, and plans are made
+            _step(model, inputs, kwargs)
+        enqueue, step = [], []
+        for _ in range(_HOST_STEPS):
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            _step(model, inputs, kwargs)
+            enqueue.append(time.perf_counter() - start)
+        torch.cuda.synchronize(device)
+        for _ in range(_HOST_STEPS):
+            start = time.perf_counter()
+            for _ in range(2):
+                _step(model, inputs, kwargs)
+            torch.cuda.synchronize(device)
+            step.append((time.perf_counter() - start) / 2)
+    return HostTime(1e3 * min(enqueue), 1e3 * min(step))
+
+
 def warmup(model: stock.Module, *inputs, **kwargs) -> None:
     """Compile every kernel that `model(*inputs, **kwargs)` and its backward launch.
 
-    It runs the forward and the backward once. Later calls with these shapes and dtypes then find
-    the kernels compiled. Use it before a benchmark, and before the capture of a CUDA graph: during
-    capture nothing can be compiled. Parameters, their `.grad`, buffers and random states stay as
-    they are.
+    It runs the forward and the backward. Later calls with these shapes and dtypes then find the
+    kernels compiled. Use it before a benchmark, and before the capture of a CUDA graph: during
+    capture nothing can be compiled. In `auto` two further runs make plans for such a capture: a
+    replay costs the host nothing, so kernels then also run for calls that are too small for them
+    elsewhere. Parameters, their `.grad`, buffers and random states stay as they are.
 
     Raises TypeError if `model` is not a Module, and any error that the model raises.
     """
     _expect_module("warmup", model)
     with _untouched(model), torch.enable_grad():
-        out = model(*inputs, **kwargs)
-        ends = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
-        given = [*tree_leaves((inputs, kwargs)), *model.parameters()]
-        leaves = [t for t in given if isinstance(t, torch.Tensor) and t.requires_grad]
-        if ends and leaves:
-            torch.autograd.grad(ends, leaves, [torch.ones_like(t) for t in ends], allow_unused=True)
+        _step(model, inputs, kwargs)
+        if not _mode.idle() and _mode.current_mode() == "auto":
+            with _mode.rehearsal():
+                for _ in range(2):  # a plan is made of the second call
+                    _step(model, inputs, kwargs)
+
+
+def _step(model: stock.Module, inputs: tuple, kwargs: dict) -> None:
+    """Forward and backward."""
+    out = model(*inputs, **kwargs)
+    ends = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
+    given = [*tree_leaves((inputs, kwargs)), *model.parameters()]
+    leaves = [t for t in given if isinstance(t, torch.Tensor) and t.requires_grad]
+    if ends and leaves:
+        torch.autograd.grad(ends, leaves, [torch.ones_like(t) for t in ends], allow_unused=True)

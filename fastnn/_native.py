@@ -28,6 +28,8 @@ from fastnn._plan import (
     Program,
     Refused,
     Slot,
+    flat,
+    nests,
     same,
 )
 
@@ -203,6 +205,11 @@ def _made(*programs: Program) -> int:
     return max(slots) + 1
 
 
+def _form(value: Any) -> tuple | None:
+    """(tuple or list, the forms of its elements) for one that holds tensors; None for others."""
+    return (type(value), tuple(map(_form, value))) if nests(value) else None
+
+
 def _tried(make: Callable[[bool], Any]) -> Any:
     """`make(operators)`, with operators called in C++ if their arguments can be converted."""
     try:
@@ -217,7 +224,7 @@ def _tried(make: Callable[[bool], Any]) -> Any:
 
 def call(
     record: Any, plan: Any, before: Program, after: Program, values: tuple, heard: Any,
-    picked: int | None, checks: list, slow: Callable, python: Python,
+    picked: int | tuple[int, ...] | None, checks: list, slow: Callable, python: Python,
 ) -> Callable | None:  # fmt: skip
     """A function that runs `plan` as that of `_runner.call` does; None if the plan is not taken."""
     native = module()
@@ -233,18 +240,25 @@ def call(
             lambda operators: native.plan(
                 {
                     "name": f"{plan.function.__name__}Backward",
-                    "values": values,
-                    "ignored": tuple([n == "_stacklevel" for n in record.names]),
+                    "forms": tuple(map(_form, values)),
+                    "values": tuple(flat(values)),
+                    "ignored": tuple(
+                        [
+                            name == "_stacklevel"
+                            for name, value in zip(record.names, values, strict=True)
+                            for _ in flat((value,))
+                        ]
+                    ),
                     "checks": tuple(checks),
                     "before": _program(before, python, operators),
                     "after": _program(after, python, operators),
                     "count": _made(before, after),
                     "order": before.results,
                     "graph": heard.graph,
-                    "many": heard.many,
                     "saves": plan.saves,
                     "materialize": plan.materialize,
-                    "picked": picked if heard.many else 0,
+                    "picked": (picked,) if isinstance(picked, int) else picked,
+                    "single": not heard.many or isinstance(picked, int),
                     "outputs": tuple(heard.raw),
                     "constant": tuple([i in plan.constant for i in range(len(heard.raw))]),
                     "slow": slow,

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._device import DeviceContext
 
-from fastnn import _front, _gate, _mode
+from fastnn import _front, _gate, _mode, _shards
 from fastnn._function import Function as Function
 from fastnn._function import run as run
 from fastnn._function import second_order as second_order
@@ -67,24 +67,28 @@ class Op:
     at_most: str | None = None
     variants: tuple[str, ...] = ("",)  # the variants that the policy may name
     settings: Callable[[], Any] | None = None  # the PyTorch settings on which a call depends
+    split: _shards.Rule | None = None  # the ways to split a call among processes
     source: str = ""
     takes_variant: bool = field(init=False)  # whether `fused` is told which variant to run
     dense_at: tuple[int, ...] = field(init=False)  # positions of arguments that are made dense
     dense_names: frozenset[str] = field(init=False)
     floor: _gate.Floor = field(init=False, default_factory=_gate.Floor)
     names: tuple[str, ...] = field(init=False)  # of the public function's parameters
+    keyword_only: frozenset[str] = field(init=False)
     keyed_by: int = field(init=False)  # the parameter by whose shape plans are found
     plans: Plans = field(init=False)
 
     def __post_init__(self):
         declared = inspect.signature(self.fused).parameters
         at, dense = not_strided(self.fused, self.strided)
-        names = tuple([p.name for p in _front.parameters(self.fused)])
+        parameters = _front.parameters(self.fused)
+        names = tuple([p.name for p in parameters])
         for name, value in (
             ("takes_variant", "variant" in declared),
             ("dense_at", at),
             ("dense_names", dense),
             ("names", names),
+            ("keyword_only", frozenset([p.name for p in parameters if p.kind is p.KEYWORD_ONLY])),
             ("keyed_by", names.index(_front.below(self, names[0]).tensors[0])),
         ):
             object.__setattr__(self, name, value)
@@ -92,6 +96,11 @@ class Op:
 
     def __repr__(self):
         return f"Op({self.name})"
+
+    def find_floor(self) -> None:
+        """Make the floor known, if it is not."""
+        if not self.floor.known and _gate.answers():
+            self.floor.set(_gate.floor(self.name, self.variants))
 
     def autocast_list(self, device_type: str):
         return self.autocast if device_type == "cuda" else self.autocast_cpu
@@ -146,12 +155,13 @@ def _refuse_tensor(op: Op, t: Tensor) -> str | None:
 
 
 _NO_TENSOR = "there is no tensor among the arguments"
+_WRAPPED = "an argument is a DTensor, or the result of a collective that is not complete"
 
 
-def _survey(op: Op, args: tuple, kwargs: dict) -> str | Tensor:
+def survey(op: Op, args: tuple, kwargs: dict) -> str | Tensor:
     """Why no kernel can take this call, for reasons that all ops share; else one of its tensors.
 
-    Tensors inside tuples and lists count, too.
+    Tensors inside tuples and lists count, too. `_WRAPPED` if local tensors are inside.
     """
     if not _mode.HAS_TRITON:
         return "triton is not installed"
@@ -181,6 +191,8 @@ def _survey(op: Op, args: tuple, kwargs: dict) -> str | Tensor:
         elif kind is tuple or kind is list:
             values.extend(value)  # the loop continues with these values
         elif kind not in _SCALARS:
+            if _shards.is_wrapped(kind):
+                return _WRAPPED
             if isinstance(value, Tensor):
                 return f"an argument is a tensor subclass ({kind.__name__})"
             if hasattr(kind, "__torch_function__"):
@@ -288,14 +300,15 @@ def dispatch(op: Op, args: tuple, kwargs: dict):
     if mode == "torch":
         declined = Stock('backend("torch")')
     else:
-        if not op.floor.known and _gate.answers():
-            op.floor.set(_gate.floor(op.name, op.variants))
+        op.find_floor()
         declined = _try_kernel(op, args, kwargs, mode)
         if not isinstance(declined, Stock):
             _mode.note(op, None)
             return declined
     _mode.note(op, declined.why)
     if mode != "triton":
+        if mode == "auto":
+            op.plans.declined(args, kwargs)
         return op.stock(*args, **kwargs)
     if isinstance(declined, Invalid):
         op.stock(*args, **kwargs)  # raises PyTorch's error
@@ -327,12 +340,20 @@ def _raise_as_stock(op: Op, args: tuple, kwargs: dict) -> None:
 
 def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
     """The result of the fused function; a `Stock` if no kernel can run, or if PyTorch is faster."""
-    found = _survey(op, args, kwargs)
+    found = survey(op, args, kwargs)
+    if found is _WRAPPED:
+        local = _shards.local(op.names, op.split, args, kwargs)
+        if isinstance(local, str):
+            return Stock(local)
+        result = local.run(lambda args, kwargs: _try_kernel(op, args, kwargs, mode))
+        return result if isinstance(result, Stock) else local.whole(result)
     if isinstance(found, str):
         return Invalid(found) if found is _NO_TENSOR else Stock(found)
     tensor, variant = found, ""
-    if mode == "auto":
-        chosen = _gate.decide(op.name, op.policy, tensor.get_device(), args, kwargs)
+    if mode != "triton":
+        chosen = _gate.decide(
+            op.name, op.policy, tensor.get_device(), args, kwargs, free=mode == "graph"
+        )
         if isinstance(chosen, Stock):
             return chosen
         variant = chosen

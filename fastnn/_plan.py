@@ -119,6 +119,24 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
+def nests(value: Any) -> bool:
+    """Whether `value` is a tuple or a list that holds a tensor, at any depth."""
+    if type(value) is not tuple and type(value) is not list:
+        return False
+    return any(isinstance(v, Tensor) or nests(v) for v in value)
+
+
+def flat(values: Any) -> list:
+    """`values`, with the elements of a tuple or a list that holds tensors in its place."""
+    found: list = []
+    for value in values:
+        if nests(value):
+            found += flat(value)
+        else:
+            found.append(value)
+    return found
+
+
 # ---- What op files tell a recorder --------------------------------------------------------------
 
 

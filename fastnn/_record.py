@@ -5,6 +5,7 @@ What cannot be a plan runs as always, and `refusals` tells why.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -30,6 +32,7 @@ from fastnn._plan import (
     Refused,
     Slot,
     active,
+    flat,
     reads,
 )
 from fastnn._strides import in_layout
@@ -316,6 +319,7 @@ class Recorder:
         self.log = _Log(tensors, drawn)
         self.pass_: Pass | None = None
         self.inside = False
+        self.followed = False  # whether autograd follows what comes before the function
 
     def refuse(self, why: str) -> None:
         self.log.refuse(why)
@@ -330,9 +334,10 @@ class Recorder:
         at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
         for i in at:
             slot = self.log.slots.get(args[i]._cdata)
-            if slot is None or (slot >= len(self.tensors) and args[i].requires_grad):
+            if slot is None:
                 self.refuse("an argument was converted first")
                 return None
+            self.followed |= slot >= len(self.tensors) and args[i].requires_grad
             self.log.views.pop(slot, None)  # the function is given this tensor, not its base
         graph = torch.is_grad_enabled() and any(args[i].requires_grad for i in at)
         needs = tuple([graph and isinstance(a, Tensor) and a.requires_grad for a in args])
@@ -577,6 +582,17 @@ def using(on: bool) -> Iterator[None]:
         forget()
 
 
+@contextmanager
+def paused() -> Iterator[None]:
+    """Calls in the block run without plans, in all threads. Plans that were made stay."""
+    global _on
+    before, _on = _on, False
+    try:
+        yield
+    finally:
+        _on = before
+
+
 def _plannable(t: Tensor) -> bool:
     """Whether a plan may be given `t`: memory of its own, at an address that kernels like."""
     return (
@@ -586,6 +602,21 @@ def _plannable(t: Tensor) -> bool:
         and not t.is_inference()
         and t.data_ptr() % 16 == 0
         and t.data_ptr() != 0
+    )
+
+
+def _plain(value: Any) -> bool:
+    return type(value) in _TENSORS and value.layout is torch.strided
+
+
+def _unusual() -> bool:
+    """Whether something watches or transforms the calls of this thread."""
+    return bool(
+        torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
     )
 
 
@@ -605,6 +636,7 @@ class Plans:
     def __init__(self, record: Any):
         self.record = record
         self.ready: dict[tuple, list[Callable]] = {}
+        self.graphed: list[str] = []  # not empty if some are for graph capture
         self.count = 0
         self.seen: dict[tuple, int] = {}  # key -> how often it may still be recorded
         self.vain_at: dict[tuple, int] = {}  # key of `ready` -> how many recordings were in vain
@@ -616,6 +648,7 @@ class Plans:
     def forget(self) -> None:
         """Forget all plans, and which calls were seen."""
         self.ready.clear()
+        self.graphed.clear()
         self.seen.clear()
         self.vain_at.clear()
         self.count = self.vain = 0
@@ -630,25 +663,13 @@ class Plans:
         rough = self._rough(values, mode)
         if self.vain_at.get(rough, 0) >= _TRIES_OF_ONE or torch.is_inference_mode_enabled() or _HIP:
             return call()
-        tensors = tuple([v for v in values if isinstance(v, Tensor)])
-        if not tensors:  # they are all inside tuples or lists
-            return call()
-        device = tensors[0].device.type
+        leaves = flat(values)
+        tensors = tuple([v for v in leaves if isinstance(v, Tensor)])
         if not all(map(_plannable, tensors)):
             return call()
-        facts = [_fact(v) for v in values]
-        state = torch.is_grad_enabled(), mode, self._settings(), _runner.autocast(device)
-        key = (*state, *facts)
-        try:
-            left = self.seen.get(key)
-        except TypeError:  # an argument that does not hash
-            return call()
-        if left is None:
-            if len(self.seen) >= MOST:
-                self.seen.clear()
-            self.seen[key] = _ATTEMPTS
-            return call()
-        if not left or not all(isinstance(v, Tensor) or _constant(v) for v in values):
+        key = self._key(values, tensors, mode)
+        left = self._left(key)
+        if not left or not all(isinstance(v, Tensor) or _constant(v) for v in leaves):
             return call()
         self.seen[key] = left - 1  # a recording that an exception ends may be tried again
         result, why = self._record(values, tensors, mode, call)
@@ -660,6 +681,45 @@ class Plans:
             self.vain_at[rough] = self.vain_at.get(rough, 0) + 1
             refusals[self.record.name, why] += 1
         return result
+
+    def declined(self, args: tuple, kwargs: dict) -> None:
+        """Remember that a call went to stock in `auto`, if it is the signature's second.
+
+        The next one takes the way of a plan, and so finds stock behind the guard alone. What is
+        remembered wrongly, because something has changed that the guard does not see, costs time.
+        """
+        if not _on or active.recorder is not None or _mode.uniform() != "auto" or _unusual():
+            return
+        values = (*args, *kwargs.values())
+        leaves = flat(values)
+        tensors = tuple([v for v in leaves if isinstance(v, Tensor)])
+        if not tensors or not all(_plain(v) or _constant(v) for v in leaves):
+            return
+        key = ("stock", *self._key(values, tensors, "auto"))
+        if self._left(key):
+            self.seen[key] = 0
+            try:
+                self._keep(_runner.declined(self.record, values), values, "auto")
+            except Refused as e:
+                refusals[self.record.name, str(e)] += 1
+
+    def _key(self, values: tuple, tensors: tuple, mode: str) -> tuple:
+        """The signature of a call."""
+        autocast = _runner.autocast(tensors[0].device.type)
+        state = torch.is_grad_enabled(), mode, self._settings(), autocast
+        return *state, *map(_fact, values)
+
+    def _left(self, key: tuple) -> int:
+        """How often a call with this key may still be recorded; 0 at the first call."""
+        try:
+            left = self.seen.get(key)
+        except TypeError:  # an argument that does not hash
+            return 0
+        if left is None:
+            if len(self.seen) >= MOST:
+                self.seen.clear()
+            self.seen[key] = _ATTEMPTS
+        return left or 0
 
     def _rough(self, values: tuple, mode: str) -> tuple:
         """The key under which the public function looks for plans."""
@@ -702,11 +762,17 @@ class Plans:
             raise Refused("it depends on a setting that the record of the op does not name")
         log, inputs = recorder.log, [heard.args[i] for i in heard.at]
         before = log.program(inputs, (), 0, heard.prologue)
+        if recorder.followed and not all(map(_differentiable, before.steps)):
+            raise Refused("an argument was converted first, in a way that autograd cannot follow")
         after = log.program(heard.raw, heard.saved, heard.prologue)
         if any(r is not None and r < after.given for r in after.results):
             raise Refused("a result is one of the arguments")
         plan = heard.plan
         run = _runner.call(self.record, plan, before, after, values, heard, picked)
+        self._keep(run, values, mode)
+        self.vain = 0
+
+    def _keep(self, run: Callable, values: tuple, mode: str) -> None:
         if self.count >= MOST:
             self.ready.clear()
             self.count = 0
@@ -716,18 +782,27 @@ class Plans:
             self.count -= 1
         plans.append(run)
         self.count += 1
-        self.vain = 0
+        if mode == "graph" and not self.graphed:
+            self.graphed.append(mode)
+            self.record.floor.hold()
 
 
-def _picked(result: Any, outputs: tuple, many: bool) -> int | None:
-    """Which of the outputs the call returns; None: all of them."""
-    if many and isinstance(result, tuple) and len(result) == len(outputs):
-        if all(a is b for a, b in zip(result, outputs, strict=True)):
+def _picked(result: Any, outputs: tuple, many: bool) -> int | tuple[int, ...] | None:
+    """Which of the outputs the call returns, or a tuple of which; None: all of them."""
+    places = {id(out): i for i, out in enumerate(outputs) if out is not None}
+    if isinstance(result, Tensor) and id(result) in places:
+        return places[id(result)]
+    if many and type(result) is tuple:
+        if len(result) == len(outputs) and all(map(operator.is_, result, outputs)):
             return None
-    for i, out in enumerate(outputs):
-        if result is out:
-            return i
+        if result and all(id(r) in places for r in result):
+            return tuple([places[id(r)] for r in result])
     raise Refused("it does something after its autograd function")
+
+
+def _differentiable(step: Any) -> bool:
+    """Whether autograd follows a step when it is replayed, as it did when it was recorded."""
+    return isinstance(step, Call) and not step.function._schema.is_mutable
 
 
 def _fact(value: Any) -> Any:

@@ -66,7 +66,7 @@ def _signed(value: int) -> int:
     return value - (value >> 63 << 64)
 
 
-def _reserve(generator, increment: int):
+def reserve_numbers(generator, increment: int):
     """(seed, offset, SEED, OFFSET) of a `Draw`; advances the generator. None if that is impossible.
 
     The two tensors are None if no graph is being captured.
@@ -99,7 +99,7 @@ def _no_state(device: int) -> tuple[Tensor, Tensor]:
     return scratch[4:], scratch
 
 
-def _plain(device: int, seed: int, offset: int, launch: Plan) -> Draw:
+def plain_draw(device: int, seed: int, offset: int, launch: Plan) -> Draw:
     zeros, scratch = _no_state(device)
     if active.recorder is not None:
         active.recorder.log.lasting(zeros, scratch)
@@ -107,7 +107,7 @@ def _plain(device: int, seed: int, offset: int, launch: Plan) -> Draw:
     return Draw(seed, offset, zeros, zeros, launch.blocks, launch.vec, scratch)
 
 
-def _draw(device: int, launch: Plan) -> Draw | str:
+def draw_planned(device: int, launch: Plan) -> Draw | str:
     recorder = active.recorder
     if recorder is None:
         return _drawn(device, launch)
@@ -127,13 +127,13 @@ def numbers(device: int, launch: Plan) -> tuple[int, int]:
 def _drawn(device: int, launch: Plan) -> Draw | str:
     if device < 0:
         seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
-        return _plain(device, seed, 0, launch)
-    reserved = _reserve(torch.cuda.default_generators[device], launch.increment)
+        return plain_draw(device, seed, 0, launch)
+    reserved = reserve_numbers(torch.cuda.default_generators[device], launch.increment)
     if reserved is None:
         return "this torch cannot reserve random numbers under graph capture"
     seed, offset, SEED, OFFSET = reserved
     if SEED is None:
-        return _plain(device, seed, offset, launch)
+        return plain_draw(device, seed, offset, launch)
     return kernels._philox.Draw(seed, offset, SEED, OFFSET, launch.blocks, launch.vec)
 
 
@@ -147,7 +147,7 @@ def draw_native(x: Tensor) -> Draw | str:
     widest = width_limit(device, x.element_size())
     if isinstance(widest, str):
         return widest
-    return _draw(device, _plan_native(x, widest))
+    return draw_planned(device, _plan_native(x, widest))
 
 
 def draw_native_of_new(n: int, itemsize: int, device: int) -> Draw | str:
@@ -158,15 +158,15 @@ def draw_native_of_new(n: int, itemsize: int, device: int) -> Draw | str:
     widest = width_limit(device, itemsize)
     if isinstance(widest, str):
         return widest
-    return _draw(device, plan(n, most_blocks(device), widest, 0, itemsize))
+    return draw_planned(device, plan(n, most_blocks(device), widest, 0, itemsize))
 
 
 def draw_bernoulli(n: int, device: int) -> Draw | str:
     """What `bernoulli_` draws for n > 0 elements, in storage order."""
-    agrees = _probe_bernoulli(device)
+    agrees = probe_bernoulli(device)
     if isinstance(agrees, str):
         return agrees
-    return _draw(device, plan(n, most_blocks(device)))
+    return draw_planned(device, plan(n, most_blocks(device)))
 
 
 def draw_own(increment: int, device: int) -> Draw | str:
@@ -174,12 +174,12 @@ def draw_own(increment: int, device: int) -> Draw | str:
 
     `increment` is a multiple of 4. The draw has `vec` 0, because it follows no layout of ATen.
     """
-    return _draw(device, Plan(1, 0, increment))
+    return draw_planned(device, Plan(1, 0, increment))
 
 
 def draw_nothing(n: int, device: int) -> Draw:
     """For p = 1, where PyTorch does not advance the generator. With bound 0, for any n."""
-    return _plain(device, 0, 0, plan(n, most_blocks(device))._replace(vec=4))
+    return plain_draw(device, 0, 0, plan(n, most_blocks(device))._replace(vec=4))
 
 
 def width(x: Tensor) -> int:
@@ -204,23 +204,23 @@ def width_limit(device: int, itemsize: int) -> int | str:
     return 16 // itemsize if device < 0 else _once(("native", device, itemsize), _probe_native)
 
 
-def _probe_bernoulli(device: int) -> int | str:
+def probe_bernoulli(device: int) -> int | str:
     return 1 if device < 0 else _once(("bernoulli", device, 4), _probe_plain)
 
 
-_probed: dict[tuple, int | str] = {}
+probe_results: dict[tuple, int | str] = {}
 
 
 def _once(key: tuple, probe) -> int | str:
-    known = _probed.get(key)
+    known = probe_results.get(key)
     if known is None:
         if torch.cuda.is_current_stream_capturing():
             return "first use under graph capture; call it once before"
-        known = _probed[key] = probe(*key[1:])
+        known = probe_results[key] = probe(*key[1:])
     return known
 
 
-def _home(device: int):
+def probe_home(device: int):
     """The device on which the probe runs, and the generator whose state it must put back."""
     return f"cuda:{device}", torch.cuda.default_generators[device]
 
@@ -229,7 +229,7 @@ def _probe_native(device: int, itemsize: int) -> int | str:
     dtype = torch.float32 if itemsize == 4 else torch.float16
     for vec in (16 // itemsize, 4):  # 16-bit accesses became 8 wide in a later release
         n = int(_ROUNDS_OF_PROBE * most_blocks(device) * _THREADS) * vec
-        x = torch.ones(n, dtype=dtype, device=_home(device)[0])
+        x = torch.ones(n, dtype=dtype, device=probe_home(device)[0])
         if _agrees(device, x, vec, lambda x: torch.native_dropout(x, 0.5, True)[1]):
             return vec
     return f"this torch lays out its dropout mask in another way ({dtype})"
@@ -237,14 +237,14 @@ def _probe_native(device: int, itemsize: int) -> int | str:
 
 def _probe_plain(device: int, itemsize: int) -> int | str:
     n = int(_ROUNDS_OF_PROBE * most_blocks(device) * _THREADS) * 4 + 1
-    x = torch.ones(n, device=_home(device)[0])
+    x = torch.ones(n, device=probe_home(device)[0])
     if _agrees(device, x, 1, lambda x: torch.empty_like(x).bernoulli_(0.5)):
         return 1
     return "this torch lays out the numbers of bernoulli_ in another way"
 
 
 def _agrees(device: int, x: Tensor, vec: int, native) -> bool:
-    _, generator = _home(device)
+    _, generator = probe_home(device)
     launch = plan(x.numel(), most_blocks(device), vec, x.data_ptr(), x.element_size())
     with torch.no_grad(), _lock:
         before = generator.get_offset()
@@ -252,6 +252,6 @@ def _agrees(device: int, x: Tensor, vec: int, native) -> bool:
         advanced = generator.get_offset() - before
         generator.set_offset(before)
         seed = _signed(generator.initial_seed())
-        draw = _plain(x.get_device(), seed, before, launch)
+        draw = plain_draw(x.get_device(), seed, before, launch)
         y = kernels.dropout.elements(x, draw, kernels._philox.bound(0.5), 1.0)
         return advanced == launch.increment and torch.equal(y.bool(), mask.bool())

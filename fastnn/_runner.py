@@ -26,6 +26,8 @@ from fastnn._plan import (
     Program,
     Refused,
     Slot,
+    flat,
+    nests,
     reads,
     same,
 )
@@ -285,15 +287,14 @@ def call(
         return _make(cells, f"def function({', '.join(['drawn', *given])}):", lines)
 
     plan.forward = body(f"{results}, {_slots(after.saved)}, drawn")
-    wanted = results if picked is None else _slots((after.results[picked],))[1:-3]
+    if picked is None:
+        wanted = results
+    elif isinstance(picked, tuple):
+        wanted = _slots([after.results[i] for i in picked])
+    else:
+        wanted = _slots((after.results[picked],))[1:-3]
     cells = _Cells()
-    names = [f"a{i}" for i in range(len(values))]
-    mine = [n for n, v in zip(names, values, strict=True) if isinstance(v, Tensor)]
-    tensors = [v for v in values if isinstance(v, Tensor)]
-    asked = [f"{cells(_guard(tensors))}({', '.join(mine)})"]
-    for name, value, said in zip(names, values, record.names, strict=True):
-        if not isinstance(value, Tensor) and said != "_stacklevel":
-            asked.append(_equals(name, value, cells))
+    names, mine, asked = _fitting(record, values, cells)
     asked += [_aligned(mine), *_ready(record, after, cells)]
     lines = []
     passed = [mine[s] if s < len(mine) else _name(s) for s in order]
@@ -304,7 +305,11 @@ def call(
     passed.insert(0, "drawn" if early_draw else "None")
     if heard.graph:
         run = f"{cells(plan.node)}({cells(plan)}, None, {', '.join(passed)})"
-        run += "" if picked is None or not heard.many else f"[{picked}]"
+        if isinstance(picked, tuple):
+            lines.append(f"out = {run}")
+            run = f"({''.join(f'out[{i}], ' for i in picked)})"
+        elif picked is not None and heard.many:
+            run += f"[{picked}]"
     else:
         run = f"{cells(body(wanted))}({', '.join(passed)})"
     lines = [
@@ -320,6 +325,55 @@ def call(
     if native is not None:
         return native
     return _make(cells, f"def function({', '.join(names)}):", lines)
+
+
+def declined(record: Any, values: tuple) -> Callable:
+    """A function that calls PyTorch for such calls of the op as this one, or returns UNFIT."""
+    why = unavailable()
+    if why is not None:
+        raise Refused(why)
+    cells = _Cells()
+    names, _, asked = _fitting(record, values, cells)
+    if record.settings is not None:
+        asked.append(f"{cells(record.settings)}() == {cells(record.settings())}")
+    given = []
+    for name, said in zip(names, record.names, strict=True):
+        # A warning names the user's line: this function and the public one lie between.
+        value = f"{name} + 2" if said == "_stacklevel" else name
+        given.append(f"{said}={value}" if said in record.keyword_only else value)
+    lines = [
+        f"if {' and '.join(asked)}:",
+        f"    return {cells(record.stock)}({', '.join(given)})",
+        f"return {cells(UNFIT)}",
+    ]
+    return _make(cells, f"def function({', '.join(names)}):", lines)
+
+
+def _fitting(record: Any, values: tuple, cells: _Cells) -> tuple[list[str], list[str], list[str]]:
+    """(names of the arguments, names of their tensors, sources of what must hold of them)."""
+    names = [f"a{i}" for i in range(len(values))]
+    mine: list[str] = []
+    forms: list[str] = []
+    equal: list[str] = []
+
+    def take(name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            mine.append(name)
+        elif nests(value):
+            inner = [f"{name}_{i}" for i in range(len(value))]
+            elements = ", ".join(f"{n} := {name}[{i}]" for i, n in enumerate(inner))
+            kind = type(value).__name__
+            forms.append(f"type({name}) is {kind} and len({name}) == {len(value)} and [{elements}]")
+            for n, v in zip(inner, value, strict=True):
+                take(n, v)
+        else:
+            equal.append(_equals(name, value, cells))
+
+    for name, value, said in zip(names, values, record.names, strict=True):
+        if said != "_stacklevel":
+            take(name, value)
+    tensors = [v for v in flat(values) if isinstance(v, Tensor)]
+    return names, mine, [*forms, f"{cells(_guard(tensors))}({', '.join(mine)})", *equal]
 
 
 def _equals(name: str, value: Any, cells: _Cells) -> str:

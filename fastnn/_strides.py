@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastnn._shards import plain_gradient
 from fastnn.kernels._tl import dense, is_dense  # type: ignore[import-not-found]
 
 
@@ -56,9 +57,13 @@ def in_layout(t: Tensor | None, strides: tuple[int, ...] | None) -> Tensor | Non
 
 
 def with_dense_gradients(backward: Callable, at: tuple[int, ...]) -> Callable:
-    """`backward(ctx, *grads)`, with the gradients at the positions `at` made dense."""
+    """`backward(ctx, *grads)`, with plain gradients, those at the positions `at` made dense."""
 
     def call(ctx, *grads):
+        for g in grads:
+            if g is not None and type(g) is not Tensor:
+                grads = tuple([g if g is None else plain_gradient(g) for g in grads])
+                break
         for i in at:
             g = grads[i]
             if g is not None and not is_dense(g):

@@ -142,7 +142,7 @@ def tunable(*sizes: str) -> Callable[[Callable[..., dict]], Tunable]:
     return lambda formula: Tunable(formula, sizes)
 
 
-def _forget() -> None:
+def forget_tables() -> None:
     for one in TUNABLES.values():
         one._known.clear()
     _gpus.changed()
@@ -153,12 +153,12 @@ def trying(table: Mapping[str, Mapping[str, dict]]) -> Iterator[None]:
     """Use `table` instead of the shipped one: {function: {arguments: changes to the formula}}."""
     global _tried
     before, _tried = _tried, table
-    _forget()
+    forget_tables()
     try:
         yield
     finally:
         _tried = before
-        _forget()
+        forget_tables()
 
 
 @contextmanager

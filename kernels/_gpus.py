@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -55,6 +56,12 @@ class GPU:
     """32-bit registers that one thread may use."""
     lanes: int = 32
     """Threads per warp."""
+    clock: float = 0.0
+    """Cycles per second under load; 0 if it is not known. Only `fastnn.testing.roof` needs it."""
+    reached: float = 0.0
+    """Bytes per second from memory that kernels reach; 0 if it is not known."""
+    l2_reached: float = 0.0
+    """Bytes per second from the L2 cache; 0 if it is not known."""
     tf32: bool = True
     """Whether its matrix units multiply fp32 rounded to tf32. If False, Triton refuses tf32."""
 
@@ -81,6 +88,10 @@ def _cdna(name: str, shared: int, **facts) -> GPU:
     )  # fmt: skip
 
 
+# The H100 SXM. 3.05e12 was read off times of LayerNorm and squared ReLU that others published
+# (docs/benchmarks.md). The clock and the bandwidth of L2 are assumptions.
+_H100: dict[str, Any] = {"clock": 1.755e9, "reached": 3.05e12, "l2_reached": 5.5e12}
+
 GPUS: dict[str, GPU] = {
     gpu.name: gpu
     for gpu in (
@@ -89,7 +100,7 @@ GPUS: dict[str, GPU] = {
         GPU("sm_80", "mma", 163 * KIB, 164 * KIB, 64, 32, 108, 2.04e12, "3.6"),  # A100
         GPU("sm_86", "mma", 99 * KIB, 100 * KIB, 48, 16, 84, 0.70e12, "3.7"),  # A40
         GPU("sm_89", "mma", 99 * KIB, 100 * KIB, 48, 24, 142, 0.86e12, "3.7"),  # L40S
-        GPU("sm_90", "wgmma", 227 * KIB, 228 * KIB, 64, 32, 132, 3.35e12, "3.6"),  # H100 SXM
+        GPU("sm_90", "wgmma", 227 * KIB, 228 * KIB, 64, 32, 132, 3.35e12, "3.6", **_H100),
         GPU("sm_100", "tcgen05", 227 * KIB, 228 * KIB, 64, 32, 148, 8.0e12, "3.7"),  # B200
         GPU("sm_120", "mma", 99 * KIB, 100 * KIB, 48, 24, 170, 1.79e12, "3.7"),  # RTX 5090
         _cdna("gfx90a", 64 * KIB, sms=104, bandwidth=1.64e12, compiled_from="3.7"),  # MI210

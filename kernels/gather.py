@@ -346,7 +346,7 @@ def _launch(source, result, axes, backward, mode, fill=0.0):
     return True
 
 
-def _empty(shape, like, dtype, channels_last):
+def empty_in_layout(shape, like, dtype, channels_last):
     """Uninitialised, dense, and the order of its dimensions in memory."""
     dims = len(shape)
     if not channels_last:
@@ -366,7 +366,7 @@ def pad_fwd(x, pads, mode, fill=0.0, dtype=None, channels_last=False):
     """x of any strides, (before, after) of each dimension -> y, padded, dense."""
     x = near(x)
     shape = [size + sum(both) for size, both in zip(x.shape, pads, strict=True)]
-    y, order = _empty(shape, x, dtype or x.dtype, channels_last)
+    y, order = empty_in_layout(shape, x, dtype or x.dtype, channels_last)
     if y.numel():
         axes = [_Axis(shape[d], x.shape[d], x.stride(d), *pads[d]) for d in order]
         _launch(x, y, axes, False, mode, fill)
@@ -376,7 +376,7 @@ def pad_fwd(x, pads, mode, fill=0.0, dtype=None, channels_last=False):
 def pad_bwd(dy, shape, pads, mode, dtype, channels_last=False):
     """dy of any strides -> dx of that shape, dense."""
     dy = near(dy)
-    dx, order = _empty(shape, dy, dtype, channels_last)
+    dx, order = empty_in_layout(shape, dy, dtype, channels_last)
     if dx.numel():
         axes = [_Axis(dy.shape[d], shape[d], dy.stride(d), *pads[d]) for d in order]
         _launch(dy, dx, axes, True, mode)
@@ -401,7 +401,7 @@ def shuffle(x, split, order, channels_last=False):
             step *= size
         parts += reversed(axes)
     shape = [math.prod(parts[i].out for i in dim) for dim in order]
-    y, storage = _empty(shape, x, x.dtype, channels_last)
+    y, storage = empty_in_layout(shape, x, x.dtype, channels_last)
     if y.numel():
         walked = [parts[i] for d in storage for i in order[d]]
         if not _launch(x, y, walked, False, "constant"):

@@ -168,7 +168,7 @@ def _finish_kernel(PARTIAL, LOSS, COUNT, G, MEAN: tl.constexpr, BLOCK: tl.conste
 def finish(partial, loss, count, reduction):
     """partial (2, G) fp64, sums of losses and of weights -> loss, and the divisor of a mean."""
     G = partial.shape[1]
-    block = min(max(next_power_of_2(G), 32), 8192)
+    block = min(max(next_power_of_2(G), 32), 4096)  # 8192 fp64 pairs do not fit in registers
     num_warps = min(max(block // 256, 1), 16)
     _finish_kernel(
         (1,), partial, loss, count, G, MEAN=reduction == "mean", BLOCK=block, num_warps=num_warps

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from fastnn.kernels import _gpus, _rows
+from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense
@@ -83,7 +84,7 @@ def centred(x, mask, N):
 
 
 @triton.jit
-def _rstd(m2, N, eps):
+def rstd_of(m2, N, eps):
     return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(m2, N.to(tl.float32)) + eps))
 
 
@@ -107,7 +108,7 @@ def _norm_fwd_kernel(
     if CENTER:
         x, mean = centred(x, mask, N)
         tl.store(MEAN + m, mean, mask=m < M)
-    rstd = _rstd(tl.sum(x * x, 1), N, eps)
+    rstd = rstd_of(tl.sum(x * x, 1), N, eps)
     tl.store(RSTD + m, rstd, mask=m < M)
     y = x * rstd[:, None]
     if W is not None:
@@ -164,7 +165,7 @@ def _norm_fwd_wide_kernel(
             part = tl.load(CHUNK_MEAN + m * S + s, mask=s < S, other=0.0)
         count = tl.minimum(tl.maximum(N - s * (chunk_blocks * BLOCK), 0), chunk_blocks * BLOCK)
         mean, m2 = _pool(part, m2, count.to(tl.float32), N.to(tl.float32), CENTER)
-    rstd = _rstd(m2, N, eps)
+    rstd = rstd_of(m2, N, eps)
     if pid % S == 0:
         tl.store(RSTD + m, rstd)
         if CENTER:
@@ -391,7 +392,7 @@ def reads_once(N, itemsize):
     return _rows.fits(N, unit, ROW) and _rows.fits(N, unit, most)
 
 
-def _processors(device_index):
+def processors_of(device_index):
     if _gpus.architecture(device_index) == "cpu":
         return 2  # in the interpreter, so that programs loop and their partial sums are added up
     return _gpus.multiprocessors(device_index)
@@ -459,7 +460,7 @@ def bwd(dy, x, weight, mean, rstd, dims, need_dx, dw_dtype, db_dtype):
     flags = {"UNIT": unit, "CENTER": mean is not None}
     weight = None if weight is None else dense(weight)
     params = [t for t in (dw, db) if t is not None]
-    processors = _processors(x.get_device())
+    processors = processors_of(x.get_device())
 
     def partials(G):
         """Where G programs write their dw and db: partial sums, or the results if G is 1."""
@@ -481,7 +482,7 @@ def bwd(dy, x, weight, mean, rstd, dims, need_dx, dw_dtype, db_dtype):
             (G,), dy, x, weight, mean, rstd, dx, dw_part, db_part, *sizes, **flags, **config
         )
         if parts is not None:
-            _sum(parts, dw, db, G, N, unit)
+            reduce_partials(parts, dw, db, G, N, unit)
         return results
     if params:
         block_m = min(next_power_of_2(max(M, 1)), 32)
@@ -494,7 +495,7 @@ def bwd(dy, x, weight, mean, rstd, dims, need_dx, dw_dtype, db_dtype):
             **flags, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
         )  # fmt: skip
         if parts is not None:
-            _sum(parts, dw, db, G, N, unit)
+            reduce_partials(parts, dw, db, G, N, unit)
     return results
 
 
@@ -516,8 +517,18 @@ def _bwd_dx_wide(dy, x, weight, mean, rstd, dx, sizes, flags):
     )  # fmt: skip
 
 
-def _sum(parts, dw, db, G, N, unit):
+@tunable("BLOCK_G", "BLOCK_N")
+def _sum_tile(G):
+    """Few columns, so that there are many programs, and few turns, each of which waits for memory.
+
+    A row of 16 columns fills two sectors of memory.
+    """
+    block_g = max(32, min(next_power_of_2(G), 256))
+    return {"BLOCK_G": block_g, "BLOCK_N": 16, "num_warps": 8 if block_g > 64 else 2}
+
+
+def reduce_partials(parts, dw, db, G, N, unit):
+    config = _sum_tile(G)
     _norm_bwd_sum_kernel(
-        (cdiv(N, 64),), parts, dw, db, G, N // unit,
-        UNIT=unit, BLOCK_G=32, BLOCK_N=64, num_warps=4,
-    )  # fmt: skip
+        (cdiv(N, config["BLOCK_N"]),), parts, dw, db, G, N // unit, UNIT=unit, **config
+    )

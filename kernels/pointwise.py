@@ -28,7 +28,7 @@ from fastnn.kernels._tl import dense_like, empty_as
 
 
 @triton.jit
-def _sigmoid(x):
+def logistic(x):
     return tl.div_rn(1.0, 1.0 + libdevice.exp(-x))
 
 
@@ -190,7 +190,7 @@ def silu(x, a, b):
 
 @triton.jit
 def silu_grad(dy, x, a, b):
-    s = _sigmoid(x)
+    s = logistic(x)
     return dy * s * (1.0 + x * (1.0 - s))
 
 
@@ -208,12 +208,12 @@ def mish_grad(dy, x, a, b):
     e = libdevice.exp(x)
     n = e * (e + 2.0)
     t = tl.where(x > 20.0, 1.0, tl.div_rn(n, n + 2.0))
-    return dy * (t + x * _sigmoid(x) * (1.0 - t) * (1.0 + t))
+    return dy * (t + x * logistic(x) * (1.0 - t) * (1.0 + t))
 
 
 @triton.jit
 def sigmoid(x, a, b):
-    return _sigmoid(x)
+    return logistic(x)
 
 
 @triton.jit

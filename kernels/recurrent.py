@@ -22,7 +22,7 @@ from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense
-from fastnn.kernels.pointwise import _sigmoid
+from fastnn.kernels.pointwise import logistic
 
 
 @triton.jit
@@ -106,10 +106,10 @@ def _lstm_cell_fwd_kernel(
     """
     b, j, mask = _tile(B, H, BLOCK_B, BLOCK_H)
     row = b * H * 4
-    i = _sigmoid(_gate(GI, GH, BI, BH, row, j, mask))
-    f = _sigmoid(_gate(GI, GH, BI, BH, row, j + H, mask))
+    i = logistic(_gate(GI, GH, BI, BH, row, j, mask))
+    f = logistic(_gate(GI, GH, BI, BH, row, j + H, mask))
     g = libdevice.tanh(_gate(GI, GH, BI, BH, row, j + 2 * H, mask))
-    o = _sigmoid(_gate(GI, GH, BI, BH, row, j + 3 * H, mask))
+    o = logistic(_gate(GI, GH, BI, BH, row, j + 3 * H, mask))
     c = f * _get(C, b * H + j, mask) + i * g
     _put(Y, b * H + j, o * libdevice.tanh(c), mask)
     _put(YC, b * H + j, c, mask)
@@ -164,8 +164,8 @@ def _gru_cell_fwd_kernel(
     b, j, mask = _tile(B, H, BLOCK_B, BLOCK_H)
     row = b * H * 3
     at = b * H + j
-    r = _sigmoid(_gate(GI, GH, BI, BH, row, j, mask))
-    z = _sigmoid(_gate(GI, GH, BI, BH, row, j + H, mask))
+    r = logistic(_gate(GI, GH, BI, BH, row, j, mask))
+    z = logistic(_gate(GI, GH, BI, BH, row, j + H, mask))
     m = _half(GH, BH, row, j + 2 * H, mask)
     n = libdevice.tanh(_half(GI, BI, row, j + 2 * H, mask) + r * m)
     h = _get(HX, at, mask)

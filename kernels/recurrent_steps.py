@@ -24,7 +24,7 @@ from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense
-from fastnn.kernels.pointwise import _sigmoid
+from fastnn.kernels.pointwise import logistic
 from fastnn.kernels.recurrent import _get, _put
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
@@ -92,10 +92,10 @@ def _steps_fwd_kernel(
             gi = row * (G * H) + j
             kept = row * (4 * H) + j
             if LSTM:
-                i = _sigmoid(_get(GI, gi, mask) + acc0)
-                f = _sigmoid(_get(GI, gi + H, mask) + acc1)
+                i = logistic(_get(GI, gi, mask) + acc0)
+                f = logistic(_get(GI, gi + H, mask) + acc1)
                 g = libdevice.tanh(_get(GI, gi + 2 * H, mask) + acc2)
-                o = _sigmoid(_get(GI, gi + 3 * H, mask) + acc3)
+                o = logistic(_get(GI, gi + 3 * H, mask) + acc3)
                 c = CS + (tl.cast(s % slots, tl.int64) * N + b) * H
                 c_new = CS + (tl.cast((s + 1) % slots, tl.int64) * N + b) * H
                 c = f * _get(c, j, mask) + i * g
@@ -107,8 +107,8 @@ def _steps_fwd_kernel(
                     _put(GATES, kept + 2 * H, g, mask)
                     _put(GATES, kept + 3 * H, o, mask)
             elif GRU:
-                r = _sigmoid(_get(GI, gi, mask) + acc0)
-                z = _sigmoid(_get(GI, gi + H, mask) + acc1)
+                r = logistic(_get(GI, gi, mask) + acc0)
+                z = logistic(_get(GI, gi + H, mask) + acc1)
                 n = libdevice.tanh(_get(GI, gi + 2 * H, mask) + r * acc2)
                 y = n + z * (_get(old, j, mask) - n)
                 if GATES is not None:

@@ -87,7 +87,7 @@ def _residual_norm_fwd_kernel(
             s, mean = norm.centred(s, mask, N)
             if MEAN is not None:
                 tl.store(MEAN + m, mean, mask=m < M)
-        rstd = norm._rstd(tl.sum(s * s, 1), N, eps)
+        rstd = norm.rstd_of(tl.sum(s * s, 1), N, eps)
         if RSTD is not None:
             tl.store(RSTD + m, rstd, mask=m < M)
         s *= rstd[:, None]
@@ -243,7 +243,7 @@ def bwd(
     G = cdiv(sizes[0], config["BLOCK_M"])
     dw_part, db_part, parts = dw, db, None
     if params:
-        G = _rows.summing_programs(sizes[0], config, norm._processors(s.get_device()))
+        G = _rows.summing_programs(sizes[0], config, norm.processors_of(s.get_device()))
         if G > 1:
             parts = rstd.new_empty(len(params), G, N)
             dw_part = None if dw is None else parts[0]
@@ -255,5 +255,5 @@ def bwd(
         VEC=draw.vec if draw else 0, BY_FOUR=by_four(N, draw), **config,
     )  # fmt: skip
     if parts is not None:
-        norm._sum(parts, dw, db, G, N, flags["UNIT"])
+        norm.reduce_partials(parts, dw, db, G, N, flags["UNIT"])
     return [dx if shared else dz, dx, dw, db]

@@ -24,7 +24,7 @@ import triton.language as tl
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
-from fastnn.kernels.gather import _config, _empty, near
+from fastnn.kernels.gather import _config, empty_in_layout, near
 
 # ---- where an output looks ----------------------------------------------------------------------
 #
@@ -326,7 +326,7 @@ def _tile(cols, per_thread):
 def fwd(x, size, mode, align, scales, dtype, channels_last):
     """x (N, C, *) of any strides -> y (N, C, *size), dense."""
     x = near(x)
-    y, order = _empty((*x.shape[:2], *size), x, dtype, channels_last)
+    y, order = empty_in_layout((*x.shape[:2], *size), x, dtype, channels_last)
     if y.numel():
         axes = list(zip(size, x.shape[2:], x.stride()[2:], scales, strict=True))
         _launch(_interpolate_fwd_kernel, x, y, order, mode, align, axes)
@@ -336,7 +336,7 @@ def fwd(x, size, mode, align, scales, dtype, channels_last):
 def bwd(dy, size, mode, align, scales, dtype, channels_last):
     """dy (N, C, *) of any strides -> dx (N, C, *size), dense."""
     dy = near(dy)
-    dx, order = _empty((*dy.shape[:2], *size), dy, dtype, channels_last)
+    dx, order = empty_in_layout((*dy.shape[:2], *size), dy, dtype, channels_last)
     if dx.numel():
         axes = [
             (out, n, step, s, 1.0 / s if s else 0.0, _touched(mode, s, out))

@@ -91,7 +91,7 @@ def _calls_of(case):
     inputs = case.make(torch.float32, "cpu")
     if any(isinstance(v, Tensor) and v.numel() > LARGEST for v in inputs):
         return calls
-    side = parity._side(case, fastnn, torch.float32, "cpu")
+    side = parity.side_of(case, fastnn, torch.float32, "cpu")
     options = {k: v(torch.float32, "cpu") if callable(v) else v for k, v in case.options.items()}
     if case.view is not None:
         inputs[0] = case.view(inputs[0])
@@ -123,7 +123,7 @@ def _invoke(call: Call, function, bases, upstream, layout):
         else:
             positional.append(arguments[p.name])
     out = function(*positional, **keyword)
-    outs = parity._tensors(out)
+    outs = parity.tensors_of(out)
     named = {f"output {i}": t for i, t in enumerate(outs)}
     differentiable = [t for t in outs if t.requires_grad]
     if upstream is not None and differentiable:
@@ -143,7 +143,7 @@ def _invoke(call: Call, function, bases, upstream, layout):
     return {k: t.detach() for k, t in named.items()}
 
 
-class _Upstream:
+class Upstream:
     """Incoming gradients, the same for each side of a comparison."""
 
     def __init__(self, draw: int):
@@ -179,7 +179,7 @@ def fresh(call: Call, layouts: dict, dtype=None) -> tuple[Call, dict[str, Tensor
 
 def attempt(call, function, layouts, *, dtype=None, upstream=None, layout=None) -> Outcome:
     mine, bases = fresh(call, layouts, dtype)
-    parity._seed("cpu")
+    parity.seed("cpu")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -208,7 +208,7 @@ def differences(call: Call, layouts: dict, layout=None) -> tuple[str, list[str]]
     while any(c.failure for c in comparisons) and len(found) < DRAWS:
         again = _shuffled(call, len(found))
         found.append(_compared(again, layouts, layout, len(found))[2])
-        comparisons = parity._pooled([parity.Result("kernel", None, cs) for cs in found])
+        comparisons = parity.over_draws([parity.Result("kernel", None, cs) for cs in found])
     return path, wrong + [c.failure for c in comparisons if c.failure]
 
 
@@ -226,7 +226,7 @@ def _shuffled(call, draw):
 
 def _compared(call, layouts, layout, draw):
     """(path or reason, failures, comparisons of errors)."""
-    upstream = _Upstream(draw)
+    upstream = Upstream(draw)
     ours, draws = forced(call, layouts, upstream=upstream, layout=layout)
     if ours.path == "stock":
         return ours.reason, [], []
@@ -270,7 +270,7 @@ def _compared(call, layouts, layout, draw):
             if not torch.allclose(a, b, equal_nan=True, rtol=1e-4, atol=1e-4):
                 wrong.append(f"{what}: differs from stock")
             continue
-        comparison, failure = parity._compare(what, a, b, exact.values[what])
+        comparison, failure = parity.compare_tensors(what, a, b, exact.values[what])
         if failure is not None:
             wrong.append(failure)
         else:

@@ -214,3 +214,45 @@ def test_an_interpreting_process_is_refused():
         pytest.skip("kernels are compiled in this process")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), compile_only("cuda:90"):
         pass
+
+
+# ---- roofs -------------------------------------------------------------------------------------
+
+
+def test_no_launch_needs_more_instructions_than_its_bytes_allow():
+    """Launches that the table does not have are compiled, at most `MOST`; and all are judged."""
+    skip_unproven("cuda:90")
+    print(compiling(["-m", "fastnn.bench.roofs", "--some"]))
+
+
+@kernel(do_not_specialize=["n"])
+def _sum_of_some(X, Y, n, BLOCK: tl.constexpr):
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n, BLOCK):
+        acc += tl.load(X + start + tl.arange(0, BLOCK))
+    tl.store(Y + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), acc)
+
+
+def roofs():
+    from fastnn.testing.roof import capture, disassembled, faults, roof
+
+    x, y = torch.ones(1 << 16), torch.ones(1 << 20)
+    launches = []
+    with capture(launches):
+        for n in (1 << 12, 1 << 13, 1 << 13):  # the third is the second again
+            _sum_of_some((1024,), x, y, n, BLOCK=512, num_warps=4)
+    short, long = map(roof, launches)
+    turns = [(1 << 12) // 512, (1 << 13) // 512]
+    each = (long.instructions - short.instructions) / (turns[1] - turns[0])
+    code = disassembled(launches[0].cubin)
+    adds = sum(i.op == "FADD" for i in code)
+    assert adds % 4 == 0  # four elements of a thread, in each copy of the unrolled loop
+    assert 5 <= each <= 12, each  # a load and four additions, and the loop's own
+    assert long.us["fma"] > 1.8 * short.us["fma"]
+    assert short.dram == 4 * (1024 * 512 + (1 << 12))  # X comes from memory once
+    assert short.in_flight >= 16 * 128 * short.blocks
+    assert not long.spilled and "issue" not in faults(short)
+
+
+def test_the_roof():
+    compiling(["-c", "from tests.test_aot import *\nroofs()"])

@@ -254,6 +254,12 @@ def batch_in_eval(x):
     return F.batch_norm(x, BATCH.running_mean, BATCH.running_var)
 
 
+def reshaped_and_read(x):
+    """As blocks of Swin do: the sum is reshaped, and both its norm and the next sum read it."""
+    s = (x + F.dropout(x.sin(), 0.0)).reshape(2, -1, WIDTH)
+    return s + NORM(s)
+
+
 SPELLINGS = {
     "x.mul": ("silu written out", lambda x: x.mul(x.sigmoid())),
     "sigmoid first": ("silu written out", lambda x: torch.sigmoid(x) * x),
@@ -293,6 +299,8 @@ SPELLINGS = {
     "leaky": ("linear, activation", lambda x: F.leaky_relu(LINEAR(x), 0.1, inplace=True)),
     "drop": ("linear, activation, dropout", lambda x: F.dropout(F.relu(LINEAR(x)), 0.0)),
     "torch.add": ("dropout, add, norm", lambda x: NORM(torch.add(x, F.dropout(x.sin(), 0.0)))),
+    "reshaped": ("dropout, add, norm", lambda x: NORM((x + x.sin()).view(2, 2, WIDTH))),
+    "reshaped, both": ("dropout, add, norm", lambda x: reshaped_and_read(x)),
     "batch": ("batch_norm, activation", lambda x: F.silu(BATCH(x))),
     "batch, eval": ("batch_norm, activation", lambda x: torch.relu(batch_in_eval(x))),
     "batch, add": ("batch_norm, add, relu", lambda x: (x.sin() + BATCH(x)).relu()),
@@ -382,6 +390,29 @@ def own_sum(x):
 
 def broadcast(x):
     return NORM(x + x[:1])
+
+
+def sum_read_before_a_reshape(x):
+    s = x + x.sin()
+    return NORM(s.view(2, 2, WIDTH)), s
+
+
+def rows_reshaped(x):
+    return NORM((x.view(8, 8) + x.sin().view(8, 8)).view(4, WIDTH))
+
+
+def rows_in_another_order(x):
+    s = x.view(2, 2, WIDTH) + x.sin().view(2, 2, WIDTH)
+    return NORM(s.transpose(0, 1))
+
+
+def rows_by_index(x):
+    return NORM((x + F.dropout(x.sin(), 0.0))[[1, 0, 3, 2]])
+
+
+def terms_that_are_no_rows(x):
+    t = x.view(2, 2, WIDTH).transpose(0, 1)
+    return NORM((t + t.sin()).reshape(4, WIDTH))
 
 
 def scaled_sum(x):
@@ -543,6 +574,8 @@ REFUSED = {
         (binomial_between, {}), (written_by_out, {}), (factor_of_another_layout, {}),
         (residual_of_another_layout, {}), (rows_of_another_layout, {}), (product_in_place, {}),
         (dropout_in_place, {"linear, activation": 1}), (negative_slope_in_place, {}),
+        (sum_read_before_a_reshape, {}), (rows_reshaped, {}), (rows_in_another_order, {}),
+        (rows_by_index, {}), (terms_that_are_no_rows, {}),
     )
 }  # fmt: skip
 

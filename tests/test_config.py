@@ -127,7 +127,7 @@ def question(monkeypatch, microseconds):
     def faster(question, ahead, behind, *rest):
         return microseconds(behind) / microseconds(ahead)
 
-    monkeypatch.setattr(configs, "_faster", faster)
+    monkeypatch.setattr(configs, "faster", faster)
     (found,) = configs.plan(cases.matching(rows=[GELU]), configs.on(measure.Cpu()))
     assert found.key == f"{POINTWISE}(2)" and found.rows == [(GELU, torch.bfloat16)]
     return found
@@ -155,7 +155,7 @@ def test_what_does_not_compile_or_is_wrong_changes_nothing(monkeypatch):
             raise RuntimeError("out of shared memory")
         return config["BLOCK"]
 
-    monkeypatch.setattr(configs, "_right", lambda *args: False)
+    monkeypatch.setattr(configs, "right", lambda *args: False)
     found = configs.answer(question(monkeypatch, cost), measure.Cpu())
     assert found["changes"] == {}
     assert sum("out of shared memory" in t.get("error", "") for t in found["tried"]) == 2
@@ -169,8 +169,8 @@ def test_a_configuration_that_loses_one_row_is_out():
             return [10.0 if config_of(2)["BLOCK"] == 1024 else 30.0] * repeats
 
     ahead = {**asked.formula, "BLOCK": 2048}
-    assert configs._faster(asked, ahead, asked.formula, Slow(), 3) == 0
-    assert configs._faster(asked, asked.formula, ahead, Slow(), 3) == pytest.approx(3)
+    assert configs.faster(asked, ahead, asked.formula, Slow(), 3) == 0
+    assert configs.faster(asked, asked.formula, ahead, Slow(), 3) == pytest.approx(3)
 
 
 def test_the_table_is_written_and_gone_on_with(tmp_path, monkeypatch):

@@ -240,8 +240,10 @@ def test_fx_takes_the_layer_for_a_leaf(cls):
 
 
 @each_traceable_layer
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_has_no_graph_break(cls, dynamic):
+def test_compile_has_no_graph_break(cls):
+    """Static and dynamic sizes take turns, because every layer is traced through the same front.
+    tests/test_rows.py compiles the ops that a graph can hold in both ways."""
+    dynamic = LAYERS.index(cls) % 2 == 0
     ours, its, inputs = build(cls)
     if "Lazy" in cls.__name__:
         ours(*inputs), its(*inputs)

@@ -222,14 +222,14 @@ class NewGenerator(Generator):
 def test_reserving_advances_the_generator(kind, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     generator = kind(7, 40)
-    assert _rng._reserve(generator, 12) == (7, 40, None, None)
-    assert _rng._reserve(generator, 4) == (7, 52, None, None)
+    assert _rng.reserve_numbers(generator, 12) == (7, 40, None, None)
+    assert _rng.reserve_numbers(generator, 4) == (7, 52, None, None)
     assert generator.offset == 56
 
 
 def test_reserving_takes_seeds_of_64_bits(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert _rng._reserve(Generator(2**64 - 1, 0), 4)[0] == -1
+    assert _rng.reserve_numbers(Generator(2**64 - 1, 0), 4)[0] == -1
 
 
 class OnDevice:
@@ -248,9 +248,9 @@ def test_reserving_under_capture(monkeypatch):
             return seed, offset, torch.tensor([8])
 
     monkeypatch.setattr(torch.ops, "inductor_prims", Prims)
-    assert _rng._reserve(Generator(7, 40), 12) == (0, 8, seed, offset)
+    assert _rng.reserve_numbers(Generator(7, 40), 12) == (0, 8, seed, offset)
     monkeypatch.setattr(torch.ops, "inductor_prims", object())
-    assert _rng._reserve(Generator(7, 40), 12) is None
+    assert _rng.reserve_numbers(Generator(7, 40), 12) is None
 
 
 def test_state_on_the_device_draws_the_same(device):
@@ -258,7 +258,7 @@ def test_state_on_the_device_draws_the_same(device):
     x = torch.randn(3, 700, device=device)
     for launch, vec in (("elements", 4), ("elements", 1), ("channels", 1)):
         launch = getattr(kernels.dropout, launch)
-        plain = _rng._plain(x.get_device(), -5, 24, _rng.Plan(3, vec, 4))
+        plain = _rng.plain_draw(x.get_device(), -5, 24, _rng.Plan(3, vec, 4))
         args = (_philox.bound(0.7), 2.0, None)
         SEED, OFFSET = (torch.tensor([v], device=device) for v in (-5, 16))
         captured = _philox.Draw(0, 8, SEED, OFFSET, 3, vec)
@@ -275,7 +275,7 @@ def test_state_on_the_device_draws_the_same(device):
 def test_gradient_under_capture(device, monkeypatch):
     """Forward and backward through autograd with the state on the device."""
     at = [torch.tensor([v], device=device) for v in (11, 400)]
-    monkeypatch.setattr(_rng, "_draw", lambda _, p: _philox.Draw(0, 4, *at, p.blocks, p.vec))
+    monkeypatch.setattr(_rng, "draw_planned", lambda _, p: _philox.Draw(0, 4, *at, p.blocks, p.vec))
     x = torch.ones(1000, device=device, requires_grad=True)
     y = F.dropout(x, 0.5)
     at[1].add_(4096)
@@ -291,8 +291,8 @@ def probed(monkeypatch):
     """The probe with ATen's kernels emulated: a device of one block, a generator, `native(vec)`."""
     generator = Generator(3, 80)
     monkeypatch.setattr(_rng, "most_blocks", lambda device: 1)
-    monkeypatch.setattr(_rng, "_home", lambda device: ("cpu", generator))
-    monkeypatch.setattr(_rng, "_probed", {})
+    monkeypatch.setattr(_rng, "probe_home", lambda device: ("cpu", generator))
+    monkeypatch.setattr(_rng, "probe_results", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def native(widest, seed=3, extra=0):
@@ -314,10 +314,10 @@ def probed(monkeypatch):
 def test_probe_finds_the_width(probed):
     probed(8)
     assert (_rng.width_limit(0, 4), _rng.width_limit(0, 2)) == (4, 8)
-    assert _rng._probe_bernoulli(0) == 1
+    assert _rng.probe_bernoulli(0) == 1
     probed(4)
     assert _rng.width_limit(0, 2) == 8  # probed only once
-    _rng._probed.clear()
+    _rng.probe_results.clear()
     assert (_rng.width_limit(0, 4), _rng.width_limit(0, 2)) == (4, 4)
 
 
@@ -325,7 +325,7 @@ def test_probe_finds_the_width(probed):
 @interpreted
 def test_probe_declines_another_layout_and_another_increment(probed, difference):
     probed(8, **difference)
-    for answer in (_rng.width_limit(0, 4), _rng.width_limit(0, 2), _rng._probe_bernoulli(0)):
+    for answer in (_rng.width_limit(0, 4), _rng.width_limit(0, 2), _rng.probe_bernoulli(0)):
         assert "another way" in answer
 
 
@@ -333,7 +333,7 @@ def test_probe_does_not_run_under_capture(probed, monkeypatch):
     probed(8)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert "capture" in _rng.width_limit(0, 4)
-    assert not _rng._probed
+    assert not _rng.probe_results
 
 
 # ---- Values: the arithmetic of ATen, rounding by rounding ----------------------------------------

@@ -34,7 +34,7 @@ def test_a_row_is_all_that_a_new_architecture_needs():
     assert target.facts == NEW and target.gpu.arch == 199 and "cuda:199" in list(TARGETS)
     assert _gate.unproven("sm_199") is None  # the gate
     assert _gate.crossover("layer_norm", "sm_199") == _gate.crossover("layer_norm", "sm_89")
-    assert "sm_199" in parity._emulated("sm_199")[0]  # the command line
+    assert "sm_199" in parity.emulated("sm_199")[0]  # the command line
     with _gpus.simulated("sm_199"):  # launch configurations
         assert _gpus.architecture(0) == kernels._config.here() == "sm_199"
         assert _gpus.multiprocessors(0) == 7

@@ -129,6 +129,26 @@ def function_replaced(model):
         stock.functional.relu = original
 
 
+def layer_norm_replaced(model):
+    seen, original = [], stock.functional.layer_norm
+
+    def wrapper(*args, **kwargs):
+        seen.append((len(args), sorted(kwargs)))
+        return original(*args, **kwargs)
+
+    stock.functional.layer_norm = wrapper
+    try:
+        return stock.Sequential(model, *norms(model))(rows_of_four()), seen
+    finally:
+        stock.functional.layer_norm = original
+
+
+def norms(model):
+    """A LayerNorm that runs as the model does."""
+    norm = (fastnn if type(model) is fastnn.Sequential else stock).LayerNorm(3)
+    return [fastnn.convert(norm) if "_fastnn" in model.__dict__ else norm]
+
+
 def swap_by_name(model):
     """As many tools do: a table of classes, and `setattr` in the parent."""
     for name, child in model.named_children():
@@ -147,6 +167,7 @@ TORCH = [
     (partitions, mlp),
     (exact_types, mlp),
     (function_replaced, mlp),
+    (layer_norm_replaced, mlp),
     (swap_by_name, mlp),
 ]
 
@@ -255,7 +276,63 @@ def torchao_tensors(model):
     return [type(model[0].weight)], model(rows_of_four())
 
 
+def bitsandbytes(model):
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    done = replace_with_bnb_linear(
+        stock.ModuleDict({"net": model}), [], BitsAndBytesConfig(load_in_8bit=True)
+    )
+    assert [kind.__name__ for _, kind in kinds(done)].count("Linear8bitLt") == 2
+    return kinds(done)
+
+
+def fvcore(model):
+    from fvcore.nn import FlopCountAnalysis
+
+    count = FlopCountAnalysis(model, rows_of_four()).unsupported_ops_warnings(False)
+    return count.total(), dict(count.by_module())
+
+
+def torchinfo(model):
+    from torchinfo import summary
+
+    told = summary(model, input_data=rows_of_four(), verbose=0)
+    return str(told), told.total_mult_adds
+
+
+def peft(model):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["0", "2"], r=2, init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    out = adapted(rows_of_four())
+    out.sum().backward()
+    trained = [n for n, p in adapted.named_parameters() if p.grad is not None]
+    return kinds(adapted), trained, out, adapted.merge_and_unload()(rows_of_four())
+
+
+def torch_pruning(model):
+    import torch_pruning
+
+    net = stock.Sequential(model, stock.Conv2d(4, 5, 1))
+    torch_pruning.pruner.MagnitudePruner(
+        net,
+        images(),
+        importance=torch_pruning.importance.MagnitudeImportance(p=2),
+        pruning_ratio=0.5,
+        ignored_layers=[net[1]],
+    ).step()
+    shapes = [(n, tuple(p.shape)) for n, p in net.named_parameters()]
+    return kinds(net), shapes, net.eval()(images())
+
+
 GUESTS = [
+    ("bitsandbytes", bitsandbytes, mlp),
+    ("fvcore", fvcore, mlp),
+    ("peft", peft, mlp),
+    ("torch-pruning", torch_pruning, cnn),
+    ("torchinfo", torchinfo, mlp),
     ("captum", captum, mlp),
     ("thop", thop, mlp),
     ("ptflops", ptflops, mlp),

@@ -27,7 +27,10 @@ CALLS = {
     "nearest": (lambda F, x: F.interpolate(x, 5), (1, 2, 3)),
     "bilinear": (lambda F, x: F.interpolate(x, (5, 2), mode="bilinear"), (1, 2, 3, 3)),
     "bicubic": (lambda F, x: F.interpolate(x, (5, 2), mode="bicubic"), (1, 2, 3, 3)),
-}
+    "antialias": (
+        lambda F, x: F.interpolate(x, (5, 2), mode="bicubic", antialias=True), (1, 2, 3, 3),
+    ),
+}  # fmt: skip
 each_call = pytest.mark.parametrize("name", CALLS)
 
 
@@ -145,16 +148,53 @@ def test_wrong_calls_raise_what_stock_raises(call):
     assert_same_error(lambda: call(F), lambda: call(stock))
 
 
-@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
-def test_under_the_rule_of_cuda_autocast(mode, device):
+@pytest.mark.parametrize(
+    ("mode", "antialias"),
+    [
+        ("nearest", False), ("bilinear", False), ("bicubic", False), ("bilinear", True),
+        ("bicubic", True),
+    ],
+)  # fmt: skip
+def test_under_the_rule_of_cuda_autocast(mode, antialias, device):
     """Input of 16 bits: read as it is, the result in float32, the gradient in the input's dtype."""
     x = torch.randn(1, 2, 3, 4).to(device, torch.bfloat16).requires_grad_()
-    y = F.interpolate.op.fused(x, scale_factor=2, mode=mode, out_dtype=torch.float32)
-    cast = stock.interpolate(x.float(), scale_factor=2, mode=mode)
+    options = {"scale_factor": 2, "mode": mode, "antialias": antialias}
+    y = F.interpolate.op.fused(x, **options, out_dtype=torch.float32)
+    cast = stock.interpolate(x.float(), **options)
     torch.testing.assert_close(y, cast)
     (ours,), (theirs,) = (torch.autograd.grad(t.sum(), x) for t in (y, cast))
     assert ours.dtype == torch.bfloat16
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_antialias_of_16_bits_rounds_once(mode, dtype, device):
+    """PyTorch has it on CUDA alone. Results are those of float64, rounded."""
+    x = torch.randn(1, 2, 7, 9).to(device, dtype).requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    with backend("triton"):
+        y = F.interpolate(x, (3, 12), mode=mode, antialias=True)
+    exact = stock.interpolate(x64, (3, 12), mode=mode, antialias=True)
+    dy = torch.randn(y.shape).to(y)
+    (dx,), (exact_dx,) = (
+        torch.autograd.grad(a, b, dy.to(a)) for a, b in ((y, x), (exact, x64))
+    )  # fmt: skip
+    for ours, wanted in ((y, exact), (dx, exact_dx)):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(
+            ours.double(), wanted, rtol=torch.finfo(dtype).eps / 2, atol=1e-5
+        )  # fmt: skip
+
+
+def test_antialias_gathers_every_output_of_a_long_axis(device):
+    """Of large sizes, where fp32 places are coarse, each output still has its part in dx."""
+    for size, out in ((5000, 1777), (1777, 5000)):
+        x = torch.zeros(1, 1, 1, size, device=device, requires_grad=True)
+        with backend("triton"):
+            y = F.interpolate(x, (1, out), mode="bilinear", antialias=True)
+            (dx,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(dx.sum().item(), float(out), rtol=1e-6, atol=0.0)
 
 
 # ---- Bytes ---------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ RANKS = {
     "fastnn._plan": 1,
     "fastnn._rng": 2,
     "fastnn._scalars": 1,
+    "fastnn._shards": 0,
     "fastnn._strides": 1,
     "fastnn._front": 2,
     "fastnn._function": 2,
@@ -168,3 +169,113 @@ def test_kernels_say_what_a_program_does_and_what_its_pointers_are():
         words = set(re.findall(r"\w+", text + (ast.get_docstring(tree) or "")))
         names = {a.arg for a in node.args.args if a.annotation is None and a.arg.isupper()}
         assert names <= words, f"{where}: {sorted(names - words)}"
+
+
+# ---- Private names ------------------------------------------------------------------------------
+#
+# A name with a leading underscore belongs to its file. A module with one (fastnn._op) is internal
+# to the project, and the names in it that have none are for all files of the project.
+
+# (file that reaches, file that has the name) -> why it may. "*" stands for any file.
+MAY_REACH = {
+    # Their fronts are generated to run in its namespace, and a Sequential is as short: a call of
+    # a function instead of a variable costs each call of an op tens of nanoseconds.
+    ("fastnn._front", "fastnn._mode"): {"_mode"},
+    ("fastnn.layers.container", "fastnn._mode"): {"_plain"},
+    # The formula of a file for its launches: tuned tables know it as file._config.
+    ("*", "fastnn.kernels.*"): {"_config"},
+    # The same tests, with the other runner.
+    ("tests.test_native", "tests.test_plans"): {"_replayed", "_warm"},
+}
+
+
+def our_modules():
+    """Name of a module -> its file, for all that the project consists of."""
+    found = {}
+    for folder in ("fastnn", "kernels", "bench", "tests", "tools"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = [*path.relative_to(ROOT).with_suffix("").parts]
+            package = ["fastnn"] if folder in ("kernels", "bench") else []
+            found[".".join(package + parts).removesuffix(".__init__")] = path
+    return found
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def of_one_subject(reaching, reached):
+    """Whether both are files of one family of kernels, or a file and the tests named after it."""
+    last = reached.rsplit(".", 1)[-1]
+    if reaching.startswith("fastnn.kernels.") and reached.startswith("fastnn.kernels."):
+        mine = reaching.rsplit(".", 1)[-1]
+        families = [f for f in FAMILIES if mine == f or mine.startswith(f"{f}_")]
+        return any(last == f or last.startswith(f"{f}_") for f in families)
+    subject = reaching.rsplit(".", 1)[-1].removeprefix("test_")
+    within = [part.lstrip("_") for part in reached.split(".")]
+    return ".test_" in reaching and subject in within
+
+
+def crossings():
+    """(module, line, module that has the name, private name), for each that a file reaches for."""
+    found = our_modules()
+    trees = {name: ast.parse(path.read_text()) for name, path in found.items()}
+    own = {
+        name: {
+            *(n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))),
+            *(n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and not is_load(n)),
+        }
+        for name, tree in trees.items()
+    }
+    for name, tree in trees.items():
+        known = {}  # local name -> module
+        reached = []
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    first = alias.name.split(".")[0]
+                    known[alias.asname or first] = alias.name if alias.asname else first
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    if f"{node.module}.{alias.name}" in found:
+                        known[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                    reached.append((node.lineno, node.module, alias.name))
+
+        def module(node, known=known):
+            if isinstance(node, ast.Name):
+                return known.get(node.id)
+            base = module(node.value) if isinstance(node, ast.Attribute) else None
+            return base and f"{base}.{node.attr}"
+
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                reached.append((node.lineno, module(node.value), node.attr))
+            # as in monkeypatch.setattr(_op, "_name", ...) and getattr(_op, "_name")
+            elif isinstance(node, ast.Call) and len(node.args) > 1:
+                word = node.args[1]
+                if isinstance(word, ast.Constant) and isinstance(word.value, str):
+                    reached.append((node.lineno, module(node.args[0]), word.value))
+        for line, other, what in reached:
+            if other in found and other != name and is_private(what) and what in own[other]:
+                yield name, line, other, what
+
+
+def is_load(node):
+    return isinstance(node.ctx, ast.Load)
+
+
+def test_private_names_stay_in_their_file():
+    """Names of GPU kernels (_gemm_kernel) begin with an underscore as everywhere in Triton, and are
+    not private."""
+    excused, wrong = set(), []
+    for name, line, other, what in crossings():
+        family = f"{other.rsplit('.', 1)[0]}.*"
+        keys = [
+            k for k in ((name, other), ("*", other), ("*", family)) if what in MAY_REACH.get(k, ())
+        ]
+        excused |= {(key, what) for key in keys}
+        if not (keys or what.endswith("_kernel") or of_one_subject(name, other)):
+            wrong.append(f"{name}:{line} reaches for {other}.{what}")
+    assert not wrong, "\n".join(wrong)
+    idle = [(k, w) for k, names in MAY_REACH.items() for w in names if (k, w) not in excused]
+    assert not idle, f"no file needs {idle}"

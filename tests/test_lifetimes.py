@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_map
 import fastnn
 from fastnn import _mode
 from fastnn._mode import BackendError, backend
-from fastnn.testing import Case, _leaves, _seed, _side, _tensors, _viewing
+from fastnn.testing import Case, fresh_leaves, seed, side_of, tensors_of, viewing
 from fastnn.testing.cases import CASES
 
 # ---- Storages -----------------------------------------------------------------------------------
@@ -70,8 +70,8 @@ class Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        taken = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
-        for t in _tensors(out):
+        taken = {t.untyped_storage()._cdata for t in tensors_of((args, kwargs))}
+        for t in tensors_of(out):
             if t.untyped_storage()._cdata not in taken:  # else a view
                 self.note(t, func)
         return out
@@ -144,7 +144,7 @@ class Row:
             self.options = {
                 k: v(dtype, device) if callable(v) else v for k, v in case.options.items()
             }
-        stock, ours = (_side(case, n, dtype, device).call for n in (torch.nn, fastnn))
+        stock, ours = (side_of(case, n, dtype, device).call for n in (torch.nn, fastnn))
         if case.is_layer:
             ours.load_state_dict(stock.state_dict())
         self.sides = {True: ours, False: stock}
@@ -152,7 +152,7 @@ class Row:
     def call(self, ours: bool) -> Call:
         side = self.sides[ours]
         side = copy.deepcopy(side) if self.case.is_layer else side
-        inputs, options = _leaves((tuple(self.inputs), self.options))
+        inputs, options = fresh_leaves((tuple(self.inputs), self.options))
         return Call(self, ours, side, list(inputs), options)
 
 
@@ -198,15 +198,15 @@ class Call:
         if fresh:
             copied = lambda t: t.clone() if isinstance(t, Tensor) else t  # noqa: E731
             inputs, options = tree_map(copied, (inputs, options))
-        _seed(self.row.device)
-        call = self.side if case.view is None else _viewing(case.view, self.side)
+        seed(self.row.device)
+        call = self.side if case.view is None else viewing(case.view, self.side)
         low = case.autocast
         with (
             backend("triton") if self.ours else nullcontext(),
             torch.autocast(self.row.device, dtype=low or torch.bfloat16, enabled=low is not None),
         ):
             out = call(*inputs, **options)
-        return [t for t in _tensors(out) if t.requires_grad]
+        return [t for t in tensors_of(out) if t.requires_grad]
 
     def root(self, fresh: bool = False) -> Tensor:
         """One number that all results lead to, which keeps none of them."""
@@ -549,7 +549,7 @@ def share() -> list[tuple[Case, torch.dtype]]:
     least: dict[tuple, tuple[int, Case]] = {}
     for case in CASES:
         if case.stock is None:
-            size = sum(t.numel() for t in _tensors(case.make(torch.float32, "cpu")))
+            size = sum(t.numel() for t in tensors_of(case.make(torch.float32, "cpu")))
             kind = _kind(case)
             if size >= 12 and (kind not in least or size < least[kind][0]):
                 least[kind] = size, case

@@ -37,13 +37,13 @@ from fastnn.testing import (
     Comparison,
     Result,
     Side,
-    _compare_sides,
-    _leaves,
-    _pooled,
-    _run,
-    _side,
-    _tensors,
+    compare_unjudged,
+    fresh_leaves,
+    over_draws,
     randn,
+    run_side,
+    side_of,
+    tensors_of,
 )
 from fastnn.testing import cases as rows
 from tests.marks import interpreted
@@ -67,7 +67,7 @@ SHAPES |= {"in_channels", "out_channels", "bias"}
 
 def _elements(case: Case) -> int:
     """Number of elements of the largest input; 0 if there is no input, or if it is not finite."""
-    tensors = _tensors(case.make(torch.float32, "cpu"))
+    tensors = tensors_of(case.make(torch.float32, "cpu"))
     if not all(t.isfinite().all() for t in tensors):
         return 0
     return max((t.numel() for t in tensors), default=0)
@@ -99,7 +99,7 @@ def _chosen() -> dict[str, Case]:
             plain = case.stock is None and case.autocast is None and case.view is None
             add = case.name.startswith("dropout_add")  # like dropout, unless nothing is drawn
             drawn = add and case.options.get("training", case.name == "dropout_add")
-            if plain and rows._in_torch(case) and not case.options.get("inplace") and not drawn:
+            if plain and rows.in_torch(case) and not case.options.get("inplace") and not drawn:
                 found.setdefault(_arithmetic(case), []).append(case)
 
     def distance(case):
@@ -190,12 +190,12 @@ def _sides(case: Case, dtype, filling: Filling, which: int | None, seed: int):
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     inputs = case.make(dtype, "cpu")
-    stock, ours = (_side(case, n, dtype, "cpu") for n in (torch.nn, fastnn))
+    stock, ours = (side_of(case, n, dtype, "cpu") for n in (torch.nn, fastnn))
     kwargs = {}
     if not case.is_layer:
         kwargs = {k: v(dtype, "cpu") if callable(v) else v for k, v in case.options.items()}
-    inputs, kwargs = _leaves((inputs, kwargs))
-    made = [*_tensors((inputs, kwargs)), *stock.parameters.values()]
+    inputs, kwargs = fresh_leaves((inputs, kwargs))
+    made = [*tensors_of((inputs, kwargs)), *stock.parameters.values()]
     made = [t for t in made if t.is_floating_point() and t.numel()]
     if which is not None and which >= len(made):
         return None
@@ -222,9 +222,9 @@ def compared(case: Case, dtype, filling: Filling, which: int | None, seed: int) 
         return None
     ours, stock, exact, inputs, kwargs = made
     try:
-        theirs = _run(stock, _leaves((inputs, kwargs)), "cpu")
-        truth = _run(
-            exact, _leaves((inputs, kwargs), torch.float64), "cpu", None,
+        theirs = run_side(stock, fresh_leaves((inputs, kwargs)), "cpu")
+        truth = run_side(
+            exact, fresh_leaves((inputs, kwargs), torch.float64), "cpu", None,
             [u.double() for u in theirs.upstream],
         )  # fmt: skip
     except (RuntimeError, ValueError) as e:
@@ -232,10 +232,10 @@ def compared(case: Case, dtype, filling: Filling, which: int | None, seed: int) 
             return None
         raise
     with backend("triton"), decisions() as heard:
-        mine = _run(ours, _leaves((inputs, kwargs)), "cpu", None, theirs.upstream)
+        mine = run_side(ours, fresh_leaves((inputs, kwargs)), "cpu", None, theirs.upstream)
     HEARD.update(op.name for op, _ in heard)
     finite = all(
-        t.isfinite().all() for t in _tensors((inputs, kwargs)) if t.is_floating_point()
+        t.isfinite().all() for t in tensors_of((inputs, kwargs)) if t.is_floating_point()
     ) and all(p.isfinite().all() for p in stock.parameters.values())
     result = Result("kernel", None)
     for what, a in mine.named.items():
@@ -402,7 +402,7 @@ def _beyond(first: Result, case: Case, *rest) -> list[str]:
         if told:
             again = [compared(case, *how, seed + 100 * k) for k in range(len(results), draws)]
             results += [r for r in again if r is not None]
-            told = [c.failure for c in _pooled(results) if c.failure]
+            told = [c.failure for c in over_draws(results) if c.failure]
     return [t.replace(" from float64", " from float64, beyond the bound", 1) for t in told]
 
 
@@ -506,14 +506,14 @@ def _trouble(name, path, monkeypatch, record_property):
                 break
             for centre in CENTRES:
                 sides = _sides(case, dtype, lambda x, _, f=filling, c=centre: f(x, c), 0, seed)
-                done = _compare_sides(*sides, "cpu", "triton", None, False, twice=False)
+                done = compare_unjudged(*sides, "cpu", "triton", None, False, twice=False)
                 results.append(done)
                 runs += 1
             # Results of a norm are of order 1, so this is a unit in the last place of 1.
             unit = torch.finfo(torch.float32).eps
             failures = [failure for r in results for failure in r.failures] + [
                 f"{c.what}: {c.ours:.3g} from float64, bound {c.bound:.3g}"
-                for c in _pooled(results)
+                for c in over_draws(results)
                 if c.ours > c.bound + unit
             ]
         assert not failures, f"{filling.__name__} in {dtype}: " + "; ".join(failures)

@@ -317,6 +317,36 @@ def test_each_function_that_a_layer_calls_may_be_replaced(record_property):
     record_property("marks", [*count.items()])
 
 
+def test_our_functions_call_what_was_put_in_place_of_pytorchs(record_property):
+    """Each of them, in every mode; and a replacement may itself call ours."""
+    count = 0
+    for name, function in FUNCTIONS.items():
+        if vars(stock.functional).get(name) is not function.op.stock:
+            continue
+        required = inspect.signature(function).parameters.values()
+        required = [p for p in required if p.default is p.empty]
+        original, seen = function.op.stock, []
+        setattr(stock.functional, name, lambda *a, seen=seen, **k: seen.append(a) or seen)
+        try:
+            for mode in ("auto", "torch", "triton"):
+                with fastnn.backend(mode):
+                    assert function(*required) is seen, name
+        finally:
+            setattr(stock.functional, name, original)
+        assert len(seen) == 3 and seen[0][: len(required)] == tuple(required), name
+        count += 1
+    assert count > 80
+    record_property("marks", [("our functions, with PyTorch's replaced", count)])
+    x, original = torch.randn(3), stock.functional.gelu
+    try:
+        stock.functional.gelu = lambda x: fastnn.functional.gelu(x) + 1
+        assert torch.equal(fastnn.functional.gelu(x), original(x) + 1)
+        stock.functional.gelu = fastnn.functional.gelu
+        assert torch.equal(fastnn.functional.gelu(x), original(x))
+    finally:
+        stock.functional.gelu = original
+
+
 def test_attention_is_found_inside_multi_head_attention():
     assert "scaled_dot_product_attention" in called(METHODS[stock.MultiheadAttention][0].made)
 

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 
 from fastnn._mode import BackendError
-from fastnn.testing import Case, Traffic, _counted_run, count, randn
+from fastnn.testing import Case, Traffic, count, counted_run, randn
 from fastnn.testing.cases import CASES
 from fastnn.testing.meter import AtenTraffic, Cost, as_on_cuda, nbytes, predict, traffic
-from tests.marks import interpreted
+from tests.marks import interpreted, stock_may_warn
 
 
 @triton.jit
@@ -332,10 +332,10 @@ def test_the_count_of_a_row_that_goes_to_stock_raises():
 
 def test_prediction():
     large = predict(Cost(10**9, 6), Cost(3 * 10**8, 2), bandwidth=1e12)
-    assert large.speedup == pytest.approx(10 / 3 * 0.9)
+    assert large.speedup == pytest.approx((1000 + 6 * 6) / (300 + 2 * 6))
     small = predict(Cost(1000, 6), Cost(300, 2), bandwidth=1e12)
-    assert small.speedup == pytest.approx(6 * 4 / (2 * 10))
-    assert str(large).startswith("predicted 3.00x") and "not measured" in str(large)
+    assert small.speedup == pytest.approx(3, rel=1e-3)
+    assert str(large).startswith("predicted 3.32x") and "not measured" in str(large)
 
 
 @interpreted
@@ -344,15 +344,16 @@ def test_prediction_from_counts():
     t = counted(lambda: (a + b) + b)
     with traffic() as log:
         _add_weight[(1,)](a, b, torch.empty_like(a), 4096)
-    assert predict(t, log, bandwidth=1e6).speedup == pytest.approx(2 * 0.9)
+    assert predict(t, log, bandwidth=1e6).speedup == pytest.approx(2, rel=0.01)
 
 
+@stock_may_warn
 def test_stock_is_counted_for_every_row():
     """`as_on_cuda` accepts all arguments of the functions whose operators it replaces."""
     counted = 0
     for case in CASES:
         if case.stock is None:
             with as_on_cuda(), AtenTraffic() as aten:
-                _counted_run(case, torch.nn, case.dtypes[-1])
+                counted_run(case, torch.nn, case.dtypes[-1])
             counted += aten.cost.bytes > 0
     assert counted >= 0.9 * len(CASES)

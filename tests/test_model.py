@@ -310,3 +310,34 @@ def test_a_wrong_argument_meets_stocks_error_before_the_size_gate(simulate):
     for mode in ("auto", "torch"):
         with fastnn.backend(mode), pytest.raises(TypeError, match="NoneType"):
             fastnn.functional.embedding(index, None)
+
+
+@pytest.mark.parametrize(
+    ("host_ms", "gpu_ms", "told"),
+    [(3.0, 1.0, "the host is the limit"), (1.0, 4.0, "FASTNN_HOST=free"), (3.0, 3.6, "even")],
+)
+def test_explain_tells_what_is_the_limit(monkeypatch, host_ms, gpu_ms, told):
+    """The GPU is simulated: a step keeps the host busy, and then the GPU, which works behind it."""
+    clock = {"host": 0.0, "gpu": 0.0}
+
+    class Model(stock.Module):
+        def forward(self, x):
+            clock["host"] += host_ms / 1e3
+            clock["gpu"] = max(clock["gpu"], clock["host"] - host_ms / 1e3) + gpu_ms / 1e3
+            return x * 2
+
+    def synchronize(device):
+        clock["host"] = max(clock["host"], clock["gpu"])
+
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="host=True times a step on a GPU"):
+        fastnn.explain(Model(), x, host=True)
+    monkeypatch.setattr(fastnn._model, "_TIMED", "cpu")
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(fastnn._model.time, "perf_counter", lambda: clock["host"])
+    found = fastnn.explain(Model(), x, host=True)
+    assert found.host.enqueue == pytest.approx(host_ms)
+    # The first of two steps overlaps with the second.
+    assert max(host_ms, gpu_ms) <= found.host.step + 1e-9 <= host_ms + gpu_ms
+    assert told in str(found).splitlines()[-1]
+    assert x.grad is None

@@ -242,8 +242,8 @@ def launches() -> None:
     from fastnn.testing import aot
 
     for name in ("cuLaunchKernel", "cuLaunchKernelEx"):
-        aot._LIBCUDA = aot._LIBCUDA.replace(f"NOTHING({name}) ", "")
-    aot._LIBCUDA += _TELLS
+        aot.LIBCUDA = aot.LIBCUDA.replace(f"NOTHING({name}) ", "")
+    aot.LIBCUDA += _TELLS
     torch.set_num_threads(1)
     kinds: dict[int, list[str]] = {}
     translated = _native._launch

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastnn.testing import _compare, assert_parity, count
+from fastnn.testing import assert_parity, compare_tensors, count
 from fastnn.testing.cases import CASES
 
 
@@ -42,7 +42,7 @@ def test_parity(case, dtype, device, record_property):
 )
 def test_where_nan_and_infinity_may_be(ours, stock, exact, right):
     half = [torch.tensor([v, 1.0], dtype=torch.float16) for v in (ours, stock)]
-    _, said = _compare("output", *half, torch.tensor([exact, 1.0], dtype=torch.float64))
+    _, said = compare_tensors("output", *half, torch.tensor([exact, 1.0], dtype=torch.float64))
     assert (said is None) == right
 
 
@@ -60,7 +60,7 @@ def test_a_row_beyond_its_bound_is_judged_by_several_draws(monkeypatch):
             found = testing.Comparison("output", a, b, 2 * b + 1e-7)
             return testing.Result("kernel", None, [found], [failure] if failure and draw else [])
 
-        monkeypatch.setattr(testing, "_check", one)
+        monkeypatch.setattr(testing, "check_draw", one)
         result = testing.check(CASES[0], torch.float32)
         assert len(result.comparisons) == 1
         return result.failures, len(asked)

@@ -26,10 +26,11 @@ from torch.utils._pytree import tree_leaves
 
 import fastnn
 import fastnn.functional as F
-from fastnn import _op, _plan, _record, _runner
+from fastnn import _gate, _plan, _record, _runner
 from fastnn._front import parameters
 from fastnn.ops import FUNCTIONS, REGISTRY
-from tests.calls import Outcome, _Upstream, attempt, fresh, recorded
+from fastnn.testing.devices import surveyed
+from tests.calls import Outcome, Upstream, attempt, fresh, recorded
 from tests.marks import interpreted
 
 pytestmark = interpreted
@@ -38,13 +39,7 @@ ROWS = 3  # of each op in pytest
 
 # Ops whose calls never become a plan: why.
 WITHOUT = {
-    "gaussian_nll_loss": "autograd follows the broadcast before its function",
-    "linear_cross_entropy": "autograd follows the view of rows before its function",
-    "lstm_cell": "its states are in a tuple",
-    **dict.fromkeys(
-        ("gru", "lstm", "rnn_relu", "rnn_tanh"),
-        "its parameters are in a list, and each layer has a function of its own",
-    ),
+    "rnn_relu": "its row has the batch first: the result is transposed after the function",
     "multi_head_attention_forward": "it runs several ops, which have plans of their own",
     **{f"fractional_max_pool{d}d": "it draws samples, or looks at given ones" for d in "23"},
     **{f"max_unpool{d}d": "on a CPU it looks at the indices" for d in "123"},
@@ -53,7 +48,7 @@ WITHOUT = {
 
 def outcome(call, layouts=None, state=nullcontext) -> Outcome:
     with fastnn.backend("triton"), state():
-        return attempt(call, FUNCTIONS[call.op.name], layouts or {}, upstream=_Upstream(0))
+        return attempt(call, FUNCTIONS[call.op.name], layouts or {}, upstream=Upstream(0))
 
 
 def unequal(a: Outcome, b: Outcome) -> str | None:
@@ -86,18 +81,7 @@ def without_plans(call, layouts=None, state=nullcontext) -> Outcome:
         return outcome(call, layouts, state)
 
 
-@contextmanager
-def counted():
-    """Counts the calls that take the long way."""
-    surveys = []
-    survey = _op._survey
-
-    def counting(*args):
-        surveys.append(args[0].name)
-        return survey(*args)
-
-    with mock.patch.object(_op, "_survey", counting):
-        yield surveys
+counted = surveyed  # the calls that take the long way
 
 
 def share(name):
@@ -217,6 +201,8 @@ def _replace(call, wanting):
 
 def _skip(call, what) -> bool:
     # PyTorch itself may read an index out of bounds, which ends the process.
+    if call.op.name == "lstm" and what == "batch_first=True":
+        return True
     return call.op.name in ("embedding", "nll_loss", "cross_entropy") and (
         "shorter" in what or "without a dimension" in what
     )
@@ -250,7 +236,7 @@ def test_whatever_changes_the_answer_is_right(name, record_property):
 
 def _plan_off(call, layouts, state):
     """The reference. The plans that were made stay as they are."""
-    with mock.patch.object(_record, "_on", False):
+    with _record.paused():
         ready = {op: dict(op.plans.ready) for op in REGISTRY.values()}
         for op in REGISTRY.values():
             op.plans.ready.clear()
@@ -316,6 +302,193 @@ def test_functorch_and_tracing_take_the_long_way():
         warnings.simplefilter("ignore", DeprecationWarning)
         traced = torch.jit.trace(lambda t: F.gelu(t), x, check_trace=False)
     torch.testing.assert_close(traced(x + 1), torch.nn.functional.gelu(x + 1))
+
+
+def _recurrent():
+    """name -> (a function of the states and parameters, the states, the parameters)."""
+    x, states = torch.randn(2, 3, 4), tuple(torch.randn(1, 3, 5) for _ in range(2))
+    weights = [
+        torch.randn(*shape, requires_grad=True) for shape in [(20, 4), (20, 5), (20,), (20,)]
+    ]
+    cell = lambda hx, w: F.lstm_cell(x[0], hx, *w)  # noqa: E731
+    layer = lambda hx, w: F.lstm(x, hx, w, True, 1, 0.0, True, False, False)  # noqa: E731
+    return {
+        "lstm_cell": (cell, tuple(t[0] for t in states), weights),
+        "lstm": (layer, states, weights),
+    }
+
+
+@pytest.mark.parametrize("name", ["lstm_cell", "lstm"])
+def test_tensors_inside_a_tuple_or_a_list(name):
+    call, (h, c), weights = _recurrent()[name]
+
+    def step(hx, w=weights):
+        try:
+            with fastnn.backend("triton"), counted() as surveys:
+                out = [t for t in tree_leaves(call(hx, w)) if isinstance(t, torch.Tensor)]
+                grads = torch.autograd.grad(out, weights, [torch.ones_like(t) for t in out])
+        except Exception as e:
+            return f"{type(e).__name__}: {e}", surveys
+        return [t.detach() for t in (*out, *grads)], surveys
+
+    for _ in range(4):
+        found, surveys = step((h, c))
+    assert not surveys, _record.refusals
+    with _off_and_empty():
+        reference, _ = step((h, c))
+    assert all(map(torch.equal, found, reference))
+    again, surveys = step((2 * h, c))
+    assert not surveys and not torch.equal(again[0], found[0])
+    changed = {
+        "a list": [h, c], "one less": (h,), "one more": (h, c, c), "in float64": (h, c.double()),
+        "of another size": (h[..., :-1], c), "strided": (h, _wider(c)[0]), "swapped": (c, h),
+        "at an odd address": (_behind(h)[0], c), "with a gradient": (h, c.clone().requires_grad_()),
+        "twice": (h, h), "nested": ((h, c),), "no tensor": (h, None),
+    }  # fmt: skip
+    for what, hx in changed.items():
+        found, surveys = step(hx)
+        assert bool(surveys) == (what != "swapped"), what
+        with _off_and_empty():
+            reference, _ = step(hx)
+        if isinstance(found, str):
+            same = found == reference
+        else:
+            same = all(map(torch.equal, found, reference))
+        assert same, (what, found, reference)
+
+
+@contextmanager
+def _off_and_empty():
+    """Inside the block there are no plans. Those from before are there again afterwards."""
+    ready = {op: dict(op.plans.ready) for op in REGISTRY.values()}
+    with _record.paused():
+        for op in REGISTRY.values():
+            op.plans.ready.clear()
+        try:
+            yield
+        finally:
+            for op, plans in ready.items():
+                op.plans.ready.update(plans)
+
+
+def test_no_tensor_inside_a_list_is_kept():
+    call, hx, weights = _recurrent()["lstm"]
+    _warm(lambda: torch.autograd.grad(call(hx, weights)[0].sum(), weights))
+    assert REGISTRY["lstm"].plans.count
+    known = [weakref.ref(t) for t in (*hx, *weights)]
+    gc.disable()
+    try:
+        call = hx = None
+        weights.clear()
+        assert [k() for k in known] == [None] * 6
+    finally:
+        gc.enable()
+
+
+def test_autograd_follows_what_comes_before_the_function():
+    """Under autocast, parameters in float32 are converted first, and get gradients in float32."""
+    x, w, b = (torch.randn(*shape, requires_grad=True) for shape in [(4, 8), (6, 8), (6,)])
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            out = F.linear(x, w, b)
+        return [out.detach(), *torch.autograd.grad(out.float().square().sum(), (x, w, b))]
+
+    with _off(), fastnn.backend("triton"):
+        reference = step()
+    _warm(step, 4)
+    found = _replayed(step)
+    assert found[0].dtype == torch.bfloat16 and found[2].dtype == torch.float32
+    assert all(map(torch.equal, found, reference))
+
+
+# ---- Graph capture ------------------------------------------------------------------------------
+
+
+def test_under_graph_capture_calls_find_the_plans_of_warmup(monkeypatch):
+    """Without a GPU nothing is captured; what asks for it is told so."""
+    norm, x = fastnn.LayerNorm(1024), torch.randn(64, 1024, requires_grad=True)
+
+    def name():
+        with counted() as surveys:
+            y = norm(x)
+        torch.autograd.grad(y.sum(), x)
+        return y.grad_fn.name(), surveys
+
+    assert name()[0] == "NativeLayerNormBackward0"  # far below the gate
+    fastnn.warmup(norm, x)
+    assert name()[0] == "NativeLayerNormBackward0"
+    monkeypatch.setattr(fastnn._mode, "capturing", lambda: True)
+    assert name() == ("NormBackward", [])
+    with fastnn.backend("triton"):
+        assert torch.equal(norm(x), F.layer_norm(x, (1024,), norm.weight, norm.bias))
+    for small in (x[:32], x[:60]):  # warmup made no plans for these
+        assert norm(small).grad_fn.name() == "NativeLayerNormBackward0"
+    monkeypatch.undo()
+    assert name()[0] == "NativeLayerNormBackward0" and name()[1] == []
+    fastnn.kernels._gpus.changed()
+    monkeypatch.setattr(fastnn._mode, "capturing", lambda: True)
+    assert name()[0] == "NativeLayerNormBackward0"
+
+
+def test_a_kernel_that_saves_nothing_runs_nowhere_by_itself(monkeypatch):
+    x = torch.randn(2, 2**17, requires_grad=True)
+    norm = fastnn.LayerNorm(2**17, elementwise_affine=False)
+    fastnn.warmup(norm, x)
+    monkeypatch.setattr(fastnn._mode, "capturing", lambda: True)
+    assert norm(x).grad_fn.name() == "NativeLayerNormBackward0"
+
+
+# ---- Remembered: PyTorch runs the call ----------------------------------------------------------
+
+
+def test_a_call_that_goes_to_stock_is_remembered(simulate):
+    """A refusal and the gate's answer; but what the guard sees is looked at each time."""
+    simulate(least={"gelu": 100, ("linear_act", ""): 1})
+    x = torch.randn(4, 8, dtype=torch.float64)
+    small, large = torch.randn(90), torch.randn(120)
+    with mock.patch.object(_gate, "floor", lambda *_: 0.0):
+        for t in (x, small):
+            for _ in range(3):
+                assert torch.equal(F.gelu(t), torch.nn.functional.gelu(t))
+            with counted() as surveys:
+                F.gelu(t)
+            assert not surveys
+        with counted() as surveys:
+            F.gelu(large)
+            F.gelu(x.float())  # of the same shape, in another dtype
+        assert surveys == ["gelu", "gelu"]
+        with fastnn.decisions() as heard:
+            F.gelu(small)
+        assert "size gate" in heard[0].why
+        with fastnn.backend("triton"), fastnn.decisions() as heard:
+            F.gelu(small)
+        assert heard[0].why is None
+    simulate(least={"gelu": 10})
+    with fastnn.decisions() as heard, counted() as surveys:
+        F.gelu(small)
+    assert heard[0].why is None and surveys
+
+
+def test_nothing_is_remembered_while_somebody_watches():
+    x = torch.randn(4, 8, dtype=torch.float64)
+    with torch.device("cpu"), mock.patch.object(_gate, "floor", lambda *_: 0.0):
+        for _ in range(3):
+            F.gelu(x)
+    assert not REGISTRY["gelu"].plans.ready
+
+
+def test_a_remembered_call_warns_with_the_users_line():
+    x = torch.ones(4, 8, dtype=torch.float64)
+    with mock.patch.object(_gate, "floor", lambda *_: 0.0):
+        for _ in range(4):
+            with (
+                pytest.warns(UserWarning, match="Implicit dimension") as heard,
+                counted() as surveys,
+            ):
+                F.softmax(x)
+            assert heard[0].filename == __file__
+        assert not surveys
 
 
 @pytest.mark.parametrize("function", [F.softmax, F.log_softmax, F.softmin])
@@ -562,7 +735,7 @@ def test_hooks_see_what_is_kept():
     seen = [[], []]
     for i, plans in enumerate((False, True)):
         with (
-            mock.patch.object(_record, "_on", plans),
+            nullcontext() if plans else _record.paused(),
             torch.autograd.graph.saved_tensors_hooks(
                 lambda t, i=i: seen[i].append(t.shape) or t, lambda t: t
             ),
@@ -598,7 +771,7 @@ def test_an_upstream_gradient_of_another_layout():
 
 @contextmanager
 def _off():
-    with mock.patch.object(_record, "_on", False):
+    with _record.paused():
         yield
 
 
@@ -715,8 +888,19 @@ def sequence(seed: int, length: int = 12) -> str | None:
         theirs = [outcome(call, layouts, STATES[state]) for call, layouts, state in steps]
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if (why := unequal(a, b)) is not None:
+            if _varies(
+                *steps[i]
+            ):  # PyTorch's backward of batch_norm reads behind strided statistics
+                continue
             return f"seed {seed}, step {i}: {steps[i][0].row}, {steps[i][2]}: {why}"
     return None
+
+
+def _varies(call, layouts, state) -> bool:
+    """Whether the call without plans has other bits from one time to the next."""
+    with _record.using(False):
+        found = [outcome(call, layouts, STATES[state]) for _ in range(20)]
+    return any(unequal(found[0], other) is not None for other in found)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1,16 +1,17 @@
 """Replays on the device under test: the bits of the call without plans, in a few models.
 
 tests/test_plans.py has the guards, in the interpreter. Here the compiled kernels are replayed, if
-there is a GPU.
+there is a GPU, by both runners. On a machine with a GPU and a C++ compiler this proves the C++
+runner: `pytest -n 0 tests/test_plans_on_device.py`. Until that has passed, it is off by default.
 """
-
-from unittest import mock
 
 import pytest
 import torch
 
 import fastnn as nn
-from fastnn import _op, _record
+from fastnn import _build, _native, _record
+from fastnn.ops import REGISTRY
+from fastnn.testing.devices import surveyed
 
 F = nn.functional
 
@@ -37,8 +38,29 @@ def _models(device):
 NAMES = list(_models("cpu"))
 
 
+@pytest.fixture(params=["Python", "C++"])
+def runner(request):
+    """Plans run in one of the two runners."""
+    if request.param == "Python":
+        with _native.using(None), _record.using(True):
+            yield request.param
+        return
+    if why := _build.unsupported():
+        pytest.skip(why)
+    if _build.compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    _build.build()
+    with _native.using(_build.load()), _record.using(True):
+        yield request.param
+
+
+def _runners() -> set[str]:
+    plans = [p for op in REGISTRY.values() for made in op.plans.ready.values() for p in made]
+    return {"C++" if type(p).__module__ == "fastnn.native" else "Python" for p in plans}
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_replay_has_the_bits_of_the_call(name, device):
+def test_a_replay_has_the_bits_of_the_call(name, device, runner):
     torch.manual_seed(0)
     call, leaves = _models(device)[name]
 
@@ -48,16 +70,14 @@ def test_a_replay_has_the_bits_of_the_call(name, device):
         grads = torch.autograd.grad(out.float().square().sum(), leaves)
         return [out.detach(), *grads, torch.rand(1, device=device)]
 
-    surveys = []
-    survey = _op._survey
-    counting = lambda *args: surveys.append(args[0].name) or survey(*args)  # noqa: E731
     with nn.backend("triton"):
         with _record.using(False):
             reference = step()
-        with _record.using(True), mock.patch.object(_op, "_survey", counting):
+        with _record.using(True), surveyed() as surveys:
             found = [step() for _ in range(4)]
             surveys.clear()
             found.append(step())
+            assert _runners() == {runner}
     assert surveys == []  # the fifth step is replayed as a whole
     for results in found:
         for a, b in zip(results, reference, strict=True):
@@ -65,7 +85,7 @@ def test_a_replay_has_the_bits_of_the_call(name, device):
 
 
 @pytest.mark.parametrize("name", ["norm, gelu", "feed forward, dropout"])
-def test_a_replay_on_another_stream_or_in_a_graph(name, device):
+def test_a_replay_on_another_stream_or_in_a_graph(name, device, runner):
     if device == "cpu":
         pytest.skip("a CPU has no streams")
     call, leaves = _models(device)[name]
@@ -91,3 +111,22 @@ def test_a_replay_on_another_stream_or_in_a_graph(name, device):
         graph.replay()
         torch.cuda.synchronize()
         assert all(t.isfinite().all() for t in inside)
+
+
+def test_a_capture_finds_the_plans_of_warmup(device, runner):
+    if device == "cpu":
+        pytest.skip("a CPU captures nothing; tests/test_plans.py pretends that it does")
+    norm = nn.LayerNorm(1024, device=device)
+    x = torch.randn(64, 1024, device=device, requires_grad=True)
+    nn.warmup(norm, x)
+    assert norm(x).grad_fn.name() == "NativeLayerNormBackward0"  # far below the gate
+    with nn.backend("triton"):
+        want = norm(x).detach()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = norm(x)
+        (dx,) = torch.autograd.grad(y.square().sum(), x)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert y.grad_fn.name() == "NormBackward"
+    assert torch.equal(y, want) and dx.isfinite().all()

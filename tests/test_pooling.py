@@ -83,7 +83,7 @@ def test_a_byte_is_kept_of_a_window_and_nothing_without_a_gradient():
     ids=str,
 )
 def test_bytes_against_stock(row, most):
-    with predict._as_on_the_gpu():
+    with predict.as_on_the_gpu():
         ours, _ = predict.our_costs(row, torch.bfloat16)
     theirs = predict.stock_costs(row, torch.bfloat16)
     assert sum(c.bytes for c in ours) <= most * sum(theirs, Cost(0, 0)).bytes

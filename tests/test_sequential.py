@@ -65,7 +65,7 @@ def test_dropout_draws_what_the_separate_layers_draw(
 ):
     if device == "cpu":  # one block of threads, so each draws several times
         monkeypatch.setattr(_rng, "most_blocks", lambda device: 1)
-    monkeypatch.setattr(ops, "_variant", lambda *args: plan)
+    monkeypatch.setattr(ops, "choose_variant", lambda *args: plan)
     net = model(fastnn.Linear(7, n), activation(), fastnn.Dropout(0.3)).to(device, dtype)
     x = torch.randn(m, 7, device=device, dtype=dtype)
     mode = "triton" if plan == "gemm" else "auto"
@@ -99,7 +99,7 @@ def test_more_elements_than_threads(device, monkeypatch):
     ],
 )
 def test_every_plan_gives_the_same(plan, activation, device, monkeypatch):
-    monkeypatch.setattr(ops, "_variant", lambda *args: plan)
+    monkeypatch.setattr(ops, "choose_variant", lambda *args: plan)
     net = model(fastnn.Linear(9, 6), activation).to(device)
     x = torch.randn(2, 5, 9, device=device)
     heard, got = run(net, list(net.parameters()), x, "auto")
@@ -122,7 +122,7 @@ def test_inference_through_cublaslt(shape, device):
 
 def test_the_plan_goes_by_shape_and_kind():
     def plan(M, N, K, activation="gelu", bias=True, training=True, drops=False, itemsize=2):
-        return ops._variant(M, N, K, itemsize, "sm_90", activation, bias, training, drops)
+        return ops.choose_variant(M, N, K, itemsize, "sm_90", activation, bias, training, drops)
 
     assert plan(4096, 4096, 1024, drops=True) == "epilogue"
     assert plan(4096, 4096, 128, drops=True) == "gemm"
@@ -152,7 +152,7 @@ def test_in_auto_the_gate_is_on_the_output(device, simulate):
 @pytest.mark.parametrize("activation", [torch.relu, torch.tanh, stock.functional.gelu])
 @pytest.mark.parametrize("frozen", [None, "input", "weight", "bias"])
 def test_second_derivatives(plan, activation, frozen, device, monkeypatch):
-    monkeypatch.setattr(ops, "_variant", lambda *args: plan)
+    monkeypatch.setattr(ops, "choose_variant", lambda *args: plan)
     torch.manual_seed(0)
     made = {"input": torch.randn(3, 4), "weight": torch.randn(5, 4), "bias": torch.randn(5)}
     made = {k: v.to(device).requires_grad_(k != frozen) for k, v in made.items()}

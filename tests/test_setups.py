@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 import fastnn
 from fastnn.layers._fusion import RULES
 from fastnn.layers._layer import OURS, STOCK
-from fastnn.testing import Comparison, _compare, _pooled, _side, simulated
+from fastnn.testing import Comparison, compare_tensors, over_draws, side_of, simulated
 from fastnn.testing.cases import CASES
 from fastnn.testing.noise import recording, replaying
 from tests.marks import interpreted
@@ -607,7 +607,7 @@ def compared(name, prepare, run, mode, seed):
                     f"{what}: {a.dtype} {tuple(a.shape)}; stock {b.dtype} {tuple(b.shape)}"
                 )
                 continue
-            comparison, failure = _compare(what, a, b, exact[what])
+            comparison, failure = compare_tensors(what, a, b, exact[what])
             comparisons += [comparison] if comparison else []
             wrong += [failure] if failure else []
         elif isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -626,7 +626,7 @@ def differences(name, prepare, run, mode):
         except fastnn.BackendError:  # an op declines the set-up and says why; run it in `auto`
             return differences(name, prepare, run, "auto")
         wrong = [w for _, these, _ in found for w in these]
-        pooled = _pooled([mock.Mock(comparisons=c) for c, _, _ in found])
+        pooled = over_draws([mock.Mock(comparisons=c) for c, _, _ in found])
         failures = [c.failure for c in pooled if c.failure]
         if wrong or not failures:
             break
@@ -786,7 +786,7 @@ def test_arguments_that_are_no_tensors(record_property):
     """If any argument of an op's or layer's row is not a tensor, the error is that of stock."""
     different, runs = [], 0
     for case in BY_NAME.values():
-        sides = [_side(case, home, torch.float32, "cpu").call for home in (fastnn, stock)]
+        sides = [side_of(case, home, torch.float32, "cpu").call for home in (fastnn, stock)]
         given = case.make(torch.float32, "cpu")
         options = {} if case.is_layer else case.options
         options = {k: v(torch.float32, "cpu") if callable(v) else v for k, v in options.items()}
@@ -917,14 +917,18 @@ def process(rank, folder):
             its = spread(name, way, stock, "auto", seed, rank)
             exact = exactly(name, way, seed)
             found = [
-                _compare(n, ours[n], its[n], exact[n]) for n in its if its[n].is_floating_point()
+                compare_tensors(n, ours[n], its[n], exact[n])
+                for n in its
+                if its[n].is_floating_point()
             ]
             comparisons.append(mock.Mock(comparisons=[c for c, _ in found if c]))
             wrong += [f"{name}, {way}, {mode}: {failure}" for _, failure in found if failure]
             if ours.keys() != its.keys():
                 wrong.append(f"{name}, {way}, {mode}: {sorted(ours)}; stock {sorted(its)}")
         runs += 1
-        wrong += [f"{name}, {way}, {mode}: {c.failure}" for c in _pooled(comparisons) if c.failure]
+        wrong += [
+            f"{name}, {way}, {mode}: {c.failure}" for c in over_draws(comparisons) if c.failure
+        ]
     torch.save((wrong, runs), f"{folder}/{rank}")
     torch.distributed.destroy_process_group()
 

@@ -24,7 +24,7 @@ from fastnn.ops import REGISTRY
 from fastnn.testing import meter
 from fastnn.testing.cases import CASES
 from fastnn.testing.noise import recording, replaying
-from tests.calls import Call, _Upstream, differences, forced, recorded
+from tests.calls import Call, Upstream, differences, forced, recorded
 from tests.marks import interpreted
 
 # ---- Layouts: a tensor -> (a tensor like it, the memory that holds it), or None ------------------
@@ -215,20 +215,20 @@ def test_layers_with_parameters_that_are_views(name):
     case = LAYERS[name]
     torch.manual_seed(0)
     inputs = case.make(torch.float32, "cpu")
-    ours, stock = (parity._side(case, n, torch.float32, "cpu") for n in (fastnn, torch.nn))
+    ours, stock = (parity.side_of(case, n, torch.float32, "cpu") for n in (fastnn, torch.nn))
     if not ours.parameters:
         pytest.skip("a layer without parameters")
     stock.call.load_state_dict(ours.call.state_dict())
 
     def called(side, layout):
-        parity._seed("cpu")
+        parity.seed("cpu")
         views = {k: (layout(p.detach()) or (p.detach(), p))[0] for k, p in side.parameters.items()}
         views = {k: v.requires_grad_() for k, v in views.items()}
         given = [v.detach().clone() if isinstance(v, Tensor) else v for v in inputs]
         out = torch.func.functional_call(side.call, views, tuple(given))
-        outs = [t for t in parity._tensors(out) if t.requires_grad]
+        outs = [t for t in parity.tensors_of(out) if t.requires_grad]
         sum(t.sum() for t in outs).backward()
-        return [*(t.detach() for t in parity._tensors(out)), *(v.grad for v in views.values())]
+        return [*(t.detach() for t in parity.tensors_of(out)), *(v.grad for v in views.values())]
 
     ran = 0
     for layout in (column, expanded, rows):
@@ -260,7 +260,7 @@ def test_saved_tensors_that_hooks_give_back_in_other_strides(name):
                 hooks(lambda t: t, lambda t, c=change: c(t.detach())) if hooked else nullcontext()
             )
             with around, meter.traffic(distinct=False):
-                outcome, _ = forced(call, {}, upstream=_Upstream(0))
+                outcome, _ = forced(call, {}, upstream=Upstream(0))
             if outcome.values is None:
                 pytest.skip(f"the call runs stock: {outcome.reason or outcome.error}")
             results.append(outcome.values)

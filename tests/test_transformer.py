@@ -393,7 +393,9 @@ def test_launches_of_a_training_step(norm_first, monkeypatch):
     from fastnn.testing import meter
 
     # On a GPU the host reserves random numbers; here operators make them.
-    monkeypatch.setattr(_rng, "_draw", lambda device, launch: _rng._plain(device, 1, 0, launch))
+    monkeypatch.setattr(
+        _rng, "draw_planned", lambda device, launch: _rng.plain_draw(device, 1, 0, launch)
+    )
     counts = {}
     for namespace in (fastnn, stock):
         layer = namespace.TransformerEncoderLayer(64, 2, 128, norm_first=norm_first)

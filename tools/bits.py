@@ -35,20 +35,20 @@ def _row(case, dtype: torch.dtype) -> dict[str, str]:
 
     torch.manual_seed(0)
     inputs = case.make(dtype, "cpu")
-    side = testing._side(case, fastnn, dtype, "cpu")
+    side = testing.side_of(case, fastnn, dtype, "cpu")
     options = {}
     if not case.is_layer:
         options = {k: v(dtype, "cpu") if callable(v) else v for k, v in case.options.items()}
     if case.view is not None:
-        side = testing.Side(testing._viewing(case.view, side.call), side.parameters)
-    given = testing._leaves((tuple(inputs), options))
+        side = testing.Side(testing.viewing(case.view, side.call), side.parameters)
+    given = testing.fresh_leaves((tuple(inputs), options))
     try:
         with fastnn.backend("triton"):
-            ran = testing._run(side, given, "cpu", case.autocast)
+            ran = testing.run_side(side, given, "cpu", case.autocast)
     except fastnn.BackendError as error:
         return {"stock": str(error)}
     found = {name: _digest(t) for name, t in ran.named.items()}
-    found |= {f"input {i} afterwards": _digest(t) for i, t in enumerate(testing._tensors(given))}
+    found |= {f"input {i} afterwards": _digest(t) for i, t in enumerate(testing.tensors_of(given))}
     buffers = side.call.named_buffers() if isinstance(side.call, torch.nn.Module) else ()
     return found | {f"buffer {name}": _digest(t) for name, t in buffers}
 

@@ -4,6 +4,8 @@ README.md       each ```python block is run, in order and in one process, and it
                 ```text block after it; the table of families stands between its two markers.
 docs/layers.md  its tables of layers and of functions, between their markers.
 docs/ops.md     the whole file, from the record of each op.
+docs/compile.md  its table of models, from bench/results/counted/models.json.
+docs/compiled.md  its table of roofs, from bench/roofs.json.
 
 `--check` compares and writes nothing. Only `python -m tools.generate --commands` writes
 docs/commands.md, because that takes minutes: each ```sh line is run, and its output becomes the
@@ -12,6 +14,7 @@ docs/commands.md, because that takes minutes: each ```sh line is run, and its ou
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -187,16 +190,35 @@ def commands_page() -> None:
         page.write_text(COMMAND.sub(replace, page.read_text()))
 
 
+def models_table() -> str:
+    """What `fastnn bench --models` counted."""
+    from fastnn.bench import traffic
+
+    counted = json.loads((ROOT / "bench/results/counted/models.json").read_text())
+    return traffic.markdown(counted["models"])
+
+
 def main() -> int:
     if "--commands" in sys.argv:
         commands_page()
         return 0
+    from fastnn.bench import roofs
+
     readme, layers = ROOT / "README.md", ROOT / "docs" / "layers.md"
+    models = ROOT / "docs" / "compile.md"
     front = between(run_blocks(readme.read_text()), "families", family_table())
     tables = between(layers.read_text(), "layers", layers_table())
     tables = between(tables, "functions", functions_table())
+    compiled = ROOT / "docs" / "compiled.md"
+    roofed = between(compiled.read_text(), "roofs", roofs.by_kernel())
     stale = []
-    pages = ((readme, front), (layers, tables), (ROOT / "docs" / "ops.md", ops_page()))
+    pages = (
+        (readme, front),
+        (layers, tables),
+        (ROOT / "docs" / "ops.md", ops_page()),
+        (models, between(models.read_text(), "models", models_table())),
+        (compiled, roofed),
+    )
     for path, content in pages:
         if not path.exists() or path.read_text() != content:
             stale.append(path.name)

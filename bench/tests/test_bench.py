@@ -13,7 +13,7 @@ import fastnn
 import fastnn.functional as F
 from fastnn._mode import Mode
 from fastnn.bench.cases import matching
-from fastnn.bench.run import _both, _sides, check
+from fastnn.bench.run import both_passes, check, make_sides
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
 cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU pays")
@@ -36,11 +36,11 @@ def test_row(benchmark, case, dtype, side):
     if side == "ours":
         found = check(case, dtype, clock())
         assert not found["failures"] and found["path"] == "kernel", found
-    theirs, ours = _sides(case, dtype, "cuda")
+    theirs, ours = make_sides(case, dtype, "cuda")
     inputs = case.make(dtype, "cuda")
     modes: dict[str, Mode] = {"stock": "torch", "ours": "triton", "auto": "auto"}
     with fastnn.backend(modes[side]):
-        both = _both(case, theirs if side == "stock" else ours, inputs)
+        both = both_passes(case, theirs if side == "stock" else ours, inputs)
         both()
 
         def run():

@@ -16,6 +16,7 @@ EXAMPLES = """\
   fastnn bench                              # every row; without a GPU, predictions
   fastnn bench --only LayerNorm --only BERT --dtype bfloat16
   fastnn bench --out bench-out --no-compile # the same command again goes on where it stopped
+  fastnn bench --models --only timm         # bytes of compiled models of a library, counted
 """
 
 DTYPES = {str(d).removeprefix("torch."): d for d in FLOATS}
@@ -34,14 +35,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="also time torch.compile(stock), which takes minutes more",
     )  # fmt: skip
     parser.add_argument(
-        "--bandwidth", type=float, default=3.35, metavar="TB/S",
+        "--bandwidth", type=float, default=3.05, metavar="TB/S",
         help="without a GPU: bandwidth of the prediction (default: %(default)s, an H100)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--models", action="store_true",
+        help="count bytes and launches of training steps of real models, eager and compiled for "
+        "the backend fastnn; needs transformers, timm and diffusers, and no GPU",
     )  # fmt: skip
 
 
-def _interpret() -> None:
+def _interpret(always: bool) -> None:
     """Without a GPU, restart the process with interpreted kernels. Import decides on that."""
-    if torch.cuda.is_available() or _mode.INTERPRET:
+    if _mode.INTERPRET or (torch.cuda.is_available() and not always):
         return
     if not _mode.HAS_TRITON:
         raise _cli.CliError("no GPU to measure on, and no prediction: triton is not installed")
@@ -51,8 +57,10 @@ def _interpret() -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    _interpret()
+    _interpret(always=args.models)
     console = _cli.console()
+    if args.models:
+        return _models(args, console)
     import tempfile
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -102,6 +110,46 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _models(args: argparse.Namespace, console) -> int:
+    import json
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+
+    from fastnn.bench import traffic
+    from fastnn.testing import interpreter
+
+    models = traffic.matching(args.only)
+    if not models:
+        raise _cli.CliError(f"no models for --only {args.only}")
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+    interpreter.install()
+    records = []
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("models", total=len(models))
+        for model in models:
+            progress.update(task, description=model.name)
+            records.append(traffic.counted(model))
+            progress.advance(task)
+    table = Table(title="a training step in bfloat16: COUNTED, device none, nothing was timed")
+    for column in traffic.COLUMNS:
+        left = column in ("model", "from")
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
+    for row in traffic.rows(records):
+        table.add_row(*row)
+    console.print(table)
+    console.print(traffic.LEGEND)
+    if args.out:
+        path = args.out / "models.json"
+        path.write_text(json.dumps({"device": "none: counted", "models": records}, indent=1) + "\n")
+        console.print(f"wrote {path}")
+    return 1 if all("why" in r for r in records) else 0
+
+
 def _measure(args, rows, results, progress, task, on_row) -> bool:
     from fastnn.bench import measure
     from fastnn.bench import run as bench
@@ -139,9 +187,11 @@ def _chosen(results, kind: str, rows) -> list[dict]:
 def _predicted(results, rows):
     from rich.table import Table
 
+    from fastnn.bench import roofs
+
     table = Table(title="PREDICTED from bytes and launches, nothing was measured")
-    for column in ("row", "from", "stock MB", "ours MB", "launches", "predicted", "auto"):
-        left = column in ("row", "from", "auto")
+    for column in ("row", "from", "stock MB", "ours MB", "launches", "predicted", "roof", "auto"):
+        left = column in ("row", "from", "roof", "auto")
         table.add_column(column, justify="left" if left else "right", overflow="fold")
     for x in _chosen(results, "prediction", rows):
         if x["speedup"] is None:
@@ -149,7 +199,8 @@ def _predicted(results, rows):
             continue
         mb = [f"{sum(p['bytes'] for p in x[s]) / 1e6:.1f}" for s in ("stock", "ours")]
         launches = "/".join(str(sum(p["launches"] for p in x[s])) for s in ("stock", "ours"))
-        table.add_row(x["key"], x["model"], *mb, launches, f"{x['speedup']:.2f}x", x["auto"])
+        roof = roofs.warning_of(x["key"])
+        table.add_row(x["key"], x["model"], *mb, launches, f"{x['speedup']:.2f}x", roof, x["auto"])
     return table
 
 
@@ -162,6 +213,8 @@ def _explain_prediction(console, bandwidth: float, results, rows) -> None:
         f"No GPU here: {_cli.why_no_kernels() or 'kernels are interpreted'}. {len(given)} of "
         f"{len(lines)} rows have a prediction, for {bandwidth:g} TB/s, "
         f"kernels forced, forward and backward:\n  {predict.FORMULA}\n"
+        "The column roof is a warning, no predicted time: the time of a launch's instructions,\n"
+        "over that of its bytes, counted in the code for an H100, where it is more than 0.8.\n"
         "On a GPU the same command measures."
     )
 

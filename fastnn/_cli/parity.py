@@ -106,7 +106,7 @@ def _uninitialised_memory_is_nan():
         torch.use_deterministic_algorithms(before, warn_only=warn)
 
 
-def _emulated(architecture: str) -> tuple[str, contextlib.AbstractContextManager]:
+def emulated(architecture: str) -> tuple[str, contextlib.AbstractContextManager]:
     """(the name of the device in the report, the block in which kernels are emulated)."""
     from fastnn.testing.aot import TARGETS, emulate
 
@@ -301,7 +301,7 @@ def run(args: argparse.Namespace) -> int:
     way: contextlib.AbstractContextManager = contextlib.nullcontext()
     if args.emulate:
         device = "cpu"
-        kernels, way = _emulated(args.emulate)
+        kernels, way = emulated(args.emulate)
     elif not torch.cuda.is_available():
         from fastnn.testing import interpreter
 

@@ -70,10 +70,11 @@ def _replace(gm: GraphModule, site: Site, rewrite: Rewrite) -> None:
     with graph.inserting_before(first):
         args = rewrite.args
         for view in rewrite.views:
-            swap = {view.args[0]: args[0]}
-            again = graph.node_copy(view, lambda n, swap=swap: swap.get(n, n))  # type: ignore[misc]
-            again.meta["example_value"] = value(view).to(value(args[0]).dtype)
-            args = (again, *args[1:])
+            for i in range(rewrite.viewed):
+                swap = {view.args[0]: args[i]}
+                again = graph.node_copy(view, lambda n, swap=swap: swap.get(n, n))  # type: ignore[misc]
+                again.meta["example_value"] = value(view).to(value(args[i]).dtype)
+                args = (*args[:i], again, *args[i + 1 :])
         call = graph.call_function(rewrite.target, args, dict(rewrite.kwargs))
         call.meta = dict(last.meta)
         if len(rewrite.outputs) == 1:

@@ -233,6 +233,17 @@ def is_reshape(node: Any) -> bool:
     )
 
 
+def keeps_rows(node: Any) -> bool:
+    """Whether a node gives a contiguous tensor other dimensions, except for the last one."""
+    names = "view", "reshape", "flatten", "unflatten"
+    if not is_reshape(node) or _target_name(node) not in names:
+        return False
+    new, old = value(node), value(node.args[0])
+    if not new.dim() or not old.dim() or new.shape[-1] != old.shape[-1]:
+        return False
+    return new.is_contiguous() and old.is_contiguous()
+
+
 def roots(node: Node) -> set[Node]:
     """The nodes whose memory the result of `node` may share: itself, if it makes a tensor."""
     found: set[Node] = set()

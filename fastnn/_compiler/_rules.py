@@ -25,6 +25,7 @@ from fastnn._compiler._calls import (
     is_conversion,
     is_reshape,
     is_widening,
+    keeps_rows,
     value,
 )
 from fastnn._compiler._site import Misfit, Rewrite, Site
@@ -328,19 +329,29 @@ def _branch(site: Site, node: Node) -> tuple[Any, Any, float, bool]:
 
 @rule("dropout, add, norm", "layer_norm", "rms_norm")
 def _add_norm(site: Site, end: Node) -> Rewrite:
-    """norm(x + dropout(z)), where the sum may be used elsewhere, too."""
+    """norm(x + dropout(z)), where the sum may be used elsewhere, too.
+
+    The sum may be reshaped before both, as where tokens become an image of tokens.
+    """
     norm = site.call(end, "layer_norm", "rms_norm")
-    s = norm["input"]
+    last = s = norm["input"]
+    if keeps_rows(last) and len(last.args[0].users) == 1:
+        site.taken[last] = None
+        s = last.args[0]
     site.expect(len(norm["normalized_shape"]) == 1, "the norm is over several dimensions")
     _numbers(norm["eps"], *norm["normalized_shape"])
     z, x, p, training = _branch(site, s)
     site.expect(_tensor(z).dtype == _tensor(x).dtype, "the terms have two dtypes")
-    prenorm = any(user is not end for user in s.users)
+    views = () if last is s else (last,)
+    if views:
+        for term in (z, x):
+            site.expect(_tensor(term).is_contiguous(), "the terms are not contiguous")
+    prenorm = any(user is not end for user in last.users)
     centred = norm.name == "layer_norm"
     parameters = [norm["weight"], norm["bias"]] if centred else [norm["weight"]]
     op = dropout_add_layer_norm if centred else dropout_add_rms_norm
     args = (z, x, tuple(norm["normalized_shape"]), *parameters, norm["eps"], p, training, prenorm)
-    return Rewrite(op, args, (s, end) if prenorm else (end,))
+    return Rewrite(op, args, (last, end) if prenorm else (end,), {}, views, 2)
 
 
 # ---- Activations --------------------------------------------------------------------------------

@@ -26,7 +26,9 @@ class Rewrite(NamedTuple):
     """The nodes that the results replace. With several, the call returns a tuple."""
     kwargs: dict[str, Any] = {}  # noqa: RUF012
     views: tuple[Node, ...] = ()
-    """Views that are taken of the first argument before the call: nodes that did so before."""
+    """Views that are taken of the first arguments before the call: nodes that did so before."""
+    viewed: int = 1
+    """Of how many arguments the views are taken."""
 
 
 class Site:

@@ -313,13 +313,15 @@ def told(place: Place, member: Any, cls: type, called: str = "") -> Any:
 
     `cls`: the class that it counts as. `called`: its name in the reason, by default its class.
     """
-    tell = place.tells.get(cls)
-    if tell is None:
+    if cls not in place.tells:
         return Misfit(f"{called} is a {type(member).__name__}")
     why = watched(member) if isinstance(member, stock.Module) else None
-    if why is not None:
-        return Misfit(why)
-    what = tell(member)
+    return _set_up(place, member, cls, called) if why is None else Misfit(why)
+
+
+def _set_up(place: Place, member: Any, cls: type, called: str = "") -> Any:
+    """What `told` returns of a member whose class the place takes, and that nobody watches."""
+    what = place.tells[cls](member)
     if what is None:
         shown = getattr(member, "__name__", member)
         return Misfit(f"{called or type(member).__name__} is {shown}")
@@ -447,17 +449,23 @@ def run_neighbours(group: Group, members: list, i: int, input: Any) -> tuple[int
     None do if the op would run PyTorch because of its size: the members do the same by themselves.
     """
     rule = group.rule
+    op: Any = rule.op.op  # type: ignore[attr-defined]
+    op.find_floor()  # if no call of the op has got as far as dispatch
     if rule.small(input, members[i]):
         return i, input
+    end = i + len(group.places)
     what = []
-    end = i
-    for place, cls in group.places:
-        one = told(place, members[end], cls)
+    # How the members are set is cheap to ask, and often the answer: a norm in training mode.
+    for (place, cls), member in zip(group.places, members[i:end], strict=True):
+        one = _set_up(place, member, cls)
         if type(one) is Misfit:
             note(rule, one)
             return i, input
         what.append(one)
-        end += 1
+    why = watched(*members[i:end])
+    if why is not None:
+        note(rule, Misfit(why))
+        return i, input
     if group.more is not None:
         one = told(group.more[0], members[end], group.more[1])
         if type(one) is not Misfit:
@@ -467,9 +475,10 @@ def run_neighbours(group: Group, members: list, i: int, input: Any) -> tuple[int
     if type(arguments) is Misfit:
         note(rule, arguments)
         return i, input
-    if rule.asks and _gate.answers() and _mode.current_mode() == "auto":
-        op: Any = rule.op.op  # type: ignore[attr-defined]
-        chosen = _gate.decide(op.name, op.policy, input.get_device(), arguments, {})
+    mode = _mode.current_mode()
+    if rule.asks and _gate.answers() and mode != "triton":
+        free = mode == "graph" or (bool(op.plans.graphed) and _mode.capturing())
+        chosen = _gate.decide(op.name, op.policy, input.get_device(), arguments, {}, free)
         if isinstance(chosen, _mode.Stock):
             _mode.note(op, chosen.why)
             return i, input

@@ -517,9 +517,17 @@ struct Output {
   at::TensorOptions options;
 };
 
+// An argument: a leaf, or a tuple or list of which the elements are arguments.
+struct Form {
+  PyTypeObject* type = nullptr;  // null: a leaf
+  std::vector<Form> elements;
+};
+
 struct Plan {
   std::string name;
   c10::Device device = at::kCPU;
+  std::vector<Form> forms;                  // of the arguments; what follows is of their leaves
+  bool nested = false;
   std::vector<Ref> constants;               // empty where a tensor is given
   std::vector<bool> ignored;                // constants that may change
   std::vector<PyTypeObject*> types;         // of the tensors; they exist as long as the process
@@ -530,8 +538,9 @@ struct Plan {
   Program before, after;
   int count = 0;                            // of slots
   std::vector<int> order;                   // the slots that the node is given
-  bool graph = false, many = false, saves = false, materialize = true;
-  int picked = -1;                          // -1: all
+  bool graph = false, saves = false, materialize = true;
+  std::vector<int> picked;                  // which results are returned
+  bool single = false;                      // whether the one result is returned by itself
   std::vector<bool> differentiable;         // of the results
   std::vector<std::optional<Output>> outputs;
   Ref slow;                                 // (drawn, gradients, saved) -> gradients
@@ -670,6 +679,25 @@ bool equals(PyObject* value, PyObject* constant) {
   return answer.get() == Py_True;
 }
 
+using Leaves = c10::SmallVector<PyObject*, 24>;
+
+// Adds the leaves of an argument. False if it has another form.
+bool take(const Form& form, PyObject* value, Leaves& leaves) {
+  if (!form.type) {
+    leaves.push_back(value);
+    return true;
+  }
+  if (Py_TYPE(value) != form.type) return false;
+  bool is_list = form.type == &PyList_Type;
+  auto n = (size_t)(is_list ? PyList_GET_SIZE(value) : PyTuple_GET_SIZE(value));
+  if (n != form.elements.size()) return false;
+  for (size_t i = 0; i < n; i++) {
+    PyObject* element = is_list ? PyList_GET_ITEM(value, i) : PyTuple_GET_ITEM(value, i);
+    if (!take(form.elements[i], element, leaves)) return false;
+  }
+  return true;
+}
+
 bool fits(const Plan& plan, PyObject* const* args, const Tensor** given) {
   if (at::GradMode::is_enabled() != plan.grad_mode || !plan.state->holds(plan.device.type()) ||
       !current(plan.device)) {
@@ -695,13 +723,19 @@ bool fits(const Plan& plan, PyObject* const* args, const Tensor** given) {
 PyObject* call(PyObject* self, PyObject* const* args, size_t flags, PyObject* names) {
   std::shared_ptr<const Plan> plan = ((PlanObject*)self)->plan;
   size_t n = (size_t)PyVectorcall_NARGS(flags);
-  if (names || n != plan->constants.size()) {
+  if (names || n != plan->forms.size()) {
     PyErr_SetString(PyExc_TypeError, "a plan takes all arguments, by position");
     return nullptr;
   }
   try {
     const Tensor* given[64];
-    if (!fits(*plan, args, given)) {
+    Leaves leaves;
+    bool formed = true;
+    if (plan->nested) {
+      for (size_t i = 0; i < n && formed; i++) formed = take(plan->forms[i], args[i], leaves);
+      args = leaves.data();
+    }
+    if (!formed || !fits(*plan, args, given)) {
       Py_INCREF(unfit);
       return unfit;
     }
@@ -722,10 +756,12 @@ PyObject* call(PyObject* self, PyObject* const* args, size_t flags, PyObject* na
       }
     }
     const auto& results = plan->after.results;
-    if (plan->picked >= 0) return wrapped(slots[results[plan->picked]]);
-    Ref all = checked(PyTuple_New((Py_ssize_t)results.size()));
-    for (size_t i = 0; i < results.size(); i++) {
-      PyObject* out = results[i] < 0 ? Py_NewRef(Py_None) : wrapped(slots[results[i]]);
+    const auto& picked = plan->picked;
+    if (plan->single) return wrapped(slots[results[picked[0]]]);
+    Ref all = checked(PyTuple_New((Py_ssize_t)picked.size()));
+    for (size_t i = 0; i < picked.size(); i++) {
+      int slot = results[picked[i]];
+      PyObject* out = slot < 0 ? Py_NewRef(Py_None) : wrapped(slots[slot]);
       PyTuple_SET_ITEM(all.get(), (Py_ssize_t)i, checked(out).release());
     }
     return all.release();
@@ -971,11 +1007,29 @@ PyObject* field(PyObject* spec, const char* name) {
   return value;
 }
 
+// A form is None, or (tuple or list, (form, ...)).
+Form form_of(PyObject* spec) {
+  Form form;
+  if (spec == Py_None) return form;
+  form.type = (PyTypeObject*)item(spec, 0);
+  if (form.type != &PyTuple_Type && form.type != &PyList_Type) fail("a form of another type");
+  PyObject* elements = item(spec, 1);
+  for (Py_ssize_t i = 0; i < length(elements); i++) {
+    form.elements.push_back(form_of(item(elements, i)));
+  }
+  return form;
+}
+
 // plan(spec) -> (the plan, its holder)
 PyObject* py_plan(PyObject*, PyObject* spec) {
   try {
     auto plan = std::make_shared<Plan>();
     plan->name = text(field(spec, "name"));
+    PyObject* forms = field(spec, "forms");
+    for (Py_ssize_t i = 0; i < length(forms); i++) {
+      plan->forms.push_back(form_of(item(forms, i)));
+      plan->nested = plan->nested || plan->forms.back().type;
+    }
     PyObject *values = field(spec, "values"), *ignored = field(spec, "ignored");
     for (Py_ssize_t i = 0; i < length(values); i++) {
       PyObject* value = item(values, i);
@@ -1000,8 +1054,13 @@ PyObject* py_plan(PyObject*, PyObject* spec) {
     plan->graph = field(spec, "graph") == Py_True;
     plan->saves = field(spec, "saves") == Py_True;
     plan->materialize = field(spec, "materialize") == Py_True;
+    plan->single = field(spec, "single") == Py_True;
     PyObject* picked = field(spec, "picked");
-    plan->picked = picked == Py_None ? -1 : (int)integer(picked);
+    if (picked != Py_None) {
+      plan->picked = integers<int>(picked);
+    } else {
+      for (size_t i = 0; i < plan->after.results.size(); i++) plan->picked.push_back((int)i);
+    }
     PyObject *outputs = field(spec, "outputs"), *constant = field(spec, "constant");
     for (Py_ssize_t i = 0; i < length(outputs); i++) {
       PyObject* out = item(outputs, i);

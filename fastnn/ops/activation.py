@@ -16,6 +16,7 @@ from torch._C._autograd import CreationMeta, _get_creation_meta  # type: ignore[
 
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, op, rounded, run, second_order
+from fastnn._shards import elements
 
 aten = torch.ops.aten
 _FLOAT_MAX = torch.finfo(torch.float32).max
@@ -160,7 +161,7 @@ def _not_writable(x) -> str | None:
     return None
 
 
-@op(stock=stock.relu, strided=_X)
+@op(stock=stock.relu, strided=_X, split=elements)
 def relu(input, inplace=False):
     """Fused, also in place."""
     return _pointwise(input, RELU, inplace=inplace)
@@ -172,7 +173,7 @@ def relu6(input, inplace=False):
     return _pointwise(input, HARDTANH, 0.0, 6.0, inplace)
 
 
-@op(stock=stock.leaky_relu, strided=_X)
+@op(stock=stock.leaky_relu, strided=_X, split=elements)
 def leaky_relu(input, negative_slope=0.01, inplace=False):
     """Fused, also in place if the slope is not negative."""
     return _leaky_relu(input, negative_slope, inplace)
@@ -184,7 +185,7 @@ def _leaky_relu(x, slope, inplace):
     return _pointwise(x, LEAKY_RELU, slope, inplace=inplace)
 
 
-@op(stock=stock.rrelu, strided=_X, source="arXiv:1505.00853")
+@op(stock=stock.rrelu, strided=_X, split=elements, source="arXiv:1505.00853")
 def rrelu(input, lower=1.0 / 8, upper=1.0 / 3, training=False, inplace=False):
     """Fused in eval mode, also in place. In training PyTorch runs: the slopes are random."""
     if training:
@@ -196,7 +197,7 @@ def rrelu(input, lower=1.0 / 8, upper=1.0 / 3, training=False, inplace=False):
     return _leaky_relu(input, (lower + upper) / 2, inplace)
 
 
-@op(stock=stock.threshold, strided=_X)
+@op(stock=stock.threshold, strided=_X, split=elements)
 def threshold(input, threshold, value, inplace=False):
     """Fused, also in place."""
     dtype = input.dtype
@@ -212,7 +213,7 @@ def hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False):
     return _pointwise(input, HARDTANH, min_val, max_val, inplace)
 
 
-@op(stock=stock.elu, strided=_X, source="arXiv:1511.07289")
+@op(stock=stock.elu, strided=_X, split=elements, source="arXiv:1511.07289")
 def elu(input, alpha=1.0, inplace=False):
     """Fused, also in place if alpha is not negative."""
     return _elu(input, alpha, 1.0, inplace)
@@ -224,7 +225,7 @@ def _elu(x, alpha, input_scale, inplace):
     return _pointwise(x, ELU, alpha, input_scale, inplace)
 
 
-@op(stock=stock.celu, strided=_X, source="arXiv:1704.07483")
+@op(stock=stock.celu, strided=_X, split=elements, source="arXiv:1704.07483")
 def celu(input, alpha=1.0, inplace=False):
     """Fused, also in place if alpha is not negative."""
     if not isinstance(alpha, (int, float)):
@@ -234,13 +235,13 @@ def celu(input, alpha=1.0, inplace=False):
     return _elu(input, alpha, 1.0 / alpha, inplace)
 
 
-@op(stock=stock.selu, strided=_X, source="arXiv:1706.02515")
+@op(stock=stock.selu, strided=_X, split=elements, source="arXiv:1706.02515")
 def selu(input, inplace=False):
     """Fused, also in place."""
     return _pointwise(input, SELU, inplace=inplace)
 
 
-@op(stock=stock.gelu, strided=_X, source="arXiv:1606.08415")
+@op(stock=stock.gelu, strided=_X, split=elements, source="arXiv:1606.08415")
 def gelu(input, *, approximate="none"):
     """Fused for the erf formula and for the tanh formula."""
     if approximate not in ("none", "tanh"):
@@ -248,25 +249,25 @@ def gelu(input, *, approximate="none"):
     return _pointwise(input, GELU if approximate == "none" else GELU_TANH)
 
 
-@op(stock=stock.silu, strided=_X, source="arXiv:1702.03118")
+@op(stock=stock.silu, strided=_X, split=elements, source="arXiv:1702.03118")
 def silu(input, inplace=False):
     """Fused, also in place."""
     return _pointwise(input, SILU, inplace=inplace)
 
 
-@op(stock=stock.mish, strided=_X, source="arXiv:1908.08681")
+@op(stock=stock.mish, strided=_X, split=elements, source="arXiv:1908.08681")
 def mish(input, inplace=False):
     """Fused, also in place."""
     return _pointwise(input, MISH, inplace=inplace)
 
 
-@op(stock=stock.sigmoid, strided=_X)
+@op(stock=stock.sigmoid, strided=_X, split=elements)
 def sigmoid(input):
     """Fused."""
     return _pointwise(input, SIGMOID)
 
 
-@op(stock=stock.tanh, strided=_X)
+@op(stock=stock.tanh, strided=_X, split=elements)
 def tanh(input):
     """Fused."""
     return _pointwise(input, TANH)
@@ -304,13 +305,13 @@ def softshrink(input, lambd=0.5):
     return _pointwise(input, SOFTSHRINK, rounded(lambd, input.dtype))
 
 
-@op(stock=stock.softplus, strided=_X, autocast="fp32")
+@op(stock=stock.softplus, strided=_X, split=elements, autocast="fp32")
 def softplus(input, beta=1, threshold=20, *, out_dtype=None):
     """Fused; under autocast with the conversion to float32."""
     return _pointwise(input, SOFTPLUS, beta, threshold, out_dtype=out_dtype)
 
 
-@op(stock=stock.softsign, strided=_X)
+@op(stock=stock.softsign, strided=_X, split=elements)
 def softsign(input):
     """Fused: one kernel per direction. PyTorch needs three and eight."""
     return _pointwise(input, SOFTSIGN)
@@ -342,7 +343,7 @@ class Tanhshrink(Function):
         return dx
 
 
-@op(stock=stock.tanhshrink, strided=_X)
+@op(stock=stock.tanhshrink, strided=_X, split=elements)
 def tanhshrink(input):
     """Fused: one kernel per direction. PyTorch needs two and three."""
     if input.requires_grad and torch.is_grad_enabled():

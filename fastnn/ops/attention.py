@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastnn import _rng, kernels
 from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
+from fastnn._shards import Split
 from fastnn.kernels import _gpus
-from fastnn.ops.dropout import _native_scales
+from fastnn.ops.dropout import native_scales
 from fastnn.ops.linear import matmul_precision, tf32_setting
 
 # The backends that PyTorch may choose, values of `torch.nn.attention.SDPBackend`.
@@ -220,7 +221,7 @@ def _noise(q: Tensor, S: int, p: float) -> tuple[Any, float] | str:
     draw = _rng.draw_own(kernels.attention.increment(S), q.get_device())
     if isinstance(draw, str):
         return draw
-    scale, grad_scale = _native_scales(p)
+    scale, grad_scale = native_scales(p)
     return kernels.attention.Noise(draw, bound, scale), grad_scale
 
 
@@ -260,8 +261,21 @@ def _settings():
     return allowed, cuda.cudnn_sdp_enabled(), tuple(order), exact, tf32_setting()
 
 
+def _splits(query, key, value, attn_mask=None, dropout_p=0.0, **others):
+    """By batches and heads. A mask is whole, and the same for all of them."""
+    q, k, v, m = query, key, value, attn_mask
+    if dropout_p or q.dim() != k.dim() or q.dim() != v.dim():
+        return []
+    same = [d for d in range(q.dim() - 2) if q.shape[d] == k.shape[d] == v.shape[d]]
+    if m is not None:
+        first = q.dim() - m.dim()  # of the mask's dimensions
+        same = [d for d in same if d < first or m.shape[d - first] == 1]
+    return [Split({"query": d, "key": d, "value": d}, d) for d in same]
+
+
 @op(
     stock=stock.scaled_dot_product_attention,
+    split=_splits,
     strided=("query", "key", "value", "attn_mask"),
     integers=(torch.bool,),
     autocast="lower",

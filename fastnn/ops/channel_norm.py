@@ -10,7 +10,7 @@ import torch.nn.functional as stock
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, Work, impossible, op, rounded, run, second_order
 from fastnn.ops.activation import refuse_numbers
-from fastnn.ops.linear import _ACTIVATIONS, _activate
+from fastnn.ops.linear import ACTIVATIONS, stock_activation
 
 
 class Act(NamedTuple):
@@ -22,10 +22,10 @@ class Act(NamedTuple):
 
     @property
     def formula(self):
-        return _ACTIVATIONS[self.name]
+        return ACTIVATIONS[self.name]
 
     def __call__(self, z):
-        return _activate(self.name)(z, self.a, self.b)
+        return stock_activation(self.name)(z, self.a, self.b)
 
 
 class Spec(NamedTuple):
@@ -193,7 +193,7 @@ def _unfit(input, eps, momentum=0.0) -> Stock | None:
     return None
 
 
-def _of_channels(C, *tensors) -> Stock | None:
+def of_channels(C, *tensors) -> Stock | None:
     """Why PyTorch would reject parameters or statistics."""
     for t in tensors:
         if t is not None and tuple(t.shape) != (C,):
@@ -201,7 +201,7 @@ def _of_channels(C, *tensors) -> Stock | None:
     return None
 
 
-def _mixed(input, *tensors) -> bool:
+def mixed_dtypes(input, *tensors) -> bool:
     """Whether dtypes are mixed in another way than float32 together with a 16-bit input."""
     dtypes = {t.dtype for t in tensors if t is not None}
     return len(dtypes) > 1 or not dtypes <= {input.dtype, torch.float32}
@@ -215,7 +215,7 @@ def _group_norm(input, num_groups, weight, bias, eps, out_dtype, act=None):
         return Invalid(f"{num_groups} groups of {C} channels")
     if input.numel() == num_groups:  # PyTorch: "Expected more than 1 value per channel"
         return Invalid("one value in each group")
-    why = _unfit(input, eps) or _of_channels(C, weight, bias)
+    why = _unfit(input, eps) or of_channels(C, weight, bias)
     if why is not None:
         return why
     if weight is None and bias is not None:
@@ -274,10 +274,10 @@ def _batch_norm(
     if not training and (running_mean is None or running_var is None):
         return Invalid("eval mode without running statistics")
     tensors = running_mean, running_var, weight, bias
-    why = _of_channels(C, *tensors)
+    why = of_channels(C, *tensors)
     if why is not None:
         return why
-    if _mixed(input, *tensors):
+    if mixed_dtypes(input, *tensors):
         return Invalid("parameters or statistics in other dtypes")
     if (running_mean is None) != (running_var is None):
         return Stock("one running statistic without the other")
@@ -343,12 +343,12 @@ def instance_norm(
     if not use_input_stats and (running_mean is None or running_var is None):
         return Invalid("use_input_stats=False without running statistics")
     tensors = running_mean, running_var, weight, bias
-    why = _of_channels(C, *tensors)
+    why = of_channels(C, *tensors)
     if why is not None:
         return why
-    if _mixed(input, weight, bias):
+    if mixed_dtypes(input, weight, bias):
         return Invalid("parameters in other dtypes")
-    if (running_mean is None) != (running_var is None) or _mixed(input, *tensors):
+    if (running_mean is None) != (running_var is None) or mixed_dtypes(input, *tensors):
         return Stock("running statistics in another dtype, or one without the other")
     if any(t is not None and (t.requires_grad or not t.is_contiguous()) for t in tensors[:2]):
         return Stock("running statistics that require grad, or are strided")
@@ -377,10 +377,10 @@ def instance_norm(
 # ---- norm and activation -------------------------------------------------------------------------
 
 
-def _act(name, activation, a, b):
+def checked_activation(name, activation, a, b):
     """The activation of that name. Raises ValueError if there is none."""
-    if activation not in _ACTIVATIONS:
-        accepted = ", ".join(_ACTIVATIONS)
+    if activation not in ACTIVATIONS:
+        accepted = ", ".join(ACTIVATIONS)
         raise ValueError(f"{name}: activation {activation!r}; accepted are {accepted}")
     return Act(activation, a, b)
 
@@ -388,7 +388,7 @@ def _act(name, activation, a, b):
 def _group_norm_then_act(
     input, num_groups, weight=None, bias=None, eps=1e-5, activation="silu", a=0.0, b=0.0
 ):
-    act = _act("group_norm_act", activation, a, b)
+    act = checked_activation("group_norm_act", activation, a, b)
     return act(stock.group_norm(input, num_groups, weight, bias, eps))
 
 
@@ -402,7 +402,7 @@ def group_norm_act(
     `Sequential` calls it for a GroupNorm and the activation after it. input (N, C, *). The
     activations, and a and b, are those of `linear_act`. Raises ValueError for any other activation.
     """
-    if activation not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         return Invalid(f"activation={activation!r}")
     why = refuse_numbers(a, b, activation=activation)
     if why is not None:
@@ -415,7 +415,7 @@ def _batch_norm_then_act(
     input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
     eps=1e-5, activation="relu", a=0.0, b=0.0,
 ):  # fmt: skip
-    act = _act("batch_norm_act", activation, a, b)
+    act = checked_activation("batch_norm_act", activation, a, b)
     y = stock.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return act(y)
 
@@ -430,7 +430,7 @@ def batch_norm_act(
     `Sequential` calls it for a BatchNorm and the activation after it. input (N, C, *). The
     activations, and a and b, are those of `linear_act`. Raises ValueError for any other activation.
     """
-    if activation not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         return Invalid(f"activation={activation!r}")
     why = refuse_numbers(a, b, activation=activation)
     if why is not None:

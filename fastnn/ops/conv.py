@@ -13,8 +13,8 @@ from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 from fastnn.kernels import _gpus
 from fastnn.ops.activation import refuse_numbers
-from fastnn.ops.channel_norm import Act, _act, _mixed, _of_channels
-from fastnn.ops.linear import _ACTIVATIONS, _GEMM_ARCHITECTURES, Fp32Precision
+from fastnn.ops.channel_norm import Act, checked_activation, mixed_dtypes, of_channels
+from fastnn.ops.linear import ACTIVATIONS, GEMM_ARCHITECTURES, Fp32Precision
 
 _FEW_PAIRS = 16  # pairs of channels in a group, for which matrix products are mostly padding
 _LIMIT = 2**31  # elements of a sample, and positions of a channel, that kernels can index
@@ -539,7 +539,7 @@ def _wins(input, weight, bias, stride, padding, dilation, groups, passes, tracke
         return Stock(f"{products} products for an output: cuDNN saves more than a pass takes")
     if input.element_size() != 2 or C % 8 or weight.shape[0] % 8:
         return Stock("cuDNN is faster for products of float32, or of channels not in eights")
-    if _gpus.architecture(input.get_device()) not in _GEMM_ARCHITECTURES:
+    if _gpus.architecture(input.get_device()) not in GEMM_ARCHITECTURES:
         return Stock("for dense convolutions on this GPU there is no estimate")
     if not _runs_channels_last(input, weight):
         return Stock("channels are not last, and cuDNN is as fast for every dense convolution")
@@ -549,7 +549,7 @@ def _wins(input, weight, bias, stride, padding, dilation, groups, passes, tracke
 def _after(activation, a, b) -> Act | Stock | None:
     if activation is None:
         return None
-    if activation not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         return Invalid(f"activation={activation!r}")
     return refuse_numbers(a, b, activation=activation or "") or Act(activation, float(a), float(b))
 
@@ -562,7 +562,7 @@ def _conv_then_act(
     input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, activation="relu", a=0.0,
     b=0.0,
 ):  # fmt: skip
-    act = _act("conv_act", activation, a, b)
+    act = checked_activation("conv_act", activation, a, b)
     return act(_stock_conv(input, weight, bias, stride, padding, dilation, groups))
 
 
@@ -611,7 +611,9 @@ def _conv_then_norm_then_act(
     y = stock.batch_norm(
         z, running_mean, running_var, norm_weight, norm_bias, False, 0.0, eps
     )  # fmt: skip
-    return y if activation is None else _act("conv_batch_norm_act", activation, a, b)(y)
+    return (
+        y if activation is None else checked_activation("conv_batch_norm_act", activation, a, b)(y)
+    )
 
 
 def _norm_wins(
@@ -657,10 +659,10 @@ def conv_batch_norm_act(
     if input.dim() != plan.dims + 2:
         return Stock("one sample, whose first dimension batch_norm takes for a batch")
     tensors = running_mean, running_var, norm_weight, norm_bias
-    why = _of_channels(weight.shape[0], *tensors)
+    why = of_channels(weight.shape[0], *tensors)
     if why is not None:
         return why
-    if _mixed(input, *tensors):
+    if mixed_dtypes(input, *tensors):
         return Invalid("parameters or statistics in other dtypes")
     if any(t.requires_grad for t in tensors[:2]):
         return Stock("running statistics that require grad")

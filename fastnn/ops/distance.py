@@ -122,9 +122,9 @@ class Rows(Function):
         elif torch.is_grad_enabled():
 
             def formula(*xs):
-                xs = [x if x is None else x.to(dtype) for x in xs]
+                cast = [x if x is None else x.to(dtype) for x in xs]
                 w = weight if weight is None else weight.to(dtype)
-                y = rows.stock(*xs, target, w, dim, *numbers, norm, swap)
+                y = rows.stock(*cast, target, w, dim, *numbers, norm, swap)
                 return y if divisor is None else y.sum() / divisor
 
             grads = second_order(formula, xs, dy, needs)
@@ -155,7 +155,7 @@ def _through_kept(ctx, dy, dkept, kept, needs):
 def _gradients(ctx, dy, xs, target, weight, stats, needs):
     rows, dim, shape, numbers, norm, swap, divisor, _, kinds = ctx.rest
     device = stats.device
-    wanted = [None, None, None]
+    wanted: list[Tensor | None] = [None, None, None]
     for k, (kind, need) in enumerate(zip(kinds, needs, strict=True)):
         if need:
             whole = kind[0] == shape

@@ -63,7 +63,7 @@ def _rounded(value: float, dtype: torch.dtype) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _native_scales(p: float) -> tuple[float, float]:
+def native_scales(p: float) -> tuple[float, float]:
     keep = torch.tensor(1.0 - p, dtype=torch.float32, device="cpu").item()
     return 1.0 / keep, 1.0 / (1.0 - p)
 
@@ -120,9 +120,10 @@ def _fused(x, p, launcher, n, inplace, alpha=False):
             scale, shift = _alpha_constants(p, x.dtype)
         else:
             scale = _bernoulli_scale(p, x.dtype)
-        draw = _rng.draw_bernoulli(n, x.get_device())
-        if isinstance(draw, str):
-            return Stock(draw)
+        drawn = _rng.draw_bernoulli(n, x.get_device())
+        if isinstance(drawn, str):
+            return Stock(drawn)
+        draw = drawn
     bound = kernels._philox.bound(1.0 - p)
     return run(Dropout, x, Noise(draw, launcher, bound, scale, scale, shift), inplace)
 
@@ -142,7 +143,7 @@ def dropout(input, p=0.5, training=True, inplace=False):
     draw = _rng.draw_native(input)
     if isinstance(draw, str):
         return Stock(draw)
-    noise = Noise(draw, "elements", kernels._philox.bound(1.0 - p), *_native_scales(p))
+    noise = Noise(draw, "elements", kernels._philox.bound(1.0 - p), *native_scales(p))
     return run(Dropout, input, noise, False)
 
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn._op import Function, Invalid, Stock, Work, launcher, op, run
+from fastnn._shards import Split
 
 _fwd = launcher(
     "embedding",
@@ -49,11 +50,20 @@ class Embedding(Function):
         return backward(dy, indices, V, padding_idx, scale_grad_by_freq), None, None, None, None
 
 
+def _splits(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, *rest, **others):
+    """By indices, and by columns of the weight."""
+    if max_norm is not None or others.get("scale_grad_by_freq"):
+        return []
+    rows = [Split({"input": d}, d) for d in range(input.dim())]
+    return [*rows, Split({"weight": 1}, input.dim())]
+
+
 @op(
     stock=stock.embedding,
     strided=("input", "weight"),  # the launchers copy indices that are not dense
     integers=(torch.int64, torch.int32),
     opaque=True,
+    split=_splits,
     policy=_vectors,
     at_most="input.numel() * weight.size(-1)",
     variants=("", FEW),

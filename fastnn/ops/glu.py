@@ -5,9 +5,10 @@ import torch.nn.functional as stock
 
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, op, run, second_order
+from fastnn._shards import Split
 from fastnn.ops.activation import refuse_numbers
-from fastnn.ops.channel_norm import _act
-from fastnn.ops.linear import _ACTIVATIONS, _activate
+from fastnn.ops.channel_norm import checked_activation
+from fastnn.ops.linear import ACTIVATIONS, stock_activation
 
 
 class GLU(Function):
@@ -29,7 +30,11 @@ class GLU(Function):
         return kernels.glu.bwd(dy, x, ctx.dim), None
 
 
-@op(stock=stock.glu, strided=("input",), source="arXiv:1612.08083")
+def _beside(input, dim=-1):
+    return [Split({"input": d}, d) for d in range(input.dim()) if d != dim % input.dim()]
+
+
+@op(stock=stock.glu, strided=("input",), split=_beside, source="arXiv:1612.08083")
 def glu(input, dim=-1):
     """Fused for every dimension and layout."""
     rank = input.dim()
@@ -49,18 +54,18 @@ class ActMul(Function):
         kept = x if ctx.needs_input_grad[0] or not ctx.needs_input_grad[1] else x.clone()
         ctx.save_for_backward(kept, z)
         ctx.rest = activation, a, b
-        return kernels.glu.act_mul_fwd(x, z, _ACTIVATIONS[activation].value, a, b)
+        return kernels.glu.act_mul_fwd(x, z, ACTIVATIONS[activation].value, a, b)
 
     @staticmethod
     def backward(ctx, dy):
         x, z = ctx.saved_tensors
         activation, a, b = ctx.rest
         if torch.is_grad_enabled():
-            act = _activate(activation)
+            act = stock_activation(activation)
             needs = ctx.needs_input_grad[:2]
             grads = second_order(lambda x, z: act(x, a, b) * z, (x, z), dy, needs)
         else:
-            formula = _ACTIVATIONS[activation]
+            formula = ACTIVATIONS[activation]
             grads = kernels.glu.act_mul_bwd(
                 dy, x, z, formula.value, formula.gradient, formula.keeps == "y", a, b
             )
@@ -68,17 +73,26 @@ class ActMul(Function):
 
 
 def _act_then_mul(input, other, activation="silu", a=0.0, b=0.0):
-    return _act("act_mul", activation, a, b)(input) * other
+    return checked_activation("act_mul", activation, a, b)(input) * other
 
 
-@op(stock=_act_then_mul, strided=("input", "other"), source="arXiv:2002.05202")
+def _elements(input, other, **others):
+    return [Split({"input": d, "other": d}, d) for d in range(input.dim())]
+
+
+@op(
+    stock=_act_then_mul,
+    strided=("input", "other"),
+    split=_elements,
+    source="arXiv:2002.05202",
+)
 def act_mul(input, other, activation="silu", a=0.0, b=0.0):
     """`activation(input, a, b) * other`, one pass per direction: SwiGLU, GEGLU, ReGLU.
 
     It takes two tensors of one shape and dtype, contiguous or both channels-last. The activations,
     and a and b, are those of `linear_act`. Raises ValueError for any other activation.
     """
-    if activation not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         return Invalid(f"activation={activation!r}")
     why = refuse_numbers(a, b, activation=activation)
     if why is not None:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fastnn import _rng, kernels
 from fastnn._op import Function, Invalid, Stock, Work, op, reads_setting, run, second_order
+from fastnn._shards import Split
 from fastnn.kernels import _gpus
 from fastnn.ops import activation as acts
 from fastnn.ops.activation import Formula
-from fastnn.ops.dropout import Dropout, Noise, _native_scales
+from fastnn.ops.dropout import Dropout, Noise, native_scales
 
 
 def matmul_precision(device_index: int) -> str:
@@ -168,9 +169,18 @@ def _declined(input, weight, bias):
     return None
 
 
+def _splits(input, weight, bias=None, **others):
+    """By rows of the input, by features of the result, and by the features that are summed."""
+    last = input.dim() - 1
+    rows = [Split({"input": d}, d) for d in range(last)]
+    columns = {"weight": 0} if bias is None else {"weight": 0, "bias": 0}
+    return [*rows, Split(columns, last), Split({"input": last, "weight": 1}, None, ("bias",))]
+
+
 @op(
     stock=stock.linear,
     settings=tf32_setting,
+    split=_splits,
     strided=("input", "weight"),
     autocast="lower",
     autocast_cpu="lower",
@@ -186,7 +196,7 @@ def linear(input, weight, bias=None):
 
 # ---- Linear, activation, dropout -----------------------------------------------------------------
 
-_ACTIVATIONS: dict[str, Formula] = {
+ACTIVATIONS: dict[str, Formula] = {
     "relu": acts.RELU,
     "leaky_relu": acts.LEAKY_RELU,
     "elu": acts.ELU,
@@ -209,12 +219,12 @@ _OF_X: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _activate(activation: str) -> Callable[..., Tensor]:
+def stock_activation(activation: str) -> Callable[..., Tensor]:
     """PyTorch's activation, as a function of (x, a, b)."""
-    if activation not in _ACTIVATIONS:
-        accepted = ", ".join(_ACTIVATIONS)
+    if activation not in ACTIVATIONS:
+        accepted = ", ".join(ACTIVATIONS)
         raise ValueError(f"linear_act: activation {activation!r}; accepted are {accepted}")
-    return _OF_X.get(activation) or _ACTIVATIONS[activation].stock
+    return _OF_X.get(activation) or ACTIVATIONS[activation].stock
 
 
 class Neighbours(NamedTuple):
@@ -229,7 +239,7 @@ class Neighbours(NamedTuple):
 
     @property
     def formula(self) -> Formula:
-        return _ACTIVATIONS[self.activation]
+        return ACTIVATIONS[self.activation]
 
     @property
     def keeps_y(self) -> bool:
@@ -331,7 +341,7 @@ def _differentiable_dz(dy, s, rest, noise):
         dy = run(Dropout, dy.contiguous(), noise, False)
     if rest.keeps_y:
         return rest.formula.stock(dy, s, rest.a, rest.b)
-    act = _activate(rest.activation)
+    act = stock_activation(rest.activation)
     (dz,) = second_order(lambda z: act(z, rest.a, rest.b), (s,), dy, (True,))
     return dz
 
@@ -339,7 +349,7 @@ def _differentiable_dz(dy, s, rest, noise):
 def _composed(
     input, weight, bias=None, activation="relu", a=0.0, b=0.0, p=0.0, training=False
 ):  # fmt: skip
-    y = _activate(activation)(stock.linear(input, weight, bias), a, b)
+    y = stock_activation(activation)(stock.linear(input, weight, bias), a, b)
     if p == 0 and not training:  # nothing follows the activation
         return y
     return stock.dropout(y, p, training)
@@ -347,11 +357,11 @@ def _composed(
 
 # Estimates from bytes and FLOPs, not timed. If our GEMM has 0.7 of the speed of cuBLAS, it still
 # wins by the pass that it saves: for K below about 1000, or half of that if it must write z too.
-_GEMM_ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+GEMM_ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 _LEAST_GEMM = 128 * 128 * 66
 
 
-def _variant(M, N, K, itemsize, arch, activation, bias, training, drops) -> str | Stock:
+def choose_variant(M, N, K, itemsize, arch, activation, bias, training, drops) -> str | Stock:
     """How `linear_act` runs if cuBLAS may be used.
 
     "gemm": our GEMM with the rest in its epilogue. "addmm": cuBLASLt with bias and relu in its
@@ -364,7 +374,7 @@ def _variant(M, N, K, itemsize, arch, activation, bias, training, drops) -> str 
         and K % 8 == N % 8 == 0
         and itemsize == 2
         and M * N >= _LEAST_GEMM
-        and arch in _GEMM_ARCHITECTURES
+        and arch in GEMM_ARCHITECTURES
     ):
         return "gemm"
     if drops or (training and M * N >= 2**24):
@@ -379,7 +389,7 @@ def _outputs(
     N, K = weight.shape
     M = input.shape[:-1].numel()
     tracked = (input, weight) if bias is None else (input, weight, bias)
-    variant = _variant(
+    variant = choose_variant(
         M, N, K, input.element_size(), _gpus.architecture(input.get_device()), activation,
         bias is not None, torch.is_grad_enabled() and any(t.requires_grad for t in tracked),
         training and p > 0,
@@ -413,7 +423,7 @@ def linear_act(
     why = _declined(input, weight, bias)
     if why is not None:
         return why
-    if activation not in _ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         return Invalid(f"activation={activation!r}")
     why = acts.refuse_numbers(a, b, activation=activation)
     if why is not None:
@@ -436,7 +446,7 @@ def linear_act(
             draw = _rng.draw_native_of_new(M * N, input.element_size(), input.get_device())
             if isinstance(draw, str):
                 return Stock(draw)
-            noise = Noise(draw, "elements", bound, *_native_scales(p))
+            noise = Noise(draw, "elements", bound, *native_scales(p))
     # A forced call has no variant: our GEMM multiplies, also in the backward.
     how = How(not variant, matmul_precision(input.get_device()), arch)
     rest = Neighbours(activation, float(a), float(b), variant or "gemm", noise, how)

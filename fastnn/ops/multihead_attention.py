@@ -13,7 +13,7 @@ from fastnn import _rng, kernels
 from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
 from fastnn.kernels import _gpus
 from fastnn.ops.attention import scaled_dot_product_attention
-from fastnn.ops.dropout import _native_scales
+from fastnn.ops.dropout import native_scales
 from fastnn.ops.linear import matmul_precision
 
 
@@ -348,7 +348,7 @@ def _noise(p, n, dtype, device):
     draw = _rng.draw_native_of_new(n, dtype.itemsize, device)
     if isinstance(draw, str):
         return Stock(draw)
-    scale, grad_scale = _native_scales(p)
+    scale, grad_scale = native_scales(p)
     return kernels.attention.Noise(draw, bound, scale), grad_scale
 
 
@@ -370,7 +370,7 @@ def _projected(query, key, value, packed, separate, bias, out_weight, out_bias, 
     if separate is None and k_is_v:
         weights = packed.split([E, 2 * E])
         biases = (None, None) if bias is None else bias.split([E, 2 * E])
-        inputs = query, key
+        inputs: tuple = query, key
     else:
         weights = packed.chunk(3) if separate is None else map(cast, separate)
         biases = (None, None, None) if bias is None else bias.chunk(3)

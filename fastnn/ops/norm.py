@@ -7,6 +7,7 @@ import torch.nn.functional as stock
 
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, Work, launcher, op, run, second_order
+from fastnn._shards import Split
 
 # RMS norm is composed for every input in torch 2.8, and not in 2.11
 _COMPOSED = torch.__version__ < "2.11"
@@ -85,7 +86,7 @@ class Norm(Function):
         return *(next(found) if need else None for need in needs), None, None, None, None
 
 
-def _unfit(input, normalized_shape, eps, *parameters):
+def unfit(input, normalized_shape, eps, *parameters):
     """Why PyTorch would reject the call, or takes it by a path that is not worth a kernel."""
     if not isinstance(normalized_shape, (tuple, list)) or not normalized_shape:
         return Invalid(f"normalized_shape={normalized_shape!r}")
@@ -110,10 +111,15 @@ def _in_rows(input, normalized_shape, *rest, **options):
     return Work(input.numel(), variant="" if once else LONG)
 
 
+def _between_rows(input, normalized_shape, **others):
+    return [Split({"input": d}, d) for d in range(input.dim() - len(normalized_shape))]
+
+
 @op(
     stock=stock.layer_norm,
     strided=("input",),
     policy=_in_rows,
+    split=_between_rows,
     variants=("", LONG),
     autocast="fp32",
     opaque=True,
@@ -121,7 +127,7 @@ def _in_rows(input, normalized_shape, *rest, **options):
 )
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, out_dtype=None):
     """Fused for every normalized_shape, with or without weight and bias; statistics in fp32."""
-    declined = _unfit(input, normalized_shape, eps, weight, bias)
+    declined = unfit(input, normalized_shape, eps, weight, bias)
     if declined:
         return declined
     if out_dtype is None and any(p is not None and p.dtype != input.dtype for p in (weight, bias)):
@@ -135,6 +141,7 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, out
     stock=stock.rms_norm,
     strided=("input",),
     policy=_in_rows,
+    split=_between_rows,
     variants=("", LONG),
     autocast="fp32",
     opaque=True,
@@ -148,7 +155,7 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, out_dtype=None):
     """
     if eps is None:
         eps = FINFO_EPS
-    declined = _unfit(input, normalized_shape, eps, weight)
+    declined = unfit(input, normalized_shape, eps, weight)
     if declined:
         return declined
     if not input.numel():

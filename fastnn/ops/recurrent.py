@@ -348,9 +348,12 @@ def _layers(kind, input, h0, c0, params, biased, layers, dropout, train, both, b
         own = params[layer * D * each : (layer + 1) * D * each]
         if not biased:
             own = [p for i in range(0, len(own), 2) for p in (*own[i : i + 2], None, None)]
-        at = slice(layer * D, (layer + 1) * D)
-        c = None if c0 is None else c0[at].contiguous()
-        x, h, c = run(Steps, x, h0[at].contiguous(), c, kind, *own)
+        h, c = h0, c0
+        if layers > 1:
+            at = slice(layer * D, (layer + 1) * D)
+            h, c = h0[at], None if c0 is None else c0[at]
+        c = None if c is None else c.contiguous()
+        x, h, c = run(Steps, x, h.contiguous(), c, kind, *own)
         last_h.append(h)
         last_c.append(c)
         if draws and layer < layers - 1:
@@ -358,6 +361,10 @@ def _layers(kind, input, h0, c0, params, biased, layers, dropout, train, both, b
     hn = last_h[0] if layers == 1 else torch.cat(last_h)
     cn = None if c0 is None else last_c[0] if layers == 1 else torch.cat(last_c)
     return x.transpose(0, 1) if batch_first else x, hn, cn
+
+
+def _settings():
+    return tf32_setting(), torch._C._get_cudnn_enabled()
 
 
 def _unless_cudnn(
@@ -373,7 +380,7 @@ _LAYER = {
     "strided": ("input", "hx", "params"),
     "autocast": "lower",
     "policy": _unless_cudnn,
-    "settings": tf32_setting,
+    "settings": _settings,
 }
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as stock
 
 from fastnn import _rng, kernels
 from fastnn._op import Function, Invalid, Stock, op, run, second_order
-from fastnn.ops.dropout import Dropout, Noise, _native_scales
-from fastnn.ops.norm import FINFO_EPS, _unfit
+from fastnn.ops.dropout import Dropout, Noise, native_scales
+from fastnn.ops.norm import FINFO_EPS, unfit
 
 
 class How(NamedTuple):
@@ -148,13 +148,13 @@ def _fused(z, x, weight, bias, p, training, normalises, returns_sum, **norm):
             draw = _rng.draw_native(z)
             if isinstance(draw, str):
                 return Stock(draw)
-            noise = Noise(draw, "elements", bound, *_native_scales(p))
+            noise = Noise(draw, "elements", bound, *native_scales(p))
     how = How(normalises, returns_sum, noise, swapped, **norm)
     return run(ResidualNorm, z, x, weight, bias, how)
 
 
 def _normalised(z, x, normalized_shape, weight, bias, eps, p, training, prenorm, center, out_dtype):
-    why = _unfit(z, normalized_shape, eps, weight, bias)
+    why = unfit(z, normalized_shape, eps, weight, bias)
     if why is not None:
         return why
     if len(normalized_shape) > 1:

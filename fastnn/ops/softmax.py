@@ -5,6 +5,7 @@ import torch.nn.functional as stock
 
 from fastnn._front import FRAMES, depth
 from fastnn._op import FLOATS, Function, Invalid, Stock, impossible, launcher, op, run
+from fastnn._shards import Split
 
 _fwd = launcher(
     "softmax",
@@ -50,7 +51,7 @@ def _softmax(name, x, dim, stacklevel, dtype, out_dtype, log=False, negate=False
         # _get_softmax_dim.
         level = depth() + 1 + stacklevel - FRAMES - 3
         impossible("it warns")
-        dim = stock._get_softmax_dim(name, x.dim(), level)
+        dim = stock._get_softmax_dim(name, x.dim(), level)  # type: ignore[attr-defined]
     if not isinstance(dim, int) or isinstance(dim, bool):
         return Invalid(f"dim={dim!r}")
     dims = max(x.dim(), 1)
@@ -63,10 +64,17 @@ def _softmax(name, x, dim, stacklevel, dtype, out_dtype, log=False, negate=False
     return run(Softmax, x, dim % dims, log, negate, dtype)
 
 
+def _beside(input, dim=None, **others):
+    if not isinstance(dim, int):
+        return []
+    return [Split({"input": d}, d) for d in range(input.dim()) if d != dim % input.dim()]
+
+
 @op(
     stock=stock.softmax,
     strided=("input",),
     autocast="fp32",
+    split=_beside,
     opaque=True,
     source="arXiv:1805.02867 (online normalizer, for long rows)",
 )
@@ -79,6 +87,7 @@ def softmax(input, dim=None, _stacklevel=3, dtype=None, *, out_dtype=None):
     stock=stock.log_softmax,
     strided=("input",),
     autocast="fp32",
+    split=_beside,
     opaque=True,
     source="arXiv:1805.02867",
 )
@@ -88,7 +97,12 @@ def log_softmax(input, dim=None, _stacklevel=3, dtype=None, *, out_dtype=None):
 
 
 @op(
-    stock=stock.softmin, strided=("input",), autocast="fp32", opaque=True, source="arXiv:1805.02867"
+    stock=stock.softmin,
+    strided=("input",),
+    autocast="fp32",
+    split=_beside,
+    opaque=True,
+    source="arXiv:1805.02867",
 )
 def softmin(input, dim=None, _stacklevel=3, dtype=None, *, out_dtype=None):
     """Fused over any dim, with the negation and the cast to dtype."""

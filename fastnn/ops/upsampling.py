@@ -73,11 +73,15 @@ def interpolate(
     input, size=None, scale_factor=None, mode="nearest", align_corners=None,
     recompute_scale_factor=None, antialias=False, *, out_dtype=None,
 ):  # fmt: skip
-    """Fused for nearest, nearest-exact, linear, bilinear, bicubic, trilinear and area.
+    """Fused for nearest, nearest-exact, linear, bilinear, bicubic, trilinear and area, and for
+    `antialias=True`.
 
     The gradient is a gather, with the same bits each time. Under
     `torch.use_deterministic_algorithms(True)` no mode raises. Under CUDA's autocast 16-bit input is
     read as it is, and the result is float32.
+
+    With `antialias=True` the weights and the sums along the width stay in float32, where PyTorch
+    rounds them to the type of the input.
 
     Values are those of CUDA. PyTorch differs on a CPU in two ways. Bicubic to the same size
     multiplies there, so that 0 * inf is nan; on CUDA it copies. A scale_factor is ignored there if
@@ -95,9 +99,8 @@ def interpolate(
     kind, ranks = _MODES.get(mode, ("", ()))
     if dims not in ranks:
         return Invalid(f"mode={mode!r} for {input.dim()} dimensions")
-    if antialias:
-        there = mode in ("bilinear", "bicubic")
-        return Stock("antialias=True") if there else Invalid(f"antialias=True, mode={mode!r}")
+    if antialias and mode not in ("bilinear", "bicubic"):
+        return Invalid(f"antialias=True, mode={mode!r}")
     if align_corners is not None and kind not in ("linear", "cubic"):
         return Invalid(f"align_corners={align_corners} with mode={mode!r}")
     if (size is None) == (scale_factor is None) or (size is not None and recompute_scale_factor):
@@ -116,18 +119,25 @@ def interpolate(
     dtype = out_dtype or input.dtype
     was = tuple(input.shape[2:])
     align = bool(align_corners)
-    if tuple(sizes) == was and not kind.startswith("nearest"):
+    same = tuple(sizes) == was
+    if same and not antialias and not kind.startswith("nearest"):
         kind, align, factors = "nearest", False, [None] * dims
     scales = [
         kernels.upsampling.scale(n, out, factor, kind, align)
         for n, out, factor in zip(was, sizes, factors, strict=True)
     ]
+    if same and antialias and any(s not in (0.0, 1.0) for s in scales):
+        return Stock("antialias=True, equal sizes, but a factor: PyTorch's gradient is a copy")
     given, last = input.dtype, channels_last(input)
 
     def forward(x):
+        if antialias:
+            return kernels.upsampling_antialias.fwd(x, sizes, kind, scales, dtype, last)
         return kernels.upsampling.fwd(x, sizes, kind, align, scales, dtype, last)
 
     def backward(dy):
+        if antialias:
+            return kernels.upsampling_antialias.bwd(dy, was, kind, scales, given, last)
         return kernels.upsampling.bwd(dy, was, kind, align, scales, given, last)
 
     return run(LinearMap, input, Maps(forward, backward, forward), False)

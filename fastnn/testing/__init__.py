@@ -191,7 +191,7 @@ class Side:
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
-def _side(case: Case, namespace, dtype, device) -> Side:
+def side_of(case: Case, namespace, dtype, device) -> Side:
     if not case.is_layer:
         ours = getattr(fastnn.functional, case.name)  # stock may not have a name for it
         return Side(ours if namespace is fastnn else ours.op.stock)
@@ -201,7 +201,7 @@ def _side(case: Case, namespace, dtype, device) -> Side:
     return Side(layer, dict(layer.named_parameters()))
 
 
-def _leaves(tree, dtype=None):
+def fresh_leaves(tree, dtype=None):
     """The tree, in which each tensor is a new leaf of the same layout; in `dtype`, if given."""
 
     def fresh(v):
@@ -224,7 +224,7 @@ def _told(option: Any) -> str:
     return "x".join(map(str, made.shape)) if isinstance(made, Tensor) else str(option)
 
 
-def _tensors(tree) -> list[Tensor]:
+def tensors_of(tree) -> list[Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
@@ -235,21 +235,21 @@ class _Run:
     upstream: list[Tensor]
 
 
-def _seed(device: str) -> None:
+def seed(device: str) -> None:
     """As `torch.manual_seed`, which without a GPU would keep a stack trace of each call."""
     torch.default_generator.manual_seed(1)
     if device == "cuda":
         torch.cuda.manual_seed_all(1)
 
 
-def _run(side: Side, inputs, device, autocast=None, upstream=None, draw=0) -> _Run:
+def run_side(side: Side, inputs, device, autocast=None, upstream=None, draw=0) -> _Run:
     for p in side.parameters.values():
         p.grad = None
-    _seed(device)
+    seed(device)
     args, kwargs = inputs
     with torch.autocast(device, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         out = side.call(*args, **kwargs)
-    outs = _tensors(out)
+    outs = tensors_of(out)
     named = {f"output {i}" if i else "output": t.detach().clone() for i, t in enumerate(outs)}
     layouts = [(t.dtype, tuple(t.shape), t.stride(), t.requires_grad) for t in outs]
     wanting = [t for t in outs if t.requires_grad]
@@ -262,7 +262,7 @@ def _run(side: Side, inputs, device, autocast=None, upstream=None, draw=0) -> _R
         torch.autograd.backward(wanting, given)
         if any(not torch.equal(a, b) for a, b in zip(given, kept, strict=True)):
             named["an incoming gradient was written to"] = torch.full((1,), math.nan)
-        for i, x in enumerate(_tensors(inputs)):
+        for i, x in enumerate(tensors_of(inputs)):
             if x.grad is not None:
                 named[f"grad of input {i}"] = x.grad
         for name, p in side.parameters.items():
@@ -271,7 +271,7 @@ def _run(side: Side, inputs, device, autocast=None, upstream=None, draw=0) -> _R
     return _Run(named, layouts, upstream)
 
 
-def _compare(
+def compare_tensors(
     what: str, ours: Tensor, stock: Tensor, exact: Tensor
 ) -> tuple[Comparison | None, str | None]:
     """The errors at the elements where all sides are finite; in words, what is wrong elsewhere."""
@@ -320,12 +320,12 @@ def compare_sides(
     are compared, except with `inplace`. Under `mode="triton"` a call that goes to stock ends the
     comparison: `path` is "stock".
     """
-    return _compare_sides(
+    return compare_unjudged(
         ours, stock, exact, args, kwargs or {}, device, mode, autocast, inplace, twice
     )._judge()
 
 
-def _compare_sides(
+def compare_unjudged(
     ours: Side, stock: Side, exact: Side, args: Sequence, kwargs: dict,
     device: str, mode: Mode, autocast: torch.dtype | None, inplace: bool, twice: bool = True,
     draw: int = 0,
@@ -336,19 +336,19 @@ def _compare_sides(
     fail = result.failures.append
 
     def weigh(what: str, *values: Tensor) -> None:
-        comparison, failure = _compare(what, *values)
+        comparison, failure = compare_tensors(what, *values)
         if comparison is not None:
             result.comparisons.append(comparison)
         if failure is not None:
             fail(failure)
 
-    mine = _leaves(inputs)
+    mine = fresh_leaves(inputs)
     try:
         with backend(mode), decisions() as heard:
             with recording() as draws:
-                got = _run(ours, mine, device, autocast, draw=draw)
+                got = run_side(ours, mine, device, autocast, draw=draw)
             if twice:
-                again = _run(ours, _leaves(inputs), device, autocast, got.upstream)
+                again = run_side(ours, fresh_leaves(inputs), device, autocast, got.upstream)
             else:
                 again = got
     except BackendError as e:
@@ -356,18 +356,18 @@ def _compare_sides(
         return result
     # On CUDA, stock in the same dtype must draw the same noise by itself.
     with replaying(draws) if draws and device == "cpu" else nullcontext():
-        theirs = _leaves(inputs)
-        want = _run(stock, theirs, device, autocast, got.upstream)
+        theirs = fresh_leaves(inputs)
+        want = run_side(stock, theirs, device, autocast, got.upstream)
     wide = [u.double() for u in got.upstream]
     with replaying(draws) if draws else nullcontext():
-        exactly = _leaves(inputs, torch.float64)
-        truth = _run(exact, exactly, device, None, wide)
+        exactly = fresh_leaves(inputs, torch.float64)
+        truth = run_side(exact, exactly, device, None, wide)
     whys = [why for _, why in heard if why is not None]
     if whys:
         result.path, result.reason = "stock", whys[0]
     if not heard:
         fail("nothing was dispatched")
-    sides = (_tensors(tree) for tree in (inputs, mine, theirs, exactly))
+    sides = (tensors_of(tree) for tree in (inputs, mine, theirs, exactly))
     for i, (before, x, its, true) in enumerate(zip(*sides, strict=True)):
         if torch.equal(its.nan_to_num(), before.nan_to_num()):
             if not torch.equal(x.nan_to_num(), before.nan_to_num()):
@@ -403,19 +403,19 @@ def check(case: Case, dtype: torch.dtype, device: str = "cpu", mode: Mode = "tri
     If the row is beyond its bound, other inputs and incoming gradients are drawn, and the row is
     judged by the largest errors over 5 draws. If it is still beyond its bound, over 25 draws.
     """
-    results = [_check(case, dtype, device, mode, 0)]
+    results = [check_draw(case, dtype, device, mode, 0)]
     comparisons = results[0].comparisons
     for draws in _DRAWS:
         if any(r.failures for r in results) or not any(c.failure for c in comparisons):
             break
-        results += [_check(case, dtype, device, mode, n) for n in range(len(results), draws)]
-        comparisons = _pooled(results)
+        results += [check_draw(case, dtype, device, mode, n) for n in range(len(results), draws)]
+        comparisons = over_draws(results)
     failures = [failure for r in results for failure in r.failures]
     first = results[0]
     return Result(first.path, first.reason, comparisons, failures, len(results))._judge()
 
 
-def _pooled(results: Sequence[Result]) -> list[Comparison]:
+def over_draws(results: Sequence[Result]) -> list[Comparison]:
     """The largest errors of each tensor over several draws."""
     found: dict[str, list[Comparison]] = {}
     for c in (c for r in results for c in r.comparisons):
@@ -428,10 +428,10 @@ def _pooled(results: Sequence[Result]) -> list[Comparison]:
     return pooled
 
 
-def _check(case: Case, dtype: torch.dtype, device: str, mode: Mode, draw: int) -> Result:
+def check_draw(case: Case, dtype: torch.dtype, device: str, mode: Mode, draw: int) -> Result:
     torch.manual_seed(draw)
     inputs = case.make(dtype, device)
-    stock, ours = (_side(case, n, dtype, device) for n in (torch.nn, fastnn))
+    stock, ours = (side_of(case, n, dtype, device) for n in (torch.nn, fastnn))
     kwargs = {}
     if case.is_layer:
         ours.call.load_state_dict(stock.call.state_dict(), strict=True)
@@ -443,10 +443,10 @@ def _check(case: Case, dtype: torch.dtype, device: str, mode: Mode, draw: int) -
         kwargs = {k: v(dtype, device) if callable(v) else v for k, v in case.options.items()}
     if case.view is not None:
         ours, stock, exact = (
-            Side(_viewing(case.view, s.call), s.parameters) for s in (ours, stock, exact)
+            Side(viewing(case.view, s.call), s.parameters) for s in (ours, stock, exact)
         )
     inplace = bool(case.options.get("inplace"))
-    result = _compare_sides(
+    result = compare_unjudged(
         ours, stock, exact, inputs, kwargs, device, mode, case.autocast, inplace, draw=draw
     )
     if case.stock is not None and case.stock not in (result.reason or ""):
@@ -482,14 +482,14 @@ def count(case: Case, dtype: torch.dtype) -> Traffic:
     from fastnn.testing import meter  # which needs Triton
 
     with backend("triton"), meter.all_traffic(races=True) as ours:
-        least = _counted_run(case, fastnn, dtype)
+        least = counted_run(case, fastnn, dtype)
     with meter.as_on_cuda(), meter.AtenTraffic() as stock:
-        _counted_run(case, torch.nn, dtype)
+        counted_run(case, torch.nn, dtype)
     races = sum(launch.shared_writes or 0 for launch in ours.kernels)
     return Traffic(ours.cost, stock.cost, least, races)
 
 
-def _counted_run(case: Case, namespace, dtype: torch.dtype) -> int:
+def counted_run(case: Case, namespace, dtype: torch.dtype) -> int:
     """Runs the row forward and backward; returns the least bytes that it must move."""
     from torch.utils._python_dispatch import _disable_current_modes
 
@@ -497,7 +497,7 @@ def _counted_run(case: Case, namespace, dtype: torch.dtype) -> int:
 
     torch.manual_seed(0)
     with _disable_current_modes():  # count only what the call itself does
-        side = _side(case, namespace, dtype, "cpu")
+        side = side_of(case, namespace, dtype, "cpu")
         inputs = case.make(dtype, "cpu")
         options = {k: v(dtype, "cpu") if callable(v) else v for k, v in case.options.items()}
         first, *rest = inputs
@@ -512,12 +512,12 @@ def _counted_run(case: Case, namespace, dtype: torch.dtype) -> int:
         torch.autocast("cpu", dtype=case.autocast, enabled=case.autocast is not None),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
     ):
-        outs = _tensors(side.call(*arguments, **({} if case.is_layer else options)))
-    given = [*_tensors(arguments), *side.parameters.values()]
-    given += [] if case.is_layer else _tensors(options)
+        outs = tensors_of(side.call(*arguments, **({} if case.is_layer else options)))
+    given = [*tensors_of(arguments), *side.parameters.values()]
+    given += [] if case.is_layer else tensors_of(options)
     least = nbytes(*given, *outs)
     wanting = [t for t in outs if t.requires_grad]
-    leaves = [t for t in (*_tensors(inputs), *side.parameters.values()) if t.requires_grad]
+    leaves = [t for t in (*tensors_of(inputs), *side.parameters.values()) if t.requires_grad]
     if wanting and leaves:
         with _disable_current_modes():
             upstream = [torch.ones_like(t) for t in wanting]
@@ -528,7 +528,7 @@ def _counted_run(case: Case, namespace, dtype: torch.dtype) -> int:
     return least
 
 
-def _viewing(view, call):
+def viewing(view, call):
     return lambda x, *rest, **options: call(view(x), *rest, **options)
 
 

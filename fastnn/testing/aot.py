@@ -134,7 +134,7 @@ class _Compiled(NamedTuple):
 _devices = itertools.count(1 << 16)
 
 
-class _Driver:
+class CompilingDriver:
     """The part of a Triton driver that a launch uses."""
 
     def __init__(self, target: Target) -> None:
@@ -178,12 +178,12 @@ def _launch_nothing(*launch) -> None:
     pass
 
 
-class _Emulator(_Driver):
+class _Emulator(CompilingDriver):
     """A driver whose launches run as PTX on the CPU."""
 
     def launcher(self, compiled: _Compiled) -> Callable:
         source, metadata = compiled
-        program = ptx.Program(_assembly(source.name, metadata.hash)["ptx"])
+        program = ptx.Program(assembly_of(source.name, metadata.hash)["ptx"])
         taken = [ty != "constexpr" for ty in source.signature.values()]
 
         def launch(x, y, z, stream, function, packed, launched, enter, leave, *args):
@@ -197,7 +197,7 @@ class _Emulator(_Driver):
         return launch
 
 
-class _RealLauncher(_Driver):
+class _RealLauncher(CompilingDriver):
     """A driver whose launches go through Triton's own launcher, into an empty libcuda."""
 
     def __init__(self, target: Target) -> None:
@@ -216,7 +216,7 @@ class _RealLauncher(_Driver):
 
 
 # What Triton's launcher calls. Each function succeeds and does nothing.
-_LIBCUDA = r"""
+LIBCUDA = r"""
 typedef int R;
 #define NOTHING(name) R name() { return 0; }
 R cuPointerGetAttribute(void *to, int what, unsigned long long p)
@@ -253,7 +253,7 @@ def _libcuda() -> str:
     folder = Path(tempfile.mkdtemp(prefix="fastnn-libcuda-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     source, library = folder / "libcuda.c", folder / "libcuda.so.1"
-    source.write_text(_LIBCUDA)
+    source.write_text(LIBCUDA)
     options = ["-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", str(library)]
     subprocess.run([compiler, str(source), *options], check=True, capture_output=True)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
@@ -272,12 +272,14 @@ def emulate(target: str = "cuda:90") -> Iterator[None]:
         raise ValueError(f"emulate: target {target!r}: only NVIDIA's code is emulated")
     # The emulator needs tensors, not addresses. Its results are compared with those of a CPU, which
     # has no TF32; for convolutions CUDA's default is TF32.
-    with _active(target, _Emulator), _record.using(False), tf32_setting.set_to("ieee"):
+    with active_driver(target, _Emulator), _record.using(False), tf32_setting.set_to("ieee"):
         yield
 
 
 @contextmanager
-def _active(target: str, kind: type[_Driver] = _Driver) -> Iterator[_Driver]:
+def active_driver(
+    target: str, kind: type[CompilingDriver] = CompilingDriver
+) -> Iterator[CompilingDriver]:
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET=1: kernels of this process cannot be compiled")
     if target not in TARGETS:
@@ -310,7 +312,7 @@ def launch_nothing(target: str = "cuda:90", *, real_launcher: bool = False) -> I
     """
     if real_launcher and torch.cuda.is_available():
         raise RuntimeError("launch_nothing: the empty libcuda would replace the real one")
-    with _active(target, _RealLauncher if real_launcher else _Driver):
+    with active_driver(target, _RealLauncher if real_launcher else CompilingDriver):
         yield
 
 
@@ -335,7 +337,7 @@ def compile_only(
     the same one again. It needs Triton 3.5. Errors of the compiler are raised.
     """
     records: list[Record] = []
-    with _active(target) as driver, _only(wanted) if wanted else nullcontext():
+    with active_driver(target) as driver, _only(wanted) if wanted else nullcontext():
         with _record.using(False):
             yield records
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # each thread waits for a tool
@@ -394,10 +396,10 @@ _NVIDIA_MATH = {
 
 def _judged(target: str, compiled: _Compiled) -> Record:
     source, metadata = compiled
-    asm = _assembly(source.name, metadata.hash)
-    code = _nvidia(asm["cubin"], asm["ptx"]) if "cubin" in asm else _amd(asm["amdgcn"])
+    asm = assembly_of(source.name, metadata.hash)
+    code = nvidia_resources(asm["cubin"], asm["ptx"]) if "cubin" in asm else _amd(asm["amdgcn"])
     threads = metadata.num_warps * metadata.target.warp_size
-    blocks, occupancy = _occupancy(
+    blocks, occupancy = occupancy_of(
         TARGETS[target].facts, code.registers, metadata.shared, metadata.num_warps
     )
     signature, aligned = _signature(source)
@@ -428,7 +430,7 @@ def _judged(target: str, compiled: _Compiled) -> Record:
     )
 
 
-def _assembly(kernel: str, key: str) -> dict[str, Any]:
+def assembly_of(kernel: str, key: str) -> dict[str, Any]:
     """The stages of compilation in Triton's cache, by name."""
     group = get_cache_manager(key).get_group(f"{kernel[:150]}.json") or {}
     asm: dict[str, Any] = {}
@@ -478,23 +480,23 @@ def _tensor_core_dots(ttir: str) -> int:
     )
 
 
-def _run(tool: str, *arguments: str) -> str:
+def run_tool(tool: str, *arguments: str) -> str:
     command = [getattr(triton.knobs.nvidia, tool).path, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @functools.cache
-def _nvidia(cubin: bytes, ptx: str) -> _Code:
+def nvidia_resources(cubin: bytes, ptx: str) -> _Code:
     # Widths of accesses and kinds of matrix instructions are read from the PTX, because the
     # assembler keeps them. A disassembly costs more than the compile, but only it counts spills.
     # Spills always have a stack.
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        usage = _run("cuobjdump", "-res-usage", f.name)
+        usage = run_tool("cuobjdump", "-res-usage", f.name)
         resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         assert resources, usage
-        sass = _run("nvdisasm", "-ndf", "-c", f.name) if int(resources[2]) else ""
+        sass = run_tool("nvdisasm", "-ndf", "-c", f.name) if int(resources[2]) else ""
     loads, loads_wide = _ptx_accesses("ld", ptx)
     stores, stores_wide = _ptx_accesses("st", ptx)
     return _Code(
@@ -544,7 +546,7 @@ def _amd(asm: str) -> _Code:
     )
 
 
-def _occupancy(gpu: _gpus.GPU, registers: int, shared: int, num_warps: int) -> tuple[int, float]:
+def occupancy_of(gpu: _gpus.GPU, registers: int, shared: int, num_warps: int) -> tuple[int, float]:
     """Blocks that fit on a multiprocessor, and the share of its warps that they fill."""
     granule = 8  # a warp gets registers in units of eight per lane
     per_lane = granule * math.ceil(max(registers, 1) / granule)

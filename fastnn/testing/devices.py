@@ -55,3 +55,21 @@ def simulated(
             wider = {*_op.kernel_devices, *devices}
             stack.enter_context(mock.patch.object(_op, "kernel_devices", wider))
         yield
+
+
+@contextmanager
+def surveyed() -> Iterator[list[str]]:
+    """Collect the name of an op for each call in the block that takes the long way.
+
+    These calls look at all arguments. A call below the floor does not, and a call that a plan
+    replays does not.
+    """
+    names: list[str] = []
+    survey = _op.survey
+
+    def noting(op, args, kwargs):
+        names.append(op.name)
+        return survey(op, args, kwargs)
+
+    with mock.patch.object(_op, "survey", noting):
+        yield names

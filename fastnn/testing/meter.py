@@ -417,11 +417,19 @@ _HIDDEN = {
     "soft_margin_loss": (4, 8),
     "soft_margin_loss_backward": (7, 16),
 }
+# Arguments of which ATen's CUDA code makes a dense copy if they are not contiguous.
+_MADE_DENSE = {
+    "native_layer_norm": (0,),
+    "native_layer_norm_backward": (0, 1),
+    "_softmax": (0,),
+    "_log_softmax": (0,),
+}
 # Backward passes that on CUDA fill their result with zeros, and then add to it with atomics.
 _SPATIAL = ("1d", "2d", "3d")
 _PADS = {f"{kind}_pad{n}_backward" for kind in ("reflection", "replication") for n in _SPATIAL}
 _ADDS = {"linear1d", "bilinear2d", "bicubic2d", "trilinear3d"}
 _ADDS = _PADS | {f"upsample_{kind}_backward" for kind in _ADDS}
+_ADDS |= {f"_upsample_{kind}2d_aa_backward" for kind in ("bilinear", "bicubic")}
 _UNREAD |= dict.fromkeys(_PADS, 1)
 # If the result is a scalar, these run a pointwise kernel and then a reduction.
 _REDUCED = {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy"}
@@ -482,6 +490,10 @@ class AtenTraffic(TorchDispatchMode):
                 launches, written = 1, written + moved
             else:
                 moved = written
+        for i in _MADE_DENSE.get(name, ()):
+            if not args[i].is_contiguous():
+                size = nbytes(args[i])
+                launches, moved, written = launches + 1, moved + size, written + size
         largest = max((nbytes(t) for t in (*read, *results)), default=0)
         if name in _ZEROED:
             launches, written = launches + 1, 2 * written
@@ -525,8 +537,11 @@ def as_on_cuda() -> Iterator[None]:
     """
     stock = torch.nn.functional
     silu = stock.silu  # x -> y is one kernel, and (dy, x) -> dx is one kernel
+    composed = stock.dropout
 
     def dropout(input, p=0.5, training=True, inplace=False):
+        if not training or inplace or p in (0, 1):  # no fused kernel takes these
+            return composed(input, p, training, inplace)
         return torch.native_dropout(input, p, training)[0]
 
     def rms_norm(input, normalized_shape, weight=None, eps=None):  # one operator since torch 2.9
@@ -593,12 +608,9 @@ def all_traffic(*, races: bool = False) -> Iterator[AllTraffic]:
 
 # ---- prediction ---------------------------------------------------------------------------------
 
-# The time of a launch from eager PyTorch comes from public measurements. A whole call of ours takes
-# four times as long, measured by `bench/host.py` on one core of a virtual machine. The last number
-# is the share of the stream bandwidth that a masked, fused kernel is assumed to reach.
-_STOCK_LAUNCH_US = 4.0
-_OUR_LAUNCH_US = 10.0
-_OUR_BANDWIDTH = 0.9
+# Read off times that others published for kernels on an H100 (docs/benchmarks.md): the time of a
+# call is that of its bytes, and about 6 us for each launch.
+LAUNCH_US = 6.0
 
 
 @dataclass(frozen=True)
@@ -622,12 +634,12 @@ class Prediction:
 def predict(stock: AtenTraffic | Cost, ours: Log | Cost, bandwidth: float) -> Prediction:
     """The predicted times of `stock` and `ours` on a GPU with `bandwidth` bytes per second.
 
-    Each side takes the time to move its bytes or to launch its kernels, whichever is longer.
+    Each side takes the time to move its bytes, and `LAUNCH_US` for each launch.
     """
     stock = stock if isinstance(stock, Cost) else stock.cost
     ours = ours if isinstance(ours, Cost) else ours.cost
     per_us = bandwidth / 1e6
     return Prediction(
-        stock_us=max(stock.bytes / per_us, stock.launches * _STOCK_LAUNCH_US),
-        ours_us=max(ours.bytes / (_OUR_BANDWIDTH * per_us), ours.launches * _OUR_LAUNCH_US),
+        stock_us=stock.bytes / per_us + stock.launches * LAUNCH_US,
+        ours_us=ours.bytes / per_us + ours.launches * LAUNCH_US,
     )

@@ -14,7 +14,7 @@ import torch
 from fastnn.testing import Case
 
 
-def _in_torch(case: Case) -> bool:
+def in_torch(case: Case) -> bool:
     if torch.__version__ < case.since:
         return False
     if not case.is_layer:
@@ -39,5 +39,5 @@ CASES: list[Case] = [
     _on_device(case)
     for file in pkgutil.iter_modules(__path__)
     for case in importlib.import_module(f"{__name__}.{file.name}").CASES
-    if _in_torch(case)
+    if in_torch(case)
 ]

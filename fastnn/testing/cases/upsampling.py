@@ -1,5 +1,7 @@
 """Interpolation: each mode, both ways, odd ratios, given scales, layouts, views, special values."""
 
+from dataclasses import replace
+
 import torch
 
 from fastnn.testing import Case, randn, values
@@ -17,6 +19,16 @@ def resize(made, mode, size=None, scale_factor=None, align_corners=None, recompu
     options |= {"align_corners": align_corners, "recompute_scale_factor": recompute}
     given = {k: v for k, v in options.items() if v is not None}
     return Case("interpolate", (made,), given, **{"dtypes": BF16, **fields})
+
+
+def smooth(made, mode, **fields):
+    """Antialiased. PyTorch has it in float32 alone on a CPU."""
+    row = resize(made, mode, **{"dtypes": F32, **fields})
+    return replace(row, options=row.options | {"antialias": True})
+
+
+def flat(x):
+    return x.view(1, 1, 1, -1)
 
 
 CASES: list[Case] = [
@@ -69,8 +81,19 @@ CASES: list[Case] = [
         dtypes=F32, stock="lanczos",
     ),
     resize(randn(2, 3, 4, 4), "nearest", size=2, dtypes=(torch.float64,), stock="float64"),
-    Case(
-        "interpolate", (randn(1, 2, 4, 4),), {"size": 2, "mode": "bilinear", "antialias": True},
-        dtypes=F32, stock="antialias",
-    ),
+    smooth(randn(1, 2, 9, 7), "bilinear", size=(4, 3)),
+    smooth(randn(2, 3, 5, 4), "bilinear", size=(7, 9)),
+    smooth(randn(1, 1, 13, 3), "bilinear", size=(1, 2), align_corners=True),
+    smooth(randn(1, 2, 6, 11), "bilinear", scale_factor=(0.55, 1.3)),
+    smooth(randn(1, 2, 6, 11), "bilinear", scale_factor=0.3, recompute=True),
+    smooth(randn(1, 2, 8, 17), "bicubic", size=(5, 3)),
+    smooth(randn(1, 1, 3, 4), "bicubic", size=(8, 5), align_corners=True),
+    smooth(randn(1, 1, 70, 2), "bicubic", size=(3, 2)),
+    smooth(randn(1, 2, 4, 5), "bicubic", size=(4, 5)),
+    smooth(randn(1, 8, 6, 5), "bilinear", size=(2, 7), view=last),
+    smooth(randn(2, 3, 5, 6), "bicubic", scale_factor=0.5, view=last),
+    smooth(randn(6, 2, 7, 5), "bilinear", size=3, view=lambda x: x[::2, :, 1:].transpose(2, 3)),
+    smooth(randn(0, 2, 4, 4), "bilinear", size=3),
+    smooth(values(1.0, NAN, 3.0, -INF, 5.0, 2.0), "bilinear", size=(1, 4), view=flat),
+    smooth(randn(1, 2, 4, 4), "bilinear", scale_factor=1.2, stock="equal sizes"),
 ]  # fmt: skip

@@ -22,7 +22,6 @@ Kernels run this way inside `fastnn.testing.aot.emulate`.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,7 +71,8 @@ class Program:
     """The entry point of a PTX module. Raises NotImplementedError for unknown instructions."""
 
     def __init__(self, ptx: str):
-        entry = _ENTRY.search(_LOCATION.sub("", re.sub(r"//[^\n]*", "", ptx)))
+        text = _LOCATION.sub("", re.sub(r"//[^\n]*", "", ptx))
+        entry = _ENTRY.search(text)
         if entry is None:
             raise NotImplementedError("PTX without an entry point")
         self.name = entry[1]
@@ -80,16 +80,21 @@ class Program:
         self._names = Names({prefix: kind for kind, prefix in _REGISTERS.findall(entry[3])})
         self._labels: dict[str, int] = {}
         blocks: list[list[str]] = [[]]
+        self.lines: list[list[int]] = [[]]
+        """The line of the text on which each instruction of each block ends."""
         self._meetings = [0]  # where the threads meet at the start of each block
 
         def begin(meeting: int) -> None:
             if blocks[-1]:
                 blocks.append([])
+                self.lines.append([])
                 self._meetings.append(meeting)
             else:
                 self._meetings[-1] = max(self._meetings[-1], meeting)
 
+        line = text.count("\n", 0, entry.start(3)) + 1
         for statement in entry[3].split(";"):
+            line += statement.count("\n")
             text = " ".join(statement.split())
             while label := _LABEL.match(text):
                 begin(0)
@@ -99,6 +104,7 @@ class Program:
                 if _meeting(text) > self._meetings[-1]:  # else they have met already
                     begin(_meeting(text))
                 blocks[-1].append(text)
+                self.lines[-1].append(line)
                 if re.search(r"\b(bra|ret|exit)\b", text):  # only the last one of a block jumps
                     begin(0)
         self._blocks = [[self._instruction(text) for text in block] for block in blocks]
@@ -132,12 +138,14 @@ class Program:
         return lambda machine, mask: put(machine, machine.arguments[number].view(dtype), mask)
 
     def run(
-        self, grid: Sequence[int], threads: int, shared: int, arguments: Sequence, memory: Memory
-    ) -> None:
+        self, grid: Sequence[int], threads: int, shared: int, arguments: Sequence, memory: Memory,
+        only: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         """Run `grid` blocks of `threads` threads and `shared` bytes of shared memory each.
 
-        `arguments` has a number or an address for each parameter. Raises IndexError if a thread
-        accesses memory outside that of the launch, or accesses it unaligned.
+        `arguments` has a number or an address for each parameter. If `only` is given, only the
+        blocks of these numbers run; the first dimension of the grid counts fastest. Raises
+        IndexError if a thread accesses memory outside that of the launch, or accesses it unaligned.
         """
         x, y, z = (*grid, 1, 1)[:3]
         values = [
@@ -146,7 +154,8 @@ class Program:
             else np.array([int(value) % (1 << width(kind))], UNSIGNED[width(kind)])
             for (kind, _), value in zip(self.parameters, arguments, strict=True)
         ]
-        blocks = np.array(list(itertools.product(range(z), range(y), range(x))), np.uint32)
+        number = np.arange(x * y * z) if only is None else np.array(only)
+        blocks = np.stack(np.unravel_index(number, (z, y, x)), 1).astype(np.uint32)
         step = max(1, _SIDE_BY_SIDE // threads)
         with np.errstate(all="ignore"):
             for first in range(0, len(blocks), step):

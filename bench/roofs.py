@@ -1,0 +1,308 @@
+"""The roofs of the launches of the rows, on an H100: `python -m bench.roofs [--write]`.
+
+`bench/roofs.json` has them. For each row it has the launches of each pass, and for each launch what
+`fastnn.testing.roof` counts in the compiled code. `fastnn bench`, the parity report and
+docs/compiled.md show them as a warning. They are no predicted times.
+
+    python -m bench.roofs              # compile what is not in the table, and judge it
+    python -m bench.roofs --write      # the same, and write the table
+    python -m bench.roofs --some       # at most `MOST` launches: the check of the tests
+
+A launch is known by its kernel, grid, sizes, types and options, and by the source of its kernel. So
+a changed kernel is compiled again, and only that. No launch may break a limit of
+`fastnn.testing.roof.faults`, unless `EXCEPTIONS` has the reason. And no launch may issue more
+instructions than the table has for it, beyond `GROWTH`: if that is meant, write the table again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import fastnn
+from fastnn.bench.cases import CASES, BenchCase
+
+PATH = Path(__file__).with_name("roofs.json")
+TARGET = "cuda:90"
+MOST = 32  # launches that `--some` compiles
+GROWTH = 1.05
+
+
+class Allowed(NamedTuple):
+    """Kernels that may break a limit.
+
+    kernels: a pattern. most: of instructions, as a share of the time of the bytes. least: KiB that
+    a multiprocessor asks for at the same time.
+    """
+
+    kernels: str
+    most: float
+    least: float
+    why: str
+
+
+EXCEPTIONS = (
+    Allowed("_pool_(fwd|bwd)", 400, 4, "windows overlap; each result looks its window up again"),
+    Allowed("_unpool_.*", 2.6, 20, "an index for each element, which is divided into positions"),
+    Allowed("_(gather|interpolate)_.*", 25, 4, "an index for each element, from divisions"),
+    # Far too slow where a window is wide, above all backward: the limits only hold what there is.
+    Allowed("_antialias_.*", 1300, 8, "weights of a window are computed again for each element"),
+    Allowed("_(fold|unfold)", 28, 20, "an index for each element, from divisions"),
+    Allowed("_multilabel_margin_.*", 34, 16, "each class is compared with each target"),
+    Allowed("_embedding_bwd_.*", 1.4, 2, "a bit for each index that names a row"),
+    Allowed("_rows_.*", 2.9, 4, "a short row has a sum of its own, and a second product"),
+    Allowed("_lrn_.*", 1.7, 10, "a root, a square and a division or two for each element"),
+    Allowed("_loss_(fwd|bwd)", 2.0, 12, "log and exp of libdevice, and divisions, in each element"),
+    Allowed("_pointwise_(fwd|bwd)", 1.4, 18, "exp, log1p and erf of libdevice, and divisions"),
+    Allowed("_act_mul_bwd", 0.8, 28, "exp of libdevice takes registers, so fewer programs fit"),
+    Allowed("_(strided_)?dropout", 0.95, 8, "ten rounds of Philox for four elements"),
+    Allowed("_residual_norm_.*", 1.25, 24, "ten rounds of Philox for four elements"),
+    Allowed("_norm_.*", 2.6, 16, "short or odd rows: one element an access, or few a thread"),
+    Allowed("_channel_.*", 2.8, 14, "planes of odd or few elements: narrow accesses, or pooling"),
+    Allowed("_softmax_.*", 2.0, 8, "exp of libdevice; odd rows: one element an access"),
+    Allowed("_cross_entropy_.*", 1.6, 16, "exp of libdevice; odd rows: one element an access"),
+    Allowed("_nll_loss_bwd", 0.8, 12, "it only stores, and loads one gradient for a row"),
+    Allowed("_prelu_.*", 0.8, 24, "a row of slopes is loaded again"),
+)
+# Kernels of few programs that take more than 3 us.
+FEW = {
+    "_embedding_bwd_blocks": "a program counts the indices of a block of a table",
+    "_softmax_columns_(fwd|bwd)": "a program has the columns of a whole sample",
+}
+
+
+def allowed(kernel: str) -> Allowed | None:
+    """The first of `EXCEPTIONS` that a kernel has; None if it has none."""
+    kernel = kernel.removesuffix("_kernel")
+    return next((e for e in EXCEPTIONS if re.fullmatch(e.kernels, kernel)), None)
+
+
+def wrong_with(figures: dict) -> list[str]:
+    """The limits that a launch breaks, in words, beyond what `EXCEPTIONS` and `FEW` allow."""
+    kernel, exception = figures["kernel"], allowed(figures["kernel"])
+    kinds = dict(figures["faults"])
+    if exception and figures.get("issue", 0) <= exception.most:
+        kinds.pop("issue", None)
+    if exception and figures.get("in_flight", 0) >= 1024 * exception.least:
+        kinds.pop("in flight", None)
+    if any(re.fullmatch(k, kernel.removesuffix("_kernel")) for k in FEW):
+        kinds.pop("fill", None)
+    return [f"{kernel}: {words}" for words in kinds.values()]
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def shipped() -> dict[str, Any]:
+    """The table: {"made": versions, "launches": {id: figures}, "rows": {key: [[id]]}}."""
+    if not PATH.exists():
+        return {"made": "", "launches": {}, "rows": {}}
+    return json.loads(PATH.read_text())
+
+
+def warning(launches: Iterable[dict]) -> str:
+    """The worst of some launches, in a few words; "" if nothing keeps them from the bandwidth.
+
+    "issue 1.3": a launch needs 1.3 times as long for its instructions as for its bytes.
+    """
+    launches = list(launches)
+    most = max((x["issue"] for x in launches if _counts(x)), default=0)
+    words = [f"issue {most:.1f}"] if most > 0.8 else []
+    words += ["spills"] if any(x["spilled"] for x in launches) else []
+    return ", ".join(words)
+
+
+def _counts(launch: dict) -> bool:
+    return launch["us"] >= 3.0  # less than that is latency, as in `fastnn.testing.roof`
+
+
+def warning_of(key: str) -> str:
+    """`warning` of the launches of a row; "" for a row that the table does not have."""
+    table = shipped()
+    ids = [i for launches in table["rows"].get(key, ()) for i in launches]
+    return warning([table["launches"][i] for i in ids if i in table["launches"]])
+
+
+def by_kernel() -> str:
+    """Markdown with a line for each kernel, with the worst of its launches of 3 us and more."""
+    lines = [
+        "| kernel | launches | instructions / bytes | KiB in flight | registers | spilled bytes |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    kernels: dict[str, list[dict]] = {}
+    for launch in shipped()["launches"].values():
+        kernels.setdefault(launch["kernel"], []).append(launch)
+    for kernel, launches in sorted(kernels.items()):
+        long = [x for x in launches if _counts(x)]
+        issue = f"{max(x['issue'] for x in long):.2f}" if long else ""
+        flight = f"{min(x['in_flight'] for x in long) / 1024:.0f}" if long else ""
+        registers, spilled = (max(x[k] for x in launches) for k in ("registers", "spilled"))
+        cells = (f"`{kernel}`", len(launches), issue, flight, registers, spilled)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
+def _named(key: tuple) -> tuple[str, str]:
+    """(id, source) of the key of a launch."""
+    kernel, source, grid, arguments, meta = key
+    sources = [source]
+    plain = []
+    for name, value in meta:
+        if isinstance(value, tuple) and len(value) == 2:  # a function: its name, its source
+            sources.append(value[1])
+            value = value[0]
+        plain.append((name, value))
+    return _digest((kernel, grid, arguments, tuple(plain))), _digest(sources)
+
+
+# ---- the sweep ----------------------------------------------------------------------------------
+
+
+def rows() -> list[tuple[BenchCase, torch.dtype]]:
+    """The rows that bytes bound, each in its narrowest dtype, in which instructions weigh most."""
+    from fastnn.bench import predict
+
+    found = []
+    for case in CASES:
+        dtype = min(case.dtypes, key=lambda t: t.itemsize)
+        if case.flops is None and predict.too_large(case, dtype) is None:
+            found.append((case, dtype))
+    return found
+
+
+def launched(
+    case: BenchCase, dtype: torch.dtype, wanted: Callable[[str, str], bool]
+) -> tuple[list[list[tuple[str, str]]], dict[str, dict]]:
+    """((id, source) of the launches of each pass; the figures of those that are `wanted`)."""
+    from fastnn.bench import predict
+    from fastnn.bench.run import FORCED, in_mode
+    from fastnn.testing.roof import Launch, capture
+
+    passes: list[list[tuple[str, str]]] = []
+    launches: list[Launch] = []
+
+    def asked(key: tuple) -> None:
+        passes[-1].append(_named(key))
+
+    with capture(launches, TARGET, lambda key: wanted(*_named(key)), asked):
+        passes.append([])
+        inputs = [predict.unfilled(t) for t in case.make(dtype, "meta")]
+        call = case.side(fastnn, dtype, "cpu")
+        with in_mode(FORCED), torch.set_grad_enabled(case.train):
+            for each in predict.passes_of(case, call, inputs):
+                passes.append([])
+                each()
+    return passes[1:], {_named(x.key)[0]: _figures(x) for x in launches}
+
+
+def _figures(launch: Any) -> dict[str, Any]:
+    from fastnn.testing.roof import faults, roof
+
+    figures = {"kernel": launch.kernel, "source": _named(launch.key)[1]}
+    try:
+        found = roof(launch)
+    except NotImplementedError as e:
+        return figures | {"why": str(e)[:80], "us": 0.0, "spilled": 0, "faults": {}}
+    return figures | {
+        "programs": found.programs,
+        "warps": found.warps,
+        "registers": found.registers,
+        "blocks": found.blocks,
+        "instructions": found.instructions,
+        "us": round(found.us["dram"], 2),
+        "issue": round(found.share("issue"), 3),
+        "part": found.worst,
+        "share": round(found.share(found.worst), 3),
+        "spilled": found.spilled,
+        "in_flight": found.in_flight,
+        "faults": faults(found),
+    }
+
+
+def judged(figures: dict, before: dict | None) -> list[str]:
+    """What is wrong with a launch, beyond `EXCEPTIONS`; `before` are its figures in the table."""
+    wrong = wrong_with(figures)
+    if before and "instructions" in before and "instructions" in figures:
+        was, now = before["instructions"], figures["instructions"]
+        if now > GROWTH * was:
+            wrong.append(f"{figures['kernel']}: {now} instructions of a warp, {was} in the table")
+    return wrong
+
+
+def main(arguments: list[str]) -> int:
+    import triton
+
+    began = time.perf_counter()
+    some, write = "--some" in arguments, "--write" in arguments
+    seed = int(os.environ.get("FASTNN_SEED", "0")) or int(time.time()) // 86400
+    only = [a for a in arguments if not a.startswith("--")]
+    table = shipped()
+    before = table["launches"]
+    chosen = [(c, d) for c, d in rows() if not only or any(o in str(c) for o in only)]
+    nothing: Callable[[str, str], bool] = lambda name, source: False  # noqa: E731
+    asked = {case.key(dtype): launched(case, dtype, nothing)[0] for case, dtype in chosen}
+    sources = {name: source for ids in asked.values() for p in ids for name, source in p}
+    new = [n for n, s in sources.items() if n not in before or before[n]["source"] != s]
+    old = [n for n in sources if n not in set(new)]
+    print(f"{len(chosen)} rows, {len(sources)} launches, {len(new)} not in the table")
+    if some:
+        draw = random.Random(seed)
+        draw.shuffle(new)
+        # Of each source one launch, then as many others as there is time for.
+        first = list({sources[n]: n for n in new}.values())
+        new = list(dict.fromkeys(first + new))[:MOST]
+        new += draw.sample(old, min(4, len(old)))
+        print(f"{len(new)} of them are compiled, seed {seed}")
+    todo = set(new)
+    found: dict[str, dict] = {}
+    wrong: list[str] = []
+
+    def wanted(name: str, source: str) -> bool:
+        return name in todo
+
+    for case, dtype in chosen:
+        if any(n in todo for p in asked[case.key(dtype)] for n, _ in p):
+            figures = launched(case, dtype, wanted)[1]
+            todo -= figures.keys()
+            found |= figures
+            for name, x in figures.items():
+                wrong += [f"{case}: {w}" for w in judged(x, None if write else before.get(name))]
+                print(f"{case}: " + json.dumps(x), flush=True)
+    for name in sources.keys() & before.keys() - found.keys():
+        if before[name]["source"] == sources[name]:
+            wrong += [f"in the table: {w}" for w in judged(before[name], None)]
+    if write:
+        passes = table["rows"] if only else {}
+        passes |= {k: [[n for n, _ in p] for p in ids] for k, ids in asked.items()}
+        named_by_rows = {n for ids in passes.values() for p in ids for n in p}
+        kept = {n: x for n, x in (before | found).items() if n in named_by_rows}
+        made = f"Triton {triton.__version__}"
+        lines = [f'"{n}": {json.dumps(kept[n])}' for n in sorted(kept)]
+        named = [f"{json.dumps(k)}: {json.dumps(passes[k])}" for k in passes]
+        PATH.write_text(
+            f'{{"made": "{made}",\n"launches": {{\n' + ",\n".join(lines) + '\n},\n"rows": {\n'
+            + ",\n".join(named) + "\n}}\n"
+        )  # fmt: skip
+    print(*(f"WRONG: {w}" for w in dict.fromkeys(wrong)), sep="\n")
+    print(f"{time.perf_counter() - began:.0f} s")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
