@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fastnn
 from fastnn import _gate
 from fastnn._compiler._backend import rewrite
+from fastnn._op import intercept
 from fastnn.bench.predict import ARCHITECTURE, as_on_the_gpu, costs_of
 from fastnn.testing import simulated
 from fastnn.testing.meter import AtenOp, AtenTraffic, Cost, as_on_cuda, nbytes
@@ -313,7 +314,8 @@ class _Counted(Interpreter):
             return fused_attention(*args, **kwargs)
         results, asked = self._asked(target, args, kwargs)
         if name in _AS_STOCK or not self._wins(asked):
-            return target(*args, **kwargs)  # a dispatch mode is active, so PyTorch runs
+            with intercept(self._stock):
+                return target(*args, **kwargs)
         kind = target, torch.is_grad_enabled(), _kind((args, kwargs))
         if kind not in self.known:
             size = nbytes(*tree_leaves(results))
@@ -326,6 +328,10 @@ class _Counted(Interpreter):
             *tensors,
         )
         return out if isinstance(results, (tuple, list)) else out[0]
+
+    def _stock(self, op, args, kwargs):
+        """The call on PyTorch, as CUDA has it."""
+        return self.replaced.get(op.stock, op.stock)(*args, **kwargs)
 
     def _asked(self, target, args, kwargs):
         """The result on PyTorch, and what the gate was asked for it; nothing is counted."""

@@ -23,10 +23,12 @@ def row_config(N, unit, least_warps=4, noise=False):
     16 warps. More warps are impossible where a warp is 64 threads. Values that are accessed one by
     one need more registers, for an address and a predicate each. A program of more than four warps
     loops over its tiles, and waits for memory in each turn; it takes twice as many short rows at a
-    time. With `noise`, a tile of short rows has half as many rows.
+    time, unless values are accessed one by one. With `noise`, a tile of short rows has half as many
+    rows.
     """
     block = next_power_of_2(N)
-    each = 64 if noise else 256 if least_warps > 4 else 128  # values of a warp, in vectors of two
+    loops = least_warps > 4 and unit > 1
+    each = 64 if noise else 256 if loops else 128  # values of a warp, in vectors of two
     rows = max(1, 2 * each * least_warps // block)
     return {
         "BLOCK_M": rows,

@@ -20,9 +20,9 @@ element lies; S is the number of positions of a plane:
     samples    j // S * C * S + c * S + j % S      contiguous, J runs through the samples
     last       o * J * C + j * C + c               channels last
 
-If the elements of a statistic do not fit in registers, each program reduces a chunk of J to sums of
-differences from some of its elements, and a second kernel combines the chunks in a fixed order.
-Other sums across programs also go through partial sums.
+If the elements of a statistic do not fit in registers, each program reduces a chunk of J by
+Welford's recurrence, and a second kernel combines the chunks in a fixed order. Other sums across
+programs also go through partial sums.
 """
 
 import math
@@ -310,40 +310,32 @@ def _channel_moments_kernel(
     """
     C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
     U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
-    o, c0 = _at_program(C, BLOCK_C)
+    o, first = _at_program(C, BLOCK_C)
     k = tl.program_id(1)
-    c = c0 + tl.arange(0, BLOCK_C)
+    c = first + tl.arange(0, BLOCK_C)
     start = k * span
     stop = tl.minimum(start + span, V)
     v = tl.arange(0, BLOCK_V)
-    origin = _origin(X, o, c // D, c < C, outer_stride, group_stride)[:, None]
-    # Each vector of U elements has sums of its own, of differences from its first element. Since
-    # that is one of the elements, a variance loses no more digits than their number has.
-    first = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
-    total = tl.zeros((BLOCK_C, BLOCK_V, U), tl.float32)
-    squares = tl.zeros((BLOCK_C, BLOCK_V, U), tl.float32)
-    u = tl.arange(0, U)[None, None, :]
+    origin = _origin(X, o, c // D, c < C, outer_stride, group_stride)[:, None, None]
+    mean = tl.zeros((BLOCK_C, BLOCK_V, U), tl.float32)
+    m2 = tl.zeros((BLOCK_C, BLOCK_V, U), tl.float32)
+    step = 0.0
     for v0 in range(start, stop, BLOCK_V):
         base, offs = _offsets(o, c, v0, C, S, V, LAYOUT, U, BLOCK_V)
         mask = (c < C)[:, None, None] & (v0 + v < stop)[None, :, None]
         x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
-        first = tl.where(v0 == start, tl.sum(tl.where(u == 0, x, 0.0), 2), first)
-        d = tl.where(mask, x - first[:, :, None], 0.0)
-        total += d
-        squares += d * d
-    total = tl.sum(total, 2)
-    squares = tl.sum(squares, 2)
-    turns = tl.maximum((stop - start - v + BLOCK_V - 1) // BLOCK_V, 0)
-    count = (turns * U).to(tl.float32)[None, :]
-    mean = total * tl.div_rn(1.0, tl.maximum(count, 1.0))
-    # Where the squares overflow, so does the product, and the difference would be nan.
-    many = squares == float("inf")
-    m2 = tl.where(many, squares, tl.maximum(squares - total * mean, 0.0, tl.PropagateNan.ALL))
-    d = tl.where(count > 0, first - origin + mean, 0.0)
+        step += 1.0
+        x -= origin
+        d = tl.where(mask, x - mean, 0.0)
+        mean += d * tl.div_rn(1.0, step)
+        m2 += d * (x - mean)
+    # Each lane has the moments of its own elements.
+    count = tl.maximum((stop - start - v + BLOCK_V - 1) // BLOCK_V, 0).to(tl.float32)[None, :, None]
+    d = tl.where(count > 0, mean, 0.0)
     share = tl.div_rn(count, ((stop - start) * U).to(tl.float32))  # d * count might overflow
-    pooled = tl.sum(d * share, 1)
-    d = tl.where(count > 0, d - pooled[:, None], 0.0)
-    m2 = tl.sum(m2 + count * d * d, 1)
+    pooled = _sum(d * share)
+    d = tl.where(count > 0, mean - pooled[:, None, None], 0.0)
+    m2 = _sum(m2 + count * d * d)
     at = (o * K + k) * C + c
     tl.store(MEAN + at, pooled, mask=c < C)
     tl.store(M2 + at, m2, mask=c < C)

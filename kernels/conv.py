@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastnn.kernels import linear
+from fastnn.kernels import linear, pointwise
 from fastnn.kernels._config import tunable
 from fastnn.kernels._gpus import facts, multiprocessors
 from fastnn.kernels._launch import kernel
@@ -40,6 +40,36 @@ def _placed(
     return n, o, (at_d * ih + at_h) * iw + at_w, (m < M) & there_d & there_h & there_w
 
 
+@triton.jit
+def _finish_slices(
+    acc, Y, rows, column, there, q0, outs, first, BIAS, Z, MEAN, VAR, SCALE, SHIFT, eps, a, b,
+    FORMULA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """`finish` of acc (BLOCK_M, BLOCK_N) in SLICES slices of its columns, one after the other.
+
+    A thread that holds sums of many columns would else hold what is loaded for all of them, too.
+    """
+    if SLICES > 1:
+        halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        _finish_slices(
+            left, Y, rows, column, there, q0, outs, first, BIAS, Z, MEAN, VAR, SCALE, SHIFT, eps,
+            a, b, FORMULA, BLOCK_M, BLOCK_N // 2, SLICES // 2,
+        )  # fmt: skip
+        _finish_slices(
+            right, Y, rows, column, there, q0 + BLOCK_N // 2, outs, first, BIAS, Z, MEAN, VAR,
+            SCALE, SHIFT, eps, a, b, FORMULA, BLOCK_M, BLOCK_N // 2, SLICES // 2,
+        )  # fmt: skip
+    else:
+        q = q0 + tl.arange(0, BLOCK_N)
+        offs = rows[:, None] + q[None, :] * column
+        mask = there[:, None] & (q < outs)[None, :]
+        finish(
+            acc, Y, offs, mask, first + q, q < outs, BIAS, Z, MEAN, VAR, SCALE, SHIFT, eps, a, b,
+            FORMULA,
+        )  # fmt: skip
+
+
 @kernel(do_not_specialize=["pixels", "groups", "outs", "reads", *SIZES])
 def _conv_gemm_kernel(
     X, W, BIAS, Y, Z, MEAN, VAR, SCALE, SHIFT, eps, a, b, pixels, groups, outs, reads, id_, ih, iw,
@@ -47,7 +77,7 @@ def _conv_gemm_kernel(
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr,
     SW: tl.constexpr, DIMS: tl.constexpr, OUT_VEC: tl.constexpr, READ_VEC: tl.constexpr,
     EVEN_K: tl.constexpr, TRANSPOSED: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
-    FORMULA: tl.constexpr,
+    FORMULA: tl.constexpr, SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """A program computes one tile of positions and channels of a group, and loops over the taps.
@@ -57,7 +87,7 @@ def _conv_gemm_kernel(
     outs, taps) if TRANSPOSED, of that dtype: contiguous, or (..., taps, ...) in memory if LAST.
     BIAS, Z, MEAN, VAR, SCALE, SHIFT: as in `finish`. pixels: N * od * oh * ow. `outs` and `reads`
     are divided by OUT_VEC and READ_VEC. KD, KH, KW: the taps; SD, SH, SW: the strides. Only the
-    last DIMS dimensions have more than one position.
+    last DIMS dimensions have more than one position. SLICES: as in `_finish_slices`.
     """
     id_, ih, od, oh, pd, ph = shape_of(id_, ih, od, oh, pd, ph, DIMS)
     # Sizes are passed divided by a factor of them, so that the compiler sees the factor.
@@ -73,7 +103,8 @@ def _conv_gemm_kernel(
     height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
     within = pid % (GROUP_M * tiles_n)
     m = (band * GROUP_M + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = (within // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    q0 = (within // height) * BLOCK_N
+    q = q0 + tl.arange(0, BLOCK_N)
     g = tl.program_id(1)
     ks = tl.arange(0, BLOCK_K)
     W += g.to(tl.int64) * outs * reads * TAPS
@@ -108,15 +139,15 @@ def _conv_gemm_kernel(
         x = tl.load(x_pointers, mask=x_mask, other=0.0)
         w = tl.load(w_pointers, mask=w_mask, other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    mask = (m < pixels)[:, None] & (q < outs)[None, :]
     if LAST:
-        offs = (m.to(tl.int64) * (groups * outs) + g * outs)[:, None] + q[None, :]
+        rows = m.to(tl.int64) * (groups * outs) + g * outs
+        column = 1
     else:
-        n = (m // OP).to(tl.int64)
-        offs = (n * (groups * outs) * OP + g * outs * OP + m % OP)[:, None] + q[None, :] * OP
-    finish(
-        acc, Y, offs, mask, g * outs + q, q < outs, BIAS, Z, MEAN, VAR, SCALE, SHIFT, eps, a, b,
-        FORMULA,
+        rows = (m // OP).to(tl.int64) * (groups * outs) * OP + g * outs * OP + m % OP
+        column = OP
+    _finish_slices(
+        acc, Y, rows, column, m < pixels, q0, outs, g * outs, BIAS, Z, MEAN, VAR, SCALE, SHIFT, eps,
+        a, b, FORMULA, BLOCK_M, BLOCK_N, SLICES,
     )  # fmt: skip
 
 
@@ -176,14 +207,14 @@ def _conv_gemm_weight_kernel(
 
 
 @tunable("BLOCK_M", "BLOCK_N", "BLOCK_K")
-def _config(M, N, itemsize, precision, arch, sms, aligned, along, followed=None):
-    """along: whether operands run along the dimension that is summed. followed: "norm" or "act",
-    the first thing but a bias that follows the sum; or None."""
+def _config(M, N, itemsize, precision, arch, sms, aligned, along, followed=False):
+    """along: whether operands run along the dimension that is summed. followed: whether more than a
+    bias follows the sum."""
     # Pointers of single elements take registers, as a formula in the epilogue does; so do operands
     # of tf32 that do not run along the sum.
-    crowded = "act" if not aligned or (itemsize == 4 and not along) else None
+    crowded = followed or not aligned or (itemsize == 4 and not along)
     block_m, block_n, block_k, warps, stages = linear.gemm_tile(
-        M, N, itemsize, precision, arch, sms, aligned, followed or crowded
+        M, N, itemsize, precision, arch, sms, aligned, "act" if crowded else None
     )
     config = {
         "BLOCK_M": block_m,
@@ -195,10 +226,10 @@ def _config(M, N, itemsize, precision, arch, sms, aligned, along, followed=None)
     if not aligned:
         # Without a limit, ptxas spills a few registers, so that another block fits.
         config["maxnreg"] = 255
-    elif (block_m, block_n, warps) == (128, 128, 8) and stages > 3 and not followed:
+    elif (block_m, block_n, warps) == (128, 128, 8) and stages > 3:
         # Two blocks fit on a multiprocessor, by shared memory and by registers; but for tf32 on
-        # sm_100, which would spill.
-        if itemsize == 2 or facts(arch).matrix == "wgmma":
+        # sm_100, which would spill unless what follows is computed in slices.
+        if itemsize == 2 or facts(arch).matrix == "wgmma" or followed:
             config.update(num_stages=3, maxnreg=128)
     return config
 
@@ -228,14 +259,17 @@ def gather(x, w, bias, y, outs, reads, geometry, transposed, last, precision, ar
     out_vec, read_vec, wide = _widths(x, outs, reads, last)
     sms = cdiv(multiprocessors(x.get_device()), groups)
     z, mean = rest[:2]
-    followed = "norm" if mean is not None else "act" if formula or z is not None else None
+    followed = formula is not None or z is not None or mean is not None
     config = _config(pixels, outs, x.element_size(), precision, arch, sms, wide, True, followed)
     tiles = cdiv(pixels, config["BLOCK_M"]) * cdiv(outs, config["BLOCK_N"])
+    # Found by compiling: no spills in half of the registers. Mish takes the most of them.
+    slices = 8 if formula is pointwise.mish else 4
+    slices = slices if followed and config["BLOCK_N"] == 128 else 1
     _conv_gemm_kernel(
         (tiles, groups), x, w, bias, y, *rest, pixels, groups, outs // out_vec, reads // read_vec,
         *x.shape[2:], *out, *padding, *dilation, **constants(geometry), OUT_VEC=out_vec,
         READ_VEC=read_vec, EVEN_K=reads % config["BLOCK_K"] == 0, TRANSPOSED=transposed, LAST=last,
-        PRECISION=precision, FORMULA=formula, GROUP_M=8, **config,
+        PRECISION=precision, FORMULA=formula, SLICES=slices, GROUP_M=8, **config,
     )  # fmt: skip
     return y
 

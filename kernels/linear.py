@@ -159,8 +159,7 @@ def gemm_tile(M, N, itemsize, precision, arch, sms, aligned, epilogue):
     # Formulas, and even more random words, make kernels with many sums spill, most of all if the
     # operands are in registers too. The same is true of tf32 operands that do not run along K.
     most = 128 * 128 if epilogue or itemsize == 4 else 128 * 256
-    few = epilogue == "noise" or (epilogue == "norm" and gpu.matrix == "tcgen05")
-    if few or (epilogue and gpu.matrix == "mma"):
+    if epilogue == "noise" or (epilogue and gpu.matrix == "mma"):
         most = 64 * 64
     widest = max(64, next_power_of_2(M)), max(64, next_power_of_2(N))
     for tile in tiles:

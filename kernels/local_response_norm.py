@@ -34,7 +34,10 @@ def _put(window, row, values, BLOCK_W: tl.constexpr):
 
 @triton.jit
 def _get(window, row, BLOCK_W: tl.constexpr):
-    return tl.sum(tl.where(tl.arange(0, BLOCK_W)[:, None] == row, window, 0.0), 0)
+    """The row, as a sum of bits, which keeps -0.0."""
+    bits = window.to(tl.int32, bitcast=True)
+    found = tl.sum(tl.where(tl.arange(0, BLOCK_W)[:, None] == row, bits, 0), 0)
+    return found.to(tl.float32, bitcast=True)
 
 
 @triton.jit

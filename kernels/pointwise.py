@@ -46,7 +46,7 @@ def _nan_if_inf(value, x):
 
 @triton.jit
 def relu(x, a, b):
-    return tl.where(x <= 0, 0.0, x)
+    return tl.where(x < 0, 0.0, x)  # -0.0 stays -0.0
 
 
 @triton.jit
@@ -106,7 +106,8 @@ def selu_grad_of_y(dy, y, a, b):
 
 @triton.jit
 def hardtanh(x, a, b):
-    return _clamp(x, a, b)
+    # What is within the limits stays as it is: `tl.maximum` would make 0.0 of -0.0.
+    return tl.where((x >= a) & (x <= b), x, _clamp(x, a, b))
 
 
 @triton.jit
@@ -238,7 +239,7 @@ def tanhshrink(x, a, b):
 
 @triton.jit
 def tanhshrink_grad(dy, t, a, b):  # t = tanh(x), which is what PyTorch keeps
-    return _nan_if_inf(dy * t * t, dy)
+    return _nan_if_inf(dy * t * t, dy) + 0.0  # a zero is 0.0, as that of PyTorch's sum
 
 
 @triton.jit

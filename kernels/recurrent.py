@@ -70,7 +70,7 @@ def _rnn_cell_fwd_kernel(
     b, j, mask = _tile(B, H, BLOCK_B, BLOCK_H)
     g = _gate(GI, GH, BI, BH, b * H, j, mask)
     if RELU:
-        y = tl.where(g <= 0, 0.0, g)
+        y = tl.where(g < 0, 0.0, g)
     else:
         y = libdevice.tanh(g)
     _put(Y, b * H + j, y, mask)

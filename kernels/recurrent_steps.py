@@ -119,7 +119,7 @@ def _steps_fwd_kernel(
             else:
                 g = _get(GI, gi, mask) + acc0
                 if RELU:
-                    y = tl.where(g <= 0, 0.0, g)
+                    y = tl.where(g < 0, 0.0, g)
                 else:
                     y = libdevice.tanh(g)
             _put(Y, row * stride_y + j, y, mask)

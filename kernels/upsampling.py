@@ -129,6 +129,7 @@ def _interpolate_fwd_kernel(
         w, beyond_w = AT(col, w_scale, w_size, ALIGN)
     base = (z // C * n_step + z % C * z_step) * UNIT
     there = (row < rows)[:, None] & (col < cols)[None, :]
+    # The first terms are not added to 0.0, because the sum of -0.0 and 0.0 is 0.0.
     acc = tl.zeros((ROWS, COLS), tl.float32)
     for tc in tl.static_range(TAPS if RANK > 2 else 1):
         at_c, w_c = base, one
@@ -149,14 +150,20 @@ def _interpolate_fwd_kernel(
                     w_a = w_a * w_b
                 if LAST:
                     to = at_a[:, None] + (col * w_step)[None, :]
-                    acc += w_a[:, None] * tl.load(X + to, mask=there, other=0.0).to(tl.float32)
+                    along = tl.load(X + to, mask=there, other=0.0).to(tl.float32)
                 else:
                     along = tl.zeros((ROWS, COLS), tl.float32)
                     for tw in tl.static_range(TAPS):
                         i, weight = TAP(w, beyond_w, tw, w_size)
                         to = at_a[:, None] + (i * w_step)[None, :]
                         x = tl.load(X + to, mask=there, other=0.0).to(tl.float32)
-                        along += weight[None, :] * x
+                        if tw == 0:
+                            along = weight[None, :] * x
+                        else:
+                            along += weight[None, :] * x
+                if tc + tb + ta == 0:
+                    acc = w_a[:, None] * along
+                else:
                     acc += w_a[:, None] * along
     to = row[:, None] * cols + col[None, :]
     tl.store(Y + to, acc.to(Y.dtype.element_ty), mask=there)

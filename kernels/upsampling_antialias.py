@@ -110,10 +110,8 @@ def _antialias_fwd_kernel(
         for tw in range(w_taps):
             to = at + (th * (h_step * UNIT) + tw * w_step)
             x = tl.load(X + to, mask=within & (tw < w_count), other=0.0).to(tl.float32)
-            weight = _weight(tw, w_off, w_inverse, w_total, FILTER)
-            along += tl.where(tw < w_count, weight, 0.0) * x
-        weight = _weight(th, h_off, h_inverse, h_total, FILTER)
-        acc += tl.where(th < h_count, weight, 0.0) * along
+            along += _weight(tw, w_off, w_inverse, w_total, FILTER) * x
+        acc += _weight(th, h_off, h_inverse, h_total, FILTER) * along
     tl.store(Y + row * cols + col, acc.to(Y.dtype.element_ty), mask=there)
 
 

@@ -115,6 +115,7 @@ SWEEPS = {
     "lifetimes": "Sweep of lifetimes",
     "setups": "Set-ups, against stock",
     "marks": "Questions to converted layers, against stock",
+    "zeros": "Sweep of zeros with both signs",
     "scalars": "Sweep of numbers that are infinite, nan, zero or negative",
 }
 

@@ -22,6 +22,7 @@ import importlib
 import math
 import pkgutil
 import re
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -47,6 +48,7 @@ from fastnn.testing import (
 )
 from fastnn.testing import cases as rows
 from tests.marks import interpreted
+from tests.parts import part
 
 # Families of rows that are not swept, with the reason.
 APART = {
@@ -526,10 +528,9 @@ if __name__ == "__main__":
     interpreter.install()
     torch.set_num_threads(1)
     total = 0
-    for name in CHOSEN:
+    for name in part(CHOSEN, sys.argv):  # --part K/N
         runs, faults, listed = swept(name, _all())
         total += runs
-        print(f"{name}: {runs} runs, {len(listed)} listed differences, {len(faults)} faults")
-        for fault in faults:
-            print(f"    {fault}")
+        told = f"{runs} runs, {len(listed)} listed differences, {len(faults)} faults"
+        print(f"{name}: {told}", *faults, sep="\n    ", flush=True)
     print(f"{total} runs; ops: {', '.join(sorted(HEARD))}")

@@ -37,6 +37,7 @@ from fastnn.testing import Comparison, compare_tensors, over_draws, side_of, sim
 from fastnn.testing.cases import CASES
 from fastnn.testing.noise import recording, replaying
 from tests.marks import interpreted
+from tests.parts import part
 
 pytestmark = [
     interpreted,
@@ -942,11 +943,18 @@ def test_two_processes(tmp_path, record_property):
     assert not found[0][0] + found[1][0], "\n".join(found[0][0] + found[1][0])
 
 
-def everything() -> bool:
-    """Run every set-up on every model, forced and in `auto`. Returns whether all is as in stock."""
+def everything(arguments: list[str]) -> bool:
+    """Run set-ups on models, forced and in `auto`. Returns whether all is as in stock.
+
+    All of them run, or part K of N (`--part K/N`), or those whose set-up or model is an argument.
+    """
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     right = True
-    for name, (model, mode) in itertools.product(SETUPS, itertools.product(MODELS, MODES)):
+    chosen = part(itertools.product(SETUPS, itertools.product(MODELS, MODES)), arguments)
+    for name, (model, mode) in chosen:
+        if arguments and not {name, name.split("[")[0], model} & set(arguments):
+            continue
         with simulated(least=0):
             told, _ = differences(model, *SETUPS[name], mode)
         right &= not told
@@ -955,4 +963,4 @@ def everything() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(not everything())
+    sys.exit(not everything(sys.argv[1:]))

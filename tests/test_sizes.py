@@ -19,6 +19,7 @@ from fastnn.ops import REGISTRY
 from fastnn.testing import meter
 from tests.calls import Call, attempt, differences, recorded
 from tests.marks import interpreted
+from tests.parts import part
 
 ROWS = 4  # rows of each op in pytest
 FEWER = {"conv2d": 2, "conv3d": 1, "conv_transpose2d": 1, "conv_transpose3d": 1}  # as conv1d
@@ -145,7 +146,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     total: Counter = Counter()
-    for name in sys.argv[2:] or sorted(REGISTRY):
+    names = part(sorted(REGISTRY), sys.argv)  # --part K/N
+    for name in sys.argv[2:] or names:
         start = time.process_time()
         counts, wrong, stock = sweep(name, every=sys.argv[1:2] == ["all"])
         total += counts

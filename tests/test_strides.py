@@ -26,6 +26,7 @@ from fastnn.testing.cases import CASES
 from fastnn.testing.noise import recording, replaying
 from tests.calls import Call, Upstream, differences, forced, recorded
 from tests.marks import interpreted
+from tests.parts import part
 
 # ---- Layouts: a tensor -> (a tensor like it, the memory that holds it), or None ------------------
 
@@ -281,7 +282,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     total: Counter = Counter()
-    for name in sys.argv[2:] or sorted(REGISTRY):
+    names = part(sorted(REGISTRY), sys.argv)  # --part K/N
+    for name in sys.argv[2:] or names:
         start = time.process_time()
         counts, wrong, stock = sweep(name, every=sys.argv[1:2] == ["all"])
         total += counts

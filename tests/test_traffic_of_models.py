@@ -68,6 +68,18 @@ def test_the_gate_leaves_small_calls_to_pytorch(record):
     assert record["auto"]["by"] != record["open"]["by"]
 
 
+def test_a_declined_call_counts_as_pytorch_runs_it_on_cuda():
+    class Drop(nn.Module):
+        def forward(self, x):
+            return F.dropout(x.exp(), 0.5, self.training).sum()
+
+    x = torch.empty(64, 64, requires_grad=True, device="meta")
+    found = traffic.counted(model(lambda: (Drop(), (x,), {})), ("stock", "auto"))
+    assert found["rules"] == {"dropout": 1}
+    assert found["auto"] == found["stock"]
+    assert "native_dropout" in found["auto"]["by"]
+
+
 def test_attention_moves_no_bytes_and_keeps_the_layout_of_a_fused_kernel():
     q = torch.empty(2, 3, 8, 4, device="meta", requires_grad=True)
     with traffic.Outside() as counted:

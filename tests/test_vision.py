@@ -357,6 +357,40 @@ def test_in_auto_dense_convolutions_fuse_where_a_pass_outweighs_cudnn():
     assert (rows[0].op, rows[0].path) == ("conv_act", "stock") and "cuDNN" in rows[0].reason
 
 
+@interpreted
+@pytest.mark.parametrize("activation", ["silu", "mish"])
+@pytest.mark.parametrize("last", [False, True])
+def test_slices_of_a_wide_tile_give_the_bits_of_narrow_tiles(activation, last, monkeypatch):
+    """What follows the sums of a tile of 128 columns is computed in slices of it."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(1, 9, 12, 11).to(memory_format=layout)
+    w, bias = torch.randn(100, 9, 1, 2), torch.randn(100)
+    statistics = torch.randn(100), torch.rand(100) + 0.5, torch.randn(100), torch.randn(100)
+
+    def results(columns):
+        slices = []
+        launch = kernels.conv._conv_gemm_kernel
+
+        def launched(*args, **options):
+            slices.append(options["SLICES"])
+            return launch(*args, **options)
+
+        config = {"BLOCK_M": 64, "BLOCK_N": columns, "BLOCK_K": 16}
+        with monkeypatch.context() as patch, fastnn.backend("triton"):
+            patch.setattr(kernels.conv, "_config", lambda *a: {**config, "num_warps": 4})
+            patch.setattr(kernels.conv, "_conv_gemm_kernel", launched)
+            y = F.conv_act(x, w, bias, activation=activation)
+            normed = F.conv_batch_norm_act(x, w, bias, *statistics, activation=activation)
+        return slices, y, normed
+
+    slices, *wide = results(128)
+    assert slices == [8 if activation == "mish" else 4] * 2
+    slices, *narrow = results(64)
+    assert slices == [1, 1]
+    for a, b in zip(wide, narrow, strict=True):
+        assert torch.equal(a, b)
+
+
 # Bytes against PyTorch, if each kernel reads its tensors once. In training, its operators move
 # 19 times the elements: convolution 2, norm 3, activation 2; activation 3, norm 5, gradients of
 # input and weight 4. Kernels move 14 times: 2, 3; 5, 4; or 11 if a statistic fits in registers.
