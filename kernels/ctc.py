@@ -90,7 +90,7 @@ def _ctc_fwd_kernel(
     la = tl.full((BLOCK,), -float("inf"), tl.float32)
     if SAVE:
         ALPHA += n * T * 2 * W + k
-    for t in range(steps):
+    for _ in range(steps):
         x = _scores(X, y, k, L, inside, stride_xc)
         x_blank = tl.load(X + blank * stride_xc).to(tl.float32)
         before = tl.where(k == 0, -float("inf"), tl.gather(la, tl.maximum(k - 1, 0), 0))
@@ -124,8 +124,9 @@ def _ctc_posterior_kernel(
     """A program goes through the steps of one sequence, from the last to the first.
 
     X (T, N, C): float, any strides. TARGET: int, any strides. LENGTHS (3, N): int64, contiguous.
-    ALPHA, POSTERIOR (N, T, 2, W): fp32, contiguous. NLL (N,): fp32. CHAIN (N, W): int32, contiguous;
-    twice the number after the next place of the same label, plus 1 at the first place.
+    ALPHA, POSTERIOR (N, T, 2, W): fp32, contiguous. NLL (N,): fp32. CHAIN (N, W): int32,
+    contiguous: 2 * (the next place of the same label + 1), or 0 if there is none, plus 1 at the
+    label's first place.
     """
     n = tl.program_id(0).to(tl.int64)
     steps = tl.load(LENGTHS + n)
@@ -152,7 +153,7 @@ def _ctc_posterior_kernel(
     bl = tl.where(k == L, 0.0, -float("inf"))
     la = tl.full((BLOCK,), -float("inf"), tl.float32)
     after = tl.minimum(k + 1, BLOCK - 1)
-    for t in range(steps):
+    for _ in range(steps):
         x = _scores(X, y, k, L, inside, stride_xc)
         x_blank = tl.load(X + blank * stride_xc).to(tl.float32)
         skipped = tl.where(skip, tl.gather(la, after, 0), -float("inf"))
@@ -211,7 +212,7 @@ def _ctc_bwd_kernel(
         TARGET += tl.load(LENGTHS + 2 * N + n)
         POSTERIOR += (n * T + t) * 2 * W
         CHAIN += n * W
-        y, inside = _labels(TARGET, k, L, C, stride_y)
+        y, _ = _labels(TARGET, k, L, C, stride_y)
         of_blank = tl.load(POSTERIOR + k, mask=k <= L, other=0.0)
         of_label = tl.load(POSTERIOR + W + k, mask=k < L, other=0.0)
         total = tl.sum(of_blank, 0) + tl.sum(tl.where(y == blank, of_label, 0.0), 0)

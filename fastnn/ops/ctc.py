@@ -19,7 +19,7 @@ class CTCLoss(Function):
 
     @staticmethod
     def forward(ctx, x, target, lengths, options):
-        blank, reduction, zero, input_lengths, target_lengths = options
+        blank, reduction, zero, _, target_lengths = options
         save = ctx.needs_input_grad[0]
         loss, nll, alpha = kernels.ctc.fwd(
             x, target, lengths, max(target_lengths), blank, reduction, zero, save
