@@ -1,8 +1,8 @@
 """The roofs of the launches of the rows, on an H100: `python -m bench.roofs [--write]`.
 
 `bench/roofs.json` has them. For each row it has the launches of each pass, and for each launch what
-`fastnn.testing.roof` counts in the compiled code. `fastnn bench`, the parity report and
-docs/compiled.md show them as a warning. They are no predicted times.
+`fastnn.testing.roof` counts in the compiled code. `fastnn bench` and docs/compiled.md show them as
+a warning. They are no predicted times. The gate (`bench.gates`) believes them where they are long.
 
     python -m bench.roofs              # compile what is not in the table, and judge it
     python -m bench.roofs --write      # the same, and write the table
@@ -233,6 +233,21 @@ def _figures(launch: Any) -> dict[str, Any]:
         "in_flight": found.in_flight,
         "faults": faults(found),
     }
+
+
+def least_us(row: str) -> float | None:
+    """The least time of both passes on the GPU, in us, by the table; None for a row it lacks.
+
+    row: the key of a row in a dtype, as `BenchCase.key` gives it.
+
+    A launch takes the time of its bytes or of its instructions, whichever is longer. Only the bytes
+    of PyTorch's kernels are known, so a comparison with them is careful.
+    """
+    table = shipped()
+    launches = [table["launches"].get(n) for names in table["rows"].get(row, ()) for n in names]
+    if not launches or not all(x and "us" in x for x in launches):
+        return None
+    return sum(x["us"] * max(1.0, x["issue"]) for x in launches if x)
 
 
 def judged(figures: dict, before: dict | None) -> list[str]:

@@ -17,7 +17,21 @@ from torch.utils._pytree import tree_leaves
 import fastnn
 from fastnn import _gate, _mode
 from fastnn.__main__ import main
-from fastnn.bench import cases, gpu, host, measure, memory, models, pool, predict, report, run, tune
+from fastnn.bench import (
+    cases,
+    gates,
+    gpu,
+    host,
+    measure,
+    memory,
+    models,
+    pool,
+    predict,
+    report,
+    roofs,
+    run,
+    tune,
+)  # fmt: skip
 from fastnn.ops import REGISTRY
 from fastnn.testing.meter import AtenTraffic, Cost, as_on_cuda, nbytes, traffic
 from tests.marks import interpreted
@@ -483,6 +497,24 @@ def test_auto_runs_no_kernel_that_is_predicted_to_lose():
     ran = [(row, float(gain)) for row, gain, runs in rows if runs == "kernel"]
     assert len(ran) > 50
     lost = [row for row, gain in ran if gain < 1 and not row.startswith(PUBLISHED)]
+    assert lost == []
+
+
+def test_auto_runs_no_kernel_whose_instructions_take_longer_than_the_bytes_of_pytorch():
+    """Bytes are read from the table of docs/benchmarks.md, instructions from bench/roofs.json."""
+    page = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
+    row = r"^\| `(.*)` \|.*\| ([\d.]+) \| [\d.]+ \| [\d.]+ \| (\d+) \| (\d+) \| .* \| kernel \|$"
+    rows = re.findall(row, page, re.M)
+    compared, lost = 0, []
+    for name, stock_mb, stock_launches, launches in rows:
+        ours = roofs.least_us(name)
+        if ours is None or name.startswith(PUBLISHED):
+            continue
+        compared += 1
+        stock = float(stock_mb) * 1e12 / gates.BANDWIDTH + gates.LAUNCH * int(stock_launches)
+        if ours + gates.LAUNCH * int(launches) > stock:
+            lost.append(name)
+    assert compared > 50
     assert lost == []
 
 

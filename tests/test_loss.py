@@ -557,3 +557,17 @@ def test_few_rows_run_stock_in_auto(device, simulate):
             with fastnn.backend("auto"), fastnn.decisions() as heard:
                 call()
             assert [d.why and path in d.why for d in heard] == [path and True]
+
+
+@interpreted
+@pytest.mark.parametrize("transposed", ["input", "target"])
+def test_unreduced_losses_have_the_strides_of_stock(transposed):
+    """PyTorch allocates those of binary_cross_entropy like the input, not like the target."""
+    names = ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy"]
+    for name in [*names, "binary_cross_entropy_with_logits", "soft_margin_loss", "kl_div"]:
+        pair = {k: torch.rand(3, 4) for k in ("input", "target")}
+        pair[transposed] = torch.rand(4, 3).t()
+        with fastnn.backend("triton"):
+            ours = getattr(F, name)(**pair, reduction="none")
+        stock = getattr(torch.nn.functional, name)(**pair, reduction="none")
+        assert ours.stride() == stock.stride(), name

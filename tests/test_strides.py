@@ -122,6 +122,7 @@ KNOWN = {
     ): "empty_like on CUDA, as here, keeps odd strides of size 1; a CPU does not",
     ("nll_loss", "grad_input must be contiguous"): "stock rejects channels last in its backward",
     ("batch_norm", "grad of input: finite"): "stock reads a strided weight as dense on a CPU",
+    ("gru_cell", "output 0: strides"): "as on CUDA, dense; a CPU may take the strides of hx",
     ("logsigmoid", "output 0: strides"): "contiguous on a CPU; as the input on CUDA, and here",
     **{
         (f"max_unpool{d}d", "view size is not compatible"): "stock rejects indices without a view"
@@ -130,8 +131,31 @@ KNOWN = {
 }
 
 
+# On a CPU stock takes channels-last gradients of one sample of instance_norm for dense ones.
+WRONG_ON_A_CPU = "instance_norm", GRADIENTS, "channels_last", "grad of input"
+
+# With equal values in a tensor, these results are sums of terms that cancel, or a mean, which a CPU
+# adds up in float64. What is left are a few roundings of the terms.
+CANCEL = {"instance_norm", "layer_norm", "scaled_dot_product_attention"}
+LEFT = 1e-5
+
+
 def _known(name, difference):
     return any(op == name and words in difference for op, words in KNOWN)
+
+
+def _listed(name, argument, layout, difference):
+    """Whether docs/design.md gives the reason of this difference."""
+    op, gradients, last, words = WRONG_ON_A_CPU
+    if (name, argument, layout) == (
+        op,
+        gradients,
+        last,
+    ):
+        return difference.startswith((words, "running_mean"))
+    if name in CANCEL and layout == "expanded" and " from float64" in difference:
+        return float(difference.split(" from float64")[0].split()[-1]) < LEFT
+    return _known(name, difference)
 
 
 def attempts(name: str):
@@ -177,9 +201,10 @@ def sweep(name: str, every: bool):
             counts[path if path in ("kernel", "error") else "stock"] += 1
             if path not in ("kernel", "error"):
                 stock.append((argument, layout.__name__, path))
-            if any(_known(name, w) for w in found):
+            listed = [w for w in found if _listed(name, argument, layout.__name__, w)]
+            if listed:
                 counts["differs as docs say"] += 1
-            found = [w for w in found if not _known(name, w)]
+            found = [w for w in found if w not in listed]
             wrong += [f"{argument}, {layout.__name__}: {w}   [{call.row}]" for w in found]
             if path == "kernel" and not every:
                 break

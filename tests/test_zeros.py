@@ -1,7 +1,7 @@
 """Signs of zeros. Every op is called with 0.0 and -0.0 in place of its input, forced onto kernels.
 
-Where a result or a gradient is zero here and in PyTorch, the signs are equal. Zeros compare equal, so
-no other test sees a sign. A division by the result, or `signbit`, does.
+Where a result or a gradient is zero here and in PyTorch, the signs are equal. Zeros compare equal,
+so no other test sees a sign. A division by the result, or `signbit`, does.
 """
 
 from contextlib import nullcontext

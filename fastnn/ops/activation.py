@@ -187,13 +187,16 @@ def _leaky_relu(x, slope, inplace):
 
 @op(stock=stock.rrelu, strided=_X, split=elements, source="arXiv:1505.00853")
 def rrelu(input, lower=1.0 / 8, upper=1.0 / 3, training=False, inplace=False):
-    """Fused in eval mode, also in place. In training PyTorch runs: the slopes are random."""
+    """Fused in eval mode for contiguous inputs, and in place for all. In training PyTorch runs: the
+    slopes are random."""
     if training:
         return Stock("training=True draws random slopes")
     if not (isinstance(lower, (int, float)) and isinstance(upper, (int, float))):
         return Stock(f"lower={lower!r}, upper={upper!r}")
     if not (lower <= upper and math.isfinite(lower) and math.isfinite(upper)):
         return Invalid(f"lower={lower}, upper={upper}")
+    if not (inplace or input.is_contiguous()):
+        return Stock("an input that is not contiguous, whose result PyTorch makes contiguous")
     return _leaky_relu(input, (lower + upper) / 2, inplace)
 
 

@@ -33,6 +33,9 @@ class Loss(NamedTuple):
     keep: Literal["difference", "slope"] | None = None
     """What is kept in place of a and b, as stock does: a - b, of which the losses are a function
     (`stock`, with None for b), or their derivative by a. That by b is the negative."""
+    like_a: bool = False
+    """Whether PyTorch allocates the losses like a, and not like all tensors together. Its formula
+    for tensors without memory then has other strides."""
 
     @property
     def gradient(self):
@@ -54,7 +57,7 @@ MSE_WEIGHTED = Loss(
 L1 = Loss("absolute", lambda a, b, c, p, q: _difference(a, b).abs(), keep="difference")
 SMOOTH_L1 = Loss("smooth_l1", lambda a, b, c, p, q: aten.smooth_l1_loss(a, b, 0, p))
 HUBER = Loss("huber", lambda a, b, c, p, q: aten.huber_loss(a, b, 0, p))
-BCE = Loss("bce", lambda a, b, c, p, q: aten.binary_cross_entropy(a, b, None, 0))
+BCE = Loss("bce", lambda a, b, c, p, q: aten.binary_cross_entropy(a, b, None, 0), like_a=True)
 BCE_WITH_LOGITS = Loss(
     "bce_with_logits",
     lambda a, b, c, p, q: aten.binary_cross_entropy_with_logits(a, b, None, c, 0),
@@ -195,6 +198,8 @@ def _result(loss, inputs, p, q, divisor, dtype):
     present = [t for t in inputs if t is not None]
     if all(t.shape == first.shape and is_dense(t) for t in present):
         return first.new_empty(first.shape, dtype=dtype)
+    if loss.like_a:
+        return torch.empty_like(first, dtype=dtype)
     layouts = tuple([t if t is None else (t.shape, t.stride()) for t in inputs])
     shape, strides = _layout(loss, layouts, p, q)
     return torch.empty_strided(shape, strides, dtype=dtype, device=first.device)
