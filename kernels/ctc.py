@@ -72,8 +72,9 @@ def _ctc_fwd_kernel(
     """A program goes through the steps of one sequence.
 
     X (T, N, C): float, any strides. TARGET: int, any strides. LENGTHS (3, N): int64, contiguous;
-    steps, labels, and the offset of the first label. ALPHA (N, T, 2, W): fp32, contiguous, if SAVE.
-    NLL (N,): fp32. LOSS (N,): fp32, unless None. PARTIAL (N,): fp64, unless None.
+    steps, labels, and the offset of the first label. ALPHA (N, T, 2W - 1): fp32, contiguous, if SAVE;
+    the blanks, then the labels. NLL (N,): fp32. LOSS (N,): fp32, unless None: NLL is the loss then.
+    PARTIAL (N,): fp64, unless None.
     """
     n = tl.program_id(0).to(tl.int64)
     steps = tl.load(LENGTHS + n)
@@ -89,7 +90,7 @@ def _ctc_fwd_kernel(
     bl = start
     la = tl.full((BLOCK,), -float("inf"), tl.float32)
     if SAVE:
-        ALPHA += n * T * 2 * W + k
+        ALPHA += n * T * (2 * W - 1) + k
     for _ in range(steps):
         x = _scores(X, y, k, L, inside, stride_xc)
         x_blank = tl.load(X + blank * stride_xc).to(tl.float32)
@@ -101,7 +102,7 @@ def _ctc_fwd_kernel(
         if SAVE:
             tl.store(ALPHA, bl, mask=k <= L)
             tl.store(ALPHA + W, la, mask=k < L)
-            ALPHA += 2 * W
+            ALPHA += 2 * W - 1
         X += stride_xt
     loss = -_log_sum2(_at(bl, k, L), _at(la, k, L - 1))
     tl.store(NLL + n, loss)
@@ -124,7 +125,7 @@ def _ctc_posterior_kernel(
     """A program goes through the steps of one sequence, from the last to the first.
 
     X (T, N, C): float, any strides. TARGET: int, any strides. LENGTHS (3, N): int64, contiguous.
-    ALPHA, POSTERIOR (N, T, 2, W): fp32, contiguous. NLL (N,): fp32. CHAIN (N, W): int32,
+    ALPHA, POSTERIOR (N, T, 2W - 1): fp32, contiguous. NLL (N,): fp32. CHAIN (N, W): int32,
     contiguous: 2 * (the next place of the same label + 1), or 0 if there is none, plus 1 at the
     label's first place.
     """
@@ -145,7 +146,7 @@ def _ctc_posterior_kernel(
         TARGET += stride_y
     tl.store(CHAIN + n * W + k, 2 * following + first.to(tl.int32), mask=k < W)
     nll = tl.load(NLL + n)
-    last = (n * T + steps - 1) * 2 * W + k
+    last = (n * T + steps - 1) * (2 * W - 1) + k
     ALPHA += last
     POSTERIOR += last
     X += n * stride_xn + (steps - 1) * stride_xt
@@ -164,8 +165,8 @@ def _ctc_posterior_kernel(
         tl.store(POSTERIOR, tl.exp(a + bl + nll - x_blank), mask=k <= L)
         a = tl.load(ALPHA + W, mask=k < L, other=0.0)
         tl.store(POSTERIOR + W, tl.exp(a + la + nll - x), mask=k < L)
-        ALPHA -= 2 * W
-        POSTERIOR -= 2 * W
+        ALPHA -= 2 * W - 1
+        POSTERIOR -= 2 * W - 1
         X -= stride_xt
 
 
@@ -186,7 +187,7 @@ def _ctc_bwd_kernel(
 
     DLOSS: fp32, (N,) with any stride, or one element if REDUCTION. X, DX (T, N, C): float, any
     strides. TARGET: int, any strides. LENGTHS (3, N): int64, contiguous. NLL (N,): fp32. POSTERIOR
-    (N, T, 2, W): fp32, contiguous. CHAIN (N, W): int32, contiguous.
+    (N, T, 2W - 1): fp32, contiguous. CHAIN (N, W): int32, contiguous.
     """
     t = (tl.program_id(0) // N).to(tl.int64)
     n = (tl.program_id(0) % N).to(tl.int64)
@@ -210,7 +211,7 @@ def _ctc_bwd_kernel(
         tl.debug_barrier()
         k = tl.arange(0, BLOCK)
         TARGET += tl.load(LENGTHS + 2 * N + n)
-        POSTERIOR += (n * T + t) * 2 * W
+        POSTERIOR += (n * T + t) * (2 * W - 1)
         CHAIN += n * W
         y, _ = _labels(TARGET, k, L, C, stride_y)
         of_blank = tl.load(POSTERIOR + k, mask=k <= L, other=0.0)
@@ -238,16 +239,19 @@ def _config(labels):
 def fwd(x, target, lengths, most, blank, reduction, zero, save):
     """x (T, N, C), target any ints, lengths (3, N) -> loss, nll (N,) and, if `save`, alpha; fp32.
 
-    `most` is the largest number of labels. With `zero`, a loss that is infinite counts as 0.
+    `most` is the largest number of labels. With `zero`, a loss that is infinite counts as 0. The loss
+    is nll if nothing is done to it.
     """
     T, N, C = x.shape
     nll = x.new_empty(N, dtype=torch.float32)
-    alpha = x.new_empty((N, T, 2, most + 1), dtype=torch.float32) if save else None
+    alpha = x.new_empty((N, T, 2 * most + 1), dtype=torch.float32) if save else None
     reduce = reduction != "none"
-    loss = x.new_empty(() if reduce else N, dtype=torch.float32)
+    loss = nll
+    if reduce or zero:
+        loss = x.new_empty(() if reduce else N, dtype=torch.float32)
     partial = x.new_empty((1, N), dtype=torch.float64) if reduce else None
     _ctc_fwd_kernel(
-        (N,), x, target, lengths, alpha, nll, None if reduce else loss, partial, N, T, C, most + 1,
+        (N,), x, target, lengths, alpha, nll, None if reduce or not zero else loss, partial, N, T, C, most + 1,
         blank, *x.stride(), target.stride(-1), SAVE=save, ZERO=zero, MEAN=reduction == "mean",
         **_config(most),
     )  # fmt: skip
@@ -259,7 +263,7 @@ def fwd(x, target, lengths, most, blank, reduction, zero, save):
 def bwd(dloss, x, target, lengths, nll, alpha, blank, reduction, zero):
     """dloss, the inputs and results of `fwd` -> dx, in the layout of x if that is dense."""
     T, N, C = x.shape
-    W = alpha.shape[-1]
+    W = alpha.shape[-1] // 2 + 1
     posterior = torch.empty_like(alpha)
     chain = torch.empty((N, W), dtype=torch.int32, device=x.device)
     strides = *x.stride(), target.stride(-1)

@@ -19,29 +19,27 @@ class CTCLoss(Function):
 
     @staticmethod
     def forward(ctx, x, target, lengths, options):
-        blank, reduction, zero, _, target_lengths = options
         save = ctx.needs_input_grad[0]
-        loss, nll, alpha = kernels.ctc.fwd(
-            x, target, lengths, max(target_lengths), blank, reduction, zero, save
-        )
-        ctx.save_for_backward(x, target, lengths, nll, alpha)
-        ctx.options = options
+        table = torch.tensor(lengths, device=x.device)
+        loss, nll, alpha = kernels.ctc.fwd(x, target, table, max(lengths[1]), *options, save)
+        ctx.save_for_backward(x, target, nll, alpha)
+        ctx.rest = lengths, options
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
-        x, target, lengths, nll, alpha = ctx.saved_tensors
-        blank, reduction, zero, input_lengths, target_lengths = ctx.options
+        x, target, nll, alpha = ctx.saved_tensors
+        lengths, options = ctx.rest
         if torch.is_grad_enabled():
 
             def formula(x):
-                return stock.ctc_loss(
-                    x.float(), target, input_lengths, target_lengths, blank, reduction, zero
-                )
+                return stock.ctc_loss(x.float(), target, *lengths[:2], *options)
 
             (dx,) = second_order(formula, (x,), dloss, (True,))
         else:
-            dx = kernels.ctc.bwd(dloss, x, target, lengths, nll, alpha, blank, reduction, zero)
+            # PyTorch, too, keeps the lengths on the host, and copies them again
+            table = torch.tensor(lengths, device=x.device)
+            dx = kernels.ctc.bwd(dloss, x, target, table, nll, alpha, *options)
         return dx, None, None, None
 
 
@@ -112,9 +110,8 @@ def ctc_loss(
         offsets = [target.stride(0) * n for n in range(N)]
     if max(labels) > kernels.ctc.MOST:
         return Stock(f"{max(labels)} labels")
-    lengths = torch.tensor([steps, labels, offsets], device=x.device)
-    options = blank, reduction, zero_infinity, steps, labels
-    loss = run(CTCLoss, x, target, lengths, options)
+    lengths = steps, labels, offsets
+    loss = run(CTCLoss, x, target, lengths, (blank, reduction, zero_infinity))
     if reduction == "none" and log_probs.dim() == 2:
         loss = loss.squeeze(0)
     return loss
