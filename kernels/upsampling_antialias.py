@@ -91,7 +91,7 @@ def _antialias_fwd_kernel(
     if LAST:
         w, z = row % w_out, row // w_out
         h, z = z % h_out, z // h_out
-        at = z * (n_step * UNIT) + col * c_step
+        at = z * (n_step * UNIT) + col * (c_step if UNIT == 1 else 1)
         w_step = w_step * UNIT
     else:
         w, h, z = col, row % h_out, row // h_out
@@ -106,12 +106,15 @@ def _antialias_fwd_kernel(
     acc = tl.zeros((ROWS, COLS), tl.float32)
     for th in range(h_taps):
         along = tl.zeros((ROWS, COLS), tl.float32)
-        within = there & (th < h_count)
+        h_weight = _weight(th, h_off, h_inverse, h_total, FILTER)
+        # A place of weight 0 is not read: an infinity there would make nan.
+        within = there & (th < h_count) & (h_weight != 0.0)
         for tw in range(w_taps):
             to = at + (th * (h_step * UNIT) + tw * w_step)
-            x = tl.load(X + to, mask=within & (tw < w_count), other=0.0).to(tl.float32)
-            along += _weight(tw, w_off, w_inverse, w_total, FILTER) * x
-        acc += _weight(th, h_off, h_inverse, h_total, FILTER) * along
+            weight = _weight(tw, w_off, w_inverse, w_total, FILTER)
+            x = tl.load(X + to, mask=within & (tw < w_count) & (weight != 0.0), other=0.0)
+            along += weight * x.to(tl.float32)
+        acc += h_weight * along
     tl.store(Y + row * cols + col, acc.to(Y.dtype.element_ty), mask=there)
 
 
@@ -156,7 +159,7 @@ def _antialias_bwd_kernel(
     if LAST:
         w, z = row % w_size, row // w_size
         h, z = z % h_size, z // h_size
-        at = z * (n_step * UNIT) + col * c_step
+        at = z * (n_step * UNIT) + col * (c_step if UNIT == 1 else 1)
         w_step = w_step * UNIT
     else:
         w, h, z = col, row % h_size, row // h_size

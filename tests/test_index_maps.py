@@ -275,3 +275,12 @@ def test_what_passes_its_input_on_says_so():
     )
     rows = fastnn.explain(layers)
     assert sum("passes its input on" in row.reason for row in rows) == 3
+
+
+@interpreted
+def test_antialias_does_not_read_places_of_weight_0():
+    x = torch.zeros(1, 1, 70, 2)
+    x[0, 0, 69, 1] = -math.inf
+    with backend("triton"):
+        y = F.interpolate(x, (3, 2), mode="bicubic", antialias=True)
+    assert (y[..., 0] == 0).all() and not y[..., 1].isfinite().all()

@@ -21,7 +21,7 @@ import fastnn
 from fastnn.layers import _marks
 from fastnn.layers._layer import METHODS, OURS, STOCK, called
 from fastnn.ops import FUNCTIONS
-from tests.marks import interpreted
+from tests.marks import interpreted, stock_may_warn
 from tests.test_contract import LAYERS, OTHERS, UNTRACEABLE, first, quiet, sample
 
 LAYERS = [STOCK[c] for c in LAYERS if OTHERS.get(c.__name__, 1)]
@@ -297,6 +297,7 @@ def test_a_function_replaced_in_torch_nn_functional_is_called(how):
     assert [(d.op.name, d.why) for d in heard] == [("linear_act", None)] and len(seen) == 2
 
 
+@stock_may_warn
 def test_each_function_that_a_layer_calls_may_be_replaced(record_property):
     """With any function replaced that PyTorch's forward reaches, no op of ours runs."""
     count = collections.Counter()

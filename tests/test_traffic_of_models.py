@@ -70,10 +70,14 @@ def test_the_gate_leaves_small_calls_to_pytorch(record):
 
 def test_a_declined_call_counts_as_pytorch_runs_it_on_cuda():
     class Drop(nn.Module):
-        def forward(self, x):
-            return F.dropout(x.exp(), 0.5, self.training).sum()
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(64, device="meta"))
 
-    x = torch.empty(64, 64, requires_grad=True, device="meta")
+        def forward(self, x):
+            return F.dropout(x * self.weight, 0.5, self.training).sum()
+
+    x = torch.empty(64, 64, device="meta")
     found = traffic.counted(model(lambda: (Drop(), (x,), {})), ("stock", "auto"))
     assert found["rules"] == {"dropout": 1}
     assert found["auto"] == found["stock"]
