@@ -72,9 +72,9 @@ def _ctc_fwd_kernel(
     """A program goes through the steps of one sequence.
 
     X (T, N, C): float, any strides. TARGET: int, any strides. LENGTHS (3, N): int64, contiguous;
-    steps, labels, and the offset of the first label. ALPHA (N, T, 2W - 1): fp32, contiguous, if SAVE;
-    the blanks, then the labels. NLL (N,): fp32. LOSS (N,): fp32, unless None: NLL is the loss then.
-    PARTIAL (N,): fp64, unless None.
+    steps, labels, and the offset of the first label. ALPHA (N, T, 2 * W - 1): fp32, contiguous, if
+    SAVE; the blanks, then the labels. NLL (N,): fp32. LOSS (N,): fp32, unless None; NLL is the loss
+    then. PARTIAL (N,): fp64, unless None.
     """
     n = tl.program_id(0).to(tl.int64)
     steps = tl.load(LENGTHS + n)
@@ -125,7 +125,7 @@ def _ctc_posterior_kernel(
     """A program goes through the steps of one sequence, from the last to the first.
 
     X (T, N, C): float, any strides. TARGET: int, any strides. LENGTHS (3, N): int64, contiguous.
-    ALPHA, POSTERIOR (N, T, 2W - 1): fp32, contiguous. NLL (N,): fp32. CHAIN (N, W): int32,
+    ALPHA, POSTERIOR (N, T, 2 * W - 1): fp32, contiguous. NLL (N,): fp32. CHAIN (N, W): int32,
     contiguous: 2 * (the next place of the same label + 1), or 0 if there is none, plus 1 at the
     label's first place.
     """
@@ -187,7 +187,7 @@ def _ctc_bwd_kernel(
 
     DLOSS: fp32, (N,) with any stride, or one element if REDUCTION. X, DX (T, N, C): float, any
     strides. TARGET: int, any strides. LENGTHS (3, N): int64, contiguous. NLL (N,): fp32. POSTERIOR
-    (N, T, 2W - 1): fp32, contiguous. CHAIN (N, W): int32, contiguous.
+    (N, T, 2 * W - 1): fp32, contiguous. CHAIN (N, W): int32, contiguous.
     """
     t = (tl.program_id(0) // N).to(tl.int64)
     n = (tl.program_id(0) % N).to(tl.int64)
@@ -239,23 +239,23 @@ def _config(labels):
 def fwd(x, target, lengths, most, blank, reduction, zero, save):
     """x (T, N, C), target any ints, lengths (3, N) -> loss, nll (N,) and, if `save`, alpha; fp32.
 
-    `most` is the largest number of labels. With `zero`, a loss that is infinite counts as 0. The loss
-    is nll if nothing is done to it.
+    `most` is the largest number of labels. With `zero`, a loss that is infinite counts as 0. If
+    nothing is done to nll, it is the loss.
     """
     T, N, C = x.shape
     nll = x.new_empty(N, dtype=torch.float32)
     alpha = x.new_empty((N, T, 2 * most + 1), dtype=torch.float32) if save else None
     reduce = reduction != "none"
-    loss = nll
-    if reduce or zero:
-        loss = x.new_empty(() if reduce else N, dtype=torch.float32)
+    own = x.new_empty(N, dtype=torch.float32) if zero and not reduce else None
     partial = x.new_empty((1, N), dtype=torch.float64) if reduce else None
     _ctc_fwd_kernel(
-        (N,), x, target, lengths, alpha, nll, None if reduce or not zero else loss, partial, N, T, C, most + 1,
-        blank, *x.stride(), target.stride(-1), SAVE=save, ZERO=zero, MEAN=reduction == "mean",
+        (N,), x, target, lengths, alpha, nll, own, partial, N, T, C, most + 1, blank,
+        *x.stride(), target.stride(-1), SAVE=save, ZERO=zero, MEAN=reduction == "mean",
         **_config(most),
     )  # fmt: skip
+    loss = nll if own is None else own
     if reduce:
+        loss = x.new_empty((), dtype=torch.float32)
         finish(partial, loss, None, N if reduction == "mean" else 1)
     return loss, nll, alpha
 

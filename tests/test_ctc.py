@@ -1,4 +1,4 @@
-"""CTC beyond its rows: what PyTorch rejects, bytes and races, labels that are no class, training."""
+"""CTC beyond its rows: what PyTorch rejects, bytes, races, labels that are no class, training."""
 
 import pytest
 import torch
