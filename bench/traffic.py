@@ -380,6 +380,13 @@ def _count(gm: GraphModule, args: tuple, side: str, known: dict) -> Count:
     return Count(total.bytes, total.launches, dict(by.most_common()))
 
 
+def _narrowed(t: Any) -> Any:
+    """A leaf in bfloat16, if `t` is a tensor of floating dtype."""
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        return t
+    return t.detach().bfloat16().requires_grad_(t.requires_grad)
+
+
 class _Done(Exception):
     pass
 
@@ -397,7 +404,7 @@ def counted(model: Model, sides: tuple[str, ...] = (STOCK, AUTO, OPEN)) -> dict[
     except ImportError as e:
         return record | {"why": f"{model.package} cannot be imported: {e}"}
     module = module.to(torch.bfloat16).train()
-    args = tree_map(lambda t: t.bfloat16() if t.is_floating_point() else t, args)
+    args = tree_map(_narrowed, args)
     graphs: list[int] = []
 
     def backend(gm: GraphModule, example_inputs: list) -> Callable:
