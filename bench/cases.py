@@ -576,6 +576,18 @@ def embeddings(width: int, count: int, *target: Callable[..., Maker]):
     return lambda n: (*(normal(n, width) for _ in range(count)), *(t(n) for t in target))
 
 
+class Recognition(nn.Module):
+    """CTC of log-probabilities (N, T, C) whose sequences all have the same lengths."""
+
+    def __init__(self, namespace):
+        super().__init__()
+        self.loss = namespace.CTCLoss(blank=31)
+
+    def forward(self, x, target):
+        steps, labels = ((t.shape[1],) * t.shape[0] for t in (x, target))
+        return self.loss(x.transpose(0, 1), target, steps, labels)
+
+
 LOSSES += [
     row("MSELoss", "DDPM, CIFAR-10, 128 images", 128, pair(3, 32, 32)),
     row("MSELoss", "latent diffusion, 256 images", 256, pair(4, 64, 64), (BF16, FP32)),
@@ -614,6 +626,8 @@ LOSSES += [
         normal(n, 1000), indices(n, high=1000)), gathers=True),
     row("MultiLabelMarginLoss", "COCO, 64k images", 65536, lambda n: (
         normal(n, 80), indices(n, 80, high=80, ignored=0.5)), gathers=True),
+    row("CTC of a batch first", "characters, 32 x 10 s", 32, lambda n: (
+        normal(n, 500, 32), indices(n, 120, high=31)), (FP32,), build=Recognition, gathers=True),
     row("MultiLabelSoftMarginLoss", "COCO, 64k images", 65536, pair(80, target=unit)),
     row("MultiLabelSoftMarginLoss", "COCO, per image", 65536, pair(80, target=unit),
         options={"reduction": "none"}),

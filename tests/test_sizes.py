@@ -35,6 +35,14 @@ KNOWN = {
 LEFT_OUT = {"scaled_dot_product_attention": "query, key or value alone without elements"}
 
 
+def _safe(call: Call) -> bool:
+    """Whether stock on a CPU stays inside its tensors: it does not check the labels of CTC."""
+    if call.op.name != "ctc_loss":
+        return True
+    classes, labels = call.arguments["log_probs"].shape[-1], call.arguments["targets"]
+    return not labels.numel() or bool(labels.max() < classes)
+
+
 def _known(name, difference):
     return any(op == name and words in difference for op, words in KNOWN)
 
@@ -107,6 +115,9 @@ def sweep(name: str, every: bool):
     calls = recorded().get(name, [])
     for call in calls if every else calls[: FEWER.get(name, ROWS)]:
         for what, changed in variants(call):
+            if not _safe(changed):
+                counts["left out"] += 1
+                continue
             for again in _reductions(changed):
                 key = str(
                     [

@@ -80,6 +80,7 @@ AREAS = {
     "losses, distances": (
         (
             "cross_entropy",
+            "ctc",
             "distance",
             "linear_cross_entropy",
             "loss",
