@@ -280,6 +280,11 @@ def three(x):
     return q * k + v
 
 
+def halves(x, gate=0):
+    two = (x * 2).chunk(2, dim=-1)
+    return two[1 - gate].mul(F.gelu(two[gate]))
+
+
 SPELLINGS = {
     "x.mul": ("silu written out", lambda x: x.mul(x.sigmoid())),
     "sigmoid first": ("silu written out", lambda x: torch.sigmoid(x) * x),
@@ -330,10 +335,30 @@ SPELLINGS = {
     "divided by 1": ("nothing to do", lambda x: ((x + 1) / 1.0).sin()),
     "times 1": ("nothing to do", lambda x: (1 * x.cos()).sin()),
     "padded by 0": ("nothing to do", lambda x: F.pad(x.cos(), (0, 0, 0, 0)).sin()),
-    "of two layouts": ("sum of two layouts", lambda x: LINEAR(permuted(x) + x.sin())),
+    "halves": ("activation, product of halves", lambda x: halves(x)),
+    "halves, first": ("activation, product of halves", lambda x: halves(x, 1)),
     "copies for attention": ("contiguous before attention", lambda x: attention(x)),
     "query, key, value": ("unbind of a permutation", lambda x: three(x)),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["permuted", "contiguous"])
+def test_a_residual_stream_becomes_contiguous_once(first, device):
+    """As the encoder of Whisper and the transformers of a U-Net begin: with a permuted tensor."""
+    NORM.to(device)
+
+    def stream(x):
+        terms = permuted(x), x.sin()
+        s = terms[first] + terms[1 - first]
+        t = s + F.dropout(NORM(s), 0.0)
+        return NORM(t)
+
+    x = torch.randn(4, WIDTH, device=device)
+    with fastnn.backend("triton"):
+        fused, got = found_in(stream, x)
+    assert fused == {"sum of two layouts": 1, "dropout, add, norm": 2}
+    torch.testing.assert_close(got, stream(x))
+    assert got.stride() == stream(x).stride()
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -617,15 +642,48 @@ def product_with_true(x):
 
 
 def layout_that_leaves(x):
-    return permuted(x) + x.sin()
+    y = permuted(x) + x.sin()
+    return NORM(y), y
 
 
 def layout_of_a_sine(x):
-    return LINEAR((permuted(x) + x.sin()).sin())
+    y = permuted(x) + x.sin()
+    return NORM(y) + NORM(y.sin())
 
 
 def layout_that_a_dropout_draws(x):
-    return LINEAR(F.dropout(permuted(x) + x.sin(), 0.5))
+    y = permuted(x) + x.sin()
+    return NORM(y) * NORM(F.dropout(y, 0.5))
+
+
+def layout_without_a_norm(x):
+    return LINEAR(permuted(x) + x.sin())
+
+
+def halves_of_two(x):
+    a, b = x.sin().chunk(2, -1)
+    c, d = x.cos().chunk(2, -1)
+    return F.gelu(a) * d + b.sum() + c.sum()
+
+
+def half_with_another_user(x):
+    a, b = x.sin().chunk(2, -1)
+    return F.gelu(a) * b + a.sum()
+
+
+def thirds(x):
+    a, b, _ = F.pad(x, (0, 2)).chunk(3, -1)
+    return F.gelu(a) * b
+
+
+def one_half_twice(x):
+    a, _ = x.sin().chunk(2, -1)
+    return F.gelu(a) * a
+
+
+def halves_of_a_permutation(x):
+    a, b = permuted(x).chunk(2, -1)
+    return F.gelu(a) * b
 
 
 def copy_that_others_read(x):
@@ -684,6 +742,10 @@ REFUSED = {
         (copy_of_an_input, {}), (copy_that_leaves, {}), (copy_that_is_written, {}),
         (copy_of_what_is_written, {}), (copy_that_a_view_leaves, {}), (quotient_of_integers, {}),
         (negative_pad, {}), (product_with_true, {}), (layout_that_leaves, {}),
+        (layout_without_a_norm, {}), (halves_of_two, {}),
+        (half_with_another_user, {}),
+        (thirds, {}), (one_half_twice, {}),
+        (halves_of_a_permutation, {"activation, product": 1}),
         (layout_of_a_sine, {}), (layout_that_a_dropout_draws, {}), (copy_that_others_read, {}),
         (layout_of_attention, {}), (written_after_attention, {}), (part_of_a_permutation, {}),
         (permutation_with_another_user, {}),
