@@ -526,24 +526,29 @@ def test_kernels_beside_those_of_liger():
     if liger.version() is None:
         pytest.skip("Liger is not installed (extra bench)")
     table = compiling(["-m", "bench.beside", "RMSNorm(16x4096"])
-    figures = re.findall(r"\| (forward|backward) \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", table)
-    assert figures == ["forward", "backward"]
+    figures = re.findall(r"\| (forward|backward|both) \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", table)
+    assert figures == ["forward", "backward", "both"]
 
 
 def test_table_beside_liger():
-    """A row has a line for each pass, or the reason why it has no figures."""
-    sides = {
-        name: [{"us": us, "launches": n, "runs": []} for us, n in passes]
-        for name, passes in (("ours", ((8.0, 1), (5.0, 2))), ("liger", ((10.0, 1), (20.0, 4))))
-    }
+    """A row has a line for each pass and for both, or the reason why it has no figures."""
+
+    def passes(*figures):
+        return [{"us": us, "launches": n, "spilled": bytes_} for us, n, bytes_ in figures]
+
+    ours = passes((8.0, 1, 0), (5.0, 2, 0))
     records = [
-        {"row": "A(8) bfloat16", "from": "x", **sides},
-        {"row": "B(8) bfloat16", "from": "y", "why": "liger: atomics"},
+        {"row": "A", "from": "x", "ours": ours, "liger": passes((10.0, 1, 0), (20.0, 4, 3e6))},
+        {"row": "B", "from": "y", "ours": ours, "liger": passes((26.0, 3, 0), (0.0, 1, 0))},
+        {"row": "C", "from": "z", "why": "liger: atomics"},
     ]
-    forward, backward, without = beside.table(records).splitlines()[2:]
-    assert forward == "| `A(8) bfloat16` | x | forward | 8.0 | 10.0 | 0.80 | 1 | 1 |"
-    assert backward == "| `A(8) bfloat16` | x | backward | 5.0 | 20.0 | 0.25 | 2 | 4 |"
-    assert "liger: atomics" in without
+    assert beside.table(records).splitlines()[2:] == [
+        "| `A` | x | forward | 8.0 | 10.0 | 0.80 | 1 | 1 |  |",
+        "| `A` | x | backward | 5.0 | 20.0 | 0.25 | 2 | 4 | 3 |",
+        "| `A` | x | both | 13.0 | 30.0 | 0.43 | 3 | 5 | 3 |",
+        "| `B` | y | both | 13.0 | 26.0 | 0.50 | 3 | 4 |  |",  # its gradient is made in the forward
+        "| `C` | z | liger: atomics |  |  |  |  |  |  |",
+    ]
 
 
 def test_table_of_published_times():
