@@ -634,6 +634,7 @@ def _walk(shape, last, unrolled=True):
 
 
 _SMALL = 4  # sizes of windows that follow from the input's size, up to which they are compiled in
+_LONG = 2**20  # the second dimension of a grid has 65535 programs
 _PHASES = 16  # elements of a cell, of which the backward holds sums
 
 
@@ -645,7 +646,7 @@ def _in_cells(spec, *innermost):
         and math.prod(spec.k) <= _UNROLLED
         and (not spec.by_size or max(spec.k) <= _SMALL)
         and math.prod(spec.s) <= _PHASES
-        and all(n * abs(s) < 2**31 for n, s in innermost)
+        and all(n * max(abs(s), _SMALL) < 2**31 and n < _LONG for n, s in innermost)
     )
 
 
@@ -661,8 +662,7 @@ def _cells_walk(shape, last):
     inner = shape[1] if last else shape[4]
     rows = math.prod(shape) // inner if inner else 0
     config = _cells_config(inner, last)
-    grid = (cdiv(rows, config["BLOCK_R"]) * cdiv(inner, config["BLOCK_I"]),)
-    return rows, grid, config
+    return rows, (cdiv(rows, config["BLOCK_R"]), cdiv(inner, config["BLOCK_I"])), config
 
 
 def _merges(C, *strides):
@@ -676,18 +676,18 @@ class _Plan(typing.NamedTuple):
     kernel: typing.Any
     shape: tuple[int, ...]  # of the tensor that the kernel makes
     strides: tuple[int, ...]
-    grid: tuple[int]
+    grid: tuple[int, ...]
     args: tuple  # the kernel's arguments after the tensors
     meta: dict  # its constexprs
 
 
-def _compiled_in(spec):
-    """Windows, strides and padding as constexprs."""
-    values = zip("KSP", (spec.k, spec.s, spec.p), strict=True)
+def _compiled_in(spec, sizes):
+    """Windows, strides, padding, and whether windows pass the end of an axis, as constexprs."""
+    axes = zip(sizes, spec.out, spec.k, spec.s, spec.p, strict=True)
+    clips = tuple((o - 1) * s - p + k > size for size, o, k, s, p in axes)
+    values = zip(("K", "S", "P", "CLIP_"), (spec.k, spec.s, spec.p, clips), strict=True)
     return {
-        f"{name}{axis}": v
-        for name, triple in values
-        for axis, v in zip("DHW", triple, strict=True)
+        f"{name}{axis}": v for name, triple in values for axis, v in zip("DHW", triple, strict=True)
     }
 
 
@@ -720,7 +720,7 @@ def _plan(shape, stride, spec, rounding):
         meta = {
             "REDUCE": reduce, "FINISH": finish, "START": start, "COUNT": spec.count_padding,
             "DIMS": spec.dims, "MERGED": not last and _merges(C, x_stride[:2], y_stride[:2]),
-            **_compiled_in(spec), "LAST": last, "WIDE": wide, "C_UNIT": c_unit, "W_UNIT": w_unit,
+            **_compiled_in(spec, x_shape[2:]), "LAST": last, "WIDE": wide, "C_UNIT": c_unit, "W_UNIT": w_unit,
             "O_UNIT": o_unit, "X_VEC": x_unit, "Y_VEC": y_unit, **config,
         }  # fmt: skip
         return _Plan(_cells_fwd_kernel, shape, strides, grid, args, meta)
@@ -786,7 +786,7 @@ def _plan_back(shape, stride, g_stride, spec, rounding):
         merged = not last and _merges(C, *(stride[:2] for _, stride in layouts))
         meta = {
             "SEND": REDUCTIONS[spec.reduction][3], "COUNT": spec.count_padding, "DIMS": spec.dims,
-            "MERGED": merged, **_compiled_in(spec), "LAST": last, "WIDE": _wide(*layouts),
+            "MERGED": merged, **_compiled_in(spec, x_shape[2:]), "LAST": last, "WIDE": _wide(*layouts),
             "C_UNIT": c_unit, "W_UNIT": w_unit, "G_VEC": vec[0], "Y_VEC": vec[1],
             "X_VEC": vec[2], "Z_VEC": vec[3], **config,
         }  # fmt: skip

@@ -36,43 +36,56 @@ def inner_offset(i, stride):
 
 
 @triton.jit
+def _widened(v):
+    """v in float32. The bits of a bfloat16 are moved: of comparisons of converted values, LLVM makes
+    comparisons of bfloat16, which take three times as many instructions."""
+    if v.dtype == tl.bfloat16:
+        return (v.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return v.to(tl.float32)
+
+
+@triton.jit
+def _divided(r, by):
+    """(remainder, quotient) of positions. Signs would cost instructions."""
+    q = r.to(tl.uint32) // by.to(tl.uint32)
+    q = q.to(tl.int32)
+    return r - q * by, q
+
+
+@triton.jit
 def _tile(
-    rows, inner, C, D, H, W, DIMS: tl.constexpr, MERGED: tl.constexpr, LAST: tl.constexpr,
+    rows, C, D, H, W, DIMS: tl.constexpr, MERGED: tl.constexpr, LAST: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """The first lane's position; the mask of the rows; n, c, d, h, w of the rows, without lanes.
 
     MERGED: c is the number of the plane, and n is 0.
     """
-    tiles = tl.cdiv(inner, BLOCK_I)
-    r = tl.program_id(0) // tiles * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     there = r < rows
     w = r
     h = r * 0
     d = h
     if LAST:
-        w = r % W
-        r = r // W
+        w, r = _divided(r, W)
     if DIMS >= 2:
-        h = r % H
-        r = r // H
+        h, r = _divided(r, H)
     if DIMS == 3:
-        d = r % D
-        r = r // D
+        d, r = _divided(r, D)
     n = r
     c = r
     if MERGED:
         n = r * 0
     elif not LAST:
-        c = r % C
-        n = r // C
+        c, n = _divided(r, C)
     if WIDE:
         n = n.to(tl.int64)
         c = c.to(tl.int64)
         d = d.to(tl.int64)
         h = h.to(tl.int64)
         w = w.to(tl.int64)
-    return tl.program_id(0) % tiles * BLOCK_I, there, n, c, d, h, w
+    return tl.program_id(1) * BLOCK_I, there, n, c, d, h, w
 
 
 @triton.jit
@@ -84,14 +97,21 @@ def _plane(n, c, sn, sc, VEC: tl.constexpr, LAST: tl.constexpr):
 
 
 @triton.jit
-def _outside(i, I, DIMS: tl.constexpr, AXIS: tl.constexpr, LOW: tl.constexpr):  # noqa: E741
-    """Whether positions are outside an axis. LOW: they may be negative."""
-    if DIMS < AXIS:
-        return False
-    elif LOW:
-        return (i < 0) | (i >= I)
+def _inside(i, I, TAP: tl.constexpr, P: tl.constexpr, CLIP: tl.constexpr):  # noqa: E741
+    """Whether the elements that are tap TAP of windows are in the axis. CLIP: windows pass its end."""
+    ok = i >= 0 if TAP < P else i == i
+    if CLIP:
+        ok &= i < I
+    return ok
+
+
+@triton.jit
+def _count(start, I, K: tl.constexpr, P: tl.constexpr, CLIP: tl.constexpr, COUNT: tl.constexpr):  # noqa: E741
+    """The factor of an axis in the divisor."""
+    if P == 0 and not CLIP:
+        return start * 0 + K
     else:
-        return i >= I
+        return counted(start, tl.minimum(start + K, I), I, K, P, COUNT)
 
 
 @triton.jit
@@ -103,14 +123,14 @@ def _columns(
     mask = there & (k < W)
     if LOW:
         mask &= k >= 0
-    return tl.load(rows + inner_offset(k, stride), mask=mask, other=other).to(tl.float32)
+    return _widened(tl.load(rows + inner_offset(k, stride), mask=mask, other=other))
 
 
 @triton.jit
 def _cell(
-    acc, at, lines, first, ow, W, stride, inside, norm,
+    acc, at, lines, first, ow, W, stride, inside, lanes, norm,
     REDUCE: tl.constexpr, START: tl.constexpr, CELL: tl.constexpr, T: tl.constexpr,
-    KW: tl.constexpr, SW: tl.constexpr, PW: tl.constexpr,
+    KW: tl.constexpr, SW: tl.constexpr, PW: tl.constexpr, CLIP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """acc, at after the taps of windows ow that are in the cells ow + CELL. T: of the line."""
@@ -121,25 +141,23 @@ def _cell(
     if WHOLE and SW == 2:
         v = _columns(lines, (first + CELL) * 2, W, stride, inside, START, CELL < 0, 2 * BLOCK_I)
         v0, v1 = tl.split(v.reshape(BLOCK_R, BLOCK_I, 2))
-        acc, at = REDUCE(acc, at, v0, t, inside & (k >= 0) & (k < W), norm)
-        acc, at = REDUCE(acc, at, v1, t + 1, inside & (k >= 0) & (k + 1 < W), norm)
+        acc, at = REDUCE(acc, at, v0, t, inside & _inside(k, W, TAP, PW, True), norm)
+        acc, at = REDUCE(acc, at, v1, t + 1, inside & _inside(k + 1, W, TAP + 1, PW, True), norm)
     elif WHOLE and SW == 4:
         v = _columns(lines, (first + CELL) * 4, W, stride, inside, START, CELL < 0, 4 * BLOCK_I)
         even, odd = tl.split(v.reshape(BLOCK_R, BLOCK_I, 2, 2))
         v0, v2 = tl.split(even)
         v1, v3 = tl.split(odd)
-        acc, at = REDUCE(acc, at, v0, t, inside & (k >= 0) & (k < W), norm)
-        acc, at = REDUCE(acc, at, v1, t + 1, inside & (k >= 0) & (k + 1 < W), norm)
-        acc, at = REDUCE(acc, at, v2, t + 2, inside & (k >= 0) & (k + 2 < W), norm)
-        acc, at = REDUCE(acc, at, v3, t + 3, inside & (k >= 0) & (k + 3 < W), norm)
+        acc, at = REDUCE(acc, at, v0, t, inside & _inside(k, W, TAP, PW, True), norm)
+        acc, at = REDUCE(acc, at, v1, t + 1, inside & _inside(k + 1, W, TAP + 1, PW, True), norm)
+        acc, at = REDUCE(acc, at, v2, t + 2, inside & _inside(k + 2, W, TAP + 2, PW, True), norm)
+        acc, at = REDUCE(acc, at, v3, t + 3, inside & _inside(k + 3, W, TAP + 3, PW, True), norm)
     else:
         for e in tl.static_range(SW):
             if (TAP + e >= 0) & (TAP + e < KW):
-                ok = inside & (k + e < W)
-                if CELL < 0:
-                    ok &= k + e >= 0
+                ok = inside & lanes & _inside(k + e, W, TAP + e, PW, CLIP)
                 v = tl.load(lines + inner_offset(k + e, stride), mask=ok, other=START)
-                acc, at = REDUCE(acc, at, v.to(tl.float32), t + e, ok, norm)
+                acc, at = REDUCE(acc, at, _widened(v), t + e, ok, norm)
     return acc, at
 
 
@@ -155,6 +173,7 @@ def _cells_fwd_kernel(
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    CLIP_D: tl.constexpr, CLIP_H: tl.constexpr, CLIP_W: tl.constexpr,
     LAST: tl.constexpr, WIDE: tl.constexpr, C_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
     O_UNIT: tl.constexpr, X_VEC: tl.constexpr, Y_VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -167,7 +186,7 @@ def _cells_fwd_kernel(
     C, W, OW = c_units * C_UNIT, w_units * W_UNIT, o_units * O_UNIT
     inner = C if LAST else OW
     first, there, n, c, od, oh, ow = _tile(
-        rows, inner, C, OD, OH, OW, DIMS, MERGED, LAST, WIDE, BLOCK_R, BLOCK_I
+        rows, C, OD, OH, OW, DIMS, MERGED, LAST, WIDE, BLOCK_R, BLOCK_I
     )
     lanes = first + tl.arange(0, BLOCK_I)[None, :]
     mask = there & (lanes < inner)
@@ -184,28 +203,27 @@ def _cells_fwd_kernel(
     for a in tl.static_range(KD):
         for b in tl.static_range(KH):
             i, j = start_d + a, start_h + b
-            inside = there & (i >= 0) & (i < D) & (j >= 0) & (j < H)
+            inside = there & _inside(i, D, a, PD, CLIP_D) & _inside(j, H, b, PH, CLIP_H)
             lines = planes + (i * (xd * X_VEC) + j * (xh * X_VEC))
             if LAST:
                 for e in tl.static_range(KW):
                     k = start_w + e
-                    ok = inside & (k >= 0) & (k < W) & (lanes < inner)
+                    ok = inside & _inside(k, W, e, PW, CLIP_W) & (lanes < inner)
                     v = tl.load(
                         lines + k * (xw * X_VEC) + inner_offset(lanes, xc), mask=ok, other=START
                     )
                     t = (a * KH + b) * KW + e
-                    acc, at = REDUCE(acc, at, v.to(tl.float32), t, ok, norm)
+                    acc, at = REDUCE(acc, at, _widened(v), t, ok, norm)
             else:
                 for q in tl.static_range((KW - 1 - PW) // SW + (PW + SW - 1) // SW + 1):
                     acc, at = _cell(
-                        acc, at, lines, first, ow, W, xw, inside, norm, REDUCE, START,
-                        q - (PW + SW - 1) // SW, (a * KH + b) * KW, KW, SW, PW, BLOCK_R, BLOCK_I,
+                        acc, at, lines, first, ow, W, xw, inside, lanes < inner, norm, REDUCE, START,
+                        q - (PW + SW - 1) // SW, (a * KH + b) * KW, KW, SW, PW, CLIP_W,
+                        BLOCK_R, BLOCK_I,
                     )  # fmt: skip
     if divisor is None:
-        count = counted(start_d, tl.minimum(start_d + KD, D), D, KD, PD, COUNT)
-        count = count * counted(start_h, tl.minimum(start_h + KH, H), H, KH, PH, COUNT)
-        count = count * counted(start_w, tl.minimum(start_w + KW, W), W, KW, PW, COUNT)
-        count = count.to(tl.float32)
+        count = _count(start_d, D, KD, PD, CLIP_D, COUNT) * _count(start_h, H, KH, PH, CLIP_H, COUNT)
+        count = (count * _count(start_w, W, KW, PW, CLIP_W, COUNT)).to(tl.float32)
     else:
         count = divisor.to(tl.float32)
     y, slope = FINISH(acc, count, tl.full((1, 1), KD * KH * KW, tl.float32), norm)
@@ -235,6 +253,7 @@ def _sent(
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    CLIP_D: tl.constexpr, CLIP_H: tl.constexpr, CLIP_W: tl.constexpr,
     LAST: tl.constexpr, G_VEC: tl.constexpr, Y_VEC: tl.constexpr,
 ):  # fmt: skip
     """What windows (cd - MD, ch - MH, cw - MW) send to their taps (QD + MD * SD, ...)."""
@@ -256,7 +275,7 @@ def _sent(
     else:
         g_at = g_at + inner_offset(ow, gw)
         y_at = y_at + inner_offset(ow, yw)
-    g = tl.load(DY + g_at, mask=ok, other=0.0).to(tl.float32)
+    g = _widened(tl.load(DY + g_at, mask=ok, other=0.0))
     if AT is not None:
         tap = ((QD + MD * SD) * KH + QH + MH * SH) * KW + QW + MW * SW
         at = tl.load(AT + y_at, mask=ok, other=0).to(tl.int32)
@@ -267,9 +286,8 @@ def _sent(
         g = tl.div_rn(g, divisor.to(tl.float32))
     else:
         i, j, k = od * SD - PD, oh * SH - PH, ow * SW - PW
-        count = counted(i, tl.minimum(i + KD, D), D, KD, PD, COUNT)
-        count = count * counted(j, tl.minimum(j + KH, H), H, KH, PH, COUNT)
-        count = count * counted(k, tl.minimum(k + KW, W), W, KW, PW, COUNT)
+        count = _count(i, D, KD, PD, CLIP_D, COUNT) * _count(j, H, KH, PH, CLIP_H, COUNT)
+        count = count * _count(k, W, KW, PW, CLIP_W, COUNT)
         g = tl.where(ok, tl.div_rn(g, count.to(tl.float32)), 0.0)
     return g
 
@@ -282,6 +300,7 @@ def _phase(
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    CLIP_D: tl.constexpr, CLIP_H: tl.constexpr, CLIP_W: tl.constexpr,
     LAST: tl.constexpr, G_VEC: tl.constexpr, Y_VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
@@ -299,9 +318,69 @@ def _phase(
                     D, H, W, OD, OH, OW, gc, gd, gh, gw, yc, yd, yh, yw, divisor,
                     RD + PD, RH + PH, RW + PW, (KD - 1 - RD - PD) // SD - u,
                     (KH - 1 - RH - PH) // SH - v, (KW - 1 - RW - PW) // SW - w,
-                    COUNT, DIMS, KD, KH, KW, SD, SH, SW, PD, PH, PW, LAST, G_VEC, Y_VEC,
+                    COUNT, DIMS, KD, KH, KW, SD, SH, SW, PD, PH, PW, CLIP_D, CLIP_H, CLIP_W, LAST,
+                    G_VEC, Y_VEC,
                 )  # fmt: skip
     return acc
+
+
+@triton.jit
+def _line(
+    DY, AT, SLOPE, g_planes, y_planes, lanes, cd, ch, cw, there, D, H, W, OD, OH, OW,
+    gc, gd, gh, gw, yc, yd, yh, yw, divisor,
+    RD: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr, GROUP: tl.constexpr,
+    COUNT: tl.constexpr, DIMS: tl.constexpr,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    CLIP_D: tl.constexpr, CLIP_H: tl.constexpr, CLIP_W: tl.constexpr,
+    LAST: tl.constexpr, G_VEC: tl.constexpr, Y_VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """What all windows send to GROUP elements of each cell, from (RD, RH, RW) on, as neighbours."""
+    if GROUP == 1:
+        return _phase(
+            DY, AT, SLOPE, g_planes, y_planes, lanes, cd, ch, cw, there,
+            D, H, W, OD, OH, OW, gc, gd, gh, gw, yc, yd, yh, yw, divisor,
+            RD, RH, RW, COUNT, DIMS, KD, KH, KW, SD, SH, SW, PD, PH, PW,
+            CLIP_D, CLIP_H, CLIP_W, LAST, G_VEC, Y_VEC, BLOCK_R, BLOCK_I,
+        )  # fmt: skip
+    else:
+        left = _line(
+            DY, AT, SLOPE, g_planes, y_planes, lanes, cd, ch, cw, there,
+            D, H, W, OD, OH, OW, gc, gd, gh, gw, yc, yd, yh, yw, divisor,
+            RD, RH, RW, GROUP // 2, COUNT, DIMS, KD, KH, KW, SD, SH, SW, PD, PH, PW,
+            CLIP_D, CLIP_H, CLIP_W, LAST, G_VEC, Y_VEC, BLOCK_R, BLOCK_I,
+        )  # fmt: skip
+        right = _line(
+            DY, AT, SLOPE, g_planes, y_planes, lanes, cd, ch, cw, there,
+            D, H, W, OD, OH, OW, gc, gd, gh, gw, yc, yd, yh, yw, divisor,
+            RD, RH, RW + SW // GROUP, GROUP // 2, COUNT, DIMS,
+            KD, KH, KW, SD, SH, SW, PD, PH, PW,
+            CLIP_D, CLIP_H, CLIP_W, LAST, G_VEC, Y_VEC, BLOCK_R, BLOCK_I,
+        )  # fmt: skip
+        return tl.join(left, right).reshape(BLOCK_R, BLOCK_I * GROUP)
+
+
+@triton.jit
+def _store(
+    DX, X, dx, x_at, z_at, j, k, lanes, mask, H, norm, xc, xh, xw, zc, zh, zw,
+    SEND: tl.constexpr, LAST: tl.constexpr, X_VEC: tl.constexpr, Z_VEC: tl.constexpr,
+):  # fmt: skip
+    """Store the gradient of elements (j, k) of planes at x_at and z_at."""
+    x_at = x_at + j * (xh * X_VEC)
+    z_at = z_at + j * (zh * Z_VEC)
+    if LAST:
+        x_at = x_at + k * (xw * X_VEC) + inner_offset(lanes, xc)
+        z_at = z_at + k * (zw * Z_VEC) + inner_offset(lanes, zc)
+    else:
+        x_at = x_at + inner_offset(k, xw)
+        z_at = z_at + inner_offset(k, zw)
+    mask &= j < H
+    x = dx
+    if X is not None:
+        x = tl.load(X + x_at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(DX + z_at, SEND(dx, x, norm).to(DX.dtype.element_ty), mask=mask)
 
 
 _BACK = [*_SIZES, "OW", "CD", "CH", "CW", *(f"{t}{d}" for t in "gyxz" for d in "ncdhw"), "divisor"]
@@ -315,6 +394,7 @@ def _cells_bwd_kernel(
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    CLIP_D: tl.constexpr, CLIP_H: tl.constexpr, CLIP_W: tl.constexpr,
     LAST: tl.constexpr, WIDE: tl.constexpr, C_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
     G_VEC: tl.constexpr, Y_VEC: tl.constexpr, X_VEC: tl.constexpr, Z_VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -327,7 +407,7 @@ def _cells_bwd_kernel(
     C, W = c_units * C_UNIT, w_units * W_UNIT
     inner = C if LAST else CW
     first, there, n, c, cd, ch, cw = _tile(
-        rows, inner, C, CD, CH, CW, DIMS, MERGED, LAST, WIDE, BLOCK_R, BLOCK_I
+        rows, C, CD, CH, CW, DIMS, MERGED, LAST, WIDE, BLOCK_R, BLOCK_I
     )
     lanes = first + tl.arange(0, BLOCK_I)[None, :]
     if LAST:
@@ -338,57 +418,36 @@ def _cells_bwd_kernel(
     y_planes = _plane(n, c, yn, yc, Y_VEC, LAST)
     x_planes = _plane(n, c, xn, xc, X_VEC, LAST)
     z_planes = _plane(n, c, zn, zc, Z_VEC, LAST)
-    # Elements along W that one access has, and how far apart accesses of one cell are.
+    # Elements along W that one access has.
     GROUP: tl.constexpr = SW if not LAST and (SW == 2 or SW == 4) else 1
     for rd in tl.static_range(SD):
-        for rh in tl.static_range(SH):
+        for rh in tl.static_range(0, SH, 2 if SH == 2 else 1):
             for rw in tl.static_range(0, SW, GROUP):
-                dx = _phase(
+                dx = _line(
                     DY, AT, SLOPE, g_planes, y_planes, lanes, cd, ch, cw, there,
                     D, H, W, OD, OH, OW, gc, gd, gh, gw, yc, yd, yh, yw, divisor,
-                    rd, rh, rw, COUNT, DIMS, KD, KH, KW, SD, SH, SW, PD, PH, PW, LAST,
-                    G_VEC, Y_VEC, BLOCK_R, BLOCK_I,
+                    rd, rh, rw, GROUP, COUNT, DIMS, KD, KH, KW, SD, SH, SW, PD, PH, PW,
+                    CLIP_D, CLIP_H, CLIP_W, LAST, G_VEC, Y_VEC, BLOCK_R, BLOCK_I,
                 )  # fmt: skip
+                i = cd * SD + rd
+                k = cw * SW + rw
                 if GROUP > 1:
-                    second = _phase(
+                    k = first * GROUP + tl.arange(0, BLOCK_I * GROUP)[None, :]
+                mask = there & (i < D) & (k < W)
+                x_at = x_planes + i * (xd * X_VEC)
+                z_at = z_planes + i * (zd * Z_VEC)
+                if SH == 2:  # both lines before either is stored, so that they share their loads
+                    below = _line(
                         DY, AT, SLOPE, g_planes, y_planes, lanes, cd, ch, cw, there,
                         D, H, W, OD, OH, OW, gc, gd, gh, gw, yc, yd, yh, yw, divisor,
-                        rd, rh, 1, COUNT, DIMS, KD, KH, KW, SD, SH, SW, PD, PH, PW, LAST,
-                        G_VEC, Y_VEC, BLOCK_R, BLOCK_I,
+                        rd, 1, rw, GROUP, COUNT, DIMS, KD, KH, KW, SD, SH, SW, PD, PH, PW,
+                        CLIP_D, CLIP_H, CLIP_W, LAST, G_VEC, Y_VEC, BLOCK_R, BLOCK_I,
                     )  # fmt: skip
-                    if GROUP == 4:
-                        third = _phase(
-                            DY, AT, SLOPE, g_planes, y_planes, lanes, cd, ch, cw, there,
-                            D, H, W, OD, OH, OW, gc, gd, gh, gw, yc, yd, yh, yw, divisor,
-                            rd, rh, 2, COUNT, DIMS, KD, KH, KW, SD, SH, SW, PD, PH, PW, LAST,
-                            G_VEC, Y_VEC, BLOCK_R, BLOCK_I,
-                        )  # fmt: skip
-                        fourth = _phase(
-                            DY, AT, SLOPE, g_planes, y_planes, lanes, cd, ch, cw, there,
-                            D, H, W, OD, OH, OW, gc, gd, gh, gw, yc, yd, yh, yw, divisor,
-                            rd, rh, 3, COUNT, DIMS, KD, KH, KW, SD, SH, SW, PD, PH, PW, LAST,
-                            G_VEC, Y_VEC, BLOCK_R, BLOCK_I,
-                        )  # fmt: skip
-                        dx = tl.join(tl.join(dx, third), tl.join(second, fourth))
-                    else:
-                        dx = tl.join(dx, second)
-                    dx = dx.reshape(BLOCK_R, BLOCK_I * GROUP)
-                    k = first * GROUP + tl.arange(0, BLOCK_I * GROUP)[None, :]
-                else:
-                    k = cw * SW + rw
-                i, j = cd * SD + rd, ch * SH + rh
-                mask = there & (i < D) & (j < H) & (k < W)
-                if LAST:
-                    x_inner = k * (xw * X_VEC) + inner_offset(lanes, xc)
-                    z_inner = k * (zw * Z_VEC) + inner_offset(lanes, zc)
-                else:
-                    x_inner = inner_offset(k, xw)
-                    z_inner = inner_offset(k, zw)
-                if X is None:
-                    x = dx
-                else:
-                    x_at = x_planes + (i * (xd * X_VEC) + j * (xh * X_VEC)) + x_inner
-                    x = tl.load(X + x_at, mask=mask, other=0.0).to(tl.float32)
-                dx = SEND(dx, x, norm)
-                z_at = z_planes + (i * (zd * Z_VEC) + j * (zh * Z_VEC)) + z_inner
-                tl.store(DX + z_at, dx.to(DX.dtype.element_ty), mask=mask)
+                    _store(
+                        DX, X, below, x_at, z_at, ch * SH + 1, k, lanes, mask, H, norm,
+                        xc, xh, xw, zc, zh, zw, SEND, LAST, X_VEC, Z_VEC,
+                    )  # fmt: skip
+                _store(
+                    DX, X, dx, x_at, z_at, ch * SH + rh, k, lanes, mask, H, norm,
+                    xc, xh, xw, zc, zh, zw, SEND, LAST, X_VEC, Z_VEC,
+                )  # fmt: skip
