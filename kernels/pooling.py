@@ -638,14 +638,24 @@ _LONG = 2**20  # the second dimension of a grid has 65535 programs
 _PHASES = 16  # elements of a cell, of which the backward holds sums
 
 
+def in_cells(k, s, d, by_size=False):
+    """Whether `kernels.pooling_cells` has windows k, strides s and dilations d.
+
+    by_size: whether k follows from the input's size.
+    """
+    return (
+        max(d) == 1
+        and math.prod(k) <= _UNROLLED
+        and (not by_size or max(k) <= _SMALL)
+        and math.prod(s) <= _PHASES
+    )
+
+
 def _in_cells(spec, *innermost):
-    """Whether `kernels.pooling_cells` has the windows; `innermost`: (size, stride) along lanes."""
+    """The same for a spec. innermost: sizes and strides of all tensors along the lanes."""
     return (
         spec.window == "regular"
-        and spec.d == (1, 1, 1)
-        and math.prod(spec.k) <= _UNROLLED
-        and (not spec.by_size or max(spec.k) <= _SMALL)
-        and math.prod(spec.s) <= _PHASES
+        and in_cells(spec.k, spec.s, spec.d, spec.by_size)
         and all(n * max(abs(s), _SMALL) < 2**31 and n < _LONG for n, s in innermost)
     )
 
@@ -720,8 +730,8 @@ def _plan(shape, stride, spec, rounding):
         meta = {
             "REDUCE": reduce, "FINISH": finish, "START": start, "COUNT": spec.count_padding,
             "DIMS": spec.dims, "MERGED": not last and _merges(C, x_stride[:2], y_stride[:2]),
-            **_compiled_in(spec, x_shape[2:]), "LAST": last, "WIDE": wide, "C_UNIT": c_unit, "W_UNIT": w_unit,
-            "O_UNIT": o_unit, "X_VEC": x_unit, "Y_VEC": y_unit, **config,
+            **_compiled_in(spec, x_shape[2:]), "LAST": last, "WIDE": wide, "C_UNIT": c_unit,
+            "W_UNIT": w_unit, "O_UNIT": o_unit, "X_VEC": x_unit, "Y_VEC": y_unit, **config,
         }  # fmt: skip
         return _Plan(_cells_fwd_kernel, shape, strides, grid, args, meta)
     rows, units, unit, grid, config = _walk(y_shape, last)
@@ -786,9 +796,9 @@ def _plan_back(shape, stride, g_stride, spec, rounding):
         merged = not last and _merges(C, *(stride[:2] for _, stride in layouts))
         meta = {
             "SEND": REDUCTIONS[spec.reduction][3], "COUNT": spec.count_padding, "DIMS": spec.dims,
-            "MERGED": merged, **_compiled_in(spec, x_shape[2:]), "LAST": last, "WIDE": _wide(*layouts),
-            "C_UNIT": c_unit, "W_UNIT": w_unit, "G_VEC": vec[0], "Y_VEC": vec[1],
-            "X_VEC": vec[2], "Z_VEC": vec[3], **config,
+            "MERGED": merged, **_compiled_in(spec, x_shape[2:]), "LAST": last,
+            "WIDE": _wide(*layouts), "C_UNIT": c_unit, "W_UNIT": w_unit, "G_VEC": vec[0],
+            "Y_VEC": vec[1], "X_VEC": vec[2], "Z_VEC": vec[3], **config,
         }  # fmt: skip
         return _Plan(_cells_bwd_kernel, shape, z_strides, grid, args, meta)
     sharing = _sharing(spec, x_shape[2:], rounding)

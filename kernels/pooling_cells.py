@@ -37,8 +37,11 @@ def inner_offset(i, stride):
 
 @triton.jit
 def _widened(v):
-    """v in float32. The bits of a bfloat16 are moved: of comparisons of converted values, LLVM makes
-    comparisons of bfloat16, which take three times as many instructions."""
+    """v in float32.
+
+    The bits of a bfloat16 are moved. Of comparisons of converted values LLVM would make comparisons
+    of bfloat16, and those take more instructions.
+    """
     if v.dtype == tl.bfloat16:
         return (v.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -98,7 +101,7 @@ def _plane(n, c, sn, sc, VEC: tl.constexpr, LAST: tl.constexpr):
 
 @triton.jit
 def _inside(i, I, TAP: tl.constexpr, P: tl.constexpr, CLIP: tl.constexpr):  # noqa: E741
-    """Whether the elements that are tap TAP of windows are in the axis. CLIP: windows pass its end."""
+    """Whether tap TAP of windows is in the axis, at i. CLIP: windows pass the end of the axis."""
     ok = i >= 0 if TAP < P else i == i
     if CLIP:
         ok &= i < I
@@ -106,7 +109,9 @@ def _inside(i, I, TAP: tl.constexpr, P: tl.constexpr, CLIP: tl.constexpr):  # no
 
 
 @triton.jit
-def _count(start, I, K: tl.constexpr, P: tl.constexpr, CLIP: tl.constexpr, COUNT: tl.constexpr):  # noqa: E741
+def _count(
+    start, I, K: tl.constexpr, P: tl.constexpr, CLIP: tl.constexpr, COUNT: tl.constexpr,  # noqa: E741
+):  # fmt: skip
     """The factor of an axis in the divisor."""
     if P == 0 and not CLIP:
         return start * 0 + K
@@ -217,12 +222,14 @@ def _cells_fwd_kernel(
             else:
                 for q in tl.static_range((KW - 1 - PW) // SW + (PW + SW - 1) // SW + 1):
                     acc, at = _cell(
-                        acc, at, lines, first, ow, W, xw, inside, lanes < inner, norm, REDUCE, START,
-                        q - (PW + SW - 1) // SW, (a * KH + b) * KW, KW, SW, PW, CLIP_W,
+                        acc, at, lines, first, ow, W, xw, inside, lanes < inner, norm, REDUCE,
+                        START, q - (PW + SW - 1) // SW, (a * KH + b) * KW, KW, SW, PW, CLIP_W,
                         BLOCK_R, BLOCK_I,
                     )  # fmt: skip
     if divisor is None:
-        count = _count(start_d, D, KD, PD, CLIP_D, COUNT) * _count(start_h, H, KH, PH, CLIP_H, COUNT)
+        count = _count(start_d, D, KD, PD, CLIP_D, COUNT) * _count(
+            start_h, H, KH, PH, CLIP_H, COUNT
+        )
         count = (count * _count(start_w, W, KW, PW, CLIP_W, COUNT)).to(tl.float32)
     else:
         count = divisor.to(tl.float32)
@@ -402,7 +409,8 @@ def _cells_bwd_kernel(
     """A program has BLOCK_R by BLOCK_I cells, and all windows that share their elements.
 
     DY (N, C, OD, OH, OW): float, any strides. AT, SLOPE: as the forward made them, or None. X, DX
-    (N, C, D, H, W): float, any strides and dense; X is None if the gradient does not read it.
+    (N, C, D, H, W): float, any strides and dense; X is None if the gradient does not read it. CD,
+    CH, CW: so many cells an axis has.
     """
     C, W = c_units * C_UNIT, w_units * W_UNIT
     inner = C if LAST else CW
