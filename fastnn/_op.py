@@ -57,6 +57,8 @@ class Op:
     integers: tuple[torch.dtype, ...] = ()  # the dtypes of index arguments, if any
     # tensors that `fused` takes with any strides; all others are made dense
     strided: tuple[str, ...] = ()
+    # arguments that may be on the CPU while the others are on a GPU, because the host reads them
+    on_host: tuple[str, ...] = ()
     autocast: Literal["fp32", "lower", None] = None  # the autocast list of CUDA that has this op
     autocast_cpu: Literal["fp32", "lower", None] = None
     lowered: tuple[str, ...] = ()  # the arguments that autocast to 16 bits casts; default: all
@@ -154,6 +156,11 @@ def _refuse_tensor(op: Op, t: Tensor) -> str | None:
     return None
 
 
+def _read_by_host(op: Op, t: Tensor, args: tuple, kwargs: dict) -> bool:
+    given = {**dict(zip(op.names, args, strict=False)), **kwargs}
+    return any(given.get(name) is t for name in op.on_host)
+
+
 _NO_TENSOR = "there is no tensor among the arguments"
 _WRAPPED = "an argument is a DTensor, or the result of a collective that is not complete"
 
@@ -181,6 +188,9 @@ def survey(op: Op, args: tuple, kwargs: dict) -> str | Tensor:
     for value in values:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
+            if op.on_host and first is not None and value.is_cpu and not first.is_cpu:
+                if _read_by_host(op, value, args, kwargs):
+                    continue
             why = _refuse_tensor(op, value)
             if why is not None:
                 return why

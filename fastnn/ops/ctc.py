@@ -58,6 +58,7 @@ def _numbers(lengths):
     stock=stock.ctc_loss,
     strided=("log_probs", "targets"),
     integers=INTEGERS,
+    on_host=("input_lengths", "target_lengths"),
     autocast="fp32",
     autocast_cpu="fp32",
 )
