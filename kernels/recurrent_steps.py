@@ -108,10 +108,9 @@ def _steps_fwd_kernel(
     LSTM: tl.constexpr, GRU: tl.constexpr, RELU: tl.constexpr, REVERSE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A program takes BLOCK_B rows of the batch through the steps from `first` to `last`, BLOCK_J
-    hidden units at a time. Programs along axis 1 share the hidden units; then there is one step.
+    """A program takes BLOCK_B rows of the batch through the steps from `first` to `last`.
 
-    G is the number of gates; R is T * N, or the rows of a packed sequence. GI (R, G * H): float,
+    Programs along axis 1 share the hidden units; then there is one step. G is the number of gates; R is T * N, or the rows of a packed sequence. GI (R, G * H): float,
     contiguous. W (G * H, P): float, contiguous. BH (G * H,): float, or None. HP (slots * N, P):
     float, contiguous; the state before step t is in slot t % slots, the state after it in the next
     slot (the one before, if REVERSE), and the first one is there already. CS (slots * N, H):
@@ -241,10 +240,9 @@ def _steps_bwd_kernel(
     BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A program takes BLOCK_B rows of the batch back through steps T - 1 - first to T - last.
-    Step -1 is the gradient of the state before the first step. Programs along axis 1 share the
-    hidden units; then there is one step.
 
-    HP ((T + 1) * N, P), CS ((T + 1) * N, H): float, contiguous, as in the forward; CS is None
+    Step -1 is the gradient of the state before the first step. Programs along axis 1 share the
+    hidden units; then there is one step. HP ((T + 1) * N, P), CS ((T + 1) * N, H): float, contiguous, as in the forward; CS is None
     without LSTM. DY (R, P): float, rows stride_dy apart, or None. GATES, W, WR, TABLE: as in the
     forward. DGI, DGH (R, G * H): float, contiguous, the gradients of both products; the same
     tensor, except for a GRU. DH (N, P), DC (N, H): fp32, contiguous, the gradients of the states;
