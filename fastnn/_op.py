@@ -69,6 +69,9 @@ class Op:
     at_most: str | None = None
     variants: tuple[str, ...] = ("",)  # the variants that the policy may name
     settings: Callable[[], Any] | None = None  # the PyTorch settings on which a call depends
+    # whether PyTorch's function, or its backward, raises on a GPU under deterministic algorithms;
+    # `settings` then has to contain that setting
+    stock_raises: bool = False
     split: _shards.Rule | None = None  # the ways to split a call among processes
     source: str = ""
     takes_variant: bool = field(init=False)  # whether `fused` is told which variant to run
@@ -102,7 +105,7 @@ class Op:
     def find_floor(self) -> None:
         """Make the floor known, if it is not."""
         if not self.floor.known and _gate.answers():
-            self.floor.set(_gate.floor(self.name, self.variants))
+            self.floor.set(0 if self.stock_raises else _gate.floor(self.name, self.variants))
 
     def autocast_list(self, device_type: str):
         return self.autocast if device_type == "cuda" else self.autocast_cpu
@@ -362,7 +365,7 @@ def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
     tensor, variant = found, ""
     if mode != "triton":
         chosen = _gate.decide(
-            op.name, op.policy, tensor.get_device(), args, kwargs, free=mode == "graph"
+            op.name, op.policy, tensor.get_device(), args, kwargs, mode == "graph", op.stock_raises
         )
         if isinstance(chosen, Stock):
             return chosen

@@ -28,7 +28,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from fastnn.kernels import _gpus
-from fastnn.kernels._config import tunable
+from fastnn.kernels._config import here, tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense
@@ -110,14 +110,15 @@ def _steps_fwd_kernel(
 ):  # fmt: skip
     """A program takes BLOCK_B rows of the batch through the steps from `first` to `last`.
 
-    Programs along axis 1 share the hidden units; then there is one step. G is the number of gates; R is T * N, or the rows of a packed sequence. GI (R, G * H): float,
-    contiguous. W (G * H, P): float, contiguous. BH (G * H,): float, or None. HP (slots * N, P):
-    float, contiguous; the state before step t is in slot t % slots, the state after it in the next
-    slot (the one before, if REVERSE), and the first one is there already. CS (slots * N, H):
-    likewise; None without LSTM. With a TABLE, HP and CS are (N + R, P or H): the first states, and
-    those after each row of the input. Y (R, P): float, rows stride_y apart. HN (N, P), CN (N, H):
-    float, contiguous. GATES (R, 4 * H): float, contiguous, or None; only of LSTM and GRU. M (R, H),
-    WR (P, H): float, contiguous, or None: what is projected, and the weight. TABLE: see `_place`.
+    Programs along axis 1 share the hidden units; then there is one step. G is the number of gates;
+    R is T * N, or the rows of a packed sequence. GI (R, G * H): float, contiguous. W (G * H, P):
+    float, contiguous. BH (G * H,): float, or None. HP (slots * N, P): float, contiguous; the state
+    before step t is in slot t % slots, the state after it in the next slot (the one before, if
+    REVERSE), and the first one is there already. CS (slots * N, H): likewise; None without LSTM.
+    With a TABLE, HP and CS are (N + R, P or H): the first states, and those after each row of the
+    input. Y (R, P): float, rows stride_y apart. HN (N, P), CN (N, H): float, contiguous. GATES (R,
+    4 * H): float, contiguous, or None; only of LSTM and GRU. M (R, H), WR (P, H): float,
+    contiguous, or None: what is projected, and the weight. TABLE: see `_place`.
     """
     G: tl.constexpr = 4 if LSTM else 3 if GRU else 1
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
@@ -242,12 +243,13 @@ def _steps_bwd_kernel(
     """A program takes BLOCK_B rows of the batch back through steps T - 1 - first to T - last.
 
     Step -1 is the gradient of the state before the first step. Programs along axis 1 share the
-    hidden units; then there is one step. HP ((T + 1) * N, P), CS ((T + 1) * N, H): float, contiguous, as in the forward; CS is None
-    without LSTM. DY (R, P): float, rows stride_dy apart, or None. GATES, W, WR, TABLE: as in the
-    forward. DGI, DGH (R, G * H): float, contiguous, the gradients of both products; the same
-    tensor, except for a GRU. DH (N, P), DC (N, H): fp32, contiguous, the gradients of the states;
-    at first those after the last step, and in the end those before the first. DC is None without
-    LSTM. DP (R, P): float, contiguous, or None: the gradient of what WR gives.
+    hidden units; then there is one step. HP ((T + 1) * N, P), CS ((T + 1) * N, H): float,
+    contiguous, as in the forward; CS is None without LSTM. DY (R, P): float, rows stride_dy apart,
+    or None. GATES, W, WR, TABLE: as in the forward. DGI, DGH (R, G * H): float, contiguous, the
+    gradients of both products; the same tensor, except for a GRU. DH (N, P), DC (N, H): fp32,
+    contiguous, the gradients of the states; at first those after the last step, and in the end
+    those before the first. DC is None without LSTM. DP (R, P): float, contiguous, or None: the
+    gradient of what WR gives.
     """
     G: tl.constexpr = 4 if LSTM else 3 if GRU else 1
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
@@ -304,7 +306,9 @@ def _steps_bwd_kernel(
 
 @tunable("BLOCK_B", "BLOCK_J", "BLOCK_K")
 def _config(H, itemsize):
-    size = max(16, min(next_power_of_2(H), 64 // itemsize))
+    # A tile of 32 spills scalar registers on AMD GPUs.
+    widest = 16 if _gpus.facts(here()).backend == "hip" else 64 // itemsize
+    size = max(16, min(next_power_of_2(H), widest))
     config = {"BLOCK_B": 16, "BLOCK_J": size, "BLOCK_K": size, "num_warps": 4, "num_stages": 1}
     # Without a limit, ptxas spills a few registers, so that another block fits. Here no more blocks
     # than multiprocessors are to be expected.
