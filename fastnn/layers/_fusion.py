@@ -395,6 +395,10 @@ def _taken(member: Any) -> type | None:
 _found: dict[tuple[type | None, ...], tuple[Group | None, ...] | None] = {}
 
 
+# The same, by the classes of members that are all ours: no mark has to be looked for.
+_found_of_ours: dict[tuple[type, ...], Any] = {}
+
+
 def _group(rule: Rule, classes: tuple[type | None, ...]) -> Group | None:
     """The members at the beginning of `classes` that `rule` takes."""
     if not rule.neighbours:
@@ -427,24 +431,37 @@ def _group_all(classes: tuple[type | None, ...]) -> tuple[Group | None, ...] | N
 
 def grouped(members: list) -> tuple[Group | None, ...] | None:
     """For each member, the group that begins with it; None if there is no group at all."""
+    kinds = tuple(map(type, members))
+    known = _found_of_ours.get(kinds, False)
+    if known is not False:
+        return known
     classes = tuple(map(_taken, members))
     try:
-        return _found[classes]
+        groups = _found[classes]
     except KeyError:
         if len(_found) >= _MOST:
             _found.clear()
-        return _found.setdefault(classes, _group_all(classes))
+        groups = _found.setdefault(classes, _group_all(classes))
+    if all(kind in STOCK for kind in kinds):
+        if len(_found_of_ours) >= _MOST:
+            _found_of_ours.clear()
+        _found_of_ours[kinds] = groups
+    return groups
 
 
-def run_neighbours(group: Group, members: list, i: int, input: Any) -> tuple[int, Any]:
+def run_neighbours(
+    group: Group, members: list, i: int, input: Any, large: bool = False
+) -> tuple[int, Any]:
     """(index after the members that ran as one op, what it returned); (i, input) if none did.
 
     None do if the op would run PyTorch because of its size: the members do the same by themselves.
+    large: it is known that the call is not below the floor of the op.
     """
     rule = group.rule
     op: Any = rule.op.op  # type: ignore[attr-defined]
+    known = op.floor.known
     op.find_floor()  # if no call of the op has got as far as dispatch
-    if rule.small(input, members[i]):
+    if not (large and known) and rule.small(input, members[i]):
         return i, input
     end = i + len(group.places)
     what = []

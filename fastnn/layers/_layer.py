@@ -156,6 +156,31 @@ def replaced(cls: type) -> str | None:
     return None
 
 
+# For each accelerated and each stock class: whether `replaced` would return None.
+_INTACT: dict[type, Callable[[], bool]] = {}
+
+
+def _intact(cls: type) -> Callable[[], bool]:
+    """A function that asks what `replaced(cls)` asks, in a tenth of the time."""
+    forward, its, its_forward = _AS_MADE[cls]
+    given = {"_cls": cls, "_its": its, "_forward": forward, "_its_forward": its_forward}
+    asked = ["_cls.forward is _forward"] if cls in STOCK else []
+    asked += ["_its.forward is _its_forward", "_cls.__call__ in CALLS"]
+    asked += ["_cls._call_impl is _CALL_IMPL"]
+    for number, (name, originals) in enumerate(_CALLED[cls].items()):
+        same = [f"_functional.{name} is _f{number}_{i}" for i in range(len(originals))]
+        asked += [f"({' or '.join(same) or 'False'})"]
+        given.update({f"_f{number}_{i}": f for i, f in enumerate(originals)})
+    source = (
+        f"def make({', '.join(given)}):\n    def intact():\n        try:\n"
+        f"            return {' and '.join(asked)}\n"
+        "        except AttributeError:\n            return False\n    return intact\n"
+    )
+    scope: dict = {}
+    exec(source, globals(), scope)
+    return scope["make"](**given)
+
+
 def watched(*layers: Any) -> str | None:
     """What would notice that these layers are not called one by one, in words; None if nothing.
 
@@ -173,9 +198,11 @@ def watched(*layers: Any) -> str | None:
             return f"a hook on {type(layer).__name__}"
         if "forward" in d or "_call_impl" in d or d.get("_compiled_call_impl") is not None:
             return f"{type(layer).__name__} has a forward of its own"
-        why = replaced(type(layer))
-        if why is not None:
-            return why
+        cls = type(layer)
+        if cls not in _INTACT or not _INTACT[cls]():
+            why = replaced(cls)
+            if why is not None:
+                return why
     return None
 
 
@@ -309,6 +336,7 @@ class Layer(ABCMeta):
             _AS_MADE[its] = its_forward, its, its_forward
             names = {n: f for m in METHODS[its] for n, f in called(m.made).items()}
             _CALLED[cls] = _CALLED[its] = names
+            _INTACT[cls], _INTACT[its] = _intact(cls), _intact(its)
         return cls
 
     # A stock layer counts as an instance of the accelerated class: `isinstance(m, nn.Linear)` asks
