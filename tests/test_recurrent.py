@@ -214,12 +214,13 @@ def test_a_parametrised_weight(name, device):
     assert result.path == "kernel" and not result.failures
 
 
-def test_packed_sequences_run_stock(device):
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_packed_sequences_run_stock(kind, device):
     packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, 4), torch.randn(2, 4)])
-    ours, stock, _ = (m.to(device) for m in three("LSTM", 4, 5))
+    ours, stock, _ = (m.to(device) for m in three(kind, 4, 5))
     packed = packed.to(device)
     assert torch.equal(ours(packed)[0].data, stock(packed)[0].data)
-    with pytest.raises(fastnn.BackendError), fastnn.backend("triton"):
+    with pytest.raises(fastnn.BackendError, match="a PackedSequence"), fastnn.backend("triton"):
         ours(packed)
 
 

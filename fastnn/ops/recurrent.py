@@ -315,6 +315,8 @@ def _layers(kind, input, h0, c0, params, biased, layers, dropout, train, both, b
     """(y, the last h, the last c or None); or a `Stock` that says why no kernel computes them."""
     if isinstance(params, Tensor) or type(layers) is not int:
         return Stock("a PackedSequence")
+    if not input.is_floating_point():
+        return Invalid(f"an input in {input.dtype}")
     D = 2 if both else 1
     each = 4 if biased else 2
     states = [t for t in (h0, c0) if t is not None]
@@ -378,6 +380,7 @@ def _unless_cudnn(
 
 _LAYER = {
     "strided": ("input", "hx", "params"),
+    "integers": (torch.int64,),  # the batch sizes of a PackedSequence
     "autocast": "lower",
     "policy": _unless_cudnn,
     "settings": _settings,
