@@ -195,9 +195,7 @@ class _Emulator(CompilingDriver):
             addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in given]
             addresses += [0] * (len(program.parameters) - len(addresses))  # scratch, of no bytes
             threads = 32 * metadata.num_warps
-            program.run(
-                (x, y, z), threads, metadata.shared, addresses, memory, apart=self.apart
-            )
+            program.run((x, y, z), threads, metadata.shared, addresses, memory, apart=self.apart)
 
         return launch
 
