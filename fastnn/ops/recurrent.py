@@ -95,7 +95,7 @@ def _cell(kind, input, h, c, w_ih, w_hh, b_ih, b_hh):
     given = [t for t in (input, h, c, w_ih, w_hh) if t is not None]
     shapes = [tuple(t.shape) for t in given]
     if any(t.dim() != 2 for t in given):
-        return Invalid(f"shapes {shapes}")
+        return Invalid("shape", f"shapes {shapes}")
     B, H = h.shape
     rows = _GATES[kind] * H
     fits = (
@@ -106,15 +106,15 @@ def _cell(kind, input, h, c, w_ih, w_hh, b_ih, b_hh):
     )
     biases = [b for b in (b_ih, b_hh) if b is not None]
     if not fits or any(b.shape != (rows,) for b in biases):
-        return Invalid(f"shapes {shapes}, biases {[tuple(b.shape) for b in biases]}")
+        return Invalid("shape", f"shapes {shapes}, biases {[tuple(b.shape) for b in biases]}")
     if any(t.dtype != input.dtype for t in (*given, *biases)):
-        return Invalid("several dtypes")
+        return Invalid("dtype", "several dtypes")
     if len(biases) == 1:
-        return Stock("one bias without the other")
+        return Stock("option", "one bias without the other")
     if not B * H:
-        return Stock("no elements")
+        return Stock("empty", "no elements")
     if kind in ("lstm", "gru") and input.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        return Stock("on a CPU, autocast widens some dtypes for this cell, but not all")
+        return Stock("autocast", "on a CPU, autocast widens some dtypes for this cell, but not all")
     return run(Cell, input, h, c, w_ih, w_hh, b_ih, b_hh, kind)
 
 
@@ -124,7 +124,7 @@ def _new_state(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
 
 
 def _saves_nothing(*args, **kwargs):
-    return Stock("PyTorch, too, runs one kernel for the gates after two products")
+    return Stock("gate", "PyTorch, too, runs one kernel for the gates after two products")
 
 
 _X = ("input", "w_ih", "w_hh")  # products take any strides
@@ -171,7 +171,7 @@ def rnn_relu_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
 def lstm_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
     """Two products, then one kernel for the biases, the gates and both states."""
     if len(hx) != 2:
-        return Invalid(f"{len(hx)} states")
+        return Invalid("option", f"{len(hx)} states")
     return _cell("lstm", input, hx[0], hx[1], w_ih, w_hh, b_ih, b_hh)
 
 
@@ -314,16 +314,16 @@ class Steps(Function):
 def _layers(kind, input, h0, c0, params, biased, layers, dropout, train, both, batch_first):
     """(y, the last h, the last c or None); or a `Stock` that says why no kernel computes them."""
     if isinstance(params, Tensor) or type(layers) is not int:
-        return Stock("a PackedSequence")
+        return Stock("option", "a PackedSequence")
     D = 2 if both else 1
     each = 4 if biased else 2
     states = [t for t in (h0, c0) if t is not None]
     if len(params) == (each + 1) * D * layers:
-        return Stock("proj_size")
+        return Stock("option", "proj_size")
     if input.dim() != 3 or any(t.dim() != 3 for t in states) or len(params) != each * D * layers:
-        return Invalid(f"input {tuple(input.shape)}, {len(params)} parameters")
+        return Invalid("shape", f"input {tuple(input.shape)}, {len(params)} parameters")
     if any(t.dtype != input.dtype for t in (*states, *params)):
-        return Invalid("several dtypes")
+        return Invalid("dtype", "several dtypes")
     x = input.transpose(0, 1) if batch_first else input
     (T, N, width), H = x.shape, h0.shape[2]
     rows = kernels.recurrent_steps.GATES[kind] * H
@@ -334,14 +334,20 @@ def _layers(kind, input, h0, c0, params, biased, layers, dropout, train, both, b
         fits = fits and w_ih.shape == (rows, inputs) and w_hh.shape == (rows, H)
         fits = fits and all(b.shape == (rows,) for b in biases)
     if not fits:
-        return Invalid(f"input {tuple(input.shape)}, states {[tuple(t.shape) for t in states]}")
+        return Invalid(
+            "shape", f"input {tuple(input.shape)}, states {[tuple(t.shape) for t in states]}"
+        )
     if not T * N * H * width:
-        return Stock("no elements")
+        return Stock("empty", "no elements")
     draws = train and dropout > 0 and layers > 1
     if draws and input.device.type != "cpu":
-        return Stock("dropout between layers, for which cuDNN draws random numbers of its own")
+        return Stock(
+            "random", "dropout between layers, for which cuDNN draws random numbers of its own"
+        )
     if kind in ("lstm", "gru") and input.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        return Stock("on a CPU, autocast widens some dtypes for this layer, but not all")
+        return Stock(
+            "autocast", "on a CPU, autocast widens some dtypes for this layer, but not all"
+        )
     last_h, last_c = [], []
     x = x.contiguous()
     for layer in range(layers):
@@ -372,7 +378,7 @@ def _unless_cudnn(
 ):  # fmt: skip
     """The gate's policy: the number of elements of the input."""
     if torch.backends.cudnn.enabled and torch.backends.cudnn.is_available():
-        return Stock("cuDNN runs all steps of a layer")
+        return Stock("gate", "cuDNN runs all steps of a layer")
     return Work(input.numel())
 
 
@@ -426,9 +432,9 @@ def lstm(
 ):  # fmt: skip
     """One product for the inputs of all steps, then one kernel for all steps, of each direction."""
     if isinstance(hx, Tensor):  # torch.lstm(data, batch_sizes, hx, ...)
-        return Stock("a PackedSequence")
+        return Stock("option", "a PackedSequence")
     if len(hx) != 2:
-        return Invalid(f"{len(hx)} states")
+        return Invalid("option", f"{len(hx)} states")
     return _layers(
         "lstm", input, hx[0], hx[1], params, has_biases, num_layers, dropout, train, bidirectional,
         batch_first,
