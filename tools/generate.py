@@ -7,6 +7,7 @@ docs/ops.md     the whole file, from the record of each op.
 docs/compile.md  its table of models, from bench/results/counted/models.json.
 docs/api.md     its table of codes of reasons, from fastnn/_mode.py.
 docs/compiled.md  its table of roofs, from bench/roofs.json.
+docs/benchmarks.md  its table beside Liger, from bench/results/counted/beside.json.
 
 `--check` compares and writes nothing. Only `python -m tools.generate --commands` writes
 docs/commands.md, because that takes minutes: each ```sh line is run, and its output becomes the
@@ -206,6 +207,13 @@ def codes_table() -> str:
     return "\n".join(rows + [f"| `{code}` | {meaning} |" for code, meaning in CODES.items()]) + "\n"
 
 
+def beside_table() -> str:
+    """Our kernels beside those of Liger, as `python -m bench.beside --write` counted them."""
+    from fastnn.bench import beside
+
+    return beside.table(json.loads(beside.PATH.read_text())["rows"])
+
+
 def main() -> int:
     if "--commands" in sys.argv:
         commands_page()
@@ -220,6 +228,8 @@ def main() -> int:
     compiled = ROOT / "docs" / "compiled.md"
     api = ROOT / "docs" / "api.md"
     roofed = between(compiled.read_text(), "roofs", roofs.by_kernel())
+    benchmarks = ROOT / "docs" / "benchmarks.md"
+    besides = between(benchmarks.read_text(), "liger", beside_table())
     stale = []
     pages = (
         (readme, front),
@@ -228,6 +238,7 @@ def main() -> int:
         (models, between(models.read_text(), "models", models_table())),
         (compiled, roofed),
         (api, between(api.read_text(), "codes", codes_table())),
+        (benchmarks, besides),
     )
     for path, content in pages:
         if not path.exists() or path.read_text() != content:
