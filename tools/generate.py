@@ -76,8 +76,8 @@ AREAS = {
         "[convolution](docs/convolution.md), [images](docs/images.md)",
     ),
     "linear, embedding, recurrent": (
-        ("linear", "embedding", "recurrent"),
-        "[recurrent layers](docs/recurrent.md)",
+        ("linear", "embedding", "embedding_bag", "recurrent"),
+        "[embeddings](docs/embedding.md), [recurrent layers](docs/recurrent.md)",
     ),
     "losses, distances": (
         (
