@@ -114,13 +114,13 @@ def act_glu(input, dim=-1, activation="silu", a=0.0, b=0.0, first=False):
     Raises ValueError for any other activation than those of `linear_act`.
     """
     if activation not in ACTIVATIONS:
-        return Invalid(f"activation={activation!r}")
+        return Invalid("option", f"activation={activation!r}")
     why = refuse_numbers(a, b, activation=activation)
     if why is not None:
         return why
     rank = input.dim()
     if type(dim) is not int or not -rank <= dim < rank or input.shape[dim] % 2:
-        return Invalid(f"dim={dim!r} of {tuple(input.shape)}")
+        return Invalid("shape", f"dim={dim!r} of {tuple(input.shape)}")
     return run(ActGLU, input, dim % rank, activation, float(a), float(b), bool(first))
 
 
