@@ -164,8 +164,7 @@ def _wins(input, k, s, d, by_size=False):
     instructions take no longer than the bytes of PyTorch's kernels, on an H100."""
     if not kernels.pooling.in_cells(k, s, d, by_size):
         return Stock(
-            "gate",
-            f"windows of {k}, dilation {d}: the kernel computes positions too often to win",
+            "gate", f"windows of {k}, dilation {d}: the kernel computes positions too often to win"
         )
     taps, elements = math.prod(k), math.prod(s)
     if taps > _SHARED * elements:

@@ -399,12 +399,12 @@ def _layers(kind, input, state, params, biased, layers, dropout, train, both, ba
         N = x.shape[1]
     else:
         if sizes.dim() != 1 or sizes.dtype != torch.int64 or sizes.device.type != "cpu":
-            return Invalid("option", "batch sizes that are not (T,) int64 on the CPU")
+            return Invalid("dtype", "batch sizes that are not (T,) int64 on the CPU")
         impossible("it reads the batch sizes")
         ordered = sizes.tolist()
         # PyTorch checks only some of this
         if not ordered or ordered != sorted(ordered, reverse=True) or ordered[-1] < 1:
-            return Invalid("option", f"batch sizes {ordered}")
+            return Invalid("shape", f"batch sizes {ordered}")
         if sum(ordered) != input.shape[0]:
             return Invalid("shape", f"{input.shape[0]} rows for batch sizes of {sum(ordered)}")
         x = input
