@@ -190,6 +190,14 @@ def answers() -> bool:
     return _asked is None
 
 
+def only_deterministic() -> bool:
+    """Whether PyTorch raises an error instead of running an algorithm that is not deterministic."""
+    return (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
+
+
 def decide(
     op: str,
     policy: Policy | None,
@@ -197,11 +205,13 @@ def decide(
     args: tuple,
     kwargs: dict,
     free: bool = False,
+    stock_raises: bool = False,
 ) -> Stock | str:
     """The variant of `op` to run, or why PyTorch is to run the call.
 
     `policy` says how much work the call is. Without a policy, the size is the element count of the
-    first argument. `free`: the host costs nothing.
+    first argument. `free`: the host costs nothing. `stock_raises`: PyTorch's function raises on a
+    GPU where only deterministic algorithms may run; there, the kernel runs at every size.
     """
     try:
         work = Work(args[0].numel()) if policy is None else policy(*args, **kwargs)
@@ -213,7 +223,11 @@ def decide(
         return Stock("the gate was only asked")
     if isinstance(work, Stock):
         return work
-    found = crossover(op, _gpus.architecture(device_index), work.variant)
+    architecture = _gpus.architecture(device_index)
+    if stock_raises and architecture != "cpu" and only_deterministic():
+        if not unproven(architecture):
+            return work.variant
+    found = crossover(op, architecture, work.variant)
     least, source = found.free() if free else found.least, found.source
     if work.size >= least:
         return work.variant

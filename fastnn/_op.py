@@ -57,6 +57,8 @@ class Op:
     integers: tuple[torch.dtype, ...] = ()  # the dtypes of index arguments, if any
     # tensors that `fused` takes with any strides; all others are made dense
     strided: tuple[str, ...] = ()
+    # arguments that may be on the CPU while the others are on a GPU, because the host reads them
+    on_host: tuple[str, ...] = ()
     autocast: Literal["fp32", "lower", None] = None  # the autocast list of CUDA that has this op
     autocast_cpu: Literal["fp32", "lower", None] = None
     lowered: tuple[str, ...] = ()  # the arguments that autocast to 16 bits casts; default: all
@@ -67,6 +69,9 @@ class Op:
     at_most: str | None = None
     variants: tuple[str, ...] = ("",)  # the variants that the policy may name
     settings: Callable[[], Any] | None = None  # the PyTorch settings on which a call depends
+    # whether PyTorch's function, or its backward, raises on a GPU under deterministic algorithms;
+    # `settings` then has to contain that setting
+    stock_raises: bool = False
     split: _shards.Rule | None = None  # the ways to split a call among processes
     source: str = ""
     takes_variant: bool = field(init=False)  # whether `fused` is told which variant to run
@@ -100,7 +105,7 @@ class Op:
     def find_floor(self) -> None:
         """Make the floor known, if it is not."""
         if not self.floor.known and _gate.answers():
-            self.floor.set(_gate.floor(self.name, self.variants))
+            self.floor.set(0 if self.stock_raises else _gate.floor(self.name, self.variants))
 
     def autocast_list(self, device_type: str):
         return self.autocast if device_type == "cuda" else self.autocast_cpu
@@ -154,6 +159,11 @@ def _refuse_tensor(op: Op, t: Tensor) -> str | None:
     return None
 
 
+def _read_by_host(op: Op, t: Tensor, args: tuple, kwargs: dict) -> bool:
+    given = {**dict(zip(op.names, args, strict=False)), **kwargs}
+    return any(given.get(name) is t for name in op.on_host)
+
+
 _NO_TENSOR = "there is no tensor among the arguments"
 _WRAPPED = "an argument is a DTensor, or the result of a collective that is not complete"
 
@@ -181,6 +191,9 @@ def survey(op: Op, args: tuple, kwargs: dict) -> str | Tensor:
     for value in values:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
+            if op.on_host and first is not None and value.is_cpu and not first.is_cpu:
+                if _read_by_host(op, value, args, kwargs):
+                    continue
             why = _refuse_tensor(op, value)
             if why is not None:
                 return why
@@ -352,7 +365,7 @@ def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
     tensor, variant = found, ""
     if mode != "triton":
         chosen = _gate.decide(
-            op.name, op.policy, tensor.get_device(), args, kwargs, free=mode == "graph"
+            op.name, op.policy, tensor.get_device(), args, kwargs, mode == "graph", op.stock_raises
         )
         if isinstance(chosen, Stock):
             return chosen

@@ -55,6 +55,7 @@ APART = {
     "attention": "products of matrices, whose sums overflow where stock's do",
     "dropout": "a product with a number that is drawn; tests/test_dropout.py has infinities",
     "embedding": "a copy",
+    "embedding_bag": "sums of copies",
     "linear": "products of matrices, whose sums overflow where stock's do",
     "linear_cross_entropy": "products of matrices, whose sums overflow where stock's do",
     "multihead_attention": "products of matrices, whose sums overflow where stock's do",

@@ -7,6 +7,7 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import kernels
+from fastnn._gate import only_deterministic
 from fastnn._op import Function, Invalid, Stock, impossible, op, run, second_order
 
 INTEGERS = (torch.int64, torch.int32)
@@ -58,6 +59,9 @@ def _numbers(lengths):
     stock=stock.ctc_loss,
     strided=("log_probs", "targets"),
     integers=INTEGERS,
+    on_host=("input_lengths", "target_lengths"),
+    settings=only_deterministic,
+    stock_raises=True,
     autocast="fp32",
     autocast_cpu="fp32",
 )
@@ -67,7 +71,8 @@ def ctc_loss(
 ):  # fmt: skip
     """Fused over all steps of a sequence, up to 1023 labels; always deterministic.
 
-    PyTorch raises RuntimeError in the backward on a GPU under `use_deterministic_algorithms`. The
+    PyTorch raises RuntimeError in the backward on a GPU under `use_deterministic_algorithms`; there
+    `auto` runs the kernels, too. The
     gradient is that of a log_softmax that was applied, as in PyTorch. A label outside [0, C) makes
     the loss of its sequence and the gradients of the sequence nan; PyTorch reads stray memory.
     """
