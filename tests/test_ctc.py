@@ -37,6 +37,7 @@ Y = torch.tensor([[1, 2], [3, 1]])
         (X, Y, (5, 5), (1, 1), 0, "other"),
         (X.half(), Y, (5, 5), (1, 1)),
         (X[0, 0], Y, (5, 5), (1, 1)),
+        (X[:, 0], Y[0], (5,), (1,)),  # one sequence, and more targets than labels
     ],
     ids=lambda args: None,
 )

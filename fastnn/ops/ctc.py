@@ -96,7 +96,7 @@ def ctc_loss(
     if log_probs.dim() == 2:
         if targets.dim() != 1:
             return Stock("shape", "2-d targets of one sequence")
-        x, target = x.unsqueeze(1), target.unsqueeze(0)
+        x = x.unsqueeze(1)  # the targets are concatenated ones
     T, N, C = x.shape
     if not 0 <= blank < C:
         return Invalid("option", f"blank={blank} of {C} classes")
@@ -119,6 +119,8 @@ def ctc_loss(
         offsets = [target.stride(0) * n for n in range(N)]
     if max(labels) > kernels.ctc.MOST:
         return Stock("size", f"{max(labels)} labels")
+    if target.dtype is not torch.int64:
+        target = target.clone()  # as PyTorch, which converts it, so that users may edit theirs
     lengths = steps, labels, offsets
     loss = run(CTCLoss, x, target, lengths, (blank, reduction, zero_infinity))
     if reduction == "none" and log_probs.dim() == 2:
