@@ -67,12 +67,14 @@ class Below(NamedTuple):
     ready: whether the tensors may be looked at: Dynamo does not trace, and nobody would notice that
         their attributes are read.
     size: a bound on the size of the call.
+    least: the floor: `_the_floor`, or 0 while the kernel is to run calls of every size.
     """
 
     tensors: tuple[str, ...]
     others: tuple[str, ...]
     ready: str
     size: str
+    least: str
 
 
 def below(record: Any, first: str, home: str = "") -> Below:
@@ -92,7 +94,10 @@ def below(record: Any, first: str, home: str = "") -> Below:
     # first, because Dynamo can trace nothing of the rest
     state = f"not _is_compiling() and {copied} and not _function_modes() and not _is_tracing()"
     ready = f"{state} and {kinds}"
-    return Below(tensors, tuple(sorted(names - read)), ready, size)
+    least = "_the_floor"
+    if record.alerts is not None:
+        least = "(0 if _is_deterministic() and not _only_warns() else _the_floor)"
+    return Below(tensors, tuple(sorted(names - read)), ready, size, least)
 
 
 BELOW = {
@@ -101,6 +106,8 @@ BELOW = {
     "_function_modes": torch._C._len_torch_function_stack,
     "_is_tracing": torch._C._is_tracing,  # sizes would be tensors
     "_exact_types": _EXACT_TYPES,
+    "_is_deterministic": torch._C._get_deterministic_algorithms,
+    "_only_warns": torch._C._get_deterministic_algorithms_warn_only,
 }
 
 
@@ -206,7 +213,7 @@ def front(record: Any, dispatch: Callable) -> Callable:
         f"            return stock({passed})",
         f"        if _uniform and {asked.ready}:",
         "            try:",
-        f"                _is_small = _plain and {asked.size} < _the_floor",
+        f"                _is_small = _plain and {asked.size} < {asked.least}",
         "            except Exception:  # arguments of the wrong kinds",
         "                _is_small = False",
         "            if _is_small:",
@@ -224,7 +231,7 @@ def front(record: Any, dispatch: Callable) -> Callable:
         + (f"dict({', '.join(keyword)}))" if keyword else "no_keywords)"),
         f"    def small({', '.join(asked.tensors + asked.others)}):",
         "        try:",
-        f"            return _plain and {asked.ready} and {asked.size} < _the_floor",
+        f"            return _plain and {asked.ready} and {asked.size} < {asked.least}",
         "        except Exception:",
         "            return False",
         "    def set_floor(least):",

@@ -72,6 +72,7 @@ if _host not in ("", "free"):
     raise ValueError(f"FASTNN_HOST={_host!r}: accepted is 'free', or nothing")
 
 Policy = Callable[..., Work | Stock]
+Alerts = Callable[..., bool]
 
 
 # ---- The table ----------------------------------------------------------------------------------
@@ -197,12 +198,20 @@ def decide(
     args: tuple,
     kwargs: dict,
     free: bool = False,
+    alerts: Alerts | None = None,
 ) -> Stock | str:
     """The variant of `op` to run, or why PyTorch is to run the call.
 
     `policy` says how much work the call is. Without a policy, the size is the element count of the
-    first argument. `free`: the host costs nothing.
+    first argument. `free`: the host costs nothing. `alerts`: whether PyTorch raises an error for
+    the call while deterministic algorithms are required. Then the kernel runs at every size.
     """
+    if alerts is not None and determinism_required() and _asked is None:
+        try:
+            if alerts(*args, **kwargs):
+                return ""
+        except Exception:  # arguments of the wrong kinds
+            pass
     try:
         work = Work(args[0].numel()) if policy is None else policy(*args, **kwargs)
     # arguments of the wrong kinds: PyTorch is going to reject them with its own error
@@ -222,6 +231,30 @@ def decide(
     return Stock(
         f"size gate: {work.size:,} {work.unit}; the kernel wins from {int(least):,} ({source})"
     )
+
+
+# ---- Where PyTorch raises an error --------------------------------------------------------------
+#
+# Many backwards of PyTorch add with atomics on a GPU. After `torch.use_deterministic_algorithms(
+# True)` they raise an error. Kernels of ours add in a fixed order, so they can run there.
+
+
+def determinism_required() -> bool:
+    """Whether PyTorch raises an error where an operator has no deterministic implementation."""
+    return (
+        torch._C._get_deterministic_algorithms()
+        and not torch._C._get_deterministic_algorithms_warn_only()
+    )
+
+
+def in_backward(input, *rest, **kwargs) -> bool:
+    """The rule of ops of which only the backward raises."""
+    return torch.is_grad_enabled() and input.requires_grad
+
+
+def always(*args, **kwargs) -> bool:
+    """The rule of ops that raise in the forward."""
+    return True
 
 
 # ---- Floors -------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
         lines += [
             f"        if _mode._plain and {asked.ready}:",
             "            try:",
-            f"                _is_small = {asked.size} < _the_floor",
+            f"                _is_small = {asked.size} < {asked.least}",
             "            except Exception:",
             "                _is_small = False",
             "            if _is_small:",
