@@ -178,16 +178,14 @@ def _computing_nothing() -> Iterator[None]:
 def _plans(kept: dict) -> Iterator[None]:
     """Exactly the plans in `kept` exist inside the block. Those made there are added."""
     _record.forget()
-    for name, (ready, seen) in kept.items():
-        plans = REGISTRY[name].plans
-        plans.ready.update(ready)
-        plans.seen.update(seen)
+    for name, plans in kept.items():
+        REGISTRY[name].plans.keep(plans)
     try:
         yield
     finally:
         for name, op in REGISTRY.items():
             if op.plans.seen:
-                kept[name] = dict(op.plans.ready), dict(op.plans.seen)
+                kept[name] = op.plans.kept()
         _record.forget()
 
 

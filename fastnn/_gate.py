@@ -7,6 +7,7 @@ each op and variant, `crossover.json` gives the size from which the kernel wins.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -203,15 +204,14 @@ def decide(
     """The variant of `op` to run, or why PyTorch is to run the call.
 
     `policy` says how much work the call is. Without a policy, the size is the element count of the
-    first argument. `free`: the host costs nothing. `alerts`: whether PyTorch raises an error for
-    the call while deterministic algorithms are required. Then the kernel runs at every size.
+    first argument. `free`: the host costs nothing. `alerts`: whether PyTorch raises for the call on
+    a GPU where only deterministic algorithms may run; there, the kernel runs at every size.
     """
-    if alerts is not None and determinism_required() and _asked is None:
-        try:
-            if alerts(*args, **kwargs):
+    architecture = _gpus.architecture(device_index)
+    if alerts is not None and only_deterministic() and _asked is None:
+        with contextlib.suppress(Exception):  # arguments of the wrong kinds
+            if architecture != "cpu" and not unproven(architecture) and alerts(*args, **kwargs):
                 return ""
-        except Exception:  # arguments of the wrong kinds
-            pass
     try:
         work = Work(args[0].numel()) if policy is None else policy(*args, **kwargs)
     # arguments of the wrong kinds: PyTorch is going to reject them with its own error
@@ -222,7 +222,7 @@ def decide(
         return Stock("the gate was only asked")
     if isinstance(work, Stock):
         return work
-    found = crossover(op, _gpus.architecture(device_index), work.variant)
+    found = crossover(op, architecture, work.variant)
     least, source = found.free() if free else found.least, found.source
     if work.size >= least:
         return work.variant
@@ -239,11 +239,11 @@ def decide(
 # True)` they raise an error. Kernels of ours add in a fixed order, so they can run there.
 
 
-def determinism_required() -> bool:
-    """Whether PyTorch raises an error where an operator has no deterministic implementation."""
+def only_deterministic() -> bool:
+    """Whether PyTorch raises an error instead of running an algorithm that is not deterministic."""
     return (
-        torch._C._get_deterministic_algorithms()
-        and not torch._C._get_deterministic_algorithms_warn_only()
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
     )
 
 

@@ -107,6 +107,11 @@ def uniform() -> Mode | None:
     return _uniform if _mode.get() in (None, _uniform) else None
 
 
+def context() -> ContextVar[Mode | None]:
+    """The variable that holds the mode of a context; None: no block was opened in it."""
+    return _mode
+
+
 def current_mode() -> Mode:
     """The mode in force: "auto", "triton" or "torch"."""
     return _mode.get() or _fallback

@@ -59,6 +59,8 @@ class Op:
     integers: tuple[torch.dtype, ...] = ()  # the dtypes of index arguments, if any
     # tensors that `fused` takes with any strides; all others are made dense
     strided: tuple[str, ...] = ()
+    # arguments that may be on the CPU while the others are on a GPU, because the host reads them
+    on_host: tuple[str, ...] = ()
     autocast: Literal["fp32", "lower", None] = None  # the autocast list of CUDA that has this op
     autocast_cpu: Literal["fp32", "lower", None] = None
     lowered: tuple[str, ...] = ()  # the arguments that autocast to 16 bits casts; default: all
@@ -115,8 +117,8 @@ class Op:
 def _with_determinism(settings: Callable[[], Any] | None) -> Callable[[], Any]:
     """A function that gives these settings, and whether determinism is required."""
     if settings is None:
-        return _gate.determinism_required
-    return lambda: (settings(), _gate.determinism_required())
+        return _gate.only_deterministic
+    return lambda: (settings(), _gate.only_deterministic())
 
 
 def op(*, stock: Callable, **fields) -> Callable[[Callable], Callable]:
@@ -167,6 +169,11 @@ def _refuse_tensor(op: Op, t: Tensor) -> str | None:
     return None
 
 
+def _read_by_host(op: Op, t: Tensor, args: tuple, kwargs: dict) -> bool:
+    given = {**dict(zip(op.names, args, strict=False)), **kwargs}
+    return any(given.get(name) is t for name in op.on_host)
+
+
 _NO_TENSOR = "there is no tensor among the arguments"
 _WRAPPED = "an argument is a DTensor, or the result of a collective that is not complete"
 
@@ -194,6 +201,9 @@ def survey(op: Op, args: tuple, kwargs: dict) -> str | Tensor:
     for value in values:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
+            if op.on_host and first is not None and value.is_cpu and not first.is_cpu:
+                if _read_by_host(op, value, args, kwargs):
+                    continue
             why = _refuse_tensor(op, value)
             if why is not None:
                 return why
@@ -365,13 +375,7 @@ def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
     tensor, variant = found, ""
     if mode != "triton":
         chosen = _gate.decide(
-            op.name,
-            op.policy,
-            tensor.get_device(),
-            args,
-            kwargs,
-            free=mode == "graph",
-            alerts=op.alerts,
+            op.name, op.policy, tensor.get_device(), args, kwargs, mode == "graph", op.alerts
         )
         if isinstance(chosen, Stock):
             return chosen

@@ -260,6 +260,26 @@ def reshaped_and_read(x):
     return s + NORM(s)
 
 
+def permuted(x):
+    return x.cos().t().contiguous().t()
+
+
+def heads(x):
+    return x.view(2, 2, 2, 8).transpose(1, 2)
+
+
+def attention(x):
+    """As Whisper does: only the query is a copy."""
+    x = x.cos()
+    y = F.scaled_dot_product_attention(heads(x).contiguous(), heads(x), heads(x))
+    return y.transpose(1, 2).reshape(2, 2, WIDTH)
+
+
+def three(x):
+    q, k, v = F.pad(x, (0, 8)).view(2, 2, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    return q * k + v
+
+
 SPELLINGS = {
     "x.mul": ("silu written out", lambda x: x.mul(x.sigmoid())),
     "sigmoid first": ("silu written out", lambda x: torch.sigmoid(x) * x),
@@ -307,6 +327,12 @@ SPELLINGS = {
     "swiglu": ("activation, product", lambda x: F.silu(x) * x.cos()),
     "geglu": ("activation, product", lambda x: x.cos().mul(F.gelu(x, approximate="tanh"))),
     "group": ("group_norm, activation", lambda x: torch.tanh(GROUP(x))),
+    "divided by 1": ("nothing to do", lambda x: ((x + 1) / 1.0).sin()),
+    "times 1": ("nothing to do", lambda x: (1 * x.cos()).sin()),
+    "padded by 0": ("nothing to do", lambda x: F.pad(x.cos(), (0, 0, 0, 0)).sin()),
+    "of two layouts": ("sum of two layouts", lambda x: LINEAR(permuted(x) + x.sin())),
+    "copies for attention": ("contiguous before attention", lambda x: attention(x)),
+    "query, key, value": ("unbind of a permutation", lambda x: three(x)),
 }  # fmt: skip
 
 
@@ -552,6 +578,85 @@ def rows_of_another_layout(x):
     return WEIGHT * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
 
 
+def copy_of_an_input(x):
+    return (x / 1).sin()
+
+
+def copy_that_leaves(x):
+    y = x.sin()
+    return y * 1, y
+
+
+def copy_that_is_written(x):
+    y = x.sin()
+    z = y / 1
+    return z.add_(1) * y.cos()
+
+
+def copy_of_what_is_written(x):
+    y = x.sin()
+    z = F.pad(y, (0, 0))
+    y.mul_(2)
+    return z.cos() + y.cos()
+
+
+def copy_that_a_view_leaves(x):
+    return (x.sin() / 1).view(-1)
+
+
+def quotient_of_integers(x):
+    return (x.argsort() / 1).sin()
+
+
+def negative_pad(x):
+    return F.pad(x.sin(), (0, -1)).cos()
+
+
+def product_with_true(x):
+    return (x.sin() * True).cos()
+
+
+def layout_that_leaves(x):
+    return permuted(x) + x.sin()
+
+
+def layout_of_a_sine(x):
+    return LINEAR((permuted(x) + x.sin()).sin())
+
+
+def layout_that_a_dropout_draws(x):
+    return LINEAR(F.dropout(permuted(x) + x.sin(), 0.5))
+
+
+def copy_that_others_read(x):
+    q = heads(x.cos()).contiguous()
+    y = F.scaled_dot_product_attention(q, q, q)
+    return y.transpose(1, 2).reshape(2, 2, WIDTH) + q.sum()
+
+
+def layout_of_attention(x):
+    q = heads(x.cos())
+    return F.scaled_dot_product_attention(q.contiguous(), q, q)
+
+
+def written_after_attention(x):
+    y = x.cos()
+    z = F.scaled_dot_product_attention(heads(y).contiguous(), heads(y), heads(y))
+    y.add_(1)
+    return z.transpose(1, 2).reshape(2, 2, WIDTH) + y.sum()
+
+
+def part_of_a_permutation(x):
+    q, _, v = F.pad(x, (0, 8)).view(2, 2, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    return q * v
+
+
+def permutation_with_another_user(x):
+    y = F.pad(x, (0, 8)).view(2, 2, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    q, k, v = y.unbind(0)
+    return q * k + v + y.sum()
+
+
 def product_in_place(x):
     return F.silu(x).mul_(x.cos())
 
@@ -576,6 +681,12 @@ REFUSED = {
         (dropout_in_place, {"linear, activation": 1}), (negative_slope_in_place, {}),
         (sum_read_before_a_reshape, {}), (rows_reshaped, {}), (rows_in_another_order, {}),
         (rows_by_index, {}), (terms_that_are_no_rows, {}),
+        (copy_of_an_input, {}), (copy_that_leaves, {}), (copy_that_is_written, {}),
+        (copy_of_what_is_written, {}), (copy_that_a_view_leaves, {}), (quotient_of_integers, {}),
+        (negative_pad, {}), (product_with_true, {}), (layout_that_leaves, {}),
+        (layout_of_a_sine, {}), (layout_that_a_dropout_draws, {}), (copy_that_others_read, {}),
+        (layout_of_attention, {}), (written_after_attention, {}), (part_of_a_permutation, {}),
+        (permutation_with_another_user, {}),
     )
 }  # fmt: skip
 

@@ -100,7 +100,7 @@ def test_what_pytorch_says_that_it_refuses_has_a_rule():
 def test_a_call_that_pytorch_refuses_runs_on_the_kernel_at_every_size(name):
     call, shape = REFUSED[name]
     x = image(*shape)
-    with simulated(least={}):
+    with simulated("sm_90", least={}):
         assert ran(name, call, x) != "kernel"
         with required():
             assert ran(name, call, x) == "kernel"
@@ -121,7 +121,7 @@ def test_a_call_that_pytorch_refuses_runs_on_the_kernel_at_every_size(name):
 @pytest.mark.parametrize("name", sorted(RUN))
 def test_a_call_that_pytorch_runs_follows_the_size_gate(name):
     call, shape = RUN[name]
-    with simulated(least={}), required():
+    with simulated("sm_90", least={}), required():
         assert ran(name, call, image(*shape)) != "kernel"
 
 
@@ -135,7 +135,7 @@ def test_the_same_call_follows_the_setting():
             layer(x)
         return sum(counted.distinct.values()) > 0
 
-    with simulated(least={}):
+    with simulated("sm_90", least={}):
         for _ in range(3):
             assert [ran_a_kernel() for _ in range(3)] == [False] * 3
             with required():
@@ -144,6 +144,6 @@ def test_the_same_call_follows_the_setting():
 
 def test_a_rule_that_fails_is_no_rule():
     alerts = lambda *args: 1 / 0  # noqa: E731
-    with required():
+    with simulated("sm_90"), required():
         found = _gate.decide("relu", None, -1, (torch.ones(2),), {}, alerts=alerts)
     assert not isinstance(found, str)

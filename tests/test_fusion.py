@@ -111,6 +111,7 @@ def test_what_is_remembered_is_bounded_and_holds_only_our_classes(device):
             return x
 
     _fusion._found.clear()
+    _fusion._found_of_ours.clear()
     for n in range(3):
         fastnn.Sequential(*[Mine()] * n, fastnn.Linear(4, 4), fastnn.ReLU()).to(device)(
             torch.randn(2, 4, device=device)
@@ -120,3 +121,5 @@ def test_what_is_remembered_is_bounded_and_holds_only_our_classes(device):
     for i in range(_fusion._MOST + 5):
         _fusion.grouped([make((fastnn.ReLU, fastnn.GELU)[i >> bit & 1]) for bit in range(11)])
     assert len(_fusion._found) <= _fusion._MOST
+    assert len(_fusion._found_of_ours) <= _fusion._MOST
+    assert {cls for key in _fusion._found_of_ours for cls in key} <= {*_fusion.STOCK}

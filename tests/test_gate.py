@@ -157,9 +157,9 @@ def test_no_call_is_larger_than_its_bound(case):
     calls = []
     decide = _gate.decide
 
-    def listening(name, policy, index, args, kwargs, **options):
+    def listening(name, policy, index, args, kwargs, *rest):
         calls.append((REGISTRY[name], args, kwargs))
-        return decide(name, policy, index, args, kwargs, **options)
+        return decide(name, policy, index, args, kwargs, *rest)
 
     with mock.patch.object(_gate, "decide", listening):
         asked = gate_work(case)

@@ -6,6 +6,7 @@ docs/layers.md  its tables of layers and of functions, between their markers.
 docs/ops.md     the whole file, from the record of each op.
 docs/compile.md  its table of models, from bench/results/counted/models.json.
 docs/compiled.md  its table of roofs, from bench/roofs.json.
+docs/benchmarks.md  its table beside Liger, from bench/results/counted/beside.json.
 
 `--check` compares and writes nothing. Only `python -m tools.generate --commands` writes
 docs/commands.md, because that takes minutes: each ```sh line is run, and its output becomes the
@@ -198,6 +199,13 @@ def models_table() -> str:
     return traffic.markdown(counted["models"])
 
 
+def beside_table() -> str:
+    """Our kernels beside those of Liger, as `python -m bench.beside --write` counted them."""
+    from fastnn.bench import beside
+
+    return beside.table(json.loads(beside.PATH.read_text())["rows"])
+
+
 def main() -> int:
     if "--commands" in sys.argv:
         commands_page()
@@ -211,6 +219,8 @@ def main() -> int:
     tables = between(tables, "functions", functions_table())
     compiled = ROOT / "docs" / "compiled.md"
     roofed = between(compiled.read_text(), "roofs", roofs.by_kernel())
+    benchmarks = ROOT / "docs" / "benchmarks.md"
+    besides = between(benchmarks.read_text(), "liger", beside_table())
     stale = []
     pages = (
         (readme, front),
@@ -218,6 +228,7 @@ def main() -> int:
         (ROOT / "docs" / "ops.md", ops_page()),
         (models, between(models.read_text(), "models", models_table())),
         (compiled, roofed),
+        (benchmarks, besides),
     )
     for path, content in pages:
         if not path.exists() or path.read_text() != content:

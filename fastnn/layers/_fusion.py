@@ -20,7 +20,7 @@ import fastnn.functional as F
 from fastnn import _gate, _mode
 from fastnn.layers import activation as acts
 from fastnn.layers import batchnorm, conv
-from fastnn.layers._layer import OURS, STOCK, as_torch_made, watched
+from fastnn.layers._layer import OURS, STOCK, as_torch_made, attributes, watched, weight_and_bias
 from fastnn.layers._marks import KEY, MARK
 from fastnn.layers.dropout import Dropout
 from fastnn.layers.linear import Linear
@@ -68,18 +68,6 @@ Tell = Callable[[Any], Any]
 
 def _itself(m) -> Any:
     return m
-
-
-def _parameter(m, name: str) -> Any:
-    """`getattr(m, name)`, without the search that ends in `Module.__getattr__`.
-
-    Of a member that is exactly of a class of ours or of its stock class, so that the class has no
-    such attribute.
-    """
-    d = m.__dict__
-    if name not in d:
-        d = d["_parameters"]
-    return d[name] if name in d else getattr(m, name)
 
 
 def _noise(m) -> tuple[float, bool] | None:
@@ -188,9 +176,9 @@ def _of_convolution(x, conv, norm, act=(None, 0.0, 0.0)) -> Any:
     if x.dim() != len(conv.kernel_size) + 2:
         return Misfit(f"an input of {x.dim()} dimensions is one sample, which has no batch to norm")
     return (
-        x, _parameter(conv, "weight"), _parameter(conv, "bias"), norm.running_mean,
-        norm.running_var, norm.weight, norm.bias, norm.eps, conv.stride, conv.padding,
-        conv.dilation, conv.groups, *act,
+        x, *weight_and_bias(conv),
+        *attributes(norm, "running_mean", "running_var", "weight", "bias"), norm.eps, conv.stride,
+        conv.padding, conv.dilation, conv.groups, *act,
     )  # fmt: skip
 
 
@@ -199,8 +187,7 @@ LINEAR_ACT = Rule(
     (LINEAR, ACTIVATION, DROPOUT._replace(optional=True)),
     lambda x, linear, act, noise=(0.0, False): (
         x,
-        _parameter(linear, "weight"),
-        _parameter(linear, "bias"),
+        *weight_and_bias(linear),
         *act,
         *noise,
     ),
@@ -219,7 +206,8 @@ DROPOUT_ADD_LAYER_NORM = Rule(
     dropout_add_layer_norm,
     (DROPOUT, LAYER_NORM),
     lambda z, noise, norm, residual, prenorm: (
-        z, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps, *noise, prenorm,
+        z, residual, norm.normalized_shape, *weight_and_bias(norm), norm.eps, *noise,
+        prenorm,
     ),
     neighbours=False,
     small=lambda z, leader: dropout_add_layer_norm.small(z),  # type: ignore[attr-defined]
@@ -228,7 +216,7 @@ DROPOUT_ADD_RMS_NORM = Rule(
     dropout_add_rms_norm,
     (DROPOUT, RMS_NORM),
     lambda z, noise, norm, residual, prenorm: (
-        z, residual, norm.normalized_shape, norm.weight, norm.eps, *noise, prenorm,
+        z, residual, norm.normalized_shape, *attributes(norm, "weight"), norm.eps, *noise, prenorm,
     ),
     neighbours=False,
     small=lambda z, leader: dropout_add_rms_norm.small(z),  # type: ignore[attr-defined]
@@ -246,7 +234,13 @@ RULES: tuple[Rule, ...] = (
     Rule(
         group_norm_act,
         (GROUP_NORM, ACTIVATION),
-        lambda x, norm, act: (x, norm.num_groups, norm.weight, norm.bias, norm.eps, *act),
+        lambda x, norm, act: (
+            x,
+            norm.num_groups,
+            *weight_and_bias(norm),
+            norm.eps,
+            *act,
+        ),
         small=lambda x, leader: group_norm_act.small(x),  # type: ignore[attr-defined]
     ),
     # The floors of the two ops are equal: the first member asks for one of them.
@@ -266,8 +260,7 @@ RULES: tuple[Rule, ...] = (
             (layer, ACTIVATION),
             lambda x, conv, act: (
                 x,
-                _parameter(conv, "weight"),
-                _parameter(conv, "bias"),
+                *weight_and_bias(conv),
                 conv.stride,
                 conv.padding,
                 conv.dilation,
@@ -402,6 +395,10 @@ def _taken(member: Any) -> type | None:
 _found: dict[tuple[type | None, ...], tuple[Group | None, ...] | None] = {}
 
 
+# The same, by the classes of members that are all ours: no mark has to be looked for.
+_found_of_ours: dict[tuple[type, ...], Any] = {}
+
+
 def _group(rule: Rule, classes: tuple[type | None, ...]) -> Group | None:
     """The members at the beginning of `classes` that `rule` takes."""
     if not rule.neighbours:
@@ -434,24 +431,37 @@ def _group_all(classes: tuple[type | None, ...]) -> tuple[Group | None, ...] | N
 
 def grouped(members: list) -> tuple[Group | None, ...] | None:
     """For each member, the group that begins with it; None if there is no group at all."""
+    kinds = tuple(map(type, members))
+    known = _found_of_ours.get(kinds, False)
+    if known is not False:
+        return known
     classes = tuple(map(_taken, members))
     try:
-        return _found[classes]
+        groups = _found[classes]
     except KeyError:
         if len(_found) >= _MOST:
             _found.clear()
-        return _found.setdefault(classes, _group_all(classes))
+        groups = _found.setdefault(classes, _group_all(classes))
+    if all(kind in STOCK for kind in kinds):
+        if len(_found_of_ours) >= _MOST:
+            _found_of_ours.clear()
+        _found_of_ours[kinds] = groups
+    return groups
 
 
-def run_neighbours(group: Group, members: list, i: int, input: Any) -> tuple[int, Any]:
+def run_neighbours(
+    group: Group, members: list, i: int, input: Any, large: bool = False
+) -> tuple[int, Any]:
     """(index after the members that ran as one op, what it returned); (i, input) if none did.
 
     None do if the op would run PyTorch because of its size: the members do the same by themselves.
+    large: it is known that the call is not below the floor of the op.
     """
     rule = group.rule
     op: Any = rule.op.op  # type: ignore[attr-defined]
+    known = op.floor.known
     op.find_floor()  # if no call of the op has got as far as dispatch
-    if rule.small(input, members[i]):
+    if not (large and known) and rule.small(input, members[i]):
         return i, input
     end = i + len(group.places)
     what = []

@@ -58,6 +58,7 @@ def _numbers(lengths):
     stock=stock.ctc_loss,
     strided=("log_probs", "targets"),
     integers=INTEGERS,
+    on_host=("input_lengths", "target_lengths"),
     autocast="fp32",
     autocast_cpu="fp32",
     alerts=in_backward,
@@ -68,7 +69,8 @@ def ctc_loss(
 ):  # fmt: skip
     """Fused over all steps of a sequence, up to 1023 labels; always deterministic.
 
-    PyTorch raises RuntimeError in the backward on a GPU under `use_deterministic_algorithms`. The
+    PyTorch raises RuntimeError in the backward on a GPU under `use_deterministic_algorithms`; there
+    `auto` runs the kernels, too. The
     gradient is that of a log_softmax that was applied, as in PyTorch. A label outside [0, C) makes
     the loss of its sequence and the gradients of the sequence nan; PyTorch reads stray memory.
     """

@@ -18,6 +18,7 @@ from fastnn._op import (
     Function,
     Invalid,
     Stock,
+    Work,
     always,
     impossible,
     in_backward,
@@ -163,6 +164,51 @@ def _regular(input, dims, kernel_size, stride, padding, dilation, ceil_mode):
 
 # ---- max ----------------------------------------------------------------------------------------
 
+_SHARED = 4  # windows that may share an element
+
+
+def _wins(input, k, s, d, by_size=False):
+    """The answer of the size gate for maxima of regular windows. The limits are those up to which
+    instructions take no longer than the bytes of PyTorch's kernels, on an H100."""
+    if not kernels.pooling.in_cells(k, s, d, by_size):
+        return Stock(
+            f"windows of {k}, dilation {d}: the kernel computes positions too often to win"
+        )
+    taps, elements = math.prod(k), math.prod(s)
+    if taps > _SHARED * elements:
+        return Stock(f"windows of {k}, stride {s}: too many windows share an element for a kernel")
+    if taps > elements and input.stride(-len(k) - 1) != 1 and input.shape[-1] % 8:
+        return Stock(f"windows overlap, in rows of {input.shape[-1]}: accesses would be narrow")
+    return Work(input.numel())
+
+
+def _regular_wins(dims):
+    """The policy of max pooling over `dims` dimensions."""
+
+    def policy(
+        input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False,
+        return_indices=False, *, out_dtype=None,
+    ):  # fmt: skip
+        found = _regular(input, dims, kernel_size, stride, padding, dilation, ceil_mode)
+        return found if isinstance(found, Stock) else _wins(input, found[0], found[1], found[3])
+
+    return policy
+
+
+def _adaptive_wins(dims):
+    """The policy of adaptive max pooling over `dims` dimensions."""
+
+    def policy(input, output_size, return_indices=False, *, out_dtype=None):
+        found = _adaptive(input, dims, output_size)
+        if isinstance(found, Stock):
+            return found
+        window, k, s, _ = found
+        if window != "regular":
+            return Stock("windows of several sizes: the kernel computes positions too often to win")
+        return _wins(input, k, s, (1,) * dims, by_size=True)
+
+    return policy
+
 
 def _max_pool(
     dims, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, dtype
@@ -199,7 +245,12 @@ def _max_last(input, dims, return_indices, stride=None):
     return _channels_last(shape, stride)
 
 
-@op(stock=stock.max_pool1d, strided=_INPUT, source="ATen's rules for nan, ties and ceil_mode")
+@op(
+    stock=stock.max_pool1d,
+    strided=_INPUT,
+    policy=_regular_wins(1),
+    source="ATen's rules for nan, ties and ceil_mode",
+)
 def max_pool1d(
     input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False,
     *, out_dtype=None,
@@ -210,7 +261,12 @@ def max_pool1d(
     )
 
 
-@op(stock=stock.max_pool2d, strided=_INPUT, source="ATen's rules for nan, ties and ceil_mode")
+@op(
+    stock=stock.max_pool2d,
+    strided=_INPUT,
+    policy=_regular_wins(2),
+    source="ATen's rules for nan, ties and ceil_mode",
+)
 def max_pool2d(
     input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False,
     *, out_dtype=None,
@@ -229,6 +285,7 @@ def max_pool2d(
     stock=stock.max_pool3d,
     alerts=in_backward,
     strided=_INPUT,
+    policy=_regular_wins(3),
     autocast_cpu="fp32",
     source="ATen's rules for nan, ties and ceil_mode",
 )
@@ -417,20 +474,35 @@ def _adaptive_max_pool(function, dims, input, output_size, return_indices, dtype
     )
 
 
-@op(stock=stock.adaptive_max_pool1d, strided=_INPUT, alerts=in_backward)
+@op(
+    stock=stock.adaptive_max_pool1d,
+    strided=_INPUT,
+    policy=_adaptive_wins(1),
+    alerts=in_backward,
+)
 def adaptive_max_pool1d(input, output_size, return_indices=False):
     """Fused like `adaptive_max_pool2d`."""
     return _adaptive_max_pool(stock.adaptive_max_pool1d, 1, input, output_size, return_indices)
 
 
-@op(stock=stock.adaptive_max_pool2d, strided=_INPUT, alerts=in_backward)
+@op(
+    stock=stock.adaptive_max_pool2d,
+    strided=_INPUT,
+    policy=_adaptive_wins(2),
+    alerts=in_backward,
+)
 def adaptive_max_pool2d(input, output_size, return_indices=False):
     """Fused for every output size except 0, with one launch per direction. It keeps what
     `max_pool2d` keeps of a window. The backward adds in a fixed order, without atomics."""
     return _adaptive_max_pool(stock.adaptive_max_pool2d, 2, input, output_size, return_indices)
 
 
-@op(stock=stock.adaptive_max_pool3d, strided=_INPUT, autocast_cpu="fp32")
+@op(
+    stock=stock.adaptive_max_pool3d,
+    strided=_INPUT,
+    policy=_adaptive_wins(3),
+    autocast_cpu="fp32",
+)
 def adaptive_max_pool3d(input, output_size, return_indices=False, *, out_dtype=None):
     """Fused like `adaptive_max_pool2d`. The result is never channels last, as in PyTorch."""
     return _adaptive_max_pool(

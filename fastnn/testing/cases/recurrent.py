@@ -1,4 +1,6 @@
-"""Recurrent cells: one hidden unit, one past a block, no bias, unbatched, states or none."""
+"""Recurrent cells and layers: one hidden unit, one past a block, no bias, unbatched, states or
+none, projections, recurrent weights that do not fit one block, packed sequences.
+"""
 
 import torch
 
@@ -13,6 +15,16 @@ def pair(*shape):
 
 F32 = (torch.float32,)
 BF16 = (torch.bfloat16,)
+
+
+def each(*shapes):
+    """Maker of a tuple of tensors of these shapes."""
+    return lambda dtype, device: tuple(randn(*shape)(dtype, device) for shape in shapes)
+
+
+def counts(*values):
+    """Maker of the numbers of rows of the steps of a packed sequence, which stay on the CPU."""
+    return lambda dtype, device: torch.tensor(values)
 
 
 def sizes(inputs, hidden, **options):
@@ -70,7 +82,14 @@ CASES: list[Case] = [
         dtypes=F32,
     ),
     Case("LSTM", (randn(4, 2, 3),), sizes(3, 5, num_layers=2, dropout=0.5), dtypes=F32),
-    Case("LSTM", (randn(4, 2, 3),), sizes(3, 5, proj_size=2), dtypes=F32, stock="proj_size"),
+    Case("LSTM", (randn(3, 2, 3),), sizes(3, 5, proj_size=2)),
+    Case(
+        "LSTM",
+        (randn(2, 17, 3), lambda *at: (randn(4, 17, 2)(*at), randn(4, 17, 18)(*at))),
+        sizes(3, 18, proj_size=2, num_layers=2, bidirectional=True, bias=False),
+        dtypes=F32,
+    ),
+    Case("LSTM", (randn(2, 1, 3),), sizes(3, 66, proj_size=65), dtypes=BF16),
     Case("LSTM", (randn(4, 0, 3),), sizes(3, 5), dtypes=F32, stock="no elements"),
     Case("GRU", (randn(5, 3, 4), randn(1, 3, 6)), sizes(4, 6)),
     Case("GRU", (randn(2, 17, 3),), sizes(3, 17, bidirectional=True), dtypes=F32),
@@ -84,4 +103,33 @@ CASES: list[Case] = [
     Case("RNN", (randn(2, 17, 3),), sizes(3, 17, bidirectional=True), dtypes=F32),
     Case("RNN", (randn(3, 3, 3),), sizes(3, 5, nonlinearity="relu", batch_first=True)),
     Case("RNN", (randn(3, 2, 4),), sizes(4, 5, bias=False), autocast=torch.bfloat16),
-]
+    Case("RNN", (randn(2, 2, 3),), sizes(3, 211), dtypes=F32),
+    Case(
+        "lstm",
+        (randn(6, 3), counts(3, 2, 1), pair(2, 3, 5), each(*2 * [(20, 3), (20, 5), (20,), (20,)]),
+         True, 1, 0.0, True, True),
+    ),
+    Case(
+        "lstm",
+        (randn(23, 2), counts(18, 4, 1),
+         lambda *at: (randn(1, 18, 2)(*at), randn(1, 18, 5)(*at)),
+         each((20, 2), (20, 2), (2, 5)), False, 1, 0.0, False, False),
+        dtypes=F32,
+    ),
+    Case(
+        "gru",
+        (randn(6, 3), counts(3, 2, 1), randn(2, 3, 5), each(*2 * [(15, 3), (15, 5), (15,), (15,)]),
+         True, 1, 0.0, True, True),
+    ),
+    Case(
+        "rnn_tanh",
+        (randn(6, 3), counts(3, 2, 1), randn(2, 3, 5), each(*2 * [(5, 3), (5, 5), (5,), (5,)]),
+         True, 1, 0.0, True, True),
+    ),
+    Case(
+        "rnn_relu",
+        (randn(3, 3), counts(1, 1, 1), randn(1, 1, 5), each((5, 3), (5, 5)), False, 1, 0.0, True,
+         False),
+        dtypes=F32,
+    ),
+]  # fmt: skip
