@@ -233,11 +233,14 @@ DRAWS = 25
 
 
 def _shuffled(call, draw):
+    """The call with the values of each tensor in another order; a single value is made smaller."""
     g = torch.Generator().manual_seed(draw)
     copies: dict[int, Tensor] = {}
     for t in call.tensors().values():
         if t.is_floating_point() and id(t) not in copies:
             copies[id(t)] = t.flatten()[torch.randperm(t.numel(), generator=g)].view(t.shape)
+            if t.numel() == 1:
+                copies[id(t)] = t * (1 - 0.5 * torch.rand((), generator=g))
     return call.with_(**{k: copies.get(id(t), t) for k, t in call.tensors().items()})
 
 

@@ -98,6 +98,11 @@ def odd(t: Tensor):
     return base.as_strided(t.shape, strides), base
 
 
+def single(t: Tensor):
+    """An unusual stride of a single element; `attempts` makes a call of single elements for it."""
+    return odd(t) if t.dim() and t.numel() == 1 else None
+
+
 def channels_last(t: Tensor):
     if t.dim() not in (4, 5):
         return None
@@ -106,7 +111,7 @@ def channels_last(t: Tensor):
     return base, base
 
 
-LAYOUTS = (column, rows, expanded, spread, transposed, offset, odd, channels_last)
+LAYOUTS = (column, rows, expanded, spread, transposed, offset, odd, single, channels_last)
 GRADIENTS = "incoming gradients"
 
 # pytest makes one of so many calls of these ops, because an interpreted call takes long.
@@ -123,6 +128,10 @@ KNOWN = {
     ("nll_loss", "grad_input must be contiguous"): "stock rejects channels last in its backward",
     ("batch_norm", "grad of input: finite"): "stock reads a strided weight as dense on a CPU",
     ("gru_cell", "output 0: strides"): "as on CUDA, dense; a CPU may take the strides of hx",
+    (
+        "binary_cross_entropy_with_logits",
+        "(stock is 0 away)",
+    ): "stock adds a tiny term to 1",
     ("logsigmoid", "output 0: strides"): "contiguous on a CPU; as the input on CUDA, and here",
     **{
         (f"max_unpool{d}d", "view size is not compatible"): "stock rejects indices without a view"
@@ -154,17 +163,36 @@ def _listed(name, argument, layout, difference, call):
     if (name, argument, layout) == (op, gradients, last):
         if difference.startswith(words):
             return True
+    if layout == "single" and ": strides " in difference:
+        return True
     if layout == "expanded" and difference.endswith(CANCELS):
         return True
     return _float32_mean(name, call, difference) or _known(name, difference)
 
 
+def _of_single_elements(calls: list[Call]) -> list[Call]:
+    """The calls with every size 1, one of each kind. `.contiguous()` keeps any strides of a single
+    element. Integers are 0, which is a class and a place of all tensors."""
+    found: dict = {}
+    for call in calls:
+        made = {}
+        for k, t in call.tensors().items():
+            one = t[(slice(1),) * t.dim()].clone(memory_format=torch.contiguous_format)
+            made[k] = one if t.dtype == torch.bool or t.is_floating_point() else one * 0
+        if all(t.numel() for t in made.values()):
+            ones = call.with_(**made)
+            found.setdefault(ones.kind(), ones)
+    return list(found.values())
+
+
 def attempts(name: str):
     """All (argument, layout, the calls of the op that have such an argument)."""
-    calls = recorded().get(name, [])
-    arguments = sorted({argument for call in calls for argument in call.tensors()})
+    every = recorded().get(name, [])
+    ones = _of_single_elements(every)
+    arguments = sorted({argument for call in every for argument in call.tensors()})
     for argument in (*arguments, GRADIENTS):
         for layout in LAYOUTS:
+            calls = ones if layout is single else every
             if argument == GRADIENTS:
                 those = [c for c in calls if c.wanting]
             else:
