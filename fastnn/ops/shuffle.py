@@ -55,7 +55,8 @@ def pixel_shuffle(input, upscale_factor):
         return declined
     *lead, c, h, w = input.shape
     # On CUDA the result is plain, on a CPU it has the layout of the input.
-    return _shuffled(input, *_pixels(lead, c // (r * r), r, h, w), keeps=not input.is_cuda)
+    there, back = _pixels(lead, c // (r * r), r, h, w)
+    return _shuffled(input, there, back, keeps=not input.is_cuda)
 
 
 @op(stock=torch.pixel_unshuffle, strided=("input",), source="arXiv:1609.05158")
