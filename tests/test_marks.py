@@ -216,6 +216,30 @@ assert all(dict(vars(c)) == before[c] for c in OURS)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@interpreted
+def test_the_first_mark_may_be_made_while_functions_are_replaced():
+    """In a patch, or while a tool has replaced a function. Afterwards layers run on kernels."""
+    code = """
+import sys, torch, torch.nn as nn, fastnn
+linear = nn.functional.linear
+if sys.argv[1] == "patch":
+    with fastnn.patch():
+        layer = nn.Linear(3, 3)
+else:
+    nn.functional.linear = lambda *given: linear(*given)
+    layer = fastnn.convert(nn.Linear(3, 3))
+    with fastnn.decisions() as heard:
+        layer(torch.randn(2, 3))
+    assert not [d for d in heard if d.why is None], "the tool's function is called"
+    nn.functional.linear = linear
+with fastnn.decisions() as heard, fastnn.backend("triton"):
+    layer(torch.randn(2, 3))
+assert [(d.op.name, d.why) for d in heard] == [("linear", None)], heard
+"""
+    for how in ("patch", "tool"):
+        subprocess.run([sys.executable, "-c", code, how], check=True)
+
+
 def test_every_class_can_be_marked():
     asked = {its: _marks._prepare(its) for its in OURS}
     assert not {its: why for its, why in asked.items() if why}

@@ -111,11 +111,13 @@ def _codes(code: CodeType) -> list[CodeType]:
     return [code, *inner]
 
 
+@functools.cache
 def called(method: Any) -> dict[str, tuple]:
     """The functions of `torch.nn.functional` that PyTorch's `method` calls, at any depth.
 
-    For each name the functions that count as original. The names are those in the code, so there
-    may be too many of them, for example that of an attribute of the layer.
+    For each name the functions that count as original: those at the first question, which is asked
+    when fastnn is imported. Later, `patch` or a tool may have put others there. The names are those
+    in the code, so there may be too many of them, for example that of an attribute of the layer.
     """
     found: dict[str, tuple] = {}
     seen: set[str] = set()
