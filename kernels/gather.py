@@ -146,7 +146,8 @@ def _place(
 @kernel(
     do_not_specialize=[
         "col_tiles", "col_magic", "col_shift", "a_tiles", "a_magic", "a_shift",
-        "b_n", "b_magic", "b_shift", "c_n", "c_magic", "c_shift", "z_before", "z_size", "z_step", "z_to",
+        "b_n", "b_magic", "b_shift", "c_n", "c_magic", "c_shift",
+        "z_before", "z_size", "z_step", "z_to",
         "c_before", "c_size", "c_step", "c_to", "b_before", "b_size", "b_step", "b_to",
         "a_out", "a_before", "a_size", "a_step", "a_to",
         "cols", "w_before", "w_size", "inner_step",

@@ -1009,7 +1009,9 @@ PLANTED = {
         (Site, "sum", lambda self, node: [*self.call(node, "add").arguments.values()][:2]),
         stays, "sum_with_alpha",
     ),
-    "a rounding between is lost": ((_rules, "is_widening", is_conversion), stays, "rounded_on_the_way"),
+    "a rounding between is lost": (
+        (_rules, "is_widening", is_conversion), stays, "rounded_on_the_way",
+    ),
     "the layout of a term is lost": (
         (_rules, "_alike", lambda one, other: one.shape == other.shape),
         stays, "residual_of_another_layout",

@@ -740,7 +740,7 @@ def test_the_models_are_fused(name, mode):
     """Each model takes the path that it is meant to test, or the set-ups would show nothing."""
     wrong, heard = differences(name, None, lambda lab: lab.all(lab.net(lab.x)), mode)
     assert not wrong
-    assert FUSED[name] <= {op.name for op, why in heard if why is None}
+    assert FUSED[name] <= {op.name for op, why, _ in heard if why is None}
 
 
 def test_there_is_a_model_of_every_fused_kind():
@@ -888,7 +888,7 @@ def test_threads_with_modes_of_their_own(name):
     def play(mode, net, x):
         with fastnn.backend(mode), fastnn.decisions() as heard:
             found = Lab(net, x, fastnn, mode).all(net(x))
-        return found, {why for _, why in heard if why and not why.startswith("not fused")}
+        return found, {why for _, why, _ in heard if why and not why.startswith("not fused")}
 
     modes = ("triton", "torch", "auto", "triton", "torch", "auto")
     alone = {mode: play(mode, *model()) for mode in set(modes)}

@@ -39,7 +39,7 @@ def glu(input, dim=-1):
     """Fused for every dimension and layout."""
     rank = input.dim()
     if type(dim) is not int or not -rank <= dim < rank or input.shape[dim] % 2:
-        return Invalid(f"dim={dim!r} of {tuple(input.shape)}")
+        return Invalid("option", f"dim={dim!r} of {tuple(input.shape)}")
     return run(GLU, input, dim % rank)
 
 
@@ -114,13 +114,13 @@ def act_glu(input, dim=-1, activation="silu", a=0.0, b=0.0, first=False):
     Raises ValueError for any other activation than those of `linear_act`.
     """
     if activation not in ACTIVATIONS:
-        return Invalid(f"activation={activation!r}")
+        return Invalid("option", f"activation={activation!r}")
     why = refuse_numbers(a, b, activation=activation)
     if why is not None:
         return why
     rank = input.dim()
     if type(dim) is not int or not -rank <= dim < rank or input.shape[dim] % 2:
-        return Invalid(f"dim={dim!r} of {tuple(input.shape)}")
+        return Invalid("shape", f"dim={dim!r} of {tuple(input.shape)}")
     return run(ActGLU, input, dim % rank, activation, float(a), float(b), bool(first))
 
 
@@ -145,20 +145,20 @@ def act_mul(input, other, activation="silu", a=0.0, b=0.0):
     and a and b, are those of `linear_act`. Raises ValueError for any other activation.
     """
     if activation not in ACTIVATIONS:
-        return Invalid(f"activation={activation!r}")
+        return Invalid("option", f"activation={activation!r}")
     why = refuse_numbers(a, b, activation=activation)
     if why is not None:
         return why
     if not isinstance(other, torch.Tensor) or not isinstance(input, torch.Tensor):
-        return Stock("one of the factors is a number")
+        return Stock("option", "one of the factors is a number")
     if input.shape != other.shape or input.dtype != other.dtype:
         return Stock(
-            f"{tuple(input.shape)} of {input.dtype}, {tuple(other.shape)} of {other.dtype}"
+            "dtype", f"{tuple(input.shape)} of {input.dtype}, {tuple(other.shape)} of {other.dtype}"
         )
     last = torch.channels_last if input.dim() == 4 else torch.contiguous_format
     if not any(
         input.is_contiguous(memory_format=f) and other.is_contiguous(memory_format=f)
         for f in (torch.contiguous_format, last)
     ):
-        return Stock(f"strides {input.stride()} and {other.stride()}")
+        return Stock("layout", f"strides {input.stride()} and {other.stride()}")
     return run(ActMul, input, other, activation, float(a), float(b))

@@ -69,7 +69,7 @@ CASES: list[Case] = [
     Case("CTCLoss", (log_probs(5, 2, 4), labels(2, 2, high=4), (5, 4), (2, 1)),
          autocast=torch.bfloat16),
     Case("CTCLoss", (log_probs(5, 1, 4), labels(1, 2, high=4, dtype=torch.float32), (5,), (2,)),
-         stock="targets in", dtypes=F32),
-    Case("CTCLoss", (log_probs(5, 1, 4), labels(1, 2, high=4), (5,), (2,)), stock="float64",
+         stock="dtype", dtypes=F32),
+    Case("CTCLoss", (log_probs(5, 1, 4), labels(1, 2, high=4), (5,), (2,)), stock="dtype",
          dtypes=(torch.float64,)),
 ]  # fmt: skip

@@ -62,9 +62,9 @@ CASES: list[Case] = [
         )
     ),
     # Calls that run stock.
-    Case("act_mul", (randn(4, 5), randn(5)), stock="(4, 5) of"),
+    Case("act_mul", (randn(4, 5), randn(5)), stock="dtype"),
     Case("act_mul", (randn(4, 5, grad=False), randn(4, 5))),
-    Case("act_mul", (randn(4, 3), randn(3, 4)), view=lambda x: x.t(), stock="strides (1, 3)"),
+    Case("act_mul", (randn(4, 3), randn(3, 4)), view=lambda x: x.t(), stock="layout"),
     Case("act_mul", (values(1.0, float("nan"), float("inf"), -float("inf"), -90.0, 90.0, 0.0),
                      values(2.0, 1.0, 3.0, 1.0, 4.0, -1.0, float("nan")))),
 ]  # fmt: skip
