@@ -67,12 +67,14 @@ class Below(NamedTuple):
     ready: whether nobody would notice that attributes of the tensors are read. Dynamo can trace
         nothing of it, so `_is_compiling` is asked first.
     size: a bound on the size of the call.
+    least: the floor: `_the_floor`, or 0 while the kernel is to run calls of every size.
     """
 
     tensors: tuple[str, ...]
     others: tuple[str, ...]
     ready: str
     size: str
+    least: str
 
 
 def below(record: Any, first: str, home: str = "") -> Below:
@@ -90,7 +92,10 @@ def below(record: Any, first: str, home: str = "") -> Below:
     kinds = " and ".join(f"type({t}) in _exact_types" for t in tensors)
     copied = f"(not {home}_blocks or _context_mode() in (None, {home}_uniform))"
     ready = f"{copied} and not _function_modes() and not _is_tracing() and {kinds}"
-    return Below(tensors, tuple(sorted(names - read)), ready, size)
+    least = "_the_floor"
+    if record.alerts is not None:
+        least = "(0 if _is_deterministic() and not _only_warns() else _the_floor)"
+    return Below(tensors, tuple(sorted(names - read)), ready, size, least)
 
 
 BELOW = {
@@ -99,6 +104,8 @@ BELOW = {
     "_function_modes": torch._C._len_torch_function_stack,
     "_is_tracing": torch._C._is_tracing,  # sizes would be tensors
     "_exact_types": _EXACT_TYPES,
+    "_is_deterministic": torch._C._get_deterministic_algorithms,
+    "_only_warns": torch._C._get_deterministic_algorithms_warn_only,
 }
 
 
@@ -211,7 +218,7 @@ def front(record: Any, dispatch: Callable) -> Callable:
         "                    return _its_result",
         f"            if {asked.ready}:",
         "                try:",
-        f"                    _is_small = _plain and {asked.size} < _the_floor",
+        f"                    _is_small = _plain and {asked.size} < {asked.least}",
         "                except Exception:  # arguments of the wrong kinds",
         "                    _is_small = False",
         "                if _is_small:",
@@ -230,7 +237,7 @@ def front(record: Any, dispatch: Callable) -> Callable:
         f"    def small({', '.join(asked.tensors + asked.others)}):",
         "        try:",
         f"            return _plain and 0 < _the_floor and not _is_compiling() and {asked.ready}"
-        f" and {asked.size} < _the_floor",
+        f" and {asked.size} < {asked.least}",
         "        except Exception:",
         "            return False",
         "    def set_floor(least):",

@@ -26,6 +26,8 @@ from fastnn._function import run as run
 from fastnn._function import second_order as second_order
 from fastnn._gate import Policy
 from fastnn._gate import Work as Work
+from fastnn._gate import always as always
+from fastnn._gate import in_backward as in_backward
 from fastnn._graph import launcher as launcher
 from fastnn._graph import traced_for_fastnn
 from fastnn._mode import BackendError, Code, Invalid, Stock
@@ -69,9 +71,8 @@ class Op:
     at_most: str | None = None
     variants: tuple[str, ...] = ("",)  # the variants that the policy may name
     settings: Callable[[], Any] | None = None  # the PyTorch settings on which a call depends
-    # whether PyTorch's function, or its backward, raises on a GPU under deterministic algorithms;
-    # `settings` then has to contain that setting
-    stock_raises: bool = False
+    # whether PyTorch raises for a call on a GPU, if deterministic algorithms are required
+    alerts: _gate.Alerts | None = None
     split: _shards.Rule | None = None  # the ways to split a call among processes
     source: str = ""
     takes_variant: bool = field(init=False)  # whether `fused` is told which variant to run
@@ -97,6 +98,8 @@ class Op:
             ("keyed_by", names.index(_front.below(self, names[0]).tensors[0])),
         ):
             object.__setattr__(self, name, value)
+        if self.alerts is not None:
+            object.__setattr__(self, "settings", _with_determinism(self.settings))
         object.__setattr__(self, "plans", Plans(self))
 
     def __repr__(self):
@@ -105,10 +108,17 @@ class Op:
     def find_floor(self) -> None:
         """Make the floor known, if it is not."""
         if not self.floor.known and _gate.answers():
-            self.floor.set(0 if self.stock_raises else _gate.floor(self.name, self.variants))
+            self.floor.set(_gate.floor(self.name, self.variants))
 
     def autocast_list(self, device_type: str):
         return self.autocast if device_type == "cuda" else self.autocast_cpu
+
+
+def _with_determinism(settings: Callable[[], Any] | None) -> Callable[[], Any]:
+    """A function that gives these settings, and whether determinism is required."""
+    if settings is None:
+        return _gate.only_deterministic
+    return lambda: (settings(), _gate.only_deterministic())
 
 
 def op(*, stock: Callable, **fields) -> Callable[[Callable], Callable]:
@@ -373,7 +383,7 @@ def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
     tensor, variant = found, ""
     if mode != "triton":
         chosen = _gate.decide(
-            op.name, op.policy, tensor.get_device(), args, kwargs, mode == "graph", op.stock_raises
+            op.name, op.policy, tensor.get_device(), args, kwargs, mode == "graph", op.alerts
         )
         if isinstance(chosen, Stock):
             return chosen

@@ -246,7 +246,7 @@ def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
             "        if _mode._plain and 0 < _the_floor and not _is_compiling() "
             f"and {asked.ready}:",
             "            try:",
-            f"                _is_small = {asked.size} < _the_floor",
+            f"                _is_small = {asked.size} < {asked.least}",
             "            except Exception:",
             "                _is_small = False",
             "            if _is_small:",

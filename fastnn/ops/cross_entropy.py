@@ -106,6 +106,7 @@ def _tracked(input):
     autocast="fp32",
     autocast_cpu="fp32",
     opaque=True,
+    alerts=lambda input, target, *rest: input.dim() > 2 and not target.is_floating_point(),
     source="arXiv:1805.02867 (online softmax)",
 )
 def cross_entropy(

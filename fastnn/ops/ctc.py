@@ -7,8 +7,7 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import kernels
-from fastnn._gate import only_deterministic
-from fastnn._op import Function, Invalid, Stock, impossible, op, run, second_order
+from fastnn._op import Function, Invalid, Stock, impossible, in_backward, op, run, second_order
 
 INTEGERS = (torch.int64, torch.int32)
 
@@ -60,10 +59,9 @@ def _numbers(lengths):
     strided=("log_probs", "targets"),
     integers=INTEGERS,
     on_host=("input_lengths", "target_lengths"),
-    settings=only_deterministic,
-    stock_raises=True,
     autocast="fp32",
     autocast_cpu="fp32",
+    alerts=in_backward,
 )
 def ctc_loss(
     log_probs, targets, input_lengths, target_lengths, blank=0, reduction="mean",

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, Stock, op, rounded, run, second_order
+from fastnn._op import Function, Invalid, Stock, in_backward, op, rounded, run, second_order
 
 _WIDEST = 8  # the most channels of a window that fit in registers
 
@@ -40,6 +40,7 @@ class LocalResponseNorm(Function):
     strided=("input",),
     autocast="fp32",
     autocast_cpu="fp32",
+    alerts=lambda input, *rest: input.dim() > 3 and in_backward(input),
     source="Krizhevsky, Sutskever, Hinton (2012), section 3.3",
 )
 def local_response_norm(input, size, alpha=1e-4, beta=0.75, k=1.0, *, out_dtype=None):

@@ -94,6 +94,7 @@ def _positions(input, target, *rest, **options):
     autocast_cpu="fp32",
     policy=_positions,
     at_most="target.numel()",
+    alerts=lambda input, *rest: input.dim() > 2,
 )
 def nll_loss(
     input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,

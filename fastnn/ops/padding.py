@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Invalid, Stock, Work, op, rounded, run
+from fastnn._op import Invalid, Stock, Work, in_backward, op, rounded, run
 from fastnn.ops._linear_map import LinearMap, Maps, channels_last
 
 
@@ -31,7 +31,11 @@ def _gains(input, pad, mode="constant", *rest):
     return Work(input.numel())
 
 
-@op(stock=stock.pad, policy=_gains, strided=("input",), autocast_cpu="fp32")
+def _raises(input, pad, mode="constant", *rest):
+    return mode == "reflect" and in_backward(input)
+
+
+@op(stock=stock.pad, policy=_gains, strided=("input",), autocast_cpu="fp32", alerts=_raises)
 def pad(input, pad, mode="constant", value=None, *, out_dtype=None):
     """Fused for up to 5 dimensions. The gradient is a gather, with the same bits each time. Under
     `torch.use_deterministic_algorithms(True)` no mode raises. PyTorch raises for reflect on CUDA.

@@ -14,7 +14,18 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, Stock, Work, impossible, op, run, second_order
+from fastnn._op import (
+    Function,
+    Invalid,
+    Stock,
+    Work,
+    always,
+    impossible,
+    in_backward,
+    op,
+    run,
+    second_order,
+)
 
 
 class Pool(Function):
@@ -281,6 +292,7 @@ def max_pool2d(
 
 @op(
     stock=stock.max_pool3d,
+    alerts=in_backward,
     strided=_INPUT,
     policy=_regular_wins(3),
     autocast_cpu="fp32",
@@ -360,7 +372,7 @@ def avg_pool2d(
     )
 
 
-@op(stock=stock.avg_pool3d, strided=_INPUT, autocast_cpu="fp32")
+@op(stock=stock.avg_pool3d, strided=_INPUT, alerts=in_backward, autocast_cpu="fp32")
 def avg_pool3d(
     input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True,
     divisor_override=None, *, out_dtype=None,
@@ -436,7 +448,15 @@ def adaptive_mean(input, output_size, dtype=None):
     return _adaptive_pool("mean", function, dims, input, output_size, False, _avg_last, dtype)
 
 
-@op(stock=stock.adaptive_avg_pool1d, strided=_INPUT)
+def _means_raise(input, output_size):
+    """Whether PyTorch's backward raises: not for one mean, which is no pooling there."""
+    one = output_size == 1 or (
+        isinstance(output_size, tuple | list) and all(n == 1 for n in output_size)
+    )
+    return not one and in_backward(input)
+
+
+@op(stock=stock.adaptive_avg_pool1d, strided=_INPUT, alerts=_means_raise)
 def adaptive_avg_pool1d(input, output_size):
     """Fused like `adaptive_avg_pool2d`."""
     return _adaptive_pool(
@@ -444,7 +464,7 @@ def adaptive_avg_pool1d(input, output_size):
     )
 
 
-@op(stock=stock.adaptive_avg_pool2d, strided=_INPUT)
+@op(stock=stock.adaptive_avg_pool2d, strided=_INPUT, alerts=_means_raise)
 def adaptive_avg_pool2d(input, output_size):
     """Fused for every output size except 0, with one launch per direction. Sums are float64. The
     backward adds in a fixed order, without atomics."""
@@ -453,7 +473,7 @@ def adaptive_avg_pool2d(input, output_size):
     )
 
 
-@op(stock=stock.adaptive_avg_pool3d, strided=_INPUT, autocast_cpu="fp32")
+@op(stock=stock.adaptive_avg_pool3d, strided=_INPUT, alerts=_means_raise, autocast_cpu="fp32")
 def adaptive_avg_pool3d(input, output_size, *, out_dtype=None):
     """Fused like `adaptive_avg_pool2d`."""
     return _adaptive_pool(
@@ -467,13 +487,23 @@ def _adaptive_max_pool(function, dims, input, output_size, return_indices, dtype
     )
 
 
-@op(stock=stock.adaptive_max_pool1d, strided=_INPUT, policy=_adaptive_wins(1))
+@op(
+    stock=stock.adaptive_max_pool1d,
+    strided=_INPUT,
+    policy=_adaptive_wins(1),
+    alerts=in_backward,
+)
 def adaptive_max_pool1d(input, output_size, return_indices=False):
     """Fused like `adaptive_max_pool2d`."""
     return _adaptive_max_pool(stock.adaptive_max_pool1d, 1, input, output_size, return_indices)
 
 
-@op(stock=stock.adaptive_max_pool2d, strided=_INPUT, policy=_adaptive_wins(2))
+@op(
+    stock=stock.adaptive_max_pool2d,
+    strided=_INPUT,
+    policy=_adaptive_wins(2),
+    alerts=in_backward,
+)
 def adaptive_max_pool2d(input, output_size, return_indices=False):
     """Fused for every output size except 0, with one launch per direction. It keeps what
     `max_pool2d` keeps of a window. The backward adds in a fixed order, without atomics."""
@@ -612,7 +642,11 @@ def _fractional(
 
 
 @op(
-    stock=stock.fractional_max_pool2d, strided=_INPUT, autocast_cpu="fp32", source="arXiv:1412.6071"
+    stock=stock.fractional_max_pool2d,
+    strided=_INPUT,
+    autocast_cpu="fp32",
+    alerts=in_backward,
+    source="arXiv:1412.6071",
 )
 def fractional_max_pool2d(
     input, kernel_size, output_size=None, output_ratio=None, return_indices=False,
@@ -629,7 +663,11 @@ def fractional_max_pool2d(
 
 
 @op(
-    stock=stock.fractional_max_pool3d, strided=_INPUT, autocast_cpu="fp32", source="arXiv:1412.6071"
+    stock=stock.fractional_max_pool3d,
+    strided=_INPUT,
+    autocast_cpu="fp32",
+    alerts=in_backward,
+    source="arXiv:1412.6071",
 )
 def fractional_max_pool3d(
     input, kernel_size, output_size=None, output_ratio=None, return_indices=False,
@@ -705,7 +743,12 @@ def _unpool(dims, input, indices, kernel_size, stride, padding, output_size, dty
     return run(Unpool, input, indices, dims, out, last, dtype or input.dtype)
 
 
-_UNPOOL = {"strided": ("input", "indices"), "integers": (torch.int64,), "autocast_cpu": "fp32"}
+_UNPOOL = {
+    "strided": ("input", "indices"),
+    "integers": (torch.int64,),
+    "autocast_cpu": "fp32",
+    "alerts": always,
+}
 
 
 @op(stock=stock.max_unpool1d, **_UNPOOL)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Invalid, Stock, Work, op, run
+from fastnn._op import Invalid, Stock, Work, in_backward, op, run
 from fastnn.ops._linear_map import LinearMap, Maps, channels_last
 from fastnn.ops.pooling import adaptive_mean
 
@@ -70,7 +70,23 @@ def _gains(input, size, scale_factor, mode, *rest):
     return Work(input.numel())
 
 
-@op(stock=stock.interpolate, strided=("input",), policy=_gains, settings=_autocast, autocast="fp32")
+def _raises(
+    input, size=None, scale_factor=None, mode="nearest", align_corners=None,
+    recompute_scale_factor=None, antialias=False,
+):  # fmt: skip
+    """Whether PyTorch's backward raises. Bilinear and trilinear run other code instead."""
+    listed = mode in ("linear", "bicubic", "area") or (antialias and mode == "bilinear")
+    return listed and in_backward(input)
+
+
+@op(
+    stock=stock.interpolate,
+    strided=("input",),
+    policy=_gains,
+    settings=_autocast,
+    autocast="fp32",
+    alerts=_raises,
+)
 def interpolate(
     input, size=None, scale_factor=None, mode="nearest", align_corners=None,
     recompute_scale_factor=None, antialias=False, *, out_dtype=None,
