@@ -314,9 +314,9 @@ LISTED: list[tuple[str, str, str, str]] = [
     # pow(b, 1 / p): a rounded exponent costs |log b| units in the last place, up to 87
     (r"(LPPool|lp_pool).*3\.5", r"scaled", "beyond the bound", EXPONENT),
     (
-        "BCELoss|binary_cross_entropy\\(",
+        r"(BCELoss|binary_cross_entropy)\(.*weight",
         r"scaled\(0\.0",
-        r"grad of input \d: beyond the bound",
+        r"grad of input \d: .*beyond the bound",
         WEIGHTED,
     ),
     (
