@@ -116,7 +116,8 @@ def bce(a, b, c, p, q):
 
 @triton.jit
 def bce_grad(g, a, b, c, p, q):
-    da = tl.div_rn(g * (a - b), _at_least((1.0 - a) * a, 1e-12))
+    # The quotient comes first: with a small g the product would be a subnormal number.
+    da = g * tl.div_rn(a - b, _at_least((1.0 - a) * a, 1e-12))
     db = g * (libdevice.log1p(-a) - tl.log(a))
     return da, db
 

@@ -301,7 +301,6 @@ UNREAD = "a row whose target is ignored is not read: its gradient is 0"
 ALPHA = "the CPU multiplies x by rstd * weight, and has inf - inf; CUDA has an infinity"
 MASS = "class probabilities whose sum passes the largest number: the kernel keeps the sum itself"
 ORDER = "factors and terms near the largest number: the order of products decides, in stock too"
-WEIGHTED = "weight times incoming gradient is subnormal, and is rounded before it is divided"
 OUTSIDE = "a matrix product multiplies the zeros of the padding, too, as cuDNN does; a CPU does not"
 PRODUCTS = r"[Cc]onv(?!.*groups)"
 THRESHOLD = "CUDA rounds the threshold to the dtype (docs/scalars.md); the CPU does not"
@@ -313,12 +312,6 @@ LISTED: list[tuple[str, str, str, str]] = [
     ("Threshold|threshold", r"scaled\(0\.50", "beyond the bound", THRESHOLD),
     # pow(b, 1 / p): a rounded exponent costs |log b| units in the last place, up to 87
     (r"(LPPool|lp_pool).*3\.5", r"scaled", "beyond the bound", EXPONENT),
-    (
-        "BCELoss|binary_cross_entropy\\(",
-        r"scaled\(0\.0",
-        r"grad of input \d: beyond the bound",
-        WEIGHTED,
-    ),
     (
         "RMSNorm|rms_norm|LayerNorm|layer_norm|dropout_add",
         r"one\(max",

@@ -37,7 +37,9 @@ LEFT_OUT = {"scaled_dot_product_attention": "query, key or value alone without e
 
 def _safe(call: Call) -> bool:
     """Whether stock on a CPU stays inside its tensors: it does not check the labels of CTC, nor the
-    indices of maxima of bags, nor whether there are bags."""
+    indices of maxima of bags, nor whether there are bags, nor the sizes of packed sequences."""
+    if call.op.name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        return all(t.is_floating_point() for t in call.tensors().values())
     if call.op.name == "ctc_loss":
         most, indices = call.arguments["log_probs"].shape[-1], call.arguments["targets"]
     elif call.op.name == "embedding_bag":

@@ -127,6 +127,10 @@ KNOWN = {
     ): "empty_like on CUDA, as here, keeps odd strides of size 1; a CPU does not",
     ("nll_loss", "grad_input must be contiguous"): "stock rejects channels last in its backward",
     ("batch_norm", "grad of input: finite"): "stock reads a strided weight as dense on a CPU",
+    **{
+        (op, "exceeds dimension size"): "stock reads strided sizes of a packed sequence as dense"
+        for op in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    },
     ("gru_cell", "output 0: strides"): "as on CUDA, dense; a CPU may take the strides of hx",
     (
         "binary_cross_entropy_with_logits",
