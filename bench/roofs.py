@@ -69,6 +69,7 @@ EXCEPTIONS = (
     Allowed("_loss_(fwd|bwd)", 2.0, 12, "log and exp of libdevice, and divisions, in each element"),
     Allowed("_pointwise_(fwd|bwd)", 1.4, 18, "exp, log1p and erf of libdevice, and divisions"),
     Allowed("_act_mul_bwd", 0.8, 28, "exp of libdevice takes registers, so fewer programs fit"),
+    Allowed("_act_glu_.*", 0.8, 24, "exp of libdevice takes registers, so fewer programs fit"),
     Allowed("_(strided_)?dropout", 0.95, 8, "ten rounds of Philox for four elements"),
     Allowed("_residual_norm_.*", 1.25, 24, "ten rounds of Philox for four elements"),
     Allowed("_norm_.*", 2.6, 16, "short or odd rows: one element an access, or few a thread"),

@@ -216,10 +216,10 @@ def decide(
         work = Work(args[0].numel()) if policy is None else policy(*args, **kwargs)
     # arguments of the wrong kinds: PyTorch is going to reject them with its own error
     except Exception:
-        return Stock("the size of the call cannot be told from its arguments")
+        return Stock("option", "the size of the call cannot be told from its arguments")
     if _asked is not None:
         _asked.append((op, work))
-        return Stock("the gate was only asked")
+        return Stock("gate", "the gate was only asked")
     if isinstance(work, Stock):
         return work
     found = crossover(op, architecture, work.variant)
@@ -227,9 +227,10 @@ def decide(
     if work.size >= least:
         return work.variant
     if least == math.inf:
-        return Stock(f"size gate: PyTorch is as fast at every size ({source})")
+        return Stock("gate", f"size gate: PyTorch is as fast at every size ({source})")
     return Stock(
-        f"size gate: {work.size:,} {work.unit}; the kernel wins from {int(least):,} ({source})"
+        "gate",
+        f"size gate: {work.size:,} {work.unit}; the kernel wins from {int(least):,} ({source})",
     )
 
 

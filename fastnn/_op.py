@@ -30,7 +30,7 @@ from fastnn._gate import always as always
 from fastnn._gate import in_backward as in_backward
 from fastnn._graph import launcher as launcher
 from fastnn._graph import traced_for_fastnn
-from fastnn._mode import BackendError, Invalid, Stock
+from fastnn._mode import BackendError, Code, Invalid, Stock
 from fastnn._plan import active
 from fastnn._plan import impossible as impossible
 from fastnn._plan import reads_setting as reads_setting
@@ -53,7 +53,7 @@ class Op:
     """What fastnn knows about one function. Everything else is derived from these fields."""
 
     name: str
-    fused: Callable  # PyTorch's signature; returns the result, or Stock(why)
+    fused: Callable  # PyTorch's signature; returns the result, or Stock(code, why)
     stock: Callable  # the fallback, and the reference of every check
     dtypes: tuple[torch.dtype, ...] = FLOATS
     integers: tuple[torch.dtype, ...] = ()  # the dtypes of index arguments, if any
@@ -142,12 +142,12 @@ def op(*, stock: Callable, **fields) -> Callable[[Callable], Callable]:
 _SCALARS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size, FunctionType))
 
 
-def _refuse_mode_stack() -> str | None:
+def _refuse_mode_stack() -> Stock | None:
     for i in range(torch._C._len_torch_function_stack()):
         mode = torch._C._get_function_stack_at(i)
         # `with torch.device(...)` concerns only factory functions
         if type(mode) is not DeviceContext:
-            return f"a torch function mode is active ({type(mode).__name__})"
+            return Stock("mode", f"a torch function mode is active ({type(mode).__name__})")
     return None
 
 
@@ -155,17 +155,18 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _refuse_tensor(op: Op, t: Tensor) -> str | None:
+def _refuse_tensor(op: Op, t: Tensor) -> Stock | None:
     if t.device.type not in kernel_devices:
-        return f"a tensor is on {t.device.type}, and kernels run on {', '.join(kernel_devices)}"
+        supported = ", ".join(kernel_devices)
+        return Stock("device", f"a tensor is on {t.device.type}, and kernels run on {supported}")
     if t.layout is not torch.strided or t.is_nested:
-        return "a tensor is sparse, nested or otherwise not strided"
+        return Stock("layout", "a tensor is sparse, nested or otherwise not strided")
     dtype = t.dtype
     if dtype not in op.dtypes and dtype not in op.integers:
         supported = ", ".join(map(_short, op.dtypes))
-        return f"no kernel supports {_short(dtype)} (supported: {supported})"
+        return Stock("dtype", f"no kernel supports {_short(dtype)} (supported: {supported})")
     if t.is_neg():
-        return "a tensor has a pending negation"
+        return Stock("layout", "a tensor has a pending negation")
     return None
 
 
@@ -174,25 +175,29 @@ def _read_by_host(op: Op, t: Tensor, args: tuple, kwargs: dict) -> bool:
     return any(given.get(name) is t for name in op.on_host)
 
 
-_NO_TENSOR = "there is no tensor among the arguments"
-_WRAPPED = "an argument is a DTensor, or the result of a collective that is not complete"
+_NO_TENSOR = Invalid("option", "there is no tensor among the arguments")
+_WRAPPED = Stock(
+    "distributed", "an argument is a DTensor, or the result of a collective that is not complete"
+)
 
 
-def survey(op: Op, args: tuple, kwargs: dict) -> str | Tensor:
+def survey(op: Op, args: tuple, kwargs: dict) -> Stock | Tensor:
     """Why no kernel can take this call, for reasons that all ops share; else one of its tensors.
 
     Tensors inside tuples and lists count, too. `_WRAPPED` if local tensors are inside.
     """
     if not _mode.HAS_TRITON:
-        return "triton is not installed"
+        return Stock("device", "triton is not installed")
     if torch._C._are_functorch_transforms_active():
-        return "the call is inside a functorch transform (vmap, grad, jacrev, ...)"
+        return Stock("mode", "the call is inside a functorch transform (vmap, grad, jacrev, ...)")
     if torch._C._get_tracing_state() is not None:
-        return "the call is inside torch.jit.trace"
+        return Stock("mode", "the call is inside torch.jit.trace")
     if forward_ad._current_level >= 0:
-        return "forward-mode automatic differentiation is active"
+        return Stock("mode", "forward-mode automatic differentiation is active")
     if torch._C._len_torch_dispatch_stack() > (active.recorder is not None):
-        return "a torch dispatch mode is active (FakeTensorMode, FlopCounterMode, ...)"
+        return Stock(
+            "mode", "a torch dispatch mode is active (FakeTensorMode, FlopCounterMode, ...)"
+        )
     if torch._C._len_torch_function_stack() and (why := _refuse_mode_stack()):
         return why
     first = None
@@ -210,16 +215,16 @@ def survey(op: Op, args: tuple, kwargs: dict) -> str | Tensor:
             if first is None:
                 first, index = value, value.get_device()
             elif index != value.get_device():
-                return "the tensors are on several devices"
+                return Stock("device", "the tensors are on several devices")
         elif kind is tuple or kind is list:
             values.extend(value)  # the loop continues with these values
         elif kind not in _SCALARS:
             if _shards.is_wrapped(kind):
                 return _WRAPPED
             if isinstance(value, Tensor):
-                return f"an argument is a tensor subclass ({kind.__name__})"
+                return Stock("layout", f"an argument is a tensor subclass ({kind.__name__})")
             if hasattr(kind, "__torch_function__"):
-                return f"an argument overrides torch functions ({kind.__name__})"
+                return Stock("layout", f"an argument overrides torch functions ({kind.__name__})")
     if first is None:
         return _NO_TENSOR
     return first
@@ -263,11 +268,13 @@ def _fused(op: Op, device_type: str, args: tuple, kwargs: dict, variant: str) ->
     return op.fused(*args, **kwargs)
 
 
-def _forced_onto_stock(name: str, why: str) -> NoReturn:
-    raise BackendError(
+def _forced_onto_stock(name: str, code: Code, why: str) -> NoReturn:
+    error = BackendError(
         f"{name}: backend('triton') was requested, but this call can only run on PyTorch: {why}. "
         "Under backend('auto') it does so without an error."
     )
+    error.code = code
+    raise error
 
 
 # Dynamo then runs this function while tracing, so the user gets this error and not Dynamo's.
@@ -279,6 +286,7 @@ def _dispatch_compiling(op: Op, args: tuple, kwargs: dict):
     if traced_for_fastnn():
         return op.stock(*args, **kwargs)
     mode = _mode.traced_mode()
+    code: Code = "mode"
     why = 'backend("torch")' if mode == "torch" else "torch.compile fuses PyTorch's formula itself"
     if op.opaque and mode != "torch" and (mode == "triton" or op.compiled == "opaque"):
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
@@ -287,11 +295,11 @@ def _dispatch_compiling(op: Op, args: tuple, kwargs: dict):
             out = _fused(op, tensors[0].device.type, args, kwargs, "")
             if not isinstance(out, Stock):
                 return out
-            why = out.why
+            code, why = out.code, out.why
         else:
-            why = "the device or the dtype is one that no kernel takes"
+            code, why = "dtype", "the device or the dtype is one that no kernel takes"
     if mode == "triton":
-        _forced_onto_stock(op.name, why)
+        _forced_onto_stock(op.name, code, why)
     return op.stock(*args, **kwargs)
 
 
@@ -321,21 +329,21 @@ def dispatch(op: Op, args: tuple, kwargs: dict):
         return _interceptor(op, args, kwargs)
     mode = _mode.current_mode()
     if mode == "torch":
-        declined = Stock('backend("torch")')
+        declined = Stock("mode", 'backend("torch")')
     else:
         op.find_floor()
         declined = _try_kernel(op, args, kwargs, mode)
         if not isinstance(declined, Stock):
             _mode.note(op, None)
             return declined
-    _mode.note(op, declined.why)
+    _mode.note(op, declined)
     if mode != "triton":
         if mode == "auto":
             op.plans.declined(args, kwargs)
         return op.stock(*args, **kwargs)
     if isinstance(declined, Invalid):
         op.stock(*args, **kwargs)  # raises PyTorch's error
-    _forced_onto_stock(op.name, declined.why)
+    _forced_onto_stock(op.name, declined.code, declined.why)
 
 
 def _raise_as_stock(op: Op, args: tuple, kwargs: dict) -> None:
@@ -367,11 +375,11 @@ def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
     if found is _WRAPPED:
         local = _shards.local(op.names, op.split, args, kwargs)
         if isinstance(local, str):
-            return Stock(local)
+            return Stock("distributed", local)
         result = local.run(lambda args, kwargs: _try_kernel(op, args, kwargs, mode))
         return result if isinstance(result, Stock) else local.whole(result)
-    if isinstance(found, str):
-        return Invalid(found) if found is _NO_TENSOR else Stock(found)
+    if isinstance(found, Stock):
+        return found
     tensor, variant = found, ""
     if mode != "triton":
         chosen = _gate.decide(

@@ -250,8 +250,8 @@ def _rounded(function: Callable) -> Callable:
     """The function, computed in float64 and rounded once.
 
     NumPy's float32 functions are off by up to 4 units in the last place, torch's special functions
-    by more. libdevice is off by 1 or 2. Where terms cancel behind the function, as in 1 - tanh(x)^2,
-    that is the whole result.
+    by more. libdevice is off by 1 or 2. Where terms cancel behind the function, as in 1 - t * t
+    with t = tanh(x), that is the whole result.
     """
     return lambda *args: function(*(x.astype(np.float64) for x in args)).astype(args[0].dtype)
 

@@ -272,9 +272,9 @@ def _samples(U, n, c, C, there, d: tl.constexpr, DIMS: tl.constexpr):
 @triton.jit
 def _planes(n, c, sn, sc, VEC: tl.constexpr, LAST: tl.constexpr):
     if LAST:
-        at = n * (sn * VEC) + inner_offset(c, sc)
+        at = n * sn * VEC + inner_offset(c, sc)
     else:
-        at = n * (sn * VEC) + c * (sc * VEC)
+        at = n * sn * VEC + c * sc * VEC
     return at
 
 
@@ -285,9 +285,9 @@ def _place(d, h, w, sd, sh, sw, VEC: tl.constexpr, LAST: tl.constexpr, WIDE: tl.
         h = h.to(tl.int64)
         w = w.to(tl.int64)
     if LAST:
-        at = d * (sd * VEC) + h * (sh * VEC) + w * (sw * VEC)
+        at = d * sd * VEC + h * sh * VEC + w * sw * VEC
     else:
-        at = d * (sd * VEC) + h * (sh * VEC) + inner_offset(w, sw)
+        at = d * sd * VEC + h * sh * VEC + inner_offset(w, sw)
     return at
 
 

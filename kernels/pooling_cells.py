@@ -93,9 +93,9 @@ def _tile(
 
 @triton.jit
 def _plane(n, c, sn, sc, VEC: tl.constexpr, LAST: tl.constexpr):
-    at = n * (sn * VEC)
+    at = n * sn * VEC
     if not LAST:
-        at += c * (sc * VEC)
+        at += c * sc * VEC
     return at
 
 
@@ -209,13 +209,13 @@ def _cells_fwd_kernel(
         for b in tl.static_range(KH):
             i, j = start_d + a, start_h + b
             inside = there & _inside(i, D, a, PD, CLIP_D) & _inside(j, H, b, PH, CLIP_H)
-            lines = planes + (i * (xd * X_VEC) + j * (xh * X_VEC))
+            lines = planes + (i * xd * X_VEC + j * xh * X_VEC)
             if LAST:
                 for e in tl.static_range(KW):
                     k = start_w + e
                     ok = inside & _inside(k, W, e, PW, CLIP_W) & (lanes < inner)
                     v = tl.load(
-                        lines + k * (xw * X_VEC) + inner_offset(lanes, xc), mask=ok, other=START
+                        lines + k * xw * X_VEC + inner_offset(lanes, xc), mask=ok, other=START
                     )
                     t = (a * KH + b) * KW + e
                     acc, at = REDUCE(acc, at, _widened(v), t, ok, norm)
@@ -234,9 +234,9 @@ def _cells_fwd_kernel(
     else:
         count = divisor.to(tl.float32)
     y, slope = FINISH(acc, count, tl.full((1, 1), KD * KH * KW, tl.float32), norm)
-    to = _plane(n, c, yn, yc, Y_VEC, LAST) + od * (yd * Y_VEC) + oh * (yh * Y_VEC)
+    to = _plane(n, c, yn, yc, Y_VEC, LAST) + od * yd * Y_VEC + oh * yh * Y_VEC
     if LAST:
-        to = to + ow * (yw * Y_VEC) + inner_offset(lanes, yc)
+        to = to + ow * yw * Y_VEC + inner_offset(lanes, yc)
     else:
         to = to + inner_offset(ow, yw)
     tl.store(Y + to, y.to(Y.dtype.element_ty), mask=mask)
@@ -274,11 +274,11 @@ def _sent(
         ok &= oh >= 0
     if MW > 0:
         ok &= ow >= 0
-    g_at = g_planes + (od * (gd * G_VEC) + oh * (gh * G_VEC))
-    y_at = y_planes + (od * (yd * Y_VEC) + oh * (yh * Y_VEC))
+    g_at = g_planes + (od * gd * G_VEC + oh * gh * G_VEC)
+    y_at = y_planes + (od * yd * Y_VEC + oh * yh * Y_VEC)
     if LAST:
-        g_at = g_at + ow * (gw * G_VEC) + inner_offset(c_lanes, gc)
-        y_at = y_at + ow * (yw * Y_VEC) + inner_offset(c_lanes, yc)
+        g_at = g_at + ow * gw * G_VEC + inner_offset(c_lanes, gc)
+        y_at = y_at + ow * yw * Y_VEC + inner_offset(c_lanes, yc)
     else:
         g_at = g_at + inner_offset(ow, gw)
         y_at = y_at + inner_offset(ow, yw)
@@ -375,11 +375,11 @@ def _store(
     SEND: tl.constexpr, LAST: tl.constexpr, X_VEC: tl.constexpr, Z_VEC: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient of elements (j, k) of planes at x_at and z_at."""
-    x_at = x_at + j * (xh * X_VEC)
-    z_at = z_at + j * (zh * Z_VEC)
+    x_at = x_at + j * xh * X_VEC
+    z_at = z_at + j * zh * Z_VEC
     if LAST:
-        x_at = x_at + k * (xw * X_VEC) + inner_offset(lanes, xc)
-        z_at = z_at + k * (zw * Z_VEC) + inner_offset(lanes, zc)
+        x_at = x_at + k * xw * X_VEC + inner_offset(lanes, xc)
+        z_at = z_at + k * zw * Z_VEC + inner_offset(lanes, zc)
     else:
         x_at = x_at + inner_offset(k, xw)
         z_at = z_at + inner_offset(k, zw)
@@ -442,8 +442,8 @@ def _cells_bwd_kernel(
                 if GROUP > 1:
                     k = first * GROUP + tl.arange(0, BLOCK_I * GROUP)[None, :]
                 mask = there & (i < D) & (k < W)
-                x_at = x_planes + i * (xd * X_VEC)
-                z_at = z_planes + i * (zd * Z_VEC)
+                x_at = x_planes + i * xd * X_VEC
+                z_at = z_planes + i * zd * Z_VEC
                 if SH == 2:  # both lines before either is stored, so that they share their loads
                     below = _line(
                         DY, AT, SLOPE, g_planes, y_planes, lanes, cd, ch, cw, there,

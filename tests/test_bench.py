@@ -274,7 +274,7 @@ def test_a_wrong_row_has_no_speedup(monkeypatch):
     line = run.run_row(GELU, BF16, measure.Cpu(), 3)
     assert line["failures"] and run.speedup(line, "ours") is None
     assert "ours" not in line["sides"]
-    monkeypatch.setitem(record, "fused", lambda x, **k: _mode.Stock("not today"))
+    monkeypatch.setitem(record, "fused", lambda x, **k: _mode.Stock("option", "not today"))
     line = run.run_row(GELU, BF16, measure.Cpu(), 3)
     assert line["path"] == "stock" and run.speedup(line, "ours") is None
     assert "not today" in report.measured_table([line], {})

@@ -177,8 +177,11 @@ def test_second_derivatives_of_a_layer(name, device):
         torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
 
 
-def test_errors_do_not_grow_faster_with_the_steps(device):
-    ours, stock, exact = (m.to(device) for m in three("LSTM", 2, 3))
+@pytest.mark.parametrize(
+    "name", ["LSTM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("RNN", "GRU"))]
+)
+def test_errors_do_not_grow_faster_with_the_steps(name, device):
+    ours, stock, exact = (m.to(device) for m in three(name, 2, 3))
     x = torch.randn(512, 1, 2, device=device)
     with fastnn.backend("triton"), torch.no_grad():
         y = last(ours(x))
@@ -211,6 +214,18 @@ def test_a_parametrised_weight(name, device):
     sides = (Side(m, dict(m.named_parameters())) for m in (ours, stock, exact))
     result = compare_sides(
         *sides, (torch.randn(2, 3, 3, device=device),), {}, device=device, mode="triton"
+    )
+    assert result.path == "kernel" and not result.failures
+
+
+def test_two_layers_share_a_weight(device):
+    """Its gradient is the sum of both."""
+    layers = [m.to(device) for m in three("GRU", 4, 4, num_layers=2)]
+    for layer in layers:
+        layer.weight_hh_l1 = layer.weight_hh_l0
+    sides = (Side(m, dict(m.named_parameters())) for m in layers)
+    result = compare_sides(
+        *sides, (torch.randn(2, 3, 4, device=device),), {}, device=device, mode="triton"
     )
     assert result.path == "kernel" and not result.failures
 
@@ -364,7 +379,7 @@ def test_a_character_model_follows_the_curve_of_pytorch(device):
     text = torch.tensor([ord(c) % 13 for c in "the cat sat on the mat, m"]).to(device)
     x, target = torch.nn.functional.one_hot(text[:-1].view(4, 6).t(), 13).float(), text[1:]
     target = target.view(4, 6).t().reshape(-1)
-    curves = []
+    curves, trained = [], []
     for nn in (torch.nn, fastnn):
         torch.manual_seed(0)
         lstm, head = nn.LSTM(13, 8).to(device), torch.nn.Linear(8, 13).to(device)
@@ -379,8 +394,14 @@ def test_a_character_model_follows_the_curve_of_pytorch(device):
             adam.step()
             curve.append(loss.item())
         curves.append(curve)
+        trained.append((lstm, head))
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=1e-4)
     assert curves[1][-1] < 0.85 * curves[1][0]
+    for (giver, _), (taker, _) in (trained, trained[::-1]):  # checkpoints, both ways
+        other = copy.deepcopy(taker)
+        other.load_state_dict(giver.state_dict())
+        with fastnn.backend("triton"):
+            torch.testing.assert_close(last(other(x)), last(giver(x)), rtol=1e-5, atol=1e-6)
 
 
 @interpreted

@@ -5,6 +5,7 @@ README.md       each ```python block is run, in order and in one process, and it
 docs/layers.md  its tables of layers and of functions, between their markers.
 docs/ops.md     the whole file, from the record of each op.
 docs/compile.md  its table of models, from bench/results/counted/models.json.
+docs/api.md     its table of codes of reasons, from fastnn/_mode.py.
 docs/compiled.md  its table of roofs, from bench/roofs.json.
 docs/benchmarks.md  its table beside Liger, from bench/results/counted/beside.json.
 
@@ -75,8 +76,8 @@ AREAS = {
         "[convolution](docs/convolution.md), [images](docs/images.md)",
     ),
     "linear, embedding, recurrent": (
-        ("linear", "embedding", "recurrent"),
-        "[recurrent layers](docs/recurrent.md)",
+        ("linear", "embedding", "embedding_bag", "recurrent"),
+        "[embeddings](docs/embedding.md), [recurrent layers](docs/recurrent.md)",
     ),
     "losses, distances": (
         (
@@ -206,6 +207,13 @@ def beside_table() -> str:
     return beside.table(json.loads(beside.PATH.read_text())["rows"])
 
 
+def codes_table() -> str:
+    from fastnn._mode import CODES
+
+    rows = ["| code | reason for PyTorch |", "| --- | --- |"]
+    return "\n".join(rows + [f"| `{code}` | {meaning} |" for code, meaning in CODES.items()]) + "\n"
+
+
 def main() -> int:
     if "--commands" in sys.argv:
         commands_page()
@@ -218,6 +226,7 @@ def main() -> int:
     tables = between(layers.read_text(), "layers", layers_table())
     tables = between(tables, "functions", functions_table())
     compiled = ROOT / "docs" / "compiled.md"
+    api = ROOT / "docs" / "api.md"
     roofed = between(compiled.read_text(), "roofs", roofs.by_kernel())
     benchmarks = ROOT / "docs" / "benchmarks.md"
     besides = between(benchmarks.read_text(), "liger", beside_table())
@@ -229,6 +238,7 @@ def main() -> int:
         (models, between(models.read_text(), "models", models_table())),
         (compiled, roofed),
         (benchmarks, besides),
+        (api, between(api.read_text(), "codes", codes_table())),
     )
     for path, content in pages:
         if not path.exists() or path.read_text() != content:

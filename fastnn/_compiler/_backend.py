@@ -189,6 +189,7 @@ class Decision(NamedTuple):
     layer: str
     op: str
     why: str | None
+    code: str | None
 
 
 class _Told(Interpreter):
@@ -201,7 +202,7 @@ class _Told(Interpreter):
     def run_node(self, n: Node) -> Any:
         with _mode.decisions() as heard:
             result = super().run_node(n)
-        self.decisions += [Decision(layer_of(n), op.name, why) for op, why in heard]
+        self.decisions += [Decision(layer_of(n), d.op.name, d.why, d.code) for d in heard]
         return result
 
 

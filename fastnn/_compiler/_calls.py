@@ -82,6 +82,7 @@ _SIGNATURES: dict[str, Callable] = {
     "softmax": F.softmax,
     "pad": lambda input, pad, mode="constant", value=None: None,
     "unbind": lambda input, dim=0: None,
+    "chunk": lambda input, chunks, dim=0: None,
     "contiguous": lambda input: None,
 }  # fmt: skip
 _OPERANDS = frozenset(("input", "other", "exponent"))

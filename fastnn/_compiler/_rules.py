@@ -33,7 +33,7 @@ from fastnn._compiler._calls import (
 from fastnn._compiler._site import Misfit, Rewrite, Site
 from fastnn.ops import REGISTRY
 from fastnn.ops.channel_norm import batch_norm_act, batch_norm_add_relu, group_norm_act
-from fastnn.ops.glu import act_mul
+from fastnn.ops.glu import act_glu, act_mul
 from fastnn.ops.linear import linear_act
 from fastnn.ops.residual_norm import dropout_add, dropout_add_layer_norm, dropout_add_rms_norm
 
@@ -122,7 +122,12 @@ def _sum_of_two_layouts(site: Site, end: Node) -> Rewrite:
     two = [_tensor(t) for t in (known["input"], known["other"])]
     site.expect(two[0].shape == two[1].shape and two[0].is_floating_point(), "terms of two kinds")
     site.expect(sum(t.is_contiguous() for t in two) == 1, "not one of the terms is contiguous")
-    site.expect(has_free_layout(end), "the layout of the sum can be told")
+    # The norm becomes one with the sum; without a norm, a copy would be a pass too many.
+    site.expect(
+        any(site.is_call(u, "layer_norm", "rms_norm") for u in end.users), "no norm follows"
+    )
+    same = _tensor(end).is_contiguous()
+    site.expect(same or has_free_layout(end), "the layout of the sum can be told")
     return Rewrite(torch.add, (known["input"], known["other"]), (end,), dense=True)
 
 
@@ -518,6 +523,39 @@ def _group_norm_act(site: Site, end: Node) -> Rewrite:
     names = "input", "num_groups", "weight", "bias", "eps"
     _numbers(norm["num_groups"], norm["eps"])
     return Rewrite(group_norm_act, (*(norm[n] for n in names), *act), (end,))
+
+
+@rule("activation, product of halves", "mul")
+def _act_glu(site: Site, end: Node) -> Rewrite:
+    """act(x) * z, where x and z are the halves of one tensor: both gradients go to their places."""
+    known = site.call(end, "mul")
+    site.expect(not known.inplace, "the product is in place")
+    two = known["input"], known["other"]
+    for gate, z in (two, two[::-1]):
+        if site.is_call(gate, *_ACTIVATIONS) and gate is not z:
+            x, *act = _activation(site, gate)
+            of, dim = _halves(site, x, z)
+            site.expect(_tensor(of).is_contiguous(), "the halves are not of a contiguous tensor")
+            site.expect(_tensor(of).is_floating_point(), "integers")
+            return Rewrite(act_glu, (of, dim, *act, x.args[1] == 0), (end,))
+    raise Misfit("no factor is an activation")
+
+
+def _halves(site: Site, x: Any, z: Any) -> tuple[Node, int]:
+    """The tensor of which `x` and `z` are the halves, and the dimension."""
+    parts: Any = x, z
+    for part in parts:
+        site.expect(isinstance(part, Node) and part.target is operator.getitem, "not one of two")
+    both = parts[0].args[0]
+    site.expect(parts[1].args[0] is both, "halves of two tensors")
+    site.expect({p.args[1] for p in parts} == {0, 1}, "not both halves")
+    known = site.call(both, "chunk")
+    of, dim = known["input"], known["dim"]
+    whole = _tensor(of)
+    site.expect(known["chunks"] == 2 and type(dim) is int, "not two chunks")
+    site.expect(type(whole.shape[dim]) is int and whole.shape[dim] % 2 == 0, "an odd size")
+    site.taken |= dict.fromkeys(parts)
+    return of, dim
 
 
 @rule("activation, product", "mul")

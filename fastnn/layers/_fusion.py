@@ -18,6 +18,7 @@ from torch.nn.modules import module as _module
 
 import fastnn.functional as F
 from fastnn import _gate, _mode
+from fastnn._mode import Stock
 from fastnn.layers import activation as acts
 from fastnn.layers import batchnorm, conv
 from fastnn.layers._layer import OURS, STOCK, as_torch_made, attributes, watched, weight_and_bias
@@ -75,7 +76,7 @@ def _noise(m) -> tuple[float, bool] | None:
     return None if m.inplace and m.training else (m.p, m.training)
 
 
-class Misfit(str):
+class Misfit(Stock):
     """Why a member does not fuse."""
 
 
@@ -91,18 +92,20 @@ def _convolution(m) -> Any:
     ours, its = _CONV_FORWARD[cls]
     known = cls._conv_forward is ours and STOCK[cls]._conv_forward is its  # type: ignore
     if not known or "_conv_forward" in m.__dict__:
-        return Misfit(f"{cls.__name__}._conv_forward was replaced")
+        return Misfit("hook", f"{cls.__name__}._conv_forward was replaced")
     if m.padding_mode != "zeros":
-        return Misfit(f"{cls.__name__} has padding_mode={m.padding_mode!r}")
+        return Misfit("fusion", f"{cls.__name__} has padding_mode={m.padding_mode!r}")
     return m
 
 
 def _given(m) -> Any:
     name = type(m).__name__
     if m.training:
-        return Misfit(f"{name} is in training mode, and its statistics are those of the batch")
+        return Misfit(
+            "fusion", f"{name} is in training mode, and its statistics are those of the batch"
+        )
     if m.running_mean is None or m.running_var is None:
-        return Misfit(f"{name} has no running statistics")
+        return Misfit("fusion", f"{name} has no running statistics")
     return m
 
 
@@ -174,7 +177,9 @@ CONVOLUTIONS = tuple(
 
 def _of_convolution(x, conv, norm, act=(None, 0.0, 0.0)) -> Any:
     if x.dim() != len(conv.kernel_size) + 2:
-        return Misfit(f"an input of {x.dim()} dimensions is one sample, which has no batch to norm")
+        return Misfit(
+            "shape", f"an input of {x.dim()} dimensions is one sample, which has no batch to norm"
+        )
     return (
         x, *weight_and_bias(conv),
         *attributes(norm, "running_mean", "running_var", "weight", "bias"), norm.eps, conv.stride,
@@ -307,9 +312,9 @@ def told(place: Place, member: Any, cls: type, called: str = "") -> Any:
     `cls`: the class that it counts as. `called`: its name in the reason, by default its class.
     """
     if cls not in place.tells:
-        return Misfit(f"{called} is a {type(member).__name__}")
+        return Misfit("fusion", f"{called} is a {type(member).__name__}")
     why = watched(member) if isinstance(member, stock.Module) else None
-    return _set_up(place, member, cls, called) if why is None else Misfit(why)
+    return _set_up(place, member, cls, called) if why is None else Misfit("hook", why)
 
 
 def _set_up(place: Place, member: Any, cls: type, called: str = "") -> Any:
@@ -317,7 +322,7 @@ def _set_up(place: Place, member: Any, cls: type, called: str = "") -> Any:
     what = place.tells[cls](member)
     if what is None:
         shown = getattr(member, "__name__", member)
-        return Misfit(f"{called or type(member).__name__} is {shown}")
+        return Misfit("fusion", f"{called or type(member).__name__} is {shown}")
     return what
 
 
@@ -342,9 +347,10 @@ def fit(rule: Rule, members: tuple, called: tuple[str, ...]) -> list | None:
     return what
 
 
-def note(rule: Rule, why: str) -> None:
+def note(rule: Rule, misfit: Misfit) -> None:
     """Tell whoever asks that the op of `rule` was not called."""
-    _mode.note(rule.op.op, f"not fused: {why}")  # type: ignore[attr-defined]
+    declined = Stock(misfit.code, f"not fused: {misfit.why}")
+    _mode.note(rule.op.op, declined)  # type: ignore[attr-defined]
 
 
 def plainly() -> bool:
@@ -474,7 +480,7 @@ def run_neighbours(
         what.append(one)
     why = watched(*members[i:end])
     if why is not None:
-        note(rule, Misfit(why))
+        note(rule, Misfit("hook", why))
         return i, input
     if group.more is not None:
         one = told(group.more[0], members[end], group.more[1])
@@ -489,7 +495,7 @@ def run_neighbours(
     if rule.asks and _gate.answers() and mode != "triton":
         free = mode == "graph" or (bool(op.plans.graphed) and _mode.capturing())
         chosen = _gate.decide(op.name, op.policy, input.get_device(), arguments, {}, free)
-        if isinstance(chosen, _mode.Stock):
-            _mode.note(op, chosen.why)
+        if isinstance(chosen, Stock):
+            _mode.note(op, chosen)
             return i, input
     return end, rule.op(*arguments)

@@ -105,7 +105,7 @@ def _cell(kind, input, h, c, w_ih, w_hh, b_ih, b_hh):
     given = [t for t in (input, h, c, w_ih, w_hh) if t is not None]
     shapes = [tuple(t.shape) for t in given]
     if any(t.dim() != 2 for t in given):
-        return Invalid(f"shapes {shapes}")
+        return Invalid("shape", f"shapes {shapes}")
     B, H = h.shape
     rows = _GATES[kind] * H
     fits = (
@@ -116,15 +116,15 @@ def _cell(kind, input, h, c, w_ih, w_hh, b_ih, b_hh):
     )
     biases = [b for b in (b_ih, b_hh) if b is not None]
     if not fits or any(b.shape != (rows,) for b in biases):
-        return Invalid(f"shapes {shapes}, biases {[tuple(b.shape) for b in biases]}")
+        return Invalid("shape", f"shapes {shapes}, biases {[tuple(b.shape) for b in biases]}")
     if any(t.dtype != input.dtype for t in (*given, *biases)):
-        return Invalid("several dtypes")
+        return Invalid("dtype", "several dtypes")
     if len(biases) == 1:
-        return Stock("one bias without the other")
+        return Stock("option", "one bias without the other")
     if not B * H:
-        return Stock("no elements")
+        return Stock("empty", "no elements")
     if kind in ("lstm", "gru") and input.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        return Stock("on a CPU, autocast widens some dtypes for this cell, but not all")
+        return Stock("autocast", "on a CPU, autocast widens some dtypes for this cell, but not all")
     return run(Cell, input, h, c, w_ih, w_hh, b_ih, b_hh, kind)
 
 
@@ -134,7 +134,7 @@ def _new_state(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
 
 
 def _saves_nothing(*args, **kwargs):
-    return Stock("PyTorch, too, runs one kernel for the gates after two products")
+    return Stock("gate", "PyTorch, too, runs one kernel for the gates after two products")
 
 
 _X = ("input", "w_ih", "w_hh")  # products take any strides
@@ -181,7 +181,7 @@ def rnn_relu_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
 def lstm_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
     """Two products, then one kernel for the biases, the gates and both states."""
     if len(hx) != 2:
-        return Invalid(f"{len(hx)} states")
+        return Invalid("option", f"{len(hx)} states")
     return _cell("lstm", input, hx[0], hx[1], w_ih, w_hh, b_ih, b_hh)
 
 
@@ -380,17 +380,17 @@ def _layers(kind, input, state, params, biased, layers, dropout, train, both, ba
         )  # fmt: skip
     states = list(state) if kind == "lstm" else [state]
     if len(states) != _STATES[kind] or not all(isinstance(t, Tensor) for t in (*states, *params)):
-        return Invalid(f"{len(states)} states")
+        return Invalid("option", f"{len(states)} states")
     D = 2 if both else 1
     projected = kind == "lstm" and states[0].shape[-1:] != states[1].shape[-1:]
     given = (4 if biased else 2) + projected
     fits = input.dim() == (3 if sizes is None else 2) and len(params) == given * D * layers
     if not fits or any(t.dim() != 3 for t in states):
-        return Invalid(f"input {tuple(input.shape)}, {len(params)} parameters")
+        return Invalid("shape", f"input {tuple(input.shape)}, {len(params)} parameters")
     if any(t.dtype != input.dtype or t.device != input.device for t in (*states, *params)):
-        return Invalid("several dtypes or devices")
+        return Invalid("dtype", "several dtypes or devices")
     if input.dtype not in FLOATS:
-        return Invalid(f"input in {input.dtype}")
+        return Invalid("dtype", f"input in {input.dtype}")
     gates = kernels.recurrent_steps.GATES[kind]
     rows, P, width = params[0].shape[0], states[0].shape[2], input.shape[-1]
     H = rows // gates
@@ -399,14 +399,14 @@ def _layers(kind, input, state, params, biased, layers, dropout, train, both, ba
         N = x.shape[1]
     else:
         if sizes.dim() != 1 or sizes.dtype != torch.int64 or sizes.device.type != "cpu":
-            return Invalid("batch sizes that are not (T,) int64 on the CPU")
+            return Invalid("dtype", "batch sizes that are not (T,) int64 on the CPU")
         impossible("it reads the batch sizes")
         ordered = sizes.tolist()
         # PyTorch checks only some of this
         if not ordered or ordered != sorted(ordered, reverse=True) or ordered[-1] < 1:
-            return Invalid(f"batch sizes {ordered}")
+            return Invalid("shape", f"batch sizes {ordered}")
         if sum(ordered) != input.shape[0]:
-            return Invalid(f"{input.shape[0]} rows for batch sizes of {sum(ordered)}")
+            return Invalid("shape", f"{input.shape[0]} rows for batch sizes of {sum(ordered)}")
         x = input
         N = ordered[0]
     shapes = [(D * layers, N, n) for n in ((P, H) if kind == "lstm" else (P,))]
@@ -422,14 +422,20 @@ def _layers(kind, input, state, params, biased, layers, dropout, train, both, ba
         fits = fits and (P == H if w_hr is None else w_hr.shape == (P, H))
         own += [w_ih, w_hh, *biases, w_hr]
     if not fits:
-        return Invalid(f"input {tuple(input.shape)}, states {[tuple(t.shape) for t in states]}")
+        return Invalid(
+            "shape", f"input {tuple(input.shape)}, states {[tuple(t.shape) for t in states]}"
+        )
     if not x.numel() * N * P:
-        return Stock("no elements")
+        return Stock("empty", "no elements")
     draws = train and dropout > 0 and layers > 1
     if draws and input.device.type != "cpu":
-        return Stock("dropout between layers, for which cuDNN draws random numbers of its own")
+        return Stock(
+            "random", "dropout between layers, for which cuDNN draws random numbers of its own"
+        )
     if kind in ("lstm", "gru") and input.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        return Stock("on a CPU, autocast widens some dtypes for this layer, but not all")
+        return Stock(
+            "autocast", "on a CPU, autocast widens some dtypes for this layer, but not all"
+        )
     packing = (None, None) if sizes is None else _packing(sizes, input.device)
     last: list = []
     x = x.contiguous()
@@ -455,7 +461,7 @@ def _unless_cudnn(
 ):  # fmt: skip
     """The gate's policy: the number of elements of the input."""
     if torch.backends.cudnn.enabled and torch.backends.cudnn.is_available():
-        return Stock("cuDNN runs all steps of a layer")
+        return Stock("gate", "cuDNN runs all steps of a layer")
     return Work(input.numel())
 
 

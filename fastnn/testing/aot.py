@@ -277,6 +277,7 @@ def emulate(target: str = "cuda:90", apart: ptx.Apart = "") -> Iterator[None]:
     # The emulator needs tensors, not addresses. Its results are compared with those of a CPU, which
     # has no TF32; for convolutions CUDA's default is TF32.
     with active_driver(target, _Emulator) as driver, _record.using(False):
+        assert isinstance(driver, _Emulator)
         driver.apart = apart
         with tf32_setting.set_to("ieee"):
             yield

@@ -105,8 +105,9 @@ class Program:
                 self._labels[label[1]] = len(blocks) - 1
                 text = text[label.end() :]
             if text and text[0] != ".":
-                if _meeting(text) > self._meetings[-1]:  # else they have met already
-                    begin(_meeting(text))
+                meeting = _meeting(text)
+                if meeting == 2 or meeting > self._meetings[-1]:  # else they have met already
+                    begin(meeting)
                 blocks[-1].append(text)
                 self.lines[-1].append(line)
                 if re.search(r"\b(bra|ret|exit)\b", text):  # only the last one of a block jumps
@@ -246,7 +247,8 @@ class Program:
                 continue
             if meeting == 2 and not passed[there].all():
                 group = machine.block == machine.block[there][0]
-                if (group & (place != here) & (place < len(self._blocks))).any():
+                missing = (place != here) | passed  # these have not reached it again
+                if (group & missing & (place < len(self._blocks))).any():
                     continue
                 passed |= group & (place == here)
             return there
