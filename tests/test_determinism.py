@@ -20,6 +20,7 @@ def image(*shape):
 
 
 LOGITS = (2, 3, 2, 2)
+BAGS = torch.tensor([[0, 2], [1, 1]])
 LABELS = torch.ones(1, 1, dtype=torch.int64)
 TARGETS = torch.zeros(2, 2, 2, dtype=torch.int64)
 SAMPLES = {dims: torch.full((1, 2, dims), 0.3) for dims in (2, 3)}
@@ -51,6 +52,7 @@ REFUSED = {
     "cross_entropy": (lambda F, x: F.cross_entropy(x, TARGETS), LOGITS),
     "ctc_loss": (lambda F, x: F.ctc_loss(x.log_softmax(-1), LABELS, (3,), (1,)), (3, 1, 2)),
     "local_response_norm": (lambda F, x: F.local_response_norm(x, 2), (1, 3, 2, 2)),
+    "embedding_bag": (lambda F, x: F.embedding_bag(BAGS, x, mode="max"), (3, 4)),
 }  # fmt: skip
 # Neighbours of these calls that PyTorch runs.
 RUN = {

@@ -5,7 +5,7 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
+from fastnn._op import Function, Invalid, Stock, Work, in_backward, op, run, second_order
 
 INTEGERS = (torch.int64, torch.int32)
 MODES = {"sum": 0, "mean": 1, "max": 2}
@@ -92,8 +92,16 @@ def _bags(input, offsets, include_last_offset):
     return input, offsets, bags, 0
 
 
+def _raises(
+    input, weight, offsets=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False,
+    mode="mean", *rest,
+):  # fmt: skip
+    return mode == "max" and in_backward(weight)
+
+
 @op(
     stock=stock.embedding_bag,
+    alerts=_raises,
     strided=("weight", "input", "offsets", "per_sample_weights"),
     integers=INTEGERS,
     policy=_rows_read,

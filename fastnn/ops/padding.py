@@ -23,8 +23,14 @@ def _wrong(size, before, after, mode):
     )
 
 
+_NARROW = 32  # elements of a row: fewer leave most threads of a warp idle
+
+
 def _gains(input, pad, mode="constant", *rest):
     """The policy of the size gate: a kernel saves a pass that fills with zeros, or slices."""
+    if input.dim() and input.shape[-1] < _NARROW:
+        few = f"rows of {input.shape[-1]} elements, of which a kernel fills few threads"
+        return Stock("gate", few)
     backward = torch.is_grad_enabled() and input.requires_grad
     if mode in ("reflect", "replicate") and not backward:
         return Stock("gate", "without a gradient PyTorch, too, reads and writes once")
