@@ -653,7 +653,7 @@ class Plans:
     def __init__(self, record: Any):
         self.record = record
         self.ready: dict[tuple, list[Callable]] = {}
-        self.tables: list[Callable] = []
+        self.tables: list[Any] = []
         self.graphed: list[str] = []  # not empty if some are for graph capture
         self.count = 0
         self.seen: dict[tuple, int] = {}  # key -> how often it may still be recorded
