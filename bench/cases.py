@@ -142,6 +142,8 @@ ACTIVATIONS = [
     row("act_mul", "Llama 3 8B, 4k tokens", 4096, lambda n: (normal(n, 14336), normal(n, 14336))),
     row("act_mul", "T5 v1.1 base, 16 x 512", 8192, lambda n: (normal(n, 2048), normal(n, 2048)),
         options={"activation": "gelu_tanh"}),
+    row("act_glu", "Stable Diffusion, 4 images", 16384, 2560, options={"activation": "gelu"}),
+    row("act_glu", "Phi-3 mini, 4k tokens", 4096, 16384, options={"first": True}),
     *(row(name, WIDE, 8192, 4096) for name in (
         "ELU", "CELU", "SELU", "Sigmoid", "Tanh", "LogSigmoid", "Hardtanh", "Hardshrink",
         "Softshrink", "Softplus",
@@ -457,6 +459,35 @@ EMBEDDING = [
     embedding("Llama 3 8B, 4 x 2048", 4, 2048, 128256, 4096),
     embedding("one sentence", 1, 16, 50257, 768),
     embedding("few rows, many indices", 64, 4096, 512, 256),
+    row(
+        "EmbeddingBag",
+        "DLRM, 8192 x 64 indices",
+        8192,
+        lambda n: (indices(n, 64, high=100000),),
+        options={"num_embeddings": 100000, "embedding_dim": 128, "mode": "sum"},
+        rereads=False,
+        gathers=True,
+    ),
+    row(
+        "EmbeddingBag",
+        "fastText, 4096 texts of 256",
+        4096,
+        lambda n: (indices(n, 256, high=50000),),
+        (FP32,),
+        options={"num_embeddings": 50000, "embedding_dim": 64},
+        rereads=False,
+        gathers=True,
+    ),
+    row(
+        "EmbeddingBag",
+        "maxima of 4096 x 32",
+        4096,
+        lambda n: (indices(n, 32, high=50000),),
+        (FP32,),
+        options={"num_embeddings": 50000, "embedding_dim": 128, "mode": "max"},
+        rereads=False,
+        gathers=True,
+    ),
 ]
 
 # ---- Recurrent cells --------------------------------------------------------------------------

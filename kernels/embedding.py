@@ -47,43 +47,64 @@ def _embedding_fwd_kernel(
 
 
 @triton.jit
-def _sum_of_rows(DY, ORDER, first, last, D, c, in_row, acc, ROWS: tl.constexpr):
+def _sum_of_rows(
+    DY, ORDER, BAG, COUNT, SAMPLE, PLACE, first, last, D, c, in_row, acc, ROWS: tl.constexpr
+):
     r = tl.arange(0, ROWS)
     for i in range(first, last, ROWS):
         mask = r < last - i
         n = tl.load(ORDER + i + r, mask=mask, other=0)
-        mask = mask[:, None] & in_row[None, :]
-        acc += tl.load(DY + n[:, None] * D + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        row = n
+        if BAG is not None:
+            row = tl.load(BAG + n, mask=mask, other=-1).to(tl.int64)
+            mask = row >= 0
+        each = mask[:, None] & in_row[None, :]
+        if PLACE is not None:
+            each &= (
+                tl.load(PLACE + row[:, None] * D + c[None, :], mask=each, other=-1) == n[:, None]
+            )
+        dy = tl.load(DY + row[:, None] * D + c[None, :], mask=each, other=0.0).to(tl.float32)
+        if SAMPLE is not None:
+            dy *= tl.load(SAMPLE + n, mask=mask, other=0.0).to(tl.float32)[:, None]
+        if COUNT is not None:
+            dy /= tl.load(COUNT + row, mask=mask, other=1).to(tl.float32)[:, None]
+        acc += dy
     return acc
 
 
 @kernel(do_not_specialize=["col_tiles"])
 def _embedding_bwd_blocks_kernel(
-    DY, SORTED, ORDER, PARTIAL, D, col_tiles, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+    DY, SORTED, ORDER, BAG, COUNT, SAMPLE, PLACE, PARTIAL, D, col_tiles,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """A program sums COLS columns of one block of 64 sorted indices, if they are all the same.
 
     DY (N, D): float, contiguous. SORTED, ORDER (N,): ints, the sorted indices and their old
-    positions. PARTIAL (N // 64, D): fp32.
+    positions. BAG, COUNT, SAMPLE, PLACE: as for the next kernel. PARTIAL (N // 64, D): fp32.
     """
     block = tl.program_id(0) // col_tiles
     first = block * _RUN
     if tl.load(SORTED + first) == tl.load(SORTED + first + _RUN - 1):
         c = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)
         acc = tl.zeros([ROWS, COLS], tl.float32)
-        acc = _sum_of_rows(DY, ORDER, first, first + _RUN, D, c, c < D, acc, ROWS)
+        acc = _sum_of_rows(
+            DY, ORDER, BAG, COUNT, SAMPLE, PLACE, first, first + _RUN, D, c, c < D, acc, ROWS
+        )
         tl.store(PARTIAL + block.to(tl.int64) * D + c, tl.sum(acc, 0), mask=c < D)
 
 
 @kernel(do_not_specialize=["padding_idx", "col_tiles"])
 def _embedding_bwd_dw_kernel(
-    DY, BOUNDS, ORDER, PARTIAL, DW, D, padding_idx: tl.int64, col_tiles,
+    DY, BOUNDS, ORDER, BAG, COUNT, SAMPLE, PLACE, PARTIAL, DW, D, padding_idx: tl.int64, col_tiles,
     BY_FREQUENCY: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """A program computes COLS columns of one row of dW, and loops over the run of its index.
 
-    DY (N, D): float, contiguous. BOUNDS (V + 1,): ints, the begin of each row's run. ORDER (N,):
-    ints. PARTIAL (N // 64, D): fp32, sums of complete blocks. DW (V, D): float, contiguous.
+    DY (N, D): float, contiguous; (B, D) for bags. BOUNDS (V + 1,): ints, the begin of each row's
+    run. ORDER (N,): ints. PARTIAL (N // 64, D): fp32, sums of complete blocks. DW (V, D): float,
+    contiguous. All of these are None without bags: BAG (N,): ints, the bag of each index, or -1.
+    COUNT (B,): ints, the divisors of means. SAMPLE (N,): float, the weights. PLACE (B, D): ints,
+    the one index that has the gradient.
     """
     v = (tl.program_id(0) // col_tiles).to(tl.int64)
     c = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)
@@ -97,12 +118,14 @@ def _embedding_bwd_dw_kernel(
     last = tl.maximum(hi // _RUN, first)
     whole = last > first
     acc = tl.zeros([ROWS, COLS], tl.float32)
-    acc = _sum_of_rows(DY, ORDER, lo, tl.where(whole, first * _RUN, hi), D, c, c < D, acc, ROWS)
+    end = tl.where(whole, first * _RUN, hi)
+    acc = _sum_of_rows(DY, ORDER, BAG, COUNT, SAMPLE, PLACE, lo, end, D, c, c < D, acc, ROWS)
     for i in range(first, last, ROWS):
         mask = (r < last - i)[:, None] & (c < D)[None, :]
         at = (i + r).to(tl.int64)[:, None] * D + c[None, :]
         acc += tl.load(PARTIAL + at, mask=mask, other=0.0)
-    acc = _sum_of_rows(DY, ORDER, tl.where(whole, last * _RUN, hi), hi, D, c, c < D, acc, ROWS)
+    begin = tl.where(whole, last * _RUN, hi)
+    acc = _sum_of_rows(DY, ORDER, BAG, COUNT, SAMPLE, PLACE, begin, hi, D, c, c < D, acc, ROWS)
     dw = tl.sum(acc, 0)
     if BY_FREQUENCY:
         dw = dw / tl.maximum(hi - lo, 1).to(tl.float32)
@@ -140,8 +163,14 @@ def _config(D):
     return {"ROWS": min(16, 512 * num_warps // COLS), "COLS": COLS, "num_warps": num_warps}
 
 
-def bwd(dy, indices, num_embeddings, padding_idx, scale_grad_by_freq):
-    """dy (*indices.shape, D) -> dW (num_embeddings, D), of dy's dtype; zeros in row padding_idx."""
+def bwd(
+    dy, indices, num_embeddings, padding_idx, scale_grad_by_freq,
+    bag=None, count=None, sample=None, place=None,
+):  # fmt: skip
+    """dy (*indices.shape, D) -> dW (num_embeddings, D), of dy's dtype; zeros in row padding_idx.
+
+    With `bag`, indices are (N,) and dy is (B, D); see the kernel.
+    """
     D = dy.shape[-1]
     dw = dy.new_empty((num_embeddings, D))
     if not dw.numel():
@@ -159,10 +188,11 @@ def bwd(dy, indices, num_embeddings, padding_idx, scale_grad_by_freq):
     partial = dy.new_empty((blocks, D), dtype=torch.float32)
     dy = dense(dy)
     _embedding_bwd_blocks_kernel(
-        (blocks * col_tiles,), dy, run, order, partial, D, col_tiles, **config
-    )
+        (blocks * col_tiles,), dy, run, order, bag, count, sample, place, partial, D, col_tiles,
+        **config,
+    )  # fmt: skip
     _embedding_bwd_dw_kernel(
-        (num_embeddings * col_tiles,), dy, bounds, order, partial, dw, D, padding_idx, col_tiles,
-        BY_FREQUENCY=scale_grad_by_freq, **config,
+        (num_embeddings * col_tiles,), dy, bounds, order, bag, count, sample, place, partial, dw,
+        D, padding_idx, col_tiles, BY_FREQUENCY=scale_grad_by_freq, **config,
     )  # fmt: skip
     return dw

@@ -37,7 +37,6 @@ pytestmark = [
         "reduction. .mean. divides the total loss",
         "linear_cross_entropy. ..options.. ignored",
         "Using padding='same' with even kernel",
-        "LSTM with projections is not supported with oneDNN",
     )
 ]
 
@@ -69,7 +68,7 @@ FUNCTION_SAMPLES = [
 def arguments(name, sample):
     """A sample's positional arguments, in the order of `torch.nn.functional`."""
     args = (sample.input, *sample.args)
-    return args[1::-1] if name == "embedding" else args
+    return [*args[1::-1], *args[2:]] if name in ("embedding", "embedding_bag") else args
 
 
 MOST_PRODUCTS = 8000  # of a convolution, because its taps are slow in the interpreter

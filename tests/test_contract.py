@@ -33,6 +33,7 @@ OTHERS = {
     **{n: lambda x: ((), x(3, 4), x(3, 4)) for n in ("CosineSimilarity", "PairwiseDistance")},
     "TripletMarginLoss": lambda x: ((), x(3, 4), x(3, 4), x(3, 4)),
     "CTCLoss": lambda x: ((), x(5, 2, 4), torch.tensor([[1, 2], [3, 1]]), (5, 4), (2, 1)),
+    "EmbeddingBag": lambda x: ((5, 4), torch.tensor([[1, 2], [3, 1]])),
     "NLLLoss2d": None,  # deprecated: constructing it warns
     **{n: lambda x: ((0.4,), x(2, 4)) for n in ("Dropout", "AlphaDropout", "FeatureAlphaDropout")},
     "Dropout1d": lambda x: ((0.4,), x(2, 4, 3)),

@@ -55,6 +55,7 @@ APART = {
     "attention": "products of matrices, whose sums overflow where stock's do",
     "dropout": "a product with a number that is drawn; tests/test_dropout.py has infinities",
     "embedding": "a copy",
+    "embedding_bag": "sums of copies",
     "linear": "products of matrices, whose sums overflow where stock's do",
     "linear_cross_entropy": "products of matrices, whose sums overflow where stock's do",
     "multihead_attention": "products of matrices, whose sums overflow where stock's do",
@@ -235,7 +236,7 @@ def compared(case: Case, dtype, filling: Filling, which: int | None, seed: int) 
         raise
     with backend("triton"), decisions() as heard:
         mine = run_side(ours, fresh_leaves((inputs, kwargs)), "cpu", None, theirs.upstream)
-    HEARD.update(op.name for op, _ in heard)
+    HEARD.update(op.name for op, _, _ in heard)
     finite = all(
         t.isfinite().all() for t in tensors_of((inputs, kwargs)) if t.is_floating_point()
     ) and all(p.isfinite().all() for p in stock.parameters.values())

@@ -36,11 +36,18 @@ LEFT_OUT = {"scaled_dot_product_attention": "query, key or value alone without e
 
 
 def _safe(call: Call) -> bool:
-    """Whether stock on a CPU stays inside its tensors: it does not check the labels of CTC."""
-    if call.op.name != "ctc_loss":
+    """Whether stock on a CPU stays inside its tensors: it does not check the labels of CTC, nor the
+    indices of maxima of bags, nor whether there are bags."""
+    if call.op.name == "ctc_loss":
+        most, indices = call.arguments["log_probs"].shape[-1], call.arguments["targets"]
+    elif call.op.name == "embedding_bag":
+        most, indices = call.arguments["weight"].shape[0], call.arguments["input"]
+        offsets = call.arguments.get("offsets")
+        if offsets is not None and offsets.numel() <= 1:
+            return False
+    else:
         return True
-    classes, labels = call.arguments["log_probs"].shape[-1], call.arguments["targets"]
-    return not labels.numel() or bool(labels.max() < classes)
+    return not indices.numel() or bool(indices.max() < most)
 
 
 def _known(name, difference):

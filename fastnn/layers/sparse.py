@@ -1,21 +1,39 @@
-"""Embedding. Mirrors torch/nn/modules/sparse.py. EmbeddingBag stays PyTorch's class."""
+"""Embeddings. Mirrors torch/nn/modules/sparse.py."""
 
 import torch.nn as stock
 
 import fastnn.functional as F
-from fastnn.layers._layer import Layer
+from fastnn.layers._layer import Layer, attributes
 
-__all__ = ["Embedding"]
+__all__ = ["Embedding", "EmbeddingBag"]
 
 
 class Embedding(stock.Embedding, metaclass=Layer):
     def forward(self, input):
+        (weight,) = attributes(self, "weight")
         return F.embedding(
             input,
-            self.weight,
+            weight,
             self.padding_idx,
             self.max_norm,
             self.norm_type,
             self.scale_grad_by_freq,
             self.sparse,
+        )
+
+
+class EmbeddingBag(stock.EmbeddingBag, metaclass=Layer):
+    def forward(self, input, offsets=None, per_sample_weights=None):
+        return F.embedding_bag(
+            input,
+            self.weight,
+            offsets,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.mode,
+            self.sparse,
+            per_sample_weights,
+            self.include_last_offset,
+            self.padding_idx,
         )
