@@ -271,10 +271,13 @@ def _samples(U, n, c, C, there, d: tl.constexpr, DIMS: tl.constexpr):
 
 @triton.jit
 def _planes(n, c, sn, sc, VEC: tl.constexpr, LAST: tl.constexpr):
+    if n.dtype == tl.int64:  # 32 bits may not hold a stride
+        sn = sn.to(tl.int64)
+        sc = sc.to(tl.int64) if sc is not None else sc
     if LAST:
-        at = n * sn * VEC + inner_offset(c, sc)
+        at = n * (sn * VEC) + inner_offset(c, sc)
     else:
-        at = n * sn * VEC + c * sc * VEC
+        at = n * (sn * VEC) + c * (sc * VEC)
     return at
 
 
@@ -284,10 +287,13 @@ def _place(d, h, w, sd, sh, sw, VEC: tl.constexpr, LAST: tl.constexpr, WIDE: tl.
         d = d.to(tl.int64)
         h = h.to(tl.int64)
         w = w.to(tl.int64)
+        sd = sd.to(tl.int64)
+        sh = sh.to(tl.int64)
+        sw = sw.to(tl.int64) if sw is not None else sw
     if LAST:
-        at = d * sd * VEC + h * sh * VEC + w * sw * VEC
+        at = d * (sd * VEC) + h * (sh * VEC) + w * (sw * VEC)
     else:
-        at = d * sd * VEC + h * sh * VEC + inner_offset(w, sw)
+        at = d * (sd * VEC) + h * (sh * VEC) + inner_offset(w, sw)
     return at
 
 
