@@ -142,6 +142,8 @@ ACTIVATIONS = [
     row("act_mul", "Llama 3 8B, 4k tokens", 4096, lambda n: (normal(n, 14336), normal(n, 14336))),
     row("act_mul", "T5 v1.1 base, 16 x 512", 8192, lambda n: (normal(n, 2048), normal(n, 2048)),
         options={"activation": "gelu_tanh"}),
+    row("act_glu", "Stable Diffusion, 4 images", 16384, 2560, options={"activation": "gelu"}),
+    row("act_glu", "Phi-3 mini, 4k tokens", 4096, 16384, options={"first": True}),
     *(row(name, WIDE, 8192, 4096) for name in (
         "ELU", "CELU", "SELU", "Sigmoid", "Tanh", "LogSigmoid", "Hardtanh", "Hardshrink",
         "Softshrink", "Softplus",

@@ -46,10 +46,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 import fastnn
-from fastnn import _build, _mode, _native, _record
+from fastnn import _build, _mode, _native, _record, _rng
 from fastnn.bench.models import ResNet, Step, Transformer
 from fastnn.ops import REGISTRY
 
@@ -178,16 +179,14 @@ def _computing_nothing() -> Iterator[None]:
 def _plans(kept: dict) -> Iterator[None]:
     """Exactly the plans in `kept` exist inside the block. Those made there are added."""
     _record.forget()
-    for name, (ready, seen) in kept.items():
-        plans = REGISTRY[name].plans
-        plans.ready.update(ready)
-        plans.seen.update(seen)
+    for name, plans in kept.items():
+        REGISTRY[name].plans.keep(plans)
     try:
         yield
     finally:
         for name, op in REGISTRY.items():
             if op.plans.seen:
-                kept[name] = dict(op.plans.ready), dict(op.plans.seen)
+                kept[name] = op.plans.kept()
         _record.forget()
 
 
@@ -291,7 +290,18 @@ def _model_contest(of: Step) -> Contest:
 
 
 def _launches(call: Callable[[], object]) -> int:
+    """The launches of a call of ours: kernels, and operators of PyTorch as they count for stock.
+
+    A draw of random numbers launches nothing on a GPU. What some ops look at on a CPU counts.
+    """
     from fastnn.kernels._launch import Kernel
+    from fastnn.testing.meter import AtenTraffic
+
+    draw = _rng.draw_planned
+
+    def drawing(*args):
+        with _disable_current_modes():
+            return draw(*args)
 
     count = 0
     launch = Kernel.__call__
@@ -301,9 +311,16 @@ def _launches(call: Callable[[], object]) -> int:
         count += 1
         launch(self, *args, **kwargs)
 
-    with mock.patch.object(Kernel, "__call__", counting), _record.using(False):
+    with (
+        mock.patch.object(Kernel, "__call__", counting),
+        mock.patch.object(_rng, "draw_planned", drawing),
+        _record.using(False),
+        # Dispatch declines under a dispatch mode, but this mode only observes.
+        mock.patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0),
+        AtenTraffic() as aten,
+    ):
         call()
-    return count
+    return count + aten.cost.launches
 
 
 def _facts(case) -> dict:

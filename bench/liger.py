@@ -11,6 +11,12 @@ import torch
 
 from fastnn.bench.cases import BenchCase
 
+# The rows of which Liger may have the function.
+NAMES = (
+    "LayerNorm", "RMSNorm", "GroupNorm", "Softmax", "act_mul", "KLDivLoss", "CrossEntropyLoss",
+    "Embedding",
+)  # fmt: skip
+
 
 def version() -> str | None:
     try:
@@ -28,29 +34,49 @@ def counterpart(case: BenchCase, layer: Any) -> Callable | None:
     """
     if version() is None or not case.train:
         return None
-    last = case.options.get("dim", -1) == -1
+    options = case.options
     try:
-        if case.name == "LayerNorm" and isinstance(case.options["normalized_shape"], int):
-            norm = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
+        if case.name == "LayerNorm" and isinstance(options["normalized_shape"], int):
+            norm = _of("layer_norm", "LigerLayerNormFunction")
             return _owning(layer, lambda x: norm.apply(x, layer.weight, layer.bias, layer.eps))
         if case.name == "RMSNorm":
-            rms = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
+            rms = _of("rms_norm", "LigerRMSNormFunction")
             eps = torch.finfo(torch.float32).eps
             return _owning(layer, lambda x: rms.apply(x, layer.weight, eps, 0.0, "llama", False))
-        if case.name == "Softmax" and last:
-            softmax = importlib.import_module("liger_kernel.ops.softmax").LigerSoftmaxFunction
+        if case.name == "GroupNorm" and "channels last" not in case.shape:
+            group = _of("group_norm", "LigerGroupNormFunction")
+            sizes = layer.num_channels, layer.num_groups, layer.eps
+            return _owning(layer, lambda x: group.apply(x, layer.weight, layer.bias, *sizes))
+        if case.name == "Softmax" and options.get("dim", -1) == -1:
+            softmax = _of("softmax", "LigerSoftmaxFunction")
             return lambda x: softmax.apply(x)
+        if case.name == "act_mul":
+            gelu = options.get("activation") == "gelu_tanh"
+            gated = _of("geglu", "LigerGELUMulFunction") if gelu else None
+            gated = gated or _of("swiglu", "LigerSiLUMulFunction")
+            return lambda x, gate: gated.apply(x, gate)
+        if case.name == "KLDivLoss" and not options.get("log_target"):
+            # Targets of the other rows want a gradient, which Liger does not compute.
+            kl, reduction = (
+                _of("kl_div", "LigerKLDivLossFunction"),
+                options.get("reduction", "mean"),
+            )
+            return lambda x, target: kl.apply(x, target, reduction)
         if case.name == "CrossEntropyLoss" and len(case.inputs) == 2 and case.shape.count("x") == 1:
             loss = importlib.import_module("liger_kernel.transformers").LigerCrossEntropyLoss(
-                **case.options
+                **options
             )
             return lambda x, target: loss(x.clone(), target)
         if case.name == "Embedding":
-            table = importlib.import_module("liger_kernel.ops.experimental.embedding")
-            return _owning(layer, lambda i: table.LigerEmbeddingFunction.apply(layer.weight, i))
+            table = _of("experimental.embedding", "LigerEmbeddingFunction")
+            return _owning(layer, lambda i: table.apply(layer.weight, i))
     except (ImportError, AttributeError):  # another version has it in another place
         return None
     return None
+
+
+def _of(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"liger_kernel.ops.{module}"), name)
 
 
 def _owning(layer, function):

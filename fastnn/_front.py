@@ -64,15 +64,17 @@ class Below(NamedTuple):
 
     tensors: the arguments of which the size is a function; they must be exactly of class Tensor.
     others: other arguments that the size depends on.
-    ready: whether the tensors may be looked at: Dynamo does not trace, and nobody would notice that
-        their attributes are read.
+    ready: whether nobody would notice that attributes of the tensors are read. Dynamo can trace
+        nothing of it, so `_is_compiling` is asked first.
     size: a bound on the size of the call.
+    least: the floor: `_the_floor`, or 0 while the kernel is to run calls of every size.
     """
 
     tensors: tuple[str, ...]
     others: tuple[str, ...]
     ready: str
     size: str
+    least: str
 
 
 def below(record: Any, first: str, home: str = "") -> Below:
@@ -89,10 +91,11 @@ def below(record: Any, first: str, home: str = "") -> Below:
     tensors = tuple(sorted(read))
     kinds = " and ".join(f"type({t}) in _exact_types" for t in tensors)
     copied = f"(not {home}_blocks or _context_mode() in (None, {home}_uniform))"
-    # first, because Dynamo can trace nothing of the rest
-    state = f"not _is_compiling() and {copied} and not _function_modes() and not _is_tracing()"
-    ready = f"{state} and {kinds}"
-    return Below(tensors, tuple(sorted(names - read)), ready, size)
+    ready = f"{copied} and not _function_modes() and not _is_tracing() and {kinds}"
+    least = "_the_floor"
+    if record.alerts is not None:
+        least = "(0 if _is_deterministic() and not _only_warns() else _the_floor)"
+    return Below(tensors, tuple(sorted(names - read)), ready, size, least)
 
 
 BELOW = {
@@ -101,6 +104,8 @@ BELOW = {
     "_function_modes": torch._C._len_torch_function_stack,
     "_is_tracing": torch._C._is_tracing,  # sizes would be tensors
     "_exact_types": _EXACT_TYPES,
+    "_is_deterministic": torch._C._get_deterministic_algorithms,
+    "_only_warns": torch._C._get_deterministic_algorithms_warn_only,
 }
 
 
@@ -196,7 +201,7 @@ def front(record: Any, dispatch: Callable) -> Callable:
         ]
     # Names that are not parameters begin with an underscore and have two words: no parameter does.
     lines = [
-        "def make(stock, record, dispatch, no_keywords, the_plans, is_graphed, unfit, "
+        "def make(stock, record, dispatch, no_keywords, the_plans, the_tables, is_graphed, unfit, "
         "is_grad_enabled, _functional, _is_another, _call_another, "
         f"{', '.join((*BELOW, *defaults))}):",
         "    _the_floor = -1",
@@ -204,27 +209,35 @@ def front(record: Any, dispatch: Callable) -> Callable:
         *replaced,
         "        if _idle:",
         f"            return stock({passed})",
-        f"        if _uniform and {asked.ready}:",
-        "            try:",
-        f"                _is_small = _plain and {asked.size} < _the_floor",
-        "            except Exception:  # arguments of the wrong kinds",
-        "                _is_small = False",
-        "            if _is_small:",
-        f"                return stock({passed})",
-        "            if the_plans:",
-        "                _this_mode = _uniform",
-        "                if is_graphed and _uniform == 'auto' and capturing():",
-        "                    _this_mode = 'graph'",
-        f"                _this_key = {asked.tensors[0]}.shape, is_grad_enabled(), _this_mode",
-        "                for _one_plan in the_plans.get(_this_key, ()):",
-        f"                    _its_result = _one_plan({', '.join(positional + names)})",
-        "                    if _its_result is not unfit:",
-        "                        return _its_result",
+        "        if _uniform and not _is_compiling():",
+        "            for _one_table in the_tables:",
+        "                if is_graphed:",
+        "                    break",
+        f"                _its_result = _one_table(_uniform, {', '.join(positional + names)})",
+        "                if _its_result is not unfit:",
+        "                    return _its_result",
+        f"            if {asked.ready}:",
+        "                try:",
+        f"                    _is_small = _plain and {asked.size} < {asked.least}",
+        "                except Exception:  # arguments of the wrong kinds",
+        "                    _is_small = False",
+        "                if _is_small:",
+        f"                    return stock({passed})",
+        "                if the_plans:",
+        "                    _this_mode = _uniform",
+        "                    if is_graphed and _uniform == 'auto' and capturing():",
+        "                        _this_mode = 'graph'",
+        f"                    _this_key = {asked.tensors[0]}.shape, is_grad_enabled(), _this_mode",
+        "                    for _one_plan in the_plans.get(_this_key, ()):",
+        f"                        _its_result = _one_plan({', '.join(positional + names)})",
+        "                        if _its_result is not unfit:",
+        "                            return _its_result",
         f"        return dispatch(record, ({dispatched},), "
         + (f"dict({', '.join(keyword)}))" if keyword else "no_keywords)"),
         f"    def small({', '.join(asked.tensors + asked.others)}):",
         "        try:",
-        f"            return _plain and {asked.ready} and {asked.size} < _the_floor",
+        f"            return _plain and 0 < _the_floor and not _is_compiling() and {asked.ready}"
+        f" and {asked.size} < {asked.least}",
         "        except Exception:",
         "            return False",
         "    def set_floor(least):",
@@ -246,8 +259,8 @@ def front(record: Any, dispatch: Callable) -> Callable:
     # The code runs in the namespace of `_mode`, because it reads `_idle` and `_plain` there.
     exec(compile(source, file, "exec"), vars(_mode), scope)
     call, call_small, set_floor = scope["make"](
-        record.stock, record, dispatch, _NO_KEYWORDS, record.plans.ready, record.plans.graphed,
-        UNFIT, torch.is_grad_enabled, torch.nn.functional,
+        record.stock, record, dispatch, _NO_KEYWORDS, record.plans.ready, record.plans.tables,
+        record.plans.graphed, UNFIT, torch.is_grad_enabled, torch.nn.functional,
         *_others(name, parameters(record.fused)), **BELOW, **defaults,
     )  # fmt: skip
     record.floor.follow(set_floor)

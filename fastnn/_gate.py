@@ -7,6 +7,7 @@ each op and variant, `crossover.json` gives the size from which the kernel wins.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -72,6 +73,7 @@ if _host not in ("", "free"):
     raise ValueError(f"FASTNN_HOST={_host!r}: accepted is 'free', or nothing")
 
 Policy = Callable[..., Work | Stock]
+Alerts = Callable[..., bool]
 
 
 # ---- The table ----------------------------------------------------------------------------------
@@ -197,31 +199,63 @@ def decide(
     args: tuple,
     kwargs: dict,
     free: bool = False,
+    alerts: Alerts | None = None,
 ) -> Stock | str:
     """The variant of `op` to run, or why PyTorch is to run the call.
 
     `policy` says how much work the call is. Without a policy, the size is the element count of the
-    first argument. `free`: the host costs nothing.
+    first argument. `free`: the host costs nothing. `alerts`: whether PyTorch raises for the call on
+    a GPU where only deterministic algorithms may run; there, the kernel runs at every size.
     """
+    architecture = _gpus.architecture(device_index)
+    if alerts is not None and only_deterministic() and _asked is None:
+        with contextlib.suppress(Exception):  # arguments of the wrong kinds
+            if architecture != "cpu" and not unproven(architecture) and alerts(*args, **kwargs):
+                return ""
     try:
         work = Work(args[0].numel()) if policy is None else policy(*args, **kwargs)
     # arguments of the wrong kinds: PyTorch is going to reject them with its own error
     except Exception:
-        return Stock("the size of the call cannot be told from its arguments")
+        return Stock("option", "the size of the call cannot be told from its arguments")
     if _asked is not None:
         _asked.append((op, work))
-        return Stock("the gate was only asked")
+        return Stock("gate", "the gate was only asked")
     if isinstance(work, Stock):
         return work
-    found = crossover(op, _gpus.architecture(device_index), work.variant)
+    found = crossover(op, architecture, work.variant)
     least, source = found.free() if free else found.least, found.source
     if work.size >= least:
         return work.variant
     if least == math.inf:
-        return Stock(f"size gate: PyTorch is as fast at every size ({source})")
+        return Stock("gate", f"size gate: PyTorch is as fast at every size ({source})")
     return Stock(
-        f"size gate: {work.size:,} {work.unit}; the kernel wins from {int(least):,} ({source})"
+        "gate",
+        f"size gate: {work.size:,} {work.unit}; the kernel wins from {int(least):,} ({source})",
     )
+
+
+# ---- Where PyTorch raises an error --------------------------------------------------------------
+#
+# Many backwards of PyTorch add with atomics on a GPU. After `torch.use_deterministic_algorithms(
+# True)` they raise an error. Kernels of ours add in a fixed order, so they can run there.
+
+
+def only_deterministic() -> bool:
+    """Whether PyTorch raises an error instead of running an algorithm that is not deterministic."""
+    return (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
+
+
+def in_backward(input, *rest, **kwargs) -> bool:
+    """The rule of ops of which only the backward raises."""
+    return torch.is_grad_enabled() and input.requires_grad
+
+
+def always(*args, **kwargs) -> bool:
+    """The rule of ops that raise in the forward."""
+    return True
 
 
 # ---- Floors -------------------------------------------------------------------------------------

@@ -27,13 +27,61 @@ if _initial not in _MODES:
 _mode: ContextVar[Mode | None] = ContextVar("fastnn_backend", default=None)
 
 
+Code = Literal[
+    "mode",
+    "device",
+    "dtype",
+    "layout",
+    "shape",
+    "empty",
+    "size",
+    "option",
+    "autograd",
+    "autocast",
+    "random",
+    "gate",
+    "hook",
+    "fusion",
+    "distributed",
+]
+
+# The kinds of reasons for PyTorch. The words of a reason are for people, and may change; its code
+# is for programs and tests.
+CODES: dict[Code, str] = {
+    "mode": "the backend, a mode of PyTorch, a transform or a tracer decides",
+    "device": "kernels do not run on this device, or the tensors are on several devices",
+    "dtype": "a dtype, or a mix of dtypes, that no kernel takes",
+    "layout": "strides, a memory format or a kind of tensor that no kernel takes",
+    "shape": "shapes that no kernel takes, or that do not fit each other",
+    "empty": "there are no elements",
+    "size": "more elements, or longer rows, than a kernel can index or hold",
+    "option": "an argument, or a combination of arguments, that no kernel takes",
+    "autograd": "autograd requires what a kernel does not do: a gradient, or an edit in place",
+    "autocast": "autocast would give other dtypes than the kernel",
+    "random": "the kernel cannot draw the random numbers that PyTorch draws",
+    "gate": "PyTorch is as fast or faster for this call",
+    "hook": "a hook, or a function that was replaced, would notice the difference",
+    "fusion": "neighbours do not run as one op; each runs by itself",
+    "distributed": "DTensors that are placed in a way that no kernel takes",
+}
+
+
 class BackendError(RuntimeError):
-    """Raised under `backend("triton")` for a call that no kernel can run. Names op and reason."""
+    """Raised under `backend("triton")` for a call that no kernel can run. Names op and reason.
+
+    code: the kind of the reason, one of those that docs/api.md explains.
+    """
+
+    code: Code | None = None
 
 
 class Stock(NamedTuple):
-    """Declines a call, which then runs on PyTorch. `why` is read after "stock: "."""
+    """Declines a call, which then runs on PyTorch.
 
+    code: the kind of the reason. why: the reason in words, read after "stock: ".
+    """
+
+    code: Code
     why: str
 
 
@@ -105,6 +153,11 @@ def uniform() -> Mode | None:
     context the answer is None, too.
     """
     return _uniform if _mode.get() in (None, _uniform) else None
+
+
+def context() -> ContextVar[Mode | None]:
+    """The variable that holds the mode of a context; None: no block was opened in it."""
+    return _mode
 
 
 def current_mode() -> Mode:
@@ -187,22 +240,31 @@ def capturing() -> bool:
 
 
 class Decision(NamedTuple):
-    """One dispatch: the op, and None if a kernel ran, else the reason why PyTorch ran."""
+    """One dispatch.
 
-    op: Any  # an `Op`
+    op: the `Op`.
+    why: None if a kernel ran, else the reason why PyTorch ran, in words.
+    code: None if a kernel ran, else the kind of the reason, one of `CODES`.
+    """
+
+    op: Any
     why: str | None
+    code: Code | None
 
 
 _heard: ContextVar[tuple[list[Decision], ...]] = ContextVar("fastnn_decisions", default=())
 
 
-def note(op: Any, why: str | None) -> None:
+def note(op: Any, declined: Stock | None) -> None:
     """Tell every open `decisions()` block of this thread what ran `op`.
 
-    why: None if a kernel ran, else the reason why PyTorch ran.
+    declined: None if a kernel ran, else the reason why PyTorch ran.
     """
     for heard in _heard.get():
-        heard.append(Decision(op, why))
+        if declined is None:
+            heard.append(Decision(op, None, None))
+        else:
+            heard.append(Decision(op, declined.why, declined.code))
 
 
 @contextmanager

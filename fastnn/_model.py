@@ -166,6 +166,7 @@ class Row(NamedTuple):
     op: the function that was dispatched, or None.
     path: "kernel", "stock", or None if nothing was run.
     reason: the reason, in words.
+    code: if PyTorch ran, the kind of the reason; docs/api.md has the list.
     """
 
     layer: str
@@ -173,6 +174,12 @@ class Row(NamedTuple):
     op: str | None
     path: str | None
     reason: str
+    code: str | None = None
+
+
+def _row(layer: str, kind: str, op: str, why: str | None, code: str | None) -> Row:
+    """The row of one decision."""
+    return Row(layer, kind, op, "stock" if why else "kernel", why or "", code)
 
 
 class Explanation(tuple[Row, ...]):
@@ -185,7 +192,7 @@ class Explanation(tuple[Row, ...]):
 
     def __str__(self) -> str:
         head = ("layer", "class", "op", "path", "reason")
-        lines = [head, *(tuple("" if v is None else str(v) for v in row) for row in self)]
+        lines = [head, *(tuple("" if v is None else str(v) for v in row[:5]) for row in self)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         told = [
             "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
@@ -288,7 +295,7 @@ def _explain_compiled(model: stock.Module, inputs: tuple, kwargs: dict) -> Expla
     kinds = {name: _class_name(layer) for name, layer in model.named_modules()}
     with _untouched(model):
         return Explanation(
-            Row(d.layer, kinds.get(d.layer, ""), d.op, "stock" if d.why else "kernel", d.why or "")
+            _row(d.layer, kinds.get(d.layer, ""), d.op, d.why, d.code)
             for d in decisions_of(model, inputs, kwargs)
         )
 
@@ -345,8 +352,8 @@ def explain(
             name, kind = names.get(id(layer), "?"), _class_name(layer)
         else:
             name, kind = "", _class_name(model)
-        for op, why in heard:
-            rows.append(Row(name, kind, op.name, "stock" if why else "kernel", why or ""))
+        for op, why, code in heard:
+            rows.append(_row(name, kind, op.name, why, code))
         heard.clear()
 
     with _untouched(model), decisions() as heard, _watch_calls(around):

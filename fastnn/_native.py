@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn import _build, kernels
+from fastnn import _build, _mode, kernels
 from fastnn._plan import (
     UNFIT,
     Allocate,
@@ -82,6 +82,19 @@ def using(found: Any) -> Iterator[None]:
         yield
     finally:
         _module, _why, _asked = before
+
+
+def owns(plan: Any) -> bool:
+    """Whether a plan's function runs in the C++ runner."""
+    return type(plan).__module__ == "fastnn.native"
+
+
+def table(record: Any, plan: Any) -> Any:
+    """A table for such plans of an op as this one, which finds the plan of a call.
+
+    `record` is an `Op`.
+    """
+    return plan.table(record.keyed_by, len(record.names), _mode.context())
 
 
 # ---- Launches -----------------------------------------------------------------------------------

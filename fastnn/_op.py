@@ -26,9 +26,11 @@ from fastnn._function import run as run
 from fastnn._function import second_order as second_order
 from fastnn._gate import Policy
 from fastnn._gate import Work as Work
+from fastnn._gate import always as always
+from fastnn._gate import in_backward as in_backward
 from fastnn._graph import launcher as launcher
 from fastnn._graph import traced_for_fastnn
-from fastnn._mode import BackendError, Invalid, Stock
+from fastnn._mode import BackendError, Code, Invalid, Stock
 from fastnn._plan import active
 from fastnn._plan import impossible as impossible
 from fastnn._plan import reads_setting as reads_setting
@@ -51,12 +53,14 @@ class Op:
     """What fastnn knows about one function. Everything else is derived from these fields."""
 
     name: str
-    fused: Callable  # PyTorch's signature; returns the result, or Stock(why)
+    fused: Callable  # PyTorch's signature; returns the result, or Stock(code, why)
     stock: Callable  # the fallback, and the reference of every check
     dtypes: tuple[torch.dtype, ...] = FLOATS
     integers: tuple[torch.dtype, ...] = ()  # the dtypes of index arguments, if any
     # tensors that `fused` takes with any strides; all others are made dense
     strided: tuple[str, ...] = ()
+    # arguments that may be on the CPU while the others are on a GPU, because the host reads them
+    on_host: tuple[str, ...] = ()
     autocast: Literal["fp32", "lower", None] = None  # the autocast list of CUDA that has this op
     autocast_cpu: Literal["fp32", "lower", None] = None
     lowered: tuple[str, ...] = ()  # the arguments that autocast to 16 bits casts; default: all
@@ -67,6 +71,8 @@ class Op:
     at_most: str | None = None
     variants: tuple[str, ...] = ("",)  # the variants that the policy may name
     settings: Callable[[], Any] | None = None  # the PyTorch settings on which a call depends
+    # whether PyTorch raises for a call on a GPU, if deterministic algorithms are required
+    alerts: _gate.Alerts | None = None
     split: _shards.Rule | None = None  # the ways to split a call among processes
     source: str = ""
     takes_variant: bool = field(init=False)  # whether `fused` is told which variant to run
@@ -92,6 +98,8 @@ class Op:
             ("keyed_by", names.index(_front.below(self, names[0]).tensors[0])),
         ):
             object.__setattr__(self, name, value)
+        if self.alerts is not None:
+            object.__setattr__(self, "settings", _with_determinism(self.settings))
         object.__setattr__(self, "plans", Plans(self))
 
     def __repr__(self):
@@ -104,6 +112,13 @@ class Op:
 
     def autocast_list(self, device_type: str):
         return self.autocast if device_type == "cuda" else self.autocast_cpu
+
+
+def _with_determinism(settings: Callable[[], Any] | None) -> Callable[[], Any]:
+    """A function that gives these settings, and whether determinism is required."""
+    if settings is None:
+        return _gate.only_deterministic
+    return lambda: (settings(), _gate.only_deterministic())
 
 
 def op(*, stock: Callable, **fields) -> Callable[[Callable], Callable]:
@@ -127,12 +142,12 @@ def op(*, stock: Callable, **fields) -> Callable[[Callable], Callable]:
 _SCALARS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size, FunctionType))
 
 
-def _refuse_mode_stack() -> str | None:
+def _refuse_mode_stack() -> Stock | None:
     for i in range(torch._C._len_torch_function_stack()):
         mode = torch._C._get_function_stack_at(i)
         # `with torch.device(...)` concerns only factory functions
         if type(mode) is not DeviceContext:
-            return f"a torch function mode is active ({type(mode).__name__})"
+            return Stock("mode", f"a torch function mode is active ({type(mode).__name__})")
     return None
 
 
@@ -140,39 +155,49 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _refuse_tensor(op: Op, t: Tensor) -> str | None:
+def _refuse_tensor(op: Op, t: Tensor) -> Stock | None:
     if t.device.type not in kernel_devices:
-        return f"a tensor is on {t.device.type}, and kernels run on {', '.join(kernel_devices)}"
+        supported = ", ".join(kernel_devices)
+        return Stock("device", f"a tensor is on {t.device.type}, and kernels run on {supported}")
     if t.layout is not torch.strided or t.is_nested:
-        return "a tensor is sparse, nested or otherwise not strided"
+        return Stock("layout", "a tensor is sparse, nested or otherwise not strided")
     dtype = t.dtype
     if dtype not in op.dtypes and dtype not in op.integers:
         supported = ", ".join(map(_short, op.dtypes))
-        return f"no kernel supports {_short(dtype)} (supported: {supported})"
+        return Stock("dtype", f"no kernel supports {_short(dtype)} (supported: {supported})")
     if t.is_neg():
-        return "a tensor has a pending negation"
+        return Stock("layout", "a tensor has a pending negation")
     return None
 
 
-_NO_TENSOR = "there is no tensor among the arguments"
-_WRAPPED = "an argument is a DTensor, or the result of a collective that is not complete"
+def _read_by_host(op: Op, t: Tensor, args: tuple, kwargs: dict) -> bool:
+    given = {**dict(zip(op.names, args, strict=False)), **kwargs}
+    return any(given.get(name) is t for name in op.on_host)
 
 
-def survey(op: Op, args: tuple, kwargs: dict) -> str | Tensor:
+_NO_TENSOR = Invalid("option", "there is no tensor among the arguments")
+_WRAPPED = Stock(
+    "distributed", "an argument is a DTensor, or the result of a collective that is not complete"
+)
+
+
+def survey(op: Op, args: tuple, kwargs: dict) -> Stock | Tensor:
     """Why no kernel can take this call, for reasons that all ops share; else one of its tensors.
 
     Tensors inside tuples and lists count, too. `_WRAPPED` if local tensors are inside.
     """
     if not _mode.HAS_TRITON:
-        return "triton is not installed"
+        return Stock("device", "triton is not installed")
     if torch._C._are_functorch_transforms_active():
-        return "the call is inside a functorch transform (vmap, grad, jacrev, ...)"
+        return Stock("mode", "the call is inside a functorch transform (vmap, grad, jacrev, ...)")
     if torch._C._get_tracing_state() is not None:
-        return "the call is inside torch.jit.trace"
+        return Stock("mode", "the call is inside torch.jit.trace")
     if forward_ad._current_level >= 0:
-        return "forward-mode automatic differentiation is active"
+        return Stock("mode", "forward-mode automatic differentiation is active")
     if torch._C._len_torch_dispatch_stack() > (active.recorder is not None):
-        return "a torch dispatch mode is active (FakeTensorMode, FlopCounterMode, ...)"
+        return Stock(
+            "mode", "a torch dispatch mode is active (FakeTensorMode, FlopCounterMode, ...)"
+        )
     if torch._C._len_torch_function_stack() and (why := _refuse_mode_stack()):
         return why
     first = None
@@ -181,22 +206,25 @@ def survey(op: Op, args: tuple, kwargs: dict) -> str | Tensor:
     for value in values:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
+            if op.on_host and first is not None and value.is_cpu and not first.is_cpu:
+                if _read_by_host(op, value, args, kwargs):
+                    continue
             why = _refuse_tensor(op, value)
             if why is not None:
                 return why
             if first is None:
                 first, index = value, value.get_device()
             elif index != value.get_device():
-                return "the tensors are on several devices"
+                return Stock("device", "the tensors are on several devices")
         elif kind is tuple or kind is list:
             values.extend(value)  # the loop continues with these values
         elif kind not in _SCALARS:
             if _shards.is_wrapped(kind):
                 return _WRAPPED
             if isinstance(value, Tensor):
-                return f"an argument is a tensor subclass ({kind.__name__})"
+                return Stock("layout", f"an argument is a tensor subclass ({kind.__name__})")
             if hasattr(kind, "__torch_function__"):
-                return f"an argument overrides torch functions ({kind.__name__})"
+                return Stock("layout", f"an argument overrides torch functions ({kind.__name__})")
     if first is None:
         return _NO_TENSOR
     return first
@@ -240,11 +268,13 @@ def _fused(op: Op, device_type: str, args: tuple, kwargs: dict, variant: str) ->
     return op.fused(*args, **kwargs)
 
 
-def _forced_onto_stock(name: str, why: str) -> NoReturn:
-    raise BackendError(
+def _forced_onto_stock(name: str, code: Code, why: str) -> NoReturn:
+    error = BackendError(
         f"{name}: backend('triton') was requested, but this call can only run on PyTorch: {why}. "
         "Under backend('auto') it does so without an error."
     )
+    error.code = code
+    raise error
 
 
 # Dynamo then runs this function while tracing, so the user gets this error and not Dynamo's.
@@ -256,6 +286,7 @@ def _dispatch_compiling(op: Op, args: tuple, kwargs: dict):
     if traced_for_fastnn():
         return op.stock(*args, **kwargs)
     mode = _mode.traced_mode()
+    code: Code = "mode"
     why = 'backend("torch")' if mode == "torch" else "torch.compile fuses PyTorch's formula itself"
     if op.opaque and mode != "torch" and (mode == "triton" or op.compiled == "opaque"):
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
@@ -264,11 +295,11 @@ def _dispatch_compiling(op: Op, args: tuple, kwargs: dict):
             out = _fused(op, tensors[0].device.type, args, kwargs, "")
             if not isinstance(out, Stock):
                 return out
-            why = out.why
+            code, why = out.code, out.why
         else:
-            why = "the device or the dtype is one that no kernel takes"
+            code, why = "dtype", "the device or the dtype is one that no kernel takes"
     if mode == "triton":
-        _forced_onto_stock(op.name, why)
+        _forced_onto_stock(op.name, code, why)
     return op.stock(*args, **kwargs)
 
 
@@ -298,21 +329,21 @@ def dispatch(op: Op, args: tuple, kwargs: dict):
         return _interceptor(op, args, kwargs)
     mode = _mode.current_mode()
     if mode == "torch":
-        declined = Stock('backend("torch")')
+        declined = Stock("mode", 'backend("torch")')
     else:
         op.find_floor()
         declined = _try_kernel(op, args, kwargs, mode)
         if not isinstance(declined, Stock):
             _mode.note(op, None)
             return declined
-    _mode.note(op, declined.why)
+    _mode.note(op, declined)
     if mode != "triton":
         if mode == "auto":
             op.plans.declined(args, kwargs)
         return op.stock(*args, **kwargs)
     if isinstance(declined, Invalid):
         op.stock(*args, **kwargs)  # raises PyTorch's error
-    _forced_onto_stock(op.name, declined.why)
+    _forced_onto_stock(op.name, declined.code, declined.why)
 
 
 def _raise_as_stock(op: Op, args: tuple, kwargs: dict) -> None:
@@ -344,15 +375,15 @@ def _try_kernel(op: Op, args: tuple, kwargs: dict, mode: str) -> Any:
     if found is _WRAPPED:
         local = _shards.local(op.names, op.split, args, kwargs)
         if isinstance(local, str):
-            return Stock(local)
+            return Stock("distributed", local)
         result = local.run(lambda args, kwargs: _try_kernel(op, args, kwargs, mode))
         return result if isinstance(result, Stock) else local.whole(result)
-    if isinstance(found, str):
-        return Invalid(found) if found is _NO_TENSOR else Stock(found)
+    if isinstance(found, Stock):
+        return found
     tensor, variant = found, ""
     if mode != "triton":
         chosen = _gate.decide(
-            op.name, op.policy, tensor.get_device(), args, kwargs, free=mode == "graph"
+            op.name, op.policy, tensor.get_device(), args, kwargs, mode == "graph", op.alerts
         )
         if isinstance(chosen, Stock):
             return chosen

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastnn import _mode, _runner, kernels
+from fastnn import _mode, _native, _runner, kernels
 from fastnn._plan import (
     Allocate,
     Call,
@@ -593,6 +593,22 @@ def paused() -> Iterator[None]:
         _on = before
 
 
+@contextmanager
+def hidden() -> Iterator[None]:
+    """As `paused`, and plans that were made are not replayed inside the block, either."""
+    before = [(plans, plans.kept(), plans.vain_at.copy(), plans.vain) for plans in _all]
+    with paused():
+        forget()
+        try:
+            yield
+        finally:
+            for plans, kept, vain_at, vain in before:
+                plans.forget()
+                plans.keep(kept)
+                plans.vain_at.update(vain_at)
+                plans.vain = vain
+
+
 def _plannable(t: Tensor) -> bool:
     """Whether a plan may be given `t`: memory of its own, at an address that kernels like."""
     return (
@@ -631,11 +647,13 @@ class Plans:
 
     ready: key -> functions that run a plan. Each is called as the op's public function; it returns
         UNFIT if the call does not fit its plan.
+    tables: the C++ runner's table of those plans among them that it runs; empty if it runs none.
     """
 
     def __init__(self, record: Any):
         self.record = record
         self.ready: dict[tuple, list[Callable]] = {}
+        self.tables: list[Any] = []
         self.graphed: list[str] = []  # not empty if some are for graph capture
         self.count = 0
         self.seen: dict[tuple, int] = {}  # key -> how often it may still be recorded
@@ -648,10 +666,23 @@ class Plans:
     def forget(self) -> None:
         """Forget all plans, and which calls were seen."""
         self.ready.clear()
+        self.tables.clear()
         self.graphed.clear()
         self.seen.clear()
         self.vain_at.clear()
         self.count = self.vain = 0
+
+    def kept(self) -> tuple[dict, dict]:
+        """The plans, and which calls were seen, for `keep`."""
+        return {key: [*plans] for key, plans in self.ready.items()}, dict(self.seen)
+
+    def keep(self, kept: tuple[dict, dict]) -> None:
+        """Add what `kept` returned."""
+        ready, seen = kept
+        self.seen.update(seen)
+        for key, plans in ready.items():
+            for plan in plans:
+                self._put(plan, key)
 
     def heard(self, args: tuple, kwargs: dict, mode: str, call: Callable[[], Any]) -> Any:
         """`call()`, which runs the fused function; recorded if this is the signature's second."""
@@ -773,18 +804,29 @@ class Plans:
         self.vain = 0
 
     def _keep(self, run: Callable, values: tuple, mode: str) -> None:
-        if self.count >= MOST:
-            self.ready.clear()
-            self.count = 0
-        plans = self.ready.setdefault(self._rough(values, mode), [])
-        if len(plans) >= _MOST_OF_ONE:
-            del plans[0]
-            self.count -= 1
-        plans.append(run)
-        self.count += 1
+        self._put(run, self._rough(values, mode))
         if mode == "graph" and not self.graphed:
             self.graphed.append(mode)
             self.record.floor.hold()
+
+    def _put(self, run: Callable, key: tuple) -> None:
+        if self.count >= MOST:
+            self.ready.clear()
+            self.tables.clear()
+            self.count = 0
+        plans = self.ready.setdefault(key, [])
+        if len(plans) >= _MOST_OF_ONE:
+            old = plans.pop(0)
+            self.count -= 1
+            for table in self.tables:
+                table.remove(old)
+        plans.append(run)
+        self.count += 1
+        shape, _, mode = key
+        if _native.owns(run) and shape is not None:
+            if not self.tables:
+                self.tables.append(_native.table(self.record, run))
+            self.tables[0].add(mode, tuple(shape), run)
 
 
 def _picked(result: Any, outputs: tuple, many: bool) -> int | tuple[int, ...] | None:

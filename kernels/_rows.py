@@ -24,9 +24,16 @@ def row_config(N, unit, least_warps=4, noise=False):
     one need more registers, for an address and a predicate each. A program of more than four warps
     loops over its tiles, and waits for memory in each turn; it takes twice as many short rows at a
     time, unless values are accessed one by one. With `noise`, a tile of short rows has half as many
-    rows.
+    rows. `least_warps=2` is for a program that reads one tensor and does not loop: each thread then
+    has 32 values also of short rows, so that fewer threads take part in the sums of a row.
     """
     block = next_power_of_2(N)
+    if least_warps == 2:
+        if block <= 2048:
+            tile = {"BLOCK_M": 2048 // block, "BLOCK_N": block, "num_warps": 4 if unit == 1 else 2}
+            # Without a limit, ptxas spills a few registers, so that another block fits.
+            return tile if unit == 8 else tile | {"maxnreg": 255}
+        least_warps = 4
     loops = least_warps > 4 and unit > 1
     each = 64 if noise else 256 if loops else 128  # values of a warp, in vectors of two
     rows = max(1, 2 * each * least_warps // block)

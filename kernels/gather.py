@@ -26,7 +26,7 @@ import triton.language as tl
 
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
-from fastnn.kernels._sizes import cdiv, next_power_of_2
+from fastnn.kernels._sizes import cdiv, next_power_of_2, reciprocal
 
 AXES = 5  # the most that the dimensions of a result may come to
 MOST = 2**31 - 2**16  # elements; 32 bits index them, and the lanes of a tile beyond them
@@ -100,8 +100,10 @@ def _candidates(mode, axis):
 
 # ---- kernels ----------------------------------------------------------------------------------
 #
-# Rows are counted by at most four axes: z, the outermost, then c, b and a. An axis has `_out`
-# places in the padded tensor and `_size` in the other; what is read are elements `_step` apart.
+# A program has rows of one axis, a, at one place of each of the outer axes z, c and b. So what
+# these read is found once for a program, and what a reads once for a row: divisions and maps of an
+# element would take longer than its bytes. An axis has `_out` places in the padded tensor and
+# `_size` in the other; what is read are elements `_step` apart, and what is written `_to` apart.
 # Steps and columns come in units, so that the compiler sees what they divide by. 32 bits index all
 # of it: a tensor that spans more is not for these kernels.
 
@@ -113,60 +115,95 @@ def _read(o, before, size, step, MAP: tl.constexpr):
     return i * step, (i >= 0) & (i < size)
 
 
+@triton.jit
+def divided(n, by, magic, shift):
+    """(n // by, n % by) for n from 0 to 2**31 - 1. The host has magic and shift from `reciprocal`.
+
+    A division takes some 25 instructions, this 4.
+    """
+    twice = (n * 2).to(tl.uint32, bitcast=True)
+    over = tl.umulhi(twice, magic.to(tl.uint32, bitcast=True)) >> shift.to(tl.uint32, bitcast=True)
+    over = over.to(tl.int32, bitcast=True)
+    return over, n - over * by
+
+
+@triton.jit
+def _place(
+    col_tiles, col_magic, col_shift, a_tiles, a_magic, a_shift,
+    b_n, b_magic, b_shift, c_n, c_magic, c_shift, RANK: tl.constexpr,
+):  # fmt: skip
+    """The tile of columns, the tile of rows, and the places along b, c and z of this program."""
+    o, col_tile = divided(tl.program_id(0), col_tiles, col_magic, col_shift)
+    z, a_tile = divided(o, a_tiles, a_magic, a_shift)
+    b, c = 0, 0
+    if RANK > 2:
+        z, b = divided(z, b_n, b_magic, b_shift)
+    if RANK > 3:
+        z, c = divided(z, c_n, c_magic, c_shift)
+    return col_tile, a_tile, b, c, z
+
+
 @kernel(
     do_not_specialize=[
-        "rows", "col_tiles", "z_before", "z_size", "z_step", "c_out", "c_before", "c_size",
-        "c_step", "b_out", "b_before", "b_size", "b_step", "a_out", "a_before", "a_size", "a_step",
+        "col_tiles", "col_magic", "col_shift", "a_tiles", "a_magic", "a_shift",
+        "b_n", "b_magic", "b_shift", "c_n", "c_magic", "c_shift",
+        "z_before", "z_size", "z_step", "z_to",
+        "c_before", "c_size", "c_step", "c_to", "b_before", "b_size", "b_step", "b_to",
+        "a_out", "a_before", "a_size", "a_step", "a_to",
         "cols", "w_before", "w_size", "inner_step",
     ]
 )  # fmt: skip
 def _gather_fwd_kernel(
-    X, Y, fill, rows, col_tiles, z_before, z_size, z_step,
-    c_out, c_before, c_size, c_step, b_out, b_before, b_size, b_step,
-    a_out, a_before, a_size, a_step, cols, w_before, w_size, w_step, inner_step,
-    MAP: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, UNIT: tl.constexpr,
-    STORE_UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    X, Y, fill, col_tiles, col_magic, col_shift, a_tiles, a_magic, a_shift,
+    b_n, b_magic, b_shift, c_n, c_magic, c_shift,
+    z_before, z_size, z_step, z_to, c_before, c_size, c_step, c_to,
+    b_before, b_size, b_step, b_to, a_out, a_before, a_size, a_step, a_to,
+    cols, w_before, w_size, w_step, inner_step,
+    MAP: tl.constexpr, FILL: tl.constexpr, FLAT: tl.constexpr, RANK: tl.constexpr,
+    SPLIT: tl.constexpr, UNIT: tl.constexpr, STORE_UNIT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """A program copies a tile of ROWS rows by COLS columns of y, or writes `fill` there.
+    """A program copies a tile of ROWS rows by COLS columns of y.
+
+    FILL: it writes `fill` where a map leads out of x; else none does. FLAT: columns have no map.
 
     X: the source, read through strides. Y: the result, dense, its rows are contiguous.
     """
-    pid = tl.program_id(0)
-    row = pid // col_tiles * ROWS + tl.arange(0, ROWS)
-    col = pid % col_tiles * COLS + tl.arange(0, COLS)
-    cols = cols * STORE_UNIT
-    o = row
-    at = tl.zeros((ROWS,), tl.int32)
-    there = row < rows
+    col_tile, a_tile, b, c, z = _place(
+        col_tiles, col_magic, col_shift, a_tiles, a_magic, a_shift,
+        b_n, b_magic, b_shift, c_n, c_magic, c_shift, RANK,
+    )  # fmt: skip
+    at, there, to = 0, True, 0
     if RANK > 1:
-        step, inside = _read(o % a_out, a_before, a_size, a_step * UNIT, MAP)
-        o = o // a_out
-        at += step
-        there = there & inside
+        at, there = _read(z, z_before, z_size, z_step, MAP)
+        to = z * z_to
     if RANK > 2:
-        step, inside = _read(o % b_out, b_before, b_size, b_step * UNIT, MAP)
-        o = o // b_out
-        at += step
-        there = there & inside
+        step, inside = _read(b, b_before, b_size, b_step, MAP)
+        at, there, to = at + step, there & inside, to + b * b_to
     if RANK > 3:
-        step, inside = _read(o % c_out, c_before, c_size, c_step * UNIT, MAP)
-        o = o // c_out
-        at += step
-        there = there & inside
-    if RANK > 0:
-        step, inside = _read(o, z_before, z_size, z_step * UNIT, MAP)
-        at += step
-        there = there & inside
-    i = MAP(col // SPLIT - w_before * UNIT, w_size * UNIT)
-    there = there[:, None] & ((i >= 0) & (i < w_size * UNIT))[None, :]
+        step, inside = _read(c, c_before, c_size, c_step, MAP)
+        at, there, to = at + step, there & inside, to + c * c_to
+    a = a_tile * ROWS + tl.arange(0, ROWS)
+    from_a, of_a = _read(a, a_before, a_size, a_step * UNIT, MAP)
+    col = col_tile * COLS + tl.arange(0, COLS)
+    cols = cols * STORE_UNIT
+    i = col // SPLIT
+    if not FLAT:
+        i = MAP(i - w_before * UNIT, w_size * UNIT)
     along = i * w_step
     if SPLIT > 1:
         along += col % SPLIT * inner_step
-    there = there & (col < cols)[None, :]
-    x = tl.load(X + at[:, None] + along[None, :], mask=there, other=fill)
-    to = row[:, None] * cols + col[None, :]
-    mask = (row < rows)[:, None] & (col < cols)[None, :]
-    tl.store(Y + to, x.to(Y.dtype.element_ty), mask=mask)
+    within = (a < a_out)[:, None] & (col < cols)[None, :]
+    from_ = X + at * UNIT + (from_a[:, None] + along[None, :])
+    if FILL:
+        of_w = (i >= 0) & (i < w_size * UNIT)
+        mask = within & (of_a & there)[:, None] & of_w[None, :]
+        x = tl.load(from_, mask=mask, other=fill)
+    else:
+        x = tl.load(from_, mask=within)
+    Y += to * STORE_UNIT
+    y = x.to(Y.dtype.element_ty)
+    tl.store(Y + ((a * (a_to * STORE_UNIT))[:, None] + col[None, :]), y, mask=within)
 
 
 @triton.jit
@@ -176,80 +213,170 @@ def _from(i, t, out, size, before, step, FROM: tl.constexpr):
     return o * step, there & (o >= 0) & (o < out)
 
 
+@triton.jit
+def _most(first, last, size, reach, of):
+    """How many candidates the places from first to last have: `of`, or one far from both ends.
+
+    reach: the farther of the pads. No output that is padded reads beyond it.
+    """
+    return tl.where((first <= reach) | (last >= size - 1 - reach), of, 1)
+
+
+@triton.jit
+def _carried(digit, higher, base):
+    """A digit that was counted up, and the one above it, to which it carries at `base`."""
+    full = digit == base
+    return tl.where(full, 0, digit), higher + full.to(tl.int32)
+
+
+@triton.jit
+def _candidate(
+    DY, a, of_a, col, of_col, col_size, b, c, z, u, t, tb, tc, tz,
+    z_out, z_before, z_size, z_step, c_out, c_before, c_size, c_step,
+    b_out, b_before, b_size, b_step, a_out, a_before, a_size, a_step,
+    w_out, w_before, w_step, inner_step,
+    FROM: tl.constexpr, FLAT: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
+    """One candidate of each place of rows a and columns col, in fp32; 0.0 where there is none."""
+    w, of_w = col // SPLIT, of_col
+    if not FLAT:
+        w, of_w = FROM(w, u, col_size, w_before * UNIT)
+        of_w = of_w & of_col & (w >= 0) & (w < w_out * UNIT)
+    along = w * w_step
+    if SPLIT > 1:
+        along += col % SPLIT * inner_step
+    at_a, of_row = _from(a, t, a_out, a_size, a_before, a_step * UNIT, FROM)
+    of_row = of_row & of_a
+    at = 0
+    if RANK > 1:
+        at, some = _from(z, tz, z_out, z_size, z_before, z_step, FROM)
+        of_row = of_row & some
+    if RANK > 2:
+        step, some = _from(b, tb, b_out, b_size, b_before, b_step, FROM)
+        at, of_row = at + step, of_row & some
+    if RANK > 3:
+        step, some = _from(c, tc, c_out, c_size, c_before, c_step, FROM)
+        at, of_row = at + step, of_row & some
+    from_ = DY + at * UNIT + (at_a[:, None] + along[None, :])
+    return tl.load(from_, mask=of_row[:, None] & of_w[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _summed(
+    DY, a, of_a, col, of_col, col_size, b, c, z,
+    z_n, z_out, z_before, z_size, z_step, c_n, c_out, c_before, c_size, c_step,
+    b_n, b_out, b_before, b_size, b_step, a_n, a_out, a_before, a_size, a_step,
+    w_n, w_out, w_before, w_step, inner_step,
+    FROM: tl.constexpr, MANY: tl.constexpr, FLAT: tl.constexpr, RANK: tl.constexpr,
+    SPLIT: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """The sum of the candidates of the places of rows a and columns col; `_n` are their counts."""
+    # The first ones by themselves: there the maps come to little, and few places have others.
+    acc = 0.0 + _candidate(
+        DY, a, of_a, col, of_col, col_size, b, c, z, 0, 0, 0, 0, 0,
+        z_out, z_before, z_size, z_step, c_out, c_before, c_size, c_step,
+        b_out, b_before, b_size, b_step, a_out, a_before, a_size, a_step,
+        w_out, w_before, w_step, inner_step, FROM, FLAT, RANK, SPLIT, UNIT,
+    )  # fmt: skip
+    if MANY:
+        # One loop over all others, as nested ones would move the sums between registers. Those of
+        # a come first, those of the columns last.
+        u, t, tb, tc, tz = 0, 0, 0, 0, 0
+        for _ in range(1, w_n * z_n * c_n * b_n * a_n):
+            t, tb = _carried(t + 1, tb, a_n)
+            tb, tc = _carried(tb, tc, b_n)
+            tc, tz = _carried(tc, tz, c_n)
+            tz, u = _carried(tz, u, z_n)
+            acc += _candidate(
+                DY, a, of_a, col, of_col, col_size, b, c, z, u, t, tb, tc, tz,
+                z_out, z_before, z_size, z_step, c_out, c_before, c_size, c_step,
+                b_out, b_before, b_size, b_step, a_out, a_before, a_size, a_step,
+                w_out, w_before, w_step, inner_step, FROM, FLAT, RANK, SPLIT, UNIT,
+            )  # fmt: skip
+    return acc
+
+
 @kernel(
     do_not_specialize=[
-        "rows", "col_tiles", "z_out", "z_before", "z_size", "z_step", "z_from", "c_out",
-        "c_before", "c_size", "c_step", "c_from", "b_out", "b_before", "b_size", "b_step",
-        "b_from", "a_out", "a_before", "a_size", "a_step", "a_from", "cols", "w_out", "w_before",
-        "w_from", "inner_step",
+        "col_tiles", "col_magic", "col_shift", "a_tiles", "a_magic", "a_shift",
+        "b_n", "b_magic", "b_shift", "c_n", "c_magic", "c_shift",
+        "z_out", "z_before", "z_size", "z_step", "z_to", "z_from", "z_reach",
+        "c_out", "c_before", "c_size", "c_step", "c_to", "c_from", "c_reach",
+        "b_out", "b_before", "b_size", "b_step", "b_to", "b_from", "b_reach",
+        "a_out", "a_before", "a_size", "a_step", "a_to", "a_from", "a_reach",
+        "cols", "w_out", "w_before", "w_from", "w_reach", "inner_step",
     ]
 )  # fmt: skip
 def _gather_bwd_kernel(
-    DY, DX, rows, col_tiles, z_out, z_before, z_size, z_step, z_from,
-    c_out, c_before, c_size, c_step, c_from,
-    b_out, b_before, b_size, b_step, b_from,
-    a_out, a_before, a_size, a_step, a_from,
-    cols, w_out, w_before, w_step, w_from, inner_step,
-    FROM: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, UNIT: tl.constexpr,
-    STORE_UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    DY, DX, col_tiles, col_magic, col_shift, a_tiles, a_magic, a_shift,
+    b_n, b_magic, b_shift, c_n, c_magic, c_shift,
+    z_out, z_before, z_size, z_step, z_to, z_from, z_reach,
+    c_out, c_before, c_size, c_step, c_to, c_from, c_reach,
+    b_out, b_before, b_size, b_step, b_to, b_from, b_reach,
+    a_out, a_before, a_size, a_step, a_to, a_from, a_reach,
+    cols, w_out, w_before, w_step, w_from, w_reach, inner_step,
+    FROM: tl.constexpr, MANY: tl.constexpr, FLAT: tl.constexpr, EDGE: tl.constexpr,
+    RANK: tl.constexpr, SPLIT: tl.constexpr, UNIT: tl.constexpr, STORE_UNIT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """A program computes a tile of ROWS by COLS of dx, and loops over the candidates of its places.
+    MANY: places near a border have more than one. FLAT: columns have no map. EDGE: so many columns,
+    half of them at either end, are summed by themselves; all the others have one candidate.
 
     DY: the gradient, read through strides. DX: the result, dense, its rows are contiguous.
     """
-    pid = tl.program_id(0)
-    row = pid // col_tiles * ROWS + tl.arange(0, ROWS)
-    col = pid % col_tiles * COLS + tl.arange(0, COLS)
+    col_tile, a_tile, b, c, z = _place(
+        col_tiles, col_magic, col_shift, a_tiles, a_magic, a_shift,
+        b_n, b_magic, b_shift, c_n, c_magic, c_shift, RANK,
+    )  # fmt: skip
+    first, col_first = a_tile * ROWS, col_tile * COLS
+    a = first + tl.arange(0, ROWS)
+    of_a = a < a_size
+    col = col_first + tl.arange(0, COLS)
     cols = cols * STORE_UNIT
-    z = row
-    a, b, c = row, row, row
     if RANK > 1:
-        a = z % a_size
-        z = z // a_size
+        DX += z * z_to * STORE_UNIT
     if RANK > 2:
-        b = z % b_size
-        z = z // b_size
+        DX += b * b_to * STORE_UNIT
     if RANK > 3:
-        c = z % c_size
-        z = z // c_size
-    acc = tl.zeros((ROWS, COLS), tl.float32)
-    for u in range(w_from):
-        w, of_w = FROM(col // SPLIT, u, cols // SPLIT, w_before * UNIT)
-        of_w = of_w & (w >= 0) & (w < w_out * UNIT) & (col < cols)
-        along = w * w_step
-        if SPLIT > 1:
-            along += col % SPLIT * inner_step
-        # Only the tiles at a border have places with more than one candidate.
-        if tl.max(of_w.to(tl.int32), 0) > 0:
-            for q in range(z_from * c_from * b_from * a_from):
-                at = tl.zeros((ROWS,), tl.int32)
-                there = row < rows
-                t = q
-                if RANK > 1:
-                    step, some = _from(a, t % a_from, a_out, a_size, a_before, a_step * UNIT, FROM)
-                    t = t // a_from
-                    at += step
-                    there = there & some
-                if RANK > 2:
-                    step, some = _from(b, t % b_from, b_out, b_size, b_before, b_step * UNIT, FROM)
-                    t = t // b_from
-                    at += step
-                    there = there & some
-                if RANK > 3:
-                    step, some = _from(c, t % c_from, c_out, c_size, c_before, c_step * UNIT, FROM)
-                    t = t // c_from
-                    at += step
-                    there = there & some
-                if RANK > 0:
-                    step, some = _from(z, t, z_out, z_size, z_before, z_step * UNIT, FROM)
-                    at += step
-                    there = there & some
-                mask = there[:, None] & of_w[None, :]
-                dy = tl.load(DY + at[:, None] + along[None, :], mask=mask, other=0.0)
-                acc += dy.to(tl.float32)
-    to = row[:, None] * cols + col[None, :]
-    within = (row < rows)[:, None] & (col < cols)[None, :]
-    tl.store(DX + to, acc.to(DX.dtype.element_ty), mask=within)
+        DX += c * c_to * STORE_UNIT
+    z_most, c_most, b_most, a_most, w_most = 1, 1, 1, 1, 1
+    if MANY:
+        a_most = _most(first, first + ROWS - 1, a_size, a_reach, a_from)
+        if RANK > 1:
+            z_most = _most(z, z, z_size, z_reach, z_from)
+        if RANK > 2:
+            b_most = _most(b, b, b_size, b_reach, b_from)
+        if RANK > 3:
+            c_most = _most(c, c, c_size, c_reach, c_from)
+        if not FLAT and not EDGE:
+            w_last = (col_first + COLS - 1) // SPLIT
+            w_most = _most(col_first // SPLIT, w_last, cols // SPLIT, w_reach, w_from)
+    within = col < cols
+    acc = _summed(
+        DY, a, of_a, col, within, cols // SPLIT, b, c, z,
+        z_most, z_out, z_before, z_size, z_step, c_most, c_out, c_before, c_size, c_step,
+        b_most, b_out, b_before, b_size, b_step, a_most, a_out, a_before, a_size, a_step,
+        w_most, w_out, w_before, w_step, inner_step, FROM, MANY, FLAT, RANK, SPLIT, UNIT,
+    )  # fmt: skip
+    if EDGE:
+        within = (col >= EDGE // 2) & (col < cols - EDGE // 2)
+    to = a * (a_to * STORE_UNIT)
+    dx = acc.to(DX.dtype.element_ty)
+    tl.store(DX + (to[:, None] + col[None, :]), dx, mask=of_a[:, None] & within[None, :])
+    if EDGE:
+        if col_tile == 0:
+            each = tl.arange(0, EDGE)
+            end = tl.where(each < EDGE // 2, each, cols - EDGE + each)
+            at_end = _summed(
+                DY, a, of_a, end, each >= 0, cols // SPLIT, b, c, z,
+                z_most, z_out, z_before, z_size, z_step, c_most, c_out, c_before, c_size, c_step,
+                b_most, b_out, b_before, b_size, b_step, a_most, a_out, a_before, a_size, a_step,
+                w_from, w_out, w_before, w_step, inner_step, FROM, MANY, FLAT, RANK, SPLIT, UNIT,
+            )  # fmt: skip
+            at_end = at_end.to(DX.dtype.element_ty)
+            tl.store(DX + (to[:, None] + end[None, :]), at_end, mask=of_a[:, None])
 
 
 # ---- launchers --------------------------------------------------------------------------------
@@ -267,6 +394,10 @@ class _Axis(NamedTuple):
     @property
     def plain(self):
         return self.before == self.after == 0
+
+    @property
+    def reach(self):
+        return max(self.before, self.after, 0)
 
 
 def _walk(axes):
@@ -297,6 +428,29 @@ def _config(cols, elements=1024, num_warps=4):
     return {"ROWS": max(1, elements // width), "COLS": width, "num_warps": num_warps}
 
 
+@tunable("ROWS", "COLS")
+def _tile(rows, cols, unit, backward):
+    """The tile of ROWS places of an axis by COLS columns, of which the launch issues least.
+
+    A program issues some 120 instructions whatever its tile is, and about 10 for each element of a
+    thread, or 15 for 8 that are read at once. A warp has whole rows if elements are read one by
+    one: then a thread has few rows, and what is found once for a row serves many elements.
+    """
+    warps, always = (4, 64 * 128) if unit > 1 else (1, 12 * 32)
+    most = 2048 if unit > 1 else 512 if backward else 1024
+    sizes = [1 << k for k in range(most.bit_length())]
+    least = min(64, next_power_of_2(cols))  # what lies side by side is read at the same time
+    tiles = [(c, r) for c in sizes for r in sizes if r * c <= most and least <= c <= 512]
+
+    def issued(tile):
+        c, r = tile
+        return cdiv(cols, c) * cdiv(rows, r) * (always + r * c), -c
+
+    width, height = min(tiles, key=issued)
+    warps = max(1, min(warps, height * width // 512))
+    return {"ROWS": height, "COLS": width, "num_warps": warps}
+
+
 def _launch(source, result, axes, backward, mode, fill=0.0):
     """Reads `source` into `result`, along axes in the order of the result's memory. True, or False
     if these are too many for the kernels."""
@@ -315,33 +469,62 @@ def _launch(source, result, axes, backward, mode, fill=0.0):
     if w.step == 1 and not split and (w.plain or mode == "constant"):
         unit = math.gcd(w.out, w.size, w.before, *(a.step for a in rows), 8)
     store_unit = math.gcd(cols, 8)
-    # A sum over candidates takes more registers, so a thread has two places.
-    config = _config(cols, 512, 8) if backward and unit == 1 else _config(cols)
-    count = math.prod(map(along, rows))
-    col_tiles = cdiv(cols, config["COLS"])
-    grid = (cdiv(count, config["ROWS"]) * col_tiles,)
-    # z, the outermost, then c, b and a, of which the outer ones are missing if there are fewer.
-    nothing = _Axis(1, 1, 0)
+    fills = mode == "constant" and not all(axis.plain for axis in (*rows, w))
+    # What the rows of each axis are apart in the result, in units.
+    apart = [cols // store_unit]
+    for axis in reversed(rows):
+        apart.append(apart[-1] * along(axis))
+    rows = list(zip(rows, reversed(apart[:-1]), strict=True)) or [(_Axis(1, 1, 0), 0)]
+    # The innermost axis that fills a tile gives its rows; or the longest, if none does.
+    enough = [n for n, (axis, _) in enumerate(rows) if along(axis) >= 16]
+    longest = max(range(len(rows)), key=lambda n: along(rows[n][0]))
+    a = rows.pop(enough[-1] if enough else longest)
+    config = _tile(along(a[0]), cols, unit, backward)
+    count = math.prod(along(axis) for axis, _ in rows)
+    col_tiles, a_tiles = cdiv(cols, config["COLS"]), cdiv(along(a[0]), config["ROWS"])
+    grid = (count * a_tiles * col_tiles,)
+    # z, the outermost, then c and b, of which the outer ones are missing if there are fewer.
+    nothing = (_Axis(1, 1, 0), 0)
+    rank = 1 + len(rows)
     z, *inner_rows = rows or [nothing]
-    others = [nothing] * (3 - len(inner_rows)) + inner_rows
-    tile = {"RANK": len(rows), "SPLIT": inner.out, "UNIT": unit, "STORE_UNIT": store_unit}
+    others = [nothing] * (2 - len(inner_rows)) + inner_rows
+    tile = {"RANK": rank, "SPLIT": inner.out, "UNIT": unit, "STORE_UNIT": store_unit}
+    tile["FLAT"] = w.plain
+    tiles = [
+        number
+        for n in (col_tiles, a_tiles, along(others[1][0]), along(others[0][0]))
+        for number in (n, *reciprocal(n))
+    ]
     if backward:
         sizes = [
             size
-            for a in (z, *others)
-            for size in (a.out, a.before, a.size, a.step // unit, _candidates(mode, a))
-        ]
+            for axis, to in (z, *others, a)
+            for size in (
+                axis.out, axis.before, axis.size, axis.step // unit, to,
+                _candidates(mode, axis), axis.reach,
+            )
+        ]  # fmt: skip
+        # Few columns at the ends, of a row that is much longer, are summed by themselves.
+        edge = 2 * next_power_of_2(w.reach + 1)
+        tile["EDGE"] = edge if not w.plain and not split and cols >= 4 * edge else 0
+        if mode == "constant":
+            tile["EDGE"] = 0
         _gather_bwd_kernel(
-            grid, source, result, count, col_tiles, *sizes, cols // store_unit, w.out // unit,
-            w.before // unit, w.step, _candidates(mode, w), inner.step,
-            FROM=globals()[f"{mode}_from"], **tile, **config,
+            grid, source, result, *tiles, *sizes, cols // store_unit, w.out // unit,
+            w.before // unit, w.step, _candidates(mode, w), w.reach, inner.step,
+            FROM=globals()[f"{mode}_from"], MANY=mode != "constant", **tile, **config,
         )  # fmt: skip
     else:
-        sizes = [size for a in others for size in (a.out, a.before, a.size, a.step // unit)]
+        sizes = [
+            size
+            for axis, to in (z, *others)
+            for size in (axis.before, axis.size, axis.step // unit, to)
+        ]
+        sizes += a[0].out, a[0].before, a[0].size, a[0].step // unit, a[1]
         _gather_fwd_kernel(
-            grid, source, result, fill, count, col_tiles, z.before, z.size, z.step // unit, *sizes,
+            grid, source, result, fill, *tiles, *sizes,
             cols // store_unit, w.before // unit, w.size // unit, w.step, inner.step,
-            MAP=globals()[mode], **tile, **config,
+            MAP=globals()[mode], FILL=fills, **tile, **config,
         )  # fmt: skip
     return True
 

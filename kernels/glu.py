@@ -13,6 +13,8 @@ Product with an activation (SwiGLU, GEGLU, ReGLU): y = f(x; a, b) * z, f a formu
     dx = f'(dy * z; a, b)       dz = dy * f(x; a, b)
 
 Memory-bound: forward 2R 1W, backward 3R 2W. PyTorch keeps f(x) as well, and takes 3R 2W and 6R 3W.
+If x and z are the halves of one tensor, they are read in place as those of GLU, and both gradients
+are written to their places; PyTorch takes 2R 2W more, since it joins them.
 """
 
 import math
@@ -161,30 +163,124 @@ def _empty_half(x, dim, device=None):
     return empty_as(x.narrow(dim, 0, x.shape[dim] // 2), device=device)
 
 
-def fwd(x, dim):
-    """x, any strides, even size along `dim` -> y, half as large there, laid out as in PyTorch."""
+def _forward(kernel, choose, x, dim, *numbers, **constants):
     y = _empty_half(x, dim)
     if y.numel():
         x, _, R, L, stride = _plan(x, dim, y)
         half = x.stride(dim) * y.shape[dim]
-        config = _config(L, x.element_size())
-        _glu_fwd_kernel(_grid(R, L, config), x, y, R, L, half, stride, **config)
+        config = choose(L, x.element_size())
+        kernel(_grid(R, L, config), x, y, R, L, half, stride, *numbers, **constants, **config)
     return y
 
 
-def bwd(dy, x, dim):
-    """dy shaped as y, x -> dx, dense."""
+def _backward(kernel, choose, dy, x, dim, *numbers, **constants):
     y = _empty_half(x, dim, "meta")
     if not y.numel():
         return torch.empty_like(x)
     x, order, R, L, stride = _plan(x, dim, y)
     dx = torch.empty([x.shape[d] for d in order], dtype=x.dtype, device=x.device)
     half = x.stride(dim) * y.shape[dim]
-    config = _config(L, x.element_size())
-    _glu_bwd_kernel(
-        _grid(R, L, config), _ordered(dy, order), x, dx, R, L, half, stride, **config
+    config = choose(L, x.element_size())
+    kernel(
+        _grid(R, L, config), _ordered(dy, order), x, dx, R, L, half, stride, *numbers,
+        **constants, **config,
     )  # fmt: skip
     return dx.permute(_inverse(order))
+
+
+def fwd(x, dim):
+    """x, any strides, even size along `dim` -> y, half as large there, laid out as in PyTorch."""
+    return _forward(_glu_fwd_kernel, _config, x, dim)
+
+
+def bwd(dy, x, dim):
+    """dy shaped as y, x -> dx, dense."""
+    return _backward(_glu_bwd_kernel, _config, dy, x, dim)
+
+
+# ---- an activation of one half times the other --------------------------------------------------
+
+
+@kernel(do_not_specialize=["R"])
+def _act_glu_fwd_kernel(
+    X, Y, R, L, half, stride_xr, a, b,
+    FORMULA: tl.constexpr, FIRST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """A program computes one tile of y, of BLOCK_R rows by BLOCK_L elements.
+
+    X (R, 2, L): float; its rows are stride_xr apart, the halves of a row `half` apart. FIRST:
+    whether FORMULA is of the first half. Y (R, L): float, contiguous.
+    """
+    r, first, rows, cols = _tile(R, L, BLOCK_R, BLOCK_L)
+    X += r * stride_xr + first + rows * stride_xr + cols
+    Y += r * L + first + rows * L + cols
+    if (r + BLOCK_R <= R) & (first + BLOCK_L <= L):  # no mask, for 128-bit accesses
+        x = tl.load(X if FIRST else X + half).to(tl.float32)
+        z = tl.load(X + half if FIRST else X).to(tl.float32)
+        tl.store(Y, (FORMULA(x, a, b) * z).to(Y.dtype.element_ty))
+    else:
+        mask = (rows < R - r) & (cols < L - first)
+        x = tl.load(X if FIRST else X + half, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(X + half if FIRST else X, mask=mask, other=0.0).to(tl.float32)
+        tl.store(Y, (FORMULA(x, a, b) * z).to(Y.dtype.element_ty), mask=mask)
+
+
+@kernel(do_not_specialize=["R"])
+def _act_glu_bwd_kernel(
+    DY, X, DX, R, L, half, stride_xr, a, b,
+    FORMULA: tl.constexpr, GRADIENT: tl.constexpr, OF_Y: tl.constexpr, FIRST: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """A program computes both halves of dx for one tile of BLOCK_R rows by BLOCK_L elements.
+
+    DY (R, L): float, contiguous. X (R, 2, L): float, as in the forward. DX (R, 2, L): float,
+    contiguous. OF_Y: whether GRADIENT takes the activation's result instead of its input.
+    """
+    r, first, rows, cols = _tile(R, L, BLOCK_R, BLOCK_L)
+    X += r * stride_xr + first + rows * stride_xr + cols
+    DY += r * L + first + rows * L + cols
+    DX += r * L * 2 + first + rows * L * 2 + cols
+    if (r + BLOCK_R <= R) & (first + BLOCK_L <= L):
+        dy = tl.load(DY).to(tl.float32)
+        x = tl.load(X if FIRST else X + half).to(tl.float32)
+        y = FORMULA(x, a, b)
+        tl.store(DX + L if FIRST else DX, (dy * y).to(DX.dtype.element_ty))
+        dy *= tl.load(X + half if FIRST else X).to(tl.float32)
+        dx = GRADIENT(dy, y if OF_Y else x, a, b)
+        tl.store(DX if FIRST else DX + L, dx.to(DX.dtype.element_ty))
+    else:
+        mask = (rows < R - r) & (cols < L - first)
+        dy = tl.load(DY, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(X if FIRST else X + half, mask=mask, other=0.0).to(tl.float32)
+        y = FORMULA(x, a, b)
+        tl.store(DX + L if FIRST else DX, (dy * y).to(DX.dtype.element_ty), mask=mask)
+        dy *= tl.load(X + half if FIRST else X, mask=mask, other=0.0).to(tl.float32)
+        dx = GRADIENT(dy, y if OF_Y else x, a, b)
+        tl.store(DX if FIRST else DX + L, dx.to(DX.dtype.element_ty), mask=mask)
+
+
+@tunable("BLOCK_R")
+def _act_glu_config(L, itemsize):
+    tile = 2048 // itemsize  # of each half: 16 bytes per lane of 4 warps
+    block_l = min(next_power_of_2(L), tile // 4)  # then a warp has one row
+    return {"BLOCK_R": tile // block_l, "BLOCK_L": block_l, "num_warps": 4}
+
+
+def act_glu_fwd(x, dim, formula, first, a=0.0, b=0.0):
+    """x as for `fwd` -> y = formula(one half; a, b) * the other half. `first`: which half."""
+    return _forward(
+        _act_glu_fwd_kernel, _act_glu_config, x, dim, a, b,
+        FORMULA=getattr(pointwise, formula), FIRST=first,
+    )  # fmt: skip
+
+
+def act_glu_bwd(dy, x, dim, formula, gradient, of_y, first, a=0.0, b=0.0):
+    """dy shaped as y, x -> dx, dense. `of_y`: `gradient` takes the activation's result."""
+    return _backward(
+        _act_glu_bwd_kernel, _act_glu_config, dy, x, dim, a, b,
+        FORMULA=getattr(pointwise, formula), GRADIENT=getattr(pointwise, gradient), OF_Y=of_y,
+        FIRST=first,
+    )  # fmt: skip
 
 
 # ---- an activation times a tensor ---------------------------------------------------------------

@@ -415,7 +415,7 @@ def fwd(x, weight, bias, dims, eps, center, out_dtype):
     weight = None if weight is None else dense(weight)
     bias = None if bias is None else dense(bias)
     if _rows.fits(N, unit, ROW):
-        config = _rows.row_config(N, unit)
+        config = _rows.row_config(N, unit, least_warps=2)
         _norm_fwd_kernel(
             (cdiv(M, config["BLOCK_M"]),),
             x, weight, bias, y, mean, rstd, M, N // unit, stride // unit, float(eps),

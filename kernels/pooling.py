@@ -34,6 +34,12 @@ from triton.language.extra import libdevice
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
+from fastnn.kernels.pooling_cells import (
+    _cells_bwd_kernel,
+    _cells_fwd_kernel,
+    counted,
+    inner_offset,
+)
 
 # ---- windows along one axis ---------------------------------------------------------------------
 #
@@ -251,14 +257,6 @@ def _tile(
 
 
 @triton.jit
-def _inner(i, stride):
-    if stride is None:
-        return i
-    else:
-        return i * stride
-
-
-@triton.jit
 def _samples(U, n, c, C, there, d: tl.constexpr, DIMS: tl.constexpr):
     """The samples of axis d (2 is W). In 2-D the sample for W comes first, in 3-D last."""
     if U is None:
@@ -274,9 +272,9 @@ def _samples(U, n, c, C, there, d: tl.constexpr, DIMS: tl.constexpr):
 @triton.jit
 def _planes(n, c, sn, sc, VEC: tl.constexpr, LAST: tl.constexpr):
     if LAST:
-        at = n * (sn * VEC) + _inner(c, sc)
+        at = n * sn * VEC + inner_offset(c, sc)
     else:
-        at = n * (sn * VEC) + c * (sc * VEC)
+        at = n * sn * VEC + c * sc * VEC
     return at
 
 
@@ -287,19 +285,10 @@ def _place(d, h, w, sd, sh, sw, VEC: tl.constexpr, LAST: tl.constexpr, WIDE: tl.
         h = h.to(tl.int64)
         w = w.to(tl.int64)
     if LAST:
-        at = d * (sd * VEC) + h * (sh * VEC) + w * (sw * VEC)
+        at = d * sd * VEC + h * sh * VEC + w * sw * VEC
     else:
-        at = d * (sd * VEC) + h * (sh * VEC) + _inner(w, sw)
+        at = d * sd * VEC + h * sh * VEC + inner_offset(w, sw)
     return at
-
-
-@triton.jit
-def _counted(start, end, I, k, p, COUNT: tl.constexpr):  # noqa: E741
-    """The factor of an axis in the divisor. COUNT: padding counts, but nothing beyond it."""
-    if COUNT:
-        return tl.minimum(start + k, I + p) - start
-    else:
-        return end - tl.maximum(start, 0)
 
 
 @kernel(do_not_specialize=[*_SIZES, *_STRIDES[:10]])
@@ -360,9 +349,9 @@ def _pool_fwd_kernel(
                     acc, at = REDUCE(acc, at, v, (a * kh + b) * kw + e, ok, norm)
         acc = acc.to(tl.float32)
     if divisor is None:
-        count = _counted(start_d, end_d, D, kd, pd, COUNT)
-        count = count * _counted(start_h, end_h, H, kh, ph, COUNT)
-        count = count * _counted(start_w, end_w, W, kw, pw, COUNT)
+        count = counted(start_d, end_d, D, kd, pd, COUNT)
+        count = count * counted(start_h, end_h, H, kh, ph, COUNT)
+        count = count * counted(start_w, end_w, W, kw, pw, COUNT)
     else:
         count = divisor
     y, slope = FINISH(acc, count.to(tl.float32), (kd * kh * kw).to(tl.float32), norm)
@@ -413,9 +402,9 @@ def _sent(
     elif divisor is not None:
         g = tl.div_rn(g, divisor.to(tl.float32))
     else:
-        count = _counted(start_d, end_d, D, kd, pd, COUNT)
-        count = count * _counted(start_h, end_h, H, kh, ph, COUNT)
-        count = count * _counted(start_w, end_w, W, kw, pw, COUNT)
+        count = counted(start_d, end_d, D, kd, pd, COUNT)
+        count = count * counted(start_h, end_h, H, kh, ph, COUNT)
+        count = count * counted(start_w, end_w, W, kw, pw, COUNT)
         g = tl.where(ok, tl.div_rn(g, count.to(tl.float32)), 0.0)
     return g
 
@@ -644,14 +633,72 @@ def _walk(shape, last, unrolled=True):
     return rows, inner // unit, unit, grid, config
 
 
+_SMALL = 4  # sizes of windows that follow from the input's size, up to which they are compiled in
+_LONG = 2**20  # the second dimension of a grid has 65535 programs
+_PHASES = 16  # elements of a cell, of which the backward holds sums
+
+
+def in_cells(k, s, d, by_size=False):
+    """Whether `kernels.pooling_cells` has windows k, strides s and dilations d.
+
+    by_size: whether k follows from the input's size.
+    """
+    return (
+        max(d) == 1
+        and math.prod(k) <= _UNROLLED
+        and (not by_size or max(k) <= _SMALL)
+        and math.prod(s) <= _PHASES
+    )
+
+
+def _in_cells(spec, *innermost):
+    """The same for a spec. innermost: sizes and strides of all tensors along the lanes."""
+    return (
+        spec.window == "regular"
+        and in_cells(spec.k, spec.s, spec.d, spec.by_size)
+        and all(n * max(abs(s), _SMALL) < 2**31 and n < _LONG for n, s in innermost)
+    )
+
+
+@tunable("BLOCK_R", "BLOCK_I")
+def _cells_config(inner, last):
+    # Accesses of 16 bytes in 16 bits: 8 channels for each lane, or 4 cells of two elements.
+    block = min(next_power_of_2(inner), 64 if last else 128)
+    return {"BLOCK_R": (1024 if last else 512) // block, "BLOCK_I": block, "num_warps": 4}
+
+
+def _cells_walk(shape, last):
+    """(rows, grid, tile) for the cells (N, C, D, H, W)."""
+    inner = shape[1] if last else shape[4]
+    rows = math.prod(shape) // inner if inner else 0
+    config = _cells_config(inner, last)
+    return rows, (cdiv(rows, config["BLOCK_R"]), cdiv(inner, config["BLOCK_I"])), config
+
+
+def _merges(C, *strides):
+    """Whether planes of all tensors have one stride. `strides`: those of N and of C."""
+    return all(n == C * c for n, c in strides)
+
+
 class _Plan(typing.NamedTuple):
     """How a kernel runs on tensors of some layouts."""
 
+    kernel: typing.Any
     shape: tuple[int, ...]  # of the tensor that the kernel makes
     strides: tuple[int, ...]
-    grid: tuple[int]
+    grid: tuple[int, ...]
     args: tuple  # the kernel's arguments after the tensors
     meta: dict  # its constexprs
+
+
+def _compiled_in(spec, sizes):
+    """Windows, strides, padding, and whether windows pass the end of an axis, as constexprs."""
+    axes = zip(sizes, spec.out, spec.k, spec.s, spec.p, strict=True)
+    clips = tuple((o - 1) * s - p + k > size for size, o, k, s, p in axes)
+    values = zip(("K", "S", "P", "CLIP_"), (spec.k, spec.s, spec.p, clips), strict=True)
+    return {
+        f"{name}{axis}": v for name, triple in values for axis, v in zip("DHW", triple, strict=True)
+    }
 
 
 @functools.lru_cache(maxsize=4096)
@@ -665,15 +712,34 @@ def _plan(shape, stride, spec, rounding):
     kept = [*range(2 - lead, 2), *range(5 - spec.dims, 5)]
     xs, x_unit = _addressed(x_shape, x_stride, last)
     ys, y_unit = _addressed(y_shape, y_stride, last)
-    rows, units, unit, grid, config = _walk(y_shape, last)
     start, reduce, finish, _, _ = REDUCTIONS[spec.reduction]
+    shape, strides = (tuple(of[a] for a in kept) for of in (y_shape, y_stride))
+    # The second layout is that of the indices that ATen gives.
+    wide = _wide((x_shape, x_stride), (x_shape, _dense(x_shape, False)), (y_shape, y_stride))
+    at = 1 if last else 4
+    # Sums over windows that follow from the input's size are of float64.
+    small = not (spec.by_size and start == 0)
+    if small and _in_cells(spec, (x_shape[at], x_stride[at]), (y_shape[at], y_stride[at])):
+        rows, grid, config = _cells_walk(y_shape, last)
+        C, D, H, W = x_shape[1:]
+        c_unit, w_unit, o_unit = (_unit(C), 1, 1) if last else (1, _unit(W), _unit(y_shape[4]))
+        args = (
+            C // c_unit, D, H, W // w_unit, *spec.out[:2], spec.out[2] // o_unit, rows, *xs, *ys,
+            spec.divisor, spec.norm,
+        )  # fmt: skip
+        meta = {
+            "REDUCE": reduce, "FINISH": finish, "START": start, "COUNT": spec.count_padding,
+            "DIMS": spec.dims, "MERGED": not last and _merges(C, x_stride[:2], y_stride[:2]),
+            **_compiled_in(spec, x_shape[2:]), "LAST": last, "WIDE": wide, "C_UNIT": c_unit,
+            "W_UNIT": w_unit, "O_UNIT": o_unit, "X_VEC": x_unit, "Y_VEC": y_unit, **config,
+        }  # fmt: skip
+        return _Plan(_cells_fwd_kernel, shape, strides, grid, args, meta)
+    rows, units, unit, grid, config = _walk(y_shape, last)
     args = (
         *x_shape[1:], *spec.out, rows, units, *xs, *ys, *spec.k, *spec.s, *spec.p, *spec.d,
         spec.divisor, spec.norm,
     )  # fmt: skip
     unrolled = math.prod(spec.k) <= _UNROLLED and not spec.by_size
-    # The second layout is that of the indices that ATen gives.
-    wide = _wide((x_shape, x_stride), (x_shape, _dense(x_shape, False)), (y_shape, y_stride))
     meta = {
         "WINDOW": WINDOWS[spec.window][0], "REDUCE": reduce, "FINISH": finish, "START": start,
         "COUNT": spec.count_padding, "DIMS": spec.dims, "ROUND": rounding,
@@ -681,8 +747,7 @@ def _plan(shape, stride, spec, rounding):
         "LAST": last, "WIDE": wide, "UNIT": unit,
         "X_VEC": x_unit, "Y_VEC": y_unit, **config,
     }  # fmt: skip
-    shape, strides = (tuple(of[a] for a in kept) for of in (y_shape, y_stride))
-    return _Plan(shape, strides, grid, args, meta)
+    return _Plan(_pool_fwd_kernel, shape, strides, grid, args, meta)
 
 
 def _sharing(spec, sizes, rounding):
@@ -717,6 +782,25 @@ def _plan_back(shape, stride, g_stride, spec, rounding):
     kept = [*range(len(shape) == spec.dims + 1, 2), *range(5 - spec.dims, 5)]
     layouts = (y_shape, g_stride), (y_shape, y_stride), (x_shape, x_stride), (x_shape, z_stride)
     taken, vec = zip(*(_addressed(s, t, last) for s, t in layouts), strict=True)
+    z_strides = tuple(z_stride[a] for a in kept)
+    at = 1 if last else 4
+    if _in_cells(spec, *((shape[at], stride[at]) for shape, stride in layouts)):
+        cells = tuple(cdiv(n, s) for n, s in zip(x_shape[2:], spec.s, strict=True))
+        rows, grid, config = _cells_walk((*x_shape[:2], *cells), last)
+        C, D, H, W = x_shape[1:]
+        c_unit, w_unit = (_unit(C), 1) if last else (1, _unit(W))
+        args = (
+            C // c_unit, D, H, W // w_unit, *spec.out, *cells, rows, *taken[0], *taken[1],
+            *taken[2], *taken[3], spec.divisor, spec.norm,
+        )  # fmt: skip
+        merged = not last and _merges(C, *(stride[:2] for _, stride in layouts))
+        meta = {
+            "SEND": REDUCTIONS[spec.reduction][3], "COUNT": spec.count_padding, "DIMS": spec.dims,
+            "MERGED": merged, **_compiled_in(spec, x_shape[2:]), "LAST": last,
+            "WIDE": _wide(*layouts), "C_UNIT": c_unit, "W_UNIT": w_unit, "G_VEC": vec[0],
+            "Y_VEC": vec[1], "X_VEC": vec[2], "Z_VEC": vec[3], **config,
+        }  # fmt: skip
+        return _Plan(_cells_bwd_kernel, shape, z_strides, grid, args, meta)
     sharing = _sharing(spec, x_shape[2:], rounding)
     unrolled = spec.window == "regular" and not spec.by_size and math.prod(sharing) <= _UNROLLED
     rows, units, unit, grid, config = _walk(x_shape, last, unrolled)
@@ -736,7 +820,7 @@ def _plan_back(shape, stride, g_stride, spec, rounding):
         "LAST": last, "WIDE": _wide(*layouts), "UNIT": unit,
         "G_VEC": vec[0], "Y_VEC": vec[1], "X_VEC": vec[2], "Z_VEC": vec[3], **config,
     }  # fmt: skip
-    return _Plan(shape, tuple(z_stride[a] for a in kept), grid, args, meta)
+    return _Plan(_pool_bwd_kernel, shape, z_strides, grid, args, meta)
 
 
 def _place_dtype(spec):
@@ -773,7 +857,8 @@ def fwd(x, u, spec, dtype, indices, keep):
         at = made(_place_dtype(spec))
     elif keep and spec.reduction != "mean":
         slope = made(torch.float32)
-    _pool_fwd_kernel(plan.grid, x, u, y, at, index, slope, *plan.args, **plan.meta)
+    drawn = () if plan.kernel is _cells_fwd_kernel else (u,)
+    plan.kernel(plan.grid, x, *drawn, y, at, index, slope, *plan.args, **plan.meta)
     return y, index, at, slope
 
 
@@ -788,7 +873,8 @@ def bwd(dy, at, slope, x, u, spec, dtype, layout):
     plan = _plan_back(shape, stride, dy.stride(), spec, rounding)
     dx = torch.empty_strided(shape, plan.strides, dtype=x_dtype, device=dy.device)
     read = x if REDUCTIONS[spec.reduction][4] else None
-    _pool_bwd_kernel(plan.grid, dy, at, slope, read, u, dx, *plan.args, **plan.meta)
+    drawn = () if plan.kernel is _cells_bwd_kernel else (u,)
+    plan.kernel(plan.grid, dy, at, slope, read, *drawn, dx, *plan.args, **plan.meta)
     return dx
 
 

@@ -58,6 +58,47 @@ def _get(X, at, mask):
     return tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def _put4(GATES, at, H, g0, g1, g2, g3, mask):
+    """Store what a row of gates keeps for the backward."""
+    _put(GATES, at, g0, mask)
+    _put(GATES, at + H, g1, mask)
+    _put(GATES, at + 2 * H, g2, mask)
+    _put(GATES, at + 3 * H, g3, mask)
+
+
+@triton.jit
+def _get4(GATES, at, H, mask):
+    g0 = _get(GATES, at, mask)
+    g1 = _get(GATES, at + H, mask)
+    g2 = _get(GATES, at + 2 * H, mask)
+    g3 = _get(GATES, at + 3 * H, mask)
+    return g0, g1, g2, g3
+
+
+@triton.jit
+def _put_lstm_gradients(DG, at, H, i, f, g, o, c, dc, do, mask):
+    """c: before the step. do: the gradient of o. Stores the gradients of the sums in the gates."""
+    _put(DG, at, dc * g * (1.0 - i) * i, mask)
+    _put(DG, at + H, dc * c * (1.0 - f) * f, mask)
+    _put(DG, at + 2 * H, dc * i * (1.0 - g * g), mask)
+    _put(DG, at + 3 * H, do * (1.0 - o) * o, mask)
+
+
+@triton.jit
+def _put_gru_gradients(DGI, DGH, at, H, r, z, n, m, h, dy, mask):
+    """h: before the step. m: its part of n. Stores the gradients of the sums in the gates."""
+    dz = dy * (h - n) * (1.0 - z) * z
+    dn = dy * (1.0 - z) * (1.0 - n * n)
+    dr = dn * m * (1.0 - r) * r
+    _put(DGI, at, dr, mask)
+    _put(DGI, at + H, dz, mask)
+    _put(DGI, at + 2 * H, dn, mask)
+    _put(DGH, at, dr, mask)
+    _put(DGH, at + H, dz, mask)
+    _put(DGH, at + 2 * H, dn * r, mask)
+
+
 @kernel(do_not_specialize=["B"])
 def _rnn_cell_fwd_kernel(
     GI, GH, BI, BH, Y, B, H,
@@ -114,10 +155,7 @@ def _lstm_cell_fwd_kernel(
     _put(Y, b * H + j, o * libdevice.tanh(c), mask)
     _put(YC, b * H + j, c, mask)
     if GATES is not None:
-        _put(GATES, row + j, i, mask)
-        _put(GATES, row + j + H, f, mask)
-        _put(GATES, row + j + 2 * H, g, mask)
-        _put(GATES, row + j + 3 * H, o, mask)
+        _put4(GATES, row + j, H, i, f, g, o, mask)
 
 
 @kernel(do_not_specialize=["B"])
@@ -132,10 +170,7 @@ def _lstm_cell_bwd_kernel(
     b, j, mask = _tile(B, H, BLOCK_B, BLOCK_H)
     row = b * H * 4
     at = b * H + j
-    i = _get(GATES, row + j, mask)
-    f = _get(GATES, row + j + H, mask)
-    g = _get(GATES, row + j + 2 * H, mask)
-    o = _get(GATES, row + j + 3 * H, mask)
+    i, f, g, o = _get4(GATES, row + j, H, mask)
     dc = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
     do = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
     if DYC is not None:
@@ -145,10 +180,7 @@ def _lstm_cell_bwd_kernel(
         t = libdevice.tanh(_get(YC, at, mask))
         do = dy * t
         dc += dy * o * (1.0 - t * t)
-    _put(DG, row + j, dc * g * (1.0 - i) * i, mask)
-    _put(DG, row + j + H, dc * _get(C, at, mask) * (1.0 - f) * f, mask)
-    _put(DG, row + j + 2 * H, dc * i * (1.0 - g * g), mask)
-    _put(DG, row + j + 3 * H, do * (1.0 - o) * o, mask)
+    _put_lstm_gradients(DG, row + j, H, i, f, g, o, _get(C, at, mask), dc, do, mask)
     _put(DC, at, dc * f, mask)
 
 
@@ -171,11 +203,7 @@ def _gru_cell_fwd_kernel(
     h = _get(HX, at, mask)
     _put(Y, at, n + z * (h - n), mask)
     if GATES is not None:
-        at = b * H * 4 + j
-        _put(GATES, at, r, mask)
-        _put(GATES, at + H, z, mask)
-        _put(GATES, at + 2 * H, n, mask)
-        _put(GATES, at + 3 * H, m, mask)
+        _put4(GATES, b * H * 4 + j, H, r, z, n, m, mask)
 
 
 @kernel(do_not_specialize=["B"])
@@ -187,23 +215,10 @@ def _gru_cell_bwd_kernel(
     DY, HX, DH (B, H), GATES (B, 4H), DGI, DGH (B, 3H): float, contiguous.
     """
     b, j, mask = _tile(B, H, BLOCK_B, BLOCK_H)
-    row = b * H * 4 + j
-    r = _get(GATES, row, mask)
-    z = _get(GATES, row + H, mask)
-    n = _get(GATES, row + 2 * H, mask)
-    m = _get(GATES, row + 3 * H, mask)
+    r, z, n, m = _get4(GATES, b * H * 4 + j, H, mask)
     at = b * H + j
     dy = _get(DY, at, mask)
-    dz = dy * (_get(HX, at, mask) - n) * (1.0 - z) * z
-    dn = dy * (1.0 - z) * (1.0 - n * n)
-    dr = dn * m * (1.0 - r) * r
-    row = b * H * 3 + j
-    _put(DGI, row, dr, mask)
-    _put(DGI, row + H, dz, mask)
-    _put(DGI, row + 2 * H, dn, mask)
-    _put(DGH, row, dr, mask)
-    _put(DGH, row + H, dz, mask)
-    _put(DGH, row + 2 * H, dn * r, mask)
+    _put_gru_gradients(DGI, DGH, b * H * 3 + j, H, r, z, n, m, _get(HX, at, mask), dy, mask)
     _put(DH, at, dy * z, mask)
 
 

@@ -209,18 +209,38 @@ def differences(call: Call, layouts: dict, layout=None) -> tuple[str, list[str]]
         again = _shuffled(call, len(found))
         found.append(_compared(again, layouts, layout, len(found))[2])
         comparisons = parity.over_draws([parity.Result("kernel", None, cs) for cs in found])
-    return path, wrong + [c.failure for c in comparisons if c.failure]
+    failed = [c for c in comparisons if c.failure]
+    usual = _usual_bounds(call) if failed else {}
+    return path, wrong + [
+        f"{c.failure}, {CANCELS}" if c.ours <= usual.get(c.what, -1.0) else str(c.failure)
+        for c in failed
+    ]
+
+
+CANCELS = "within the bound of the same call with other values"
+
+
+def _usual_bounds(call: Call) -> dict[str, float]:
+    """The bound of each result of the call as it was recorded, whose values are drawn: the error of
+    stock there, and the unit in the last place there. If an argument has equal values only, terms
+    may cancel. What is left of them is the rounding of terms that are as large as here."""
+    found = [_compared(_shuffled(call, draw), {}, None, draw)[2] for draw in range(DRAWS)]
+    pooled = parity.over_draws([parity.Result("kernel", None, cs) for cs in found])
+    return {c.what: c.bound for c in pooled}
 
 
 DRAWS = 25
 
 
 def _shuffled(call, draw):
+    """The call with the values of each tensor in another order; a single value is made smaller."""
     g = torch.Generator().manual_seed(draw)
     copies: dict[int, Tensor] = {}
     for t in call.tensors().values():
         if t.is_floating_point() and id(t) not in copies:
             copies[id(t)] = t.flatten()[torch.randperm(t.numel(), generator=g)].view(t.shape)
+            if t.numel() == 1:
+                copies[id(t)] = t * (1 - 0.5 * torch.rand((), generator=g))
     return call.with_(**{k: copies.get(id(t), t) for k, t in call.tensors().items()})
 
 

@@ -233,8 +233,14 @@ def _sum_of_some(X, Y, n, BLOCK: tl.constexpr):
     tl.store(Y + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), acc)
 
 
+@triton.jit
+def _in_place(X, BLOCK: tl.constexpr):
+    here = X + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(here, tl.load(here) + 1)
+
+
 def roofs():
-    from fastnn.testing.roof import capture, disassembled, faults, roof
+    from fastnn.testing.roof import capture, capture_any, disassembled, faults, roof
 
     x, y = torch.ones(1 << 16), torch.ones(1 << 20)
     launches = []
@@ -252,6 +258,14 @@ def roofs():
     assert short.dram == 4 * (1024 * 512 + (1 << 12))  # X comes from memory once
     assert short.in_flight >= 16 * 128 * short.blocks
     assert not long.spilled and "issue" not in faults(short)
+
+    launches = []
+    with capture_any(launches):  # of a kernel that is not ours
+        sms = torch.cuda.get_device_properties(x.device).multi_processor_count
+        _in_place[(64,)](x, BLOCK=1024, num_warps=4)
+    (added,) = map(roof, launches)
+    assert added.programs == 64 and added.dram == 2 * x.nbytes  # loaded and stored
+    assert added.sms == sms == 132
 
 
 def test_the_roof():

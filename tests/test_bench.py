@@ -18,10 +18,12 @@ import fastnn
 from fastnn import _gate, _mode
 from fastnn.__main__ import main
 from fastnn.bench import (
+    beside,
     cases,
     gates,
     gpu,
     host,
+    liger,
     measure,
     memory,
     models,
@@ -36,6 +38,7 @@ from fastnn.ops import REGISTRY
 from fastnn.testing.meter import AtenTraffic, Cost, as_on_cuda, nbytes, traffic
 from tests.marks import interpreted
 from tests.test_aot import compiling
+from tools import calibrate
 
 pytestmark = interpreted
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -271,7 +274,7 @@ def test_a_wrong_row_has_no_speedup(monkeypatch):
     line = run.run_row(GELU, BF16, measure.Cpu(), 3)
     assert line["failures"] and run.speedup(line, "ours") is None
     assert "ours" not in line["sides"]
-    monkeypatch.setitem(record, "fused", lambda x, **k: _mode.Stock("not today"))
+    monkeypatch.setitem(record, "fused", lambda x, **k: _mode.Stock("option", "not today"))
     line = run.run_row(GELU, BF16, measure.Cpu(), 3)
     assert line["path"] == "stock" and run.speedup(line, "ours") is None
     assert "not today" in report.measured_table([line], {})
@@ -516,6 +519,51 @@ def test_auto_runs_no_kernel_whose_instructions_take_longer_than_the_bytes_of_py
             lost.append(name)
     assert compared > 50
     assert lost == []
+
+
+def test_kernels_beside_those_of_liger():
+    """Runs in another process, because this process interprets and that one compiles."""
+    if liger.version() is None:
+        pytest.skip("Liger is not installed (extra bench)")
+    table = compiling(["-m", "bench.beside", "RMSNorm(16x4096"])
+    figures = re.findall(r"\| (forward|backward|both) \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", table)
+    assert figures == ["forward", "backward", "both"]
+
+
+def test_table_beside_liger():
+    """A row has a line for each pass and for both, or the reason why it has no figures."""
+
+    def passes(*figures):
+        return [{"us": us, "launches": n, "spilled": bytes_} for us, n, bytes_ in figures]
+
+    ours = passes((8.0, 1, 0), (5.0, 2, 0))
+    records = [
+        {"row": "A", "from": "x", "ours": ours, "liger": passes((10.0, 1, 0), (20.0, 4, 3e6))},
+        {"row": "B", "from": "y", "ours": ours, "liger": passes((26.0, 3, 0), (0.0, 1, 0))},
+        {"row": "C", "from": "z", "why": "liger: atomics"},
+    ]
+    assert beside.table(records).splitlines()[2:] == [
+        "| `A` | x | forward | 8.0 | 10.0 | 0.80 | 1 | 1 |  |",
+        "| `A` | x | backward | 5.0 | 20.0 | 0.25 | 2 | 4 | 3 |",
+        "| `A` | x | both | 13.0 | 30.0 | 0.43 | 3 | 5 | 3 |",
+        "| `B` | y | both | 13.0 | 26.0 | 0.50 | 3 | 4 |  |",  # its gradient is made in the forward
+        "| `C` | z | liger: atomics |  |  |  |  |  |  |",
+    ]
+
+
+def test_table_of_published_times():
+    """Times that a constant was read off are marked, and are not among those that count."""
+    one = {"commit": "0123456789", "mode": "forward"}
+    rows = [
+        {**one, "kernel": "a", "fitted": True, "us": 100.0, "bytes_us": 100.0, "roofs_us": 100.0},
+        {**one, "kernel": "b", "fitted": False, "us": 100.0, "bytes_us": 50.0, "roofs_us": 96.0},
+        {**one, "kernel": "b", "fitted": False, "us": 200.0, "bytes_us": 220.0, "roofs_us": 220.0},
+    ]
+    page = calibrate.table(rows)
+    assert "| a forward (fitted) | 01234567 | 100 to 100 | 1.00, 1.00 | 1.00, 1.00 |" in page
+    assert "| b forward | 01234567 | 100 to 200 | 0.80, 0.50 | 1.03, 1.10 |" in page
+    assert "bytes: within 5 % 0 of 2, within 15 % 1 of 2" in page
+    assert "roofs: within 5 % 1 of 2, within 15 % 2 of 2" in page
 
 
 def test_what_calls_cost_the_host(tmp_path):

@@ -37,7 +37,6 @@ pytestmark = [
         "reduction. .mean. divides the total loss",
         "linear_cross_entropy. ..options.. ignored",
         "Using padding='same' with even kernel",
-        "LSTM with projections is not supported with oneDNN",
     )
 ]
 

@@ -221,7 +221,7 @@ def test_lazy_layers_become_accelerated_ones(kind, d, device):
     x = torch.randn(2, 4, *(3,) * d, device=device)
     with fastnn.decisions() as heard, fastnn.backend("triton"):
         y = lazy(x)
-    assert [why for _, why in heard] == [None]
+    assert [why for _, why, _ in heard] == [None]
     assert type(lazy) is getattr(fastnn, f"{kind}Norm{d}d") and lazy.num_features == 4
     torch.testing.assert_close(y, getattr(stock, f"{kind}Norm{d}d")(4, **options)(x))
 
@@ -239,7 +239,7 @@ def test_sync_batch_norm_is_batch_norm_where_nothing_is_distributed(device):
     for _ in range(2):
         with fastnn.decisions() as heard, fastnn.backend("triton"):
             torch.testing.assert_close(ours(x), its(x))
-        assert [(op.name, why) for op, why in heard] == [("batch_norm", None)]
+        assert [(op.name, why) for op, why, _ in heard] == [("batch_norm", None)]
     for a, b in zip(ours.buffers(), its.buffers(), strict=True):
         torch.testing.assert_close(a, b)
     for wrong in (torch.ones(4), torch.ones(2, 0)):
@@ -255,7 +255,7 @@ def outcome(call, parameters, x, mode):
         y = call(x)
         dy = torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape)
         grads = torch.autograd.grad(y, [x, *parameters], dy)
-    return [(op.name, why) for op, why in heard], [y.detach(), *grads]
+    return [(op.name, why) for op, why, _ in heard], [y.detach(), *grads]
 
 
 def unbiased(norm):

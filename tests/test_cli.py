@@ -13,6 +13,7 @@ import fastnn
 from fastnn import _cli, _mode
 from fastnn.__main__ import COMMANDS, main
 from fastnn._cli.parity import Outcome, _summary
+from fastnn.bench import roofs
 from fastnn.ops import REGISTRY
 from fastnn.testing import simulated
 from tests.marks import interpreted
@@ -109,7 +110,7 @@ def test_a_parity_line_does_not_depend_on_which_row_ended_first():
     assert lines[0][0]["error"] == 0.75 and lines[0][0]["bytes"] == 72 / 64
 
 
-@pytest.mark.parametrize("width", [80, 160])
+@pytest.mark.parametrize("width", [80, 160, 176])
 @interpreted
 def test_parity_fits_the_terminal(monkeypatch, capsys, width):
     monkeypatch.setenv("COLUMNS", str(width))
@@ -117,7 +118,20 @@ def test_parity_fits_the_terminal(monkeypatch, capsys, width):
     assert main(["parity", "--only", name, "--dtype", "bfloat16"]) == 0
     printed = capsys.readouterr().out
     assert name in printed and "bfloat16" in printed and "\u2026" not in printed
-    assert ("│        24 │" in printed) == (width == 160)  # its gradients
+    assert ("│        24 │" in printed) == (width >= 160)  # its gradients
+    assert ("roof" in printed) == (width >= 176)
+
+
+def test_parity_warns_of_the_roof_of_a_layer(monkeypatch):
+    rows = {"Pad2d(8x8) bfloat16": [["a"], ["b"]], "Other(8x8) bfloat16": [["c"]]}
+    launches = {
+        name: {"issue": issue, "us": us, "spilled": 0}
+        for name, issue, us in (("a", 1.25, 5.0), ("b", 9.0, 1.0), ("c", 7.0, 5.0))
+    }
+    monkeypatch.setattr(roofs, "shipped", lambda: {"rows": rows, "launches": launches})
+    outcome = ("pad_2d", "pad_2d(8)", "float32", "kernel", None, 0.0, 0.0, 1.0, 2, 1, 0.0, [])
+    assert _summary([Outcome(*outcome)])[0]["roof"] == "issue 1.2"  # "b" takes too little time
+    assert _summary([Outcome("ReLU", *outcome[1:])])[0]["roof"] == ""
 
 
 @pytest.mark.slow

@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fastnn
+from fastnn._compiler import _rules, _site
 from fastnn._compiler._backend import listen
+from fastnn._compiler._calls import is_conversion
+from fastnn._compiler._site import Site
 from fastnn.testing import simulated
 from tests.marks import interpreted
 
@@ -260,6 +263,31 @@ def reshaped_and_read(x):
     return s + NORM(s)
 
 
+def permuted(x):
+    return x.cos().t().contiguous().t()
+
+
+def heads(x):
+    return x.view(2, 2, 2, 8).transpose(1, 2)
+
+
+def attention(x):
+    """As Whisper does: only the query is a copy."""
+    x = x.cos()
+    y = F.scaled_dot_product_attention(heads(x).contiguous(), heads(x), heads(x))
+    return y.transpose(1, 2).reshape(2, 2, WIDTH)
+
+
+def three(x):
+    q, k, v = F.pad(x, (0, 8)).view(2, 2, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    return q * k + v
+
+
+def halves(x, gate=0):
+    two = (x * 2).chunk(2, dim=-1)
+    return two[1 - gate].mul(F.gelu(two[gate]))
+
+
 SPELLINGS = {
     "x.mul": ("silu written out", lambda x: x.mul(x.sigmoid())),
     "sigmoid first": ("silu written out", lambda x: torch.sigmoid(x) * x),
@@ -307,7 +335,33 @@ SPELLINGS = {
     "swiglu": ("activation, product", lambda x: F.silu(x) * x.cos()),
     "geglu": ("activation, product", lambda x: x.cos().mul(F.gelu(x, approximate="tanh"))),
     "group": ("group_norm, activation", lambda x: torch.tanh(GROUP(x))),
+    "divided by 1": ("nothing to do", lambda x: ((x + 1) / 1.0).sin()),
+    "times 1": ("nothing to do", lambda x: (1 * x.cos()).sin()),
+    "padded by 0": ("nothing to do", lambda x: F.pad(x.cos(), (0, 0, 0, 0)).sin()),
+    "halves": ("activation, product of halves", lambda x: halves(x)),
+    "halves, first": ("activation, product of halves", lambda x: halves(x, 1)),
+    "copies for attention": ("contiguous before attention", lambda x: attention(x)),
+    "query, key, value": ("unbind of a permutation", lambda x: three(x)),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["permuted", "contiguous"])
+def test_a_residual_stream_becomes_contiguous_once(first, device):
+    """As the encoder of Whisper and the transformers of a U-Net begin: with a permuted tensor."""
+    NORM.to(device)
+
+    def stream(x):
+        terms = permuted(x), x.sin()
+        s = terms[first] + terms[1 - first]
+        t = s + F.dropout(NORM(s), 0.0)
+        return NORM(t)
+
+    x = torch.randn(4, WIDTH, device=device)
+    with fastnn.backend("triton"):
+        fused, got = found_in(stream, x)
+    assert fused == {"sum of two layouts": 1, "dropout, add, norm": 2}
+    torch.testing.assert_close(got, stream(x))
+    assert got.stride() == stream(x).stride()
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -552,6 +606,118 @@ def rows_of_another_layout(x):
     return WEIGHT * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
 
 
+def copy_of_an_input(x):
+    return (x / 1).sin()
+
+
+def copy_that_leaves(x):
+    y = x.sin()
+    return y * 1, y
+
+
+def copy_that_is_written(x):
+    y = x.sin()
+    z = y / 1
+    return z.add_(1) * y.cos()
+
+
+def copy_of_what_is_written(x):
+    y = x.sin()
+    z = F.pad(y, (0, 0))
+    y.mul_(2)
+    return z.cos() + y.cos()
+
+
+def copy_that_a_view_leaves(x):
+    return (x.sin() / 1).view(-1)
+
+
+def quotient_of_integers(x):
+    return (x.argsort() / 1).sin()
+
+
+def negative_pad(x):
+    return F.pad(x.sin(), (0, -1)).cos()
+
+
+def product_with_true(x):
+    return (x.sin() * True).cos()
+
+
+def layout_that_leaves(x):
+    y = permuted(x) + x.sin()
+    return NORM(y), y
+
+
+def layout_of_a_sine(x):
+    y = permuted(x) + x.sin()
+    return NORM(y) + NORM(y.sin())
+
+
+def layout_that_a_dropout_draws(x):
+    y = permuted(x) + x.sin()
+    return NORM(y) * NORM(F.dropout(y, 0.5))
+
+
+def layout_without_a_norm(x):
+    return LINEAR(permuted(x) + x.sin())
+
+
+def halves_of_two(x):
+    a, b = x.sin().chunk(2, -1)
+    c, d = x.cos().chunk(2, -1)
+    return F.gelu(a) * d + b.sum() + c.sum()
+
+
+def half_with_another_user(x):
+    a, b = x.sin().chunk(2, -1)
+    return F.gelu(a) * b + a.sum()
+
+
+def thirds(x):
+    a, b, _ = F.pad(x, (0, 2)).chunk(3, -1)
+    return F.gelu(a) * b
+
+
+def one_half_twice(x):
+    a, _ = x.sin().chunk(2, -1)
+    return F.gelu(a) * a
+
+
+def halves_of_a_permutation(x):
+    a, b = permuted(x).chunk(2, -1)
+    return F.gelu(a) * b
+
+
+def copy_that_others_read(x):
+    q = heads(x.cos()).contiguous()
+    y = F.scaled_dot_product_attention(q, q, q)
+    return y.transpose(1, 2).reshape(2, 2, WIDTH) + q.sum()
+
+
+def layout_of_attention(x):
+    q = heads(x.cos())
+    return F.scaled_dot_product_attention(q.contiguous(), q, q)
+
+
+def written_after_attention(x):
+    y = x.cos()
+    z = F.scaled_dot_product_attention(heads(y).contiguous(), heads(y), heads(y))
+    y.add_(1)
+    return z.transpose(1, 2).reshape(2, 2, WIDTH) + y.sum()
+
+
+def part_of_a_permutation(x):
+    q, _, v = F.pad(x, (0, 8)).view(2, 2, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    return q * v
+
+
+def permutation_with_another_user(x):
+    y = F.pad(x, (0, 8)).view(2, 2, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    q, k, v = y.unbind(0)
+    return q * k + v + y.sum()
+
+
 def product_in_place(x):
     return F.silu(x).mul_(x.cos())
 
@@ -576,6 +742,16 @@ REFUSED = {
         (dropout_in_place, {"linear, activation": 1}), (negative_slope_in_place, {}),
         (sum_read_before_a_reshape, {}), (rows_reshaped, {}), (rows_in_another_order, {}),
         (rows_by_index, {}), (terms_that_are_no_rows, {}),
+        (copy_of_an_input, {}), (copy_that_leaves, {}), (copy_that_is_written, {}),
+        (copy_of_what_is_written, {}), (copy_that_a_view_leaves, {}), (quotient_of_integers, {}),
+        (negative_pad, {}), (product_with_true, {}), (layout_that_leaves, {}),
+        (layout_without_a_norm, {}), (halves_of_two, {}),
+        (half_with_another_user, {}),
+        (thirds, {}), (one_half_twice, {}),
+        (halves_of_a_permutation, {"activation, product": 1}),
+        (layout_of_a_sine, {}), (layout_that_a_dropout_draws, {}), (copy_that_others_read, {}),
+        (layout_of_attention, {}), (written_after_attention, {}), (part_of_a_permutation, {}),
+        (permutation_with_another_user, {}),
     )
 }  # fmt: skip
 
@@ -794,3 +970,109 @@ def test_dynamo_says_what_it_cannot_take():
         fastnn.compile(call, fullgraph=True)(x)
     torch._dynamo.reset()
     assert torch.equal(fastnn.compile(call)(x), call(x))
+
+
+# ---- Wrong rules --------------------------------------------------------------------------------
+
+
+def changed(name, change):
+    """Plants `change(op)` in place of the op `name` in the rules."""
+    op = getattr(_rules, name)
+
+    def wrong(*args, **kwargs):
+        return change(op, *args, **kwargs)
+
+    wrong.__name__ = name
+    return _rules, name, wrong
+
+
+def without(cls, method):
+    """Plants a question that is always answered by yes."""
+    return cls, method, lambda *args, **kwargs: None
+
+
+def acts_first(op, x, mean, var, weight, bias, training, momentum, eps, *act):
+    return F.batch_norm(F.silu(x), mean, var, weight, bias, training, momentum, eps)
+
+
+def scale_and_shift(op, z, x, shape, weight, bias, eps, *rest):
+    return op(z, x, shape, bias, weight, eps, *rest)
+
+
+stays, means_the_same = test_what_must_stay, test_spellings_mean_the_same
+PLANTED = {
+    "a second user is not noticed": (without(Site, "check"), stays, "two_users"),
+    "a write between is not noticed": (
+        (_site, "_disturbs", lambda *args: None), stays, "written_between",
+    ),
+    "the scale of a sum is dropped": (
+        (Site, "sum", lambda self, node: [*self.call(node, "add").arguments.values()][:2]),
+        stays, "sum_with_alpha",
+    ),
+    "a rounding between is lost": (
+        (_rules, "is_widening", is_conversion), stays, "rounded_on_the_way",
+    ),
+    "the layout of a term is lost": (
+        (_rules, "_alike", lambda one, other: one.shape == other.shape),
+        stays, "residual_of_another_layout",
+    ),
+    "a copy that somebody writes": (
+        without(Site, "expect_one_memory"), stays, "copy_of_what_is_written",
+    ),
+    "a layout that somebody sees": (
+        (_rules, "has_free_layout", lambda node: True), stays, "layout_that_leaves",
+    ),
+    "the halves of another dimension": (
+        changed("act_glu", lambda op, x, dim, *rest: op(x, 0, *rest)), means_the_same, "halves",
+    ),
+    "the other half": (
+        changed("act_glu", lambda op, *args: op(*args[:-1], not args[-1])),
+        means_the_same, "halves, first",
+    ),
+    "another eps": (
+        changed(
+            "dropout_add_layer_norm",
+            lambda op, z, x, shape, w, b, eps, *rest: op(z, x, shape, w, b, 1e-2, *rest),
+        ),
+        means_the_same, "torch.add",
+    ),
+    "scale and shift in the other order": (
+        changed("dropout_add_layer_norm", scale_and_shift), means_the_same, "torch.add",
+    ),
+    "a transposed weight": (
+        changed("linear_act", lambda op, x, w, *rest: op(x, w.t(), *rest)),
+        means_the_same, "relu, method",
+    ),
+    "a dropped bias": (
+        changed("linear_act", lambda op, x, w, b, *rest: op(x, w, None, *rest)),
+        means_the_same, "relu, method",
+    ),
+    "the activation before the norm": (
+        changed("batch_norm_act", acts_first), means_the_same, "batch",
+    ),
+    "the factors in the other order": (
+        changed("act_mul", lambda op, x, z, *rest: op(z, x, *rest)), means_the_same, "swiglu",
+    ),
+    "a stale training flag": (
+        changed("batch_norm_act", lambda op, *args: op(*args[:5], True, *args[6:])),
+        test_the_training_flag_makes_a_new_graph,
+    ),
+    "p is what is kept": (
+        changed(
+            "dropout_add_layer_norm",
+            lambda op, *args: op(*args[:6], (1 - args[6]) ** 2, *args[7:]),
+        ),
+        test_masks_are_those_of_the_fused_layers,
+    ),
+}  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_wrong_rule_is_caught(name, monkeypatch):
+    """The test that is named beside it fails if the rule is wrong in this way."""
+    (home, attribute, wrong), test, *which = PLANTED[name]
+    monkeypatch.setattr(home, attribute, wrong)
+    on = ["cpu"] if test is means_the_same else []
+    with pytest.raises((AssertionError, RuntimeError)):
+        test(*which, *on)

@@ -6,6 +6,8 @@ import torch.nn.functional as stock
 
 import fastnn
 import fastnn.functional as F
+from fastnn import _op
+from fastnn._mode import decisions
 from fastnn.testing.cases.ctc import given, labels, log_probs
 from fastnn.testing.meter import traffic
 from tests.errors import assert_same_error
@@ -35,6 +37,7 @@ Y = torch.tensor([[1, 2], [3, 1]])
         (X, Y, (5, 5), (1, 1), 0, "other"),
         (X.half(), Y, (5, 5), (1, 1)),
         (X[0, 0], Y, (5, 5), (1, 1)),
+        (X[:, 0], Y[0], (5,), (1,)),  # one sequence, and more targets than labels
     ],
     ids=lambda args: None,
 )
@@ -82,6 +85,30 @@ def test_deterministic_algorithms_change_nothing():
             torch.use_deterministic_algorithms(before)
         grads.append(x.grad)
     assert torch.equal(*grads)
+
+
+def test_auto_runs_kernels_where_stock_raises(simulate):
+    """The settings of the tests allow only deterministic algorithms."""
+    simulate("sm_90")
+    for allowed in (True, False):
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(not allowed)
+        try:
+            with decisions() as told:
+                F.ctc_loss(X.detach().requires_grad_(), Y, (5, 5), (2, 1))
+        finally:
+            torch.use_deterministic_algorithms(before)
+        assert [d.why is None for d in told] == [not allowed]
+
+
+def test_lengths_may_be_on_the_cpu(monkeypatch):
+    """Kernels take tensors of a GPU. Of the arguments only the lengths may be elsewhere."""
+    monkeypatch.setattr(_op, "kernel_devices", {"meta"})
+    op = F.ctc_loss.op
+    x, y, n = X.to("meta"), Y.to("meta"), given(5, 5)(None, "cpu")
+    assert _op.survey(op, (x, y, n), {"target_lengths": n}) is x
+    assert "is on cpu" in _op.survey(op, (x, Y, n, n), {}).why
+    assert "is on cpu" in _op.survey(op, (X, y, n, n), {}).why
 
 
 def test_a_recogniser_learns_as_with_stock():

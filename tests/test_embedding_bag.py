@@ -84,7 +84,7 @@ def test_the_bytes_of_the_gradient_of_weights():
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_what_no_kernel_may_read(mode, device):
-    """Indices outside the table make their bags nan; offsets past the indices read nothing."""
+    """Indices outside the table make their bags nan; offsets outside the indices read nothing."""
     index = ints(0, 4, 1, 2, -1).to(device)
     weight = W.to(device)
     mode = {"sum": 0, "mean": 1, "max": 2}[mode]

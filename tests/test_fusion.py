@@ -35,7 +35,7 @@ def make(cls):
 def names(net, x):
     with fastnn.backend("triton"), fastnn.decisions() as heard:
         net(x)
-    return [(op.name, why) for op, why in heard]
+    return [(op.name, why) for op, why, _ in heard]
 
 
 @pytest.mark.parametrize("rule", NEIGHBOURS, ids=lambda rule: rule.op.__name__)
@@ -72,7 +72,7 @@ def test_what_was_remembered_gives_way_to_a_change(change, device):
     if change == "the mode":
         with fastnn.backend("torch"), fastnn.decisions() as heard:
             net(x)
-        assert [op.name for op, _ in heard] == ["linear", "gelu"]
+        assert [op.name for op, _, _ in heard] == ["linear", "gelu"]
         return
     CHANGES[change](net)
     with fastnn.decisions() as heard:
@@ -81,7 +81,7 @@ def test_what_was_remembered_gives_way_to_a_change(change, device):
                 net(x)
         else:
             net(x)
-    assert ("linear_act", None) not in [(op.name, why) for op, why in heard]
+    assert ("linear_act", None) not in [(op.name, why) for op, why, _ in heard]
 
 
 def test_a_parameter_put_in_as_an_attribute_is_the_one_read(device):
@@ -111,6 +111,7 @@ def test_what_is_remembered_is_bounded_and_holds_only_our_classes(device):
             return x
 
     _fusion._found.clear()
+    _fusion._found_of_ours.clear()
     for n in range(3):
         fastnn.Sequential(*[Mine()] * n, fastnn.Linear(4, 4), fastnn.ReLU()).to(device)(
             torch.randn(2, 4, device=device)
@@ -120,3 +121,5 @@ def test_what_is_remembered_is_bounded_and_holds_only_our_classes(device):
     for i in range(_fusion._MOST + 5):
         _fusion.grouped([make((fastnn.ReLU, fastnn.GELU)[i >> bit & 1]) for bit in range(11)])
     assert len(_fusion._found) <= _fusion._MOST
+    assert len(_fusion._found_of_ours) <= _fusion._MOST
+    assert {cls for key in _fusion._found_of_ours for cls in key} <= {*_fusion.STOCK}

@@ -125,7 +125,7 @@ def test_a_call_below_the_floor_goes_to_pytorch_without_a_question():
         with fastnn.decisions() as heard:  # a watcher gets the reason each time
             call()
             call()
-        whys = [why for _, why in heard]
+        whys = [why for _, why, _ in heard]
         assert None not in whys and whys[: len(whys) // 2] == whys[len(whys) // 2 :] != []
 
 
@@ -157,9 +157,9 @@ def test_no_call_is_larger_than_its_bound(case):
     calls = []
     decide = _gate.decide
 
-    def listening(name, policy, index, args, kwargs, free=False):
+    def listening(name, policy, index, args, kwargs, *rest):
         calls.append((REGISTRY[name], args, kwargs))
-        return decide(name, policy, index, args, kwargs, free)
+        return decide(name, policy, index, args, kwargs, *rest)
 
     with mock.patch.object(_gate, "decide", listening):
         asked = gate_work(case)
@@ -184,7 +184,7 @@ def test_what_is_below_the_floor_runs_on_kernels_when_it_is_forced_or_the_gate_o
     with simulated(least=0):
         assert _dispatched(F.gelu, x) == 1
         assert _dispatched(fastnn.GELU(), x) == 1
-    assert [why for _, why in heard + again] == [None, None]
+    assert [why for _, why, _ in heard + again] == [None, None]
 
 
 def test_wrong_arguments_meet_the_same_error_each_time(device):

@@ -326,9 +326,12 @@ def scalars_have_types():
     same(out, torch.stack([(fp32 * fp32).double(), torch.tensor(1152.0), torch.tensor(1.0)]))
 
 
-def libdevice_function(op, function, ulps=2):
+def libdevice_function(op, function, ulps=1):
+    """The functions are computed in float64. Both roundings together are off by at most 1."""
     x, y = torch.randn(2, BLOCK, generator=torch.Generator().manual_seed(0)) * 3
     x[:8], x[8:12] = SPECIAL, torch.tensor([0.5, 1.5, 2.5, -2.5])
+    x[12:300] = torch.linspace(-1, 1, 288)  # where NumPy's float32 functions are least exact
+    x[300:400] = torch.linspace(-12, 12, 100)  # where 1 - tanh(x) is a few units in the last place
     out = torch.empty(BLOCK)
     _libdevice[(1,)](x, y, out, op, BLOCK)
     near(out, function(x.double(), y.double()).float(), ulps)
@@ -473,7 +476,7 @@ for i, (name, (_, case)) in enumerate(sorted(smallest.items(), key=lambda row: r
         with simulated(least=0), decisions() as heard:
             result = check(case, dtype, mode=("auto", "triton")[i % 2])
         assert not result.failures, (str(case), result.failures)
-        left -= {family(op) for op, why in heard if why is None}
+        left -= {family(op) for op, why, _ in heard if why is None}
     if not left:
         break
 assert not left, left

@@ -490,7 +490,7 @@ _PLACE = "docs/attention.md: batch-first inputs are read in place; stock keeps t
 
 
 def excepted(case: Case, name: str, way: str) -> str | None:
-    attends = case.name in ("MultiheadAttention", *_LAYERS.split())
+    attends = case.name in ("MultiheadAttention", "Transformer", *_LAYERS.split())
     if attends and case.options.get("batch_first") and way == RAISES:
         if name in ("input 0", "input 1", "input 2"):
             return _PLACE

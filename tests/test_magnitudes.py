@@ -236,7 +236,7 @@ def compared(case: Case, dtype, filling: Filling, which: int | None, seed: int) 
         raise
     with backend("triton"), decisions() as heard:
         mine = run_side(ours, fresh_leaves((inputs, kwargs)), "cpu", None, theirs.upstream)
-    HEARD.update(op.name for op, _ in heard)
+    HEARD.update(op.name for op, _, _ in heard)
     finite = all(
         t.isfinite().all() for t in tensors_of((inputs, kwargs)) if t.is_floating_point()
     ) and all(p.isfinite().all() for p in stock.parameters.values())

@@ -4,7 +4,7 @@ The module is built once for the user's cache folder, in 20 to 30 seconds. Steps
 kernels are called back from C++; the child process at the end of this file launches compiled
 kernels, into an empty libcuda that tells what it is given. `python -m tests.test_native 2000` makes
 2000 random sequences of calls, with TRITON_INTERPRET=1; `python -m tests.test_native leaks 100000`
-makes 100,000 calls.
+makes 100,000 calls; with `python` behind it, by the Python runner.
 """
 
 import ctypes
@@ -93,6 +93,7 @@ CHECKS = [
     test_plans.test_the_memory_of_a_parameter_may_move,
     test_plans.test_a_subclass_and_a_list_that_changed_take_the_long_way,
     test_plans.test_functorch_and_tracing_take_the_long_way,
+    test_plans.test_a_copied_context_keeps_its_mode,
     test_plans.test_freed_memory_does_not_fit_a_plan,
     test_plans.test_a_node_has_the_name_of_its_function,
     test_plans.test_versions_are_checked_and_buffers_freed_as_without_a_plan,
@@ -212,7 +213,9 @@ def test_an_output_without_a_gradient_counts_as_zeros(native):
 # ---- Compiled kernels, in another process -------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", [("launches",), ("leaks", "10000")], ids="-".join)
+@pytest.mark.parametrize(
+    "what", [("launches",), ("leaks", "10000"), ("leaks", "5000", "python")], ids="-".join
+)
 def test_compiled_kernels(module, what):
     from fastnn.testing.aot import has_compiler
 
@@ -318,7 +321,7 @@ def launches() -> None:
     assert not _native.refusals, _native.refusals
 
 
-def leaks(count: int) -> None:
+def leaks(count: int, runner: str = "native") -> None:
     """Memory, references and threads after many calls; long chains of nodes."""
     from fastnn.testing.aot import launch_nothing
 
@@ -331,7 +334,7 @@ def leaks(count: int) -> None:
     shape, one, other = (8,), torch.ones(4, 8), torch.randn(4, 8, dtype=torch.float64)
     with (
         launch_nothing(real_launcher=True),
-        _native.using(_build.load()),
+        _native.using(_build.load() if runner == "native" else None),
         fastnn.backend("triton"),
         _record.using(True),
     ):
@@ -355,7 +358,7 @@ def leaks(count: int) -> None:
 
         test_plans._warm(step)
         (plan,) = _ready("layer_norm")
-        assert _is_native(plan)
+        assert _is_native(plan) is (runner == "native")
         watched = x, w, shape, plan, _plan.UNFIT
         for call, times in ((step, count), (refused, count), (failing, count // 20)):
             for _ in range(times // 10):
@@ -511,7 +514,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "launches":
         launches()
     elif sys.argv[1] == "leaks":
-        leaks(int(sys.argv[2]))
+        leaks(int(sys.argv[2]), *sys.argv[3:])
     else:
         with _native.using(_module()):
             sys.exit(test_plans.main(int(sys.argv[1])))

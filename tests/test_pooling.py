@@ -1,13 +1,14 @@
 """Pooling, where a row cannot reach: what is kept, determinism, bytes against stock, corners."""
 
 import inspect
+import mmap
 
 import pytest
 import torch
 import torch.nn.functional as stock
 
 import fastnn.functional as F
-from fastnn import backend
+from fastnn import BackendError, backend
 from fastnn.bench import cases, predict
 from fastnn.layers._layer import OURS
 from fastnn.testing.cases import CASES
@@ -157,3 +158,95 @@ def test_editing_an_input_in_place_raises_where_stocks_does(device):
             except RuntimeError as e:
                 outcomes.append(type(e))
         assert outcomes[0] == outcomes[1]
+
+
+# ---- offsets that 32 bits do not hold -----------------------------------------------------------
+
+
+def far(shape, stride):
+    """A float16 tensor with such strides, in memory that takes no room until it is touched.
+
+    An offset that lost its upper bits leads to zeros of the same memory.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # Linux: nothing is reserved
+    memory = torch.frombuffer(
+        mmap.mmap(-1, 2 * (2**32 + 2**33 + 2**12), flags=flags), dtype=torch.float16
+    )
+    x = memory.as_strided(shape, stride, 2**32)
+    return x.copy_(1 + torch.arange(x.numel()).view(shape) * 37 % 101)
+
+
+# Planes, then lines, then neighbours are far apart, in either layout.
+FAR = {
+    "planes": ((2, 3, 4, 6), (2**31 + 8, 24, 6, 1)),
+    "channels": ((1, 3, 4, 6), (0, 2**30 + 8, 6, 1)),
+    "lines": ((1, 2, 4, 6), (48, 24, 2**30, 1)),
+    "neighbours": ((1, 2, 4, 6), (0, 24, 6, 2**29)),
+    "pixels": ((2, 8, 4, 6), (2**31 + 8, 1, 2**30, 8)),
+}
+POOLED = {
+    "max": lambda F, x: F.max_pool2d(x, 3, 2, 1, return_indices=True),
+    "dilated": lambda F, x: F.max_pool2d(x, 2, 1, 1, 2, return_indices=True),
+    "mean": lambda F, x: F.avg_pool2d(x, 2),
+    "adaptive": lambda F, x: F.adaptive_max_pool2d(x, (3, 4), return_indices=True),
+    "power": lambda F, x: F.lp_pool2d(x, 2, 2),
+    "fractional": lambda F, x: F.fractional_max_pool2d(
+        x, 2, (2, 3), return_indices=True, _random_samples=torch.full((*x.shape[:2], 2), 0.5).half()
+    ),
+    "unpool": lambda F, x: F.max_unpool2d(
+        x, torch.arange(24).view(4, 6).expand(x.shape).contiguous(), 2
+    ),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("layout", FAR)
+@pytest.mark.parametrize("kind", POOLED)
+def test_offsets_of_64_bits(kind, layout):
+    x = far(*FAR[layout])
+    assert sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) >= 2**31
+    found = []
+    for namespace, leaf in ((F, x), (stock, x.clone(memory_format=torch.contiguous_format))):
+        leaf = leaf.detach().requires_grad_()
+        with backend("triton"):
+            y = POOLED[kind](namespace, leaf)
+        y, *index = y if isinstance(y, tuple) else (y,)
+        y.backward(torch.ones_like(y).cumsum(-1))
+        found.append((y.detach(), *index, leaf.grad))
+    for ours, its in zip(*found, strict=True):
+        torch.testing.assert_close(ours, its, rtol=1e-3, atol=0)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["max", "adaptive", "mean"])
+def test_gradients_with_offsets_of_64_bits(kind):
+    x = torch.randn(1, 2, 8, 8).half()
+    found = []
+    for namespace in (F, stock):
+        leaf = x.clone().requires_grad_()
+        with backend("triton"):
+            y = POOLED[kind](namespace, leaf)
+            y = y[0] if isinstance(y, tuple) else y
+            dy = far(y.shape, (0, 64, 2**30, 1))
+            y.backward(dy if namespace is F else dy.contiguous())
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=0)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (lambda x: F.max_pool1d(x.expand(1, 1, 2**28), 2), "32 bits are too few"),
+        (lambda x: F.avg_pool2d(x[None].expand(2**14, 2**14, 1, 1), 1), "32 bits are too few"),
+        (lambda x: F.adaptive_avg_pool1d(x.expand(1, 1, 2**27), 2**5), "32 bits are too few"),
+        (lambda x: F.lp_pool1d(x.expand(1, 1, 2**28), 2, 2), "32 bits are too few"),
+        (
+            lambda x: F.max_unpool1d(x.expand(1, 1, 2**27), x.long().expand(1, 1, 2**27), 2),
+            "32 bits are too few",
+        ),
+    ],
+)
+def test_sizes_that_32_bits_do_not_count_are_refused(call, why):
+    with pytest.raises(BackendError, match=why), backend("triton"):
+        call(torch.zeros(1, 1, 1))

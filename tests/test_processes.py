@@ -436,6 +436,77 @@ def exact(wrong, mesh):
         wrong.run(f"small integers, {name}", small_integers, wrap, mesh)
 
 
+# ---- Compiled models ----------------------------------------------------------------------------
+
+
+class Residual(stock.Module):
+    """The compiler makes an op of the product and the GELU, and one of the sum and the norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.norm = stock.Linear(8, 16), stock.Linear(16, 8), stock.LayerNorm(8)
+
+    def forward(self, x):
+        return self.norm(x + self.down(F.gelu(self.up(x)))).square().sum(-1).mean()
+
+
+COMPILED = {
+    "compiled": lambda net, mesh: fastnn.compile(net),
+    "ddp of compiled": lambda net, mesh: ddp(fastnn.compile(net), mesh),
+    "compiled ddp": lambda net, mesh: fastnn.compile(ddp(net, mesh)),
+    "compiled ddp, views of buckets": lambda net, mesh: fastnn.compile(
+        ddp(net, mesh, gradient_as_bucket_view=True)
+    ),
+    "ddp": ddp,
+}
+
+
+def steps(wrap, mesh, x, dtype=torch.float32, mode="triton"):
+    """Losses and parameters of two steps, with the last gradients, and the rules that held."""
+    from fastnn._compiler._backend import listen
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = Residual().to(dtype)
+    wrapped = net if wrap is None else COMPILED[wrap](net, mesh)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    told = []
+    with fastnn.backend(mode), listen() as found:
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = wrapped(x.to(dtype))
+            loss.backward()
+            told.append(loss.detach())
+            optimizer.step()
+    told += [t.detach() for p in net.parameters() for t in (p, p.grad)]
+    return told, collections.Counter(f.rule for f in found if " " in f.rule)
+
+
+def one_compiled(wrap, mesh):
+    x = normal(8, 8, seed=3)
+    alone, rules = steps("compiled", mesh, x)
+    both_have_all, found = steps(wrap, mesh, x)
+    # The mean of two equal gradients is that gradient, to the bit.
+    assert all(torch.equal(a, b) for a, b in zip(alone, both_have_all, strict=True))
+    assert found == rules == {"linear, activation": 1, "dropout, add, norm": 1}, (found, rules)
+    mine = x.chunk(2)[mesh.get_rank()]
+    ours, again = (steps(wrap, mesh, mine)[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    its = steps("ddp", mesh, mine, mode="torch")[0]
+    exact = steps("ddp", mesh, mine, torch.float64, "torch")[0]
+    whole = steps(None, mesh, x, torch.float64, "torch")[0]
+    for i, (got, want, true) in enumerate(zip(ours, its, exact, strict=True)):
+        far, scale = (want - true).abs().max(), true.abs().max().clamp(min=0.1)
+        assert (got - true).abs().max() <= 2 * far + 4 * torch.finfo(torch.float32).eps * scale, i
+        if i > 1:  # the losses are those of the halves
+            torch.testing.assert_close(true, whole[i])
+
+
+def compiled(wrong, mesh):
+    for wrap in ("ddp of compiled", "compiled ddp", "compiled ddp, views of buckets"):
+        wrong.run(wrap, one_compiled, wrap, mesh)
+
+
 def checkpoint(wrong, mesh):
     """Written by a sharded model of one kind, read by one of the other."""
     import torch.distributed.checkpoint as dcp
@@ -499,7 +570,17 @@ def process(rank, world, folder):
 
 
 GROUPS = {
-    2: [calls, refusals, collectives, edits, models, exact, checkpoint, context_parallel],
+    2: [
+        calls,
+        refusals,
+        collectives,
+        edits,
+        models,
+        exact,
+        compiled,
+        checkpoint,
+        context_parallel,
+    ],
     4: [calls, models],
 }
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastnn
 import fastnn.functional as F
@@ -176,8 +177,11 @@ def test_second_derivatives_of_a_layer(name, device):
         torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
 
 
-def test_errors_do_not_grow_faster_with_the_steps(device):
-    ours, stock, exact = (m.to(device) for m in three("LSTM", 2, 3))
+@pytest.mark.parametrize(
+    "name", ["LSTM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("RNN", "GRU"))]
+)
+def test_errors_do_not_grow_faster_with_the_steps(name, device):
+    ours, stock, exact = (m.to(device) for m in three(name, 2, 3))
     x = torch.randn(512, 1, 2, device=device)
     with fastnn.backend("triton"), torch.no_grad():
         y = last(ours(x))
@@ -214,13 +218,119 @@ def test_a_parametrised_weight(name, device):
     assert result.path == "kernel" and not result.failures
 
 
-def test_packed_sequences_run_stock(device):
-    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, 4), torch.randn(2, 4)])
-    ours, stock, _ = (m.to(device) for m in three("LSTM", 4, 5))
-    packed = packed.to(device)
-    assert torch.equal(ours(packed)[0].data, stock(packed)[0].data)
-    with pytest.raises(fastnn.BackendError), fastnn.backend("triton"):
-        ours(packed)
+def test_two_layers_share_a_weight(device):
+    """Its gradient is the sum of both."""
+    layers = [m.to(device) for m in three("GRU", 4, 4, num_layers=2)]
+    for layer in layers:
+        layer.weight_hh_l1 = layer.weight_hh_l0
+    sides = (Side(m, dict(m.named_parameters())) for m in layers)
+    result = compare_sides(
+        *sides, (torch.randn(2, 3, 4, device=device),), {}, device=device, mode="triton"
+    )
+    assert result.path == "kernel" and not result.failures
+
+
+class Packed(torch.nn.Module):
+    """A layer that is given its input (T, N, I) as a packed sequence, and gives tensors."""
+
+    def __init__(self, layer, lengths, ordered):
+        super().__init__()
+        self.layer = layer
+        self.lengths = lengths
+        self.ordered = ordered
+
+    def forward(self, x, state=None):
+        torch.manual_seed(3)  # for dropout
+        packed = pack_padded_sequence(x, self.lengths, enforce_sorted=self.ordered)
+        y, state = self.layer(packed, state)
+        for mine, given in zip(y[1:], packed[1:], strict=True):  # batch sizes, orders
+            assert mine is given or torch.equal(mine, given)
+        return y.data, state
+
+
+PACKED = {
+    "sorted": ("LSTM", [4, 3, 3, 1], {}),
+    "unsorted": ("GRU", [1, 4, 2, 4], {"bidirectional": True}),
+    "two layers": ("LSTM", [1, 3, 2], {"num_layers": 2, "bidirectional": True, "bias": False}),
+    "dropout": ("GRU", [2, 3, 1], {"num_layers": 2, "dropout": 0.5}),
+    "projections": ("LSTM", [2, 3, 1], {"proj_size": 2, "num_layers": 2, "bidirectional": True}),
+    "tanh": ("RNN", [2, 5, 1], {"bidirectional": True}),
+    "relu": ("RNN", [2, 2], {"nonlinearity": "relu"}),
+    "one row": ("GRU", [3], {}),
+}
+
+
+@pytest.mark.parametrize("stated", [False, True], ids=["zeros", "states"])
+@pytest.mark.parametrize("which", PACKED)
+def test_packed_sequences(which, stated, device):
+    """Rows that end early keep their states, and backward in time begin at their own end."""
+    name, lengths, options = PACKED[which]
+    if device != "cpu" and "dropout" in options:
+        pytest.skip("cuDNN draws random numbers of its own")
+    ordered = lengths == sorted(lengths, reverse=True)
+    three_layers = [m.to(device) for m in three(name, 3, 5, **options)]
+    sides = (Side(Packed(m, lengths, ordered), dict(m.named_parameters())) for m in three_layers)
+    given = [torch.randn(max(lengths), len(lengths), 3, device=device)]
+    if stated:
+        both = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
+        h = torch.randn(both, len(lengths), options.get("proj_size", 5), device=device)
+        c = torch.randn(both, len(lengths), 5, device=device)
+        given.append((h, c) if name == "LSTM" else h)
+    result = compare_sides(*sides, tuple(given), {}, device=device, mode="triton")
+    assert result.path == "kernel" and not result.failures
+
+
+@interpreted
+@pytest.mark.parametrize("which", ["unsorted", "two layers", "tanh"])
+def test_a_kernel_for_each_step_gives_the_bits_of_one_kernel(which, monkeypatch):
+    """Weights that do not fit one block: programs share the hidden units, steps are launched."""
+    name, lengths, options = PACKED[which]
+    results = []
+    for together in (True, False):
+        monkeypatch.setattr(kernels.recurrent_steps, "one_kernel", lambda *w, t=together: t)
+        torch.manual_seed(0)
+        layer = getattr(fastnn, name)(3, 18, **options)
+        x = torch.randn(max(lengths), len(lengths), 3, requires_grad=True)
+        found = []
+        for model in (layer, Packed(layer, lengths, False)):
+            with fastnn.backend("triton"):
+                y, _ = model(x)
+            found += [y, *torch.autograd.grad(y.square().sum(), (x, *layer.parameters()))]
+        results.append(found)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@interpreted
+@pytest.mark.parametrize(("hidden", "together"), [(100, True), (256, False)])
+def test_the_launches_of_two_layers_over_128_steps(hidden, together, monkeypatch):
+    """Small layers: 1 kernel forward and 1 backward. Large ones: the same for each step."""
+    launched = []
+    for name in ("_steps_fwd_kernel", "_steps_bwd_kernel"):
+        monkeypatch.setattr(
+            kernels.recurrent_steps, name, lambda *args, n=name, **options: launched.append(n)
+        )
+    layer = fastnn.LSTM(hidden, hidden, 2)
+    assert kernels.recurrent_steps.one_kernel(layer.weight_hh_l0) == together
+    with fastnn.backend("triton"), meter.traffic(distinct=False) as log:
+        last(layer(torch.zeros(128, 1, hidden))).sum().backward()
+    steps = 1 if together else 128
+    assert launched == ["_steps_fwd_kernel"] * 2 * steps + ["_steps_bwd_kernel"] * 2 * steps
+    others = [launch.kernel for launch in log]
+    assert len(others) <= 8, others  # the sums of two bias gradients of each layer
+
+
+def test_bad_batch_sizes_raise_what_pytorch_raises(device):
+    ours, stock, _ = (m.to(device) for m in three("GRU", 3, 4))
+    data, h = torch.randn(5, 3, device=device), torch.randn(1, 3, 4, device=device)
+    for values in ([3, 2, 1], [2, 3], [4, 1]):
+        sizes = torch.tensor(values, dtype=torch.int64)
+        args = data, sizes, h
+        rest = True, 1, 0.0, False, False
+        assert_same_error(
+            lambda m, a=args, r=rest: (F if m is ours else torch).gru(*a, m._flat_weights, *r),
+            lambda m, a=args, r=rest: torch.gru(*a, m._flat_weights, *r), stock, mode="auto",
+        )  # fmt: skip
 
 
 BAD_LAYER = {
@@ -269,7 +379,7 @@ def test_a_character_model_follows_the_curve_of_pytorch(device):
     text = torch.tensor([ord(c) % 13 for c in "the cat sat on the mat, m"]).to(device)
     x, target = torch.nn.functional.one_hot(text[:-1].view(4, 6).t(), 13).float(), text[1:]
     target = target.view(4, 6).t().reshape(-1)
-    curves = []
+    curves, trained = [], []
     for nn in (torch.nn, fastnn):
         torch.manual_seed(0)
         lstm, head = nn.LSTM(13, 8).to(device), torch.nn.Linear(8, 13).to(device)
@@ -284,8 +394,14 @@ def test_a_character_model_follows_the_curve_of_pytorch(device):
             adam.step()
             curve.append(loss.item())
         curves.append(curve)
+        trained.append((lstm, head))
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=1e-4)
     assert curves[1][-1] < 0.85 * curves[1][0]
+    for (giver, _), (taker, _) in (trained, trained[::-1]):  # checkpoints, both ways
+        other = copy.deepcopy(taker)
+        other.load_state_dict(giver.state_dict())
+        with fastnn.backend("triton"):
+            torch.testing.assert_close(last(other(x)), last(giver(x)), rtol=1e-5, atol=1e-6)
 
 
 @interpreted

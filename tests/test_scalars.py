@@ -190,7 +190,7 @@ def test_a_number_is_computed_with_in_the_dtype_that_the_page_says(name, number,
 
 def test_numbers_of_the_page_are_called_or_said_why_not():
     apart = {op for op, _ in TABLE if TABLE[op, _] == "see below"}
-    fused = {"act_mul", "batch_norm_act", "batch_norm_add_relu", "group_norm_act",
+    fused = {"act_glu", "act_mul", "batch_norm_act", "batch_norm_add_relu", "group_norm_act",
              "dropout_add_layer_norm", "dropout_add_rms_norm", "linear_act",
              "linear_cross_entropy", "conv_act", "conv_batch_norm_act"}  # fmt: skip
     for op, number in TABLE:

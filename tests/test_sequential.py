@@ -42,7 +42,7 @@ def run(call, parameters, x, mode="triton", seed=3):
         y = call(x)
         y.backward(torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y).to(y.dtype))
     grads = [p.grad for p in (x, *parameters) if p.grad is not None]
-    return [(op.name, why) for op, why in heard], [y.detach(), *grads]
+    return [(op.name, why) for op, why, _ in heard], [y.detach(), *grads]
 
 
 def assert_close(got, want):
@@ -115,7 +115,7 @@ def test_inference_through_cublaslt(shape, device):
     with torch.no_grad():
         with fastnn.decisions() as heard:
             got = net(x)
-        assert [why for _, why in heard] == [None]
+        assert [why for _, why, _ in heard] == [None]
         with fastnn.backend("torch"):
             torch.testing.assert_close(got, net(x), rtol=1e-5, atol=1e-5)
 
@@ -142,7 +142,7 @@ def test_in_auto_the_gate_is_on_the_output(device, simulate):
     with fastnn.decisions() as heard:
         net(torch.randn(24, 1000, device=device))
         net(torch.randn(25, 1000, device=device))
-    assert [why for _, why in heard] == [
+    assert [why for _, why, _ in heard] == [
         "size gate: 96 outputs; the kernel wins from 100 (the test)",
         None,
     ]
@@ -368,7 +368,7 @@ def test_container_is_stocks(device):
         assert type(twin) is fastnn.Sequential
         with fastnn.decisions() as heard:
             twin.to(device).eval()(x)
-        assert [op.name for op, _ in heard] == ["linear_act", "linear_act", "tanh"]
+        assert [op.name for op, _, _ in heard] == ["linear_act", "linear_act", "tanh"]
 
 
 def test_explain_shows_the_decision(device):

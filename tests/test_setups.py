@@ -117,6 +117,64 @@ class Decoding(stock.Module):
         return self.layer(x, x.flip(0) * 2)
 
 
+class Gated(stock.Module):
+    """Gated units: the layer, and the function, which PyTorch has as two operators."""
+
+    def __init__(self, nn):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 12)
+        self.glu = nn.GLU()
+
+    def forward(self, x):
+        gate, up = self.gate(x), self.up(x)
+        if isinstance(self.glu, fastnn.GLU):
+            both = fastnn.functional.act_mul(gate, up)
+        else:
+            both = stock.functional.silu(gate) * up
+        return self.glu(self.down(both))
+
+
+class Recurrent(stock.Module):
+    """Recurrent layers, which take packed sequences, too."""
+
+    def __init__(self, nn):
+        super().__init__()
+        self.lstm, self.gru = nn.LSTM(6, 5, bidirectional=True), nn.GRU(10, 4, num_layers=2)
+        self.rnn = nn.RNN(4, 6)
+
+    def forward(self, x):
+        for layer in (self.lstm, self.gru, self.rnn):
+            x, _ = layer(x)
+        return x
+
+
+class Cells(stock.Module):
+    def __init__(self, nn):
+        super().__init__()
+        self.lstm, self.gru, self.rnn = nn.LSTMCell(6, 5), nn.GRUCell(5, 4), nn.RNNCell(4, 6)
+
+    def forward(self, x):
+        states, h, out = None, None, None
+        for step in x:
+            states = self.lstm(step, states)
+            h = self.gru(states[0], h)
+            out = self.rnn(h, out)
+        return out
+
+
+class Aligning(stock.Module):
+    """CTC of sequences whose lengths differ."""
+
+    def __init__(self, nn):
+        super().__init__()
+        self.head, self.loss = nn.Linear(6, 4), nn.CTCLoss(zero_infinity=True)
+
+    def forward(self, x):
+        logits = self.head(torch.cat([x, x.flip(0) * 2], 1))
+        labels = torch.tensor([[1, 3], [2, 1]], device=x.device)
+        return self.loss(logits.log_softmax(-1), labels, (3, 2), (2, 1)) * logits
+
+
 def encoding(**options):
     return lambda nn: nn.TransformerEncoderLayer(6, 2, 5, dropout=0.2, **options)
 
@@ -156,6 +214,10 @@ MODELS = {
         SEQUENCE,
     ),
     "depthwise convolution": (FrozenNorm, SEQUENCE),
+    "gated": (Gated, SEQUENCE),
+    "recurrent": (Recurrent, SEQUENCE),
+    "cells": (Cells, SEQUENCE),
+    "ctc": (Aligning, SEQUENCE),
     "attention": (Attending, SEQUENCE),
     "encoder": (encoding(), SEQUENCE),
     "encoder, norm first": (encoding(norm_first=True, activation="gelu"), SEQUENCE),
@@ -172,6 +234,10 @@ FUSED = {
     "group_norm_act": {"group_norm_act"},
     "convolution": {"batch_norm_act", "max_pool1d", "pad"},  # `auto` leaves convolutions to cuDNN
     "depthwise convolution": {"conv_batch_norm_act", "conv_act"},
+    "gated": {"act_mul", "glu"},
+    "recurrent": {"lstm", "gru", "rnn_tanh"},
+    "cells": {"rnn_tanh_cell"},  # `auto` leaves the other cells to the kernels of PyTorch
+    "ctc": {"ctc_loss"},
     "encoder": {"linear_act", "dropout_add_layer_norm"},
     "encoder, RMS norms": {"linear_act", "dropout_add_rms_norm"},
     "encoder, norm first": {"linear_act", "dropout_add_layer_norm", "dropout_add"},
@@ -535,7 +601,10 @@ def penalty(lab):
     """A penalty on gradients, which takes the gradient of a gradient."""
     with sdpa_kernel(SDPBackend.MATH):  # PyTorch's other backends have no second derivative
         (g,) = torch.autograd.grad(lab.loss(), lab.x, create_graph=True)
-        (g.square().sum() + lab.loss()).backward()
+        try:
+            (g.square().sum() + lab.loss()).backward()
+        except RuntimeError as e:  # CTC has no second derivative
+            return {"first": g.detach(), "said": worded(e)}
     return {"first": g.detach(), **lab.grads()}
 
 
@@ -548,13 +617,15 @@ def worded(error):
 
 @setup()
 def packed(lab):
-    """A packed sequence, as for an RNN, raises the error of stock."""
+    """A packed sequence raises the error of stock, except in recurrent layers."""
     wrong = pack_padded_sequence(lab.x.detach().view(lab.x.shape[0], -1, 6), [lab.x.shape[0]])
     try:
-        lab.net(wrong)
+        out = lab.net(wrong)
+    except fastnn.BackendError:
+        raise
     except Exception as e:
         return {"said": worded(e)}
-    return {"said": None}
+    return {"said": None, "output": out.data.detach(), "sizes": out.batch_sizes.tolist()}
 
 
 # ---- The comparison ------------------------------------------------------------------------------
@@ -669,7 +740,7 @@ def test_the_models_are_fused(name, mode):
     """Each model takes the path that it is meant to test, or the set-ups would show nothing."""
     wrong, heard = differences(name, None, lambda lab: lab.all(lab.net(lab.x)), mode)
     assert not wrong
-    assert FUSED[name] <= {op.name for op, why in heard if why is None}
+    assert FUSED[name] <= {op.name for op, why, _ in heard if why is None}
 
 
 def test_there_is_a_model_of_every_fused_kind():
@@ -817,7 +888,7 @@ def test_threads_with_modes_of_their_own(name):
     def play(mode, net, x):
         with fastnn.backend(mode), fastnn.decisions() as heard:
             found = Lab(net, x, fastnn, mode).all(net(x))
-        return found, {why for _, why in heard if why and not why.startswith("not fused")}
+        return found, {why for _, why, _ in heard if why and not why.startswith("not fused")}
 
     modes = ("triton", "torch", "auto", "triton", "torch", "auto")
     alone = {mode: play(mode, *model()) for mode in set(modes)}

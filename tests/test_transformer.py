@@ -31,7 +31,7 @@ def gate(simulate):
 def paths(model, *inputs, **kwargs):
     with fastnn.decisions() as heard:
         out = model(*inputs, **kwargs)
-    return out, [(op.name, why) for op, why in heard]
+    return out, [(op.name, why) for op, why, _ in heard]
 
 
 def encoder_layer(**options):

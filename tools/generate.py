@@ -5,7 +5,9 @@ README.md       each ```python block is run, in order and in one process, and it
 docs/layers.md  its tables of layers and of functions, between their markers.
 docs/ops.md     the whole file, from the record of each op.
 docs/compile.md  its table of models, from bench/results/counted/models.json.
+docs/api.md     its table of codes of reasons, from fastnn/_mode.py.
 docs/compiled.md  its table of roofs, from bench/roofs.json.
+docs/benchmarks.md  its table beside Liger, from bench/results/counted/beside.json.
 
 `--check` compares and writes nothing. Only `python -m tools.generate --commands` writes
 docs/commands.md, because that takes minutes: each ```sh line is run, and its output becomes the
@@ -219,6 +221,20 @@ def models_table() -> str:
     return traffic.markdown(counted["models"])
 
 
+def beside_table() -> str:
+    """Our kernels beside those of Liger, as `python -m bench.beside --write` counted them."""
+    from fastnn.bench import beside
+
+    return beside.table(json.loads(beside.PATH.read_text())["rows"])
+
+
+def codes_table() -> str:
+    from fastnn._mode import CODES
+
+    rows = ["| code | reason for PyTorch |", "| --- | --- |"]
+    return "\n".join(rows + [f"| `{code}` | {meaning} |" for code, meaning in CODES.items()]) + "\n"
+
+
 def main() -> int:
     if "--commands" in sys.argv:
         commands_page()
@@ -231,7 +247,10 @@ def main() -> int:
     tables = between(layers.read_text(), "layers", layers_table())
     tables = between(tables, "functions", functions_table())
     compiled = ROOT / "docs" / "compiled.md"
+    api = ROOT / "docs" / "api.md"
     roofed = between(compiled.read_text(), "roofs", roofs.by_kernel())
+    benchmarks = ROOT / "docs" / "benchmarks.md"
+    besides = between(benchmarks.read_text(), "liger", beside_table())
     stale = []
     pages = (
         (readme, front),
@@ -239,6 +258,8 @@ def main() -> int:
         (ROOT / "docs" / "ops.md", ops_page()),
         (models, between(models.read_text(), "models", models_table())),
         (compiled, roofed),
+        (benchmarks, besides),
+        (api, between(api.read_text(), "codes", codes_table())),
     )
     for path, content in pages:
         if not path.exists() or path.read_text() != content:

@@ -158,6 +158,8 @@ def _outcome(case: Case, dtype: torch.dtype, device: str) -> Outcome:
 
 def _summary(outcomes: list[Outcome]) -> list[dict]:
     """One line per name and dtype, over its rows, independent of the order in which they ended."""
+    from fastnn.bench import roofs
+
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for o in outcomes:
         groups.setdefault((o.name, o.dtype), []).append(o)
@@ -179,6 +181,7 @@ def _summary(outcomes: list[Outcome]) -> list[dict]:
                 "median_ratio": statistics.median(o.ratio for o in rows),
                 "bytes": largest.passes("ours"),
                 "stock_bytes": largest.passes("stock"),
+                "roof": roofs.warning_of_name(name),
                 "failed": sum(bool(o.failures) for o in rows),
             }
         )
@@ -210,6 +213,7 @@ COLUMNS = {
     "median_ratio": "median ratio",
     "bytes": "bytes / least",
     "stock_bytes": "stock's",
+    "roof": "roof",
     "failed": "failed",
 }
 NARROW = ("name", "dtype", "rows", "kernel", "ratio", "failed")  # these fit into 80 characters
@@ -222,14 +226,15 @@ def _cells(line: dict, columns: Iterable[str] = COLUMNS) -> list[str]:
 def _table(lines: list[dict], width: int) -> Table:
     from rich.table import Table
 
-    columns = COLUMNS if width >= 160 else NARROW
+    wide = [key for key in COLUMNS if key != "roof" or width >= 176]
+    columns = wide if width >= 160 else NARROW
     table = Table(
         title="largest error against float64 (outputs, gradients); bytes moved over the least "
         "possible, forward and backward of the largest row",
-        caption=None if columns is COLUMNS else "a wider terminal shows errors and bytes too",
+        caption=None if columns is wide else "a wider terminal shows errors and bytes too",
     )
     for key in columns:
-        left = key in ("name", "dtype")
+        left = key in ("name", "dtype", "roof")
         table.add_column(COLUMNS[key], justify="left" if left else "right", no_wrap=key == "name")
     for line in lines:
         table.add_row(*_cells(line, columns), style="bold red" if line["failed"] else None)
@@ -284,6 +289,9 @@ same bits on a second run, nothing written to inputs, and state_dict loading bot
 and store, each byte once per launch, over inputs, outputs and gradients once in each pass that
 needs them. Stock's are an estimate from the operators it runs. Small rows carry the overhead of
 partial sums.</p>
+<p>The roof is a warning about the rows of the same name in the benchmark, in code compiled for an
+H100: "issue 1.3" means that some launch needs 1.3 times as long for its instructions as for its
+bytes. It is empty up to 0.8, and where the benchmark has no such row. It is no measured time.</p>
 <table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
 {"<h2>Failures</h2>" + failures if bad else ""}
 {f"<h2>Declined, as the rows state</h2><ul>{declined}</ul>" if declined else ""}</html>

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from fastnn import _mode
+from fastnn._compiler._calls import call as read
 from fastnn._compiler._calls import value
 from fastnn._compiler._rules import RULES, alone
 from fastnn._compiler._site import Misfit, Rewrite, Site
@@ -75,8 +76,13 @@ def _replace(gm: GraphModule, site: Site, rewrite: Rewrite) -> None:
                 again = graph.node_copy(view, lambda n, swap=swap: swap.get(n, n))  # type: ignore[misc]
                 again.meta["example_value"] = value(view).to(value(args[i]).dtype)
                 args = (*args[:i], again, *args[i + 1 :])
-        call = graph.call_function(rewrite.target, args, dict(rewrite.kwargs))
-        call.meta = dict(last.meta)
+        if rewrite.dense:
+            args = tuple(_dense(graph, a) for a in args)
+        if rewrite.target is None:
+            call = args[0]
+        else:
+            call = graph.call_function(rewrite.target, args, dict(rewrite.kwargs))
+            call.meta = dict(last.meta)
         if len(rewrite.outputs) == 1:
             new = [call]
         else:
@@ -87,9 +93,29 @@ def _replace(gm: GraphModule, site: Site, rewrite: Rewrite) -> None:
                 new[-1].meta = dict(output.meta)
     for output, one in zip(rewrite.outputs, new, strict=True):
         output.replace_all_uses_with(one)
+    if rewrite.dense:
+        _tell_dense(call)
     # Not `eliminate_dead_code`, which would also erase calls in place whose result nobody uses.
     for node in sorted(site.taken, key=order.__getitem__, reverse=True):
         graph.erase_node(node)
+
+
+def _dense(graph: Graph, argument: Any) -> Any:
+    """`argument`, or a node that makes it contiguous."""
+    v = value(argument)
+    if not isinstance(v, Tensor) or v.is_contiguous():
+        return argument
+    dense = graph.call_method("contiguous", (argument,))
+    dense.meta = dict(argument.meta, example_value=v.contiguous())
+    return dense
+
+
+def _tell_dense(node: Node) -> None:
+    """Note that `node` is contiguous now, and so are the sums that it is a term of."""
+    node.meta["example_value"] = value(node).contiguous()
+    for user in node.users:
+        if (known := read(user)) is not None and known.name == "add":
+            _tell_dense(user)
 
 
 def rewrite(gm: GraphModule) -> list[Found]:
@@ -124,7 +150,7 @@ def rewrite(gm: GraphModule) -> list[Found]:
                     site.check(result)
                 except Misfit:
                     continue
-                tell(rule.name, node)
+                tell(rule.name, result.outputs[-1])
                 _replace(module, site, result)
         for node in module.graph.nodes:
             ours = alone(node)
@@ -163,6 +189,7 @@ class Decision(NamedTuple):
     layer: str
     op: str
     why: str | None
+    code: str | None
 
 
 class _Told(Interpreter):
@@ -175,7 +202,7 @@ class _Told(Interpreter):
     def run_node(self, n: Node) -> Any:
         with _mode.decisions() as heard:
             result = super().run_node(n)
-        self.decisions += [Decision(layer_of(n), op.name, why) for op, why in heard]
+        self.decisions += [Decision(layer_of(n), d.op.name, d.why, d.code) for d in heard]
         return result
 
 

@@ -80,6 +80,10 @@ _SIGNATURES: dict[str, Callable] = {
     "nll_loss": F.nll_loss,
     "log_softmax": F.log_softmax,
     "softmax": F.softmax,
+    "pad": lambda input, pad, mode="constant", value=None: None,
+    "unbind": lambda input, dim=0: None,
+    "chunk": lambda input, chunks, dim=0: None,
+    "contiguous": lambda input: None,
 }  # fmt: skip
 _OPERANDS = frozenset(("input", "other", "exponent"))
 _ALIASES = {
@@ -130,6 +134,7 @@ def _spellings() -> tuple[dict[Any, _Spelling], dict[str, _Spelling]]:
             if hasattr(Tensor, spelt + suffix) and name not in _ONLY_FUNCTIONAL:
                 signature = _signature(name, None)
                 methods[spelt + suffix] = _Spelling(name, signature, bool(suffix))
+    functions[torch._C._nn.pad] = functions[F.pad]  # what `F.pad` calls
     for spelt, name in _OPERATORS.items():
         signature = inspect.signature(_SIGNATURES[name])
         functions[getattr(operator, spelt)] = _Spelling(name, signature, False)
@@ -244,6 +249,13 @@ def keeps_rows(node: Any) -> bool:
     return new.is_contiguous() and old.is_contiguous()
 
 
+# Functions without a signature here that always give new memory.
+_MAKE_NEW = frozenset(
+    ("sin", "cos", "conv1d", "conv2d", "conv3d", "matmul", "bmm", "addmm", "cat", "stack", "roll",
+     "scaled_dot_product_attention", "mse_loss", "embedding", "max_pool2d", "clone")
+)  # fmt: skip
+
+
 def roots(node: Node) -> set[Node]:
     """The nodes whose memory the result of `node` may share: itself, if it makes a tensor."""
     found: set[Node] = set()
@@ -261,6 +273,8 @@ def roots(node: Node) -> set[Node]:
         elif one.op in ("placeholder", "get_attr"):
             found.add(one)
         elif known is not None and known.name != "dropout":
+            found.add(one)
+        elif _target_name(one) in _MAKE_NEW and "out" not in one.kwargs:
             found.add(one)
         else:  # unknown: any argument may be shared. Dropout that drops nothing returns its input.
             found.add(one)
@@ -340,6 +354,26 @@ def draws(node: Node) -> bool:
         probability = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
         return bool(probability != 0.0)
     return not _is_known_not_to_draw(node, name)
+
+
+def has_free_layout(node: Node) -> bool:
+    """Whether nobody can tell the strides of the result of `node`.
+
+    Its users give a contiguous result for any strides, or add it to something, and nobody can tell
+    the strides of that sum.
+    """
+    for user in node.users:
+        known = call(user)
+        if known is None or known.inplace:
+            return False
+        if known.name in ("layer_norm", "rms_norm", "linear"):
+            if known["input"] is not node:
+                return False
+            continue
+        same = isinstance(value(user), Tensor) and value(user).shape == value(node).shape
+        if known.name != "add" or not same or not has_free_layout(user):
+            return False
+    return bool(node.users)
 
 
 _KNOWN_HOMES = ("torch", "_operator", "operator", "math")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ import fastnn.functional as F
 from fastnn._compiler._calls import (
     Call,
     call,
+    has_free_layout,
     is_conversion,
     is_reshape,
     is_widening,
@@ -31,7 +33,7 @@ from fastnn._compiler._calls import (
 from fastnn._compiler._site import Misfit, Rewrite, Site
 from fastnn.ops import REGISTRY
 from fastnn.ops.channel_norm import batch_norm_act, batch_norm_add_relu, group_norm_act
-from fastnn.ops.glu import act_mul
+from fastnn.ops.glu import act_glu, act_mul
 from fastnn.ops.linear import linear_act
 from fastnn.ops.residual_norm import dropout_add, dropout_add_layer_norm, dropout_add_rms_norm
 
@@ -79,6 +81,104 @@ def _numbers(*values: Any) -> None:
 def _close(a: float, b: float) -> bool:
     """Whether float32 does not tell two constants apart."""
     return math.isclose(a, b, rel_tol=2.0**-24)
+
+
+# ---- Copies that nobody needs --------------------------------------------------------------------
+# They come first, because what they leave is what the other rules look for.
+
+
+@rule("nothing to do", "mul", "div", "pad")
+def _nothing_to_do(site: Site, end: Node) -> Rewrite:
+    """x * 1, x / 1, and a pad by 0: a copy of x, and x is as good."""
+    known = site.call(end, "mul", "div", "pad")
+    site.expect(not known.inplace, "it is in place")
+    x = known["input"]
+    if known.name == "pad":
+        site.expect(known["mode"] == "constant", "not a constant pad")
+        given = known["pad"]
+        site.expect(all(type(n) is int and n == 0 for n in given), "the pad is not 0")
+    else:
+        one = known["other"]
+        if isinstance(x, (int, float)) and known.name == "mul":
+            x, one = one, x
+        site.expect(type(one) in (int, float) and one == 1, "the factor is not 1")
+        site.expect(known.arguments.get("rounding_mode") is None, "the quotient is rounded")
+    was, new = _tensor(x), _tensor(end)
+    site.expect(_alike(was, new) and was.dtype == new.dtype, "the result is of another kind")
+    site.expect(was.is_floating_point(), "integers")
+    site.expect_one_memory(x, end)
+    return Rewrite(None, (x,), (end,))
+
+
+@rule("sum of two layouts", "add")
+def _sum_of_two_layouts(site: Site, end: Node) -> Rewrite:
+    """x + z, where one is contiguous and one permuted: a residual stream begins with a permutation.
+
+    The sums of such a stream keep the permuted layout, and each norm makes a copy. If nobody can
+    tell the layout, one copy at the beginning is enough.
+    """
+    known = site.call(end, "add")
+    site.expect(not known.inplace and known["alpha"] == 1, "in place, or scaled")
+    two = [_tensor(t) for t in (known["input"], known["other"])]
+    site.expect(two[0].shape == two[1].shape and two[0].is_floating_point(), "terms of two kinds")
+    site.expect(sum(t.is_contiguous() for t in two) == 1, "not one of the terms is contiguous")
+    # The norm becomes one with the sum; without a norm, a copy would be a pass too many.
+    site.expect(
+        any(site.is_call(u, "layer_norm", "rms_norm") for u in end.users), "no norm follows"
+    )
+    same = _tensor(end).is_contiguous()
+    site.expect(same or has_free_layout(end), "the layout of the sum can be told")
+    return Rewrite(torch.add, (known["input"], known["other"]), (end,), dense=True)
+
+
+@rule("contiguous before attention", "contiguous")
+def _contiguous_before_attention(site: Site, end: Node) -> Rewrite:
+    """A query, key or value that is made contiguous for attention, which reads through strides."""
+    site.expect(end.op == "call_method" and not end.kwargs and len(end.args) == 1, "no copy")
+    x = end.args[0]
+    v = _tensor(x)
+    site.expect(v.dim() == 4 and v.transpose(1, 2).is_contiguous(), "not heads of one tensor")
+    for user in end.users:
+        site.expect(_is_attention(user) and end in user.args[:3], "not only attention reads it")
+        site.expect(_layout_of_attention_is_free(user), "the layout of the result can be told")
+    site.taken[end] = None
+    site.expect_one_memory(x, end)
+    return Rewrite(None, (x,), (end,))
+
+
+def _is_attention(node: Node) -> bool:
+    return node.op == "call_function" and node.target in (
+        stock.scaled_dot_product_attention,
+        F.scaled_dot_product_attention,
+    )
+
+
+def _layout_of_attention_is_free(node: Node) -> bool:
+    """Whether the result is made contiguous before anything else, as (batch, length, heads, ...).
+
+    The result of attention has the layout of the query, which differs if the query is no copy.
+    """
+    for user in node.users:
+        name = user.target if user.op == "call_method" else ""
+        if name == "reshape" and _tensor(user).shape == _tensor(node).shape:
+            free = _layout_of_attention_is_free(user)
+        elif name == "transpose" and user.args[1:] in ((1, 2), (2, 1)):
+            free = all(
+                u.op == "call_method" and u.target in ("contiguous", "reshape") and not u.kwargs
+                and _tensor(u).is_contiguous() and (u.target != "reshape" or _merges_heads(u))
+                for u in user.users
+            )  # fmt: skip
+        else:
+            free = False
+        if not free:
+            return False
+    return bool(node.users)
+
+
+def _merges_heads(node: Node) -> bool:
+    """Whether a reshape gives (batch, length, heads * width)."""
+    batch, length, heads, width = _tensor(node.args[0]).shape
+    return _tensor(node).shape == (batch, length, heads * width)
 
 
 # ---- Formulas that are written out --------------------------------------------------------------
@@ -425,6 +525,39 @@ def _group_norm_act(site: Site, end: Node) -> Rewrite:
     return Rewrite(group_norm_act, (*(norm[n] for n in names), *act), (end,))
 
 
+@rule("activation, product of halves", "mul")
+def _act_glu(site: Site, end: Node) -> Rewrite:
+    """act(x) * z, where x and z are the halves of one tensor: both gradients go to their places."""
+    known = site.call(end, "mul")
+    site.expect(not known.inplace, "the product is in place")
+    two = known["input"], known["other"]
+    for gate, z in (two, two[::-1]):
+        if site.is_call(gate, *_ACTIVATIONS) and gate is not z:
+            x, *act = _activation(site, gate)
+            of, dim = _halves(site, x, z)
+            site.expect(_tensor(of).is_contiguous(), "the halves are not of a contiguous tensor")
+            site.expect(_tensor(of).is_floating_point(), "integers")
+            return Rewrite(act_glu, (of, dim, *act, x.args[1] == 0), (end,))
+    raise Misfit("no factor is an activation")
+
+
+def _halves(site: Site, x: Any, z: Any) -> tuple[Node, int]:
+    """The tensor of which `x` and `z` are the halves, and the dimension."""
+    parts: Any = x, z
+    for part in parts:
+        site.expect(isinstance(part, Node) and part.target is operator.getitem, "not one of two")
+    both = parts[0].args[0]
+    site.expect(parts[1].args[0] is both, "halves of two tensors")
+    site.expect({p.args[1] for p in parts} == {0, 1}, "not both halves")
+    known = site.call(both, "chunk")
+    of, dim = known["input"], known["dim"]
+    whole = _tensor(of)
+    site.expect(known["chunks"] == 2 and type(dim) is int, "not two chunks")
+    site.expect(type(whole.shape[dim]) is int and whole.shape[dim] % 2 == 0, "an odd size")
+    site.taken |= dict.fromkeys(parts)
+    return of, dim
+
+
 @rule("activation, product", "mul")
 def _act_mul(site: Site, end: Node) -> Rewrite:
     """act(x) * z: a gated unit (arXiv:2002.05202), or a gate of any other kind."""
@@ -467,6 +600,50 @@ def _dropout_add(site: Site, end: Node) -> Rewrite:
     site.expect(training, "nothing is dropped")
     site.expect(_tensor(z).dtype == _tensor(x).dtype, "the terms have two dtypes")
     return Rewrite(dropout_add, (z, x, p, True), (end,))
+
+
+# ---- Views --------------------------------------------------------------------------------------
+
+
+def _unbind_and_permute(input: Tensor, dim: int, order: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """`input.unbind(dim)`, each permuted."""
+    return tuple(t.permute(order) for t in input.unbind(dim))
+
+
+@rule("unbind of a permutation", "unbind")
+def _unbind_of_a_permutation(site: Site, end: Node) -> Rewrite:
+    """x.permute(2, 0, 3, 1, 4).unbind(0): query, key and value of one product.
+
+    The views are the same if `unbind` comes first. Its backward then stacks the gradients in the
+    layout of x, and no copy permutes them.
+    """
+    known = site.call(end, "unbind")
+    node = known["input"]
+    site.expect(
+        isinstance(node, Node) and node.op == "call_method" and node.target == "permute",
+        "no permute",
+    )
+    site.taken[node] = None
+    x, *order = node.args
+    if len(order) == 1 and isinstance(order[0], (tuple, list)):
+        order = list(order[0])
+    rank = _tensor(node).dim()
+    site.expect(not node.kwargs and all(type(d) is int for d in order), "dimensions by name")
+    site.expect(type(known["dim"]) is int, "the dimension is no number")
+    order = [d % rank for d in order]
+    dim = order.pop(known["dim"] % rank)
+    parts: dict[int, Node] = {}
+    for user in end.users:
+        part: Any = user.args[1] if user.target is operator.getitem else None
+        site.expect(type(part) is int and part >= 0, "a part is unknown")
+        site.expect(part not in parts, "a part is read twice")
+        site.taken[user] = None
+        parts[part] = user
+    count = _tensor(node).shape[known["dim"]]
+    site.expect(sorted(parts) == list(range(count)), "not all parts are read")
+    order = [d - (d > dim) for d in order]
+    outputs = tuple(parts[i] for i in range(count))
+    return Rewrite(_unbind_and_permute, (x, dim, tuple(order)), outputs)
 
 
 # ---- Calls that stay as they are, and run on the op of the same name -----------------------------

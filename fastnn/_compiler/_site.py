@@ -20,7 +20,8 @@ class Misfit(Exception):
 class Rewrite(NamedTuple):
     """A call that stands in place of the nodes that a rule took."""
 
-    target: Callable[..., Any]
+    target: Callable[..., Any] | None
+    """The function; None if the first argument itself stands in place of the result."""
     args: tuple[Any, ...]
     outputs: tuple[Node, ...]
     """The nodes that the results replace. With several, the call returns a tuple."""
@@ -29,6 +30,8 @@ class Rewrite(NamedTuple):
     """Views that are taken of the first arguments before the call: nodes that did so before."""
     viewed: int = 1
     """Of how many arguments the views are taken."""
+    dense: bool = False
+    """Whether the tensors among the arguments are made contiguous, and so is the result."""
 
 
 class Site:
@@ -129,6 +132,22 @@ class Site:
             v = value(node)
             if isinstance(v, Tensor) and v.dtype != dtype:
                 raise Misfit(f"a value between is {v.dtype}")
+
+    def expect_one_memory(self, x: Any, end: Node) -> None:
+        """Nobody can tell whether `end` is a copy of `x` or `x` itself.
+
+        So neither is an input of the graph or may leave it, and nobody writes the memory of one.
+        """
+        memory = {end, *_calls.roots(x)}
+        self.expect(all(n.op not in ("placeholder", "get_attr") for n in memory), "it is an input")
+        for node in self.graph.nodes:
+            if node.op == "output":
+                touched = list(node.all_input_nodes)
+            else:
+                touched = _calls.writes(node)
+                touched += node.all_input_nodes if _calls.is_opaque(node) else []
+            if any(_may_share(one, m) for t in touched for one in _calls.roots(t) for m in memory):
+                raise Misfit(f"{node.name} could tell a copy")
 
     def check(self, rewrite: Rewrite) -> None:
         """Raise `Misfit` if someone could tell that the taken nodes became one call."""

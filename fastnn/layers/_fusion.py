@@ -18,9 +18,10 @@ from torch.nn.modules import module as _module
 
 import fastnn.functional as F
 from fastnn import _gate, _mode
+from fastnn._mode import Stock
 from fastnn.layers import activation as acts
 from fastnn.layers import batchnorm, conv
-from fastnn.layers._layer import OURS, STOCK, as_torch_made, watched
+from fastnn.layers._layer import OURS, STOCK, as_torch_made, attributes, watched, weight_and_bias
 from fastnn.layers._marks import KEY, MARK
 from fastnn.layers.dropout import Dropout
 from fastnn.layers.linear import Linear
@@ -70,24 +71,12 @@ def _itself(m) -> Any:
     return m
 
 
-def _parameter(m, name: str) -> Any:
-    """`getattr(m, name)`, without the search that ends in `Module.__getattr__`.
-
-    Of a member that is exactly of a class of ours or of its stock class, so that the class has no
-    such attribute.
-    """
-    d = m.__dict__
-    if name not in d:
-        d = d["_parameters"]
-    return d[name] if name in d else getattr(m, name)
-
-
 def _noise(m) -> tuple[float, bool] | None:
     # In place, PyTorch draws its mask in another way.
     return None if m.inplace and m.training else (m.p, m.training)
 
 
-class Misfit(str):
+class Misfit(Stock):
     """Why a member does not fuse."""
 
 
@@ -103,18 +92,20 @@ def _convolution(m) -> Any:
     ours, its = _CONV_FORWARD[cls]
     known = cls._conv_forward is ours and STOCK[cls]._conv_forward is its  # type: ignore
     if not known or "_conv_forward" in m.__dict__:
-        return Misfit(f"{cls.__name__}._conv_forward was replaced")
+        return Misfit("hook", f"{cls.__name__}._conv_forward was replaced")
     if m.padding_mode != "zeros":
-        return Misfit(f"{cls.__name__} has padding_mode={m.padding_mode!r}")
+        return Misfit("fusion", f"{cls.__name__} has padding_mode={m.padding_mode!r}")
     return m
 
 
 def _given(m) -> Any:
     name = type(m).__name__
     if m.training:
-        return Misfit(f"{name} is in training mode, and its statistics are those of the batch")
+        return Misfit(
+            "fusion", f"{name} is in training mode, and its statistics are those of the batch"
+        )
     if m.running_mean is None or m.running_var is None:
-        return Misfit(f"{name} has no running statistics")
+        return Misfit("fusion", f"{name} has no running statistics")
     return m
 
 
@@ -186,11 +177,13 @@ CONVOLUTIONS = tuple(
 
 def _of_convolution(x, conv, norm, act=(None, 0.0, 0.0)) -> Any:
     if x.dim() != len(conv.kernel_size) + 2:
-        return Misfit(f"an input of {x.dim()} dimensions is one sample, which has no batch to norm")
+        return Misfit(
+            "shape", f"an input of {x.dim()} dimensions is one sample, which has no batch to norm"
+        )
     return (
-        x, _parameter(conv, "weight"), _parameter(conv, "bias"), norm.running_mean,
-        norm.running_var, norm.weight, norm.bias, norm.eps, conv.stride, conv.padding,
-        conv.dilation, conv.groups, *act,
+        x, *weight_and_bias(conv),
+        *attributes(norm, "running_mean", "running_var", "weight", "bias"), norm.eps, conv.stride,
+        conv.padding, conv.dilation, conv.groups, *act,
     )  # fmt: skip
 
 
@@ -199,8 +192,7 @@ LINEAR_ACT = Rule(
     (LINEAR, ACTIVATION, DROPOUT._replace(optional=True)),
     lambda x, linear, act, noise=(0.0, False): (
         x,
-        _parameter(linear, "weight"),
-        _parameter(linear, "bias"),
+        *weight_and_bias(linear),
         *act,
         *noise,
     ),
@@ -219,7 +211,8 @@ DROPOUT_ADD_LAYER_NORM = Rule(
     dropout_add_layer_norm,
     (DROPOUT, LAYER_NORM),
     lambda z, noise, norm, residual, prenorm: (
-        z, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps, *noise, prenorm,
+        z, residual, norm.normalized_shape, *weight_and_bias(norm), norm.eps, *noise,
+        prenorm,
     ),
     neighbours=False,
     small=lambda z, leader: dropout_add_layer_norm.small(z),  # type: ignore[attr-defined]
@@ -228,7 +221,7 @@ DROPOUT_ADD_RMS_NORM = Rule(
     dropout_add_rms_norm,
     (DROPOUT, RMS_NORM),
     lambda z, noise, norm, residual, prenorm: (
-        z, residual, norm.normalized_shape, norm.weight, norm.eps, *noise, prenorm,
+        z, residual, norm.normalized_shape, *attributes(norm, "weight"), norm.eps, *noise, prenorm,
     ),
     neighbours=False,
     small=lambda z, leader: dropout_add_rms_norm.small(z),  # type: ignore[attr-defined]
@@ -246,7 +239,13 @@ RULES: tuple[Rule, ...] = (
     Rule(
         group_norm_act,
         (GROUP_NORM, ACTIVATION),
-        lambda x, norm, act: (x, norm.num_groups, norm.weight, norm.bias, norm.eps, *act),
+        lambda x, norm, act: (
+            x,
+            norm.num_groups,
+            *weight_and_bias(norm),
+            norm.eps,
+            *act,
+        ),
         small=lambda x, leader: group_norm_act.small(x),  # type: ignore[attr-defined]
     ),
     # The floors of the two ops are equal: the first member asks for one of them.
@@ -266,8 +265,7 @@ RULES: tuple[Rule, ...] = (
             (layer, ACTIVATION),
             lambda x, conv, act: (
                 x,
-                _parameter(conv, "weight"),
-                _parameter(conv, "bias"),
+                *weight_and_bias(conv),
                 conv.stride,
                 conv.padding,
                 conv.dilation,
@@ -314,9 +312,9 @@ def told(place: Place, member: Any, cls: type, called: str = "") -> Any:
     `cls`: the class that it counts as. `called`: its name in the reason, by default its class.
     """
     if cls not in place.tells:
-        return Misfit(f"{called} is a {type(member).__name__}")
+        return Misfit("fusion", f"{called} is a {type(member).__name__}")
     why = watched(member) if isinstance(member, stock.Module) else None
-    return _set_up(place, member, cls, called) if why is None else Misfit(why)
+    return _set_up(place, member, cls, called) if why is None else Misfit("hook", why)
 
 
 def _set_up(place: Place, member: Any, cls: type, called: str = "") -> Any:
@@ -324,7 +322,7 @@ def _set_up(place: Place, member: Any, cls: type, called: str = "") -> Any:
     what = place.tells[cls](member)
     if what is None:
         shown = getattr(member, "__name__", member)
-        return Misfit(f"{called or type(member).__name__} is {shown}")
+        return Misfit("fusion", f"{called or type(member).__name__} is {shown}")
     return what
 
 
@@ -349,9 +347,10 @@ def fit(rule: Rule, members: tuple, called: tuple[str, ...]) -> list | None:
     return what
 
 
-def note(rule: Rule, why: str) -> None:
+def note(rule: Rule, misfit: Misfit) -> None:
     """Tell whoever asks that the op of `rule` was not called."""
-    _mode.note(rule.op.op, f"not fused: {why}")  # type: ignore[attr-defined]
+    declined = Stock(misfit.code, f"not fused: {misfit.why}")
+    _mode.note(rule.op.op, declined)  # type: ignore[attr-defined]
 
 
 def plainly() -> bool:
@@ -402,6 +401,10 @@ def _taken(member: Any) -> type | None:
 _found: dict[tuple[type | None, ...], tuple[Group | None, ...] | None] = {}
 
 
+# The same, by the classes of members that are all ours: no mark has to be looked for.
+_found_of_ours: dict[tuple[type, ...], Any] = {}
+
+
 def _group(rule: Rule, classes: tuple[type | None, ...]) -> Group | None:
     """The members at the beginning of `classes` that `rule` takes."""
     if not rule.neighbours:
@@ -434,24 +437,37 @@ def _group_all(classes: tuple[type | None, ...]) -> tuple[Group | None, ...] | N
 
 def grouped(members: list) -> tuple[Group | None, ...] | None:
     """For each member, the group that begins with it; None if there is no group at all."""
+    kinds = tuple(map(type, members))
+    known = _found_of_ours.get(kinds, False)
+    if known is not False:
+        return known
     classes = tuple(map(_taken, members))
     try:
-        return _found[classes]
+        groups = _found[classes]
     except KeyError:
         if len(_found) >= _MOST:
             _found.clear()
-        return _found.setdefault(classes, _group_all(classes))
+        groups = _found.setdefault(classes, _group_all(classes))
+    if all(kind in STOCK for kind in kinds):
+        if len(_found_of_ours) >= _MOST:
+            _found_of_ours.clear()
+        _found_of_ours[kinds] = groups
+    return groups
 
 
-def run_neighbours(group: Group, members: list, i: int, input: Any) -> tuple[int, Any]:
+def run_neighbours(
+    group: Group, members: list, i: int, input: Any, large: bool = False
+) -> tuple[int, Any]:
     """(index after the members that ran as one op, what it returned); (i, input) if none did.
 
     None do if the op would run PyTorch because of its size: the members do the same by themselves.
+    large: it is known that the call is not below the floor of the op.
     """
     rule = group.rule
     op: Any = rule.op.op  # type: ignore[attr-defined]
+    known = op.floor.known
     op.find_floor()  # if no call of the op has got as far as dispatch
-    if rule.small(input, members[i]):
+    if not (large and known) and rule.small(input, members[i]):
         return i, input
     end = i + len(group.places)
     what = []
@@ -464,7 +480,7 @@ def run_neighbours(group: Group, members: list, i: int, input: Any) -> tuple[int
         what.append(one)
     why = watched(*members[i:end])
     if why is not None:
-        note(rule, Misfit(why))
+        note(rule, Misfit("hook", why))
         return i, input
     if group.more is not None:
         one = told(group.more[0], members[end], group.more[1])
@@ -479,7 +495,7 @@ def run_neighbours(group: Group, members: list, i: int, input: Any) -> tuple[int
     if rule.asks and _gate.answers() and mode != "triton":
         free = mode == "graph" or (bool(op.plans.graphed) and _mode.capturing())
         chosen = _gate.decide(op.name, op.policy, input.get_device(), arguments, {}, free)
-        if isinstance(chosen, _mode.Stock):
-            _mode.note(op, chosen.why)
+        if isinstance(chosen, Stock):
+            _mode.note(op, chosen)
             return i, input
     return end, rule.op(*arguments)

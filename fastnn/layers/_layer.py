@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch.fx
 import torch.nn
+from torch.compiler import is_dynamo_compiling
+from torch.nn import Module
 
 from fastnn import _front as _front_of_op
 from fastnn import _mode
@@ -34,6 +36,7 @@ class Method(NamedTuple):
     ours: Any  # as the class declares it
     made: Any  # PyTorch's; None if it was replaced before fastnn was imported
     op: Any  # the record of the op that it runs; None: of several, or of none
+    mirrors: bool = False  # whether it does what PyTorch's does, if F is torch.nn.functional
 
 
 METHODS: dict[type, tuple[Method, ...]] = {}  # of a stock class
@@ -51,6 +54,43 @@ _CALLED: dict[type, dict[str, tuple]] = {}
 # The values of a layer class's `__call__` that count as original. `explain` adds its own.
 CALLS: set[Callable] = {torch.nn.Module._wrapped_call_impl}
 _CALL_IMPL = torch.nn.Module._call_impl
+_GETATTR = Module.__getattr__
+
+
+def attributes(layer: Any, *names: str) -> list[Any]:
+    """The attributes of a layer that have these names, most of all parameters and buffers.
+
+    Python finds those only after a search that ends in `Module.__getattr__`, which takes longer
+    than the guard of a plan. Where nobody could tell, this looks where that method looks. Tracers
+    replace the method, subclasses may have such attributes of their own, and tools keep others in
+    the `__dict__` of a layer.
+    """
+    if is_dynamo_compiling() or type(layer) not in _AS_MADE or Module.__getattr__ is not _GETATTR:
+        return [getattr(layer, name) for name in names]
+    d = layer.__dict__
+    parameters, buffers = d["_parameters"], d["_buffers"]
+    found = []
+    for name in names:  # a comprehension takes longer
+        if name in d:
+            found.append(getattr(layer, name))
+        elif name in parameters:
+            found.append(parameters[name])
+        elif name in buffers:
+            found.append(buffers[name])
+        else:
+            found.append(getattr(layer, name))
+    return found
+
+
+def weight_and_bias(layer: Any) -> tuple[Any, Any]:
+    """`attributes(layer, "weight", "bias")`, which most layers need."""
+    if is_dynamo_compiling() or type(layer) not in _AS_MADE or Module.__getattr__ is not _GETATTR:
+        return layer.weight, layer.bias
+    d = layer.__dict__
+    parameters = d["_parameters"]
+    if "weight" not in parameters or "bias" not in parameters or "weight" in d or "bias" in d:
+        return layer.weight, layer.bias
+    return parameters["weight"], parameters["bias"]
 
 
 def as_torch_made(method: Any) -> Any:
@@ -116,6 +156,31 @@ def replaced(cls: type) -> str | None:
     return None
 
 
+# For each accelerated and each stock class: whether `replaced` would return None.
+_INTACT: dict[type, Callable[[], bool]] = {}
+
+
+def _intact(cls: type) -> Callable[[], bool]:
+    """A function that asks what `replaced(cls)` asks, in a tenth of the time."""
+    forward, its, its_forward = _AS_MADE[cls]
+    given = {"_cls": cls, "_its": its, "_forward": forward, "_its_forward": its_forward}
+    asked = ["_cls.forward is _forward"] if cls in STOCK else []
+    asked += ["_its.forward is _its_forward", "_cls.__call__ in CALLS"]
+    asked += ["_cls._call_impl is _CALL_IMPL"]
+    for number, (name, originals) in enumerate(_CALLED[cls].items()):
+        same = [f"_functional.{name} is _f{number}_{i}" for i in range(len(originals))]
+        asked += [f"({' or '.join(same) or 'False'})"]
+        given.update({f"_f{number}_{i}": f for i, f in enumerate(originals)})
+    source = (
+        f"def make({', '.join(given)}):\n    def intact():\n        try:\n"
+        f"            return {' and '.join(asked)}\n"
+        "        except AttributeError:\n            return False\n    return intact\n"
+    )
+    scope: dict = {}
+    exec(source, globals(), scope)
+    return scope["make"](**given)
+
+
 def watched(*layers: Any) -> str | None:
     """What would notice that these layers are not called one by one, in words; None if nothing.
 
@@ -133,9 +198,11 @@ def watched(*layers: Any) -> str | None:
             return f"a hook on {type(layer).__name__}"
         if "forward" in d or "_call_impl" in d or d.get("_compiled_call_impl") is not None:
             return f"{type(layer).__name__} has a forward of its own"
-        why = replaced(type(layer))
-        if why is not None:
-            return why
+        cls = type(layer)
+        if cls not in _INTACT or not _INTACT[cls]():
+            why = replaced(cls)
+            if why is not None:
+                return why
     return None
 
 
@@ -176,13 +243,14 @@ def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
         asked = _front_of_op.below(op, passed[1], "_mode.")
         assert {*asked.tensors, *asked.others} <= {*passed}, (cls, asked)
         lines += [
-            f"        if _mode._plain and {asked.ready}:",
+            "        if _mode._plain and 0 < _the_floor and not _is_compiling() "
+            f"and {asked.ready}:",
             "            try:",
-            f"                _is_small = {asked.size} < _the_floor",
+            f"                _is_small = {asked.size} < {asked.least}",
             "            except Exception:",
             "                _is_small = False",
             "            if _is_small:",
-            f"                return _its_method({given})",
+            f"                return _small_method({given})",
         ]
     for number, (function, originals) in enumerate(called(method.made).items()):
         same = []
@@ -198,7 +266,7 @@ def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
         lines += [f"            return _its_method({given})"]
     lines = [
         "def make(_mode, _functional, _tensor_class, _our_class, _its_class, _as_made, "
-        f"_its_method, _our_method, {', '.join(defaults)}):",
+        f"_its_method, _our_method, _small_method, {', '.join(defaults)}):",
         "    _the_floor = -1",
         f"    def {name}({', '.join(declared)}):",
         *lines,
@@ -216,9 +284,11 @@ def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
     scope: dict = {}
     # TorchScript looks up the names of PyTorch's method in these globals.
     exec(compile(source, file, "exec"), getattr(its, name).__globals__, scope)
+    small = rebound(method.ours, F=_functional) if method.mirrors else twin or made
     function, set_floor = scope["make"](
-        _mode, _functional, torch.Tensor, cls, its, made, twin or made, method.ours, **defaults
-    )
+        _mode, _functional, torch.Tensor, cls, its, made, twin or made, method.ours, small,
+        **defaults,
+    )  # fmt: skip
     if op is not None:
         op.floor.follow(set_floor)
     return functools.update_wrapper(function, getattr(its, name))
@@ -232,12 +302,14 @@ class Layer(ABCMeta):
 
     `op=F.relu` names the function that `forward` calls with its first argument first, if it calls
     no other. Calls that are too small for its kernels then go to PyTorch's `forward` at once.
+    `mirrors=True`: or to our own `forward`, over `torch.nn.functional`. It must then differ from
+    PyTorch's in nothing but how it reads parameters.
     `boxes` are the names of members that the layer never calls: it reads their parameters.
 
     It derives from ABCMeta, so that users can still mix `abc.ABC` into their subclasses.
     """
 
-    def __new__(mcls, name, bases, namespace, op=None, boxes=(), **kwargs):
+    def __new__(mcls, name, bases, namespace, op=None, boxes=(), mirrors=False, **kwargs):
         ours = namespace.get("__module__", "").startswith("fastnn.layers.")
         if ours:
             namespace.setdefault("__doc__", bases[0].__doc__)
@@ -252,6 +324,7 @@ class Layer(ABCMeta):
                     method,
                     as_torch_made(getattr(its, key)),
                     op.op if op is not None and key == "forward" else None,
+                    mirrors and key == "forward",
                 )
                 for key, method in namespace.items()
                 if isinstance(method, FunctionType) and hasattr(its, key) and key[:2] != "__"
@@ -263,6 +336,7 @@ class Layer(ABCMeta):
             _AS_MADE[its] = its_forward, its, its_forward
             names = {n: f for m in METHODS[its] for n, f in called(m.made).items()}
             _CALLED[cls] = _CALLED[its] = names
+            _INTACT[cls], _INTACT[its] = _intact(cls), _intact(its)
         return cls
 
     # A stock layer counts as an instance of the accelerated class: `isinstance(m, nn.Linear)` asks

@@ -4,7 +4,7 @@ import torch
 import torch.nn as stock
 
 import fastnn.functional as F
-from fastnn.layers._layer import Layer, rebound
+from fastnn.layers._layer import Layer, attributes, rebound
 
 __all__ = [
     "CELU",
@@ -149,9 +149,10 @@ class MultiheadAttention(stock.MultiheadAttention, metaclass=Layer, boxes=("out_
     forward = rebound(stock.MultiheadAttention.forward, F=F)
 
 
-class PReLU(stock.PReLU, metaclass=Layer, op=F.prelu):
+class PReLU(stock.PReLU, metaclass=Layer, op=F.prelu, mirrors=True):
     def forward(self, input):
-        return F.prelu(input, self.weight)
+        (weight,) = attributes(self, "weight")
+        return F.prelu(input, weight)
 
 
 class Softsign(stock.Softsign, metaclass=Layer, op=F.softsign):

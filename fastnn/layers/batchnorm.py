@@ -4,7 +4,7 @@ import torch
 import torch.nn as stock
 
 import fastnn.functional as F
-from fastnn.layers._layer import Layer, rebound
+from fastnn.layers._layer import Layer, attributes, rebound
 
 __all__ = [
     "BatchNorm1d",
@@ -21,18 +21,21 @@ def arguments(self, input):
     """Count the batch; return the arguments for `batch_norm`."""
     self._check_input_dim(input)
     factor = 0.0 if self.momentum is None else self.momentum
-    if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-        self.num_batches_tracked.add_(1)
-        if self.momentum is None:  # the average over all batches
-            factor = 1.0 / float(self.num_batches_tracked)
+    if self.training and self.track_running_stats:
+        (batches,) = attributes(self, "num_batches_tracked")
+        if batches is not None:
+            batches.add_(1)
+            if self.momentum is None:  # the average over all batches
+                factor = 1.0 / float(batches)
     used = not self.training or self.track_running_stats
+    mean, var, weight, bias = attributes(self, "running_mean", "running_var", "weight", "bias")
     return (
         input,
-        self.running_mean if used else None,
-        self.running_var if used else None,
-        self.weight,
-        self.bias,
-        self.training or (self.running_mean is None and self.running_var is None),
+        mean if used else None,
+        var if used else None,
+        weight,
+        bias,
+        self.training or (mean is None and var is None),
         factor,
         self.eps,
     )
@@ -42,29 +45,29 @@ def _forward(self, input):
     return F.batch_norm(*arguments(self, input))
 
 
-class BatchNorm1d(stock.BatchNorm1d, metaclass=Layer, op=F.batch_norm):
+class BatchNorm1d(stock.BatchNorm1d, metaclass=Layer, op=F.batch_norm, mirrors=True):
     forward = _forward
 
 
-class LazyBatchNorm1d(stock.LazyBatchNorm1d, metaclass=Layer, op=F.batch_norm):
+class LazyBatchNorm1d(stock.LazyBatchNorm1d, metaclass=Layer, op=F.batch_norm, mirrors=True):
     cls_to_become = BatchNorm1d  # type: ignore[assignment]
     forward = _forward
 
 
-class BatchNorm2d(stock.BatchNorm2d, metaclass=Layer, op=F.batch_norm):
+class BatchNorm2d(stock.BatchNorm2d, metaclass=Layer, op=F.batch_norm, mirrors=True):
     forward = _forward
 
 
-class LazyBatchNorm2d(stock.LazyBatchNorm2d, metaclass=Layer, op=F.batch_norm):
+class LazyBatchNorm2d(stock.LazyBatchNorm2d, metaclass=Layer, op=F.batch_norm, mirrors=True):
     cls_to_become = BatchNorm2d  # type: ignore[assignment]
     forward = _forward
 
 
-class BatchNorm3d(stock.BatchNorm3d, metaclass=Layer, op=F.batch_norm):
+class BatchNorm3d(stock.BatchNorm3d, metaclass=Layer, op=F.batch_norm, mirrors=True):
     forward = _forward
 
 
-class LazyBatchNorm3d(stock.LazyBatchNorm3d, metaclass=Layer, op=F.batch_norm):
+class LazyBatchNorm3d(stock.LazyBatchNorm3d, metaclass=Layer, op=F.batch_norm, mirrors=True):
     cls_to_become = BatchNorm3d  # type: ignore[assignment]
     forward = _forward
 

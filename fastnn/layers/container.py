@@ -26,8 +26,12 @@ def _one_by_one(members, input):
 
 
 def _in_groups(members, i, input):
-    """What the members from the i-th on make of `input`; groups of them run as one op."""
+    """What the members from the i-th on make of `input`; groups of them run as one op.
+
+    The call is not small for the rule which the i-th member leads.
+    """
     groups = grouped(members)
+    first, rule = i, leads(members[i])
     if (
         groups is None
         or torch.compiler.is_compiling()
@@ -39,7 +43,8 @@ def _in_groups(members, i, input):
     while i < last:
         group = groups[i]
         if group is not None and type(input) is Tensor:
-            end, input = run_neighbours(group, members, i, input)
+            large = i == first and group.rule is rule
+            end, input = run_neighbours(group, members, i, input, large)
             if end > i:
                 i = end
                 continue
@@ -52,9 +57,10 @@ class Sequential(stock.Sequential, metaclass=Layer):
     def forward(self, input):
         if is_dynamo_compiling():
             return _one_by_one(self, input)
-        for i, module in enumerate(self):
+        members = [*self]
+        for i, module in enumerate(members):
             rule = leads(module)
             if rule is not None and type(input) is Tensor and not rule.small(input, module):
-                return _in_groups([*self], i, input)
+                return _in_groups(members, i, input)
             input = module(input)
         return input

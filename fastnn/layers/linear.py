@@ -3,14 +3,15 @@
 import torch.nn as stock
 
 import fastnn.functional as F
-from fastnn.layers._layer import Layer
+from fastnn.layers._layer import Layer, weight_and_bias
 
 __all__ = ["Bilinear", "LazyLinear", "Linear"]
 
 
-class Linear(stock.Linear, metaclass=Layer, op=F.linear):
+class Linear(stock.Linear, metaclass=Layer, op=F.linear, mirrors=True):
     def forward(self, input):
-        return F.linear(input, self.weight, self.bias)
+        weight, bias = weight_and_bias(self)
+        return F.linear(input, weight, bias)
 
 
 class LazyLinear(stock.LazyLinear, metaclass=Layer, op=F.linear):

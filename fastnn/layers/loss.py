@@ -8,7 +8,7 @@ from typing_extensions import deprecated  # torch depends on it
 
 import fastnn.functional as F
 from fastnn.layers._fusion import counts_as, plainly
-from fastnn.layers._layer import STOCK, Layer, watched
+from fastnn.layers._layer import STOCK, Layer, attributes, watched
 
 __all__ = [
     "BCELoss",
@@ -41,12 +41,13 @@ class L1Loss(stock.L1Loss, metaclass=Layer, op=F.l1_loss):
         return F.l1_loss(input, target, reduction=self.reduction)
 
 
-class NLLLoss(stock.NLLLoss, metaclass=Layer, op=F.nll_loss):
+class NLLLoss(stock.NLLLoss, metaclass=Layer, op=F.nll_loss, mirrors=True):
     def forward(self, input, target):
+        (weight,) = attributes(self, "weight")
         return F.nll_loss(
             input,
             target,
-            weight=self.weight,
+            weight=weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
         )
@@ -90,17 +91,19 @@ class MSELoss(stock.MSELoss, metaclass=Layer, op=F.mse_loss):
         return F.mse_loss(input, target, reduction=self.reduction)
 
 
-class BCELoss(stock.BCELoss, metaclass=Layer, op=F.binary_cross_entropy):
+class BCELoss(stock.BCELoss, metaclass=Layer, op=F.binary_cross_entropy, mirrors=True):
     def forward(self, input, target):
-        return F.binary_cross_entropy(input, target, weight=self.weight, reduction=self.reduction)
+        (weight,) = attributes(self, "weight")
+        return F.binary_cross_entropy(input, target, weight=weight, reduction=self.reduction)
 
 
 class BCEWithLogitsLoss(
-    stock.BCEWithLogitsLoss, metaclass=Layer, op=F.binary_cross_entropy_with_logits
+    stock.BCEWithLogitsLoss, metaclass=Layer, op=F.binary_cross_entropy_with_logits, mirrors=True
 ):
     def forward(self, input, target):
+        weight, pos_weight = attributes(self, "weight", "pos_weight")
         return F.binary_cross_entropy_with_logits(
-            input, target, self.weight, pos_weight=self.pos_weight, reduction=self.reduction
+            input, target, weight, pos_weight=pos_weight, reduction=self.reduction
         )
 
 
@@ -131,12 +134,13 @@ class SoftMarginLoss(stock.SoftMarginLoss, metaclass=Layer, op=F.soft_margin_los
         return F.soft_margin_loss(input, target, reduction=self.reduction)
 
 
-class CrossEntropyLoss(stock.CrossEntropyLoss, metaclass=Layer, op=F.cross_entropy):
+class CrossEntropyLoss(stock.CrossEntropyLoss, metaclass=Layer, op=F.cross_entropy, mirrors=True):
     def forward(self, input, target):
+        (weight,) = attributes(self, "weight")
         return F.cross_entropy(
             input,
             target,
-            weight=self.weight,
+            weight=weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,

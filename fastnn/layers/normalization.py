@@ -3,7 +3,7 @@
 import torch.nn as stock
 
 import fastnn.functional as F
-from fastnn.layers._layer import Layer
+from fastnn.layers._layer import Layer, attributes, weight_and_bias
 
 __all__ = ["GroupNorm", "LayerNorm", "LocalResponseNorm", "RMSNorm"]
 
@@ -13,16 +13,19 @@ class LocalResponseNorm(stock.LocalResponseNorm, metaclass=Layer, op=F.local_res
         return F.local_response_norm(input, self.size, self.alpha, self.beta, self.k)
 
 
-class LayerNorm(stock.LayerNorm, metaclass=Layer, op=F.layer_norm):
+class LayerNorm(stock.LayerNorm, metaclass=Layer, op=F.layer_norm, mirrors=True):
     def forward(self, input):
-        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        weight, bias = weight_and_bias(self)
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
-class GroupNorm(stock.GroupNorm, metaclass=Layer, op=F.group_norm):
+class GroupNorm(stock.GroupNorm, metaclass=Layer, op=F.group_norm, mirrors=True):
     def forward(self, input):
-        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        weight, bias = weight_and_bias(self)
+        return F.group_norm(input, self.num_groups, weight, bias, self.eps)
 
 
-class RMSNorm(stock.RMSNorm, metaclass=Layer, op=F.rms_norm):
+class RMSNorm(stock.RMSNorm, metaclass=Layer, op=F.rms_norm, mirrors=True):
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        (weight,) = attributes(self, "weight")
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)

@@ -3,16 +3,17 @@
 import torch.nn as stock
 
 import fastnn.functional as F
-from fastnn.layers._layer import Layer
+from fastnn.layers._layer import Layer, attributes
 
 __all__ = ["Embedding", "EmbeddingBag"]
 
 
 class Embedding(stock.Embedding, metaclass=Layer):
     def forward(self, input):
+        (weight,) = attributes(self, "weight")
         return F.embedding(
             input,
-            self.weight,
+            weight,
             self.padding_idx,
             self.max_norm,
             self.norm_type,

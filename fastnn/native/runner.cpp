@@ -34,9 +34,11 @@
 #include <dlfcn.h>
 
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 namespace {
@@ -675,6 +677,23 @@ bool equals(PyObject* value, PyObject* constant) {
   if (value == constant) return !PyList_Check(value);
   if (constant == Py_None || PyBool_Check(constant)) return false;
   if (Py_TYPE(value) != Py_TYPE(constant)) return false;
+  if (PyFloat_CheckExact(value)) {
+    double a = PyFloat_AS_DOUBLE(value), b = PyFloat_AS_DOUBLE(constant);
+    return a == b && std::signbit(a) == std::signbit(b);
+  }
+  if (PyLong_CheckExact(value) || PyUnicode_CheckExact(value)) {
+    int equal = PyObject_RichCompareBool(value, constant, Py_EQ);
+    if (equal < 0) throw_python_error();
+    return equal;
+  }
+  if (PyTuple_CheckExact(value)) {
+    Py_ssize_t n = PyTuple_GET_SIZE(value);
+    if (n != PyTuple_GET_SIZE(constant)) return false;
+    for (Py_ssize_t i = 0; i < n; i++) {
+      if (!equals(PyTuple_GET_ITEM(value, i), PyTuple_GET_ITEM(constant, i))) return false;
+    }
+    return true;
+  }
   Ref answer = checked(PyObject_CallFunctionObjArgs(same, value, constant, nullptr));
   return answer.get() == Py_True;
 }
@@ -720,13 +739,8 @@ bool fits(const Plan& plan, PyObject* const* args, const Tensor** given) {
   return hold(plan.checks);
 }
 
-PyObject* call(PyObject* self, PyObject* const* args, size_t flags, PyObject* names) {
-  std::shared_ptr<const Plan> plan = ((PlanObject*)self)->plan;
-  size_t n = (size_t)PyVectorcall_NARGS(flags);
-  if (names || n != plan->forms.size()) {
-    PyErr_SetString(PyExc_TypeError, "a plan takes all arguments, by position");
-    return nullptr;
-  }
+// What a call with these arguments returns, or UNFIT.
+PyObject* attempt(const std::shared_ptr<const Plan>& plan, PyObject* const* args, size_t n) {
   try {
     const Tensor* given[64];
     Leaves leaves;
@@ -735,10 +749,7 @@ PyObject* call(PyObject* self, PyObject* const* args, size_t flags, PyObject* na
       for (size_t i = 0; i < n && formed; i++) formed = take(plan->forms[i], args[i], leaves);
       args = leaves.data();
     }
-    if (!formed || !fits(*plan, args, given)) {
-      Py_INCREF(unfit);
-      return unfit;
-    }
+    if (!formed || !fits(*plan, args, given)) return Py_NewRef(unfit);
     Slots slots(plan->count);
     for (size_t i = 0; i < plan->metas.size(); i++) slots[i] = *given[i];
     {
@@ -769,6 +780,77 @@ PyObject* call(PyObject* self, PyObject* const* args, size_t flags, PyObject* na
     torch::translate_exception_to_python(std::current_exception());
     return nullptr;
   }
+}
+
+PyObject* call(PyObject* self, PyObject* const* args, size_t flags, PyObject* names) {
+  std::shared_ptr<const Plan> plan = ((PlanObject*)self)->plan;
+  size_t n = (size_t)PyVectorcall_NARGS(flags);
+  if (names || n != plan->forms.size()) {
+    PyErr_SetString(PyExc_TypeError, "a plan takes all arguments, by position");
+    return nullptr;
+  }
+  return attempt(plan, args, n);
+}
+
+// ---- The plans of an op -------------------------------------------------------------------------
+
+// Plans by the shape of one argument. A call looks for its plan here without Python's help: mode,
+// shape, and all that the guard asks.
+struct Entry {
+  Ref mode;
+  PyObject* made;  // the plan's object, for its removal; `Plans` of _record.py holds it
+  std::shared_ptr<const Plan> plan;
+};
+using Bucket = std::vector<std::shared_ptr<const Entry>>;
+
+struct TableObject {
+  PyObject_HEAD
+  vectorcallfunc vectorcall;
+  size_t key;  // the argument by whose shape plans are found
+  size_t count;  // of arguments
+  Ref context;  // the variable with the mode of a context
+  // Buckets are replaced, not changed: a guard may run Python's code, which may add a plan.
+  std::unordered_map<uint64_t, std::shared_ptr<const Bucket>> buckets;
+};
+
+uint64_t hashed(c10::IntArrayRef sizes, bool grad_mode) {
+  uint64_t found = grad_mode ? 0x9e3779b97f4a7c15 : 0x51ed270b0a1c3d21;
+  for (int64_t n : sizes) found = (found ^ (uint64_t)n) * 0x100000001b3 + 0x632be59bd9b4e019;
+  return found;
+}
+
+bool is_mode(PyObject* mode, PyObject* other) {
+  return mode == other || (PyUnicode_CheckExact(mode) && PyUnicode_CheckExact(other) &&
+                           PyUnicode_Compare(mode, other) == 0);
+}
+
+// table(mode, *arguments) -> what the call returns, or UNFIT. mode: the one in force in every
+// thread, if a context has no other.
+PyObject* find_and_call(PyObject* self, PyObject* const* args, size_t flags, PyObject* names) {
+  auto* table = (TableObject*)self;
+  auto n = (size_t)PyVectorcall_NARGS(flags);
+  if (names || n != table->count + 1) {
+    PyErr_SetString(PyExc_TypeError, "a mode and all arguments are expected, by position");
+    return nullptr;
+  }
+  PyObject* mode = args[0];
+  PyObject* value = args[1 + table->key];
+  if (!THPVariable_CheckExact(value)) return Py_NewRef(unfit);
+  auto found = table->buckets.find(
+      hashed(THPVariable_Unpack(value).unsafeGetTensorImpl()->sizes(), at::GradMode::is_enabled()));
+  if (found == table->buckets.end()) return Py_NewRef(unfit);
+  PyObject* here = nullptr;
+  if (PyContextVar_Get(table->context.get(), nullptr, &here) < 0) return nullptr;
+  Ref held = Ref::stolen(here);
+  if (here && here != Py_None && !is_mode(here, mode)) return Py_NewRef(unfit);
+  std::shared_ptr<const Bucket> bucket = found->second;
+  for (const auto& entry : *bucket) {
+    if (!is_mode(entry->mode.get(), mode)) continue;
+    PyObject* result = attempt(entry->plan, args + 1, n - 1);
+    if (result != unfit) return result;
+    Py_DECREF(result);
+  }
+  return Py_NewRef(unfit);
 }
 
 // ---- Making plans -------------------------------------------------------------------------------
@@ -998,6 +1080,13 @@ void destroy(PyObject* self, M T::*member) {
 void plan_dealloc(PyObject* self) { destroy(self, &PlanObject::plan); }
 void holder_dealloc(PyObject* self) { destroy(self, &HolderObject::holder); }
 
+void table_dealloc(PyObject* self) {
+  auto* table = (TableObject*)self;
+  table->context.~Ref();
+  destroy(self, &TableObject::buckets);
+}
+
+PyTypeObject TableType = {PyVarObject_HEAD_INIT(nullptr, 0)};
 PyTypeObject PlanType = {PyVarObject_HEAD_INIT(nullptr, 0)};
 PyTypeObject HolderType = {PyVarObject_HEAD_INIT(nullptr, 0)};
 
@@ -1119,6 +1208,67 @@ PyObject* holder_set(PyObject* self, PyObject* args) {
   }
 }
 
+// plan.table(position of the argument by whose shape plans are found, number of arguments, context
+// variable)
+PyObject* py_table(PyObject*, PyObject* args) {
+  Py_ssize_t key, count;
+  PyObject* context;
+  if (!PyArg_ParseTuple(args, "nnO", &key, &count, &context)) return nullptr;
+  auto* table = (TableObject*)TableType.tp_alloc(&TableType, 0);
+  if (!table) return nullptr;
+  table->vectorcall = find_and_call;
+  table->key = (size_t)key;
+  table->count = (size_t)count;
+  new (&table->context) Ref(Ref::borrowed(context));
+  new (&table->buckets) decltype(table->buckets)();
+  return (PyObject*)table;
+}
+
+// table.add(mode, shape, plan)
+PyObject* table_add(PyObject* self, PyObject* args) {
+  try {
+    auto* table = (TableObject*)self;
+    PyObject *mode, *shape, *made;
+    if (!PyArg_ParseTuple(args, "OOO", &mode, &shape, &made)) return nullptr;
+    if (Py_TYPE(made) != &PlanType) fail("a plan was expected");
+    const auto& plan = ((PlanObject*)made)->plan;
+    if (plan->forms.size() != table->count) fail("a plan of another op");
+    auto entry = std::make_shared<Entry>(Entry{Ref::borrowed(mode), made, plan});
+    auto& bucket = table->buckets[hashed(integers<int64_t>(shape), plan->grad_mode)];
+    auto more = bucket ? std::make_shared<Bucket>(*bucket) : std::make_shared<Bucket>();
+    more->push_back(std::move(entry));
+    bucket = std::move(more);
+    Py_RETURN_NONE;
+  } catch (...) {
+    torch::translate_exception_to_python(std::current_exception());
+    return nullptr;
+  }
+}
+
+// table.remove(plan)
+PyObject* table_remove(PyObject* self, PyObject* made) {
+  auto* table = (TableObject*)self;
+  for (auto& [hash, bucket] : table->buckets) {
+    for (size_t i = 0; i < bucket->size(); i++) {
+      if ((*bucket)[i]->made != made) continue;
+      auto fewer = std::make_shared<Bucket>(*bucket);
+      fewer->erase(fewer->begin() + (std::ptrdiff_t)i);
+      std::shared_ptr<const Bucket> before = std::move(bucket);  // its plan goes after the change
+      bucket = std::move(fewer);
+      Py_RETURN_NONE;
+    }
+  }
+  Py_RETURN_NONE;
+}
+
+// table.clear()
+PyObject* table_clear(PyObject* self, PyObject*) {
+  auto* table = (TableObject*)self;
+  decltype(table->buckets) before;
+  std::swap(before, table->buckets);
+  Py_RETURN_NONE;
+}
+
 // setup(UNFIT, same)
 PyObject* py_setup(PyObject*, PyObject* args) {
   if (!PyArg_ParseTuple(args, "OO", &unfit, &same)) return nullptr;
@@ -1129,6 +1279,12 @@ PyObject* py_setup(PyObject*, PyObject* args) {
 
 PyMethodDef holder_methods[] = {{"set", holder_set, METH_VARARGS, nullptr},
                                 {nullptr, nullptr, 0, nullptr}};
+PyMethodDef table_methods[] = {{"add", table_add, METH_VARARGS, nullptr},
+                               {"remove", table_remove, METH_O, nullptr},
+                               {"clear", table_clear, METH_NOARGS, nullptr},
+                               {nullptr, nullptr, 0, nullptr}};
+PyMethodDef plan_methods[] = {{"table", py_table, METH_VARARGS, nullptr},
+                              {nullptr, nullptr, 0, nullptr}};
 PyMethodDef functions[] = {{"setup", py_setup, METH_VARARGS, nullptr},
                            {"driver", py_driver, METH_VARARGS, nullptr},
                            {"plan", py_plan, METH_O, nullptr},
@@ -1144,11 +1300,22 @@ PyMODINIT_FUNC PyInit_runner() {
   PlanType.tp_vectorcall_offset = offsetof(PlanObject, vectorcall);
   PlanType.tp_call = PyVectorcall_Call;
   PlanType.tp_dealloc = plan_dealloc;
+  PlanType.tp_methods = plan_methods;
+  TableType.tp_name = "fastnn.native.Table";
+  TableType.tp_basicsize = sizeof(TableObject);
+  TableType.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL;
+  TableType.tp_vectorcall_offset = offsetof(TableObject, vectorcall);
+  TableType.tp_call = PyVectorcall_Call;
+  TableType.tp_dealloc = table_dealloc;
+  TableType.tp_methods = table_methods;
   HolderType.tp_name = "fastnn.native.Holder";
   HolderType.tp_basicsize = sizeof(HolderObject);
   HolderType.tp_flags = Py_TPFLAGS_DEFAULT;
   HolderType.tp_methods = holder_methods;
   HolderType.tp_dealloc = holder_dealloc;
-  if (PyType_Ready(&PlanType) < 0 || PyType_Ready(&HolderType) < 0) return nullptr;
+  if (PyType_Ready(&PlanType) < 0 || PyType_Ready(&HolderType) < 0 ||
+      PyType_Ready(&TableType) < 0) {
+    return nullptr;
+  }
   return PyModule_Create(&definition);
 }

@@ -120,12 +120,12 @@ def refuse_numbers(*numbers, activation: str = "") -> Stock | None:
         and isinstance(numbers[0], (int, float))
         and numbers[0] > numbers[1]
     ):
-        return Invalid(f"limits {numbers}")
+        return Invalid("option", f"limits {numbers}")
     for number in numbers:
         if isinstance(number, Tensor):
-            return Stock("a parameter is a tensor")
+            return Stock("option", "a parameter is a tensor")
         if not isinstance(number, (int, float)) or _FLOAT_MAX < abs(number) < math.inf:
-            return Invalid(f"a parameter is not a float32 number: {number!r}")
+            return Invalid("dtype", f"a parameter is not a float32 number: {number!r}")
     return None
 
 
@@ -137,7 +137,7 @@ def _pointwise(x, formula, a=0.0, b=0.0, inplace=False, out_dtype=None):
     if inplace:
         not_writable = _not_writable(x)
         if not_writable is not None:
-            return Invalid(not_writable)
+            return Invalid("autograd", not_writable)
         formula = IN_PLACE.get(formula, formula)
         if formula.keeps == "x" and x.requires_grad and torch.is_grad_enabled():
             copy = x.clone()  # recorded by autograd, so that second derivatives pass through it
@@ -181,7 +181,9 @@ def leaky_relu(input, negative_slope=0.01, inplace=False):
 
 def _leaky_relu(x, slope, inplace):
     if inplace and isinstance(slope, (int, float)) and slope < 0:
-        return Stock(f"negative_slope={slope} in place")  # PyTorch's backward refuses it
+        return Stock(
+            "autograd", f"negative_slope={slope} in place"
+        )  # PyTorch's backward refuses it
     return _pointwise(x, LEAKY_RELU, slope, inplace=inplace)
 
 
@@ -190,13 +192,15 @@ def rrelu(input, lower=1.0 / 8, upper=1.0 / 3, training=False, inplace=False):
     """Fused in eval mode for contiguous inputs, and in place for all. In training PyTorch runs: the
     slopes are random."""
     if training:
-        return Stock("training=True draws random slopes")
+        return Stock("random", "training=True draws random slopes")
     if not (isinstance(lower, (int, float)) and isinstance(upper, (int, float))):
-        return Stock(f"lower={lower!r}, upper={upper!r}")
+        return Stock("option", f"lower={lower!r}, upper={upper!r}")
     if not (lower <= upper and math.isfinite(lower) and math.isfinite(upper)):
-        return Invalid(f"lower={lower}, upper={upper}")
+        return Invalid("option", f"lower={lower}, upper={upper}")
     if not (inplace or input.is_contiguous()):
-        return Stock("an input that is not contiguous, whose result PyTorch makes contiguous")
+        return Stock(
+            "layout", "an input that is not contiguous, whose result PyTorch makes contiguous"
+        )
     return _leaky_relu(input, (lower + upper) / 2, inplace)
 
 
@@ -212,7 +216,7 @@ def hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False):
     """Fused, also in place."""
     if isinstance(min_val, (int, float)) and isinstance(max_val, (int, float)):
         if min_val > max_val:
-            return Invalid(f"min_val={min_val} above max_val={max_val}")
+            return Invalid("option", f"min_val={min_val} above max_val={max_val}")
     return _pointwise(input, HARDTANH, min_val, max_val, inplace)
 
 
@@ -224,7 +228,7 @@ def elu(input, alpha=1.0, inplace=False):
 
 def _elu(x, alpha, input_scale, inplace):
     if inplace and isinstance(alpha, (int, float)) and alpha < 0:
-        return Stock(f"alpha={alpha} in place")  # PyTorch's backward refuses it
+        return Stock("autograd", f"alpha={alpha} in place")  # PyTorch's backward refuses it
     return _pointwise(x, ELU, alpha, input_scale, inplace)
 
 
@@ -234,7 +238,7 @@ def celu(input, alpha=1.0, inplace=False):
     if not isinstance(alpha, (int, float)):
         return _elu(input, alpha, 1.0, inplace)
     if alpha == 0:
-        return Invalid("alpha=0")
+        return Invalid("option", "alpha=0")
     return _elu(input, alpha, 1.0 / alpha, inplace)
 
 
@@ -248,7 +252,7 @@ def selu(input, inplace=False):
 def gelu(input, *, approximate="none"):
     """Fused for the erf formula and for the tanh formula."""
     if approximate not in ("none", "tanh"):
-        return Invalid(f"approximate={approximate!r}")
+        return Invalid("option", f"approximate={approximate!r}")
     return _pointwise(input, GELU if approximate == "none" else GELU_TANH)
 
 
@@ -304,7 +308,7 @@ def hardshrink(input, lambd=0.5):
 def softshrink(input, lambd=0.5):
     """Fused."""
     if isinstance(lambd, (int, float)) and not 0 <= lambd <= torch.finfo(input.dtype).max:
-        return Invalid(f"lambd={lambd}")
+        return Invalid("option", f"lambd={lambd}")
     return _pointwise(input, SOFTSHRINK, rounded(lambd, input.dtype))
 
 

@@ -186,19 +186,19 @@ def _shapes(q, k, v, mask, gqa: bool) -> tuple[int, ...] | Stock:
     """The dims of the result before the last two, or what is wrong with the shapes."""
     shapes = f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
     if min(q.dim(), k.dim(), v.dim()) < (3 if gqa else 2):
-        return Invalid(shapes)
+        return Invalid("shape", shapes)
     if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
-        return Invalid(shapes)
+        return Invalid("shape", shapes)
     lead: tuple[int, ...]
     try:
         if gqa:
             H = q.shape[-3]
             if not H:
-                return Stock("no heads of queries")
+                return Stock("empty", "no heads of queries")
             if not k.shape[-3] or not v.shape[-3] or H % k.shape[-3] or H % v.shape[-3]:
-                return Invalid(shapes)
+                return Invalid("shape", shapes)
             if k.shape[-3] != v.shape[-3]:
-                return Stock(f"{k.shape[-3]} heads of keys, {v.shape[-3]} of values")
+                return Stock("shape", f"{k.shape[-3]} heads of keys, {v.shape[-3]} of values")
             lead = (*torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3]), H)
         else:
             lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
@@ -207,9 +207,9 @@ def _shapes(q, k, v, mask, gqa: bool) -> tuple[int, ...] | Stock:
             scores = lead if gqa else torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
             scores = (*scores, q.shape[-2], k.shape[-2])
             if mask.dim() > len(scores) or torch.broadcast_shapes(scores, mask.shape) != scores:
-                return Invalid(f"mask {tuple(mask.shape)} for {scores}")
+                return Invalid("shape", f"mask {tuple(mask.shape)} for {scores}")
     except RuntimeError:
-        return Invalid(shapes)
+        return Invalid("shape", shapes)
     return lead
 
 
@@ -239,7 +239,7 @@ def _weights(
     """
     cuda = torch.backends.cuda
     if not (cuda.flash_sdp_enabled() and cuda.mem_efficient_sdp_enabled()):
-        return Stock("the user chose among PyTorch's backends (sdpa_kernel)")
+        return Stock("option", "the user chose among PyTorch's backends (sdpa_kernel)")
     weights = query.shape[:-1].numel() * key.shape[-2]
     backend = torch._fused_sdp_choice(
         query, key, value, attn_mask, dropout_p, bool(is_causal), scale=scale,
@@ -249,7 +249,7 @@ def _weights(
         return Work(weights, "attention weights", BESIDE_FUSED)
     precision = matmul_precision(query.get_device())
     if query.dtype == torch.float32 and precision == "ieee" and query.is_cuda:
-        return Stock("float32 products without TF32: cuBLAS is faster than a kernel")
+        return Stock("gate", "float32 products without TF32: cuBLAS is faster than a kernel")
     return Work(weights, "attention weights")
 
 
@@ -297,40 +297,42 @@ def scaled_dot_product_attention(
     """
     q, k, v, mask = query, key, value, attn_mask
     if q.dtype != k.dtype or q.dtype != v.dtype or q.dtype == torch.bool:
-        return Invalid(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}")
+        return Invalid("dtype", f"dtypes {q.dtype}, {k.dtype}, {v.dtype}")
     if mask is not None and mask.dtype not in (torch.bool, torch.float32, q.dtype):
-        return Invalid(f"mask of {mask.dtype} for {q.dtype}")
+        return Invalid("dtype", f"mask of {mask.dtype} for {q.dtype}")
     if type(dropout_p) not in (float, int) or not isinstance(scale, (float, int, type(None))):
-        return Stock(f"dropout_p={dropout_p!r}, scale={scale!r}")
+        return Stock("option", f"dropout_p={dropout_p!r}, scale={scale!r}")
     if not 0 <= dropout_p <= 1:
-        return Invalid(f"dropout_p={dropout_p}")
+        return Invalid("option", f"dropout_p={dropout_p}")
     gqa, causal = bool(enable_gqa), bool(is_causal)
     lead = _shapes(q, k, v, mask, gqa)
     if isinstance(lead, Stock):
         return lead
     if not (q.numel() and k.numel() and v.numel()):
-        return Stock("no elements")  # PyTorch fills the result, and keeps nothing
+        return Stock("empty", "no elements")  # PyTorch fills the result, and keeps nothing
     D, (S, E) = q.shape[-1], v.shape[-2:]
     if not 0 < D <= 256 or not 0 < E <= 256:
-        return Stock(f"head size {max(D, E)}")
+        return Stock("size", f"head size {max(D, E)}")
     if mask is not None:
         if _four_of_mask(mask, lead[:-1]) is None:
-            return Stock(f"mask {tuple(mask.shape)}, constant in some of the dims of the batch")
+            return Stock(
+                "shape", f"mask {tuple(mask.shape)}, constant in some of the dims of the batch"
+            )
         if mask.requires_grad and S > 1 and mask.shape[-1:] in ((), (1,)):
-            return Stock("the gradient of a mask that is one column")
+            return Stock("autograd", "the gradient of a mask that is one column")
     # The backend also determines the layout of the result.
     backend = torch._fused_sdp_choice(q, k, v, mask, dropout_p, causal, scale=scale, enable_gqa=gqa)
     if backend == _ERROR or (backend == _MATH and causal and mask is not None):
-        return Invalid("no backend of PyTorch takes this call")
+        return Invalid("option", "no backend of PyTorch takes this call")
     if backend != _MATH and mask is not None and mask.dim() < 2:
-        return Invalid(f"mask {tuple(mask.shape)}, of fewer than two dims")
+        return Invalid("shape", f"mask {tuple(mask.shape)}, of fewer than two dims")
     precision = matmul_precision(q.get_device())
     arch = _gpus.architecture(q.get_device())
     noise, grad_scale = None, 1.0
     if dropout_p > 0:
         drawn = _noise(q, S, dropout_p)
         if isinstance(drawn, str):
-            return Stock(drawn)
+            return Stock("random", drawn)
         noise, grad_scale = drawn
     plan = Plan(
         lead, 1 / math.sqrt(D) if scale is None else float(scale), causal, gqa,

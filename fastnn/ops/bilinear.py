@@ -111,20 +111,23 @@ def bilinear(input1, input2, weight, bias=None):
     """Two products forward and three backward, in place of some for each output."""
     tensors = [input1, input2, weight, *(() if bias is None else (bias,))]
     if not all(isinstance(t, Tensor) for t in tensors):
-        return Invalid("an argument that is not a tensor")
+        return Invalid("shape", "an argument that is not a tensor")
     if any(t.dtype != weight.dtype for t in tensors):
-        return Invalid("tensors in several dtypes")
+        return Invalid("dtype", "tensors in several dtypes")
     if weight.dim() != 3 or not input1.dim() or input1.dim() != input2.dim():
-        return Invalid("a weight that is not (K, A, B), or inputs of different dimensions")
+        return Invalid("shape", "a weight that is not (K, A, B), or inputs of different dimensions")
     K, A, B = weight.shape
     fits = input1.shape[-1] == A and input2.shape[-1] == B
     if not fits or input1.shape[:-1] != input2.shape[:-1]:
-        return Invalid(f"inputs {tuple(input1.shape)} and {tuple(input2.shape)}")
+        return Invalid("shape", f"inputs {tuple(input1.shape)} and {tuple(input2.shape)}")
     if bias is not None and bias.shape != (K,):
-        return Invalid("a bias that is not one value per output")
+        return Invalid("shape", "a bias that is not one value per output")
     if not (input1.numel() and input2.numel() and weight.numel()):
-        return Stock("no rows, features or outputs")
+        return Stock("empty", "no rows, features or outputs")
     if torch.is_autocast_enabled(input1.device.type):
-        return Stock("autocast, which gives the products inside the stock op other dtypes on a CPU")
+        return Stock(
+            "autocast",
+            "autocast, which gives the products inside the stock op other dtypes on a CPU",
+        )
     x1, x2 = input1.reshape(-1, A), input2.reshape(-1, B)
     return run(Bilinear, x1, x2, weight, bias, input1.shape[:-1])

@@ -183,13 +183,13 @@ def _format(x, contiguous_first=True) -> torch.memory_format:
 def _unfit(input, eps, momentum=0.0) -> Stock | None:
     """Why no kernel takes the input, for every norm."""
     if type(eps) not in (float, int):
-        return Invalid(f"eps={eps!r}")
+        return Invalid("option", f"eps={eps!r}")
     if type(momentum) not in (float, int):
-        return Stock(f"momentum={momentum!r}")
+        return Stock("option", f"momentum={momentum!r}")
     if not input.numel():
-        return Stock("no elements")
+        return Stock("empty", "no elements")
     if input.numel() >= 2**31:  # kernels count the elements of a channel in 32 bits
-        return Stock(f"{input.numel()} elements")
+        return Stock("size", f"{input.numel()} elements")
     return None
 
 
@@ -197,7 +197,7 @@ def of_channels(C, *tensors) -> Stock | None:
     """Why PyTorch would reject parameters or statistics."""
     for t in tensors:
         if t is not None and tuple(t.shape) != (C,):
-            return Invalid(f"{tuple(t.shape)} for {C} channels")
+            return Invalid("shape", f"{tuple(t.shape)} for {C} channels")
     return None
 
 
@@ -209,23 +209,23 @@ def mixed_dtypes(input, *tensors) -> bool:
 
 def _group_norm(input, num_groups, weight, bias, eps, out_dtype, act=None):
     if input.dim() < 2 or type(num_groups) is not int or num_groups <= 0:
-        return Invalid(f"num_groups={num_groups!r}, input {tuple(input.shape)}")
+        return Invalid("shape", f"num_groups={num_groups!r}, input {tuple(input.shape)}")
     C = input.shape[1]
     if C % num_groups:
-        return Invalid(f"{num_groups} groups of {C} channels")
+        return Invalid("shape", f"{num_groups} groups of {C} channels")
     if input.numel() == num_groups:  # PyTorch: "Expected more than 1 value per channel"
-        return Invalid("one value in each group")
+        return Invalid("shape", "one value in each group")
     why = _unfit(input, eps) or of_channels(C, weight, bias)
     if why is not None:
         return why
     if weight is None and bias is not None:
-        return Stock("a bias without a weight")
+        return Stock("option", "a bias without a weight")
     if out_dtype is None and any(p is not None and p.dtype != input.dtype for p in (weight, bias)):
-        return Invalid("parameters in another dtype than the input")  # CUDA rejects them
+        return Invalid("dtype", "parameters in another dtype than the input")  # CUDA rejects them
     format = _format(input, False)
     kept = rounded(eps, out_dtype or input.dtype)
     if kept is None:
-        return Stock(f"eps={eps} in {input.dtype}")
+        return Stock("dtype", f"eps={eps} in {input.dtype}")
     input = input.contiguous(memory_format=format)  # which is what stock keeps for the backward
     spec = Spec(num_groups, kept, format=format, out_dtype=out_dtype, act=act)
     return run(ChannelNorm, input, weight, bias, None, None, None, spec)
@@ -262,27 +262,27 @@ def _batch_norm(
     input, running_mean, running_var, weight, bias, training, momentum, eps, act=None, residual=None
 ):
     if input.dim() < 2:
-        return Invalid(f"input {tuple(input.shape)}")
+        return Invalid("shape", f"input {tuple(input.shape)}")
     why = _unfit(input, eps, momentum)
     if why is not None:
         return why
     C = input.shape[1]
     if eps < 0 or (training and eps == 0):
-        return Invalid(f"eps={eps}")
+        return Invalid("option", f"eps={eps}")
     if training and input.numel() == C:
-        return Invalid("one value in each channel")
+        return Invalid("shape", "one value in each channel")
     if not training and (running_mean is None or running_var is None):
-        return Invalid("eval mode without running statistics")
+        return Invalid("option", "eval mode without running statistics")
     tensors = running_mean, running_var, weight, bias
     why = of_channels(C, *tensors)
     if why is not None:
         return why
     if mixed_dtypes(input, *tensors):
-        return Invalid("parameters or statistics in other dtypes")
+        return Invalid("dtype", "parameters or statistics in other dtypes")
     if (running_mean is None) != (running_var is None):
-        return Stock("one running statistic without the other")
+        return Stock("option", "one running statistic without the other")
     if any(t is not None and (t.requires_grad or not t.is_contiguous()) for t in tensors[:2]):
-        return Stock("running statistics that require grad, or are strided")
+        return Stock("autograd", "running statistics that require grad, or are strided")
     spec = Spec(0, float(eps), not training, float(momentum), _format(input), act=act)
     return run(ChannelNorm, input, weight, bias, residual, running_mean, running_var, spec)
 
@@ -290,7 +290,7 @@ def _batch_norm(
 def _in_training(input, mean, var, weight=None, bias=None, training=False, *rest, **options):
     """The gate's policy: in eval mode no pass can be saved."""
     if not training:
-        return Stock("training=False: PyTorch also makes one pass")
+        return Stock("gate", "training=False: PyTorch also makes one pass")
     last = _format(input) is not torch.contiguous_format
     once = kernels.channel_norm.reads_once(input, 0, last)
     return Work(input.numel(), variant="" if once else SEVERAL)
@@ -333,29 +333,29 @@ def instance_norm(
 ):  # fmt: skip
     """Fused with the statistics of the input, and with running statistics, which it updates."""
     if input.dim() < 2:
-        return Invalid(f"input {tuple(input.shape)}")
+        return Invalid("shape", f"input {tuple(input.shape)}")
     why = _unfit(input, eps, momentum)
     if why is not None:
         return why
     C = input.shape[1]
     if use_input_stats and input.shape[2:].numel() == 1:
-        return Invalid("one value in each instance")
+        return Invalid("shape", "one value in each instance")
     if not use_input_stats and (running_mean is None or running_var is None):
-        return Invalid("use_input_stats=False without running statistics")
+        return Invalid("option", "use_input_stats=False without running statistics")
     tensors = running_mean, running_var, weight, bias
     why = of_channels(C, *tensors)
     if why is not None:
         return why
     if mixed_dtypes(input, weight, bias):
-        return Invalid("parameters in other dtypes")
+        return Invalid("dtype", "parameters in other dtypes")
     if (running_mean is None) != (running_var is None) or mixed_dtypes(input, *tensors):
-        return Stock("running statistics in another dtype, or one without the other")
+        return Stock("dtype", "running statistics in another dtype, or one without the other")
     if any(t is not None and (t.requires_grad or not t.is_contiguous()) for t in tensors[:2]):
-        return Stock("running statistics that require grad, or are strided")
+        return Stock("autograd", "running statistics that require grad, or are strided")
     given = (running_mean, running_var) if use_input_stats else ()
     if any(t is not None and t.is_inference() for t in given):
         if not torch.is_inference_mode_enabled():
-            return Invalid("running statistics made under inference_mode")
+            return Invalid("autograd", "running statistics made under inference_mode")
     if torch.is_grad_enabled():
         # PyTorch repeats these for each sample, so edits between forward and backward do not
         # matter.
@@ -403,7 +403,7 @@ def group_norm_act(
     activations, and a and b, are those of `linear_act`. Raises ValueError for any other activation.
     """
     if activation not in ACTIVATIONS:
-        return Invalid(f"activation={activation!r}")
+        return Invalid("option", f"activation={activation!r}")
     why = refuse_numbers(a, b, activation=activation)
     if why is not None:
         return why
@@ -431,7 +431,7 @@ def batch_norm_act(
     activations, and a and b, are those of `linear_act`. Raises ValueError for any other activation.
     """
     if activation not in ACTIVATIONS:
-        return Invalid(f"activation={activation!r}")
+        return Invalid("option", f"activation={activation!r}")
     why = refuse_numbers(a, b, activation=activation)
     if why is not None:
         return why
@@ -463,9 +463,9 @@ def batch_norm_add_relu(
     call. Raises what `batch_norm` raises.
     """
     if residual.shape != input.shape or residual.dtype != input.dtype:
-        return Stock(f"residual {tuple(residual.shape)}, input {tuple(input.shape)}")
+        return Stock("shape", f"residual {tuple(residual.shape)}, input {tuple(input.shape)}")
     if _format(residual) != _format(input):
-        return Stock("input and residual in different memory formats")
+        return Stock("layout", "input and residual in different memory formats")
     act = Act("relu", 0.0, 0.0)
     return _batch_norm(
         input, running_mean, running_var, weight, bias, training, momentum, eps, act, residual

@@ -378,26 +378,26 @@ def _planned(
     if transposed:
         options = stride, padding, output_padding, groups, dilation
     if input.dim() not in (dims + 1, dims + 2) or weight.dim() != dims + 2:
-        return Invalid(f"input {tuple(input.shape)}, weight {tuple(weight.shape)}")
+        return Invalid("shape", f"input {tuple(input.shape)}, weight {tuple(weight.shape)}")
     if input.dtype != weight.dtype or (bias is not None and bias.dtype != input.dtype):
-        return Invalid("several dtypes")
+        return Invalid("dtype", "several dtypes")
     strides, dilations = _ints(stride, dims), _ints(dilation, dims)
     if strides is None or min(strides) < 1 or dilations is None or min(dilations) < 1:
-        return Invalid(f"stride={stride!r}, dilation={dilation!r}")
+        return Invalid("option", f"stride={stride!r}, dilation={dilation!r}")
     kernel_size = tuple(weight.shape[2:])
     reach = [d * (k - 1) for k, d in zip(kernel_size, dilations, strict=True)]
     if padding in ("same", "valid") and not transposed:
         if padding == "same" and max(strides) > 1:
-            return Invalid("padding='same' with a stride")
+            return Invalid("option", "padding='same' with a stride")
         both = reach if padding == "same" else [0] * dims
         before = tuple(b // 2 for b in both)
     else:
         given = _ints(padding, dims)
         if given is None or min(given) < 0:
-            return Invalid(f"padding={padding!r}")
+            return Invalid("option", f"padding={padding!r}")
         before, both = given, [2 * p for p in given]
     if type(groups) is not int or not 1 <= groups <= weight.shape[0] or weight.shape[0] % groups:
-        return Invalid(f"groups={groups!r}")
+        return Invalid("option", f"groups={groups!r}")
     sizes = input.shape[-dims:]
     C = input.shape[-dims - 1]
     if transposed:
@@ -405,7 +405,7 @@ def _planned(
         if more is None or any(
             not 0 <= m < max(s, d) for m, s, d in zip(more, strides, dilations, strict=True)
         ):
-            return Invalid(f"output_padding={output_padding!r}")
+            return Invalid("option", f"output_padding={output_padding!r}")
         reads, K = weight.shape[0], weight.shape[1] * groups
         out = [
             (i - 1) * s - b + r + m + 1
@@ -417,15 +417,17 @@ def _planned(
             (i + b - r - 1) // s + 1 for i, s, b, r in zip(sizes, strides, both, reach, strict=True)
         ]
     if C != reads or (bias is not None and tuple(bias.shape) != (K,)):
-        return Invalid(f"{C} channels, weight {tuple(weight.shape)} in {groups} groups")
+        return Invalid("shape", f"{C} channels, weight {tuple(weight.shape)} in {groups} groups")
     if not input.numel() or not weight.numel():
-        return Stock("no elements")
+        return Stock("empty", "no elements")
     if min(out) < 1:
-        return Invalid(f"an output of {tuple(out)}")
+        return Invalid("shape", f"an output of {tuple(out)}")
     batch = input if input.dim() == dims + 2 else input.unsqueeze(0)
     positions = max(sizes.numel(), torch.Size(out).numel())
     if max(C, K, batch.shape[0]) * positions >= _LIMIT:
-        return Stock("more elements of a sample, or positions of a channel, than 32 bits can index")
+        return Stock(
+            "size", "more elements of a sample, or positions of a channel, than 32 bits can index"
+        )
     last = _runs_channels_last(batch, weight)
     direct = weight.shape[0] // groups * weight.shape[1] <= _FEW_PAIRS
     how = None if direct else _precision(input.get_device())
@@ -453,11 +455,11 @@ def _depthwise(input, weight, bias, stride, padding, dilation, groups, *more):
     """
     dims = weight.dim() - 2
     if groups == 1 or groups != input.shape[-dims - 1]:
-        return Stock("not depthwise, and cuDNN is as fast for every other convolution")
+        return Stock("gate", "not depthwise, and cuDNN is as fast for every other convolution")
     batch = input if input.dim() == dims + 2 else input.unsqueeze(0)
     taps = weight.shape[2:].numel()
     if taps > _MOST_TAPS and not _runs_channels_last(batch, weight):
-        return Stock(f"{taps} taps, and channels are not last: PyTorch's kernel is as fast")
+        return Stock("gate", f"{taps} taps, and channels are not last: PyTorch's kernel is as fast")
     return Work(input.numel(), "elements", "depthwise")
 
 
@@ -536,13 +538,19 @@ def _wins(input, weight, bias, stride, padding, dilation, groups, passes, tracke
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tracked):
         most -= _PRODUCTS // 2
     if products > most:
-        return Stock(f"{products} products for an output: cuDNN saves more than a pass takes")
+        return Stock(
+            "gate", f"{products} products for an output: cuDNN saves more than a pass takes"
+        )
     if input.element_size() != 2 or C % 8 or weight.shape[0] % 8:
-        return Stock("cuDNN is faster for products of float32, or of channels not in eights")
+        return Stock(
+            "gate", "cuDNN is faster for products of float32, or of channels not in eights"
+        )
     if _gpus.architecture(input.get_device()) not in GEMM_ARCHITECTURES:
-        return Stock("for dense convolutions on this GPU there is no estimate")
+        return Stock("gate", "for dense convolutions on this GPU there is no estimate")
     if not _runs_channels_last(input, weight):
-        return Stock("channels are not last, and cuDNN is as fast for every dense convolution")
+        return Stock(
+            "gate", "channels are not last, and cuDNN is as fast for every dense convolution"
+        )
     return Work(input.numel(), "elements", "dense")
 
 
@@ -550,7 +558,7 @@ def _after(activation, a, b) -> Act | Stock | None:
     if activation is None:
         return None
     if activation not in ACTIVATIONS:
-        return Invalid(f"activation={activation!r}")
+        return Invalid("option", f"activation={activation!r}")
     return refuse_numbers(a, b, activation=activation or "") or Act(activation, float(a), float(b))
 
 
@@ -595,7 +603,7 @@ def conv_act(
     """
     act = _after(activation, a, b)
     if act is None or isinstance(act, Stock):
-        return act or Invalid("activation=None")
+        return act or Invalid("option", "activation=None")
     plan = _planned(weight.dim() - 2, input, weight, bias, stride, padding, dilation, groups)
     if isinstance(plan, Stock):
         return plan
@@ -653,18 +661,18 @@ def conv_batch_norm_act(
     if isinstance(plan, Stock):
         return plan
     if type(eps) not in (float, int) or eps < 0:
-        return Invalid(f"eps={eps!r}")
+        return Invalid("option", f"eps={eps!r}")
     if running_mean is None or running_var is None:
-        return Invalid("no running statistics")
+        return Invalid("option", "no running statistics")
     if input.dim() != plan.dims + 2:
-        return Stock("one sample, whose first dimension batch_norm takes for a batch")
+        return Stock("shape", "one sample, whose first dimension batch_norm takes for a batch")
     tensors = running_mean, running_var, norm_weight, norm_bias
     why = of_channels(weight.shape[0], *tensors)
     if why is not None:
         return why
     if mixed_dtypes(input, *tensors):
-        return Invalid("parameters or statistics in other dtypes")
+        return Invalid("dtype", "parameters or statistics in other dtypes")
     if any(t.requires_grad for t in tensors[:2]):
-        return Stock("running statistics that require grad")
+        return Stock("autograd", "running statistics that require grad")
     rest = plan, After(act, float(eps))
     return run(ConvAct, input, weight, bias, *tensors, *rest)[0]

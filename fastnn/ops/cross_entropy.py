@@ -83,15 +83,15 @@ def _refuse(input, target, weight, ignore_index, smoothing, reduction, out_dtype
     if why is not None:
         return why
     if not isinstance(smoothing, (int, float)) or smoothing > 1.0:
-        return Invalid(f"label_smoothing={smoothing!r}")
+        return Invalid("option", f"label_smoothing={smoothing!r}")
     if isinstance(target, torch.Tensor) and target.shape == input.shape:
         if not target.is_floating_point():
-            return Invalid("a target of the input's shape that is not floating")
+            return Invalid("dtype", "a target of the input's shape that is not floating")
         if ignore_index >= 0:
-            return Invalid("ignore_index with class probabilities")
+            return Invalid("option", "ignore_index with class probabilities")
         return None
     if smoothing > 0.0 and isinstance(target, torch.Tensor) and target.dtype is torch.uint8:
-        return Stock("uint8 targets with label smoothing")
+        return Stock("dtype", "uint8 targets with label smoothing")
     return refuse_indices(input, target, weight, out_dtype)
 
 
@@ -106,6 +106,7 @@ def _tracked(input):
     autocast="fp32",
     autocast_cpu="fp32",
     opaque=True,
+    alerts=lambda input, target, *rest: input.dim() > 2 and not target.is_floating_point(),
     source="arXiv:1805.02867 (online softmax)",
 )
 def cross_entropy(

@@ -7,7 +7,7 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, Stock, impossible, op, run, second_order
+from fastnn._op import Function, Invalid, Stock, impossible, in_backward, op, run, second_order
 
 INTEGERS = (torch.int64, torch.int32)
 
@@ -58,8 +58,10 @@ def _numbers(lengths):
     stock=stock.ctc_loss,
     strided=("log_probs", "targets"),
     integers=INTEGERS,
+    on_host=("input_lengths", "target_lengths"),
     autocast="fp32",
     autocast_cpu="fp32",
+    alerts=in_backward,
 )
 def ctc_loss(
     log_probs, targets, input_lengths, target_lengths, blank=0, reduction="mean",
@@ -67,49 +69,56 @@ def ctc_loss(
 ):  # fmt: skip
     """Fused over all steps of a sequence, up to 1023 labels; always deterministic.
 
-    PyTorch raises RuntimeError in the backward on a GPU under `use_deterministic_algorithms`. The
+    PyTorch raises RuntimeError in the backward on a GPU under `use_deterministic_algorithms`; there
+    `auto` runs the kernels, too. The
     gradient is that of a log_softmax that was applied, as in PyTorch. A label outside [0, C) makes
     the loss of its sequence and the gradients of the sequence nan; PyTorch reads stray memory.
     """
     if not isinstance(log_probs, Tensor) or not isinstance(targets, Tensor):
-        return Invalid("log_probs or targets that are not tensors")
+        return Invalid("option", "log_probs or targets that are not tensors")
     if log_probs.dim() not in (2, 3) or targets.dim() not in (1, 2):
-        return Invalid("log_probs that are not (T, N, C) or (T, C)")
+        return Invalid("shape", "log_probs that are not (T, N, C) or (T, C)")
     if out_dtype is None and log_probs.dtype is not torch.float32:
-        return Invalid(f"log_probs in {log_probs.dtype}, which PyTorch has for float32 only")
+        return Invalid(
+            "dtype", f"log_probs in {log_probs.dtype}, which PyTorch has for float32 only"
+        )
     if targets.dtype not in INTEGERS:
-        return Stock(f"targets in {targets.dtype}")
+        return Stock("dtype", f"targets in {targets.dtype}")
     if type(blank) is not int or type(zero_infinity) is not bool:
-        return Stock(f"blank={blank!r}, zero_infinity={zero_infinity!r}")
+        return Stock("option", f"blank={blank!r}, zero_infinity={zero_infinity!r}")
     if reduction not in ("none", "mean", "sum"):
-        return Invalid(f"reduction={reduction!r}")
+        return Invalid("option", f"reduction={reduction!r}")
     if log_probs.numel() == 0:
-        return Stock("no log_probs")
+        return Stock("empty", "no log_probs")
     x, target = log_probs, targets
     if log_probs.dim() == 2:
         if targets.dim() != 1:
-            return Stock("2-d targets of one sequence")
-        x, target = x.unsqueeze(1), target.unsqueeze(0)
+            return Stock("shape", "2-d targets of one sequence")
+        x = x.unsqueeze(1)  # the targets are concatenated ones
     T, N, C = x.shape
     if not 0 <= blank < C:
-        return Invalid(f"blank={blank} of {C} classes")
+        return Invalid("option", f"blank={blank} of {C} classes")
     impossible("it reads the lengths of its sequences")
     steps, labels = _numbers(input_lengths), _numbers(target_lengths)
     if steps is None or labels is None or len(steps) != N or len(labels) != N:
-        return Invalid("lengths that are not one integer for each sequence")
+        return Invalid("shape", "lengths that are not one integer for each sequence")
     if min(steps) < 0 or max(steps) > T or min(labels) < 0:
-        return Invalid(f"an input length outside [0, {T}], or a negative target length")
+        return Invalid("option", f"an input length outside [0, {T}], or a negative target length")
     if target.dim() == 1:
         if sum(labels) != target.numel():
-            return Invalid(f"{target.numel()} concatenated targets for lengths of {sum(labels)}")
+            return Invalid(
+                "shape", f"{target.numel()} concatenated targets for lengths of {sum(labels)}"
+            )
         first = itertools.accumulate(labels[:-1], initial=0)
         offsets = [target.stride(0) * n for n in first]
     else:
         if target.shape[0] != N or max(labels) > target.shape[1]:
-            return Invalid("targets that are not (N, at least the longest target length)")
+            return Invalid("shape", "targets that are not (N, at least the longest target length)")
         offsets = [target.stride(0) * n for n in range(N)]
     if max(labels) > kernels.ctc.MOST:
-        return Stock(f"{max(labels)} labels")
+        return Stock("size", f"{max(labels)} labels")
+    if target.dtype is not torch.int64:
+        target = target.clone()  # as PyTorch, which converts it, so that users may edit theirs
     lengths = steps, labels, offsets
     loss = run(CTCLoss, x, target, lengths, (blank, reduction, zero_infinity))
     if reduction == "none" and log_probs.dim() == 2:

@@ -221,13 +221,13 @@ def _row_shape(dim, *xs):
     """(common shape of `xs`, `dim` as an index from 0 on), or why there are no rows."""
     shape = broadcast(*xs)
     if shape is None:
-        return Invalid("tensors that do not broadcast")
+        return Invalid("shape", "tensors that do not broadcast")
     if not shape:
-        return Stock("tensors without dimensions")
+        return Stock("shape", "tensors without dimensions")
     if isinstance(dim, bool) or not isinstance(dim, int) or not -len(shape) <= dim < len(shape):
-        return Invalid(f"dim={dim!r}")
+        return Invalid("option", f"dim={dim!r}")
     if shape[dim] == 0:
-        return Stock("rows without elements")
+        return Stock("empty", "rows without elements")
     return shape, dim % len(shape)
 
 
@@ -243,8 +243,9 @@ def _in_rows(*args, dim=-1, **options):
     width = most.shape[dim] if most.dim() else 1
     if most.numel() < FEW_ROWS * width:
         return Stock(
+            "gate",
             f"{most.numel() // width} rows: a kernel's program computes one row, so fewer than "
-            f"{FEW_ROWS} rows leave most of the GPU idle"
+            f"{FEW_ROWS} rows leave most of the GPU idle",
         )
     return Work(most.numel())
 
@@ -269,7 +270,7 @@ def cosine_similarity(x1, x2, dim=1, eps=1e-8, *, out_dtype=None):
     if isinstance(found, Stock):
         return found
     if not number(eps) or eps < 0:
-        return Invalid(f"eps={eps!r}")
+        return Invalid("option", f"eps={eps!r}")
     dtype = out_dtype or common_dtype(x1, x2)
     if isinstance(dtype, Stock):
         return dtype
@@ -294,9 +295,9 @@ def pairwise_distance(x1, x2, p=2.0, eps=1e-6, keepdim=False, *, out_dtype=None)
         return found
     norm = _norm(p)
     if norm is None:
-        return Stock(f"p={p!r}")
+        return Stock("option", f"p={p!r}")
     if not number(eps):
-        return Invalid(f"eps={eps!r}")
+        return Invalid("option", f"eps={eps!r}")
     dtype = out_dtype or common_dtype(x1, x2)
     if isinstance(dtype, Stock):
         return dtype
@@ -323,16 +324,16 @@ def triplet_margin_loss(
     if why is not None:
         return why
     if not number(margin) or margin <= 0 or not number(eps):
-        return Invalid(f"margin={margin!r}, eps={eps!r}")
+        return Invalid("option", f"margin={margin!r}, eps={eps!r}")
     if not anchor.dim() == positive.dim() == negative.dim():
-        return Invalid("tensors of different dimensions")
+        return Invalid("shape", "tensors of different dimensions")
     xs = anchor, positive, negative
     found = _row_shape(-1, *xs)
     if isinstance(found, Stock):
         return found
     norm = _norm(p)
     if norm is None:
-        return Stock(f"p={p!r}")
+        return Stock("option", f"p={p!r}")
     dtype = out_dtype or common_dtype(*xs)
     if isinstance(dtype, Stock):
         return dtype
@@ -358,14 +359,14 @@ def triplet_margin_with_distance_loss(
     """Fused as `triplet_margin_loss` is, if the distance is the default, `pairwise_distance`."""
     if distance_function not in (None, stock.pairwise_distance, pairwise_distance):
         name = getattr(distance_function, "__name__", type(distance_function).__name__)
-        return Stock(f"distance_function={name}: kernels have pairwise_distance")
+        return Stock("option", f"distance_function={name}: kernels have pairwise_distance")
     why = refuse((anchor, positive, negative), reduction)
     if why is not None:
         return why
     if not number(margin) or margin <= 0:
-        return Invalid(f"margin={margin!r}")
+        return Invalid("option", f"margin={margin!r}")
     if not anchor.dim() == positive.dim() == negative.dim():
-        return Invalid("tensors of different dimensions")
+        return Invalid("shape", "tensors of different dimensions")
     xs = anchor, positive, negative
     found = _row_shape(-1, *xs)
     if isinstance(found, Stock):
@@ -401,20 +402,20 @@ def cosine_embedding_loss(
     if why is not None:
         return why
     if not number(margin):
-        return Invalid(f"margin={margin!r}")
+        return Invalid("option", f"margin={margin!r}")
     if not input2.is_floating_point():
-        return Stock(f"an input in {input2.dtype}")
+        return Stock("dtype", f"an input in {input2.dtype}")
     if target.dim() > 1 or not input1.dim() == input2.dim() == target.dim() + 1:
-        return Invalid("a target without one number for each row")
+        return Invalid("shape", "a target without one number for each row")
     if input1.shape[-1] != input2.shape[-1]:
         # PyTorch computes the norm of each before it broadcasts
-        return Stock("rows of two lengths")
+        return Stock("shape", "rows of two lengths")
     found = _row_shape(-1, input1, input2)
     if isinstance(found, Stock):
         return found
     shape, dim = found
     if target.shape != shape[:-1]:
-        return Stock(f"a target of shape {tuple(target.shape)}")
+        return Stock("shape", f"a target of shape {tuple(target.shape)}")
     dtype = out_dtype or common_dtype(input1, input2)
     if isinstance(dtype, Stock):
         return dtype
@@ -448,30 +449,32 @@ def multi_margin_loss(
     if why is not None:
         return why
     if p not in (1, 2) or not number(margin):
-        return Invalid(f"p={p!r}, margin={margin!r}")
+        return Invalid("option", f"p={p!r}, margin={margin!r}")
     if not 1 <= input.dim() <= 2 or target.dtype != torch.int64:
-        return Invalid("an input that is not (N, C) or (C,), or a target that is not int64")
+        return Invalid(
+            "dtype", "an input that is not (N, C) or (C,), or a target that is not int64"
+        )
     shape = input.shape[:-1]
     if input.shape[-1] == 0:
-        return Stock("no classes")
+        return Stock("empty", "no classes")
     if target.shape != shape and not (not shape and target.shape == (1,)):
-        return Invalid(f"a target of shape {tuple(target.shape)}")
+        return Invalid("shape", f"a target of shape {tuple(target.shape)}")
     if target.shape != shape:
-        return Stock("a 1-d target of a 1-d input")
+        return Stock("shape", "a 1-d target of a 1-d input")
     if weight is not None:
         if weight.shape != input.shape[-1:]:
-            return Invalid("a weight that is not one value per class")
+            return Invalid("shape", "a weight that is not one value per class")
         if weight.requires_grad and torch.is_grad_enabled():
-            return Invalid("a weight that requires grad")
+            return Invalid("autograd", "a weight that requires grad")
         if weight.dtype != input.dtype and out_dtype is None:
-            return Invalid(f"a weight in {weight.dtype}")
+            return Invalid("dtype", f"a weight in {weight.dtype}")
     if size_average is not None or reduce is not None:
         reduction = resolve_reduction(size_average, reduce, reduction)
     xs = input, None, None
     dtype = out_dtype or input.dtype
     kept = rounded(margin, dtype)
     if kept is None:
-        return Invalid(f"margin={margin!r} in {dtype}")
+        return Invalid("dtype", f"margin={margin!r} in {dtype}")
     numbers = float(p), 0.0, kept
     divisor = row_divisor(reduction, target.numel())
     dim = input.dim() - 1
@@ -496,7 +499,7 @@ def multilabel_soft_margin_loss(
         return found
     shape, dim = found
     if input.dim() != len(shape) or input.shape[-1] != shape[-1]:
-        return Stock("an input that is broadcast")
+        return Stock("layout", "an input that is broadcast")
     dtype = out_dtype or common_dtype(input, target, weight)
     if isinstance(dtype, Stock):
         return dtype
@@ -508,5 +511,5 @@ def multilabel_soft_margin_loss(
         xs = input, target, weight
         return _rows(MULTILABEL_SOFT, xs, dim, (0.0, 0.0, 0.0), 2, False, None, dtype)
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        return Stock("a weight that requires grad")
+        return Stock("autograd", "a weight that requires grad")
     return multilabel(input, target, weight, C if reduction == "sum" else shape.numel(), dtype)

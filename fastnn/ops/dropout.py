@@ -89,18 +89,18 @@ def _alpha_constants(p: float, dtype: torch.dtype) -> tuple[float, tuple[float, 
 def _early(x, p, training, inplace):
     """The answer if no kernel is needed: a refusal, or x itself if dropout does nothing."""
     if type(p) is not float and type(p) is not int:
-        return Stock(f"p is a {type(p).__name__}")
+        return Stock("option", f"p is a {type(p).__name__}")
     if not 0 <= p <= 1:
-        return Invalid(f"p={p}")
+        return Invalid("option", f"p={p}")
     if type(training) is not bool or type(inplace) is not bool:
-        return Stock(f"training={training!r}, inplace={inplace!r}")
+        return Stock("option", f"training={training!r}, inplace={inplace!r}")
     if p == 0 or not training or not x.numel():
         return x
     if inplace and x.requires_grad and torch.is_grad_enabled():
         if x.is_leaf:
-            return Invalid("a leaf that requires grad, in place")
+            return Invalid("autograd", "a leaf that requires grad, in place")
         if x._is_view():
-            return Stock("in place in a view that requires grad")
+            return Stock("autograd", "in place in a view that requires grad")
     return None
 
 
@@ -115,14 +115,14 @@ def _fused(x, p, launcher, n, inplace, alpha=False):
         scale, draw = 0.0, _rng.draw_nothing(n, x.get_device())
     else:
         if n * x.element_size() >= 2**31:
-            return Stock(f"noise of {n} elements, more than 32 bits can index")
+            return Stock("size", f"noise of {n} elements, more than 32 bits can index")
         if alpha:
             scale, shift = _alpha_constants(p, x.dtype)
         else:
             scale = _bernoulli_scale(p, x.dtype)
         drawn = _rng.draw_bernoulli(n, x.get_device())
         if isinstance(drawn, str):
-            return Stock(drawn)
+            return Stock("random", drawn)
         draw = drawn
     bound = kernels._philox.bound(1.0 - p)
     return run(Dropout, x, Noise(draw, launcher, bound, scale, scale, shift), inplace)
@@ -135,14 +135,16 @@ def dropout(input, p=0.5, training=True, inplace=False):
     if early is not None:
         return early
     if not _dense(input):
-        return Stock(f"strides {input.stride()} with gaps or overlaps")
+        return Stock("layout", f"strides {input.stride()} with gaps or overlaps")
     if inplace or p == 1:
         return _fused(input, p, "elements", input.numel(), inplace)
     if not input.is_contiguous() and _rng.width(input) == 1:
-        return Stock(f"strides {input.stride()}: PyTorch does not draw in order of storage")
+        return Stock(
+            "layout", f"strides {input.stride()}: PyTorch does not draw in order of storage"
+        )
     draw = _rng.draw_native(input)
     if isinstance(draw, str):
-        return Stock(draw)
+        return Stock("random", draw)
     noise = Noise(draw, "elements", kernels._philox.bound(1.0 - p), *native_scales(p))
     return run(Dropout, input, noise, False)
 
@@ -154,7 +156,7 @@ def alpha_dropout(input, p=0.5, training=False, inplace=False):
     if early is not None:
         return early
     if not _dense(input):
-        return Stock(f"strides {input.stride()} with gaps or overlaps")
+        return Stock("layout", f"strides {input.stride()} with gaps or overlaps")
     return _fused(input, p, "elements", input.numel(), inplace, alpha=True)
 
 
@@ -166,9 +168,9 @@ def _feature(input, p, training, inplace, alpha=False, unbatched=False):
         return early.view_as(early) if unbatched and early is input and not inplace else early
     channel_dim = 0 if unbatched else 1
     if input.dim() <= channel_dim:
-        return Invalid(f"{input.dim()} dimensions")
+        return Invalid("shape", f"{input.dim()} dimensions")
     if not input.is_contiguous() and not input.movedim(channel_dim, -1).is_contiguous():
-        return Stock(f"strides {input.stride()}, neither contiguous nor channels last")
+        return Stock("layout", f"strides {input.stride()}, neither contiguous nor channels last")
     n = input.shape[: channel_dim + 1].numel()
     return _fused(input, p, "unbatched" if unbatched else "channels", n, inplace, alpha)
 
@@ -177,7 +179,7 @@ def _feature(input, p, training, inplace, alpha=False, unbatched=False):
 def dropout1d(input, p=0.5, training=True, inplace=False):
     """Fused for contiguous and channels-last layouts, also in place, without a noise tensor."""
     if input.dim() not in (2, 3):
-        return Invalid(f"{input.dim()} dimensions")
+        return Invalid("shape", f"{input.dim()} dimensions")
     return _feature(input, p, training, inplace, unbatched=input.dim() == 2)
 
 
@@ -185,7 +187,7 @@ def dropout1d(input, p=0.5, training=True, inplace=False):
 def dropout2d(input, p=0.5, training=True, inplace=False):
     """Fused for contiguous and channels-last layouts, also in place, without a noise tensor."""
     if input.dim() != 4:
-        return Stock(f"{input.dim()} dimensions, of which stock warns")
+        return Stock("shape", f"{input.dim()} dimensions, of which stock warns")
     return _feature(input, p, training, inplace)
 
 
@@ -193,7 +195,7 @@ def dropout2d(input, p=0.5, training=True, inplace=False):
 def dropout3d(input, p=0.5, training=True, inplace=False):
     """Fused for contiguous and channels-last layouts, also in place, without a noise tensor."""
     if input.dim() not in (4, 5):
-        return Stock(f"{input.dim()} dimensions, of which stock warns")
+        return Stock("shape", f"{input.dim()} dimensions, of which stock warns")
     return _feature(input, p, training, inplace, unbatched=input.dim() == 4)
 
 

@@ -79,21 +79,23 @@ def embedding(
     IndexError on a CPU. With TRITON_DEBUG=1 the kernel asserts as well.
     """
     if weight.dim() != 2 or not weight.is_floating_point() or input.is_floating_point():
-        return Invalid(f"weight {weight.dtype} {tuple(weight.shape)}, indices {input.dtype}")
+        return Invalid(
+            "dtype", f"weight {weight.dtype} {tuple(weight.shape)}, indices {input.dtype}"
+        )
     V, D = weight.shape
     if not V and input.numel():
-        return Invalid("indices into no rows")
+        return Invalid("empty", "indices into no rows")
     if padding_idx is None:
         padding_idx = -1
     elif not -V <= padding_idx < max(V, 1):
-        return Invalid(f"padding_idx={padding_idx}")
+        return Invalid("option", f"padding_idx={padding_idx}")
     elif padding_idx < 0:
         padding_idx += V
     if max_norm is not None:
-        return Stock(f"max_norm={max_norm} writes to the weight")
+        return Stock("option", f"max_norm={max_norm} writes to the weight")
     if sparse:
-        return Stock("sparse=True")
+        return Stock("option", "sparse=True")
     if weight.stride(1) != 1 and D > 1:
-        return Stock(f"a weight of strides {weight.stride()}")
+        return Stock("layout", f"a weight of strides {weight.stride()}")
     few = variant == FEW
     return run(Embedding, weight, input, padding_idx, bool(scale_grad_by_freq), few)

@@ -78,17 +78,17 @@ def _bags(input, offsets, include_last_offset):
     """(indices (N,), offsets or None, number of bags, their width), or why there are none."""
     if input.dim() == 2:
         if offsets is not None:
-            return Invalid("offsets for 2-d indices")
+            return Invalid("shape", "offsets for 2-d indices")
         if not input.shape[1]:
-            return Invalid("2-d indices of width 0")
+            return Invalid("shape", "2-d indices of width 0")
         return input.reshape(-1), None, *input.shape
     if input.dim() != 1 or not isinstance(offsets, Tensor) or offsets.dim() != 1:
-        return Invalid("indices that are not 2-d, or 1-d with 1-d offsets")
+        return Invalid("shape", "indices that are not 2-d, or 1-d with 1-d offsets")
     if offsets.dtype not in INTEGERS:
-        return Invalid(f"offsets in {offsets.dtype}")
+        return Invalid("dtype", f"offsets in {offsets.dtype}")
     bags = offsets.numel() - bool(include_last_offset)
     if bags < 0:
-        return Invalid("include_last_offset=True without offsets")
+        return Invalid("option", "include_last_offset=True without offsets")
     return input, offsets, bags, 0
 
 
@@ -114,42 +114,45 @@ def embedding_bag(
     bag, as in PyTorch on a GPU; on a CPU PyTorch leaves some of them out.
     """
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-        return Invalid("a weight that is not a 2-d tensor of floats")
+        return Invalid("shape", "a weight that is not a 2-d tensor of floats")
     if input.is_floating_point():
-        return Invalid(f"indices in {input.dtype}")
+        return Invalid("dtype", f"indices in {input.dtype}")
     sample = per_sample_weights
     if sample is not None:
         if not isinstance(sample, Tensor) or sample.shape != input.shape or mode != "sum":
-            return Invalid(f"per_sample_weights of another shape, or with mode={mode!r}")
+            return Invalid("shape", f"per_sample_weights of another shape, or with mode={mode!r}")
         if sample.dtype != weight.dtype:
-            return Invalid(f"per_sample_weights in {sample.dtype}, a weight in {weight.dtype}")
+            return Invalid(
+                "dtype", f"per_sample_weights in {sample.dtype}, a weight in {weight.dtype}"
+            )
         sample = sample.reshape(-1)
     if mode not in MODES:
-        return Invalid(f"mode={mode!r}")
+        return Invalid("option", f"mode={mode!r}")
     found = _bags(input, offsets, include_last_offset)
     if isinstance(found, Stock):
         return found
     indices, offsets, bags, width = found
     V, D = weight.shape
     if not V and indices.numel():
-        return Invalid("indices into no rows")
+        return Invalid("empty", "indices into no rows")
     if padding_idx is None:
         padding_idx = -1
     elif not -V <= padding_idx < V:
-        return Invalid(f"padding_idx={padding_idx}")
+        return Invalid("option", f"padding_idx={padding_idx}")
     elif padding_idx < 0:
         padding_idx += V
     if mode == "max" and (scale_grad_by_freq or sparse):
-        return Invalid("mode='max' with scale_grad_by_freq or sparse")
+        return Invalid("option", "mode='max' with scale_grad_by_freq or sparse")
     if max_norm is not None:
-        return Stock(f"max_norm={max_norm} writes to the weight")
+        return Stock("option", f"max_norm={max_norm} writes to the weight")
     if sparse:
-        return Stock("sparse=True")
+        return Stock("option", "sparse=True")
     if weight.stride(1) != 1 and D > 1:
-        return Stock(f"a weight of strides {weight.stride()}")
+        return Stock("layout", f"a weight of strides {weight.stride()}")
     if scale_grad_by_freq:
         return Stock(
-            "scale_grad_by_freq=True: PyTorch divides by other counts on a CPU than on CUDA"
+            "option",
+            "scale_grad_by_freq=True: PyTorch divides by other counts on a CPU than on CUDA",
         )
     options = bags, width, MODES[mode], padding_idx
     return run(EmbeddingBag, weight, sample, indices, offsets, *options)

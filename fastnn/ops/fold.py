@@ -16,9 +16,9 @@ def _pairs(**sizes):
     for name, size in sizes.items():
         pair = (size, size) if type(size) is int else size
         if not isinstance(pair, (list, tuple)) or any(type(n) is not int for n in pair):
-            return Stock(f"{name}={size!r}")
+            return Stock("option", f"{name}={size!r}")
         if len(pair) != 2 or min(pair) < least.get(name, 1):
-            return Invalid(f"{name}={size!r}")
+            return Invalid("option", f"{name}={size!r}")
         pairs.append(tuple(pair))
     return pairs
 
@@ -42,14 +42,14 @@ def unfold(input, kernel_size, dilation=1, padding=0, stride=1):
     if isinstance(pairs, Stock):
         return pairs
     if input.dim() not in (3, 4) or 0 in input.shape[-3:]:
-        return Invalid(f"an image of {tuple(input.shape)}")
+        return Invalid("shape", f"an image of {tuple(input.shape)}")
     H, W = input.shape[-2:]
     blocks = kernels.gather.blocks((H, W), *pairs)
     if min(blocks) < 1:
-        return Invalid(f"no block within {tuple(input.shape)}")
+        return Invalid("shape", f"no block within {tuple(input.shape)}")
     elements = input.numel() // (H * W) * math.prod(pairs[0]) * math.prod(blocks)
     if max(elements, input.numel()) >= kernels.gather.MOST:
-        return Stock(f"a result of {elements} elements")  # more than 32 bits can index
+        return Stock("size", f"a result of {elements} elements")  # more than 32 bits can index
     return run(LinearMap, input, _maps((H, W), pairs), False)
 
 
@@ -64,13 +64,13 @@ def fold(input, output_size, kernel_size, dilation=1, padding=0, stride=1):
         return pairs
     size, *pairs = pairs
     if input.dim() not in (2, 3) or 0 in input.shape[-2:]:
-        return Invalid(f"blocks of {tuple(input.shape)}")
+        return Invalid("shape", f"blocks of {tuple(input.shape)}")
     count, length = input.shape[-2:]
     blocks = kernels.gather.blocks(size, *pairs)
     if count % math.prod(pairs[0]) or min(blocks) < 1 or length != math.prod(blocks):
-        return Invalid(f"blocks of {tuple(input.shape)} for {size}")
+        return Invalid("shape", f"blocks of {tuple(input.shape)} for {size}")
     elements = input.numel() // (math.prod(pairs[0]) * length) * math.prod(size)
     if max(elements, input.numel()) >= kernels.gather.MOST:
-        return Stock(f"a result of {elements} elements")  # more than 32 bits can index
+        return Stock("size", f"a result of {elements} elements")  # more than 32 bits can index
     unfold, fold, *_ = _maps(size, pairs)
     return run(LinearMap, input, Maps(fold, unfold, fold), False)

@@ -39,7 +39,7 @@ def glu(input, dim=-1):
     """Fused for every dimension and layout."""
     rank = input.dim()
     if type(dim) is not int or not -rank <= dim < rank or input.shape[dim] % 2:
-        return Invalid(f"dim={dim!r} of {tuple(input.shape)}")
+        return Invalid("option", f"dim={dim!r} of {tuple(input.shape)}")
     return run(GLU, input, dim % rank)
 
 
@@ -72,6 +72,58 @@ class ActMul(Function):
         return *grads, None, None, None
 
 
+class ActGLU(Function):
+    """x, of even size along dim -> act(one half) * the other half. It keeps x."""
+
+    strided = ("dy",)
+
+    @staticmethod
+    def forward(ctx, x, dim, activation, a, b, first):
+        ctx.save_for_backward(x)
+        ctx.rest = dim, activation, a, b, first
+        return kernels.glu.act_glu_fwd(x, dim, ACTIVATIONS[activation].value, first, a, b)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        dim, activation, a, b, first = ctx.rest
+        if torch.is_grad_enabled():
+            (dx,) = second_order(
+                lambda x: _act_of_half(x, dim, activation, a, b, first), (x,), dy, (True,)
+            )
+        else:
+            formula = ACTIVATIONS[activation]
+            dx = kernels.glu.act_glu_bwd(
+                dy, x, dim, formula.value, formula.gradient, formula.keeps == "y", first, a, b
+            )
+        return dx, None, None, None, None, None
+
+
+def _act_of_half(input, dim=-1, activation="silu", a=0.0, b=0.0, first=False):
+    act = checked_activation("act_glu", activation, a, b)
+    one, other = input.chunk(2, dim)
+    return act(one) * other if first else one * act(other)
+
+
+@op(stock=_act_of_half, strided=("input",), split=_beside, source="arXiv:2002.05202")
+def act_glu(input, dim=-1, activation="silu", a=0.0, b=0.0, first=False):
+    """`act_mul` of the halves of `input` along `dim`, one pass per direction: SwiGLU, GEGLU, ReGLU.
+
+    The activation is of the second half, as in GLU, or of the first half if `first`. Both halves
+    are read in place, for every dimension and layout, and their gradients are written in place.
+    Raises ValueError for any other activation than those of `linear_act`.
+    """
+    if activation not in ACTIVATIONS:
+        return Invalid("option", f"activation={activation!r}")
+    why = refuse_numbers(a, b, activation=activation)
+    if why is not None:
+        return why
+    rank = input.dim()
+    if type(dim) is not int or not -rank <= dim < rank or input.shape[dim] % 2:
+        return Invalid("shape", f"dim={dim!r} of {tuple(input.shape)}")
+    return run(ActGLU, input, dim % rank, activation, float(a), float(b), bool(first))
+
+
 def _act_then_mul(input, other, activation="silu", a=0.0, b=0.0):
     return checked_activation("act_mul", activation, a, b)(input) * other
 
@@ -93,20 +145,20 @@ def act_mul(input, other, activation="silu", a=0.0, b=0.0):
     and a and b, are those of `linear_act`. Raises ValueError for any other activation.
     """
     if activation not in ACTIVATIONS:
-        return Invalid(f"activation={activation!r}")
+        return Invalid("option", f"activation={activation!r}")
     why = refuse_numbers(a, b, activation=activation)
     if why is not None:
         return why
     if not isinstance(other, torch.Tensor) or not isinstance(input, torch.Tensor):
-        return Stock("one of the factors is a number")
+        return Stock("option", "one of the factors is a number")
     if input.shape != other.shape or input.dtype != other.dtype:
         return Stock(
-            f"{tuple(input.shape)} of {input.dtype}, {tuple(other.shape)} of {other.dtype}"
+            "dtype", f"{tuple(input.shape)} of {input.dtype}, {tuple(other.shape)} of {other.dtype}"
         )
     last = torch.channels_last if input.dim() == 4 else torch.contiguous_format
     if not any(
         input.is_contiguous(memory_format=f) and other.is_contiguous(memory_format=f)
         for f in (torch.contiguous_format, last)
     ):
-        return Stock(f"strides {input.stride()} and {other.stride()}")
+        return Stock("layout", f"strides {input.stride()} and {other.stride()}")
     return run(ActMul, input, other, activation, float(a), float(b))

@@ -161,11 +161,11 @@ class Linear(Function):
 def _declined(input, weight, bias):
     """Why kernels do not take these operands; None if they do."""
     if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
-        return Invalid(f"input {tuple(input.shape)}, weight {tuple(weight.shape)}")
+        return Invalid("shape", f"input {tuple(input.shape)}, weight {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
-        return Invalid(f"bias {tuple(bias.shape)} for {weight.shape[0]} features")
+        return Invalid("shape", f"bias {tuple(bias.shape)} for {weight.shape[0]} features")
     if input.dtype != weight.dtype or (bias is not None and bias.dtype != input.dtype):
-        return Invalid("several dtypes")
+        return Invalid("dtype", "several dtypes")
     return None
 
 
@@ -379,7 +379,7 @@ def choose_variant(M, N, K, itemsize, arch, activation, bias, training, drops) -
         return "gemm"
     if drops or (training and M * N >= 2**24):
         return "epilogue"
-    return Stock("there is no dropout to fuse, and no bias gradient that is large enough")
+    return Stock("gate", "there is no dropout to fuse, and no bias gradient that is large enough")
 
 
 def _outputs(
@@ -424,17 +424,17 @@ def linear_act(
     if why is not None:
         return why
     if activation not in ACTIVATIONS:
-        return Invalid(f"activation={activation!r}")
+        return Invalid("option", f"activation={activation!r}")
     why = acts.refuse_numbers(a, b, activation=activation)
     if why is not None:
         return why
     if not 0 <= p <= 1:
-        return Invalid(f"p={p}")
+        return Invalid("option", f"p={p}")
     N = weight.shape[0]
     M = input.shape[:-1].numel()
     drops = training and p > 0 and M * N > 0
     if drops and M * N >= 2**31:
-        return Stock(f"dropout of {M * N} elements, more than 32 bits can index")
+        return Stock("size", f"dropout of {M * N} elements, more than 32 bits can index")
     arch = _gpus.architecture(input.get_device())
     noise = None
     if drops:
@@ -445,7 +445,7 @@ def linear_act(
         else:
             draw = _rng.draw_native_of_new(M * N, input.element_size(), input.get_device())
             if isinstance(draw, str):
-                return Stock(draw)
+                return Stock("random", draw)
             noise = Noise(draw, "elements", bound, *native_scales(p))
     # A forced call has no variant: our GEMM multiplies, also in the backward.
     how = How(not variant, matmul_precision(input.get_device()), arch)

@@ -208,31 +208,31 @@ def _unfit(x, w, b, target, weight, reduction, ignore_index, smoothing, shape):
     """Why PyTorch gets the call, in most cases to reject it; None if the arguments fit."""
     N, C = x.shape[0], w.shape[0]
     if x.shape[-1] != w.shape[-1]:
-        return Invalid(f"{x.shape[-1]} features, a weight for {w.shape[-1]}")
+        return Invalid("shape", f"{x.shape[-1]} features, a weight for {w.shape[-1]}")
     if b is not None and b.shape != w.shape[:-1]:
-        return Invalid("a bias that is not one value per class")
+        return Invalid("shape", "a bias that is not one value per class")
     if target.is_floating_point():
         if target.shape != (N, C, *shape) or ignore_index is not None:
-            return Invalid("class probabilities of another shape, or with ignore_index")
+            return Invalid("shape", "class probabilities of another shape, or with ignore_index")
         if target.requires_grad and torch.is_grad_enabled():
-            return Stock("class probabilities that require grad")
+            return Stock("autograd", "class probabilities that require grad")
     elif target.dtype is not torch.int64 or target.shape != (N, *shape):
-        return Invalid(f"a target of shape {tuple(target.shape)}, {target.dtype}")
+        return Invalid("dtype", f"a target of shape {tuple(target.shape)}, {target.dtype}")
     if not N or not w.numel():
-        return Stock("no rows, classes or features")
+        return Stock("empty", "no rows, classes or features")
     if target.shape == (N, C, *shape) and not target.is_floating_point():
-        return Stock("class indices of the shape of probabilities")
+        return Stock("shape", "class indices of the shape of probabilities")
     if reduction not in ("none", "mean", "sum"):
-        return Invalid(f"reduction={reduction!r}")
+        return Invalid("option", f"reduction={reduction!r}")
     if not isinstance(smoothing, (int, float)) or smoothing > 1.0:
-        return Invalid(f"label_smoothing={smoothing!r}")
+        return Invalid("option", f"label_smoothing={smoothing!r}")
     if ignore_index is not None and not isinstance(ignore_index, int):
-        return Invalid(f"ignore_index={ignore_index!r}")
+        return Invalid("option", f"ignore_index={ignore_index!r}")
     if weight is not None:
         if weight.shape != (C,):
-            return Invalid("a weight that is not one value per class")
+            return Invalid("shape", "a weight that is not one value per class")
         if weight.requires_grad and torch.is_grad_enabled():
-            return Stock("a class weight that requires grad")
+            return Stock("autograd", "a class weight that requires grad")
     return None
 
 
@@ -257,13 +257,15 @@ def linear_cross_entropy(
     input and weight are kept for the backward even where stock keeps the logits alone.
     """
     if options is not None:
-        return Stock("options: only PyTorch has its chunked path")
+        return Stock("option", "options: only PyTorch has its chunked path")
     if not (isinstance(linear_weight, torch.Tensor) and isinstance(target, torch.Tensor)):
-        return Invalid("the weight or the target is not a tensor")
+        return Invalid("option", "the weight or the target is not a tensor")
     shape = tuple(linear_weight.shape[1:-1])
     single = input.dim() == 1
     if input.dim() not in (1, 2) or linear_weight.dim() < 2 or (single and shape):
-        return Invalid(f"input and weight of {input.dim()} and {linear_weight.dim()} dimensions")
+        return Invalid(
+            "shape", f"input and weight of {input.dim()} and {linear_weight.dim()} dimensions"
+        )
     x, w, b, t, dtype = input, linear_weight, linear_bias, target, input.dtype
     if single:
         x, t = x.unsqueeze(0), t.unsqueeze(0)
@@ -279,9 +281,9 @@ def linear_cross_entropy(
         dtype = torch.promote_types(dtype, t.dtype)
         dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
     elif weight is not None and weight.dtype != dtype:
-        return Invalid(f"a weight in {weight.dtype}")
+        return Invalid("dtype", f"a weight in {weight.dtype}")
     if x.dtype != w.dtype or (b is not None and b.dtype != w.dtype):
-        return Invalid("input, weight and bias in several dtypes")
+        return Invalid("dtype", "input, weight and bias in several dtypes")
     w = w.reshape(-1, w.shape[-1])
     if b is not None:
         b = b.reshape(-1)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, Stock, op, rounded, run, second_order
+from fastnn._op import Function, Invalid, Stock, in_backward, op, rounded, run, second_order
 
 _WIDEST = 8  # the most channels of a window that fit in registers
 
@@ -40,31 +40,32 @@ class LocalResponseNorm(Function):
     strided=("input",),
     autocast="fp32",
     autocast_cpu="fp32",
+    alerts=lambda input, *rest: input.dim() > 3 and in_backward(input),
     source="Krizhevsky, Sutskever, Hinton (2012), section 3.3",
 )
 def local_response_norm(input, size, alpha=1e-4, beta=0.75, k=1.0, *, out_dtype=None):
     """Fused for contiguous input and windows of up to 8 channels, one pass per direction."""
     if input.dim() < 3:
-        return Invalid(f"{input.dim()} dimensions")
+        return Invalid("shape", f"{input.dim()} dimensions")
     if type(size) is not int or size <= 0:
-        return Invalid(f"size={size!r}")
+        return Invalid("option", f"size={size!r}")
     if any(type(v) not in (int, float) for v in (alpha, beta, k)):
-        return Stock(f"alpha={alpha!r}, beta={beta!r}, k={k!r}")
+        return Stock("option", f"alpha={alpha!r}, beta={beta!r}, k={k!r}")
     # Other numbers can make PyTorch's chain compute inf - inf or 0 * inf, or sums that cancel.
     if not (alpha >= 0 and k >= 0 and beta and all(map(math.isfinite, (alpha, beta, k)))):
-        return Stock(f"alpha={alpha!r}, beta={beta!r}, k={k!r}")
+        return Stock("option", f"alpha={alpha!r}, beta={beta!r}, k={k!r}")
     if not input.numel():
-        return Stock("no elements")
+        return Stock("empty", "no elements")
     if input.numel() >= 2**31:
-        return Stock(f"{input.numel()} elements")  # more than 32 bits can index
+        return Stock("size", f"{input.numel()} elements")  # more than 32 bits can index
     if size > _WIDEST:
-        return Stock(f"size={size}, of more than {_WIDEST} channels")
+        return Stock("size", f"size={size}, of more than {_WIDEST} channels")
     if not input.is_contiguous():
-        return Stock("input that is not contiguous")
+        return Stock("layout", "input that is not contiguous")
     if input.dim() == 3 and input.device.type == "cpu":
         # for 3-D input on the CPU, autocast does not list the pooling that PyTorch uses
         out_dtype = None
     exponent = rounded(beta, out_dtype or input.dtype)
     if exponent is None:
-        return Invalid(f"beta={beta!r} in {input.dtype}")
+        return Invalid("dtype", f"beta={beta!r} in {input.dtype}")
     return run(LocalResponseNorm, input, size, float(alpha), exponent, float(k), out_dtype)

@@ -106,7 +106,9 @@ MULTILABEL_SOFT_MARGIN = Loss(
 def _reduced(*args, **options):
     """The gate's policy for a loss that needs only one PyTorch kernel if it is not reduced."""
     if options.get("reduction") == "none" or any(type(v) is str and v == "none" for v in args):
-        return Stock("reduction='none': PyTorch already needs one kernel, so nothing can be saved")
+        return Stock(
+            "gate", "reduction='none': PyTorch already needs one kernel, so nothing can be saved"
+        )
     return Work(args[0].numel())
 
 
@@ -228,7 +230,7 @@ def common_dtype(*tensors):
     for t in floating[1:]:
         if t.dtype != dtype:
             if not all(t.dim() for t in floating):
-                return Stock("mixed dtypes, and a tensor without dimensions")
+                return Stock("dtype", "mixed dtypes, and a tensor without dimensions")
             dtype = torch.promote_types(dtype, t.dtype)
     return dtype
 
@@ -238,11 +240,11 @@ def refuse(tensors, reduction, optional=()):
     given = [*tensors, *(t for t in optional if t is not None)]
     for t in given:
         if not isinstance(t, Tensor):
-            return Invalid(f"an argument is not a tensor: {type(t).__name__}")
+            return Invalid("option", f"an argument is not a tensor: {type(t).__name__}")
     if not tensors[0].is_floating_point():
-        return Stock(f"an input in {tensors[0].dtype}")
+        return Stock("dtype", f"an input in {tensors[0].dtype}")
     if reduction not in ("none", "mean", "sum"):
-        return Invalid(f"reduction={reduction!r}")
+        return Invalid("option", f"reduction={reduction!r}")
     return None
 
 
@@ -285,24 +287,26 @@ def _regression(loss, input, target, weight, p, legacy, reduction, out_dtype, by
         return why
     shape = broadcast(input, target)
     if shape is None:
-        return Invalid("an input and a target that do not broadcast")
+        return Invalid("shape", "an input and a target that do not broadcast")
     if not number(p):
-        return Invalid(f"a threshold of {p!r}")
+        return Invalid("option", f"a threshold of {p!r}")
     if weight is not None:
         if weight.shape != input.shape:
-            return Invalid("a weight without the input's shape")
+            return Invalid("shape", "a weight without the input's shape")
         if target.shape != input.shape:
-            return Stock("a weight together with broadcasting")
+            return Stock("shape", "a weight together with broadcasting")
         if weight.requires_grad and torch.is_grad_enabled():
-            return Stock("a weight that requires grad")
+            return Stock("autograd", "a weight that requires grad")
         if out_dtype is not None and by_weight:
-            return Stock("a weight under autocast")  # PyTorch's chain leaves float32 there
+            return Stock(
+                "autocast", "a weight under autocast"
+            )  # PyTorch's chain leaves float32 there
     dtype = out_dtype or common_dtype(input, target, weight)
     if isinstance(dtype, Stock):
         return dtype
     threshold = rounded(p, dtype)
     if threshold is None:
-        return Stock(f"a threshold of {p!r} in {dtype}")
+        return Stock("dtype", f"a threshold of {p!r} in {dtype}")
     if target.shape != input.shape:
         _warn_of_broadcasting(input, target)
     if legacy != (None, None):
@@ -359,7 +363,7 @@ def smooth_l1_loss(
 ):  # fmt: skip
     """Fused with its reduction and with broadcasting."""
     if not isinstance(beta, (int, float)) or not beta >= 0:
-        return Invalid(f"beta={beta!r}")
+        return Invalid("option", f"beta={beta!r}")
     legacy = size_average, reduce
     loss = SMOOTH_L1 if beta else L1
     return _regression(loss, input, target, None, beta, legacy, reduction, out_dtype)
@@ -371,9 +375,9 @@ def smooth_l1_loss(
 def huber_loss(input, target, reduction="mean", delta=1.0, weight=None, *, out_dtype=None):
     """Fused with its reduction, with weights and broadcasting."""
     if not isinstance(delta, (int, float)) or not delta > 0:
-        return Invalid(f"delta={delta!r}")
+        return Invalid("option", f"delta={delta!r}")
     if isinstance(target, Tensor) and target.dtype != input.dtype and out_dtype is None:
-        return Stock(f"a target in {target.dtype}")  # PyTorch's backward fails with it
+        return Stock("dtype", f"a target in {target.dtype}")  # PyTorch's backward fails with it
     legacy = None, None
     return _regression(HUBER, input, target, weight, delta, legacy, reduction, out_dtype, False)
 
@@ -384,17 +388,17 @@ def _refuse_binary(input, target, weights, reduction, out_dtype):
     if why is not None:
         return why
     if target.shape != input.shape:
-        return Invalid("a target without the input's shape")
+        return Invalid("shape", "a target without the input's shape")
     if target.dtype != input.dtype and (out_dtype is None or not target.is_floating_point()):
-        return Invalid(f"a target in {target.dtype}")
+        return Invalid("dtype", f"a target in {target.dtype}")
     for w in weights:
         if w is not None:
             if not w.is_floating_point():
-                return Stock(f"a weight in {w.dtype}")
+                return Stock("dtype", f"a weight in {w.dtype}")
             if broadcast(input, w) != input.shape:
-                return Invalid("a weight that does not broadcast to the input's shape")
+                return Invalid("shape", "a weight that does not broadcast to the input's shape")
             if w.requires_grad and torch.is_grad_enabled():
-                return Invalid("a weight that requires grad")
+                return Invalid("autograd", "a weight that requires grad")
     return None
 
 
@@ -418,7 +422,7 @@ def binary_cross_entropy(
     if why is not None:
         return why
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
-        return Invalid("binary_cross_entropy under autocast")
+        return Invalid("autocast", "binary_cross_entropy under autocast")
     reduction = resolve_reduction(size_average, reduce, reduction)
     dtype = out_dtype or input.dtype
     return _loss(BCE, input, target, None, weight, 0.0, 0.0, input.shape, reduction, dtype)
@@ -438,7 +442,7 @@ def binary_cross_entropy_with_logits(
     """Fused with its reduction, and with weights that broadcast."""
     if isinstance(target, Tensor) and target.dtype != input.dtype and out_dtype is None:
         if target.is_floating_point():
-            return Stock(f"a target in {target.dtype}")
+            return Stock("dtype", f"a target in {target.dtype}")
     why = _refuse_binary(input, target, (weight, pos_weight), reduction, out_dtype)
     if why is not None:
         return why
@@ -465,16 +469,16 @@ def kl_div(
     if why is not None:
         return why
     if not target.is_floating_point():
-        return Invalid(f"a target in {target.dtype}")
+        return Invalid("dtype", f"a target in {target.dtype}")
     shape = broadcast(input, target)
     if shape is None:
-        return Invalid("an input and a target that do not broadcast")
+        return Invalid("shape", "an input and a target that do not broadcast")
     dtype = out_dtype or common_dtype(input, target)
     if isinstance(dtype, Stock):
         return dtype
     if size_average is not None or reduce is not None:
         if batchmean:
-            return Stock("reduction='batchmean' with deprecated arguments")
+            return Stock("option", "reduction='batchmean' with deprecated arguments")
         reduction = resolve_reduction(size_average, reduce, reduction)
     elif reduction == "mean":
         _warn_of_mean()
@@ -517,7 +521,7 @@ def poisson_nll_loss(
     input edited before the backward raises autograd's error here alone.
     """
     if not number(eps):
-        return Invalid(f"eps={eps!r}")
+        return Invalid("option", f"eps={eps!r}")
     loss = POISSON[bool(log_input), bool(full)]
     legacy = size_average, reduce
     return _chain(loss, (input, target, None), None, eps, 0.0, legacy, reduction, out_dtype)
@@ -536,7 +540,7 @@ def _chain(loss, inputs, weight, p, q, legacy, reduction, out_dtype):
         return why
     shape = broadcast(*inputs)
     if shape is None:
-        return Invalid("tensors that do not broadcast")
+        return Invalid("shape", "tensors that do not broadcast")
     dtype = out_dtype or common_dtype(*inputs, weight)
     if isinstance(dtype, Stock):
         return dtype
@@ -560,17 +564,17 @@ def gaussian_nll_loss(
     host would have to wait for the device.
     """
     if not number(eps):
-        return Invalid(f"eps={eps!r}")
+        return Invalid("option", f"eps={eps!r}")
     constant = _HALF_LOG_2PI if full else 0.0
     if isinstance(var, float):
         if not 0 <= var < 3e38:
-            return Invalid(f"var={var}")
+            return Invalid("option", f"var={var}")
         kept = rounded(var, input.dtype)  # PyTorch puts it in a tensor like the input
         if kept is None:
-            return Stock(f"var={var} in {input.dtype}")
+            return Stock("dtype", f"var={var} in {input.dtype}")
         var = max(kept, eps)
         if var <= 0:
-            return Stock(f"var={var}")
+            return Stock("option", f"var={var}")
         constant += 0.5 * math.log(var)
         inputs, loss, p = (input, target, None), GAUSSIAN_SCALAR, var
     else:
@@ -578,14 +582,14 @@ def gaussian_nll_loss(
         if why is not None:
             return why
         if not var.is_floating_point():
-            return Stock(f"a variance in {var.dtype}")
+            return Stock("dtype", f"a variance in {var.dtype}")
         if var.shape != input.shape:
             if var.shape == input.shape[:-1]:
                 var = var.unsqueeze(-1)
             elif var.dim() != input.dim() or (
                 sum(v for x, v in zip(input.shape, var.shape, strict=True) if x != v) != 1
             ):
-                return Invalid("a variance of incorrect size")
+                return Invalid("shape", "a variance of incorrect size")
         if torch.is_grad_enabled():
             var = var.clone()  # as stock, which clamps it: an edit of the tensor given is harmless
         inputs, loss, p = (input, target, var), GAUSSIAN, eps
@@ -604,7 +608,7 @@ def hinge_embedding_loss(
 ):  # fmt: skip
     """Fused with its reduction and with broadcasting."""
     if not number(margin):
-        return Invalid(f"margin={margin!r}")
+        return Invalid("option", f"margin={margin!r}")
     why = refuse((input, target), reduction)
     if why is not None:
         return why
@@ -614,7 +618,7 @@ def hinge_embedding_loss(
     inputs = input, target, None
     filled = rounded(margin, out_dtype)
     if filled is None:
-        return Invalid(f"margin={margin!r} in {out_dtype}")
+        return Invalid("dtype", f"margin={margin!r} in {out_dtype}")
     return _chain(HINGE_EMBEDDING, inputs, None, filled, 0.0, legacy, reduction, out_dtype)
 
 
@@ -633,9 +637,9 @@ def soft_margin_loss(
     if why is not None:
         return why
     if target.requires_grad and torch.is_grad_enabled():
-        return Invalid("a target that requires grad")
+        return Invalid("autograd", "a target that requires grad")
     if broadcast(input, target) != input.shape:
-        return Invalid("a target that does not broadcast to the input's shape")
+        return Invalid("shape", "a target that does not broadcast to the input's shape")
     legacy = size_average, reduce
     out_dtype = out_dtype or input.dtype
     inputs = input, target, None
@@ -655,14 +659,14 @@ def margin_ranking_loss(
 ):  # fmt: skip
     """Fused with its reduction and with broadcasting."""
     if not number(margin):
-        return Invalid(f"margin={margin!r}")
+        return Invalid("option", f"margin={margin!r}")
     why = refuse((input1, input2, target), reduction)
     if why is not None:
         return why
     if not input2.is_floating_point():
-        return Stock(f"an input in {input2.dtype}")
+        return Stock("dtype", f"an input in {input2.dtype}")
     if not input1.dim() == input2.dim() == target.dim():
-        return Invalid("tensors of different dimensions")
+        return Invalid("shape", "tensors of different dimensions")
     loss = MARGIN_RANKING
     if target.requires_grad and torch.is_grad_enabled():
         loss, target = MARGIN_RANKING_TARGET, target.clone()  # as stock, which negates it

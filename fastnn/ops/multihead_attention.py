@@ -211,7 +211,7 @@ def _scores(query, key, value, embed_dim_to_check, num_heads, *rest, **options):
         low = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         dtype = low or query.dtype
         if dtype == torch.float32 and matmul_precision(query.get_device()) == "ieee":
-            return Stock("float32 products without TF32: cuBLAS is faster than a kernel")
+            return Stock("gate", "float32 products without TF32: cuBLAS is faster than a kernel")
     batch = query.shape[1] if query.dim() == 3 else 1
     return Work(batch * num_heads * query.shape[0] * key.shape[0], "attention weights")
 
@@ -244,34 +244,34 @@ def multi_head_attention_forward(
     weights, it calls `scaled_dot_product_attention`.
     """
     if static_k is not None or static_v is not None:
-        return Stock("static_k or static_v")
+        return Stock("option", "static_k or static_v")
     if type(dropout_p) not in (float, int) or type(num_heads) is not int:
-        return Stock(f"dropout_p={dropout_p!r}, num_heads={num_heads!r}")
+        return Stock("option", f"dropout_p={dropout_p!r}, num_heads={num_heads!r}")
     separate = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else None
     if _rejected(
         query, key, value, embed_dim_to_check, num_heads, in_proj_weight, separate, in_proj_bias,
         out_proj_weight, out_proj_bias, dropout_p, key_padding_mask, attn_mask, is_causal,
     ):  # fmt: skip
-        return Invalid("shapes or options that PyTorch rejects")
+        return Invalid("shape", "shapes or options that PyTorch rejects")
     masks = [m for m in (key_padding_mask, attn_mask) if m is not None]
     if len({m.dtype for m in masks}) > 1:
-        return Stock("masks of two dtypes: PyTorch warns")
+        return Stock("dtype", "masks of two dtypes: PyTorch warns")
     device = query.device.type
     if (bias_k is None) != (bias_v is None):
-        return Invalid("one of bias_k and bias_v")
+        return Invalid("option", "one of bias_k and bias_v")
     more = [t for t in (bias_k, bias_v) if t is not None]
     if any(tuple(t.shape) != (1, 1, query.shape[-1]) for t in more):
-        return Stock(f"bias_k {tuple(bias_k.shape)}")
+        return Stock("shape", f"bias_k {tuple(bias_k.shape)}")
     given = [*more, query, key, value, *(separate or (in_proj_weight,)), out_proj_weight]
     given += [t for t in (in_proj_bias, out_proj_bias) if t is not None]
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if low is None:
         if any(t.dtype != query.dtype for t in given):
-            return Invalid("several dtypes")
+            return Invalid("dtype", "several dtypes")
         if masks and masks[0].dtype not in (torch.bool, query.dtype):
-            return Stock(f"a mask in {masks[0].dtype}")
+            return Stock("dtype", f"a mask in {masks[0].dtype}")
     elif more or add_zero_attn:
-        return Stock("bias_k or add_zero_attn under autocast")
+        return Stock("autocast", "bias_k or add_zero_attn under autocast")
     dtype = low or query.dtype
     precision = "ieee" if dtype != torch.float32 else matmul_precision(query.get_device())
     arch = _gpus.architecture(query.get_device())
@@ -280,9 +280,9 @@ def multi_head_attention_forward(
     added = (bias_k is not None) + bool(add_zero_attn)
     S += added
     if not B * L * S:
-        return Stock("no elements")
+        return Stock("empty", "no elements")
     if E // H > 256:
-        return Stock(f"heads of {E // H}")
+        return Stock("size", f"heads of {E // H}")
     p = float(dropout_p) if training else 0.0
     if need_weights:
         weights_dtype = torch.float32 if low is not None and device == "cuda" else dtype
@@ -340,14 +340,14 @@ _nothing = _Nothing()
 def _noise(p, n, dtype, device):
     """(noise of attention, scale of its gradient): what PyTorch's dropout of n weights draws."""
     if n >= 2**31:
-        return Stock(f"dropout of {n} weights, more than 32 bits can index")
+        return Stock("size", f"dropout of {n} weights, more than 32 bits can index")
     bound = kernels._philox.bound(1.0 - p)
     if p == 1:
         draw: Any = _rng.draw_nothing(n, device)
         return kernels.attention.Noise(draw, bound, 0.0), 0.0
     draw = _rng.draw_native_of_new(n, dtype.itemsize, device)
     if isinstance(draw, str):
-        return Stock(draw)
+        return Stock("random", draw)
     scale, grad_scale = native_scales(p)
     return kernels.attention.Noise(draw, bound, scale), grad_scale
 

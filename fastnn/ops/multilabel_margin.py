@@ -53,11 +53,13 @@ def multilabel_margin_loss(
     if why is not None:
         return why
     if not 1 <= input.dim() <= 2 or target.dtype != torch.int64 or target.shape != input.shape:
-        return Invalid("an input that is not (N, C) or (C,), or a target that is not so in int64")
+        return Invalid(
+            "dtype", "an input that is not (N, C) or (C,), or a target that is not so in int64"
+        )
     if input.shape[-1] == 0:
-        return Stock("no classes")
+        return Stock("empty", "no classes")
     if input.shape[-1] > kernels.multilabel_margin.MOST:
-        return Stock(f"{input.shape[-1]} classes")
+        return Stock("size", f"{input.shape[-1]} classes")
     if size_average is not None or reduce is not None:
         reduction = resolve_reduction(size_average, reduce, reduction)
     divisor = row_divisor(reduction, input.shape[:-1].numel())

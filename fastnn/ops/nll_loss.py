@@ -14,37 +14,37 @@ INDICES = (torch.int64, torch.uint8)
 def refuse_options(input, weight, ignore_index, reduction, out_dtype):
     """Why the options that both losses share cannot be taken; None if they can."""
     if not isinstance(input, Tensor) or not input.is_floating_point() or input.dim() == 0:
-        return Invalid("an input without classes, or not floating")
+        return Invalid("dtype", "an input without classes, or not floating")
     C = input.shape[min(input.dim() - 1, 1)]
     if C == 0:
-        return Stock("no classes")
+        return Stock("empty", "no classes")
     if weight is not None:
         if not isinstance(weight, Tensor) or weight.shape != (C,):
-            return Invalid("a weight that is not one value per class")
+            return Invalid("shape", "a weight that is not one value per class")
         if not weight.is_floating_point():
-            return Invalid(f"a weight in {weight.dtype}")
+            return Invalid("dtype", f"a weight in {weight.dtype}")
         if weight.requires_grad and torch.is_grad_enabled():
-            return Stock("a weight that requires grad")
+            return Stock("autograd", "a weight that requires grad")
     if not isinstance(ignore_index, int):
-        return Invalid(f"ignore_index={ignore_index!r}")
+        return Invalid("option", f"ignore_index={ignore_index!r}")
     if reduction not in ("none", "mean", "sum"):
-        return Stock(f"reduction={reduction!r}")
+        return Stock("option", f"reduction={reduction!r}")
     return None
 
 
 def refuse_indices(input, target, weight, out_dtype):
     """Why `target` cannot be taken as class indices; None if it can."""
     if not isinstance(target, Tensor) or target.dtype not in INDICES:
-        return Invalid("a target that is neither int64 nor uint8")
+        return Invalid("dtype", "a target that is neither int64 nor uint8")
     shape = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
     if target.shape != shape:
         if not shape and target.shape == (1,):
-            return Stock("a 1-d target of a 1-d input")
-        return Invalid(f"a target of shape {tuple(target.shape)}, not {tuple(shape)}")
+            return Stock("shape", "a 1-d target of a 1-d input")
+        return Invalid("shape", f"a target of shape {tuple(target.shape)}, not {tuple(shape)}")
     if target.dtype is torch.uint8 and input.dim() > 2:
-        return Invalid("a uint8 target of more than one dimension")
+        return Invalid("shape", "a uint8 target of more than one dimension")
     if out_dtype is None and weight is not None and weight.dtype != input.dtype:
-        return Invalid(f"a weight in {weight.dtype}")
+        return Invalid("dtype", f"a weight in {weight.dtype}")
     return None
 
 
@@ -94,6 +94,7 @@ def _positions(input, target, *rest, **options):
     autocast_cpu="fp32",
     policy=_positions,
     at_most="target.numel()",
+    alerts=lambda input, *rest: input.dim() > 2,
 )
 def nll_loss(
     input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,

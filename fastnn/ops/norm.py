@@ -89,16 +89,16 @@ class Norm(Function):
 def unfit(input, normalized_shape, eps, *parameters):
     """Why PyTorch would reject the call, or takes it by a path that is not worth a kernel."""
     if not isinstance(normalized_shape, (tuple, list)) or not normalized_shape:
-        return Invalid(f"normalized_shape={normalized_shape!r}")
+        return Invalid("shape", f"normalized_shape={normalized_shape!r}")
     shape = tuple(normalized_shape)
     if tuple(input.shape[-len(shape) :]) != shape:
-        return Invalid(f"normalized_shape={shape}, input {tuple(input.shape)}")
+        return Invalid("shape", f"normalized_shape={shape}, input {tuple(input.shape)}")
     if any(p is not None and tuple(p.shape) != shape for p in parameters):
-        return Invalid(f"normalized_shape={shape}, a parameter of another shape")
+        return Invalid("shape", f"normalized_shape={shape}, a parameter of another shape")
     if type(eps) not in (float, int):
-        return Invalid(f"eps={eps!r}")
+        return Invalid("option", f"eps={eps!r}")
     if math.prod(shape) >= 2**30:  # kernels count columns in 32 bits
-        return Stock(f"rows of {math.prod(shape)}")
+        return Stock("size", f"rows of {math.prod(shape)}")
     return None
 
 
@@ -133,7 +133,7 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, out
     if out_dtype is None and any(p is not None and p.dtype != input.dtype for p in (weight, bias)):
         # CUDA rejects every mixture. (The CPU accepts float32 parameters with a 16-bit input. But
         # on the CPU only the interpreter runs kernels.)
-        return Invalid("parameters in another dtype than the input")
+        return Invalid("dtype", "parameters in another dtype than the input")
     return run(Norm, input, weight, bias, len(normalized_shape), eps, True, out_dtype)
 
 
@@ -159,11 +159,13 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, out_dtype=None):
     if declined:
         return declined
     if not input.numel():
-        return Stock("no elements")  # their strides depend on how PyTorch composes the result
+        return Stock(
+            "empty", "no elements"
+        )  # their strides depend on how PyTorch composes the result
     # If PyTorch composes RMS norm of other operators, the result has the strides of the input.
     if not input.is_contiguous():
         if input.dim() in (4, 5) and input.stride(1) <= input.stride(-1):
-            return Stock("channels_last input")
+            return Stock("layout", "channels_last input")
         if _COMPOSED:
-            return Stock("a strided input: this torch keeps its layout")
+            return Stock("layout", "a strided input: this torch keeps its layout")
     return run(Norm, input, weight, None, len(normalized_shape), eps, False, out_dtype)

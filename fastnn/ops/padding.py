@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Invalid, Stock, Work, op, rounded, run
+from fastnn._op import Invalid, Stock, Work, in_backward, op, rounded, run
 from fastnn.ops._linear_map import LinearMap, Maps, channels_last
 
 
@@ -27,50 +27,54 @@ def _gains(input, pad, mode="constant", *rest):
     """The policy of the size gate: a kernel saves a pass that fills with zeros, or slices."""
     backward = torch.is_grad_enabled() and input.requires_grad
     if mode in ("reflect", "replicate") and not backward:
-        return Stock("without a gradient PyTorch, too, reads and writes once")
+        return Stock("gate", "without a gradient PyTorch, too, reads and writes once")
     return Work(input.numel())
 
 
-@op(stock=stock.pad, policy=_gains, strided=("input",), autocast_cpu="fp32")
+def _raises(input, pad, mode="constant", *rest):
+    return mode == "reflect" and in_backward(input)
+
+
+@op(stock=stock.pad, policy=_gains, strided=("input",), autocast_cpu="fp32", alerts=_raises)
 def pad(input, pad, mode="constant", value=None, *, out_dtype=None):
     """Fused for up to 5 dimensions. The gradient is a gather, with the same bits each time. Under
     `torch.use_deterministic_algorithms(True)` no mode raises. PyTorch raises for reflect on CUDA.
     """
     dims = input.dim()
     if not isinstance(pad, (list, tuple)) or any(type(n) is not int for n in pad):
-        return Stock(f"pad={pad!r}")
+        return Stock("option", f"pad={pad!r}")
     if len(pad) % 2 or len(pad) > 2 * dims:
-        return Invalid(f"{len(pad)} pads for {dims} dimensions")
+        return Invalid("shape", f"{len(pad)} pads for {dims} dimensions")
     if type(value) not in (int, float, type(None)):
-        return Stock(f"value={value!r}")
+        return Stock("option", f"value={value!r}")
     if mode not in ("constant", "reflect", "replicate", "circular"):
-        return Invalid(f"mode={mode!r}")
+        return Invalid("option", f"mode={mode!r}")
     if mode != "constant":
         if len(pad) not in (2, 4, 6) or dims - len(pad) // 2 not in (1, 2):
-            return Invalid(f"{len(pad)} pads for {dims} dimensions")
+            return Invalid("shape", f"{len(pad)} pads for {dims} dimensions")
         if value:
-            return Invalid(f"mode={mode!r} with value={value!r}")
+            return Invalid("option", f"mode={mode!r} with value={value!r}")
     if dims > kernels.gather.AXES:
-        return Stock(f"{dims} dimensions, of more than {kernels.gather.AXES}")
+        return Stock("shape", f"{dims} dimensions, of more than {kernels.gather.AXES}")
     pads = [(pad[i], pad[i + 1]) for i in range(len(pad) - 2, -1, -2)]
     pads = [(0, 0)] * (dims - len(pads)) + pads
     size = input.shape
     for n, (before, after) in zip(size, pads, strict=True):
         why = _wrong(n, before, after, mode) if before or after else None
         if why is not None:
-            return Invalid(why)
+            return Invalid("option", why)
     if mode == "constant" and max(pad, default=0) <= 0:
-        return Stock("crops alone, of which PyTorch makes one copy")
+        return Stock("gate", "crops alone, of which PyTorch makes one copy")
     if mode == "circular" and min(pad) < 0:
-        return Stock("circular pads that are negative")
+        return Stock("option", "circular pads that are negative")
     if mode != "constant" and not input.numel():
-        return Stock("no elements")
+        return Stock("empty", "no elements")
     elements = math.prod(n + sum(both) for n, both in zip(size, pads, strict=True))
     if max(input.numel(), elements, *map(abs, pad)) >= kernels.gather.MOST:
-        return Stock(f"{elements} elements by pad={pad}")  # more than 32 bits can index
+        return Stock("size", f"{elements} elements by pad={pad}")  # more than 32 bits can index
     fill = rounded(0.0 if value is None else value, input.dtype)
     if fill is None:
-        return Invalid(f"value={value!r}")
+        return Invalid("option", f"value={value!r}")
     # On CUDA reflect and replicate pad make plain results, on a CPU they keep the layout.
     last = channels_last(input)
     kept = last and (mode == "constant" or (mode != "circular" and not input.is_cuda))

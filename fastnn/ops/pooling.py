@@ -14,7 +14,18 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, Stock, impossible, op, run, second_order
+from fastnn._op import (
+    Function,
+    Invalid,
+    Stock,
+    Work,
+    always,
+    impossible,
+    in_backward,
+    op,
+    run,
+    second_order,
+)
 
 
 class Pool(Function):
@@ -104,9 +115,9 @@ _MOST = 2**28
 def _unusable(input, dims):
     """Why no kernel pools `input`, if so."""
     if input.dim() not in (dims + 1, dims + 2):
-        return Invalid(f"{input.dim()} dimensions")
+        return Invalid("shape", f"{input.dim()} dimensions")
     if 0 in input.shape[-dims - 1 :]:
-        return Invalid(f"an input of shape {tuple(input.shape)}")
+        return Invalid("shape", f"an input of shape {tuple(input.shape)}")
     return _too_large(input, dims, input.shape[-dims:])
 
 
@@ -116,7 +127,9 @@ def _too_large(input, dims, sizes):
     batch = input.shape[0] if input.dim() == dims + 2 else 1
     rows = batch * channels * math.prod(sizes) // min(sizes[-1], channels)
     if max(rows, channels, *sizes) >= _MOST:
-        return Stock(f"a tensor of {batch} x {channels} x {tuple(sizes)}: 32 bits are too few")
+        return Stock(
+            "size", f"a tensor of {batch} x {channels} x {tuple(sizes)}: 32 bits are too few"
+        )
     return None
 
 
@@ -130,28 +143,80 @@ def _regular(input, dims, kernel_size, stride, padding, dilation, ceil_mode):
     p, d = _along(padding, dims), _along(dilation, dims)
     if None in (k, s, p, d) or type(ceil_mode) is not bool:
         return Invalid(
+            "option",
             f"kernel_size={kernel_size!r}, stride={stride!r}, padding={padding!r}, "
-            f"dilation={dilation!r}, ceil_mode={ceil_mode!r}"
+            f"dilation={dilation!r}, ceil_mode={ceil_mode!r}",
         )
     out = []
     for size, a, b, c, e in zip(input.shape[-dims:], k, s, p, d, strict=True):
         if a < 1 or b < 1 or c < 0 or e < 1 or 2 * c > a or max(b, e) >= _MOST:
-            return Invalid(f"kernel_size={a}, stride={b}, padding={c}, dilation={e}")
+            return Invalid("option", f"kernel_size={a}, stride={b}, padding={c}, dilation={e}")
         span = size + 2 * c - e * (a - 1) - 1
         o = (span + (b - 1 if ceil_mode else 0)) // b + 1
         if ceil_mode and (o - 1) * b >= size + c:
             o -= 1
         if o < 1:
-            return Invalid(f"a window of {a} over {size}")
+            return Invalid("shape", f"a window of {a} over {size}")
         if c and e > size:
-            return Stock(f"dilation={e}: a window may lie in the padding alone")
+            return Stock("option", f"dilation={e}: a window may lie in the padding alone")
         out.append(o)
     if math.prod(k) >= _MOST:
-        return Stock(f"a window of {math.prod(k)} elements: 32 bits are too few")
+        return Stock("size", f"a window of {math.prod(k)} elements: 32 bits are too few")
     return _too_large(input, dims, out) or (k, s, p, d, tuple(out))
 
 
 # ---- max ----------------------------------------------------------------------------------------
+
+_SHARED = 4  # windows that may share an element
+
+
+def _wins(input, k, s, d, by_size=False):
+    """The answer of the size gate for maxima of regular windows. The limits are those up to which
+    instructions take no longer than the bytes of PyTorch's kernels, on an H100."""
+    if not kernels.pooling.in_cells(k, s, d, by_size):
+        return Stock(
+            "gate", f"windows of {k}, dilation {d}: the kernel computes positions too often to win"
+        )
+    taps, elements = math.prod(k), math.prod(s)
+    if taps > _SHARED * elements:
+        return Stock(
+            "gate", f"windows of {k}, stride {s}: too many windows share an element for a kernel"
+        )
+    if taps > elements and input.stride(-len(k) - 1) != 1 and input.shape[-1] % 8:
+        return Stock(
+            "gate", f"windows overlap, in rows of {input.shape[-1]}: accesses would be narrow"
+        )
+    return Work(input.numel())
+
+
+def _regular_wins(dims):
+    """The policy of max pooling over `dims` dimensions."""
+
+    def policy(
+        input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False,
+        return_indices=False, *, out_dtype=None,
+    ):  # fmt: skip
+        found = _regular(input, dims, kernel_size, stride, padding, dilation, ceil_mode)
+        return found if isinstance(found, Stock) else _wins(input, found[0], found[1], found[3])
+
+    return policy
+
+
+def _adaptive_wins(dims):
+    """The policy of adaptive max pooling over `dims` dimensions."""
+
+    def policy(input, output_size, return_indices=False, *, out_dtype=None):
+        found = _adaptive(input, dims, output_size)
+        if isinstance(found, Stock):
+            return found
+        window, k, s, _ = found
+        if window != "regular":
+            return Stock(
+                "gate", "windows of several sizes: the kernel computes positions too often to win"
+            )
+        return _wins(input, k, s, (1,) * dims, by_size=True)
+
+    return policy
 
 
 def _max_pool(
@@ -189,7 +254,12 @@ def _max_last(input, dims, return_indices, stride=None):
     return _channels_last(shape, stride)
 
 
-@op(stock=stock.max_pool1d, strided=_INPUT, source="ATen's rules for nan, ties and ceil_mode")
+@op(
+    stock=stock.max_pool1d,
+    strided=_INPUT,
+    policy=_regular_wins(1),
+    source="ATen's rules for nan, ties and ceil_mode",
+)
 def max_pool1d(
     input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False,
     *, out_dtype=None,
@@ -200,7 +270,12 @@ def max_pool1d(
     )
 
 
-@op(stock=stock.max_pool2d, strided=_INPUT, source="ATen's rules for nan, ties and ceil_mode")
+@op(
+    stock=stock.max_pool2d,
+    strided=_INPUT,
+    policy=_regular_wins(2),
+    source="ATen's rules for nan, ties and ceil_mode",
+)
 def max_pool2d(
     input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False,
     *, out_dtype=None,
@@ -217,7 +292,9 @@ def max_pool2d(
 
 @op(
     stock=stock.max_pool3d,
+    alerts=in_backward,
     strided=_INPUT,
+    policy=_regular_wins(3),
     autocast_cpu="fp32",
     source="ATen's rules for nan, ties and ceil_mode",
 )
@@ -241,12 +318,16 @@ def _avg_pool(
     if isinstance(found, Stock):
         return found
     if type(count_include_pad) is not bool or (divisor is not None and type(divisor) is not int):
-        return Invalid(f"count_include_pad={count_include_pad!r}, divisor_override={divisor!r}")
+        return Invalid(
+            "option", f"count_include_pad={count_include_pad!r}, divisor_override={divisor!r}"
+        )
     if divisor == 0:
-        return Invalid("divisor_override=0")
+        return Invalid("option", "divisor_override=0")
     k, s, p, _, out = found
     if dims == 3 and any(n < a for n, a in zip(input.shape[-3:], k, strict=True)):
-        return Invalid(f"an input of {tuple(input.shape[-3:])} below the kernel {k}, in 3-D")
+        return Invalid(
+            "shape", f"an input of {tuple(input.shape[-3:])} below the kernel {k}, in 3-D"
+        )
     spec = kernels.pooling.Pooling(
         "mean", "regular", dims, _three(out, 1), _three(k, 1), _three(s, 1), _three(p, 0),
         last=_last(input, dims), count_padding=count_include_pad, divisor=divisor,
@@ -291,7 +372,7 @@ def avg_pool2d(
     )
 
 
-@op(stock=stock.avg_pool3d, strided=_INPUT, autocast_cpu="fp32")
+@op(stock=stock.avg_pool3d, strided=_INPUT, alerts=in_backward, autocast_cpu="fp32")
 def avg_pool3d(
     input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True,
     divisor_override=None, *, out_dtype=None,
@@ -315,18 +396,18 @@ def _adaptive(input, dims, output_size):
     if dims > 1 and isinstance(output_size, tuple | list) and len(output_size) == dims:
         output_size = [size if o is None else o for o, size in zip(output_size, sizes, strict=True)]
     elif dims > 1 and type(output_size) is not int:
-        return Invalid(f"output_size={output_size!r}")
+        return Invalid("option", f"output_size={output_size!r}")
     out = _along(output_size, dims)
     if out is None or min(out) < 0:
-        return Invalid(f"output_size={output_size!r}")
+        return Invalid("option", f"output_size={output_size!r}")
     if min(out) == 0:
-        return Stock("an empty result")
+        return Stock("empty", "an empty result")
     pairs = list(zip(sizes, out, strict=True))
     why = _too_large(input, dims, out)
     if why is not None:
         return why
     if any((o + 1) * (size + 1) >= 2**31 for size, o in pairs):
-        return Stock(f"{tuple(sizes)} to {out}: 32 bits are too few")
+        return Stock("size", f"{tuple(sizes)} to {out}: 32 bits are too few")
     if all(size % o == 0 for size, o in pairs):  # windows of equal size that do not overlap
         k = tuple(size // o for size, o in pairs)
         return "regular", k, k, out
@@ -367,7 +448,15 @@ def adaptive_mean(input, output_size, dtype=None):
     return _adaptive_pool("mean", function, dims, input, output_size, False, _avg_last, dtype)
 
 
-@op(stock=stock.adaptive_avg_pool1d, strided=_INPUT)
+def _means_raise(input, output_size):
+    """Whether PyTorch's backward raises: not for one mean, which is no pooling there."""
+    one = output_size == 1 or (
+        isinstance(output_size, tuple | list) and all(n == 1 for n in output_size)
+    )
+    return not one and in_backward(input)
+
+
+@op(stock=stock.adaptive_avg_pool1d, strided=_INPUT, alerts=_means_raise)
 def adaptive_avg_pool1d(input, output_size):
     """Fused like `adaptive_avg_pool2d`."""
     return _adaptive_pool(
@@ -375,7 +464,7 @@ def adaptive_avg_pool1d(input, output_size):
     )
 
 
-@op(stock=stock.adaptive_avg_pool2d, strided=_INPUT)
+@op(stock=stock.adaptive_avg_pool2d, strided=_INPUT, alerts=_means_raise)
 def adaptive_avg_pool2d(input, output_size):
     """Fused for every output size except 0, with one launch per direction. Sums are float64. The
     backward adds in a fixed order, without atomics."""
@@ -384,7 +473,7 @@ def adaptive_avg_pool2d(input, output_size):
     )
 
 
-@op(stock=stock.adaptive_avg_pool3d, strided=_INPUT, autocast_cpu="fp32")
+@op(stock=stock.adaptive_avg_pool3d, strided=_INPUT, alerts=_means_raise, autocast_cpu="fp32")
 def adaptive_avg_pool3d(input, output_size, *, out_dtype=None):
     """Fused like `adaptive_avg_pool2d`."""
     return _adaptive_pool(
@@ -398,20 +487,35 @@ def _adaptive_max_pool(function, dims, input, output_size, return_indices, dtype
     )
 
 
-@op(stock=stock.adaptive_max_pool1d, strided=_INPUT)
+@op(
+    stock=stock.adaptive_max_pool1d,
+    strided=_INPUT,
+    policy=_adaptive_wins(1),
+    alerts=in_backward,
+)
 def adaptive_max_pool1d(input, output_size, return_indices=False):
     """Fused like `adaptive_max_pool2d`."""
     return _adaptive_max_pool(stock.adaptive_max_pool1d, 1, input, output_size, return_indices)
 
 
-@op(stock=stock.adaptive_max_pool2d, strided=_INPUT)
+@op(
+    stock=stock.adaptive_max_pool2d,
+    strided=_INPUT,
+    policy=_adaptive_wins(2),
+    alerts=in_backward,
+)
 def adaptive_max_pool2d(input, output_size, return_indices=False):
     """Fused for every output size except 0, with one launch per direction. It keeps what
     `max_pool2d` keeps of a window. The backward adds in a fixed order, without atomics."""
     return _adaptive_max_pool(stock.adaptive_max_pool2d, 2, input, output_size, return_indices)
 
 
-@op(stock=stock.adaptive_max_pool3d, strided=_INPUT, autocast_cpu="fp32")
+@op(
+    stock=stock.adaptive_max_pool3d,
+    strided=_INPUT,
+    policy=_adaptive_wins(3),
+    autocast_cpu="fp32",
+)
 def adaptive_max_pool3d(input, output_size, return_indices=False, *, out_dtype=None):
     """Fused like `adaptive_max_pool2d`. The result is never channels last, as in PyTorch."""
     return _adaptive_max_pool(
@@ -430,9 +534,9 @@ def _pointwise(shape, stride):
 
 def _lp_pool(dims, input, norm_type, kernel_size, stride, ceil_mode, dtype):
     if type(norm_type) not in (int, float) or norm_type != norm_type:
-        return Stock(f"norm_type={norm_type!r}")
+        return Stock("option", f"norm_type={norm_type!r}")
     if norm_type == 0 or (dims == 1 and type(kernel_size) is not int):
-        return Invalid(f"norm_type={norm_type!r}, kernel_size={kernel_size!r}")
+        return Invalid("option", f"norm_type={norm_type!r}, kernel_size={kernel_size!r}")
     found = _regular(input, dims, kernel_size, stride, 0, 1, ceil_mode)
     if isinstance(found, Stock):
         return found
@@ -499,17 +603,17 @@ def _fractional(
     sizes = input.shape[-dims:]
     if output_size is None:
         if not isinstance(output_ratio, tuple | list) or len(output_ratio) != dims:
-            return Invalid(f"output_ratio={output_ratio!r}")
+            return Invalid("option", f"output_ratio={output_ratio!r}")
         output_size = [int(size * r) for size, r in zip(sizes, output_ratio, strict=True)]
     k, out = _along(kernel_size, dims), _along(output_size, dims)
     if k is None or out is None:
-        return Invalid(f"kernel_size={kernel_size!r}, output_size={output_size!r}")
+        return Invalid("option", f"kernel_size={kernel_size!r}, output_size={output_size!r}")
     room = 0 if dims == 2 else 1
     for size, a, o in zip(sizes, k, out, strict=True):
         if a < 1 or o < 1 or o + a - 1 + room > size:
-            return Invalid(f"{o} windows of {a} over {size}")
+            return Invalid("shape", f"{o} windows of {a} over {size}")
     if not input.numel():
-        return Invalid("no elements")
+        return Invalid("empty", "no elements")
     batch = input.shape[0] if input.dim() == dims + 2 else 1
     channels = input.shape[-dims - 1]
     if samples is None:
@@ -522,12 +626,12 @@ def _fractional(
         or samples.shape[0] < batch
         or samples.shape[1:] != (channels, dims)
     ):
-        return Invalid(f"_random_samples {tuple(samples.shape)} {samples.dtype}")
+        return Invalid("option", f"_random_samples {tuple(samples.shape)} {samples.dtype}")
     # A copy, because ATen keeps indices instead: users may edit the samples.
     samples = samples.detach().clone(memory_format=torch.contiguous_format)
     impossible("it looks at the samples, or draws them")
     if not samples.is_cuda and not ((samples >= 0) & (samples <= 1)).all():
-        return Stock("_random_samples outside [0, 1]")
+        return Stock("option", "_random_samples outside [0, 1]")
     spec = kernels.pooling.Pooling("max", "fractional", dims, _three(out, 1), _three(k, 1))
     function = stock.fractional_max_pool2d if dims == 2 else stock.fractional_max_pool3d
 
@@ -538,7 +642,11 @@ def _fractional(
 
 
 @op(
-    stock=stock.fractional_max_pool2d, strided=_INPUT, autocast_cpu="fp32", source="arXiv:1412.6071"
+    stock=stock.fractional_max_pool2d,
+    strided=_INPUT,
+    autocast_cpu="fp32",
+    alerts=in_backward,
+    source="arXiv:1412.6071",
 )
 def fractional_max_pool2d(
     input, kernel_size, output_size=None, output_ratio=None, return_indices=False,
@@ -555,7 +663,11 @@ def fractional_max_pool2d(
 
 
 @op(
-    stock=stock.fractional_max_pool3d, strided=_INPUT, autocast_cpu="fp32", source="arXiv:1412.6071"
+    stock=stock.fractional_max_pool3d,
+    strided=_INPUT,
+    autocast_cpu="fp32",
+    alerts=in_backward,
+    source="arXiv:1412.6071",
 )
 def fractional_max_pool3d(
     input, kernel_size, output_size=None, output_ratio=None, return_indices=False,
@@ -598,38 +710,45 @@ def _unpool(dims, input, indices, kernel_size, stride, padding, output_size, dty
     if why is not None:
         return why
     if not isinstance(indices, torch.Tensor) or indices.dtype is not torch.int64:
-        return Invalid("indices that are not a tensor of int64")
+        return Invalid("dtype", "indices that are not a tensor of int64")
     if indices.shape != input.shape or not input.numel() or not input.is_floating_point():
-        return Invalid(f"input {tuple(input.shape)}, indices {tuple(indices.shape)}")
+        return Invalid("shape", f"input {tuple(input.shape)}, indices {tuple(indices.shape)}")
     k, p = _along(kernel_size, dims), _along(padding, dims)
     s = k if stride is None else _along(stride, dims)
     if None in (k, s, p) or min(s) < 1:
-        return Invalid(f"kernel_size={kernel_size!r}, stride={stride!r}, padding={padding!r}")
+        return Invalid(
+            "option", f"kernel_size={kernel_size!r}, stride={stride!r}, padding={padding!r}"
+        )
     sizes = zip(input.shape[-dims:], k, s, p, strict=True)
     out = tuple((size - 1) * b + a - 2 * c for size, a, b, c in sizes)
     if output_size is not None:
         if not isinstance(output_size, tuple | list):
-            return Invalid(f"output_size={output_size!r}")
+            return Invalid("option", f"output_size={output_size!r}")
         wanted = tuple(output_size[2:] if len(output_size) == dims + 2 else output_size)
         if len(wanted) != dims or any(type(o) is not int for o in wanted):
-            return Invalid(f"output_size={output_size!r}")
+            return Invalid("option", f"output_size={output_size!r}")
         if any(abs(o - usual) >= b for o, usual, b in zip(wanted, out, s, strict=True)):
-            return Invalid(f"output_size={output_size!r}")
+            return Invalid("option", f"output_size={output_size!r}")
         out = wanted
     if min(out) < 1:
-        return Invalid(f"a result of {out}")
+        return Invalid("shape", f"a result of {out}")
     if math.prod(out) >= _MOST:
-        return Stock(f"a result of {out}: 32 bits are too few")
+        return Stock("size", f"a result of {out}: 32 bits are too few")
     if not input.is_cuda:  # on a CPU the values can be read without waiting
         impossible("it looks at the indices")
         least, most = torch.aminmax(indices)
         if least < 0 or most >= math.prod(out):
-            return Invalid("an index outside the result")
+            return Invalid("option", "an index outside the result")
     last = dims == 2 and not input.is_cuda and _last(input, 2)
     return run(Unpool, input, indices, dims, out, last, dtype or input.dtype)
 
 
-_UNPOOL = {"strided": ("input", "indices"), "integers": (torch.int64,), "autocast_cpu": "fp32"}
+_UNPOOL = {
+    "strided": ("input", "indices"),
+    "integers": (torch.int64,),
+    "autocast_cpu": "fp32",
+    "alerts": always,
+}
 
 
 @op(stock=stock.max_unpool1d, **_UNPOOL)

@@ -35,8 +35,8 @@ class PReLU(Function):
 def prelu(input, weight):
     """Fused; one backward pass computes the input's gradient and sums that of the weight."""
     if weight.dtype != input.dtype or weight.dim() > 1:
-        return Invalid(f"a weight of {weight.dtype} and {weight.dim()} dimensions")
+        return Invalid("dtype", f"a weight of {weight.dtype} and {weight.dim()} dimensions")
     channels = input.shape[1] if input.dim() > 1 else 1
     if weight.numel() not in (1, channels):
-        return Invalid(f"{weight.numel()} weights for {channels} channels")
+        return Invalid("shape", f"{weight.numel()} weights for {channels} channels")
     return run(PReLU, input, weight)

@@ -10,7 +10,17 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
+from fastnn._op import (
+    FLOATS,
+    Function,
+    Invalid,
+    Stock,
+    Work,
+    impossible,
+    op,
+    run,
+    second_order,
+)
 from fastnn.ops.linear import tf32_setting
 
 _GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
@@ -95,7 +105,7 @@ def _cell(kind, input, h, c, w_ih, w_hh, b_ih, b_hh):
     given = [t for t in (input, h, c, w_ih, w_hh) if t is not None]
     shapes = [tuple(t.shape) for t in given]
     if any(t.dim() != 2 for t in given):
-        return Invalid(f"shapes {shapes}")
+        return Invalid("shape", f"shapes {shapes}")
     B, H = h.shape
     rows = _GATES[kind] * H
     fits = (
@@ -106,15 +116,15 @@ def _cell(kind, input, h, c, w_ih, w_hh, b_ih, b_hh):
     )
     biases = [b for b in (b_ih, b_hh) if b is not None]
     if not fits or any(b.shape != (rows,) for b in biases):
-        return Invalid(f"shapes {shapes}, biases {[tuple(b.shape) for b in biases]}")
+        return Invalid("shape", f"shapes {shapes}, biases {[tuple(b.shape) for b in biases]}")
     if any(t.dtype != input.dtype for t in (*given, *biases)):
-        return Invalid("several dtypes")
+        return Invalid("dtype", "several dtypes")
     if len(biases) == 1:
-        return Stock("one bias without the other")
+        return Stock("option", "one bias without the other")
     if not B * H:
-        return Stock("no elements")
+        return Stock("empty", "no elements")
     if kind in ("lstm", "gru") and input.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        return Stock("on a CPU, autocast widens some dtypes for this cell, but not all")
+        return Stock("autocast", "on a CPU, autocast widens some dtypes for this cell, but not all")
     return run(Cell, input, h, c, w_ih, w_hh, b_ih, b_hh, kind)
 
 
@@ -124,7 +134,7 @@ def _new_state(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
 
 
 def _saves_nothing(*args, **kwargs):
-    return Stock("PyTorch, too, runs one kernel for the gates after two products")
+    return Stock("gate", "PyTorch, too, runs one kernel for the gates after two products")
 
 
 _X = ("input", "w_ih", "w_hh")  # products take any strides
@@ -171,7 +181,7 @@ def rnn_relu_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
 def lstm_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
     """Two products, then one kernel for the biases, the gates and both states."""
     if len(hx) != 2:
-        return Invalid(f"{len(hx)} states")
+        return Invalid("option", f"{len(hx)} states")
     return _cell("lstm", input, hx[0], hx[1], w_ih, w_hh, b_ih, b_hh)
 
 
@@ -196,6 +206,7 @@ _STOCK_LAYER = {
     "lstm": torch.lstm,
     "gru": torch.gru,
 }
+_STATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 2, "gru": 1}
 
 
 @contextmanager
@@ -217,40 +228,76 @@ class Direction(NamedTuple):
     w_hh: Tensor
     b_ih: Tensor | None
     b_hh: Tensor | None
+    w_hr: Tensor | None
+
+
+_EACH = len(Direction._fields)
 
 
 def _directions(weights) -> list[Direction]:
-    return [Direction(*weights[i : i + 4]) for i in range(0, len(weights), 4)]
+    return [Direction(*weights[i : i + _EACH]) for i in range(0, len(weights), _EACH)]
+
+
+class Packing(NamedTuple):
+    """The steps of a packed sequence."""
+
+    sizes: Tensor  # the number of rows of each step, on the CPU, as PyTorch takes it
+    table: Tensor  # (2, T, 5) on the device: what the kernels read, for both directions
+
+
+def _packing(sizes: Tensor, device: torch.device) -> Packing:
+    """sizes (T,): int64, on the CPU, positive, not increasing."""
+    N = int(sizes[0])
+    first = sizes.cumsum(0) - sizes
+    zero = sizes.new_zeros(1)
+    ways = []
+    for reverse in (False, True):
+        n, row = (sizes.flip(0), first.flip(0)) if reverse else (sizes, first)
+        before, after = torch.cat((zero, n[:-1])), torch.cat((n[1:], zero))
+        states = torch.cat((zero, N + row[:-1]))
+        ways.append(torch.stack((row, n, states, before, after), 1))
+    return Packing(sizes, torch.stack(ways).to(device))
+
+
+def _states_before(table: Tensor, rows: int) -> Tensor:
+    """For each row of a packed sequence, the row of the state before it. table: of a direction."""
+    ordered = table[table[:, 0].argsort()]
+    each = ordered.repeat_interleave(ordered[:, 1], dim=0, output_size=rows)
+    b = torch.arange(rows, device=table.device) - each[:, 0]
+    return torch.where(b < each[:, 3], each[:, 2] + b, b)
 
 
 class Steps(Function):
-    """x (T, N, I), h0, c0 (D, N, H), c0 or None, and for each of the D directions two weights and
-    two biases or None -> y (T, N, D * H), the last h and c (D, N, H), c or None.
+    """x (T, N, I), or (R, I) of a packed sequence, h0 (D, N, P), c0 (D, N, H) or None, and for each
+    of the D directions its weights, biases and None for what is missing -> y (T, N, D * P) or (R, D
+    * P), the last h and c (D, N, P or H), c or None.
+
+    packing: of a packed sequence, else (None, None).
     """
 
     @staticmethod
-    def forward(ctx, x, h0, c0, kind, *weights):
+    def forward(ctx, x, h0, c0, kind, sizes, table, *weights):
         keep = any(ctx.needs_input_grad)
-        (T, N, _), (D, _, H) = x.shape, h0.shape
-        y = x.new_empty((T, N, D * H))
+        D, _, P = h0.shape
+        flat = x.flatten(0, -2)
+        T = x.shape[0] if table is None else table.shape[1]
+        y = x.new_empty((*x.shape[:-1], D * P))
         hn = x.new_empty(h0.shape)
         cn = None if c0 is None else x.new_empty(c0.shape)
         kept: list = []
         for d, p in enumerate(_directions(weights)):
             with torch.autocast(x.device.type, enabled=False):
-                gi = stock.linear(x, p.w_ih, p.b_ih)
-            part = y[:, :, d * H : (d + 1) * H]
-            gates, states, cells = kernels.recurrent_steps.fwd(
-                gi, p.w_hh, p.b_hh, h0[d], None if c0 is None else c0[d], part, hn[d], kind,
+                gi = stock.linear(flat, p.w_ih, p.b_ih)
+            part = y.view(-1, D * P)[:, d * P : (d + 1) * P]
+            kept += kernels.recurrent_steps.fwd(
+                gi, p.w_hh, p.b_hh, h0[d], None if c0 is None else c0[d], part, hn[d],
+                None if cn is None else cn[d], p.w_hr, None if table is None else table[d], T, kind,
                 d == 1, keep,
             )  # fmt: skip
-            if cells is not None:
-                cn[d].copy_(cells[T % cells.shape[0]])
-            kept += [gates, states, cells]
         # PyTorch keeps the result of an LSTM of one direction, and no others. An edit of it thus
         # raises an error in the backward, as in PyTorch.
         result = y if kind == "lstm" and D == 1 else None
-        ctx.save_for_backward(x, h0, c0, result, *weights, *kept)
+        ctx.save_for_backward(x, h0, c0, result, sizes, table, *weights, *kept)
         ctx.kind = kind
         ctx.set_materialize_grads(False)
         return y, hn, cn
@@ -258,109 +305,151 @@ class Steps(Function):
     @staticmethod
     def backward(ctx, dy, dhn, dcn):
         kind, needs = ctx.kind, ctx.needs_input_grad
-        x, h0, c0, _, *rest = ctx.saved_tensors
-        D, _, H = h0.shape
-        weights, kept = rest[: 4 * D], rest[4 * D :]
+        x, h0, c0, _, sizes, table, *rest = ctx.saved_tensors
+        D, N, P = h0.shape
+        weights, kept = rest[: _EACH * D], rest[_EACH * D :]
         if torch.is_grad_enabled():
-            return Steps._differentiable(ctx, x, h0, c0, weights, (dy, dhn, dcn))
+            return Steps._differentiable(ctx, x, h0, c0, sizes, weights, (dy, dhn, dcn))
+        flat = x.flatten(0, -2)
+        R = flat.shape[0]
+        T = x.shape[0] if table is None else table.shape[1]
         dx = None
-        dh0 = x.new_empty(h0.shape) if needs[1] else None
-        dc0 = x.new_empty(h0.shape) if needs[2] else None
+        dh0 = torch.empty_like(h0) if needs[1] else None
+        dc0 = torch.empty_like(c0) if needs[2] else None
         grads: list = []
         for d, p in enumerate(_directions(weights)):
-            gates, states, cells = kept[3 * d : 3 * d + 3]
-            part = slice(d * H, (d + 1) * H)
-            dgi, dgh, dh, dc = kernels.recurrent_steps.bwd(
-                None if dy is None else dy[:, :, part], None if dhn is None else dhn[d],
-                None if dcn is None else dcn[d], gates, states, cells, p.w_hh, kind, d == 1,
+            gates, states, cells, projected = kept[4 * d : 4 * d + 4]
+            way = None if table is None else table[d]
+            dgi, dgh, dh, dc, dp = kernels.recurrent_steps.bwd(
+                None if dy is None else dy.view(R, D * P)[:, d * P : (d + 1) * P],
+                None if dhn is None else dhn[d], None if dcn is None else dcn[d], gates, states,
+                cells, p.w_hh, p.w_hr, way, T, N, R, kind, d == 1, needs[1],
             )  # fmt: skip
             if dh0 is not None:
                 dh0[d] = dh
             if dc0 is not None:
                 dc0[d] = dc
-            before = states[:-1]
-            dgi, dgh = dgi.flatten(0, 1), dgh.flatten(0, 1)
-            need = needs[4 + 4 * d : 8 + 4 * d]
+            need = needs[6 + _EACH * d : 6 + _EACH * (d + 1)]
+            dw_hr = None
             with torch.autocast(x.device.type, enabled=False):
                 if needs[0]:
                     dx = dgi @ p.w_ih if dx is None else torch.addmm(dx, dgi, p.w_ih)
-                grads.append(dgi.t() @ x.flatten(0, 1) if need[0] else None)
-                grads.append(dgh.t() @ before.flatten(0, 1) if need[1] else None)
-            for g, wanted in zip((dgi, dgh), need[2:], strict=True):
+                grads.append(dgi.t() @ flat if need[0] else None)
+                if need[1]:
+                    before = states[:R] if way is None else states[_states_before(way, R)]
+                    grads.append(dgh.t() @ before)
+                else:
+                    grads.append(None)
+                if need[4]:
+                    dw_hr = dp.t() @ projected
+            for g, wanted in zip((dgi, dgh), need[2:4], strict=True):
                 grads.append(kernels.epilogue.bwd(g, want_dz=False)[1] if wanted else None)
-        return dx if dx is None else dx.view(x.shape), dh0, dc0, None, *grads
+            grads.append(dw_hr)
+        return dx if dx is None else dx.view(x.shape), dh0, dc0, None, None, None, *grads
 
     @staticmethod
-    def _differentiable(ctx, x, h0, c0, weights, given):
+    def _differentiable(ctx, x, h0, c0, sizes, weights, given):
         """Gradients with a graph of their own."""
-        D = h0.shape[0]
+        both = h0.shape[0] == 2
         biased = weights[2] is not None
 
         def formula(x, h0, c0, *weights):
             weights = [w for w in weights if w is not None]
             state = h0 if c0 is None else (h0, c0)
             with _without_cudnn():
-                out = _STOCK_LAYER[ctx.kind](
-                    x, state, weights, biased, 1, 0.0, False, D == 2, False
-                )
+                layer = _STOCK_LAYER[ctx.kind]
+                if sizes is None:
+                    out = layer(x, state, weights, biased, 1, 0.0, False, both, False)
+                else:
+                    out = layer(x, sizes, state, weights, biased, 1, 0.0, False, both)
             return [t for t, g in zip(out, given, strict=False) if g is not None]
 
-        needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:])
+        needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[6:])
         given_only = [g for g in given if g is not None]
         dx, dh0, dc0, *grads = second_order(formula, (x, h0, c0, *weights), given_only, needs)
-        return dx, dh0, dc0, None, *grads
+        return dx, dh0, dc0, None, None, None, *grads
 
 
-def _layers(kind, input, h0, c0, params, biased, layers, dropout, train, both, batch_first):
-    """(y, the last h, the last c or None); or a `Stock` that says why no kernel computes them."""
-    if isinstance(params, Tensor) or type(layers) is not int:
-        return Stock("a PackedSequence")
+def _layers(kind, input, state, params, biased, layers, dropout, train, both, batch_first):
+    """The result of PyTorch's function; or a `Stock` that says why no kernel computes it."""
+    sizes = None
+    if isinstance(params, Tensor) or (kind == "lstm" and isinstance(state, Tensor)):
+        # (data, batch_sizes, state, params, has_biases, num_layers, dropout, train, bidirectional)
+        sizes, state, params, biased, layers, dropout, train, both, batch_first = (
+            state, params, biased, layers, dropout, train, both, batch_first, False
+        )  # fmt: skip
+    states = list(state) if kind == "lstm" else [state]
+    if len(states) != _STATES[kind] or not all(isinstance(t, Tensor) for t in (*states, *params)):
+        return Invalid("option", f"{len(states)} states")
     D = 2 if both else 1
-    each = 4 if biased else 2
-    states = [t for t in (h0, c0) if t is not None]
-    if len(params) == (each + 1) * D * layers:
-        return Stock("proj_size")
-    if input.dim() != 3 or any(t.dim() != 3 for t in states) or len(params) != each * D * layers:
-        return Invalid(f"input {tuple(input.shape)}, {len(params)} parameters")
-    if any(t.dtype != input.dtype for t in (*states, *params)):
-        return Invalid("several dtypes")
-    x = input.transpose(0, 1) if batch_first else input
-    (T, N, width), H = x.shape, h0.shape[2]
-    rows = kernels.recurrent_steps.GATES[kind] * H
-    fits = all(t.shape == (D * layers, N, H) for t in states)
-    for at in range(0, len(params), each):
-        w_ih, w_hh, *biases = params[at : at + each]
-        inputs = width if at < each * D else D * H
-        fits = fits and w_ih.shape == (rows, inputs) and w_hh.shape == (rows, H)
-        fits = fits and all(b.shape == (rows,) for b in biases)
+    projected = kind == "lstm" and states[0].shape[-1:] != states[1].shape[-1:]
+    given = (4 if biased else 2) + projected
+    fits = input.dim() == (3 if sizes is None else 2) and len(params) == given * D * layers
+    if not fits or any(t.dim() != 3 for t in states):
+        return Invalid("shape", f"input {tuple(input.shape)}, {len(params)} parameters")
+    if any(t.dtype != input.dtype or t.device != input.device for t in (*states, *params)):
+        return Invalid("dtype", "several dtypes or devices")
+    if input.dtype not in FLOATS:
+        return Invalid("dtype", f"input in {input.dtype}")
+    gates = kernels.recurrent_steps.GATES[kind]
+    rows, P, width = params[0].shape[0], states[0].shape[2], input.shape[-1]
+    H = rows // gates
+    if sizes is None:
+        x = input.transpose(0, 1) if batch_first else input
+        N = x.shape[1]
+    else:
+        if sizes.dim() != 1 or sizes.dtype != torch.int64 or sizes.device.type != "cpu":
+            return Invalid("dtype", "batch sizes that are not (T,) int64 on the CPU")
+        impossible("it reads the batch sizes")
+        ordered = sizes.tolist()
+        # PyTorch checks only some of this
+        if not ordered or ordered != sorted(ordered, reverse=True) or ordered[-1] < 1:
+            return Invalid("shape", f"batch sizes {ordered}")
+        if sum(ordered) != input.shape[0]:
+            return Invalid("shape", f"{input.shape[0]} rows for batch sizes of {sum(ordered)}")
+        x = input
+        N = ordered[0]
+    shapes = [(D * layers, N, n) for n in ((P, H) if kind == "lstm" else (P,))]
+    fits = all(tuple(t.shape) == shape for t, shape in zip(states, shapes, strict=True))
+    own: list = []
+    for at in range(0, len(params), given):
+        w_ih, w_hh, *rest = params[at : at + given]
+        w_hr = rest.pop() if P != H and rest else None
+        biases = rest or (None, None)
+        inputs = width if at < given * D else D * P
+        fits = fits and w_ih.shape == (rows, inputs) and w_hh.shape == (rows, P)
+        fits = fits and all(b is None or b.shape == (rows,) for b in biases)
+        fits = fits and (P == H if w_hr is None else w_hr.shape == (P, H))
+        own += [w_ih, w_hh, *biases, w_hr]
     if not fits:
-        return Invalid(f"input {tuple(input.shape)}, states {[tuple(t.shape) for t in states]}")
-    if not T * N * H * width:
-        return Stock("no elements")
+        return Invalid(
+            "shape", f"input {tuple(input.shape)}, states {[tuple(t.shape) for t in states]}"
+        )
+    if not x.numel() * N * P:
+        return Stock("empty", "no elements")
     draws = train and dropout > 0 and layers > 1
     if draws and input.device.type != "cpu":
-        return Stock("dropout between layers, for which cuDNN draws random numbers of its own")
+        return Stock(
+            "random", "dropout between layers, for which cuDNN draws random numbers of its own"
+        )
     if kind in ("lstm", "gru") and input.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        return Stock("on a CPU, autocast widens some dtypes for this layer, but not all")
-    last_h, last_c = [], []
+        return Stock(
+            "autocast", "on a CPU, autocast widens some dtypes for this layer, but not all"
+        )
+    packing = (None, None) if sizes is None else _packing(sizes, input.device)
+    last: list = []
     x = x.contiguous()
     for layer in range(layers):
-        own = params[layer * D * each : (layer + 1) * D * each]
-        if not biased:
-            own = [p for i in range(0, len(own), 2) for p in (*own[i : i + 2], None, None)]
-        h, c = h0, c0
-        if layers > 1:
-            at = slice(layer * D, (layer + 1) * D)
-            h, c = h0[at], None if c0 is None else c0[at]
-        c = None if c is None else c.contiguous()
-        x, h, c = run(Steps, x, h.contiguous(), c, kind, *own)
-        last_h.append(h)
-        last_c.append(c)
+        at = slice(layer * D, (layer + 1) * D)
+        now = [t.contiguous() if layers == 1 else t[at].contiguous() for t in states]
+        h, c = now if kind == "lstm" else (*now, None)
+        weights = own[layer * D * _EACH : (layer + 1) * D * _EACH]
+        x, *new = run(Steps, x, h, c, kind, *packing, *weights)
+        last.append(new[: len(states)])
         if draws and layer < layers - 1:
             x = stock.dropout(x, dropout)
-    hn = last_h[0] if layers == 1 else torch.cat(last_h)
-    cn = None if c0 is None else last_c[0] if layers == 1 else torch.cat(last_c)
-    return x.transpose(0, 1) if batch_first else x, hn, cn
+    ends = last[0] if layers == 1 else [torch.cat(parts) for parts in zip(*last, strict=True)]
+    return x.transpose(0, 1) if batch_first else x, *ends
 
 
 def _settings():
@@ -372,12 +461,15 @@ def _unless_cudnn(
 ):  # fmt: skip
     """The gate's policy: the number of elements of the input."""
     if torch.backends.cudnn.enabled and torch.backends.cudnn.is_available():
-        return Stock("cuDNN runs all steps of a layer")
+        return Stock("gate", "cuDNN runs all steps of a layer")
     return Work(input.numel())
 
 
-_LAYER = {
-    "strided": ("input", "hx", "params"),
+_LAYER: dict[str, Any] = {
+    # the last of them holds the parameters of a packed sequence
+    "strided": ("input", "hx", "params", "has_biases"),
+    "integers": (torch.int64,),  # the batch sizes of a packed sequence
+    "on_host": ("hx",),
     "autocast": "lower",
     "policy": _unless_cudnn,
     "settings": _settings,
@@ -388,48 +480,49 @@ _LAYER = {
 def rnn_tanh(
     input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first
 ):  # fmt: skip
-    """One product for the inputs of all steps, then one kernel for all steps, of each direction."""
-    out = _layers(
-        "rnn_tanh", input, hx, None, params, has_biases, num_layers, dropout, train, bidirectional,
+    """One product for the inputs of all steps, then one kernel for all steps, of each direction;
+    one kernel for each step if the recurrent weights do not fit the memory of a block.
+    """
+    return _layers(
+        "rnn_tanh", input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
         batch_first,
     )  # fmt: skip
-    return out if isinstance(out, Stock) else out[:2]
 
 
 @op(stock=torch.rnn_relu, autocast_cpu="lower", **_LAYER)
 def rnn_relu(
     input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first
 ):  # fmt: skip
-    """One product for the inputs of all steps, then one kernel for all steps, of each direction."""
-    out = _layers(
-        "rnn_relu", input, hx, None, params, has_biases, num_layers, dropout, train, bidirectional,
+    """One product for the inputs of all steps, then one kernel for all steps, of each direction;
+    one kernel for each step if the recurrent weights do not fit the memory of a block.
+    """
+    return _layers(
+        "rnn_relu", input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
         batch_first,
     )  # fmt: skip
-    return out if isinstance(out, Stock) else out[:2]
 
 
 @op(stock=torch.gru, **_LAYER)
 def gru(
     input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first
 ):  # fmt: skip
-    """One product for the inputs of all steps, then one kernel for all steps, of each direction."""
-    out = _layers(
-        "gru", input, hx, None, params, has_biases, num_layers, dropout, train, bidirectional,
+    """One product for the inputs of all steps, then one kernel for all steps, of each direction;
+    one kernel for each step if the recurrent weights do not fit the memory of a block.
+    """
+    return _layers(
+        "gru", input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
         batch_first,
     )  # fmt: skip
-    return out if isinstance(out, Stock) else out[:2]
 
 
 @op(stock=torch.lstm, **_LAYER)
 def lstm(
     input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first
 ):  # fmt: skip
-    """One product for the inputs of all steps, then one kernel for all steps, of each direction."""
-    if isinstance(hx, Tensor):  # torch.lstm(data, batch_sizes, hx, ...)
-        return Stock("a PackedSequence")
-    if len(hx) != 2:
-        return Invalid(f"{len(hx)} states")
+    """One product for the inputs of all steps, then one kernel for all steps, of each direction;
+    one kernel for each step if the recurrent weights do not fit the memory of a block.
+    """
     return _layers(
-        "lstm", input, hx[0], hx[1], params, has_biases, num_layers, dropout, train, bidirectional,
+        "lstm", input, hx, params, has_biases, num_layers, dropout, train, bidirectional,
         batch_first,
     )  # fmt: skip

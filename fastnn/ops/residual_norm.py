@@ -111,43 +111,45 @@ def _residual(x, keeps_layout):
         return x
     if like.is_contiguous() or not keeps_layout:
         return x.contiguous()
-    return Stock(f"a residual with strides {x.stride()}")
+    return Stock("layout", f"a residual with strides {x.stride()}")
 
 
 def _fused(z, x, weight, bias, p, training, normalises, returns_sum, **norm):
     """(s, y), each None if it is not wanted; or a refusal."""
     if z.shape != x.shape:
-        return Stock(f"a branch {tuple(z.shape)} and a residual {tuple(x.shape)}")
+        return Stock("shape", f"a branch {tuple(z.shape)} and a residual {tuple(x.shape)}")
     if type(p) not in (float, int) or type(training) is not bool:
-        return Stock(f"p={p!r}, training={training!r}")
+        return Stock("option", f"p={p!r}, training={training!r}")
     if not 0 <= p <= 1:
-        return Invalid(f"p={p}")
+        return Invalid("option", f"p={p}")
     if not z.numel() or not z.dim():
-        return Stock("no elements" if z.dim() else "0 dimensions")
+        return Stock("empty", "no elements" if z.dim() else "0 dimensions")
     dtype = _sum_dtype(z, x)
     if not kernels.residual_norm.fits(z.shape[-1], dtype.itemsize):
-        return Stock(f"rows of {z.shape[-1]}")
+        return Stock("size", f"rows of {z.shape[-1]}")
     if z.numel() // z.shape[-1] >= 2**30:  # kernels count rows in 32 bits
-        return Stock(f"{z.numel() // z.shape[-1]} rows")
+        return Stock("size", f"{z.numel() // z.shape[-1]} rows")
     swapped = not z.is_contiguous()
     if swapped and (z.dim() != 3 or not z.transpose(0, 1).is_contiguous()):
-        return Stock(f"a branch with strides {z.stride()}")
+        return Stock("layout", f"a branch with strides {z.stride()}")
     x = _residual(x, returns_sum)
     if isinstance(x, Stock):
         return x
     noise = None
     if training and p > 0:
         if z.numel() >= 2**31:
-            return Stock(f"dropout of {z.numel()} elements, more than 32 bits can index")
+            return Stock("size", f"dropout of {z.numel()} elements, more than 32 bits can index")
         bound = kernels._philox.bound(1.0 - p)
         if p == 1:
             noise = Noise(_rng.draw_nothing(z.numel(), z.get_device()), "elements", bound, 0.0, 0.0)
         else:
             if swapped and _rng.width(z) == 1:
-                return Stock(f"strides {z.stride()}: PyTorch does not draw in order of storage")
+                return Stock(
+                    "layout", f"strides {z.stride()}: PyTorch does not draw in order of storage"
+                )
             draw = _rng.draw_native(z)
             if isinstance(draw, str):
-                return Stock(draw)
+                return Stock("random", draw)
             noise = Noise(draw, "elements", bound, *native_scales(p))
     how = How(normalises, returns_sum, noise, swapped, **norm)
     return run(ResidualNorm, z, x, weight, bias, how)
@@ -158,11 +160,11 @@ def _normalised(z, x, normalized_shape, weight, bias, eps, p, training, prenorm,
     if why is not None:
         return why
     if len(normalized_shape) > 1:
-        return Stock(f"normalized_shape={tuple(normalized_shape)}")
+        return Stock("shape", f"normalized_shape={tuple(normalized_shape)}")
     dtype = out_dtype or _sum_dtype(z, x)
     if any(t is not None and t.dtype != dtype for t in (weight, bias)):
         if out_dtype is None:
-            return Invalid("parameters in another dtype than the sum")
+            return Invalid("dtype", "parameters in another dtype than the sum")
     out = _fused(
         z, x, weight, bias, p, training, True, bool(prenorm),
         eps=eps, center=center, out_dtype=out_dtype,
@@ -181,7 +183,7 @@ def dropout_add(input, residual, p=0.5, training=True):
     It is one pass, and stores no mask. If nothing is dropped, it is an addition.
     """
     if not 0 <= p <= 1:
-        return Invalid(f"p={p}")
+        return Invalid("option", f"p={p}")
     if p == 0 or not training:
         return residual + input
     out = _fused(input, residual, None, None, p, training, False, True)

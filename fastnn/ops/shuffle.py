@@ -10,9 +10,9 @@ from fastnn.ops._linear_map import LinearMap, Maps, channels_last
 def _shuffled(input, there, back, keeps):
     """`input` split and reordered by `there`, which `back` undoes; both as `shuffle` takes them."""
     if not input.numel():
-        return Stock("no elements")  # PyTorch raises in the backward
+        return Stock("empty", "no elements")  # PyTorch raises in the backward
     if input.numel() >= kernels.gather.MOST:
-        return Stock(f"{input.numel()} elements")  # more than 32 bits can index
+        return Stock("size", f"{input.numel()} elements")  # more than 32 bits can index
     last = channels_last(input)
 
     def forward(x):
@@ -36,7 +36,11 @@ def _pixels(lead, c, r, h, w):
 def _too_many(input):
     """`Stock`, where the dimensions are more than kernels walk."""
     most = kernels.gather.AXES
-    return Stock(f"{input.dim()} dimensions, of more than {most}") if input.dim() > most else None
+    return (
+        Stock("shape", f"{input.dim()} dimensions, of more than {most}")
+        if input.dim() > most
+        else None
+    )
 
 
 @op(stock=torch.pixel_shuffle, strided=("input",), source="arXiv:1609.05158")
@@ -44,9 +48,9 @@ def pixel_shuffle(input, upscale_factor):
     """Fused for up to 5 dimensions: one kernel each way, as in PyTorch."""
     r = upscale_factor
     if type(r) is not int:
-        return Stock(f"upscale_factor={r!r}")
+        return Stock("option", f"upscale_factor={r!r}")
     if input.dim() < 3 or r < 1 or input.shape[-3] % (r * r):
-        return Invalid(f"upscale_factor={r} for {tuple(input.shape)}")
+        return Invalid("shape", f"upscale_factor={r} for {tuple(input.shape)}")
     if (declined := _too_many(input)) is not None:
         return declined
     *lead, c, h, w = input.shape
@@ -59,9 +63,9 @@ def pixel_unshuffle(input, downscale_factor):
     """Fused for up to 5 dimensions: one kernel each way, as in PyTorch."""
     r = downscale_factor
     if type(r) is not int:
-        return Stock(f"downscale_factor={r!r}")
+        return Stock("option", f"downscale_factor={r!r}")
     if input.dim() < 3 or r < 1 or input.shape[-2] % r or input.shape[-1] % r:
-        return Invalid(f"downscale_factor={r} for {tuple(input.shape)}")
+        return Invalid("shape", f"downscale_factor={r} for {tuple(input.shape)}")
     if (declined := _too_many(input)) is not None:
         return declined
     *lead, c, h, w = input.shape
@@ -74,9 +78,9 @@ def channel_shuffle(input, groups):
     """Fused for up to 5 dimensions: one kernel each way, as in PyTorch."""
     g = groups
     if type(g) is not int:
-        return Stock(f"groups={g!r}")
+        return Stock("option", f"groups={g!r}")
     if input.dim() < 3 or g < 1 or input.shape[1] % g:
-        return Invalid(f"groups={g} for {tuple(input.shape)}")
+        return Invalid("shape", f"groups={g} for {tuple(input.shape)}")
     if (declined := _too_many(input)) is not None:
         return declined
     n, c, *rest = input.shape

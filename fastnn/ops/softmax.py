@@ -55,14 +55,14 @@ def _softmax(name, x, dim, stacklevel, dtype, out_dtype, log=False, negate=False
         impossible("it warns")
         dim = stock._get_softmax_dim(name, x.dim(), level)  # type: ignore[attr-defined]
     if not isinstance(dim, int) or isinstance(dim, bool):
-        return Invalid(f"dim={dim!r}")
+        return Invalid("option", f"dim={dim!r}")
     dims = max(x.dim(), 1)
     if not -dims <= dim < dims:
-        return Invalid(f"dim={dim}, input {tuple(x.shape)}")
+        return Invalid("option", f"dim={dim}, input {tuple(x.shape)}")
     if dtype is None:
         dtype = out_dtype or x.dtype  # autocast sets a dtype only if the caller has not
     if dtype not in FLOATS:
-        return Stock(f"dtype={dtype}")
+        return Stock("dtype", f"dtype={dtype}")
     return run(Softmax, x, dim % dims, log, negate, dtype)
 
 

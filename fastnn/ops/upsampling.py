@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Invalid, Stock, Work, op, run
+from fastnn._op import Invalid, Stock, Work, in_backward, op, run
 from fastnn.ops._linear_map import LinearMap, Maps, channels_last
 from fastnn.ops.pooling import adaptive_mean
 
@@ -26,8 +26,8 @@ def _per_dimension(what, value, dims, kinds):
     """`value` for each dimension; `Stock`, or `Invalid`, where it is none of these kinds."""
     values = list(value) if isinstance(value, (list, tuple)) else [value] * dims
     if len(values) != dims:
-        return Invalid(f"{what}={value!r} for {dims} dimensions")
-    return values if all(type(v) in kinds for v in values) else Stock(f"{what}={value!r}")
+        return Invalid("shape", f"{what}={value!r} for {dims} dimensions")
+    return values if all(type(v) in kinds for v in values) else Stock("option", f"{what}={value!r}")
 
 
 def _image(input, size, scale_factor, recompute_scale_factor):
@@ -41,7 +41,7 @@ def _image(input, size, scale_factor, recompute_scale_factor):
     if isinstance(factors, Stock):
         return factors
     if not all(0 < f < math.inf for f in factors):
-        return Invalid(f"scale_factor={scale_factor!r}")
+        return Invalid("option", f"scale_factor={scale_factor!r}")
     sizes = [int(n * f) for n, f in zip(input.shape[2:], factors, strict=True)]
     return sizes, none if recompute_scale_factor else factors
 
@@ -56,19 +56,37 @@ def _gains(input, size, scale_factor, mode, *rest):
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
         return Work(input.numel())
     if mode == "area":
-        return Stock("mode='area': PyTorch's adaptive pooling is as fast at every size")
+        return Stock("gate", "mode='area': PyTorch's adaptive pooling is as fast at every size")
     if mode.startswith("nearest") or not (torch.is_grad_enabled() and input.requires_grad):
-        return Stock("no gradient that PyTorch adds up: it reads and writes once as well")
+        return Stock("gate", "no gradient that PyTorch adds up: it reads and writes once as well")
     image = _image(input, size, scale_factor, None)
     if isinstance(image, Stock):
         return image
     grown = math.prod(image[0]) // math.prod(input.shape[2:])
     if grown > 8:
-        return Stock(f"{grown} times the elements, beside which what would be saved is little")
+        return Stock(
+            "gate", f"{grown} times the elements, beside which what would be saved is little"
+        )
     return Work(input.numel())
 
 
-@op(stock=stock.interpolate, strided=("input",), policy=_gains, settings=_autocast, autocast="fp32")
+def _raises(
+    input, size=None, scale_factor=None, mode="nearest", align_corners=None,
+    recompute_scale_factor=None, antialias=False,
+):  # fmt: skip
+    """Whether PyTorch's backward raises. Bilinear and trilinear run other code instead."""
+    listed = mode in ("linear", "bicubic", "area") or (antialias and mode == "bilinear")
+    return listed and in_backward(input)
+
+
+@op(
+    stock=stock.interpolate,
+    strided=("input",),
+    policy=_gains,
+    settings=_autocast,
+    autocast="fp32",
+    alerts=_raises,
+)
 def interpolate(
     input, size=None, scale_factor=None, mode="nearest", align_corners=None,
     recompute_scale_factor=None, antialias=False, *, out_dtype=None,
@@ -91,20 +109,20 @@ def interpolate(
     times the gradient of the output, which is nan if that is infinite.
     """
     if type(mode) is not str:
-        return Stock(f"mode={mode!r}")
+        return Stock("option", f"mode={mode!r}")
     if mode == "lanczos":
         why = "mode='lanczos', for CPUs alone"
-        return Stock(why) if antialias else Invalid(f"{why}, without antialias")
+        return Stock("option", why) if antialias else Invalid("option", f"{why}, without antialias")
     dims = input.dim() - 2
     kind, ranks = _MODES.get(mode, ("", ()))
     if dims not in ranks:
-        return Invalid(f"mode={mode!r} for {input.dim()} dimensions")
+        return Invalid("shape", f"mode={mode!r} for {input.dim()} dimensions")
     if antialias and mode not in ("bilinear", "bicubic"):
-        return Invalid(f"antialias=True, mode={mode!r}")
+        return Invalid("option", f"antialias=True, mode={mode!r}")
     if align_corners is not None and kind not in ("linear", "cubic"):
-        return Invalid(f"align_corners={align_corners} with mode={mode!r}")
+        return Invalid("option", f"align_corners={align_corners} with mode={mode!r}")
     if (size is None) == (scale_factor is None) or (size is not None and recompute_scale_factor):
-        return Invalid(f"size={size}, scale_factor={scale_factor}")
+        return Invalid("option", f"size={size}, scale_factor={scale_factor}")
     image = _image(input, size, scale_factor, recompute_scale_factor)
     if isinstance(image, Stock):
         return image
@@ -112,10 +130,10 @@ def interpolate(
     if kind == "area":
         return adaptive_mean(input, tuple(sizes), out_dtype)
     if min(sizes) < 1 or 0 in input.shape[1:]:
-        return Invalid(f"{tuple(input.shape)} to {tuple(sizes)}")
+        return Invalid("shape", f"{tuple(input.shape)} to {tuple(sizes)}")
     elements = math.prod((*input.shape[:2], *sizes))
     if max(elements, input.numel()) >= kernels.gather.MOST:
-        return Stock(f"a result of {elements} elements")  # more than 32 bits can index
+        return Stock("size", f"a result of {elements} elements")  # more than 32 bits can index
     dtype = out_dtype or input.dtype
     was = tuple(input.shape[2:])
     align = bool(align_corners)
@@ -127,7 +145,9 @@ def interpolate(
         for n, out, factor in zip(was, sizes, factors, strict=True)
     ]
     if same and antialias and any(s not in (0.0, 1.0) for s in scales):
-        return Stock("antialias=True, equal sizes, but a factor: PyTorch's gradient is a copy")
+        return Stock(
+            "option", "antialias=True, equal sizes, but a factor: PyTorch's gradient is a copy"
+        )
     given, last = input.dtype, channels_last(input)
 
     def forward(x):

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fastnn
 import fastnn.functional
-from fastnn._mode import BackendError, Mode, backend, decisions
+from fastnn._mode import CODES, BackendError, Code, Mode, backend, decisions
 from fastnn._op import FLOATS
 from fastnn.testing.devices import simulated
 from fastnn.testing.noise import recording, replaying
@@ -92,7 +92,7 @@ class Case:
     inputs: makers of the positional arguments, or plain values.
     options: keyword arguments of the layer's constructor, or of the function; makers are called.
     view: a function that is applied to the first input (a transpose, a slice, channels_last, ...).
-    stock: words of the reason, if the row must run stock.
+    stock: the code of the reason, if the row must run stock; docs/api.md lists the codes.
     dtypes: the dtypes in which the row runs.
     autocast: the row runs under autocast to this dtype.
     train: the mode of the layer.
@@ -104,12 +104,16 @@ class Case:
     inputs: tuple[Any, ...]
     options: dict[str, Any] = field(default_factory=dict)
     view: Callable[[Tensor], Tensor] | None = None
-    stock: str | None = None
+    stock: Code | None = None
     dtypes: tuple[torch.dtype, ...] = FLOATS
     autocast: torch.dtype | None = None
     train: bool = True
     members: tuple[Callable[[Any], torch.nn.Module], ...] = ()
     since: str = "0"
+
+    def __post_init__(self):
+        if self.stock is not None and self.stock not in CODES:
+            raise ValueError(f"Case: stock={self.stock!r} is no code; codes are {', '.join(CODES)}")
 
     @property
     def is_layer(self) -> bool:
@@ -170,13 +174,15 @@ class Comparison:
 @dataclass
 class Result:
     """The outcome of a check: the path, a `Comparison` per tensor, each difference in words, and
-    the number of draws of inputs that were needed (see `check`)."""
+    the number of draws of inputs that were needed (see `check`). If PyTorch ran, `reason` says why
+    in words, and `code` is the kind of the reason."""
 
     path: str
     reason: str | None
     comparisons: list[Comparison] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     draws: int = 1
+    code: Code | None = None
 
     def _judge(self) -> Result:
         self.failures += [c.failure for c in self.comparisons if c.failure]
@@ -352,7 +358,7 @@ def compare_unjudged(
             else:
                 again = got
     except BackendError as e:
-        result.path, result.reason = "stock", str(e)
+        result.path, result.reason, result.code = "stock", str(e), e.code
         return result
     # On CUDA, stock in the same dtype must draw the same noise by itself.
     with replaying(draws) if draws and device == "cpu" else nullcontext():
@@ -362,9 +368,9 @@ def compare_unjudged(
     with replaying(draws) if draws else nullcontext():
         exactly = fresh_leaves(inputs, torch.float64)
         truth = run_side(exact, exactly, device, None, wide)
-    whys = [why for _, why in heard if why is not None]
-    if whys:
-        result.path, result.reason = "stock", whys[0]
+    declined = [d for d in heard if d.why is not None]
+    if declined:
+        result.path, result.reason, result.code = "stock", declined[0].why, declined[0].code
     if not heard:
         fail("nothing was dispatched")
     sides = (tensors_of(tree) for tree in (inputs, mine, theirs, exactly))
@@ -412,7 +418,9 @@ def check(case: Case, dtype: torch.dtype, device: str = "cpu", mode: Mode = "tri
         comparisons = over_draws(results)
     failures = [failure for r in results for failure in r.failures]
     first = results[0]
-    return Result(first.path, first.reason, comparisons, failures, len(results))._judge()
+    return Result(
+        first.path, first.reason, comparisons, failures, len(results), first.code
+    )._judge()
 
 
 def over_draws(results: Sequence[Result]) -> list[Comparison]:
@@ -449,8 +457,9 @@ def check_draw(case: Case, dtype: torch.dtype, device: str, mode: Mode, draw: in
     result = compare_unjudged(
         ours, stock, exact, inputs, kwargs, device, mode, case.autocast, inplace, draw=draw
     )
-    if case.stock is not None and case.stock not in (result.reason or ""):
-        result.failures.append(f"expected stock ({case.stock}); got {result.path} {result.reason}")
+    if case.stock is not None and case.stock != result.code:
+        got = f"{result.path} ({result.code}: {result.reason})"
+        result.failures.append(f"expected stock ({case.stock}); got {got}")
     if case.stock is None and result.path == "stock" and mode == "triton":
         result.failures.append(f"expected a kernel; got stock ({result.reason})")
     return result

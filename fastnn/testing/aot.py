@@ -181,6 +181,8 @@ def _launch_nothing(*launch) -> None:
 class _Emulator(CompilingDriver):
     """A driver whose launches run as PTX on the CPU."""
 
+    apart: ptx.Apart = ""
+
     def launcher(self, compiled: _Compiled) -> Callable:
         source, metadata = compiled
         program = ptx.Program(assembly_of(source.name, metadata.hash)["ptx"])
@@ -192,7 +194,8 @@ class _Emulator(CompilingDriver):
             memory = ptx.Memory((s.data_ptr(), s.nbytes()) for s in tensors)
             addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in given]
             addresses += [0] * (len(program.parameters) - len(addresses))  # scratch, of no bytes
-            program.run((x, y, z), 32 * metadata.num_warps, metadata.shared, addresses, memory)
+            threads = 32 * metadata.num_warps
+            program.run((x, y, z), threads, metadata.shared, addresses, memory, apart=self.apart)
 
         return launch
 
@@ -261,19 +264,23 @@ def _libcuda() -> str:
 
 
 @contextmanager
-def emulate(target: str = "cuda:90") -> Iterator[None]:
+def emulate(target: str = "cuda:90", apart: ptx.Apart = "") -> Iterator[None]:
     """Launches in the block run the code compiled for `target`, an NVIDIA GPU of `TARGETS`.
 
     `fastnn.testing.ptx` runs the code on CPU tensors. It raises NotImplementedError for an
     instruction that it does not know, such as the tensor-core instructions of sm_100 and sm_120,
-    and IndexError if a kernel accesses memory outside its tensors.
+    and IndexError if a kernel accesses memory outside its tensors. `apart`: "first" or "last" runs
+    the warps of a block one by one from barrier to barrier, in this order.
     """
     if not target.startswith("cuda:"):
         raise ValueError(f"emulate: target {target!r}: only NVIDIA's code is emulated")
     # The emulator needs tensors, not addresses. Its results are compared with those of a CPU, which
     # has no TF32; for convolutions CUDA's default is TF32.
-    with active_driver(target, _Emulator), _record.using(False), tf32_setting.set_to("ieee"):
-        yield
+    with active_driver(target, _Emulator) as driver, _record.using(False):
+        assert isinstance(driver, _Emulator)
+        driver.apart = apart
+        with tf32_setting.set_to("ieee"):
+            yield
 
 
 @contextmanager

@@ -8,8 +8,8 @@
 Bytes alone do not say whether a kernel can reach the bandwidth of a GPU. The compiled code says
 more. Each instruction of the machine code (SASS) came from a line of PTX, which the disassembler
 names. The emulator runs one block of the launch, and counts how often each line runs. Together they
-give the instructions that the launch issues, also where a loop was unrolled. The blocks of a launch
-count as alike.
+give the instructions that the launch issues, also where a loop was unrolled. Where two blocks of a
+launch run different lines, the counts are the mean of 16 blocks, spread evenly over the launch.
 
 A `Roof` is not a predicted time. It has the least time that each part of the GPU needs for its
 share of the work, as if nothing waited for anything else. The launch takes at least the longest of
@@ -28,6 +28,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -39,6 +40,8 @@ from fastnn.kernels import _gpus
 from fastnn.testing import aot, ptx
 
 SECTOR = 32  # bytes that are moved at least
+SAMPLES = 16  # blocks that are counted, of a launch whose blocks are not alike
+GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples spread evenly over 0 to 1
 
 # Cycles for which an instruction of a warp occupies a part of a scheduler, or the one load/store
 # unit of a multiprocessor. CUDA C++ Programming Guide, throughput of arithmetic instructions, 8.0
@@ -125,6 +128,21 @@ class _Capturing(aot.CompilingDriver):
 
         return launch
 
+    def taken(self, target: str, key: tuple = ()) -> list[Launch]:
+        """The launches since the last question, which get `key`."""
+        found = []
+        for metadata, programs, given in self.log:
+            asm = aot.assembly_of(metadata.name, metadata.hash)
+            tensors = [a for a in given if isinstance(a, torch.Tensor)]
+            plain = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in given]
+            code = asm["cubin"], asm["ptx"]
+            options = metadata.num_warps, metadata.shared
+            found.append(
+                Launch(target, metadata.name, programs, *options, *code, plain, tensors, key)
+            )
+        self.log.clear()
+        return found
+
 
 def _word(value: Any) -> Any:
     """A value as a part of a key that another process gives the same name."""
@@ -167,21 +185,31 @@ def capture(
             return
         driver.log.clear()
         stock(self, grid, *args, **meta)
-        for metadata, programs, given in driver.log:
-            asm = aot.assembly_of(metadata.name, metadata.hash)
-            tensors = [a for a in given if isinstance(a, torch.Tensor)]
-            plain = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in given]
-            code = asm["cubin"], asm["ptx"]
-            options = metadata.num_warps, metadata.shared
-            launches.append(
-                Launch(target, metadata.name, programs, *options, *code, plain, tensors, key)
-            )
+        launches.extend(driver.taken(target, key))
 
     with aot.active_driver(target, _Capturing) as active, _record.using(False):
         assert isinstance(active, _Capturing)
         driver = active
         with mock.patch.object(kernels._launch.Kernel, "__call__", call):
             yield
+
+
+@contextmanager
+def capture_any(launches: list[Launch], target: str = "cuda:90") -> Iterator[None]:
+    """As `capture`, for the launches of all Triton kernels, also those of other libraries.
+
+    Each launch is compiled, as often as it is asked for. Its key is empty. In the block, PyTorch
+    says that the device of CPU tensors has as many multiprocessors as the target.
+    """
+    facts = SimpleNamespace(multi_processor_count=aot.TARGETS[target].facts.sms)
+    with (
+        aot.active_driver(target, _Capturing) as driver,
+        _record.using(False),
+        mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: facts),
+    ):
+        assert isinstance(driver, _Capturing)
+        yield
+        launches.extend(driver.taken(target))
 
 
 # ---- machine code -------------------------------------------------------------------------------
@@ -319,11 +347,21 @@ class _Watched(ptx.Memory):
     """Memory that keeps which sectors are read and written."""
 
     def __init__(self, spans):
+        spans = sorted(set(spans))
         super().__init__(spans)
+        self._storages = spans
         self.read: set[int] = set()
         self.written: set[int] = set()
         self.sectors = 0
         """Sectors of all accesses, each access by itself."""
+
+    def held(self, sectors: set[int]) -> int:
+        """Bytes of the storages that have any of these sectors."""
+        at = np.fromiter(sectors, np.int64, len(sectors)) * SECTOR
+        spans = ((start, start + size) for start, size in self._storages)
+        return sum(
+            end - start for start, end in spans if ((at + SECTOR > start) & (at < end)).any()
+        )
 
     def _watch(self, at, size: int, into: set[int]) -> None:
         first = np.unique(at // np.uint64(SECTOR))
@@ -410,12 +448,15 @@ def roof(launch: Launch) -> Roof:
     other: set[int] = set()
     if programs > 1:
         far = programs // 2 + programs // 3
-        other = _ran(launch, far if far < programs else 0)[1].read
-    storages = {t.data_ptr(): t.untyped_storage() for t in launch.tensors}
-    held = sum(s.nbytes() for s in storages.values())
-    own = len(memory.read - other) + len(memory.written)
-    common = len(memory.read & other)
-    dram = min(held, SECTOR * (programs * own + common))
+        second, seen = _ran(launch, far if far < programs else 0)
+        other = seen.read
+        if (second.runs != program.runs).any():
+            # Some blocks have more to do, such as those at the border of an image.
+            spread = [int(programs * (n * GOLDEN % 1)) for n in range(1, SAMPLES + 1)]
+            program.runs = np.mean([_ran(launch, n)[0].runs for n in spread], axis=0)
+    own, common = len(memory.read - other), len(memory.read & other)
+    dram = min(memory.held(memory.read), SECTOR * (programs * own + common))
+    dram += min(memory.held(memory.written), SECTOR * programs * len(memory.written))
 
     repeats = _repeats(code, program)
     busy: dict[str, float] = defaultdict(float)

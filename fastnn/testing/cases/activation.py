@@ -85,12 +85,12 @@ CASES: list[Case] = [
     Case("relu", (randn(3, 4, grad=False),)),
     Case("softplus", (randn(3, 5),), autocast=torch.bfloat16),
     Case("gelu", (randn(3, 5),), autocast=torch.float16),
-    Case("GELU", (randn(3, 4),), dtypes=(torch.float64,), stock="float64"),
+    Case("GELU", (randn(3, 4),), dtypes=(torch.float64,), stock="dtype"),
     Case("RReLU", (randn(3, 4),), stock="random"),
     Case("relu6", (randn(3, 40, scale=4.0),)),  # the layer calls hardtanh
     Case("leaky_relu", (randn(3, 4),), {"negative_slope": -0.1}),
     Case("leaky_relu", (randn(3, 4, grad=False),), {"negative_slope": -0.1, "inplace": True},
-         stock="negative_slope=-0.1 in place"),
+         stock="autograd"),
     Case("elu", (randn(3, 4, grad=False),), {"alpha": -1.0, "inplace": True},
-         stock="alpha=-1.0 in place"),
+         stock="autograd"),
 ]  # fmt: skip

@@ -91,11 +91,11 @@ SHAPES = [
     row(1, 1, 65, 130, 64),
     row(1, 2, 5, 7, 80, 40),
     row(1, 1, 9, 70, 256, dtypes=LOW),
-    row(1, 1, 4, 5, 257, stock="head size 257"),
-    row(2, 2, 0, 5, 8, stock="no elements"),
-    row(2, 2, 5, 0, 8, stock="no elements"),
-    row(0, 2, 5, 5, 8, stock="no elements"),
-    row(1, 2, 5, 5, 8, 0, stock="no elements"),
+    row(1, 1, 4, 5, 257, stock="size"),
+    row(2, 2, 0, 5, 8, stock="empty"),
+    row(2, 2, 5, 0, 8, stock="empty"),
+    row(0, 2, 5, 5, 8, stock="empty"),
+    row(1, 2, 5, 5, 8, 0, stock="empty"),
     attention(randn(5, 8), randn(7, 8), randn(7, 8)),
     attention(randn(3, 5, 8), randn(3, 7, 8), randn(3, 7, 8)),
     attention(randn(2, 2, 2, 5, 8), randn(2, 2, 2, 7, 8), randn(2, 2, 2, 7, 8)),
@@ -112,7 +112,7 @@ SHAPES = [
     row(2, 2, 5, 7, 8, view=lambda q: q.repeat(1, 1, 1, 2)[..., ::2]),
     row(1, 2, 5, 7, 8, view=lambda q: q.expand(3, 2, 5, 8)),
     row(2, 2, 5, 7, 8, autocast=torch.bfloat16),
-    row(2, 2, 5, 7, 8, dtypes=(torch.float64,), stock="float64"),
+    row(2, 2, 5, 7, 8, dtypes=(torch.float64,), stock="dtype"),
 ]
 
 OPTIONS = [
@@ -128,7 +128,7 @@ OPTIONS = [
     attention(randn(4, 5, 8), randn(2, 7, 8), randn(2, 7, 8), enable_gqa=True),
     attention(randn(2, 4, 5, 8), randn(1, 2, 7, 8), randn(1, 2, 7, 8), enable_gqa=True),
     attention(
-        randn(2, 4, 5, 8), randn(2, 4, 7, 8), randn(2, 2, 7, 8), enable_gqa=True, stock="heads of"
+        randn(2, 4, 5, 8), randn(2, 4, 7, 8), randn(2, 2, 7, 8), enable_gqa=True, stock="shape"
     ),
     row(2, 3, 9, 11, 16, dropout_p=0.3),
     row(1, 2, 66, 70, 16, dropout_p=0.5, is_causal=True),
@@ -158,7 +158,7 @@ MASKS = [
     attention(*(randn(2, 2, 3, 9, 8) for _ in range(3)), attn_mask=adds(2, 2, 1, 9, 9)),
     attention(*(randn(2, 2, 3, 9, 8) for _ in range(3)), attn_mask=keeps(9, 9)),
     attention(
-        *(randn(2, 2, 3, 9, 8) for _ in range(3)), attn_mask=keeps(2, 1, 9, 9), stock="constant in"
+        *(randn(2, 2, 3, 9, 8) for _ in range(3)), attn_mask=keeps(2, 1, 9, 9), stock="shape"
     ),
     # Through strides: transposed, every second one, expanded.
     row(1, 3, 9, 70, 16, attn_mask=adds(70, 9, view=lambda m: m.t())),
@@ -174,7 +174,7 @@ MASKS = [
     row(1, 2, 130, 20, 16, attn_mask=adds(1, 20, grad=True), dropout_p=0.3),
     row(2, 4, 9, 20, 16, heads_k=2, attn_mask=adds(4, 1, 20, grad=True), enable_gqa=True),
     row(1, 2, 9, 20, 16, attn_mask=adds(20, 9, grad=True, view=lambda m: m.t())),
-    row(1, 2, 9, 20, 16, attn_mask=adds(9, 1, grad=True), stock="one column"),
+    row(1, 2, 9, 20, 16, attn_mask=adds(9, 1, grad=True), stock="autograd"),
 ]
 
 CASES: list[Case] = [*SHAPES, *OPTIONS, *MASKS]

@@ -127,13 +127,13 @@ AFTER = [
     Case(
         "conv_batch_norm_act",
         (randn(3, 4), randn(4, 3, 2), None, *statistics(3)),
-        stock="one sample",
+        stock="shape",
     ),
 ]  # fmt: skip
 
 STOCK = [
-    function("conv2d", (0, 3, 4, 4), (3, 1, 3, 3), 3, groups=3, stock="no elements"),
-    function("conv1d", (1, 3, 4), (3, 1, 3), groups=3, dtypes=(torch.float64,), stock="float64"),
+    function("conv2d", (0, 3, 4, 4), (3, 1, 3, 3), 3, groups=3, stock="empty"),
+    function("conv1d", (1, 3, 4), (3, 1, 3), groups=3, dtypes=(torch.float64,), stock="dtype"),
 ]
 
 CASES: list[Case] = [*DEPTHWISE, *DENSE, *AFTER, *STOCK]

@@ -60,9 +60,9 @@ CASES: list[Case] = [
         "cross_entropy",
         (randn(6, 10), byte(6, high=10)),
         {"label_smoothing": 0.1},
-        stock="uint8 targets",
+        stock="dtype",
     ),
-    Case("cross_entropy", (randn(17), classes(1, high=17)), stock="1-d target"),
+    Case("cross_entropy", (randn(17), classes(1, high=17)), stock="shape"),
     # spatial: several tiles of positions, few positions, more than two dimensions of them
     *(
         Case("CrossEntropyLoss", (randn(*IMAGE), classes(*PIXELS, high=10)), {"reduction": r})
@@ -168,5 +168,5 @@ CASES: list[Case] = [
         )
     ),
     Case("CrossEntropyLoss", (randn(4, 10), classes(4, high=10)), dtypes=(torch.float64,),
-         stock="float64"),
+         stock="dtype"),
 ]  # fmt: skip

@@ -35,11 +35,11 @@ CASES: list[Case] = [
     *(
         Case(
             "CTCLoss",
-            (log_probs(9, 4, 6), labels(4, 4, high=6), (9, 8, 1, 9), (4, 3, 2, 0)),
+            (log_probs(9, 4, 6), labels(4, 4, high=6, dtype=kind), (9, 8, 1, 9), (4, 3, 2, 0)),
             {"reduction": reduction, "zero_infinity": True},
             dtypes=F32,
         )
-        for reduction in ("none", "mean", "sum")
+        for reduction, kind in (("none", torch.int64), ("mean", torch.int64), ("sum", torch.int32))
     ),
     Case("CTCLoss", (log_probs(9, 2, 6), labels(2, 4, high=3), (9, 9), (4, 0)), dtypes=F32),
     Case("CTCLoss", (log_probs(1, 1, 1), labels(1, 1, high=2), (1,), (0,)), dtypes=F32),
@@ -69,7 +69,7 @@ CASES: list[Case] = [
     Case("CTCLoss", (log_probs(5, 2, 4), labels(2, 2, high=4), (5, 4), (2, 1)),
          autocast=torch.bfloat16),
     Case("CTCLoss", (log_probs(5, 1, 4), labels(1, 2, high=4, dtype=torch.float32), (5,), (2,)),
-         stock="targets in", dtypes=F32),
-    Case("CTCLoss", (log_probs(5, 1, 4), labels(1, 2, high=4), (5,), (2,)), stock="float64",
+         stock="dtype", dtypes=F32),
+    Case("CTCLoss", (log_probs(5, 1, 4), labels(1, 2, high=4), (5,), (2,)), stock="dtype",
          dtypes=(torch.float64,)),
 ]  # fmt: skip

@@ -60,8 +60,8 @@ CASES: list[Case] = [
     Case("CosineSimilarity", (randn(3, 8, grad=False), randn(3, 8))),
     Case("CosineSimilarity", (randn(3, 8), of(randn(3, 8), torch.float32))),
     Case("CosineSimilarity", (randn(3, 8), randn(3, 8)), autocast=torch.bfloat16),
-    Case("cosine_similarity", (randn(), randn()), {"dim": 0}, stock="without dimensions"),
-    Case("cosine_similarity", (randn(3, 0), randn(3, 0)), stock="without elements"),
+    Case("cosine_similarity", (randn(), randn()), {"dim": 0}, stock="shape"),
+    Case("cosine_similarity", (randn(3, 0), randn(3, 0)), stock="empty"),
     # distances of every exponent
     *(
         Case("PairwiseDistance", (randn(9, 40), randn(9, 40)), {"p": p, "keepdim": keepdim})
@@ -78,7 +78,7 @@ CASES: list[Case] = [
     Case("PairwiseDistance", (duplicate(3, 8), duplicate(3, 8)), {"eps": 0.0, "p": 3.0}),
     Case("PairwiseDistance", (values(1.0, INF), values(1.0, 2.0))),
     Case("PairwiseDistance", (randn(3, 8), randn(3, 8)), autocast=torch.bfloat16),
-    Case("PairwiseDistance", (randn(3, 8), randn(3, 8)), {"p": INF}, stock="p=inf"),
+    Case("PairwiseDistance", (randn(3, 8), randn(3, 8)), {"p": INF}, stock="option"),
     # triplets
     *(
         Case("TripletMarginLoss", TRIPLET, {"p": p, "swap": swap, "reduction": r, "margin": 2.0})

@@ -32,17 +32,19 @@ CASES: list[Case] = [
     Case("Dropout", (randn(4, 6),), view=lambda x: x.t()),
     Case("Dropout", (randn(2, 4, 3, 5),), view=channels_last),
     Case("Dropout", (randn(65),), view=lambda x: x[1:]),  # a pointer that is not aligned
-    Case("Dropout", (randn(4, 6),), view=lambda x: x[:, ::2], stock="gaps"),
-    Case("Dropout", (randn(4, 1),), view=lambda x: x.expand(4, 6), stock="gaps"),
-    Case("Dropout", (randn(5, 3),), view=lambda x: x.t(), stock="in order of storage"),
+    Case("Dropout", (randn(4, 6),), view=lambda x: x[:, ::2], stock="layout"),
+    Case("Dropout", (randn(4, 1),), view=lambda x: x.expand(4, 6), stock="layout"),
+    Case("Dropout", (randn(5, 3),), view=lambda x: x.t(), stock="layout"),
     Case("Dropout", (randn(4, 6),), autocast=torch.bfloat16),
-    Case("Dropout", (randn(4, 6),), dtypes=(torch.float64,), stock="float64"),
+    Case("Dropout", (randn(4, 6),), dtypes=(torch.float64,), stock="dtype"),
     Case("dropout", (randn(3, 350),), {"p": 0.6, "inplace": True}, view=lambda x: x * 1),
     Case("dropout", (randn(3, 5),), {"p": 1.0, "inplace": True}, view=lambda x: x * 1),
-    Case("dropout", (randn(3, 5),), {"inplace": True}, view=lambda x: (x * 1)[:2], stock="view"),
+    Case(
+        "dropout", (randn(3, 5),), {"inplace": True}, view=lambda x: (x * 1)[:2], stock="autograd"
+    ),
     Case("Dropout1d", (randn(3, 5, 9),)),
     Case("Dropout1d", (randn(40, 9),), {"p": 0.3}),
-    Case("Dropout1d", (randn(3, 5, 8),), view=lambda x: x.transpose(0, 1), stock="channels last"),
+    Case("Dropout1d", (randn(3, 5, 8),), view=lambda x: x.transpose(0, 1), stock="layout"),
     Case("Dropout2d", (randn(3, 11, 7, 7),), {"p": 0.3}),
     Case("Dropout2d", (randn(2, 3, 33, 64),)),  # a channel past a tile
     Case("Dropout2d", (randn(2, 130, 3, 11),), view=channels_last),  # channels past a tile

@@ -43,6 +43,6 @@ CASES: list[Case] = [
     Case("Embedding", (classes(4, high=5),), rows(5, 6, padding_idx=-5)),
     Case("embedding", (exactly(0, 2, 2), randn(4, 10)), {"padding_idx": 2}),
     Case("Embedding", (classes(4, high=5),), rows(5, 6), autocast=torch.bfloat16),
-    Case("Embedding", (classes(4, high=5),), rows(5, 6, max_norm=1.0), stock="max_norm=1.0"),
-    Case("Embedding", (classes(4, high=5),), rows(5, 6, sparse=True), stock="sparse=True"),
+    Case("Embedding", (classes(4, high=5),), rows(5, 6, max_norm=1.0), stock="option"),
+    Case("Embedding", (classes(4, high=5),), rows(5, 6, sparse=True), stock="option"),
 ]

@@ -41,10 +41,30 @@ CASES: list[Case] = [
         for shape in ((1025,), (2, 1024), (1,), (), (0, 4), (3, 1, 5))
     ),
     Case("act_mul", (randn(2, 3, 4, 5), randn(2, 3, 4, 5, grad=False))),
+    *(
+        Case("act_glu", (randn(5, 34),), {"activation": name, "a": a, "b": b, "first": first})
+        for name, a, b, first in (
+            ("leaky_relu", 0.1, 0.0, True), ("elu", 0.7, 1.0, False), ("gelu", 0.0, 0.0, False),
+            ("gelu_tanh", 0.0, 0.0, True), ("silu", 0.0, 0.0, True), ("sigmoid", 0.0, 0.0, False),
+        )
+    ),
+    *(
+        Case("act_glu", (x,), options, view=view)
+        for x, options, view in (
+            (randn(2, 1030), {}, None),
+            (randn(4, 6, 5), {"dim": 0, "first": True}, None),
+            (randn(3, 6, 5), {"dim": 1}, None),
+            (randn(8), {"dim": 0}, None),
+            (randn(0, 4), {}, None),
+            (randn(2, 6, 4, 4), {"dim": 1}, channels_last),
+            (randn(5, 40), {"first": True}, lambda x: x[:, 3:17]),
+            (randn(5, 1), {}, lambda x: x.expand(5, 8)),
+        )
+    ),
     # Calls that run stock.
-    Case("act_mul", (randn(4, 5), randn(5)), stock="(4, 5) of"),
+    Case("act_mul", (randn(4, 5), randn(5)), stock="dtype"),
     Case("act_mul", (randn(4, 5, grad=False), randn(4, 5))),
-    Case("act_mul", (randn(4, 3), randn(3, 4)), view=lambda x: x.t(), stock="strides (1, 3)"),
+    Case("act_mul", (randn(4, 3), randn(3, 4)), view=lambda x: x.t(), stock="layout"),
     Case("act_mul", (values(1.0, float("nan"), float("inf"), -float("inf"), -90.0, 90.0, 0.0),
                      values(2.0, 1.0, 3.0, 1.0, 4.0, -1.0, float("nan")))),
 ]  # fmt: skip

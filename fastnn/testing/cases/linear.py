@@ -43,9 +43,9 @@ LINEAR = [
     function(randn(9, 16), transposed(16, 24), randn(24)),
     function(randn(9, 33), transposed(33, 5)),
     # Calls that run stock.
-    function(randn(4, 5), randn(5), stock="weight (5,)"),
-    function(randn(4, 5), randn(3, 5), randn(1), stock="bias (1,)"),
-    function(randn(4, 5), randn(3, 5), dtypes=(torch.float64,), stock="float64"),
+    function(randn(4, 5), randn(5), stock="shape"),
+    function(randn(4, 5), randn(3, 5), randn(1), stock="shape"),
+    function(randn(4, 5), randn(3, 5), dtypes=(torch.float64,), stock="dtype"),
     # Parameters stay float32, products are 16-bit.
     *(
         Case("Linear", (randn(9, 24),), {"in_features": 24, "out_features": 10}, autocast=low)
@@ -101,7 +101,7 @@ SEQUENTIAL = [
         for act in (RELU, GELU)
         for low in (torch.bfloat16, torch.float16)
     ),
-    sequence((4, 5), linear(5, 3), GELU, dtypes=(torch.float64,), stock="float64"),
+    sequence((4, 5), linear(5, 3), GELU, dtypes=(torch.float64,), stock="dtype"),
 ]
 
 CASES: list[Case] = [*LINEAR, *SEQUENTIAL]

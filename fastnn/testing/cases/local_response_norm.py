@@ -31,13 +31,13 @@ CASES: list[Case] = [
         (values(1.0, 2.0, float("nan"), 3.0, 1.0, 2.0, float("inf"), 0.0), 3),
         view=lambda x: x.view(1, 8, 1),
     ),
-    Case("local_response_norm", (randn(1, 2, 3), 9), stock="size=9"),
-    Case("local_response_norm", (randn(0, 2, 3), 3), stock="no elements"),
-    Case("local_response_norm", (randn(1, 2, 3), 3), dtypes=(torch.float64,), stock="float64"),
+    Case("local_response_norm", (randn(1, 2, 3), 9), stock="size"),
+    Case("local_response_norm", (randn(0, 2, 3), 3), stock="empty"),
+    Case("local_response_norm", (randn(1, 2, 3), 3), dtypes=(torch.float64,), stock="dtype"),
     Case(
         "local_response_norm",
         (randn(1, 2, 3, 4), 3),
         view=lambda x: x.to(memory_format=torch.channels_last),
-        stock="not contiguous",
+        stock="layout",
     ),
 ]

@@ -29,7 +29,7 @@ CASES: list[Case] = [
         for r in ("mean", "sum", "none")
     ),
     Case("nll_loss", (log_probabilities(6, 10), byte(6, high=10)), {"ignore_index": 3}),
-    Case("nll_loss", (log_probabilities(17), classes(1, high=17)), stock="1-d target"),
+    Case("nll_loss", (log_probabilities(17), classes(1, high=17)), stock="shape"),
     *(
         Case("NLLLoss", (log_probabilities(*IMAGE), classes(*PIXELS, high=10)), {"reduction": r})
         for r in ("mean", "sum", "none")
@@ -60,5 +60,5 @@ CASES: list[Case] = [
         for dtype in (torch.bfloat16, torch.float16)
         for shape, target in (((4, 10), classes(4, high=10)), (IMAGE, classes(*PIXELS, high=10)))
     ),
-    Case("NLLLoss", (randn(4, 10), classes(4, high=10)), dtypes=(torch.float64,), stock="float64"),
+    Case("NLLLoss", (randn(4, 10), classes(4, high=10)), dtypes=(torch.float64,), stock="dtype"),
 ]

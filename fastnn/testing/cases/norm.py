@@ -25,7 +25,7 @@ CASES: list[Case] = [
     ),
     Case("LayerNorm", (randn(0, 4),), {"normalized_shape": 4}),
     Case("LayerNorm", (randn(3, 0),), {"normalized_shape": 0}),
-    Case("RMSNorm", (randn(0, 4),), {"normalized_shape": 4}, stock="no elements"),
+    Case("RMSNorm", (randn(0, 4),), {"normalized_shape": 4}, stock="empty"),
     Case("LayerNorm", (randn(9, 40),), {"normalized_shape": 40, "bias": False}),
     # Beyond the widest row that is kept in registers, backward, then forward too.
     Case("LayerNorm", (randn(3, 8200),), {"normalized_shape": 8200}),
@@ -53,7 +53,7 @@ CASES: list[Case] = [
         (randn(24, 5),),
         {"normalized_shape": 24},
         view=lambda x: x.t(),
-        stock="a strided input" if torch.__version__ < "2.11" else None,
+        stock="layout" if torch.__version__ < "2.11" else None,
     ),
     Case(
         "LayerNorm",
@@ -84,13 +84,13 @@ CASES: list[Case] = [
         (randn(2, 3, 4, 5),),
         {"normalized_shape": 5},
         view=lambda x: x.to(memory_format=torch.channels_last),
-        stock="channels_last",
+        stock="layout",
     ),
     Case(
         "LayerNorm",
         (randn(3, 4),),
         {"normalized_shape": 4},
         dtypes=(torch.float64,),
-        stock="float64",
+        stock="dtype",
     ),
 ]

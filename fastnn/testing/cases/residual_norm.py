@@ -100,28 +100,28 @@ CASES: list[Case] = [
     Case("dropout_add", (randn(3, 5, 16), randn(3, 5, 16)), {"p": 0.3}, view=over),
     Case("dropout_add", (randn(5, 7), randn(5, 7)), {"p": 1.0}),
     Case("dropout_add", (randn(5, 7), randn(5, 7)), {"training": False}),
-    Case("dropout_add", (randn(5, 7), randn(7)), {"p": 0.3}, stock="residual (7,)"),
+    Case("dropout_add", (randn(5, 7), randn(7)), {"p": 0.3}, stock="shape"),
     # Calls that run stock.
     Case(
         "dropout_add_layer_norm",
         (randn(0, 4), randn(0, 4), (4,)),
-        stock="no elements",
+        stock="empty",
     ),
     Case(
         "dropout_add_layer_norm",
         (randn(2, 9000), randn(2, 9000), (9000,)),
-        stock="rows of 9000",
+        stock="size",
         dtypes=F32,
     ),
     Case(
         "dropout_add_layer_norm",
         (randn(2, 3, 4), randn(2, 3, 4), (3, 4)),
-        stock="normalized_shape=(3, 4)",
+        stock="shape",
     ),
     Case(
         "dropout_add_layer_norm",
         (randn(4, 6), randn(6, 4), (4,)),
         view=lambda z: z.t(),
-        stock="strides",
+        stock="layout",
     ),
 ]

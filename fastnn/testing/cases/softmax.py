@@ -59,6 +59,6 @@ CASES: list[Case] = [
     Case("log_softmax", (randn(9, 48), 1), view=lambda x: x.t()),
     Case("softmax", (randn(9, 1, 8), 2), view=lambda x: x.expand(9, 3, 8)),
     Case("Softmax2d", (randn(2, 8, 3, 4),), view=lambda x: x.to(memory_format=torch.channels_last)),
-    Case("softmax", (randn(3, 4), 1, 3, torch.float64), dtypes=F32, stock="float64"),
-    Case("softmax", (randn(3, 4), 1), dtypes=(torch.float64,), stock="float64"),
+    Case("softmax", (randn(3, 4), 1, 3, torch.float64), dtypes=F32, stock="dtype"),
+    Case("softmax", (randn(3, 4), 1), dtypes=(torch.float64,), stock="dtype"),
 ]

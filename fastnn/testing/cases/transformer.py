@@ -69,7 +69,7 @@ CASES: list[Case] = [
             *map(Given, (torch.tanh, nn.functional.silu, nn.GELU("tanh"), nn.ReLU())),
         )
     ),
-    encoder_layer(activation=Given(square), dtypes=F32, stock="the activation is square"),
+    encoder_layer(activation=Given(square), dtypes=F32, stock="fusion"),
     encoder_layer((3, 2, 8), norm_first=True, dropout=0.3),
     decoder_layer((3, 2, 8), (3, 2, 8), dropout=0.3),
     encoder_layer(bias=False, layer_norm_eps=1e-3, dropout=0.3, dtypes=F32),

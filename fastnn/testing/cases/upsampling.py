@@ -78,9 +78,9 @@ CASES: list[Case] = [
     resize(randn(1, 2, 3, 4, 5), "area", size=(2, 3, 4), autocast=torch.bfloat16, dtypes=F32),
     Case(
         "interpolate", (randn(1, 2, 4, 4),), {"size": 2, "mode": "lanczos", "antialias": True},
-        dtypes=F32, stock="lanczos",
+        dtypes=F32, stock="option",
     ),
-    resize(randn(2, 3, 4, 4), "nearest", size=2, dtypes=(torch.float64,), stock="float64"),
+    resize(randn(2, 3, 4, 4), "nearest", size=2, dtypes=(torch.float64,), stock="dtype"),
     smooth(randn(1, 2, 9, 7), "bilinear", size=(4, 3)),
     smooth(randn(2, 3, 5, 4), "bilinear", size=(7, 9)),
     smooth(randn(1, 1, 13, 3), "bilinear", size=(1, 2), align_corners=True),
@@ -95,5 +95,5 @@ CASES: list[Case] = [
     smooth(randn(6, 2, 7, 5), "bilinear", size=3, view=lambda x: x[::2, :, 1:].transpose(2, 3)),
     smooth(randn(0, 2, 4, 4), "bilinear", size=3),
     smooth(values(1.0, NAN, 3.0, -INF, 5.0, 2.0), "bilinear", size=(1, 4), view=flat),
-    smooth(randn(1, 2, 4, 4), "bilinear", scale_factor=1.2, stock="equal sizes"),
+    smooth(randn(1, 2, 4, 4), "bilinear", scale_factor=1.2, stock="option"),
 ]  # fmt: skip

@@ -13,7 +13,8 @@ element for all threads.
 - Approximate instructions have an error, up or down by the bits of the value, as large as
   documented.
 - Copies and matrix products that are asynchronous on a GPU are complete when they are issued, and
-  threads that have not parted move in step. A missing wait or barrier is therefore not noticed.
+  threads that have not parted move in step. A missing wait is therefore not noticed. A missing
+  barrier is noticed if warps run `apart`: then each warp runs alone up to its next barrier.
 - Tensor cores add as in float64, and round once per instruction.
 - An unknown instruction raises NotImplementedError, which names the instruction.
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -34,6 +36,8 @@ from fastnn.testing.ptx.machine import WARP, Machine, Mask, Memory
 from fastnn.testing.ptx.values import TYPES, UNSIGNED, Array, width
 
 __all__ = ["Memory", "Program"]
+
+Apart = Literal["", "first", "last"]
 
 _SIDE_BY_SIDE = 8192  # threads that run together, if there are so many
 _END = 1 << 30
@@ -101,8 +105,9 @@ class Program:
                 self._labels[label[1]] = len(blocks) - 1
                 text = text[label.end() :]
             if text and text[0] != ".":
-                if _meeting(text) > self._meetings[-1]:  # else they have met already
-                    begin(_meeting(text))
+                meeting = _meeting(text)
+                if meeting == 2 or meeting > self._meetings[-1]:  # else they have met already
+                    begin(meeting)
                 blocks[-1].append(text)
                 self.lines[-1].append(line)
                 if re.search(r"\b(bra|ret|exit)\b", text):  # only the last one of a block jumps
@@ -139,13 +144,15 @@ class Program:
 
     def run(
         self, grid: Sequence[int], threads: int, shared: int, arguments: Sequence, memory: Memory,
-        only: Sequence[int] | None = None,
+        only: Sequence[int] | None = None, apart: Apart = "",
     ) -> None:  # fmt: skip
         """Run `grid` blocks of `threads` threads and `shared` bytes of shared memory each.
 
         `arguments` has a number or an address for each parameter. If `only` is given, only the
-        blocks of these numbers run; the first dimension of the grid counts fastest. Raises
-        IndexError if a thread accesses memory outside that of the launch, or accesses it unaligned.
+        blocks of these numbers run; the first dimension of the grid counts fastest. With `apart`
+        a warp runs up to its next barrier before another one goes on, the first or the last warp
+        that can. Raises IndexError if a thread accesses memory outside that of the launch, or
+        accesses it unaligned.
         """
         x, y, z = (*grid, 1, 1)[:3]
         values = [
@@ -163,7 +170,10 @@ class Program:
                 machine = Machine(memory, shared, len(these), threads, self._names.dtypes)
                 machine.arguments = values
                 self._introduce(machine, these, (x, y, z), threads)
-                self._run(machine)
+                if apart:
+                    self._run_apart(machine, apart)
+                else:
+                    self._run(machine)
 
     def _introduce(self, machine: Machine, blocks: Array, grid: tuple, threads: int) -> None:
         """Set the registers that hold the index of each thread and block."""
@@ -210,6 +220,39 @@ class Program:
             if ready.any():
                 return here, ready
         raise RuntimeError(f"{self.name}: threads wait for each other")
+
+    def _run_apart(self, machine: Machine, apart: Apart) -> None:
+        threads = machine.thread.size
+        place = np.zeros(threads, np.int64)
+        passed = np.zeros(threads, bool)  # whether all threads of its block are at its barrier
+        warps = np.arange(threads // WARP)
+        warp = machine.thread // WARP
+        while (running := place < len(self._blocks)).any():
+            for one in warps if apart == "first" else warps[::-1]:
+                ready = self._ready(machine, place, running & (warp == one), passed)
+                if ready is not None:
+                    break
+            else:
+                raise RuntimeError(f"{self.name}: threads wait for each other")
+            here = int(place[ready][0])
+            passed[ready] = False
+            place = np.where(ready, self._run_block(machine, here, ready), place)
+
+    def _ready(self, machine: Machine, place: Array, own: Array, passed: Array) -> Array | None:
+        """Threads of a warp, all at one block of instructions, that may run; None if none may."""
+        for here in np.unique(place[own]).tolist():
+            there = own & (place == here)
+            meeting = self._meetings[here]
+            if meeting == 1 and (own & ~there).any():
+                continue
+            if meeting == 2 and not passed[there].all():
+                group = machine.block == machine.block[there][0]
+                missing = (place != here) | passed  # these have not reached it again
+                if (group & missing & (place < len(self._blocks))).any():
+                    continue
+                passed |= group & (place == here)
+            return there
+        return None
 
     def _run_block(self, machine: Machine, here: int, mask: Mask) -> int | Array:
         """Run a block of instructions. Returns the block at which the threads of `mask` go on."""
