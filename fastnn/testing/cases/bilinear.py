@@ -24,5 +24,5 @@ CASES: list[Case] = [
         autocast=torch.bfloat16,
         stock="autocast",
     ),
-    Case("Bilinear", (randn(0, 4), randn(0, 5)), sizes(4, 5, 2), stock="no rows"),
+    Case("Bilinear", (randn(0, 4), randn(0, 5)), sizes(4, 5, 2), stock="empty"),
 ]

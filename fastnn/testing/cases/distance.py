@@ -110,7 +110,7 @@ CASES: list[Case] = [
          PAIRWISE),
     Case("triplet_margin_with_distance_loss", TRIPLET,
          {"distance_function": lambda dtype, device: torch.cosine_similarity},
-         stock="distance_function=cosine"),
+         stock="option"),
     # cosine embedding
     *(Case("CosineEmbeddingLoss", EMBEDDINGS, {"reduction": r, "margin": 0.2}) for r in REDUCTIONS),
     Case("CosineEmbeddingLoss", (randn(5, 8), randn(5, 8), values(1, -1, 0, 2, 1, grad=False))),
