@@ -1,6 +1,7 @@
 """AdaptiveLogSoftmaxWithLoss. Mirrors torch/nn/modules/adaptive.py."""
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn as stock
@@ -71,7 +72,8 @@ class AdaptiveLogSoftmaxWithLoss(stock.AdaptiveLogSoftmaxWithLoss, metaclass=Lay
                 continue
             rows = order[start : start + count]
             start += count
-            inner, outer = self.tail[i]
+            pair: Any = self.tail[i]
+            inner, outer = pair
             hidden = F.linear(x.index_select(0, rows), inner.weight, inner.bias)
             within = target.index_select(0, rows) - self.cutoffs[i]
             parts.append(
