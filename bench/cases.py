@@ -490,6 +490,27 @@ EMBEDDING = [
     ),
 ]
 
+BILINEAR = [
+    row(
+        "Bilinear",
+        "biaffine labels, 4096 x 128",
+        4096,
+        lambda n: (normal(n, 128), normal(n, 128)),
+        (BF16, FP32),
+        options={"in1_features": 128, "in2_features": 128, "out_features": 50},
+    ),
+]
+ADAPTIVE = [
+    row(
+        "AdaptiveLogSoftmaxWithLoss",
+        "WikiText-103, 8192 x 512",
+        8192,
+        lambda n: (normal(n, 512), indices(n, high=267735)),
+        (FP32,),
+        options={"in_features": 512, "n_classes": 267735, "cutoffs": [20000, 40000, 200000]},
+    ),
+]
+
 # ---- Recurrent cells --------------------------------------------------------------------------
 
 
@@ -649,6 +670,7 @@ LOSSES += [
     row("CosineSimilarity", "feature maps", 16, lambda n: (
         normal(n, 256, 64, 64), normal(n, 256, 64, 64))),
     row("PairwiseDistance", "64k x 512", 65536, embeddings(512, 2), (BF16, FP32)),
+    row("TripletMarginWithDistanceLoss", "faces, 32k x 512", 32768, embeddings(512, 3), (FP32,)),
     row("TripletMarginLoss", "faces, 32k x 512", 32768, embeddings(512, 3), (BF16, FP32)),
     row("TripletMarginLoss", "with the swap", 32768, embeddings(512, 3),
         options={"swap": True}),
@@ -908,6 +930,7 @@ MAPS = [
 
 CASES = [
     *ACTIVATIONS, *NORMS, *CHANNEL_NORMS, *CONVOLUTIONS, *POOLING, *SOFTMAX, *DROPOUT, *EMBEDDING,
+    *BILINEAR, *ADAPTIVE,
     *RECURRENT, *LOSSES, *RESIDUALS, *LINEAR, *ATTENTION, *TRANSFORMERS, *MAPS,
 ]  # fmt: skip
 

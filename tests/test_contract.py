@@ -32,6 +32,8 @@ OTHERS = {
     "KLDivLoss": lambda x: ((None, None, "batchmean"), x(4, 3), x(4, 3).detach().softmax(1)),
     **{n: lambda x: ((), x(3, 4), x(3, 4)) for n in ("CosineSimilarity", "PairwiseDistance")},
     "TripletMarginLoss": lambda x: ((), x(3, 4), x(3, 4), x(3, 4)),
+    "TripletMarginWithDistanceLoss": lambda x: ((), x(3, 4), x(3, 4), x(3, 4)),
+    "AdaptiveLogSoftmaxWithLoss": lambda x: ((16, 9, [2, 5]), x(3, 16), torch.tensor([1, 8, 3])),
     "CTCLoss": lambda x: ((), x(5, 2, 4), torch.tensor([[1, 2], [3, 1]]), (5, 4), (2, 1)),
     "EmbeddingBag": lambda x: ((5, 4), torch.tensor([[1, 2], [3, 1]])),
     "NLLLoss2d": None,  # deprecated: constructing it warns
@@ -121,6 +123,7 @@ each_layer = pytest.mark.parametrize(
 )
 # The stock forward branches on the values of a tensor; the stock backward has no fake kernel.
 UNTRACEABLE = {"GaussianNLLLoss", "FractionalMaxPool3d"}
+UNTRACEABLE |= {"AdaptiveLogSoftmaxWithLoss"}  # it branches on the values of the targets
 UNTRACEABLE |= {"CTCLoss"}  # the stock shape of the kept states depends on the lengths
 UNTRACEABLE |= {"RNN", "LSTM", "GRU"}  # of which Dynamo traces nothing
 each_traceable_layer = pytest.mark.parametrize(

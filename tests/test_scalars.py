@@ -102,6 +102,9 @@ CALLS = {
     ("cosine_embedding_loss", "margin"): (
         lambda t, s: F.cosine_embedding_loss(*_rows(t, 2), -torch.ones(24), s - 0.7,
                                              reduction="none"), 0.7),
+    ("triplet_margin_with_distance_loss", "margin"): (
+        lambda t, s: F.triplet_margin_with_distance_loss(
+            *_rows(t, 3), margin=s, reduction="none"), 0.7),
     ("triplet_margin_loss", "margin"): (
         lambda t, s: F.triplet_margin_loss(*_rows(t, 3), s, reduction="none"), 0.7),
     ("triplet_margin_loss", "eps"): (

@@ -41,12 +41,33 @@ def _layers() -> tuple[list[str], list[str]]:
     return [n for n in names if getattr(stock, n) in OURS], names
 
 
+def _rest() -> dict[str, list[str]]:
+    """The layers of `torch.nn` that have no kernels, by the reason."""
+    import torch.nn as stock
+
+    kinds: dict[str, list[str]] = {}
+    ours, everything = _layers()
+    for name in sorted({*everything} - {*ours}):
+        cls = getattr(stock, name)
+        if "forward" not in cls.__dict__ or cls.__name__.startswith("Container"):
+            kind = "containers and base classes, which compute nothing themselves"
+        elif name in ("Flatten", "Identity", "Unflatten"):
+            kind = "pass-through layers, which return a view of their input"
+        elif name == "CrossMapLRN2d":
+            kind = "the old form of `LocalResponseNorm`, in Python"
+        else:
+            kind = "layers that run other layers"
+        kinds.setdefault(kind, []).append(name)
+    return kinds
+
+
 def layers_table() -> str:
     ours, everything = _layers()
+    rest = "; ".join(f"{kind}: " + ", ".join(f"`{n}`" for n in v) for kind, v in _rest().items())
     return (
         f"{len(ours)} of the {len(everything)} layers of `torch.nn` have kernels: "
         + ", ".join(f"`{n}`" for n in ours)
-        + ". All others are PyTorch's own classes.\n"
+        + f". All others are PyTorch's own classes. {rest[:1].upper() + rest[1:]}.\n"
     )
 
 
@@ -76,7 +97,7 @@ AREAS = {
         "[convolution](docs/convolution.md), [images](docs/images.md)",
     ),
     "linear, embedding, recurrent": (
-        ("linear", "embedding", "embedding_bag", "recurrent"),
+        ("linear", "embedding", "embedding_bag", "bilinear", "recurrent"),
         "[embeddings](docs/embedding.md), [recurrent layers](docs/recurrent.md)",
     ),
     "losses, distances": (

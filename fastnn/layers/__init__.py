@@ -4,6 +4,7 @@ The files and their order mirror torch/nn/modules/.
 """
 
 from fastnn.layers.activation import *  # noqa: F403
+from fastnn.layers.adaptive import *  # noqa: F403
 from fastnn.layers.batchnorm import *  # noqa: F403
 from fastnn.layers.channelshuffle import *  # noqa: F403
 from fastnn.layers.container import *  # noqa: F403

@@ -5,7 +5,7 @@ import torch.nn as stock
 import fastnn.functional as F
 from fastnn.layers._layer import Layer, weight_and_bias
 
-__all__ = ["LazyLinear", "Linear"]
+__all__ = ["Bilinear", "LazyLinear", "Linear"]
 
 
 class Linear(stock.Linear, metaclass=Layer, op=F.linear, mirrors=True):
@@ -19,3 +19,8 @@ class LazyLinear(stock.LazyLinear, metaclass=Layer, op=F.linear):
 
     def forward(self, input):
         return F.linear(input, self.weight, self.bias)
+
+
+class Bilinear(stock.Bilinear, metaclass=Layer):
+    def forward(self, input1, input2):
+        return F.bilinear(input1, input2, self.weight, self.bias)

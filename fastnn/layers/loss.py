@@ -2,11 +2,13 @@
 
 import warnings
 
+import torch
 import torch.nn as stock
 from typing_extensions import deprecated  # torch depends on it
 
 import fastnn.functional as F
-from fastnn.layers._layer import Layer, attributes
+from fastnn.layers._fusion import counts_as, plainly
+from fastnn.layers._layer import STOCK, Layer, attributes, watched
 
 __all__ = [
     "BCELoss",
@@ -30,6 +32,7 @@ __all__ = [
     "SmoothL1Loss",
     "SoftMarginLoss",
     "TripletMarginLoss",
+    "TripletMarginWithDistanceLoss",
 ]
 
 
@@ -188,6 +191,32 @@ class TripletMarginLoss(stock.TripletMarginLoss, metaclass=Layer, op=F.triplet_m
             margin=self.margin,
             p=self.p,
             eps=self.eps,
+            swap=self.swap,
+            reduction=self.reduction,
+        )
+
+
+def _default_as_none(distance):
+    """None for the distance that is the default, if nobody watches it."""
+    if (
+        not torch.compiler.is_compiling()
+        and STOCK.get(counts_as(distance)) is stock.PairwiseDistance
+        and (distance.norm, distance.eps, distance.keepdim) == (2.0, 1e-6, False)
+        and not plainly()
+        and watched(distance) is None
+    ):
+        return None
+    return distance
+
+
+class TripletMarginWithDistanceLoss(stock.TripletMarginWithDistanceLoss, metaclass=Layer):
+    def forward(self, anchor, positive, negative):
+        return F.triplet_margin_with_distance_loss(
+            anchor,
+            positive,
+            negative,
+            distance_function=_default_as_none(self.distance_function),
+            margin=self.margin,
             swap=self.swap,
             reduction=self.reduction,
         )

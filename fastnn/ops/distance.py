@@ -345,6 +345,41 @@ def triplet_margin_loss(
     return _rows(TRIPLET, xs, dim, numbers, norm, bool(swap), divisor, dtype)
 
 
+@op(
+    stock=stock.triplet_margin_with_distance_loss,
+    strided=("anchor", "positive", "negative"),
+    policy=_in_rows,
+    at_most="max(anchor.numel(), positive.numel(), negative.numel())",
+    autocast="fp32",
+)
+def triplet_margin_with_distance_loss(
+    anchor, positive, negative, *, distance_function=None, margin=1.0, swap=False,
+    reduction="mean", out_dtype=None,
+):  # fmt: skip
+    """Fused as `triplet_margin_loss` is, if the distance is the default, `pairwise_distance`."""
+    if distance_function not in (None, stock.pairwise_distance, pairwise_distance):
+        name = getattr(distance_function, "__name__", type(distance_function).__name__)
+        return Stock("option", f"distance_function={name}: kernels have pairwise_distance")
+    why = refuse((anchor, positive, negative), reduction)
+    if why is not None:
+        return why
+    if not number(margin) or margin <= 0:
+        return Invalid("option", f"margin={margin!r}")
+    if not anchor.dim() == positive.dim() == negative.dim():
+        return Invalid("shape", "tensors of different dimensions")
+    xs = anchor, positive, negative
+    found = _row_shape(-1, *xs)
+    if isinstance(found, Stock):
+        return found
+    dtype = out_dtype or common_dtype(*xs)
+    if isinstance(dtype, Stock):
+        return dtype
+    shape, dim = found
+    divisor = row_divisor(reduction, shape[:-1].numel())
+    numbers = 2.0, 1e-6, float(margin)
+    return _rows(TRIPLET, xs, dim, numbers, 2, bool(swap), divisor, dtype)
+
+
 def row_divisor(reduction, rows):
     return {"none": None, "sum": 1, "mean": rows}[reduction]
 

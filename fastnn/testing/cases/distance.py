@@ -29,6 +29,7 @@ def duplicate(*shape):
 
 EMBEDDINGS = (randn(9, 40), randn(9, 40), signs(9))
 TRIPLET = (randn(9, 40), randn(9, 40), randn(9, 40))
+PAIRWISE = {"distance_function": lambda dtype, device: torch.pairwise_distance}
 
 CASES: list[Case] = [
     # rows of one element, one past a block, many short ones; one row, none; vectors
@@ -98,6 +99,18 @@ CASES: list[Case] = [
     Case("TripletMarginLoss", (randn(0, 5), randn(0, 5), randn(0, 5))),
     Case("TripletMarginLoss", (randn(2, 5, 8), randn(2, 5, 8), randn(2, 1, 8))),
     Case("TripletMarginLoss", (randn(3, 8), randn(3, 8), randn(3, 8)), autocast=torch.bfloat16),
+    *(
+        Case("TripletMarginWithDistanceLoss", TRIPLET, {"swap": swap, "reduction": r})
+        for swap, r in ((False, "mean"), (True, "none"), (True, "sum"))
+    ),
+    Case("TripletMarginWithDistanceLoss", (randn(2, 5, 8), randn(2, 5, 8), randn(2, 1, 8))),
+    Case("TripletMarginWithDistanceLoss", (randn(3, 8), randn(3, 8), randn(3, 8)),
+         autocast=torch.bfloat16),
+    Case("triplet_margin_with_distance_loss", TRIPLET,
+         PAIRWISE),
+    Case("triplet_margin_with_distance_loss", TRIPLET,
+         {"distance_function": lambda dtype, device: torch.cosine_similarity},
+         stock="option"),
     # cosine embedding
     *(Case("CosineEmbeddingLoss", EMBEDDINGS, {"reduction": r, "margin": 0.2}) for r in REDUCTIONS),
     Case("CosineEmbeddingLoss", (randn(5, 8), randn(5, 8), values(1, -1, 0, 2, 1, grad=False))),

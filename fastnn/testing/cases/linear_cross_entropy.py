@@ -13,6 +13,17 @@ def row(N=9, K=12, C=17, ignore=None, **options):
     return Case("linear_cross_entropy", inputs, options)
 
 
+CLUSTERS = {"in_features": 16, "n_classes": 23, "cutoffs": [5, 11]}
+
+
+def among(*targets):
+    return lambda dtype, device: torch.tensor(targets, device=device)
+
+
+def one(target):
+    return lambda dtype, device: torch.tensor(target, device=device)
+
+
 CASES: list[Case] = [
     *(row(reduction=r) for r in ("mean", "sum", "none")),
     *(row(linear_bias=randn(17), reduction=r) for r in ("mean", "none")),
@@ -86,5 +97,18 @@ CASES: list[Case] = [
             {"in_features": 10, "num_classes": 13, "bias": True, "reduction": "sum"},
             {"in_features": 10, "num_classes": 13, "weight": weights(13), "label_smoothing": 0.2},
         )
+    ),
+    # an adaptive softmax: clusters without rows, one row, no batch, a bias, several clusters
+    Case("AdaptiveLogSoftmaxWithLoss", (randn(33, 16), classes(33, high=23)), CLUSTERS),
+    Case("AdaptiveLogSoftmaxWithLoss", (randn(4, 16), among(0, 3, 4, 1)), CLUSTERS),
+    Case(
+        "AdaptiveLogSoftmaxWithLoss",
+        (randn(4, 16), among(11, 22, 12, 0)),
+        {**CLUSTERS, "head_bias": True, "div_value": 2.0},
+    ),
+    Case("AdaptiveLogSoftmaxWithLoss", (randn(16), one(7)), CLUSTERS),
+    Case("AdaptiveLogSoftmaxWithLoss", (randn(1, 16), among(22)), CLUSTERS),
+    Case(
+        "AdaptiveLogSoftmaxWithLoss", (randn(3, 16), among(1, 9, 9)), {**CLUSTERS, "cutoffs": [22]}
     ),
 ]
