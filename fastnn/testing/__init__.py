@@ -224,9 +224,11 @@ def fresh_leaves(tree, dtype=None):
 
 
 def _told(option: Any) -> str:
-    """An option as text for the name of a row. A maker is told by the shape that it makes, so that
-    the name is the same in every process."""
+    """An option as text for the name of a row. A maker is told by the shape of the tensor, or the
+    name of the function, that it makes, so that the name is the same in every process."""
     made = option(torch.float32, "cpu") if callable(option) else option
+    if callable(made):
+        return made.__name__
     return "x".join(map(str, made.shape)) if isinstance(made, Tensor) else str(option)
 
 
