@@ -500,17 +500,6 @@ BILINEAR = [
         options={"in1_features": 128, "in2_features": 128, "out_features": 50},
     ),
 ]
-ADAPTIVE = [
-    row(
-        "AdaptiveLogSoftmaxWithLoss",
-        "WikiText-103, 8192 x 512",
-        8192,
-        lambda n: (normal(n, 512), indices(n, high=267735)),
-        (FP32,),
-        options={"in_features": 512, "n_classes": 267735, "cutoffs": [20000, 40000, 200000]},
-    ),
-]
-
 # ---- Recurrent cells --------------------------------------------------------------------------
 
 
@@ -930,7 +919,7 @@ MAPS = [
 
 CASES = [
     *ACTIVATIONS, *NORMS, *CHANNEL_NORMS, *CONVOLUTIONS, *POOLING, *SOFTMAX, *DROPOUT, *EMBEDDING,
-    *BILINEAR, *ADAPTIVE,
+    *BILINEAR,
     *RECURRENT, *LOSSES, *RESIDUALS, *LINEAR, *ATTENTION, *TRANSFORMERS, *MAPS,
 ]  # fmt: skip
 

@@ -153,7 +153,10 @@ MOVES_MORE = {
     r"Tanhshrink": (6 / 5, "stock keeps tanh(x), so that x may be written to; so do we"),
     r"GaussianNLLLoss": (1.25, "stock keeps input - target, so that these may be written to"),
     r"TripletMarginLoss\(.*swap=True": (1.3, "stock keeps three differences; so do we"),
-    r"TripletMarginLoss": (1.1, "stock keeps two differences, so that inputs may be written to"),
+    r"TripletMargin(WithDistance)?Loss": (
+        1.1,
+        "stock keeps two differences, so that inputs may be written to",
+    ),
     r"LayerNorm\(.*(12288|4099|1048576|56\))": (2, "rows that no registers hold are read again"),
     r"Softmax\(.*(32000|128256|262144)": (8 / 5, "rows that no registers hold are read again"),
     r"MaxPool1d": (7 / 6, "a byte of each window says where its maximum was"),

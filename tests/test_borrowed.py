@@ -321,7 +321,8 @@ def wide(value):
 def test_function_samples_survive_second_derivatives(device):
     """With `create_graph=True` second derivatives are as near to float64 as those of stock."""
     for info, name in FUNCTION_SAMPLES:
-        if name in RANDOM or not info.supports_gradgrad:
+        # PyTorch has no second derivative of ctc_loss.
+        if name in (*RANDOM, "ctc_loss") or not info.supports_gradgrad:
             continue
         far: list = []  # units in the last place, (ours, stock), where these differ
         for sample in list(info.sample_inputs(device, torch.float32, requires_grad=True))[:6]:

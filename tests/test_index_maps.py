@@ -242,18 +242,18 @@ def test_auto_takes_what_saves_bytes():
     table = {"default": {"source": "the test", "crossovers": lines}}
 
     def path(call, grad=True):
-        x = torch.zeros(1, 1, 4, 4, requires_grad=grad)
+        x = torch.zeros(1, 1, 4, 32, requires_grad=grad)
         with fastnn.backend("auto"), _mode.decisions() as heard:
             call(x)
         return heard[0].why
 
     with _gate.using(table):
-        assert path(lambda x: F.interpolate(x, 8, mode="bilinear")) is None
+        assert path(lambda x: F.interpolate(x, (8, 64), mode="bilinear")) is None
         assert "reads and writes once" in path(
-            lambda x: F.interpolate(x, 8, mode="bilinear"), False
+            lambda x: F.interpolate(x, (8, 64), mode="bilinear"), False
         )
-        assert "reads and writes once" in path(lambda x: F.interpolate(x, 8))
-        assert "64 times" in path(lambda x: F.interpolate(x, 32, mode="bilinear"))
+        assert "reads and writes once" in path(lambda x: F.interpolate(x, (8, 64)))
+        assert "64 times" in path(lambda x: F.interpolate(x, (32, 256), mode="bilinear"))
         assert path(lambda x: F.pad(x, (1, 1, 1, 1), "reflect")) is None
         assert "reads and writes once" in path(lambda x: F.pad(x, (1, 1, 1, 1), "reflect"), False)
         assert path(lambda x: F.pad(x, (1, 1)), False) is None

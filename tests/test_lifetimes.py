@@ -358,7 +358,17 @@ def _may_hold(row: Row) -> int:
         return 2 * sum(t.nbytes for t in given.values() if t.is_floating_point())
     if case.view is not None and case.name in KEEP_VIEWS:
         return given["input 0"].nbytes
+    sizes = given.get("input 1")
+    if case.name in PACKED and sizes is not None and sizes.dtype == torch.int64:
+        # docs/recurrent.md: which rows take part in each step, the first states once more, and
+        # the gates, of which a GRU has four numbers
+        states = [t for t in tensors_of(row.call(True).inputs) if t.dim() == 3]
+        gates = 4 * given["input 0"].shape[0] * sum(t[:, 0].nbytes for t in states)
+        return 11 * sizes.nbytes + sum(t.nbytes for t in states) + gates
     return 0
+
+
+PACKED = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 # docs/losses.md, docs/attention.md: these keep an input, and with a view all that it is a part of.

@@ -292,6 +292,13 @@ def test_a_forward_replaced_on_the_class_and_put_back():
     assert len(seen) == 2
 
 
+# What PyTorch's forward reaches besides: a member, and the distance that is an attribute.
+INSIDE = {
+    stock.AdaptiveLogSoftmaxWithLoss: {"linear"},
+    stock.TripletMarginWithDistanceLoss: {"pairwise_distance"},
+}
+
+
 @interpreted
 @pytest.mark.parametrize("how", ["convert", "import"])
 def test_a_function_replaced_in_torch_nn_functional_is_called(how):
@@ -336,7 +343,7 @@ def test_each_function_that_a_layer_calls_may_be_replaced(record_property):
                     mine(*inputs)
             finally:
                 setattr(stock.functional, name, original)
-            assert not heard, (its, name, heard)
+            assert {d.op.name for d in heard} <= INSIDE.get(its, set()), (its, name, heard)
             count["functions replaced"] += 1
     assert count["functions replaced"] >= len(LAYERS) - 20
     record_property("marks", [*count.items()])

@@ -9,6 +9,7 @@ from torch.nn.modules.adaptive import _ASMoutput
 
 import fastnn.functional as F
 from fastnn._mode import current_mode, idle
+from fastnn._op import kernel_devices
 from fastnn.layers._fusion import plainly
 from fastnn.layers._layer import STOCK, Layer, rebound, watched
 from fastnn.layers.container import Sequential
@@ -31,8 +32,8 @@ def _apart(self, input, target):
         return "no kernel can run, or somebody looks on at all layers"
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return "a mode looks on at all operators"
-    if torch.is_autocast_enabled(input.device.type):
-        return "autocast"
+    if input.device.type not in kernel_devices or torch.is_autocast_enabled(input.device.type):
+        return "a device without kernels, or autocast"
     if input.dim() != target.dim() + 1 or target.dim() > 1 or target.dtype != torch.int64:
         return "arguments that PyTorch refuses, or other integers"
     if (

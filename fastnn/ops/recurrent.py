@@ -256,7 +256,8 @@ def _packing(sizes: Tensor, device: torch.device) -> Packing:
         before, after = torch.cat((zero, n[:-1])), torch.cat((n[1:], zero))
         states = torch.cat((zero, N + row[:-1]))
         ways.append(torch.stack((row, n, states, before, after), 1))
-    return Packing(sizes, torch.stack(ways).to(device))
+    # a copy: PyTorch does not keep the sizes, so users may edit theirs
+    return Packing(sizes.clone(), torch.stack(ways).to(device))
 
 
 def _states_before(table: Tensor, rows: int) -> Tensor:
@@ -294,9 +295,9 @@ class Steps(Function):
                 None if cn is None else cn[d], p.w_hr, None if table is None else table[d], T, kind,
                 d == 1, keep,
             )  # fmt: skip
-        # PyTorch keeps the result of an LSTM of one direction, and no others. An edit of it thus
-        # raises an error in the backward, as in PyTorch.
-        result = y if kind == "lstm" and D == 1 else None
+        # PyTorch keeps the result of an LSTM of one direction, if it is not packed, and no others.
+        # An edit of it thus raises an error in the backward, as in PyTorch.
+        result = y if kind == "lstm" and D == 1 and table is None else None
         ctx.save_for_backward(x, h0, c0, result, sizes, table, *weights, *kept)
         ctx.kind = kind
         ctx.set_materialize_grads(False)

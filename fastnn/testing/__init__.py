@@ -230,7 +230,7 @@ def _told(option: Any) -> str:
     name of the function, that it makes, so that the name is the same in every process."""
     made = option(torch.float32, "cpu") if callable(option) else option
     if callable(made):
-        return made.__name__
+        return getattr(made, "__name__", str(made))
     return "x".join(map(str, made.shape)) if isinstance(made, Tensor) else str(option)
 
 
