@@ -63,7 +63,9 @@ EXCEPTIONS = (
     Allowed("_antialias_.*", 1300, 8, "weights of a window are computed again for each element"),
     Allowed("_(fold|unfold)", 28, 20, "an index for each element, from divisions"),
     Allowed("_multilabel_margin_.*", 34, 16, "each class is compared with each target"),
-    Allowed("_embedding_bwd_.*", 1.4, 2, "a bit for each index that names a row"),
+    Allowed("_embedding_bwd_.*", 3.6, 2, "a bit for each index that names a row"),
+    Allowed("_embedding_bag_fwd", 8.1, 2, "rows of a bag are added one by one; stock in `auto`"),
+    Allowed("_ctc_.*", 6.0, 2, "each step waits for the step before it; stock in `auto`"),
     Allowed("_rows_.*", 2.9, 4, "a short row has a sum of its own, and a second product"),
     Allowed("_lrn_.*", 1.7, 10, "a root, a square and a division or two for each element"),
     Allowed("_loss_(fwd|bwd)", 2.0, 12, "log and exp of libdevice, and divisions, in each element"),
@@ -83,6 +85,7 @@ EXCEPTIONS = (
 FEW = {
     "_embedding_bwd_blocks": "a program counts the indices of a block of a table",
     "_softmax_columns_(fwd|bwd)": "a program has the columns of a whole sample",
+    "_ctc_(fwd|posterior)": "a program has all steps of a sequence",
 }
 
 
@@ -168,7 +171,10 @@ def by_kernel() -> str:
         long = [x for x in launches if _counts(x)]
         issue = f"{max(x['issue'] for x in long):.2f}" if long else ""
         flight = f"{min(x['in_flight'] for x in long) / 1024:.0f}" if long else ""
-        registers, spilled = (max(x[k] for x in launches) for k in ("registers", "spilled"))
+        counted = [x for x in launches if "registers" in x]
+        if not counted:  # an instruction that the emulator does not know, or an address unknown
+            continue
+        registers, spilled = (max(x[k] for x in counted) for k in ("registers", "spilled"))
         cells = (f"`{kernel}`", len(launches), issue, flight, registers, spilled)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
@@ -237,7 +243,9 @@ def _figures(launch: Any) -> dict[str, Any]:
     figures = {"kernel": launch.kernel, "source": _named(launch.key)[1]}
     try:
         found = roof(launch)
-    except NotImplementedError as e:
+    # An instruction that the emulator does not know; or an address that an earlier launch would
+    # have written.
+    except (NotImplementedError, IndexError) as e:
         return figures | {"why": str(e)[:80], "us": 0.0, "spilled": 0, "faults": {}}
     return figures | {
         "programs": found.programs,

@@ -8,8 +8,8 @@ import torch.nn as stock
 from torch.nn.modules.adaptive import _ASMoutput
 
 import fastnn.functional as F
+from fastnn import _op
 from fastnn._mode import current_mode, idle
-from fastnn._op import kernel_devices
 from fastnn.layers._fusion import plainly
 from fastnn.layers._layer import STOCK, Layer, rebound, watched
 from fastnn.layers.container import Sequential
@@ -32,7 +32,7 @@ def _apart(self, input, target):
         return "no kernel can run, or somebody looks on at all layers"
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return "a mode looks on at all operators"
-    if input.device.type not in kernel_devices or torch.is_autocast_enabled(input.device.type):
+    if input.device.type not in _op.kernel_devices or torch.is_autocast_enabled(input.device.type):
         return "a device without kernels, or autocast"
     if input.dim() != target.dim() + 1 or target.dim() > 1 or target.dtype != torch.int64:
         return "arguments that PyTorch refuses, or other integers"

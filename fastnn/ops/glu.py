@@ -30,7 +30,7 @@ class GLU(Function):
         return kernels.glu.bwd(dy, x, ctx.dim), None
 
 
-def _beside(input, dim=-1):
+def _beside(input, dim=-1, **others):
     return beside(input, dim)
 
 
