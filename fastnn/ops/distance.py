@@ -320,29 +320,9 @@ def triplet_margin_loss(
     reduce=None, reduction="mean", *, out_dtype=None,
 ):  # fmt: skip
     """Fused with the distances, the swap and the reduction, for positive exponents up to 64."""
-    why = refuse((anchor, positive, negative), reduction)
-    if why is not None:
-        return why
-    if not number(margin) or margin <= 0 or not number(eps):
-        return Invalid("option", f"margin={margin!r}, eps={eps!r}")
-    if not anchor.dim() == positive.dim() == negative.dim():
-        return Invalid("shape", "tensors of different dimensions")
+    legacy = size_average, reduce
     xs = anchor, positive, negative
-    found = _row_shape(-1, *xs)
-    if isinstance(found, Stock):
-        return found
-    norm = _norm(p)
-    if norm is None:
-        return Stock("option", f"p={p!r}")
-    dtype = out_dtype or common_dtype(*xs)
-    if isinstance(dtype, Stock):
-        return dtype
-    if size_average is not None or reduce is not None:
-        reduction = resolve_reduction(size_average, reduce, reduction)
-    shape, dim = found
-    numbers = float(p), float(eps), float(margin)
-    divisor = row_divisor(reduction, shape[:-1].numel())
-    return _rows(TRIPLET, xs, dim, numbers, norm, bool(swap), divisor, dtype)
+    return _triplet_loss(xs, margin, p, eps, swap, legacy, reduction, out_dtype)
 
 
 @op(
@@ -360,24 +340,34 @@ def triplet_margin_with_distance_loss(
     if distance_function not in (None, stock.pairwise_distance, pairwise_distance):
         name = getattr(distance_function, "__name__", type(distance_function).__name__)
         return Stock("option", f"distance_function={name}: kernels have pairwise_distance")
-    why = refuse((anchor, positive, negative), reduction)
+    xs = anchor, positive, negative
+    return _triplet_loss(xs, margin, 2.0, 1e-6, swap, (None, None), reduction, out_dtype)
+
+
+def _triplet_loss(xs, margin, p, eps, swap, legacy, reduction, out_dtype):
+    """The loss of (anchor, positive, negative), or why no kernel computes it."""
+    why = refuse(xs, reduction)
     if why is not None:
         return why
-    if not number(margin) or margin <= 0:
-        return Invalid("option", f"margin={margin!r}")
-    if not anchor.dim() == positive.dim() == negative.dim():
+    if not number(margin) or margin <= 0 or not number(eps):
+        return Invalid("option", f"margin={margin!r}, eps={eps!r}")
+    if len({x.dim() for x in xs}) > 1:
         return Invalid("shape", "tensors of different dimensions")
-    xs = anchor, positive, negative
     found = _row_shape(-1, *xs)
     if isinstance(found, Stock):
         return found
+    norm = _norm(p)
+    if norm is None:
+        return Stock("option", f"p={p!r}")
     dtype = out_dtype or common_dtype(*xs)
     if isinstance(dtype, Stock):
         return dtype
+    size_average, reduce = legacy
+    reduction = resolve_reduction(size_average, reduce, reduction)
     shape, dim = found
     divisor = row_divisor(reduction, shape[:-1].numel())
-    numbers = 2.0, 1e-6, float(margin)
-    return _rows(TRIPLET, xs, dim, numbers, 2, bool(swap), divisor, dtype)
+    numbers = float(p), float(eps), float(margin)
+    return _rows(TRIPLET, xs, dim, numbers, norm, bool(swap), divisor, dtype)
 
 
 def row_divisor(reduction, rows):
