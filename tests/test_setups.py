@@ -211,7 +211,7 @@ MODELS = {
             ("ConvTranspose1d", 4, 2, 2),
             ("AvgPool1d", 2),
         ),
-        SEQUENCE,
+        (3, 1, 40),  # a whole warp: `auto` pads and pools no shorter rows
     ),
     "depthwise convolution": (FrozenNorm, SEQUENCE),
     "gated": (Gated, SEQUENCE),
@@ -720,7 +720,7 @@ def share(name):
 
 
 MODES = ("triton", "auto")
-LARGE = [m for m, (_, shape) in MODELS.items() if shape == SEQUENCE]
+LARGE = [m for m, (_, shape) in MODELS.items() if len(shape) == 3]
 
 
 @pytest.mark.parametrize("name", SETUPS)
