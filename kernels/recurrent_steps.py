@@ -162,7 +162,7 @@ def _steps_fwd_kernel(
                 f = logistic(_get(GI, gi + H, mask) + acc1)
                 g = libdevice.tanh(_get(GI, gi + 2 * H, mask) + acc2)
                 o = logistic(_get(GI, gi + 3 * H, mask) + acc3)
-                c = f * _get(CS, before * H + j, mask) + i * g
+                c = tl.fma(f, _get(CS, before * H + j, mask), i * g)
                 _put(CS, after * H + j, c, mask)
                 _put(CN, b * H + j, c, mask & final)
                 y = o * libdevice.tanh(c)
@@ -171,8 +171,8 @@ def _steps_fwd_kernel(
             elif GRU:
                 r = logistic(_get(GI, gi, mask) + acc0)
                 z = logistic(_get(GI, gi + H, mask) + acc1)
-                n = libdevice.tanh(_get(GI, gi + 2 * H, mask) + r * acc2)
-                y = n + z * (_get(old, j, mask) - n)
+                n = libdevice.tanh(tl.fma(r, acc2, _get(GI, gi + 2 * H, mask)))
+                y = tl.fma(z, _get(old, j, mask) - n, n)
                 if GATES is not None:
                     _put4(GATES, kept, H, r, z, n, acc2, mask)
             else:
