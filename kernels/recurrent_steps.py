@@ -44,6 +44,7 @@ from fastnn.kernels.recurrent import (
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 COLUMNS = 5  # of the table of a packed sequence
+ROWS = 16  # of the batch, in a program
 
 
 @triton.jit
@@ -309,7 +310,7 @@ def _config(H, itemsize):
     # A tile of 32 spills scalar registers on AMD GPUs.
     widest = 16 if _gpus.facts(here()).backend == "hip" else 64 // itemsize
     size = max(16, min(next_power_of_2(H), widest))
-    config = {"BLOCK_B": 16, "BLOCK_J": size, "BLOCK_K": size, "num_warps": 4, "num_stages": 1}
+    config = {"BLOCK_B": ROWS, "BLOCK_J": size, "BLOCK_K": size, "num_warps": 4, "num_stages": 1}
     # Without a limit, ptxas spills a few registers, so that another block fits. Here no more blocks
     # than multiprocessors are to be expected.
     config["maxnreg"] = 255
