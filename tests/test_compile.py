@@ -1001,7 +1001,7 @@ def scale_and_shift(op, z, x, shape, weight, bias, eps, *rest):
 
 stays, means_the_same = test_what_must_stay, test_spellings_mean_the_same
 PLANTED = {
-    "a second user is not noticed": (without(Site, "check"), stays, "two_users"),
+    "a second user is not noticed": (without(Site, "confirm"), stays, "two_users"),
     "a write between is not noticed": (
         (_site, "_disturbs", lambda *args: None), stays, "written_between",
     ),

@@ -19,7 +19,7 @@ from fastnn import _mode
 from fastnn._compiler._calls import call as read
 from fastnn._compiler._calls import value
 from fastnn._compiler._rules import RULES, alone
-from fastnn._compiler._site import Misfit, Rewrite, Site
+from fastnn._compiler._site import NoMatch, Rewrite, Site
 
 
 class Found(NamedTuple):
@@ -147,8 +147,8 @@ def rewrite(gm: GraphModule) -> list[Found]:
                     continue
                 try:
                     result = rule.match(site, node)
-                    site.check(result)
-                except Misfit:
+                    site.confirm(result)
+                except NoMatch:
                     continue
                 tell(rule.name, result.outputs[-1])
                 _replace(module, site, result)
