@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 UNFIT = object()  # what a plan's function returns for a call that does not fit
 
 
-class Refused(Exception):
-    """Why a call cannot be a plan."""
+class NotReplayable(Exception):
+    """Why a call cannot be replayed, or not by the C++ runner."""
 
 
 class Slot(NamedTuple):

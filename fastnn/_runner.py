@@ -22,9 +22,9 @@ from fastnn._plan import (
     Draw,
     Drawn,
     Launch,
+    NotReplayable,
     Pointer,
     Program,
-    Refused,
     Slot,
     flat,
     nests,
@@ -277,14 +277,14 @@ def call(
     """
     why = unavailable()
     if why is not None:
-        raise Refused(why)
+        raise NotReplayable(why)
     order = [s for s in before.results if s is not None]
     used = {r for step in after.steps for r in reads(step)}
     used |= {s for s in after.saved if s is not None}
     made: set[int | None] = {s.slot for s in after.steps if isinstance(s, Allocate)}
     made |= {r for s in after.steps if isinstance(s, Call) for r in s.results}
     if not used <= {*order, *made, *after.lasting}:
-        raise Refused("it uses a tensor that its autograd function is not given")
+        raise NotReplayable("it uses a tensor that its autograd function is not given")
     given = [_name(s) if order.index(s) == i else f"again{i}" for i, s in enumerate(order)]
     results = _slots(after.results)
 
@@ -338,7 +338,7 @@ def declined(record: Any, values: tuple) -> Callable:
     """A function that calls PyTorch for such calls of the op as this one, or returns UNFIT."""
     why = unavailable()
     if why is not None:
-        raise Refused(why)
+        raise NotReplayable(why)
     cells = _Cells()
     names, _, asked = _fitting(record, values, cells)
     asked += _settings(record, cells)
