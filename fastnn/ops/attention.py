@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     causal: bool
     gqa: bool
     p: float
-    noise: Any  # kernels.attention.Noise, whose state is None
+    noise: Any  # kernels.attention.WeightDropout, whose state is None
     grad_scale: float
     backend: int
     precision: str
@@ -214,15 +214,17 @@ def _shapes(q, k, v, mask, gqa: bool) -> tuple[int, ...] | Stock:
 
 
 def _noise(q: Tensor, S: int, p: float) -> tuple[Any, float] | str:
-    """(a `kernels.attention.Noise`, the scale of the gradient), or why nothing can be drawn."""
+    """(a `WeightDropout`, the scale of the gradient), or why nothing can be drawn."""
     bound = kernels._philox.bound(1.0 - p)
     if p == 1:  # nothing is drawn
-        return kernels.attention.Noise(_rng.draw_nothing(1, q.get_device()), bound, 0.0), 0.0
+        return kernels.attention.WeightDropout(
+            _rng.draw_nothing(1, q.get_device()), bound, 0.0
+        ), 0.0
     draw = _rng.draw_own(kernels.attention.increment(S), q.get_device())
     if isinstance(draw, str):
         return draw
     scale, grad_scale = native_scales(p)
-    return kernels.attention.Noise(draw, bound, scale), grad_scale
+    return kernels.attention.WeightDropout(draw, bound, scale), grad_scale
 
 
 BESIDE_FUSED = "beside a fused kernel of PyTorch"
