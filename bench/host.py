@@ -51,7 +51,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastnn
 from fastnn import _build, _mode, _native, _record, _rng
-from fastnn.bench.models import ResNet, Step, Transformer
+from fastnn.bench.models import ResNet, Step, TransformerSizes
 from fastnn.ops import REGISTRY
 
 FEW, MANY = 2, 12  # calls in the two steps
@@ -60,8 +60,8 @@ WAYS = ("stock", "declined", "without_plans", "python", "native")
 
 # As deep as the real ones: what one call costs the host does not depend on the width.
 MODELS = [
-    Step("GPT-2", Transformer(16, 2, 12, 4, 11, causal=True), 2),
-    Step("BERT", Transformer(16, 2, 12, 4, 12), 2),
+    Step("GPT-2", TransformerSizes(16, 2, 12, 4, 11, causal=True), 2),
+    Step("BERT", TransformerSizes(16, 2, 12, 4, 12), 2),
     Step("ResNet-50", ResNet((3, 4, 6, 3), 5, 32, 4), 2),
 ]
 
@@ -297,7 +297,7 @@ def _launches(call: Callable[[], object]) -> int:
     from fastnn.kernels._launch import Kernel
     from fastnn.testing.meter import AtenTraffic
 
-    draw = _rng.draw_planned
+    draw = _rng.draw_for
 
     def drawing(*args):
         with _disable_current_modes():
@@ -313,7 +313,7 @@ def _launches(call: Callable[[], object]) -> int:
 
     with (
         mock.patch.object(Kernel, "__call__", counting),
-        mock.patch.object(_rng, "draw_planned", drawing),
+        mock.patch.object(_rng, "draw_for", drawing),
         _record.using(False),
         # Dispatch declines under a dispatch mode, but this mode only observes.
         mock.patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0),

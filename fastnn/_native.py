@@ -22,9 +22,9 @@ from fastnn import _build, _mode, kernels
 from fastnn._plan import (
     UNFIT,
     Allocate,
-    Call,
+    CallStep,
     Drawn,
-    Launch,
+    LaunchStep,
     NotReplayable,
     Pointer,
     Program,
@@ -131,7 +131,7 @@ def _argument(value: Any, kind: str) -> tuple[int, int, int]:
     raise NotReplayable(f"an argument of a kernel has the type {kind}")
 
 
-def _launch(step: Launch) -> tuple:
+def _launch(step: LaunchStep) -> tuple:
     """A launch through the driver. Raises NotReplayable if only Triton's launcher can make it."""
     compiled, consts = step.compiled
     if kernels._launch.direct(compiled) is None:
@@ -168,7 +168,7 @@ def _operand(value: Any) -> tuple[str, Any]:
     return "value", value
 
 
-def _call(step: Call) -> tuple:
+def _call(step: CallStep) -> tuple:
     function = step.function
     if not isinstance(function, torch._ops.OpOverload):
         raise NotReplayable("an operator has no schema")
@@ -187,9 +187,9 @@ def _step(step: Any, python: Python, operators: bool) -> tuple:
     if isinstance(step, Allocate):
         return "allocate", step.slot, step.size, step.stride, step.dtype
     try:
-        if isinstance(step, Launch) and step.compiled is not None:
+        if isinstance(step, LaunchStep) and step.compiled is not None:
             return _launch(step)
-        if isinstance(step, Call) and operators:
+        if isinstance(step, CallStep) and operators:
             return _call(step)
     except NotReplayable:
         pass  # by Python, as a step
@@ -214,7 +214,7 @@ def _made(*programs: Program) -> int:
         for step in program.steps:
             if isinstance(step, Allocate):
                 slots.add(step.slot)
-            elif isinstance(step, Call):
+            elif isinstance(step, CallStep):
                 slots.update(s for s in step.results if s is not None)
     return max(slots) + 1
 

@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastnn import _mode, _native, _runner, kernels
 from fastnn._plan import (
     Allocate,
-    Call,
-    Draw,
+    CallStep,
     Drawn,
-    Launch,
+    DrawStep,
+    LaunchStep,
     NotReplayable,
     Pointer,
     Program,
@@ -143,7 +143,7 @@ class _Log:
             self.refuse("random numbers under graph capture")
         else:
             self.drawn = draw.seed, draw.offset
-            self.steps.append(Draw(device, launch))
+            self.steps.append(DrawStep(device, launch))
 
     def called(self, function, args, kwargs, out) -> None:
         """Log a call of an operator, which returned `out`."""
@@ -174,7 +174,7 @@ class _Log:
             raise NotReplayable(f"{function} draws random numbers")
         given, named = tree_map(self._as_slot, (tuple(args), dict(kwargs)))
         results = tuple([self._result(leaf, function) for leaf in tree_leaves(out)])
-        self.steps.append(Call(function, given, named, results))
+        self.steps.append(CallStep(function, given, named, results))
         if len(results) == 1 and results[0] is not None:
             self._view(results[0], out if isinstance(out, Tensor) else tree_leaves(out)[0], args)
 
@@ -215,7 +215,7 @@ class _Log:
         if compiled is None and not kernel.interpreted:
             self.refuse("a kernel that Triton did not return")
             return
-        self.steps.append(Launch(kernel, tuple(grid), given, meta, compiled))
+        self.steps.append(LaunchStep(kernel, tuple(grid), given, meta, compiled))
 
     def _argument(self, value, name: str):
         if self.drawn is not None and name in _DRAWN:
@@ -254,7 +254,7 @@ def _needed(steps: list, wanted: set) -> tuple:
     for step in reversed(steps):
         if isinstance(step, Allocate):
             needed = step.slot in wanted
-        elif isinstance(step, Call):
+        elif isinstance(step, CallStep):
             makes = {r for r in step.results if r is not None}
             changes = step.function._schema.is_mutable or not makes
             needed = changes or bool(makes & wanted)
@@ -846,7 +846,7 @@ def _picked(result: Any, outputs: tuple, many: bool) -> int | tuple[int, ...] | 
 
 def _differentiable(step: Any) -> bool:
     """Whether autograd follows a step when it is replayed, as it did when it was recorded."""
-    return isinstance(step, Call) and not step.function._schema.is_mutable
+    return isinstance(step, CallStep) and not step.function._schema.is_mutable
 
 
 def _fact(value: Any) -> Any:

@@ -183,7 +183,7 @@ def backend(gm: GraphModule, example_inputs: list[Any], **options: Any) -> Calla
 # ---- explain ------------------------------------------------------------------------------------
 
 
-class Decision(NamedTuple):
+class GraphDecision(NamedTuple):
     """What one call of an op in a graph did: its layer, the op's name, and why not a kernel."""
 
     layer: str
@@ -195,20 +195,20 @@ class Decision(NamedTuple):
 class _Told(Interpreter):
     """Runs a graph node by node, and notes the decisions of each."""
 
-    def __init__(self, gm: GraphModule, decisions: list[Decision]):
+    def __init__(self, gm: GraphModule, decisions: list[GraphDecision]):
         super().__init__(gm)
         self.decisions = decisions
 
     def run_node(self, n: Node) -> Any:
         with _mode.decisions() as heard:
             result = super().run_node(n)
-        self.decisions += [Decision(layer_of(n), d.op.name, d.why, d.code) for d in heard]
+        self.decisions += [GraphDecision(layer_of(n), d.op.name, d.why, d.code) for d in heard]
         return result
 
 
-def decisions_of(model: Callable, inputs: tuple, kwargs: dict) -> list[Decision]:
+def decisions_of(model: Callable, inputs: tuple, kwargs: dict) -> list[GraphDecision]:
     """The decisions in one call of `model`, compiled for this backend."""
-    decisions: list[Decision] = []
+    decisions: list[GraphDecision] = []
 
     def told(gm: GraphModule, example_inputs: list[Any]) -> Callable:
         rewrite(gm)

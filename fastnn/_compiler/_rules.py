@@ -39,7 +39,7 @@ from fastnn.ops.linear import linear_act
 from fastnn.ops.residual_norm import dropout_add, dropout_add_layer_norm, dropout_add_rms_norm
 
 
-class Rule(NamedTuple):
+class GraphRule(NamedTuple):
     """A rule and the functions that its last node may compute."""
 
     name: str
@@ -47,14 +47,14 @@ class Rule(NamedTuple):
     match: Callable[[Site, Node], Rewrite]
 
 
-RULES: list[Rule] = []
+RULES: list[GraphRule] = []
 
 
 def rule(name: str, *ends: str) -> Callable[[Callable], Callable]:
     """Enter a function into the table of rules."""
 
     def enter(match: Callable) -> Callable:
-        RULES.append(Rule(name, ends, match))
+        RULES.append(GraphRule(name, ends, match))
         return match
 
     return enter

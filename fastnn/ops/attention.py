@@ -20,7 +20,7 @@ from fastnn.ops.linear import matmul_precision, tf32_setting
 _MATH, _EFFICIENT, _ERROR = 0, 2, -1
 
 
-class Plan(NamedTuple):
+class How(NamedTuple):
     """How a call is computed; everything that its tensors do not say."""
 
     lead: tuple[int, ...]
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
         return self.lead[-1] if self.lead else 1
 
 
-def _four(x: Tensor, plan: Plan, heads: int) -> Tensor:
+def _four(x: Tensor, plan: How, heads: int) -> Tensor:
     """x (..., N, D), broadcast to the batch -> (B, heads, N, D); a view if possible."""
     N, D = x.shape[-2:]
     batch = plan.batch
@@ -53,7 +53,7 @@ def _four(x: Tensor, plan: Plan, heads: int) -> Tensor:
     return x.expand(*batch, heads, N, D).reshape(math.prod(batch), heads, N, D)
 
 
-def _heads_of_keys(k: Tensor, v: Tensor, plan: Plan) -> int:
+def _heads_of_keys(k: Tensor, v: Tensor, plan: How) -> int:
     """The number of heads of k and v. One head that broadcasts is a group and is not expanded."""
     if plan.gqa or (k.shape[-3:-2] in ((), (1,)) and v.shape[-3:-2] in ((), (1,))):
         return k.shape[-3] if k.dim() > 2 else 1
@@ -71,7 +71,7 @@ def _four_of_mask(mask: Tensor, batch: tuple[int, ...]) -> Tensor | None:
     return None
 
 
-def _output(q: Tensor, L: int, E: int, plan: Plan) -> Tensor:
+def _output(q: Tensor, L: int, E: int, plan: How) -> Tensor:
     """Uninitialised, with the layout of the backend that PyTorch would choose."""
     shape = (*plan.lead, L, E)
     if plan.backend == _EFFICIENT:
@@ -153,7 +153,7 @@ class Attention(Function):
         ), dmask, None  # fmt: skip
 
 
-def _sum_to(dx: Tensor, x: Tensor, plan: Plan) -> Tensor:
+def _sum_to(dx: Tensor, x: Tensor, plan: How) -> Tensor:
     """dx (B, heads, N, D) -> the gradient of x, with the shape and dtype of x."""
     if dx.shape == x.shape:
         return dx
@@ -162,7 +162,7 @@ def _sum_to(dx: Tensor, x: Tensor, plan: Plan) -> Tensor:
     return dx.view(*plan.batch, *dx.shape[1:]).sum_to_size(x.shape).to(x.dtype)
 
 
-def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: Plan, noise) -> Tensor:
+def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: How, noise) -> Tensor:
     """PyTorch's formula, with the noise of this call."""
     dtype = q.dtype
     q, k, v = q.float(), k.float(), v.float()
@@ -336,7 +336,7 @@ def scaled_dot_product_attention(
         if isinstance(drawn, str):
             return Stock("random", drawn)
         noise, grad_scale = drawn
-    plan = Plan(
+    plan = How(
         lead, 1 / math.sqrt(D) if scale is None else float(scale), causal, gqa,
         float(dropout_p), noise, grad_scale, backend, precision, arch,
     )  # fmt: skip

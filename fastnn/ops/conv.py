@@ -20,7 +20,7 @@ _FEW_PAIRS = 16  # pairs of channels in a group, for which matrix products are m
 _LIMIT = 2**31  # elements of a sample, and positions of a channel, that kernels can index
 
 
-class Plan(NamedTuple):
+class Convolution(NamedTuple):
     """One convolution. Of each list, the last `dims` entries count; those before them do nothing.
 
     `small` is the tensor whose positions the taps are placed on: the output, or the input of a
@@ -122,7 +122,7 @@ def _weight(weight: Tensor, last: bool) -> Tensor:
 
 
 def _gather(
-    source: Tensor, weight: Tensor, bias: Tensor | None, to: Tensor, plan: Plan, up: bool,
+    source: Tensor, weight: Tensor, bias: Tensor | None, to: Tensor, plan: Convolution, up: bool,
     z: Tensor | None = None, norm: tuple | None = None, act: tuple | None = None,
 ):  # fmt: skip
     """Writes `to`. up: from `small` to `big`, else from `big` to `small`. Both are volumes.
@@ -154,7 +154,7 @@ def _gather(
     )
 
 
-def _weight_gradient(small: Tensor, big: Tensor, weight: Tensor, plan: Plan, want_db: bool):
+def _weight_gradient(small: Tensor, big: Tensor, weight: Tensor, plan: Convolution, want_db: bool):
     """(dw, db); db, the sums of `small`, is None unless wanted, and where another kernel is due."""
     dw = weight.new_empty(weight.shape)
     if plan.how is not None and plan.is_linear:
@@ -189,7 +189,7 @@ def _precision(device_index: int) -> tuple[str, str]:
     return (tf32_setting() if gpu.tf32 and gpu.name != "cpu" else "ieee"), arch
 
 
-def _result(input: Tensor, weight: Tensor, plan: Plan) -> Tensor:
+def _result(input: Tensor, weight: Tensor, plan: Convolution) -> Tensor:
     x = plan.batch(input)
     K = weight.shape[1] * plan.groups if plan.transposed else weight.shape[0]
     return _new(input, (x.shape[0], K, *plan.out), plan.last, x is not input)
@@ -371,7 +371,7 @@ def _ints(value: Any, dims: int) -> tuple[int, ...] | None:
 def _planned(
     dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any,
     dilation: Any, groups: Any, output_padding: Any = None,
-) -> Plan | Stock:  # fmt: skip
+) -> Convolution | Stock:  # fmt: skip
     """The plan of a call, of a transposed convolution if `output_padding` is given."""
     transposed = output_padding is not None
     options: tuple[Any, ...] = stride, padding, dilation, groups
@@ -432,7 +432,7 @@ def _planned(
     direct = weight.shape[0] // groups * weight.shape[1] <= _FEW_PAIRS
     how = None if direct else _precision(input.get_device())
     ones, zeros = (1,) * (3 - dims), (0,) * (3 - dims)
-    return Plan(
+    return Convolution(
         dims, transposed, options, ones + kernel_size, ones + strides, zeros + before,
         ones + dilations, groups, tuple(out), last, how,
     )  # fmt: skip

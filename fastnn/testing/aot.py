@@ -185,7 +185,7 @@ class _Emulator(CompilingDriver):
 
     def launcher(self, compiled: _Compiled) -> Callable:
         source, metadata = compiled
-        program = ptx.Program(assembly_of(source.name, metadata.hash)["ptx"])
+        program = ptx.PtxKernel(assembly_of(source.name, metadata.hash)["ptx"])
         taken = [ty != "constexpr" for ty in source.signature.values()]
 
         def launch(x, y, z, stream, function, packed, launched, enter, leave, *args):

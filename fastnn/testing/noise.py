@@ -22,14 +22,14 @@ from fastnn import _record, _rng, kernels
 def recording() -> Iterator[list]:
     """Collect every `Draw` that kernels get inside the block. No plan runs there."""
     draws: list = []
-    draw = _rng.draw_planned
+    draw = _rng.draw_for
 
     def noted(*args):
         drawn = draw(*args)
         draws.append(drawn)
         return drawn
 
-    with mock.patch.object(_rng, "draw_planned", noted), _record.using(False):
+    with mock.patch.object(_rng, "draw_for", noted), _record.using(False):
         yield draws
 
 
