@@ -170,7 +170,7 @@ def _prepare(tensors, mask, causal, scale, noise, safe, precision):
         "BY_ROW": by_row,
         "BY_COL": by_col,
         "CAUSAL": causal,
-        "VEC": (draw.vec or ROWS.value) if noise else 0,
+        "VEC": 0 if draw is None else draw.vec or ROWS.value,
         "BY_FOUR": epilogue.by_four(S, draw),
         "PRECISION": precision,
         "UNIT": unit,

@@ -140,7 +140,7 @@ class Attention(Function):
             mask4 = _four_of_mask(mask, plan.batch)
             if needs[3]:
                 dmask = torch.empty_like(mask, memory_format=torch.contiguous_format)
-                dmask4 = dmask.view(mask4.shape)
+                dmask4 = _four_of_mask(dmask, plan.batch)
         grads = kernels.attention.bwd(
             _four(dout, plan, plan.heads), *fours, mask4,
             None if out is None else _four(out, plan, plan.heads), stats, scale=plan.scale,
@@ -258,7 +258,7 @@ def _weights(
 def _settings():
     cuda = torch.backends.cuda
     allowed = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
-    order = getattr(torch._C, "_get_sdp_priority_order", tuple)()
+    order: Any = getattr(torch._C, "_get_sdp_priority_order", tuple)()
     exact = torch.are_deterministic_algorithms_enabled()
     return allowed, cuda.cudnn_sdp_enabled(), tuple(order), exact, tf32_setting()
 

@@ -197,7 +197,9 @@ def _result(input: Tensor, weight: Tensor, plan: Convolution) -> Tensor:
 
 def _convolve(input, weight, bias, y, plan, z=None, norm=None, act=None):
     """Writes y, and z if given."""
-    x, to, z = (None if t is None else _volume(plan.batch(t), plan.last) for t in (input, y, z))
+    x, to = (_volume(plan.batch(t), plan.last) for t in (input, y))
+    if z is not None:
+        z = _volume(plan.batch(z), plan.last)
     _gather(x, weight, bias, to, plan, plan.transposed, z, norm, act)
 
 
@@ -309,10 +311,10 @@ class ConvAct(Function):
             return dx, dw, db, None, None, dscale, dshift, None, None
         db = None
         if dy is not None:
+            z, y = (None if t is None else _volume(plan.batch(t), plan.last) for t in (z, y))
             through_y, db, dscale, dshift = _through(
-                _volume(plan.batch(dy), plan.last), mean, var, scale, shift,
-                *(None if t is None else _volume(plan.batch(t), plan.last) for t in (z, y)),
-                plan, after, any(needs[:3]) , needs[2] and dz is None,
+                _volume(plan.batch(dy), plan.last), mean, var, scale, shift, z, y, plan, after,
+                any(needs[:3]), needs[2] and dz is None,
                 scale.dtype if needs[5] else None, shift_dtype if needs[6] else None,
             )  # fmt: skip
             if dz is not None and through_y is not None:
@@ -334,7 +336,7 @@ def _through(
     Each is None unless wanted, and db also where it would cost a pass of its own.
     """
     act = after.act
-    formula = None if act is None else act.formula
+    formula: Any = None if act is None else act.formula
     if after.eps is not None:
         rest: dict[str, Any] = {"last": plan.last}
         if act is not None:
