@@ -953,6 +953,36 @@ def test_a_number_that_changes_does_not_compile_again():
         assert torch.equal(compiled(x, 0.1 * k + 0.05), F.relu(x) * (0.1 * k + 0.05) + 1)
 
 
+@interpreted
+@pytest.mark.parametrize("how", ["imported", "converted", "stock"])
+@pytest.mark.parametrize("backend", ["fastnn", "eager"])
+def test_eager_calls_do_not_compile_a_model_again(how, backend):
+    """What eager calls remember, such as the least size of a kernel, is no guard of a graph."""
+    home = fastnn if how == "imported" else stock
+    model = home.Sequential(
+        home.Linear(WIDTH, WIDTH), home.GELU(), home.Dropout(0.1), home.LayerNorm(WIDTH),
+        home.Sequential(home.BatchNorm1d(WIDTH), home.ReLU()), home.Softmax(-1),
+    )  # fmt: skip
+    if how == "converted":
+        fastnn.convert(model)
+    loss = home.CrossEntropyLoss()
+    x, target = torch.randn(4, WIDTH), torch.arange(4)
+
+    def call(x):
+        return loss(model(x), target)
+
+    with simulated(least=64):
+        compiled = torch.compile(call, backend=backend)
+        compiled(x).backward()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for size in (4, 40, 4):
+                one = torch.randn(size, WIDTH)
+                for layer in (*model[:4], *model[4], model[5], model):
+                    layer(one)
+                loss(one, torch.zeros(size, dtype=torch.long))
+                compiled(x).backward()
+
+
 def test_meta_tensors():
     x = torch.empty(4, WIDTH, dtype=torch.bfloat16, device="meta")
     target = torch.empty(4, dtype=torch.long, device="meta")
