@@ -257,20 +257,18 @@ def softsign_grad(dy, x, a, b):
 def log1p_of_share(t):
     """log1p(t) for t from 0 to 1, as exp(-|x|) is: t + t * t * q(t), a third of libdevice.log1p.
 
-    q is the polynomial of degree 9 with the smallest relative error of the result, 8e-10. The
-    result is within 1.2 units in the last place if products are not rounded.
+    q is the polynomial of degree 9 with the smallest relative error of the result, 8e-10.
     """
-    q = 0.002072949295280671
-    q = q * t - 0.0136314881965518
-    q = q * t + 0.041981376707553864
-    q = q * t - 0.08307408541440964
-    q = q * t + 0.12467123568058014
-    q = q * t - 0.16129335761070251
-    q = q * t + 0.19897931814193726
-    q = q * t - 0.24988579750061035
-    q = q * t + 0.33332690596580505
-    q = q * t - 0.49999988079071045
-    return t * t * q + t
+    q = libdevice.fma(t, 0.002072949295280671, -0.0136314881965518)
+    q = libdevice.fma(q, t, 0.041981376707553864)
+    q = libdevice.fma(q, t, -0.08307408541440964)
+    q = libdevice.fma(q, t, 0.12467123568058014)
+    q = libdevice.fma(q, t, -0.16129335761070251)
+    q = libdevice.fma(q, t, 0.19897931814193726)
+    q = libdevice.fma(q, t, -0.24988579750061035)
+    q = libdevice.fma(q, t, 0.33332690596580505)
+    q = libdevice.fma(q, t, -0.49999988079071045)
+    return libdevice.fma(t * t, q, t)
 
 
 @triton.jit
