@@ -21,8 +21,8 @@ element lies; S is the number of positions of a plane:
     last       o * J * C + j * C + c               channels last
 
 Batch norm of many small planes, such as 7 x 7, has kernels of its own. There a tile has the planes
-of some neighbouring channels as one run of memory, so its accesses are wide although no plane starts
-at a multiple of 16 bytes.
+of some neighbouring channels as one run of memory. So its accesses are wide, although not every
+plane starts at a multiple of 16 bytes.
 
 If the elements of a statistic do not fit in registers, each program reduces a chunk of J by
 Welford's recurrence, and a second kernel combines the chunks in a fixed order. Other sums across
@@ -452,25 +452,31 @@ def _channel_moments_kernel(
     stop = tl.minimum(start + span, V)
     v = tl.arange(0, BLOCK_V)
     origin = _origin(X, o, c // D, c < C, outer_stride, group_stride)[:, None, None]
-    mean = tl.zeros((BLOCK_C, BLOCK_V, U), tl.float32)
-    m2 = tl.zeros((BLOCK_C, BLOCK_V, U), tl.float32)
+    mean = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
+    m2 = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
     step = 0.0
     for v0 in range(start, stop, BLOCK_V):
         base, offs = _offsets(o, c, v0, C, S, V, LAYOUT, U, BLOCK_V)
-        mask = (c < C)[:, None, None] & (v0 + v < stop)[None, :, None]
-        x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
+        mask = (c < C)[:, None] & (v0 + v < stop)[None, :]
+        x = tl.load(X + base + offs, mask=mask[:, :, None], other=0.0).to(tl.float32) - origin
+        # The moments of a vector of U elements, in two passes over it, then Chan's formula.
+        middle = tl.sum(x * (1.0 / U), 2)  # the sum might overflow
+        share = tl.div_rn(1.0, step + 1.0)
+        d = tl.where(mask, middle - mean, 0.0)
+        mean += d * share
+        apart = d * (d * (step * share * U))
+        if U > 1:
+            x -= middle[:, :, None]
+            apart += tl.where(mask, tl.sum(x * x, 2), 0.0)
+        m2 += apart
         step += 1.0
-        x -= origin
-        d = tl.where(mask, x - mean, 0.0)
-        mean += d * tl.div_rn(1.0, step)
-        m2 += d * (x - mean)
-    # Each lane has the moments of its own elements.
-    count = tl.maximum((stop - start - v + BLOCK_V - 1) // BLOCK_V, 0).to(tl.float32)[None, :, None]
+    # Each lane has the moments of its own vectors.
+    count = tl.maximum((stop - start - v + BLOCK_V - 1) // BLOCK_V, 0).to(tl.float32)[None, :] * U
     d = tl.where(count > 0, mean, 0.0)
     share = tl.div_rn(count, ((stop - start) * U).to(tl.float32))  # d * count might overflow
-    pooled = _sum(d * share)
-    d = tl.where(count > 0, mean - pooled[:, None, None], 0.0)
-    m2 = _sum(m2 + count * d * d)
+    pooled = tl.sum(d * share, 1)
+    d = tl.where(count > 0, mean - pooled[:, None], 0.0)
+    m2 = tl.sum(m2 + count * d * d, 1)
     at = (o * K + k) * C + c
     tl.store(MEAN + at, pooled, mask=c < C)
     tl.store(M2 + at, m2, mask=c < C)
@@ -773,8 +779,9 @@ PLANES = 16384  # the most elements of a tile of small planes, with those that d
 def _planes_launch(x, view, light=True):
     """(programs, arguments S_units, N, MAGIC and count, config) for small planes of x; or None.
 
-    `light`: not the gradient of an activation, for which a thread has no registers left. None where accesses would be narrower than with a plane in each row of a tile, or where fewer
-    programs than multiprocessors would have all the work.
+    None where accesses would be narrower than with a plane in each row of a tile, or where fewer
+    programs than multiprocessors would have all the work. `light`: not the gradient of an
+    activation, which takes more registers.
     """
     C, S, N = view.C, view.S, view.N
     if view.layout != "samples" or S > 512:
@@ -843,6 +850,21 @@ def _tile(view, unit, itemsize):
         "BLOCK_V": block_v,
         "num_warps": 4,
     }
+
+
+def _moments_tile(view, itemsize):
+    """`_tile`, with more channels where planes are small: sums across lanes cost as much as 16 of
+    the elements of a thread, of which it then has 32."""
+    config = dict(_tile(view, view.unit, itemsize))
+    each = config["BLOCK_V"] * view.vector
+    programs = view.outer * view.C * cdiv(view.V, config["BLOCK_V"])
+    while (
+        view.layout == "planes"
+        and 2 * config["BLOCK_C"] * each <= 2 * TILE
+        and programs // (2 * config["BLOCK_C"]) >= PROGRAMS
+    ):
+        config["BLOCK_C"] *= 2
+    return config
 
 
 def _split(view, config, tiles_each):
@@ -935,7 +957,7 @@ def fwd(
             *sizes, eps, momentum, a, b, FORMULA=formula and getattr(pointwise, formula), **whole,
         )  # fmt: skip
         return mean, rstd
-    config = _tile(view, view.unit, x.element_size())
+    config = _moments_tile(view, x.element_size())
     grid, span = _chunks(view, config)
     K = grid[1]
     parts = mean.new_empty((2, view.outer * K * view.C))
