@@ -458,7 +458,7 @@ def _settings():
     return tf32_setting(), torch._C._get_cudnn_enabled()
 
 
-class Shape(NamedTuple):
+class Extent(NamedTuple):
     """What the gate asks of a call."""
 
     rows: int  # of the batch
@@ -466,14 +466,14 @@ class Shape(NamedTuple):
     projection: Tensor | None
 
 
-def _shape(input, hx, params, has_biases, num_layers, *rest) -> Shape:
+def _shape(input, hx, params, has_biases, num_layers, *rest) -> Extent:
     """Of the call of a layer; of a packed one, the arguments stand one place further."""
     if isinstance(has_biases, (tuple, list)):
         hx, params, has_biases = params, has_biases, num_layers
     states = hx if isinstance(hx, (tuple, list)) else [hx]
     projected = len(states) == 2 and states[0].shape[-1] != states[1].shape[-1]
     projection = params[4 if has_biases else 2] if projected else None
-    return Shape(states[0].shape[1], params[1], projection)
+    return Extent(states[0].shape[1], params[1], projection)
 
 
 _BFLOAT16 = 91300  # the first cuDNN whose layers PyTorch calls for bfloat16
