@@ -458,7 +458,7 @@ def _settings():
     return tf32_setting(), torch._C._get_cudnn_enabled()
 
 
-class Recurrence(NamedTuple):
+class Extent(NamedTuple):
     """What the gate asks of a call."""
 
     rows: int  # of the batch
@@ -466,14 +466,14 @@ class Recurrence(NamedTuple):
     projection: Tensor | None
 
 
-def _recurrence(input, hx, params, has_biases, num_layers, *rest) -> Recurrence:
+def _shape(input, hx, params, has_biases, num_layers, *rest) -> Extent:
     """Of the call of a layer; of a packed one, the arguments stand one place further."""
     if isinstance(has_biases, (tuple, list)):
         hx, params, has_biases = params, has_biases, num_layers
     states = hx if isinstance(hx, (tuple, list)) else [hx]
     projected = len(states) == 2 and states[0].shape[-1] != states[1].shape[-1]
     projection = params[4 if has_biases else 2] if projected else None
-    return Recurrence(states[0].shape[1], params[1], projection)
+    return Extent(states[0].shape[1], params[1], projection)
 
 
 _BFLOAT16 = 91300  # the first cuDNN whose layers PyTorch calls for bfloat16
@@ -498,7 +498,7 @@ def _may_differ(input, *args):
     which PyTorch runs products at all, ":4096:8" is not among them.
     """
     chosen = os.environ.get("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
-    return chosen and _library(input, _recurrence(input, *args).projection is not None) == "cuDNN"
+    return chosen and _library(input, _shape(input, *args).projection is not None) == "cuDNN"
 
 
 # Bytes of recurrent weights. A kernel's block reads them in every step, PyTorch's product once.
@@ -512,7 +512,7 @@ def _unless_cudnn(
     input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first=False
 ):  # fmt: skip
     """The gate's policy: the number of elements of the input."""
-    shape = _recurrence(input, hx, params, has_biases, num_layers)
+    shape = _shape(input, hx, params, has_biases, num_layers)
     library = _library(input, shape.projection is not None)
     if library is not None:
         return Stock("gate", f"{library} runs all steps of a layer")
