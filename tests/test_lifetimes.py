@@ -493,6 +493,8 @@ EXCEPTIONS = (
     ("group_norm_act", "input 3", RAISES, _BIAS),
     ("batch_norm_act", "input 4", RAISES, _BIAS),
     ("conv_batch_norm_act", "input 6", RAISES, _BIAS),
+    # for second derivatives; cuDNN's backward keeps all parameters, too
+    ("RNN LSTM GRU", "parameter bias", RAISES, _FUSED),
 )
 
 
