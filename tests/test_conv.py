@@ -140,6 +140,8 @@ def test_precision_is_that_of_pytorchs_setting():
     not hasattr(torch.backends, "fp32_precision"), reason="this PyTorch has no such setting"
 )
 def test_a_setting_for_all_products_is_read():
+    # Helpers of PyTorch's own tests, once imported, let nobody set it.
+    unfrozen = getattr(torch.backends, "__allow_nonbracketed_mutation")
     before = torch.backends.fp32_precision
     kinds = (
         (torch.backends.cudnn.conv, tf32_setting),
@@ -147,11 +149,13 @@ def test_a_setting_for_all_products_is_read():
     )
     try:
         for setting in ("tf32", "ieee"):
-            torch.backends.fp32_precision = setting
+            with unfrozen():
+                torch.backends.fp32_precision = setting
             for home, read in kinds:  # a kind that was set by itself keeps its own
                 assert read() == ("tf32" if home.fp32_precision == "tf32" else "ieee")
     finally:
-        torch.backends.fp32_precision = before
+        with unfrozen():
+            torch.backends.fp32_precision = before
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (1, 3, 4, 1)])

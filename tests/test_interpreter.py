@@ -479,10 +479,14 @@ left = {family(op) for op in REGISTRY.values()}
 for i, (name, (_, case)) in enumerate(sorted(smallest.items(), key=lambda row: row[1][0])):
     if (family(REGISTRY[name]) if name in REGISTRY else None) in {None, *left}:
         dtype = case.dtypes[-1]  # bfloat16, where the op has it: that needs the repair most
-        with simulated(least=0), decisions() as heard:
-            result = check(case, dtype, mode=("auto", "triton")[i % 2])
-        assert not result.failures, (str(case), result.failures)
-        left -= {family(op) for op, why, _ in heard if why is None}
+        for mode in (("auto", "triton"), ("triton",))[i % 2]:
+            with simulated(least=0), decisions() as heard:
+                result = check(case, dtype, mode=mode)
+            assert not result.failures, (str(case), result.failures)
+            ran = {family(op) for op, why, _ in heard if why is None}
+            left -= ran
+            if ran:  # a policy may leave the smallest row to PyTorch in `auto`
+                break
     if not left:
         break
 assert not left, left
