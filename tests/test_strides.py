@@ -3,11 +3,13 @@
 The op calls of the parity rows are made again with a new layout of one argument (an input,
 parameter, index, target, mask, weight or statistic) or of the incoming gradients. The calls are
 forced onto kernels, and every access is checked. The memory around a view holds nans or invalid
-indices. `python -m tests.test_strides` makes all calls, `pytest` one for each op, argument and
+indices. `python -m tests.test_strides all` makes all calls, `pytest` one for each op, argument and
 layout.
 """
 
+import functools
 import math
+import mmap
 import sys
 import time
 from collections import Counter
@@ -111,7 +113,41 @@ def channels_last(t: Tensor):
     return base, base
 
 
+@functools.cache
+def _address_space() -> mmap.mmap:
+    """32 GiB of zeros, of which only the pages that are written to take memory."""
+    no_reserve = 0x4000  # MAP_NORESERVE of Linux, which has a name since Python 3.13
+    return mmap.mmap(-1, 1 << 35, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+
+
+def _apart(t: Tensor, dim: int):
+    """Elements of `dim` so far apart that 32 bits do not hold the offset of the last one."""
+    if t.dtype == torch.float64:  # the reference, for which strides do not matter
+        return t, t
+    strides, n = [0] * t.dim(), 1
+    for d in reversed([d for d in range(t.dim()) if d != dim]):
+        strides[d], n = n, n * t.shape[d]
+    last = t.shape[dim] - 1
+    strides[dim] = max(n, -(-(2**31) // last))
+    flat = torch.frombuffer(_address_space(), dtype=t.dtype, count=n + last * strides[dim])
+    view = flat.as_strided(t.shape, strides)
+    return view.copy_(t), view
+
+
+def outer_apart(t: Tensor):
+    """The first dimension of more than one element, with a stride that passes 32 bits."""
+    dims = [d for d, size in enumerate(t.shape) if size > 1]
+    return _apart(t, dims[0]) if dims else None
+
+
+def inner_apart(t: Tensor):
+    """The last such dimension."""
+    dims = [d for d, size in enumerate(t.shape) if size > 1]
+    return _apart(t, dims[-1]) if len(dims) > 1 else None
+
+
 LAYOUTS = (column, rows, expanded, spread, transposed, offset, odd, single, channels_last)
+FAR = (outer_apart, inner_apart)
 GRADIENTS = "incoming gradients"
 
 # pytest makes one of so many calls of these ops, because an interpreted call takes long.
@@ -128,8 +164,9 @@ KNOWN = {
     ("nll_loss", "grad_input must be contiguous"): "stock rejects channels last in its backward",
     ("batch_norm", "grad of input: finite"): "stock reads a strided weight as dense on a CPU",
     **{
-        (op, "exceeds dimension size"): "stock reads strided sizes of a packed sequence as dense"
+        (op, words): "stock reads strided sizes of a packed sequence as dense"
         for op in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+        for words in ("exceeds dimension size", "stock RuntimeError('Mismatch in shape")
     },
     ("gru_cell", "output 0: strides"): "as on CUDA, dense; a CPU may take the strides of hx",
     (
@@ -189,13 +226,13 @@ def _of_single_elements(calls: list[Call]) -> list[Call]:
     return list(found.values())
 
 
-def attempts(name: str):
+def attempts(name: str, layouts=LAYOUTS):
     """All (argument, layout, the calls of the op that have such an argument)."""
     every = recorded().get(name, [])
     ones = _of_single_elements(every)
     arguments = sorted({argument for call in every for argument in call.tensors()})
     for argument in (*arguments, GRADIENTS):
-        for layout in LAYOUTS:
+        for layout in layouts:
             calls = ones if layout is single else every
             if argument == GRADIENTS:
                 those = [c for c in calls if c.wanting]
@@ -218,10 +255,10 @@ def run(call: Call, argument: str, layout):
         return differences(call, {argument: layout})
 
 
-def sweep(name: str, every: bool):
+def sweep(name: str, every: bool, layouts=LAYOUTS):
     counts: Counter = Counter()
     wrong, stock = [], []
-    for n, (argument, layout, calls) in enumerate(attempts(name)):
+    for n, (argument, layout, calls) in enumerate(attempts(name, layouts)):
         if not calls:
             counts["not possible"] += 1
             continue
@@ -251,6 +288,20 @@ def sweep(name: str, every: bool):
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_arguments_in_every_layout(name, record_property):
     counts, wrong, _ = sweep(name, every=False)
+    record_property("strides", tuple(counts.items()))
+    assert not wrong, "\n".join(wrong)
+    assert counts["kernel"], f"{name}: no row has it on kernels"
+
+
+# Ops that read arguments through strides of their own in both dimensions of a tile.
+@interpreted
+@pytest.mark.parametrize("name", [
+    "scaled_dot_product_attention", "cosine_similarity", "interpolate", "mse_loss", "nll_loss",
+    "max_pool2d",
+])  # fmt: skip
+def test_elements_that_are_further_apart_than_32_bits_count(name, record_property):
+    """`python -m tests.test_strides far` makes the calls of all ops."""
+    counts, wrong, _ = sweep(name, every=False, layouts=FAR)
     record_property("strides", tuple(counts.items()))
     assert not wrong, "\n".join(wrong)
     assert counts["kernel"], f"{name}: no row has it on kernels"
@@ -344,7 +395,9 @@ if __name__ == "__main__":
     names = part(sorted(REGISTRY), sys.argv)  # --part K/N
     for name in sys.argv[2:] or names:
         start = time.process_time()
-        counts, wrong, stock = sweep(name, every=sys.argv[1:2] == ["all"])
+        far = sys.argv[1:2] == ["far"]
+        every = sys.argv[1:2] == ["all"]
+        counts, wrong, stock = sweep(name, every, FAR if far else LAYOUTS)
         total += counts
         print(f"{name}: {dict(counts)} in {time.process_time() - start:.1f} s", flush=True)
         for line in wrong:
