@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
 from torch.autograd import forward_ad
 
 from fastnn import _native, _rng, kernels
@@ -223,8 +224,8 @@ def _aligned(names: list[str]) -> str:
 
 
 def autocast(device_type: str) -> torch.dtype | None:
-    """The dtype of autocast; None if it is off."""
-    if torch.is_autocast_enabled(device_type):
+    """The dtype of autocast; None if it is off, or if the device has none, as "meta" has not."""
+    if is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 

@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from fastnn import _mode
 from fastnn._compiler._calls import call as read
 from fastnn._compiler._calls import value
+from fastnn._compiler._gated import gated
 from fastnn._compiler._rules import RULES, alone
 from fastnn._compiler._site import NoMatch, Rewrite, Site
 
@@ -167,8 +168,8 @@ def backend(gm: GraphModule, example_inputs: list[Any], **options: Any) -> Calla
     """A backend of `torch.compile`: the captured graph, with ops of fastnn where rules hold.
 
     The graph runs with PyTorch's autograd. Each op decides at each call whether a kernel or PyTorch
-    runs it. So second derivatives, hooks and dynamic shapes work as in eager mode. There are no
-    options. Raises TypeError for any.
+    runs it, unless the sizes in the graph already say so. So second derivatives, hooks and dynamic
+    shapes work as in eager mode. There are no options. Raises TypeError for any.
     """
     if options:
         given = ", ".join(map(str, options.get("options") or options))
@@ -177,7 +178,7 @@ def backend(gm: GraphModule, example_inputs: list[Any], **options: Any) -> Calla
     listener = getattr(_listening, "found", None)
     if listener is not None:
         listener += found
-    return gm.forward
+    return gated(gm)
 
 
 # ---- explain ------------------------------------------------------------------------------------

@@ -255,12 +255,18 @@ def _weights(
     return Work(weights, "attention weights")
 
 
+# `torch.backends.cuda` calls them, at three times the cost.
+_may_flash, _may_efficient, _may_math, _may_cudnn, _is_deterministic = (
+    torch._C._get_flash_sdp_enabled, torch._C._get_mem_efficient_sdp_enabled,
+    torch._C._get_math_sdp_enabled, torch._C._get_cudnn_sdp_enabled,
+    torch._C._get_deterministic_algorithms,
+)  # fmt: skip
+_order: Any = getattr(torch._C, "_get_sdp_priority_order", tuple)
+
+
 def _settings():
-    cuda = torch.backends.cuda
-    allowed = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
-    order: Any = getattr(torch._C, "_get_sdp_priority_order", tuple)()
-    exact = torch.are_deterministic_algorithms_enabled()
-    return allowed, cuda.cudnn_sdp_enabled(), tuple(order), exact, tf32_setting()
+    allowed = _may_flash(), _may_efficient(), _may_math(), _may_cudnn()
+    return allowed, tuple(_order()), _is_deterministic(), tf32_setting()
 
 
 def _splits(query, key, value, attn_mask=None, dropout_p=0.0, **others):

@@ -178,7 +178,7 @@ def _channel_sums(dy: Tensor, last: bool) -> Tensor:
 
 
 _CUDNN: Any = torch.backends.cudnn
-tf32_setting = Fp32Precision(lambda: _CUDNN.conv, lambda: _CUDNN)
+tf32_setting = Fp32Precision("conv", lambda: _CUDNN.conv, lambda: _CUDNN)
 
 
 def _precision(device_index: int) -> tuple[str, str]:
