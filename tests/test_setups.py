@@ -31,6 +31,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fastnn
+from fastnn import _native
 from fastnn.layers._fusion import RULES
 from fastnn.layers._layer import OURS, STOCK
 from fastnn.testing import Comparison, compare_tensors, over_draws, side_of, simulated
@@ -618,7 +619,8 @@ def worded(error):
 @setup()
 def packed(lab):
     """A packed sequence raises the error of stock, except in recurrent layers."""
-    wrong = pack_padded_sequence(lab.x.detach().view(lab.x.shape[0], -1, 6), [lab.x.shape[0]])
+    width = lab.x.shape[-1]
+    wrong = pack_padded_sequence(lab.x.detach().view(lab.x.shape[0], -1, width), [lab.x.shape[0]])
     try:
         out = lab.net(wrong)
     except fastnn.BackendError:
@@ -1018,18 +1020,30 @@ def everything(arguments: list[str]) -> bool:
     """Run set-ups on models, forced and in `auto`. Returns whether all is as in stock.
 
     All of them run, or part K of N (`--part K/N`), or those whose set-up or model is an argument.
+    With FASTNN_NATIVE=1 plans run in C++; what is printed last tells how many.
     """
+    plans: collections.Counter[str] = collections.Counter()
+
+    def counted(*args, make=_native.call):
+        made = make(*args)
+        plans["in Python" if made is None else "in C++"] += 1
+        return made
+
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    right = True
+    right, runs, in_cpp = True, 0, 0
     chosen = part(itertools.product(SETUPS, itertools.product(MODELS, MODES)), arguments)
     for name, (model, mode) in chosen:
         if arguments and not {name, name.split("[")[0], model} & set(arguments):
             continue
-        with simulated(least=0):
+        before = plans["in C++"]
+        with simulated(least=0), mock.patch.object(_native, "call", counted):
             told, _ = differences(model, *SETUPS[name], mode)
         right &= not told
+        runs += 1
+        in_cpp += plans["in C++"] > before
         print(f"{name}, {model}, {mode}: {'; '.join(told) or 'as stock'}", flush=True)
+    print(f"{runs} runs, {in_cpp} of them with plans in C++; plans: {dict(plans)}")
     return right
 
 
