@@ -166,14 +166,12 @@ def _launch(one, tensors, length, sizes, classes_last, strides, eps, norm, light
     )  # fmt: skip
 
 
-def fwd(x, eps, norm, dtype):
-    """x (C,) or (N, C, ...), norm 1 or 2 -> y in `dtype`, in the layout of x if that is dense, and
-    the lengths of the rows, fp32."""
-    y = torch.empty_like(x, dtype=dtype)
+def fwd(x, y, eps, norm):
+    """x (C,) or (N, C, ...), norm 1 or 2; fills y of that shape -> lengths of the rows, fp32."""
     view = common(x, y)
     if view is None:
         x = dense(x)
-        made = torch.empty_like(x, dtype=dtype)
+        made = torch.empty_like(x, dtype=y.dtype)
         view = common(x, made)
     else:
         made = y
@@ -182,7 +180,9 @@ def fwd(x, eps, norm, dtype):
     _launch(
         _normalize_fwd_kernel, [x, made], length, sizes, classes_last, strides, eps, norm, True, 2
     )
-    return dense_like(made, y), length
+    if made is not y:
+        y.copy_(made)
+    return length
 
 
 def bwd(dy, x, length, eps, norm):
