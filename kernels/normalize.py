@@ -167,14 +167,12 @@ def _launch(one, tensors, length, sizes, classes_last, strides, eps, norm, light
 
 
 def fwd(x, y, eps, norm):
-    """x (C,) or (N, C, ...), norm 1 or 2; fills y of that shape -> lengths of the rows, fp32."""
-    view = common(x, y)
+    """x, y (C,) or (N, C, ...), norm 1 or 2 -> fills y; the lengths of the rows, fp32."""
+    made, view = y, common(x, y)
     if view is None:
         x = dense(x)
         made = torch.empty_like(x, dtype=y.dtype)
         view = common(x, made)
-    else:
-        made = y
     sizes, classes_last, strides = view
     length = x.new_empty(sizes[0] * sizes[2], dtype=torch.float32)
     _launch(
