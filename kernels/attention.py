@@ -94,11 +94,21 @@ def _shape(q, k, v, mask, causal, noise, arch):
 # ---- Launchers -----------------------------------------------------------------------------------
 
 
+# Elements between rows or columns, below which 32 bits hold the offsets in a tile, of at most 128.
+_APART = 2**24
+
+
 def _rows(x):
     """x (B, H, N, D), or a copy of x if its rows are not dense or are too far apart."""
-    if (x.stride(3) == 1 or x.shape[3] <= 1) and x.stride(2) < 2**24:
+    if (x.stride(3) == 1 or x.shape[3] <= 1) and x.stride(2) < _APART:
         return x
     return dense(x)
+
+
+def _near(x):
+    """x (B, H, L, S), or a copy of x if its rows or columns are too far apart."""
+    rows, cols = (s if n > 1 else 0 for n, s in zip(x.shape[2:], x.stride()[2:], strict=True))
+    return x if rows < _APART and cols < _APART else dense(x)
 
 
 def _strides(x, unit=1):
@@ -153,6 +163,7 @@ def _prepare(tensors, mask, causal, scale, noise, safe, precision):
     if mask is not None:
         keep = mask.dtype == torch.bool
         exact = exact or not keep
+        mask = _near(mask)
         shape, (mb, mh, mm, mn) = mask.shape, mask.stride()
         mb, mh, mm, mn = (s if n > 1 else 0 for n, s in zip(shape, (mb, mh, mm, mn), strict=True))
         mask_unit = width(16 // mask.element_size(), mb, mh, mm) if mm else 1
@@ -250,6 +261,7 @@ def bwd(
     if dweights is not None:
         if dweights.dim() == 3:
             dweights = dweights.unsqueeze(1)
+        dweights = _near(dweights)
         wb, wh, wm, wn = dweights.expand(B, H, L, S).stride()
         w_unit = width(16 // dweights.element_size(), wb, wh, wm)
         w_strides = wb // w_unit, wh // w_unit, wm // w_unit, wn

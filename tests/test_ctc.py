@@ -45,6 +45,21 @@ def test_bad_input_raises_what_stock_raises(args):
     assert_same_error(F.ctc_loss, stock.ctc_loss, *args)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_targets_that_are_a_view_of_wider_rows(dtype):
+    """Labels are often padded, and cut to the longest sequence of a batch."""
+    wide = torch.tensor([[1, 2, 0, 3], [3, 1, 0, 0]], dtype=dtype)
+    for view in (wide[:, :2], wide.T.contiguous().T[:, :2], wide[:, ::3]):
+        given = X.clone().requires_grad_(), X.clone().requires_grad_()
+        with fastnn.backend("triton"), traffic(distinct=False):
+            loss = F.ctc_loss(given[0], view, (5, 5), (2, 1))
+            loss.backward()
+        expected = stock.ctc_loss(given[1], view.contiguous(), (5, 5), (2, 1))
+        expected.backward()
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(given[0].grad, given[1].grad)
+
+
 def test_what_the_passes_move():
     """The log-probabilities are read once and written once, but for the classes of the labels. No
     program touches what another one stores, or loads what it stored without a barrier."""

@@ -345,6 +345,7 @@ LISTED: list[tuple[str, str, str, str]] = [
         MASS,
     ),
     (PRODUCTS, r"one\((-?inf|nan)", "not finite where both are", OUTSIDE),
+    ("[Bb]ilinear", r"one\(max|each|outer|inner|scaled\(1.00", "not finite where both are", ORDER),
     ("[Cc]onv", r"one\(max|each|outer|inner|scaled\(1.00", "not finite where both are", ORDER),
     # nan in one order of terms, and -inf in the other, of which relu makes 0
     ("conv_", r"scaled\((0\.[89]|1)", "not finite where both are: nan", ORDER),

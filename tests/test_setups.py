@@ -31,6 +31,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fastnn
+from fastnn import _native
 from fastnn.layers._fusion import RULES
 from fastnn.layers._layer import OURS, STOCK
 from fastnn.testing import Comparison, compare_tensors, over_draws, side_of, simulated
@@ -618,7 +619,8 @@ def worded(error):
 @setup()
 def packed(lab):
     """A packed sequence raises the error of stock, except in recurrent layers."""
-    wrong = pack_padded_sequence(lab.x.detach().view(lab.x.shape[0], -1, 6), [lab.x.shape[0]])
+    width = lab.x.shape[-1]
+    wrong = pack_padded_sequence(lab.x.detach().view(lab.x.shape[0], -1, width), [lab.x.shape[0]])
     try:
         out = lab.net(wrong)
     except fastnn.BackendError:
@@ -649,6 +651,8 @@ def outcome(name, prepare, run, home, mode, seed, dtype, draws):
     torch.manual_seed(seed)
     noise = recording() if draws is None else replaying(draws) if draws else None
     with fastnn.backend(mode), noise or contextlib.nullcontext() as noted:
+        if home is fastnn and draws is not None:  # plans run, because nothing is recorded
+            return run(Lab(net, x, home, mode)), None, None
         if home is fastnn:
             with fastnn.decisions() as heard:
                 return run(Lab(net, x, home, mode)), noted, heard
@@ -665,8 +669,14 @@ def batch_norm_of_dense_weights(
 
 
 def compared(name, prepare, run, mode, seed):
-    """(comparisons, other differences, dispatched calls)."""
+    """(comparisons, other differences, dispatched calls).
+
+    What draws no noise runs again, if REPEATS says so: the second call of a signature is recorded,
+    and later ones are replayed as plans. The last run is the one that is compared.
+    """
     ours, draws, heard = outcome(name, prepare, run, fastnn, mode, seed, torch.float32, None)
+    for _ in range(0 if draws else REPEATS):
+        ours, _, _ = outcome(name, prepare, run, fastnn, mode, seed, torch.float32, [])
     its, _, _ = outcome(name, prepare, run, stock, mode, seed, torch.float32, draws)
     exact, _, _ = outcome(name, prepare, run, stock, mode, seed, torch.float64, draws)
     comparisons: list[Comparison] = []
@@ -687,6 +697,9 @@ def compared(name, prepare, run, mode, seed):
         elif a != b:
             wrong.append(f"{what}: {a}; stock {b}")
     return comparisons, wrong, heard
+
+
+REPEATS = 0
 
 
 def differences(name, prepare, run, mode):
@@ -1018,18 +1031,33 @@ def everything(arguments: list[str]) -> bool:
     """Run set-ups on models, forced and in `auto`. Returns whether all is as in stock.
 
     All of them run, or part K of N (`--part K/N`), or those whose set-up or model is an argument.
+    Each runs until its calls are plans, in C++ with FASTNN_NATIVE=1; what is printed last tells how
+    many plans there were.
     """
+    global REPEATS
+    REPEATS = 3
+    plans: collections.Counter[str] = collections.Counter()
+
+    def counted(*args, make=_native.call):
+        made = make(*args)
+        plans["in Python" if made is None else "in C++"] += 1
+        return made
+
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    right = True
+    right, runs, in_cpp = True, 0, 0
     chosen = part(itertools.product(SETUPS, itertools.product(MODELS, MODES)), arguments)
     for name, (model, mode) in chosen:
         if arguments and not {name, name.split("[")[0], model} & set(arguments):
             continue
-        with simulated(least=0):
+        before = plans["in C++"]
+        with simulated(least=0), mock.patch.object(_native, "call", counted):
             told, _ = differences(model, *SETUPS[name], mode)
         right &= not told
+        runs += 1
+        in_cpp += plans["in C++"] > before
         print(f"{name}, {model}, {mode}: {'; '.join(told) or 'as stock'}", flush=True)
+    print(f"{runs} runs, {in_cpp} of them with plans in C++; plans: {dict(plans)}")
     return right
 
 

@@ -104,6 +104,9 @@ def ctc_loss(
         return Invalid("shape", "lengths that are not one integer for each sequence")
     if min(steps) < 0 or max(steps) > T or min(labels) < 0:
         return Invalid("option", f"an input length outside [0, {T}], or a negative target length")
+    if target.dtype is not torch.int64:
+        target = target.clone()  # as PyTorch, which converts it, so that users may edit theirs
+    # The offsets follow from the strides of the clone: that of a strided view is dense.
     if target.dim() == 1:
         if sum(labels) != target.numel():
             return Invalid(
@@ -117,8 +120,6 @@ def ctc_loss(
         offsets = [target.stride(0) * n for n in range(N)]
     if max(labels) > kernels.ctc.MOST:
         return Stock("size", f"{max(labels)} labels")
-    if target.dtype is not torch.int64:
-        target = target.clone()  # as PyTorch, which converts it, so that users may edit theirs
     lengths = steps, labels, offsets
     loss = run(CTCLoss, x, target, lengths, (blank, reduction, zero_infinity))
     if reduction == "none" and log_probs.dim() == 2:
