@@ -120,6 +120,7 @@ def uninitialised_memory_reads_as_nan():
 
 
 SWEEPS = {
+    "bits": "Rows in a dtype",
     "strides": "Sweep of strides",
     "sizes": "Sweep of sizes",
     "magnitudes": "Sweep of magnitudes",
