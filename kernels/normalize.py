@@ -166,23 +166,21 @@ def _launch(one, tensors, length, sizes, classes_last, strides, eps, norm, light
     )  # fmt: skip
 
 
-def fwd(x, eps, norm, dtype):
-    """x (C,) or (N, C, ...), norm 1 or 2 -> y in `dtype`, in the layout of x if that is dense, and
-    the lengths of the rows, fp32."""
-    y = torch.empty_like(x, dtype=dtype)
-    view = common(x, y)
+def fwd(x, y, eps, norm):
+    """x, y (C,) or (N, C, ...), norm 1 or 2 -> fills y; the lengths of the rows, fp32."""
+    made, view = y, common(x, y)
     if view is None:
         x = dense(x)
-        made = torch.empty_like(x, dtype=dtype)
+        made = torch.empty_like(x, dtype=y.dtype)
         view = common(x, made)
-    else:
-        made = y
     sizes, classes_last, strides = view
     length = x.new_empty(sizes[0] * sizes[2], dtype=torch.float32)
     _launch(
         _normalize_fwd_kernel, [x, made], length, sizes, classes_last, strides, eps, norm, True, 2
     )
-    return dense_like(made, y), length
+    if made is not y:
+        y.copy_(made)
+    return length
 
 
 def bwd(dy, x, length, eps, norm):

@@ -5,6 +5,7 @@ import torch.nn.functional as stock
 
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, op, run, second_order
+from fastnn.kernels._tl import empty_as
 from fastnn.ops.distance import classes_back, classes_second, in_rows
 from fastnn.ops.loss import number
 
@@ -16,10 +17,11 @@ class Normalize(Function):
 
     @staticmethod
     def forward(ctx, x, p, dim, eps, dtype):
-        y, length = kernels.normalize.fwd(classes_second(x, dim), eps, p, dtype)
+        y = empty_as(x, dtype=dtype)
+        length = kernels.normalize.fwd(classes_second(x, dim), classes_second(y, dim), eps, p)
         ctx.save_for_backward(x, length)
         ctx.rest = p, dim, eps, dtype
-        return classes_back(y, dim)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
