@@ -88,8 +88,15 @@ def _sampled(programs: Callable[[int], int], grids: list[tuple[int, int]]) -> It
 
 @contextmanager
 def as_on_the_gpu() -> Iterator[None]:
-    """In the block, kernel files choose their grids as on the GPU of the prediction."""
+    """In the block, kernel files choose their grids as on the GPU of the prediction, and memory
+    without values stays virtual, even under deterministic algorithms."""
+    deterministic: Any = torch.utils.deterministic  # a module with a property
     with ExitStack() as stack:
+        stack.callback(
+            setattr, deterministic, "fill_uninitialized_memory",
+            deterministic.fill_uninitialized_memory,
+        )  # fmt: skip
+        deterministic.fill_uninitialized_memory = False
         stack.enter_context(_gpus.simulated(ARCHITECTURE))
         # On CUDA these make no tensor.
         for name in ("draw_native", "draw_native_of_new", "draw_bernoulli"):

@@ -23,6 +23,7 @@ interpreted launch (`kernels/_launch.py`), for all kernels of the process:
 """
 
 import functools
+import inspect
 import operator
 import threading
 from collections.abc import Callable
@@ -357,6 +358,24 @@ class _Scalar:
     type: Any
 
 
+class _Inspect:
+    """The module `inspect`, as the interpreter sees it: it asks for each signature once."""
+
+    getfullargspec = staticmethod(functools.cache(inspect.getfullargspec))
+
+    def __getattr__(self, name):
+        return getattr(inspect, name)
+
+    def getcallargs(self, fn, *args, **kwargs):
+        spec = self.getfullargspec(fn)
+        defaults = spec.defaults or ()
+        given = dict(zip(spec.args[len(spec.args) - len(defaults) :], defaults, strict=True))
+        given |= kwargs
+        if args or len(given) > len(spec.args) or not given.keys() >= set(spec.args):
+            return inspect.getcallargs(fn, *args, **kwargs)  # by position, or with an error
+        return {name: given[name] for name in spec.args}
+
+
 def _repair_launch() -> None:
     stock_convert = stock._implicit_cvt
     executor = stock.GridExecutor
@@ -400,6 +419,7 @@ def _repair_launch() -> None:
         stock._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
+    stock.inspect = _Inspect()
     stock._implicit_cvt = convert
     executor.__call__ = call
     executor._init_args_hst, executor._restore_args_dev = take, restore
@@ -466,13 +486,28 @@ def _repair_costs() -> None:
 
     def check_overflow(self, lhs, rhs, name, ty):
         out = getattr(operator, name)(lhs.data.astype(np.int64), rhs.data.astype(np.int64))
-        inside = (ty.get_int_min_value() <= out) & (out <= ty.get_int_max_value())
+        if ty.int_bitwidth < 8:
+            inside = (ty.get_int_min_value() <= out) & (out <= ty.get_int_max_value())
+        else:
+            inside = out.astype(array_types[ty.name]) == out
         assert inside.all(), f"int{ty.int_bitwidth} overflow detected for operation {name}"
+
+    # `np.full` and `np.expand_dims` take several times as long, and give the same.
+    def create_splat(self, ret_ty, arg):
+        filled = np.empty(ret_ty.shape, stock._get_np_dtype(arg.dtype))
+        filled[...] = arg.data[0] if isinstance(arg.dtype, tl.block_type) else arg.data
+        return TensorHandle(filled, arg.dtype.scalar)
+
+    def create_expand_dims(self, arg, axis):
+        assert axis >= 0, axis
+        return TensorHandle(arg.data[(slice(None),) * axis + (None,)], arg.dtype.scalar)
 
     def patch_attribute(obj, name, member, builder, *scope):
         setattr(obj, name, memory.remembered(member))
 
     InterpreterBuilder.check_overflow = check_overflow
+    InterpreterBuilder.create_splat = create_splat
+    InterpreterBuilder.create_expand_dims = create_expand_dims
     stock._patch_attr = patch_attribute
     stock._patch_lang = patch_once
 

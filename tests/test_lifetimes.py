@@ -115,14 +115,14 @@ class Storages(TorchDispatchMode):
 @contextmanager
 def no_collector() -> Iterator[None]:
     """What a cycle holds stays, and is seen."""
-    gc.freeze()  # so that the collection below looks at new objects alone
+    gc.collect()
+    gc.freeze()  # so that collections from now on look at new objects alone
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
         gc.collect()
-        gc.unfreeze()
 
 
 # ---- A row's calls ------------------------------------------------------------------------------

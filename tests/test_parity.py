@@ -1,4 +1,8 @@
-"""The rows: ours against stock and float64, forward and backward, forced onto kernels."""
+"""The rows: ours against stock and float64, forward and backward, forced onto kernels.
+
+Where kernels are interpreted, each row runs twice in one of its dtypes, for equal bits: the dtypes
+take turns. `fastnn parity` runs each row twice in all of them.
+"""
 
 import math
 
@@ -10,11 +14,17 @@ from fastnn.testing.cases import CASES
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"),
-    [pytest.param(c, d, id=f"{c}-{d}".replace("torch.", "")) for c in CASES for d in c.dtypes],
+    ("case", "dtype", "turn"),
+    [
+        pytest.param(c, d, i % len(c.dtypes) == n, id=f"{c}-{d}".replace("torch.", ""))
+        for i, c in enumerate(CASES)
+        for n, d in enumerate(c.dtypes)
+    ],
 )
-def test_parity(case, dtype, device, record_property):
-    draws = assert_parity(case, dtype, device).draws
+def test_parity(case, dtype, turn, device, record_property):
+    twice = turn or device != "cpu"
+    record_property("bits", [("in two runs, for equal bits" if twice else "in one run", 1)])
+    draws = assert_parity(case, dtype, device, twice=twice).draws
     if draws > 1:
         record_property("draws", (f"{case} {dtype}", draws))
     if device == "cpu" and case.stock is None and dtype is case.dtypes[-1]:
@@ -54,7 +64,7 @@ def test_a_row_beyond_its_bound_is_judged_by_several_draws(monkeypatch):
         """(failures, number of draws), given the errors of each draw in ulps."""
         asked = []
 
-        def one(case, dtype, device, mode, draw):
+        def one(case, dtype, device, mode, draw, twice):
             asked.append(draw)
             a, b = ours[draw % len(ours)] * 1e-7, stock[draw % len(stock)] * 1e-7
             found = testing.Comparison("output", a, b, 2 * b + 1e-7)

@@ -2,7 +2,8 @@
 
 `python -m tools.ptx [target ...]` runs all rows, and rows as wide as those of models, on the code
 for every target or for those named. With `--share TARGET` it runs about a fortieth of them: a row
-of every second op or layer, and the next target a row of each of the others.
+of every second op or layer, and the next target a row of each of the others. All rows run twice,
+for equal bits; those of a share run once.
 """
 
 import itertools
@@ -104,7 +105,7 @@ def main(arguments):
         with emulate(target):
             for case, dtype in chosen:
                 try:
-                    failures = check(case, dtype).failures
+                    failures = check(case, dtype, twice=not share).failures
                 except (IndexError, NotImplementedError) as e:
                     failures = [f"{type(e).__name__}: {e}"]
                 if failures:

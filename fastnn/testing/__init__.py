@@ -425,18 +425,28 @@ def compare_unjudged(
 _DRAWS = (5, 25)  # how often a row's inputs are drawn, if fewer draws leave it beyond its bound
 
 
-def check(case: Case, dtype: torch.dtype, device: str = "cpu", mode: Mode = "triton") -> Result:
+def check(
+    case: Case,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    mode: Mode = "triton",
+    *,
+    twice: bool = True,
+) -> Result:
     """Run one row in one dtype, as `compare_sides`. It must take the path that it states.
+
+    With `twice`, our side runs twice on the first inputs and must give the same bits.
 
     If the row is beyond its bound, other inputs and incoming gradients are drawn, and the row is
     judged by the largest errors over 5 draws. If it is still beyond its bound, over 25 draws.
     """
-    results = [check_draw(case, dtype, device, mode, 0)]
+    results = [check_draw(case, dtype, device, mode, 0, twice)]
     comparisons = results[0].comparisons
     for draws in _DRAWS:
         if any(r.failures for r in results) or not any(c.failure for c in comparisons):
             break
-        results += [check_draw(case, dtype, device, mode, n) for n in range(len(results), draws)]
+        more = range(len(results), draws)
+        results += [check_draw(case, dtype, device, mode, n, twice=False) for n in more]
         comparisons = over_draws(results)
     failures = [failure for r in results for failure in r.failures]
     first = results[0]
@@ -458,7 +468,9 @@ def over_draws(results: Sequence[Result]) -> list[Comparison]:
     return pooled
 
 
-def check_draw(case: Case, dtype: torch.dtype, device: str, mode: Mode, draw: int) -> Result:
+def check_draw(
+    case: Case, dtype: torch.dtype, device: str, mode: Mode, draw: int, twice: bool = True
+) -> Result:
     torch.manual_seed(draw)
     inputs = case.make(dtype, device)
     stock, ours = (side_of(case, n, dtype, device) for n in (torch.nn, fastnn))
@@ -475,7 +487,7 @@ def check_draw(case: Case, dtype: torch.dtype, device: str, mode: Mode, draw: in
         )
     inplace = bool(case.options.get("inplace"))
     result = compare_unjudged(
-        ours, stock, exact, inputs, kwargs, device, mode, case.autocast, inplace, draw=draw
+        ours, stock, exact, inputs, kwargs, device, mode, case.autocast, inplace, twice, draw
     )
     if case.stock is not None and case.stock != result.code:
         got = f"{result.path} ({result.code}: {result.reason})"
@@ -561,9 +573,11 @@ def viewing(view, call):
     return lambda x, *rest, **options: call(view(x), *rest, **options)
 
 
-def assert_parity(case: Case, dtype: torch.dtype, device: str = "cpu") -> Result:
+def assert_parity(
+    case: Case, dtype: torch.dtype, device: str = "cpu", *, twice: bool = True
+) -> Result:
     """As `check`, but raises AssertionError that lists every difference. Returns the `Result`."""
-    result = check(case, dtype, device)
+    result = check(case, dtype, device, twice=twice)
     if result.failures:
         lines: Sequence[str] = [f"{case} in {dtype}, path {result.path}:", *result.failures]
         raise AssertionError("\n  ".join(lines))
