@@ -123,6 +123,10 @@ def main():
             print(f"{how if mesh is not None else 'alone'}, {world} on {device.type}", flush=True)
         train(model, mesh, mesh is not None and how != "tp", device, args.steps)
     if mesh is not None:
+        # A thread of gloo lets go of the tensors of a collective after the collective is over, and
+        # needs Python for that. The mesh keeps this thread alive, so `destroy_process_group` does
+        # not wait for it. If Python ends first, the process is aborted. The barrier gives it time.
+        dist.barrier()
         dist.destroy_process_group()
     else:
         print("trained")
