@@ -520,12 +520,27 @@ def cell(name: str, model: str, batch: int, width: int, dtypes=(BF16, FP32), **o
 def sequence(
     name: str, model: str, steps: int, batch: int, width: int, dtypes=(BF16, FP32), **options
 ):
-    products = {"RNN": 1, "GRU": 3, "LSTM": 4}[name] * 2
+    gates = {"RNN": 1, "GRU": 3, "LSTM": 4}[name]
+    state = options.get("proj_size") or width
+    numbers = gates * (width + state) * width + (state * width if state != width else 0)
     return row(
-        name, model, steps, (batch, width), dtypes,
-        flops=lambda n: 2 * products * n * batch * width**2,
+        name, model, steps, (batch, width), dtypes, flops=lambda n: 2 * numbers * n * batch,
         options={"input_size": width, "hidden_size": width, **options},
     )  # fmt: skip
+
+
+class Packed(nn.Module):
+    """A GRU over a padded batch whose texts have lengths from 2 to all steps."""
+
+    def __init__(self, namespace):
+        super().__init__()
+        self.layer = namespace.GRU(256, 256)
+
+    def forward(self, x):
+        steps, texts = x.shape[:2]
+        lengths = (torch.arange(texts, 0, -1) * steps // texts).clamp_min(1)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths)
+        return self.layer(packed)[0].data
 
 
 RECURRENT = [
@@ -533,6 +548,16 @@ RECURRENT = [
     sequence("GRU", "characters, 64 x 128 steps", 128, 64, 256),
     sequence("RNN", "characters, 64 x 128 steps", 128, 64, 256),
     sequence("RNN", "with relu", 128, 64, 256, nonlinearity="relu"),
+    sequence("LSTM", "with projections", 128, 64, 256, proj_size=64),
+    row(
+        "GRU of a packed batch",
+        "characters, 64 texts of 2 to 128",
+        128,
+        (64, 256),
+        (BF16, FP32),
+        build=Packed,
+        flops=lambda n: 2 * 6 * (n + 2) // 2 * 64 * 256**2,
+    ),
     cell("RNNCell", "4096 sequences", 4096, 1024),
     cell("RNNCell", "with relu", 4096, 1024, nonlinearity="relu"),
     cell("LSTMCell", "4096 sequences", 4096, 1024),
@@ -658,6 +683,8 @@ LOSSES += [
     row("CosineSimilarity", "sentences, 64k x 768", 65536, embeddings(768, 2), FLOATS),
     row("CosineSimilarity", "feature maps", 16, lambda n: (
         normal(n, 256, 64, 64), normal(n, 256, 64, 64))),
+    row("normalize", "CLIP, 32k x 512", 32768, 512, FLOATS),
+    row("normalize", "feature maps", 16, (256, 64, 64)),
     row("PairwiseDistance", "64k x 512", 65536, embeddings(512, 2), (BF16, FP32)),
     row("TripletMarginWithDistanceLoss", "faces, 32k x 512", 32768, embeddings(512, 3), (FP32,)),
     row("TripletMarginLoss", "faces, 32k x 512", 32768, embeddings(512, 3), (BF16, FP32)),

@@ -493,6 +493,10 @@ EXCEPTIONS = (
     ("group_norm_act", "input 3", RAISES, _BIAS),
     ("batch_norm_act", "input 4", RAISES, _BIAS),
     ("conv_batch_norm_act", "input 6", RAISES, _BIAS),
+    # for second derivatives; cuDNN's backward keeps the input, the states and all parameters, too
+    ("RNN LSTM GRU", "parameter bias", RAISES, _FUSED),
+    ("rnn_tanh rnn_relu lstm gru", "input", RAISES, _FUSED),
+    ("rnn_tanh rnn_relu lstm gru", "input 2", WORDS, _FUSED),
 )
 
 

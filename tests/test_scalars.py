@@ -115,6 +115,7 @@ CALLS = {
     ("pairwise_distance", "p"): (lambda t, s: F.pairwise_distance(*_rows(t, 2), s), 1.7),
     ("cosine_similarity", "eps"): (
         lambda t, s: F.cosine_similarity(*_rows(t, 2, 0.01), eps=s), 0.7),
+    ("normalize", "eps"): (lambda t, s: F.normalize(_rows(t, 1)[0] * 0.01, eps=s), 0.7),
     ("poisson_nll_loss", "eps"): (
         lambda t, s: F.poisson_nll_loss(_x(t).abs(), _x(t).abs().detach(), False, eps=s,
                                         reduction="none"), 0.7),
