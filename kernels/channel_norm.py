@@ -344,7 +344,8 @@ def _planes_fwd_kernel(
     """A program normalises CHANNELS neighbouring channels of all samples at once.
 
     X, R, Y (N, C, S): float, contiguous; R may be None. W, B (C,): float, or None. MEAN, RSTD (C,):
-    fp32. RUNNING_MEAN, RUNNING_VAR (C,): float, or None; updated. S_units is CHANNELS * S / UNIT.
+    fp32. RUNNING_MEAN, RUNNING_VAR (C,): float, or None; updated. S_units is CHANNELS * S / UNIT,
+    and MAGIC is ceil(2^20 / S).
     """
     offs, mask, at, inside, c, there = _planes(
         N, S_units, MAGIC, UNIT, CHANNELS, SLOTS, BLOCK_N, BLOCK_P
@@ -386,7 +387,7 @@ def _planes_bwd_kernel(
 
     DY, X, Y, DX, DZ (N, C, S): float, contiguous. Y is read if f' is computed from y. DZ is written
     unless None. W, B (C,): float, or None. MEAN, RSTD (C,): fp32. DW, DB (C,): float, or None.
-    S_units is CHANNELS * S / UNIT.
+    S_units is CHANNELS * S / UNIT, and MAGIC is ceil(2^20 / S).
     """
     offs, mask, at, inside, c, there = _planes(
         N, S_units, MAGIC, UNIT, CHANNELS, SLOTS, BLOCK_N, BLOCK_P
