@@ -102,7 +102,7 @@ EXCEPTIONS = (
     Allowed("_pointwise_bwd", 1.05, 32, "an exponential and two exact divisions", "Mish"),
     Allowed(
         "_pointwise_fwd",
-        0.9,
+        0.8,
         18,
         "an exponential and an exact division take registers",
         "Mish",
