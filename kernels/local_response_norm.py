@@ -163,9 +163,9 @@ def _launch(x, size, tensors, alpha, beta, k):
     # As wide as the registers allow. The compiler must see no more alignment than that: it would
     # give the elements of a wider access to one thread, and the rows of a position to several.
     unit = min(math.gcd(S, 8), 16 // widest, 8 // len(tensors) * 2)
-    lanes = 32 * unit
-    # one warp, so that the rows of a position stay in one thread
-    block = max(32, min(next_power_of_2(S), lanes))
+    # At least two positions for each thread, which then compares channels and adds addresses once
+    # for both. One warp, so that the rows of a position stay in one thread.
+    block = max(32, min(next_power_of_2(S), 32 * max(unit, 2)))
     blocks = cdiv(S, block)
     # Chunks along the channels read the same windows twice, so they are used only if programs are
     # few.
@@ -183,7 +183,7 @@ def _launch(x, size, tensors, alpha, beta, k):
             "UNIT": unit,
             "BLOCK_W": next_power_of_2(size),
             "BLOCK": block,
-            "num_warps": max(1, block // lanes),
+            "num_warps": 1,
         },
     )
 

@@ -277,9 +277,8 @@ def softplus(x, a, b):
     # Where exp(z) is at most 1, log1p of it is short. For larger z, log1p(e) = z + log1p(1 / e).
     y = tl.where(z > 0, z, 0.0) + log1p_of_share(libdevice.exp(-tl.abs(z)))
     y = tl.where(z > 88.7228317260742, float("inf"), y)  # as exp(z) in PyTorch
-    if a != 1.0:  # the reciprocal of a subnormal `a` would overflow
-        y = tl.div_rn(y, a)
-    return tl.where(z > b, x, y)
+    # The reciprocal of a subnormal `a` would overflow.
+    return tl.where(z > b, x, tl.div_rn(y, a))
 
 
 @triton.jit

@@ -377,6 +377,8 @@ def _column_config(columns, D):
     """Complete columns, as many as registers allow; or a tile to step down long columns."""
     one_pass = D <= COLUMN
     width = min(next_power_of_2(columns), 64)
+    while not one_pass and width > 16 and cdiv(columns, width) < 256:
+        width //= 2  # so that each multiprocessor has a program; 16 values are a sector of memory
     block_d = next_power_of_2(D) if one_pass else 4096 // width
     block_c = max(1, min(next_power_of_2(columns), 4096 // block_d))
     block_c = max(block_c, min(width, 32))
