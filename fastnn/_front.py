@@ -65,7 +65,8 @@ class Below(NamedTuple):
     tensors: the arguments of which the size is a function; they must be exactly of class Tensor.
     others: other arguments that the size depends on.
     ready: whether nobody would notice that attributes of the tensors are read. Dynamo can trace
-        nothing of it, so `_is_compiling` is asked first.
+        nothing of it, so `_is_compiling` is asked first. It is asked before the floor, too: Dynamo
+        guards what it reads, and would compile the model again when the floor becomes known.
     size: a bound on the size of the call.
     least: the floor: `_the_floor`, or 0 while the kernel is to run calls of every size.
     """
@@ -236,7 +237,7 @@ def front(record: Any, dispatch: Callable) -> Callable:
         + (f"dict({', '.join(keyword)}))" if keyword else "no_keywords)"),
         f"    def small({', '.join(asked.tensors + asked.others)}):",
         "        try:",
-        f"            return _plain and 0 < _the_floor and not _is_compiling() and {asked.ready}"
+        f"            return _plain and not _is_compiling() and 0 < _the_floor and {asked.ready}"
         f" and {asked.size} < {asked.least}",
         "        except Exception:",
         "            return False",

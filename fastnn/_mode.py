@@ -146,6 +146,11 @@ def idle() -> bool:
     return _idle
 
 
+def plain() -> bool:
+    """Whether the mode of this thread is "auto" and nobody asks what ran."""
+    return _plain and (not _blocks or current_mode() == "auto")
+
+
 def uniform() -> Mode | None:
     """The mode that is in force in every thread; None if they differ or somebody asks what ran.
 

@@ -41,14 +41,14 @@ from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from triton.runtime.jit import _normalize_ty
 
-from fastnn.kernels._interpreter_steps import Memory, identity
+from fastnn.kernels._interpreter_steps import CallMemory, identity
 
 Array = Any  # np.ndarray, whose stubs would need a cast in every expression here
 
 
 # the interpreter's state is global, so only one thread may launch at a time
 lock = threading.RLock()
-memory = Memory()
+memory = CallMemory()
 
 
 def install() -> None:

@@ -333,6 +333,14 @@ class Walk:
     """An order in which to visit the elements of tensors that are broadcast together."""
 
     __slots__ = ("addressing", "in_order", "inverse", "n", "order", "permuted", "shape", "wide")
+    addressing: tuple[int | None, ...] | None
+    in_order: bool
+    inverse: list[int]
+    n: int
+    order: list[int]
+    permuted: list[int]
+    shape: tuple[int, ...]
+    wide: bool
 
     def like(self, dtype, device):
         """Uninitialised, with the broadcast shape, and dense in the order of the walk."""
@@ -351,15 +359,15 @@ def _walk(layouts):
     """
     shape = tuple(torch.broadcast_shapes(*[layout[0] for layout in layouts if layout is not None]))
     whole = len(shape)
-    expanded = []
+    expanded: list[list[int] | None] = []
     for layout in layouts:
         if layout is None:
             expanded.append(None)
             continue
         own, strides = layout
         missing = whole - len(own)
-        steps = (*((0,) * missing), *strides)
-        sizes = (*((1,) * missing), *own)
+        steps = [0] * missing + list(strides)
+        sizes = [1] * missing + list(own)
         expanded.append([0 if size == 1 else step for size, step in zip(sizes, steps, strict=True)])
     axes = [d for d in range(whole) if shape[d] != 1]
     full = [s for s in expanded if s is not None and all(s[d] for d in axes)]
@@ -374,7 +382,7 @@ def _walk(layouts):
     walk.inverse = [walk.order.index(d) for d in range(whole)]
     walk.in_order = walk.order == list(range(whole))
     present = [s for s in expanded if s is not None]
-    merged = []  # (size, steps of the tensors present), outermost first
+    merged: list[tuple[int, list[int]]] = []  # sizes, and steps of those present; outer first
     for d in axes:
         steps = [s[d] for s in present]
         if merged and all(a == b * shape[d] for a, b in zip(merged[-1][1], steps, strict=True)):

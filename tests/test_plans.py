@@ -105,7 +105,7 @@ def test_a_replay_equals_the_call_bit_for_bit(name, record_property):
             assert unequal(found, reference) is None, (call.row, i, unequal(found, reference))
         told["replayed" if not surveys else "the long way"] += 1
     record_property("plans", sorted(told.items()))
-    assert told["replayed"] or name in WITHOUT or not told, _record.refusals
+    assert told["replayed"] or name in WITHOUT or not told, _record.unplanned
 
 
 # ---- Guards -------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_tensors_inside_a_tuple_or_a_list(name):
 
     for _ in range(4):
         found, surveys = step((h, c))
-    assert not surveys, _record.refusals
+    assert not surveys, _record.unplanned
     with _record.hidden():
         reference, _ = step((h, c))
     assert all(map(torch.equal, found, reference))

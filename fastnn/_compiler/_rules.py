@@ -1,8 +1,9 @@
 """Which calls of a captured graph become one call of an op, and which spelling stands for which op.
 
-A rule is a function of a `Site` and of the last node. It takes nodes, raises `Misfit` where it does
-not hold, and returns a `Rewrite`. `RULES` is the table; the first rule that holds wins. A rule that
-needs two nodes with several spellings in between is a few lines, since `Site` reads the spellings.
+A rule is a function of a `Site` and of the last node. It takes nodes, raises `NoMatch` where it
+does not hold, and returns a `Rewrite`. `RULES` is the table; the first rule that holds wins. A rule
+that needs two nodes with several spellings in between is a few lines, since `Site` reads the
+spellings.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from fastnn._compiler._calls import (
     keeps_rows,
     value,
 )
-from fastnn._compiler._site import Misfit, Rewrite, Site, is_state
+from fastnn._compiler._site import NoMatch, Rewrite, Site, is_state
 from fastnn.ops import REGISTRY
 from fastnn.ops.channel_norm import batch_norm_act, batch_norm_add_relu, group_norm_act
 from fastnn.ops.glu import act_glu, act_mul
@@ -41,7 +42,7 @@ from fastnn.ops.residual_norm import dropout_add, dropout_add_layer_norm, dropou
 from fastnn.ops.scale import scale_add
 
 
-class Rule(NamedTuple):
+class GraphRule(NamedTuple):
     """A rule and the functions that its last node may compute."""
 
     name: str
@@ -49,14 +50,14 @@ class Rule(NamedTuple):
     match: Callable[[Site, Node], Rewrite]
 
 
-RULES: list[Rule] = []
+RULES: list[GraphRule] = []
 
 
 def rule(name: str, *ends: str) -> Callable[[Callable], Callable]:
     """Enter a function into the table of rules."""
 
     def enter(match: Callable) -> Callable:
-        RULES.append(Rule(name, ends, match))
+        RULES.append(GraphRule(name, ends, match))
         return match
 
     return enter
@@ -65,7 +66,7 @@ def rule(name: str, *ends: str) -> Callable[[Callable], Callable]:
 def _tensor(node: Any) -> Tensor:
     v = value(node)
     if not isinstance(v, Tensor):
-        raise Misfit(f"{node} is no tensor")
+        raise NoMatch(f"{node} is no tensor")
     return v
 
 
@@ -78,7 +79,7 @@ def _numbers(*values: Any) -> None:
     """Numbers that a graph with dynamic shapes computes have no place in an op."""
     for v in values:
         if isinstance(v, Node):
-            raise Misfit("a number is computed in the graph")
+            raise NoMatch("a number is computed in the graph")
 
 
 def _close(a: float, b: float) -> bool:
@@ -214,7 +215,7 @@ def _rms_norm_written_out(site: Site, end: Node) -> Rewrite:
         if site.is_call(inner, "mul") and isinstance(weight, Node) and _tensor(weight).dim() == 1:
             break
     else:
-        raise Misfit("no weight times a product")
+        raise NoMatch("no weight times a product")
     normed = site.below_conversion(normed, _tensor(end).dtype)
     number, two = site.product(normed)
     site.expect(number == 1.0 and len(two) == 2, "not a product of two")
@@ -256,7 +257,7 @@ def _split(site: Site, factors: list[Node], name: str, *but: Any) -> tuple[Node,
     """Of factors, the one that computes `name` and is none of `but`, and the others."""
     found = [f for f in factors if site.is_call(f, name) and all(f is not b for b in but)]
     if len(found) != 1:
-        raise Misfit(f"no {name} among the factors")
+        raise NoMatch(f"no {name} among the factors")
     return found[0], [f for f in factors if f is not found[0]]
 
 
@@ -269,7 +270,7 @@ def _split_one_plus(site: Site, factors: list[Node], *names: str) -> tuple[Call,
             if site.is_call(inner, *names):
                 site.sum(factor)
                 return site.call(inner, *names), [f for f in factors if f is not factor]
-    raise Misfit(f"no one plus {' or '.join(names)}")
+    raise NoMatch(f"no one plus {' or '.join(names)}")
 
 
 def _expect_elementwise(site: Site, x: Node, end: Node) -> None:
@@ -315,7 +316,7 @@ def _cubic(site: Site, terms: list[Any], power: int) -> tuple[float, Any, list[N
             number, factors = site.product(other)
             if len(factors) == power:
                 return number, float(first) if isinstance(first, (int, float)) else first, factors
-    raise Misfit("no power")
+    raise NoMatch("no power")
 
 
 @rule("silu written out", "mul")
@@ -541,7 +542,7 @@ def _act_glu(site: Site, end: Node) -> Rewrite:
             site.expect(_tensor(of).is_contiguous(), "the halves are not of a contiguous tensor")
             site.expect(_tensor(of).is_floating_point(), "integers")
             return Rewrite(act_glu, (of, dim, *act, x.args[1] == 0), (end,))
-    raise Misfit("no factor is an activation")
+    raise NoMatch("no factor is an activation")
 
 
 def _halves(site: Site, x: Any, z: Any) -> tuple[Node, int]:
@@ -573,7 +574,7 @@ def _act_mul(site: Site, end: Node) -> Rewrite:
         if gate is not z and site.is_call(gate, *_ACTIVATIONS) and len(gate.users) == 1:
             x, *act = _activation(site, gate)
             return Rewrite(act_mul, (x, z, *act), (end,))
-    raise Misfit("no factor is an activation")
+    raise NoMatch("no factor is an activation")
 
 
 @rule("linear, activation, dropout", "dropout")
@@ -607,7 +608,7 @@ def _scale_add(site: Site, end: Node) -> Rewrite:
             one, other = _tensor(x), _tensor(z)
             site.expect(_alike(one, other) and one.dtype == other.dtype, "terms of two kinds")
             return Rewrite(scale_add, (z, scale, x), (end,))
-    raise Misfit("no term is a product")
+    raise NoMatch("no term is a product")
 
 
 @rule("gate of channels", "mul")
@@ -630,7 +631,7 @@ def _broadcast_factors(site: Site, node: Any) -> tuple[Node, Node]:
         if fits and other.shape != one.shape and all(s == 1 or s is n or s == n for s, n in ratios):
             site.expect(one.dtype == other.dtype and one.is_floating_point(), "two dtypes")
             return x, scale
-    raise Misfit("no factor is broadcast")
+    raise NoMatch("no factor is broadcast")
 
 
 @rule("dropout, add", "add")

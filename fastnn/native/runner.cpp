@@ -1291,31 +1291,32 @@ PyMethodDef functions[] = {{"setup", py_setup, METH_VARARGS, nullptr},
                            {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "runner", nullptr, -1, functions};
 
+template <typename Object>
+void callable(PyTypeObject& type) {
+  type.tp_flags = Py_TPFLAGS_HAVE_VECTORCALL;
+  type.tp_vectorcall_offset = offsetof(Object, vectorcall);
+  type.tp_call = PyVectorcall_Call;
+}
+
+template <typename Object>
+bool define(PyTypeObject& type, const char* name, destructor dealloc, PyMethodDef* methods) {
+  type.tp_name = name;
+  type.tp_basicsize = sizeof(Object);
+  type.tp_flags |= Py_TPFLAGS_DEFAULT;
+  type.tp_dealloc = dealloc;
+  type.tp_methods = methods;
+  return PyType_Ready(&type) == 0;
+}
+
 }  // namespace
 
 PyMODINIT_FUNC PyInit_runner() {
-  PlanType.tp_name = "fastnn.native.Plan";
-  PlanType.tp_basicsize = sizeof(PlanObject);
-  PlanType.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL;
-  PlanType.tp_vectorcall_offset = offsetof(PlanObject, vectorcall);
-  PlanType.tp_call = PyVectorcall_Call;
-  PlanType.tp_dealloc = plan_dealloc;
-  PlanType.tp_methods = plan_methods;
-  TableType.tp_name = "fastnn.native.Table";
-  TableType.tp_basicsize = sizeof(TableObject);
-  TableType.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL;
-  TableType.tp_vectorcall_offset = offsetof(TableObject, vectorcall);
-  TableType.tp_call = PyVectorcall_Call;
-  TableType.tp_dealloc = table_dealloc;
-  TableType.tp_methods = table_methods;
-  HolderType.tp_name = "fastnn.native.Holder";
-  HolderType.tp_basicsize = sizeof(HolderObject);
-  HolderType.tp_flags = Py_TPFLAGS_DEFAULT;
-  HolderType.tp_methods = holder_methods;
-  HolderType.tp_dealloc = holder_dealloc;
-  if (PyType_Ready(&PlanType) < 0 || PyType_Ready(&HolderType) < 0 ||
-      PyType_Ready(&TableType) < 0) {
-    return nullptr;
-  }
+  callable<PlanObject>(PlanType);
+  callable<TableObject>(TableType);
+  bool ready =
+      define<PlanObject>(PlanType, "fastnn.native.Plan", plan_dealloc, plan_methods) &&
+      define<TableObject>(TableType, "fastnn.native.Table", table_dealloc, table_methods) &&
+      define<HolderObject>(HolderType, "fastnn.native.Holder", holder_dealloc, holder_methods);
+  if (!ready) return nullptr;
   return PyModule_Create(&definition);
 }

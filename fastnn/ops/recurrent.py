@@ -24,7 +24,7 @@ from fastnn._op import (
 from fastnn.ops.linear import tf32_setting
 
 _GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
-_STOCK = {
+_STOCK: dict[str, Any] = {
     "rnn_tanh": torch.rnn_tanh_cell,
     "rnn_relu": torch.rnn_relu_cell,
     "lstm": torch.lstm_cell,
@@ -200,7 +200,7 @@ def gru_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
 
 # ---- All steps -----------------------------------------------------------------------------------
 
-_STOCK_LAYER = {
+_STOCK_LAYER: dict[str, Any] = {
     "rnn_tanh": torch.rnn_tanh,
     "rnn_relu": torch.rnn_relu,
     "lstm": torch.lstm,
@@ -355,14 +355,14 @@ class Steps(Function):
         biased = weights[2] is not None
 
         def formula(x, h0, c0, *weights):
-            weights = [w for w in weights if w is not None]
+            present = [w for w in weights if w is not None]
             state = h0 if c0 is None else (h0, c0)
             with _without_cudnn():
                 layer = _STOCK_LAYER[ctx.kind]
                 if sizes is None:
-                    out = layer(x, state, weights, biased, 1, 0.0, False, both, False)
+                    out = layer(x, state, present, biased, 1, 0.0, False, both, False)
                 else:
-                    out = layer(x, sizes, state, weights, biased, 1, 0.0, False, both)
+                    out = layer(x, sizes, state, present, biased, 1, 0.0, False, both)
             return [t for t, g in zip(out, given, strict=False) if g is not None]
 
         needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[6:])
@@ -441,8 +441,8 @@ def _layers(kind, input, state, params, biased, layers, dropout, train, both, ba
     last: list = []
     x = x.contiguous()
     for layer in range(layers):
-        at = slice(layer * D, (layer + 1) * D)
-        now = [t.contiguous() if layers == 1 else t[at].contiguous() for t in states]
+        own_states = slice(layer * D, (layer + 1) * D)
+        now = [t.contiguous() if layers == 1 else t[own_states].contiguous() for t in states]
         h, c = now if kind == "lstm" else (*now, None)
         weights = own[layer * D * _EACH : (layer + 1) * D * _EACH]
         x, *new = run(Steps, x, h, c, kind, *packing, *weights)

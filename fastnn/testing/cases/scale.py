@@ -1,4 +1,4 @@
-"""Product with a broadcast scale: layouts of tiles, gradients of some inputs, calls that run stock."""
+"""Product with a broadcast scale: layouts of tiles, gradients of some inputs, stock calls."""
 
 import torch
 
