@@ -92,7 +92,8 @@ def below(record: Any, first: str, home: str = "") -> Below:
     tensors = tuple(sorted(read))
     kinds = " and ".join(f"type({t}) in _exact_types" for t in tensors)
     copied = f"(not {home}_blocks or _context_mode() in (None, {home}_uniform))"
-    ready = f"{copied} and not _function_modes() and not _is_tracing() and {kinds}"
+    modes = "(not _function_modes() or not _mode_sees_calls())"
+    ready = f"{copied} and {modes} and not _is_tracing() and {kinds}"
     least = "_the_floor"
     if record.alerts is not None:
         least = "(0 if _is_deterministic() and not _only_warns() else _the_floor)"
@@ -103,6 +104,7 @@ BELOW = {
     "_context_mode": _mode._mode.get,
     "_is_compiling": torch.compiler.is_dynamo_compiling,
     "_function_modes": torch._C._len_torch_function_stack,
+    "_mode_sees_calls": _mode.mode_sees_calls,
     "_is_tracing": torch._C._is_tracing,  # sizes would be tensors
     "_exact_types": _EXACT_TYPES,
     "_is_deterministic": torch._C._get_deterministic_algorithms,

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.utils._device import DeviceContext
 
 Mode = Literal["auto", "triton", "torch"]
 _MODES = ("auto", "triton", "torch")
@@ -139,6 +140,18 @@ def awake() -> Iterator[None]:
 if HAS_TRITON and (torch.version.cuda or torch.version.hip):
     torch.cuda._lazy_call(_wake)  # at once if CUDA is initialised, else at the first CUDA tensor
 _settle()
+
+
+def mode_sees_calls() -> bool:
+    """Whether a torch function mode is active that may see calls of functions.
+
+    `with torch.device(...)` and `torch.set_default_device(...)` are modes too, but concern only
+    functions that make tensors.
+    """
+    for i in range(torch._C._len_torch_function_stack()):
+        if type(torch._C._get_function_stack_at(i)) is not DeviceContext:
+            return True
+    return False
 
 
 def idle() -> bool:

@@ -28,6 +28,7 @@ from fastnn.kernels._config import here, lanes, tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels._tl import dense
+from fastnn.kernels.pointwise import log1p_of_share
 
 # ---- formulas -----------------------------------------------------------------------------------
 #
@@ -134,7 +135,7 @@ def _sigmoids(x):
 @triton.jit
 def bce_with_logits(a, b, c, p, q):  # c is the weight of positive targets
     # (1 - b) a + v softplus(-a), v = 1 + (c - 1) b, without the difference of two large terms.
-    rest = ((c - 1.0) * b + 1.0) * libdevice.log1p(libdevice.exp(-tl.abs(a)))
+    rest = ((c - 1.0) * b + 1.0) * log1p_of_share(libdevice.exp(-tl.abs(a)))
     loss = tl.where(a >= 0, (1.0 - b) * a, -c * b * a) + rest
     # as in PyTorch, which computes inf - inf there
     return tl.where(a == -float("inf"), float("nan"), loss)
@@ -144,7 +145,7 @@ def bce_with_logits(a, b, c, p, q):  # c is the weight of positive targets
 def bce_with_logits_grad(g, a, b, c, p, q):
     s, _ = _sigmoids(a)
     da = ((c * b + 1.0 - b) * s - c * b) * g
-    log_s = tl.minimum(a, 0.0, propagate_nan=tl.PropagateNan.ALL) - libdevice.log1p(
+    log_s = tl.minimum(a, 0.0, propagate_nan=tl.PropagateNan.ALL) - log1p_of_share(
         libdevice.exp(-tl.abs(a))
     )
     db = ((1.0 - c) * log_s - a) * g
@@ -316,7 +317,7 @@ def margin_ranking_of_difference(g, k, b, c, p, q):
 
 @triton.jit
 def multilabel_soft_margin(a, b, c, p, q):
-    rest = libdevice.log1p(libdevice.exp(-tl.abs(a)))
+    rest = log1p_of_share(libdevice.exp(-tl.abs(a)))
     return b * (_at_least(-a, 0.0) + rest) + (1.0 - b) * (_at_least(a, 0.0) + rest)
 
 

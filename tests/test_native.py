@@ -109,6 +109,7 @@ CHECKS = [
     test_plans.test_no_tensor_is_kept_by_a_plan,
     test_plans.test_many_calls_leave_nothing,
     test_plans.test_plans_are_bounded_where_shapes_never_repeat,
+    test_plans.test_plans_are_replayed_under_a_default_device,
 ]
 
 

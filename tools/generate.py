@@ -112,7 +112,10 @@ AREAS = {
         ),
         "[losses](docs/losses.md)",
     ),
-    "norms": (("norm", "channel_norm", "local_response_norm"), "[norms](docs/norms.md)"),
+    "norms": (
+        ("norm", "channel_norm", "local_response_norm", "normalize"),
+        "[norms](docs/norms.md)",
+    ),
     "pooling": (("pooling",), "[pooling](docs/pooling.md)"),
 }
 

@@ -25,6 +25,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/Layout.h>
 #include <torch/csrc/MemoryFormat.h>
+#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -51,6 +52,7 @@ using torch::autograd::variable_list;
 
 PyObject* unfit = nullptr;  // _plan.UNFIT
 PyObject* same = nullptr;   // _plan.same
+PyTypeObject* device_mode = nullptr;  // the class of `with torch.device(...)`
 
 // ---- References to Python's objects -------------------------------------------------------------
 
@@ -429,6 +431,17 @@ struct Meta {
   }
 };
 
+// Whether a torch function mode may see calls. That of a device concerns only functions that make
+// tensors. The stack of modes keeps them alive, so no lock is needed.
+bool mode_sees_calls() {
+  if (!at::impl::torch_function_mode_enabled()) return false;
+  for (int64_t i = 0; i < at::impl::PythonTorchFunctionTLS::stack_len(); i++) {
+    const auto& mode = at::impl::PythonTorchFunctionTLS::get_stack_at(i);
+    if (Py_TYPE(mode->ptr(getPyInterpreter())) != device_mode) return true;
+  }
+  return false;
+}
+
 // The state of a thread. What dispatch keys tell: inference mode, functorch, tracing, dispatch
 // modes, whether autocast is on.
 struct State {
@@ -447,7 +460,7 @@ struct State {
   bool holds(c10::DeviceType type) const {
     auto now = c10::impl::tls_local_dispatch_key_set();
     return now.included_ == included && now.excluded_ == excluded &&
-           !at::impl::torch_function_mode_enabled() && !ForwardADLevel::try_get_by_idx(0) &&
+           !mode_sees_calls() && !ForwardADLevel::try_get_by_idx(0) &&
            (!autocast || at::autocast::get_autocast_dtype(type) == autocast_dtype);
   }
 };
@@ -1271,9 +1284,10 @@ PyObject* table_clear(PyObject* self, PyObject*) {
 
 // setup(UNFIT, same)
 PyObject* py_setup(PyObject*, PyObject* args) {
-  if (!PyArg_ParseTuple(args, "OO", &unfit, &same)) return nullptr;
+  if (!PyArg_ParseTuple(args, "OOO!", &unfit, &same, &PyType_Type, &device_mode)) return nullptr;
   Py_INCREF(unfit);
   Py_INCREF(same);
+  Py_INCREF(device_mode);
   Py_RETURN_NONE;
 }
 

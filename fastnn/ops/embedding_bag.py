@@ -5,7 +5,17 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, Stock, Work, in_backward, op, run, second_order
+from fastnn._op import (
+    Function,
+    Invalid,
+    Stock,
+    Work,
+    impossible,
+    in_backward,
+    op,
+    run,
+    second_order,
+)
 from fastnn.ops.embedding import padding_row
 
 INTEGERS = (torch.int64, torch.int32)
@@ -90,6 +100,12 @@ def _bags(input, offsets, include_last_offset):
     bags = offsets.numel() - bool(include_last_offset)
     if bags < 0:
         return Invalid("option", "include_last_offset=True without offsets")
+    if offsets.device.type == "cpu" and offsets.numel():
+        # PyTorch looks at them there, and on a GPU it does not
+        impossible("it reads offsets, which are on the CPU")
+        first, last = int(offsets[0]), int(offsets[-1])
+        if first or last > input.numel():
+            return Invalid("option", f"offsets from {first} to {last}")
     return input, offsets, bags, 0
 
 
