@@ -131,10 +131,11 @@ def fwd(x, w, residual, sizes):
     """
     y = empty_as(x)
     if y.numel():
-        config = _config(*sizes, x.element_size())
-        blocks, tiles = prelu.blocks_of(*sizes, config)
+        N, C, S = sizes
+        config = _config(N, C, S, x.element_size())
+        blocks, tiles = prelu.blocks_of(N, C, S, config)
         other = None if residual is None else dense_like(residual, y)
-        _scale_fwd_kernel((blocks * tiles,), dense_like(x, y), w, other, y, *sizes, **config)
+        _scale_fwd_kernel((blocks * tiles,), dense_like(x, y), w, other, y, N, C, S, **config)
     return y
 
 
@@ -146,14 +147,14 @@ def bwd(dy, x, w, like, sizes, needs_dx, needs_dw):
     dx = torch.empty_strided(*like, dtype=dy.dtype, device=dy.device)
     if not dx.numel():
         return dx if needs_dx else None, torch.zeros_like(w) if needs_dw else None
-    config = _config(*sizes, dx.element_size())
-    blocks, tiles = prelu.blocks_of(*sizes, config)
+    N, C, S = sizes
+    config = _config(N, C, S, dx.element_size())
+    blocks, tiles = prelu.blocks_of(N, C, S, config)
     G = prelu.summing_programs(blocks, tiles, config)
-    _, C, _ = sizes
     partial = torch.empty((G, C), dtype=torch.float32, device=dx.device) if needs_dw else None
     _scale_bwd_kernel(
         (blocks, G), dense_like(dy, dx), dense_like(x, dx) if needs_dw else None, w,
-        dx if needs_dx else None, partial, *sizes, tiles, **config,
+        dx if needs_dx else None, partial, N, C, S, tiles, **config,
     )  # fmt: skip
     dw = None
     if needs_dw:
