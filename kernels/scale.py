@@ -125,17 +125,16 @@ def _config(N, C, S, itemsize):
 
 
 def fwd(x, w, residual, sizes):
-    """x; w, contiguous; a residual of the shape of x, or None -> y, with the layout of x.
+    """x, not empty; w, contiguous; a residual shaped as x, or None -> y, with the layout of x.
 
     sizes: (N, C, S) of the memory of y, where w has C elements.
     """
     y = empty_as(x)
-    if y.numel():
-        N, C, S = sizes
-        config = _config(N, C, S, x.element_size())
-        blocks, tiles = prelu.blocks_of(N, C, S, config)
-        other = None if residual is None else dense_like(residual, y)
-        _scale_fwd_kernel((blocks * tiles,), dense_like(x, y), w, other, y, N, C, S, **config)
+    N, C, S = sizes
+    config = _config(N, C, S, x.element_size())
+    blocks, tiles = prelu.blocks_of(N, C, S, config)
+    other = None if residual is None else dense_like(residual, y)
+    _scale_fwd_kernel((blocks * tiles,), dense_like(x, y), w, other, y, N, C, S, **config)
     return y
 
 
@@ -145,8 +144,6 @@ def bwd(dy, x, w, like, sizes, needs_dx, needs_dw):
     like: (shape, strides) of y, which dx has, too.
     """
     dx = torch.empty_strided(*like, dtype=dy.dtype, device=dy.device)
-    if not dx.numel():
-        return dx if needs_dx else None, torch.zeros_like(w) if needs_dw else None
     N, C, S = sizes
     config = _config(N, C, S, dx.element_size())
     blocks, tiles = prelu.blocks_of(N, C, S, config)
@@ -179,4 +176,4 @@ def sizes_of(y, w):
     for d in order[first + len(at) :]:
         S *= y.shape[d]
     C = w.numel()
-    return y.numel() // (C * S) if C * S else 0, C, S
+    return y.numel() // (C * S), C, S

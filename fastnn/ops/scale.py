@@ -64,6 +64,8 @@ def scale_add(input, scale, residual=None):
         return Stock("shape", f"{tuple(input.shape)} times {tuple(scale.shape)}")
     if scale.numel() == input.numel():
         return Stock("shape", "the scale is not broadcast")
+    if not input.numel():
+        return Stock("empty", "no elements")
     y = empty_as(input, device="meta")
     if residual is not None:
         if residual.shape != input.shape:
