@@ -118,6 +118,15 @@ def row(name: str, model: str, rows: int, shaped: Any, dtypes=(BF16,), **fields)
 # ---- Activations ------------------------------------------------------------------------------
 
 WIDE = "MLP of width 4096, 8k tokens"
+
+
+def _layer_scale(channels: int, side: int) -> Callable[[int], tuple]:
+    """A branch, a scale for each channel, which are last, and a residual."""
+    return lambda n: (
+        normal(n, side, side, channels), normal(channels), normal(n, side, side, channels),
+    )  # fmt: skip
+
+
 ACTIVATIONS = [
     row("GELU", "BERT-base, 16 x 512", 8192, 3072, FLOATS),
     row("GELU", "ViT-B/16, 64 images", 64 * 197, 3072),
@@ -144,6 +153,9 @@ ACTIVATIONS = [
         options={"activation": "gelu_tanh"}),
     row("act_glu", "Stable Diffusion, 4 images", 16384, 2560, options={"activation": "gelu"}),
     row("act_glu", "Phi-3 mini, 4k tokens", 4096, 16384, options={"first": True}),
+    row("scale_add", "ConvNeXt-T, 64 images", 64, _layer_scale(96, 56)),
+    row("scale_add", "EfficientNet-B0, 64 images", 64,
+        lambda n: (normal(n, 144, 56, 56), normal(n, 144, 1, 1))),
     *(row(name, WIDE, 8192, 4096) for name in (
         "ELU", "CELU", "SELU", "Sigmoid", "Tanh", "LogSigmoid", "Hardtanh", "Hardshrink",
         "Softshrink", "Softplus",

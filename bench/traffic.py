@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fastnn
 from fastnn import _gate
+from fastnn._compiler import _gradients
 from fastnn._compiler._backend import rewrite
 from fastnn._op import intercept
 from fastnn.bench.predict import ARCHITECTURE, as_on_the_gpu, costs_of
@@ -36,7 +37,7 @@ from fastnn.testing.meter import AtenOp, AtenTraffic, Cost, as_on_cuda, nbytes
 
 STOCK, AUTO, OPEN = "stock", "auto", "open"
 PRODUCTS = {
-    "mm", "addmm", "bmm", "baddbmm", "mv", "dot", "_addmm_activation", "convolution",
+    "mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "dot", "_addmm_activation", "convolution",
     "convolution_backward",
 }  # fmt: skip
 # Ours that count as PyTorch's: products, and what depends on values.
@@ -183,7 +184,9 @@ MODELS = [
 
 
 class Outside(AtenTraffic):
-    """Counts bytes outside of products and convolutions; the sum for a convolution's bias counts.
+    """Counts bytes outside of products and convolutions.
+
+    The sum for a convolution's bias counts, and so does a matrix to which a product adds.
 
     `by` has the bytes of each operator.
     """
@@ -194,6 +197,7 @@ class Outside(AtenTraffic):
         if name not in PRODUCTS:
             return counted
         sums = name == "convolution_backward" and args[-1][2]
+        sums |= name in ("addmm", "addmm_") and args[0].dim() == 2
         return AtenOp(name, nbytes(args[0]) if sums else 0, 0, counted.launches)
 
     @property
@@ -310,6 +314,9 @@ class _Counted(Interpreter):
         name = getattr(target, "__name__", "")
         if not getattr(target, "__module__", "").startswith("fastnn"):
             return super().call_function(self.replaced.get(target, target), args, kwargs)
+        if target.__module__ == _gradients.__name__:
+            with simulated(ARCHITECTURE, devices=["meta"]):
+                return target(*args, **kwargs)
         if name == "scaled_dot_product_attention":
             return fused_attention(*args, **kwargs)
         results, asked = self._asked(target, args, kwargs)
@@ -405,18 +412,17 @@ def counted(model: Model, sides: tuple[str, ...] = (STOCK, AUTO, OPEN)) -> dict[
         return record | {"why": f"{model.package} cannot be imported: {e}"}
     module = module.to(torch.bfloat16).train()
     args = tree_map(_narrowed, args)
-    graphs: list[int] = []
 
     def backend(gm: GraphModule, example_inputs: list) -> Callable:
-        graphs.append(len(gm.graph.nodes))
+        graphs = {side: copy.deepcopy(gm) for side in sides}
+        for side, one in graphs.items():
+            if side != STOCK:
+                # Not later: Dynamo forgets which inputs are parameters.
+                record["rules"] = dict(Counter(f.rule for f in rewrite(one)))
 
         def count(*inputs: Any) -> Any:
             known: dict = {}
-            for side in sides:
-                one = copy.deepcopy(gm)
-                if side != STOCK:
-                    found = rewrite(one)
-                    record["rules"] = dict(Counter(f.rule for f in found))
+            for side, one in graphs.items():
                 record[side] = vars(_count(one, inputs, side, known))
             raise _Done
 

@@ -25,7 +25,7 @@ COLUMNS = tl.constexpr(2)
 
 
 @triton.jit
-def _tile(n, c, s, N, C, S, LAYOUT: tl.constexpr):
+def tile(n, c, s, N, C, S, LAYOUT: tl.constexpr):
     """The tile that starts at (n, c, s): its offset, rows left, columns left, row stride."""
     base = (n * C + c) * S + s
     if LAYOUT == COLUMNS:
@@ -35,7 +35,7 @@ def _tile(n, c, s, N, C, S, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def _weights(W, c, C, LAYOUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+def weights(W, c, C, LAYOUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
     if LAYOUT == COLUMNS:
         cols = tl.arange(0, BLOCK_K)[None, :]
         return tl.load(W + c + cols, mask=cols < C - c, other=0.0).to(tl.float32)
@@ -68,8 +68,8 @@ def _prelu_fwd_kernel(
         n = 0
         c = 0
         s = pid.to(tl.int64) * BLOCK_K
-    w = _weights(W, c, C, LAYOUT, BLOCK_R, BLOCK_K)
-    base, rows_left, cols_left, stride = _tile(n, c, s, N, C, S, LAYOUT)
+    w = weights(W, c, C, LAYOUT, BLOCK_R, BLOCK_K)
+    base, rows_left, cols_left, stride = tile(n, c, s, N, C, S, LAYOUT)
     rows = tl.arange(0, BLOCK_R)[:, None]
     cols = tl.arange(0, BLOCK_K)[None, :]
     offs = rows * stride + cols
@@ -96,22 +96,22 @@ def _prelu_bwd_kernel(
     NEEDS_DW.
     """
     c = tl.program_id(0) * (BLOCK_K if LAYOUT == COLUMNS else BLOCK_R)
-    w = _weights(W, c, C, LAYOUT, BLOCK_R, BLOCK_K)
+    w = weights(W, c, C, LAYOUT, BLOCK_R, BLOCK_K)
     rows = tl.arange(0, BLOCK_R)[:, None]
     cols = tl.arange(0, BLOCK_K)[None, :]
     dw = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for t in range(tl.program_id(1), tiles, tl.num_programs(1)):
         if LAYOUT == COLUMNS:
-            base, rows_left, cols_left, stride = _tile(
+            base, rows_left, cols_left, stride = tile(
                 tl.cast(t, tl.int64) * BLOCK_R, c, 0, N, C, S, LAYOUT
             )
         elif LAYOUT == ROWS:
             blocks = tl.cdiv(S, BLOCK_K)
-            base, rows_left, cols_left, stride = _tile(
+            base, rows_left, cols_left, stride = tile(
                 tl.cast(t // blocks, tl.int64), c, t % blocks * BLOCK_K, N, C, S, LAYOUT
             )
         else:
-            base, rows_left, cols_left, stride = _tile(
+            base, rows_left, cols_left, stride = tile(
                 0, 0, tl.cast(t, tl.int64) * BLOCK_K, N, C, S, LAYOUT
             )
         offs = rows * stride + cols
@@ -158,26 +158,48 @@ def _prelu_dw_kernel(PARTIAL, DW, G, C, BLOCK_G: tl.constexpr, BLOCK_C: tl.const
 PROGRAMS = 1024  # in the backward: several per multiprocessor, but few partial sums
 
 
-@tunable("BLOCK_R", "BLOCK_K")
-def _config(N, C, S, itemsize):
-    tile = 4096 // itemsize  # 32 bytes per lane of 4 warps
+def tile_config(N, C, S, itemsize):
+    """How the elements around one weight make up a tile."""
+    size = 4096 // itemsize  # 32 bytes per lane of 4 warps
     if C == 1:
-        layout, block_r, block_k = ONE, 1, tile
+        layout, block_r, block_k = ONE, 1, size
     elif S == 1:
         layout, block_k = COLUMNS, min(next_power_of_2(C), 128)
-        block_r = tile // block_k
+        block_r = size // block_k
     else:
-        layout, block_k = ROWS, min(next_power_of_2(S), tile)
-        block_r = min(next_power_of_2(C), tile // block_k)
+        layout, block_k = ROWS, min(next_power_of_2(S), size)
+        block_r = min(next_power_of_2(C), size // block_k)
     return {"LAYOUT": layout.value, "BLOCK_R": block_r, "BLOCK_K": block_k, "num_warps": 4}
 
 
-def _blocks(N, C, S, config):
+@tunable("BLOCK_R", "BLOCK_K")
+def _config(N, C, S, itemsize):
+    return tile_config(N, C, S, itemsize)
+
+
+def blocks_of(N, C, S, config):
     """(blocks of channels, tiles per block)."""
     r, k = config["BLOCK_R"], config["BLOCK_K"]
     if config["LAYOUT"] == COLUMNS.value:
         return cdiv(C, k), cdiv(N, r)
     return cdiv(C, r), N * cdiv(S, k)
+
+
+def summing_programs(blocks, tiles, config):
+    """How many programs share the tiles of a block, each with partial sums of its own."""
+    in_tile = config["BLOCK_K" if config["LAYOUT"] == COLUMNS.value else "BLOCK_R"]
+    least = max(1, in_tile // 32)  # tiles per program, so that partial sums are few in comparison
+    return max(1, min(PROGRAMS // blocks, tiles // least))
+
+
+def add_up(partial, dw):
+    """partial (G, C), fp32 -> their sums, into dw (C), contiguous."""
+    G, C = partial.shape
+    block_c = min(next_power_of_2(C), 64)
+    _prelu_dw_kernel(
+        (cdiv(C, block_c),), partial, dw, G, C,
+        BLOCK_G=1024 // block_c, BLOCK_C=block_c, num_warps=4,
+    )  # fmt: skip
 
 
 def _sizes(dense, w):
@@ -194,7 +216,7 @@ def fwd(x, w):
     if y.numel():
         N, C, S = _sizes(y, w)
         config = _config(N, C, S, x.element_size())
-        blocks, tiles = _blocks(N, C, S, config)
+        blocks, tiles = blocks_of(N, C, S, config)
         _prelu_fwd_kernel((blocks * tiles,), dense_like(x, y), w, y, N, C, S, **config)
     return y
 
@@ -206,10 +228,8 @@ def bwd(dy, x, w, needs_dx=True, needs_dw=True):
         return dx if needs_dx else None, torch.zeros_like(w) if needs_dw else None
     N, C, S = _sizes(dx, w)
     config = _config(N, C, S, x.element_size())
-    blocks, tiles = _blocks(N, C, S, config)
-    in_tile = config["BLOCK_K" if config["LAYOUT"] == COLUMNS.value else "BLOCK_R"]
-    least = max(1, in_tile // 32)  # tiles per program, so that partial sums are few in comparison
-    G = max(1, min(PROGRAMS // blocks, tiles // least))
+    blocks, tiles = blocks_of(N, C, S, config)
+    G = summing_programs(blocks, tiles, config)
     partial = torch.empty((G, C) if needs_dw else (1, 1), dtype=torch.float32, device=x.device)
     _prelu_bwd_kernel(
         (blocks, G), dense_like(dy, dx), dense_like(x, dx), w, dx, partial,
@@ -218,9 +238,5 @@ def bwd(dy, x, w, needs_dx=True, needs_dw=True):
     dw = None
     if needs_dw:
         dw = torch.empty_like(w, memory_format=torch.contiguous_format)
-        block_c = min(next_power_of_2(C), 64)
-        _prelu_dw_kernel(
-            (cdiv(C, block_c),), partial, dw, G, C,
-            BLOCK_G=1024 // block_c, BLOCK_C=block_c, num_warps=4,
-        )  # fmt: skip
+        add_up(partial, dw)
     return dx if needs_dx else None, dw

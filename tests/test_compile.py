@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fastnn
-from fastnn._compiler import _backend, _gated, _rules, _site
+from fastnn._compiler import _backend, _gated, _gradients, _rules, _site
 from fastnn._compiler._backend import listen
 from fastnn._compiler._calls import is_conversion
 from fastnn._compiler._site import Site
@@ -98,7 +98,10 @@ class RMS(stock.Module):
 
 
 class Llama(stock.Module):
-    expected = {"rms_norm written out": 3, "dropout, add, norm": 2, "activation, product": 1}  # noqa: RUF012
+    expected = {  # noqa: RUF012
+        "rms_norm written out": 3, "dropout, add, norm": 2, "activation, product": 1,
+        "products of one tensor": 1,
+    }  # fmt: skip
 
     def __init__(self):
         super().__init__()
@@ -118,7 +121,9 @@ class Llama(stock.Module):
 class Residual(stock.Module):
     """A block of ResNet as torchvision writes it: in place, with `+=`."""
 
-    expected = {"batch_norm, add, relu": 1, "batch_norm, activation": 1}  # noqa: RUF012
+    expected = {  # noqa: RUF012
+        "batch_norm, add, relu": 1, "batch_norm, activation": 1, "counters of batches": 3,
+    }  # fmt: skip
 
     def __init__(self):
         super().__init__()
@@ -159,8 +164,47 @@ class Mobile(stock.Module):
         return y * F.relu6(y + 3) / 6
 
 
+class Gated(stock.Module):
+    """Squeeze and excitation of EfficientNet, and the layer scale of ConvNeXt."""
+
+    expected = {  # noqa: RUF012
+        "batch_norm, activation": 1, "mean beside another user": 1, "gate of channels": 1,
+        "scale, add": 1,
+    }  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = stock.Conv2d(4, 4, 3, padding=1), stock.BatchNorm2d(4)
+        self.down, self.up = stock.Conv2d(4, 2, 1), stock.Conv2d(2, 4, 1)
+        self.gamma = stock.Parameter(torch.rand(4) + 0.5)
+
+    def forward(self, x):
+        y = F.silu(self.norm(self.conv(x)))
+        gate = self.up(F.silu(self.down(y.mean((2, 3), keepdim=True))))
+        return x + (y * gate.sigmoid()).mul(self.gamma.reshape(1, -1, 1, 1))
+
+
+class Heads(stock.Module):
+    """Query, key and value of one tensor, one without a bias; another call reads it, too."""
+
+    expected = {"products of one tensor": 1}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.norm = stock.LayerNorm(WIDTH)
+        self.q, self.k, self.v = (stock.Linear(WIDTH, WIDTH, bias=b) for b in (True, False, True))
+
+    def forward(self, x):
+        y = self.norm(x)
+        q, k, v = self.q(y) * 0.5, self.k(y).view(y.shape), self.v(y)
+        return q.cos() * k - v + y.exp()
+
+
 ROWS, IMAGE = (2, 3, WIDTH), (2, 4, 5, 5)
-BLOCKS = [(GPT, ROWS), (Llama, ROWS), (Residual, IMAGE), (UNet, IMAGE), (Mobile, IMAGE)]
+BLOCKS = [
+    (GPT, ROWS), (Llama, ROWS), (Residual, IMAGE), (UNet, IMAGE), (Mobile, IMAGE), (Gated, IMAGE),
+    (Heads, ROWS),
+]  # fmt: skip
 blocks = pytest.mark.parametrize(
     ("block", "shape"), BLOCKS, ids=lambda v: getattr(v, "__name__", "")
 )
@@ -246,6 +290,7 @@ def test_masks_are_those_of_the_fused_layers():
 LINEAR = stock.Linear(WIDTH, WIDTH)
 WEIGHT = stock.Parameter(torch.rand(WIDTH) + 0.5)
 NORM, BATCH, GROUP = stock.LayerNorm(WIDTH), stock.BatchNorm1d(WIDTH), stock.GroupNorm(2, WIDTH)
+OTHER_BATCH = stock.BatchNorm1d(WIDTH)
 TARGET = torch.arange(4)
 
 
@@ -286,6 +331,16 @@ def three(x):
 def halves(x, gate=0):
     two = (x * 2).chunk(2, dim=-1)
     return two[1 - gate].mul(F.gelu(two[gate]))
+
+
+def mean_and_more(x):
+    y = NORM(x)
+    return y.mean(dim=-1).exp().sum() + y.cos()
+
+
+def two_products(x):
+    y = NORM(x)
+    return LINEAR(y) + F.linear(y, LINEAR.weight).cos()
 
 
 SPELLINGS = {
@@ -342,6 +397,12 @@ SPELLINGS = {
     "halves, first": ("activation, product of halves", lambda x: halves(x, 1)),
     "copies for attention": ("contiguous before attention", lambda x: attention(x)),
     "query, key, value": ("unbind of a permutation", lambda x: three(x)),
+    "layer scale": ("scale, add", lambda x: x.cos() + WEIGHT * x),
+    "layer scale, in place": ("scale, add", lambda x: x.exp().mul_(WEIGHT).add_(x)),
+    "stochastic depth": ("scale, add", lambda x: x + x.sin() * x[:, :1].round()),
+    "gate": ("gate of channels", lambda x: GROUP(x) * WEIGHT.sigmoid()),
+    "mean": ("mean beside another user", lambda x: mean_and_more(x)),
+    "two products": ("products of one tensor", lambda x: two_products(x)),
 }  # fmt: skip
 
 
@@ -367,7 +428,7 @@ def test_a_residual_stream_becomes_contiguous_once(first, device):
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_spellings_mean_the_same(spelling, device):
     rule, call = SPELLINGS[spelling]
-    for module in (LINEAR, NORM, BATCH, GROUP):
+    for module in (LINEAR, NORM, BATCH, OTHER_BATCH, GROUP):
         module.to(device)
     WEIGHT.data, TARGET.data = WEIGHT.data.to(device), TARGET.data.to(device)
     x = torch.randn(4, WIDTH, device=device)
@@ -722,6 +783,84 @@ def product_in_place(x):
     return F.silu(x).mul_(x.cos())
 
 
+def scaled_and_read(x):
+    z = x * x[:, :1].cos()
+    return x + z, z
+
+
+def scale_of_more_bits(x):
+    return x + x * x[:, :1].double()
+
+
+def outer_product(x):
+    return x + x[:, :1] * x[:1]
+
+
+def scaled_residual_of_another_layout(x):
+    return x + (x * x[:, :1].cos()).t().contiguous().t().mul(x[:1].cos())
+
+
+def gate_without_a_gradient(x):
+    return x * x[:, :1].sigmoid()
+
+
+def gate_of_more_bits(x):
+    return GROUP(x) * WEIGHT.double()
+
+
+def gate_in_place(x):
+    y = GROUP(x)
+    return y.mul_(WEIGHT)
+
+
+def mean_of_more_bits(x):
+    y = NORM(x)
+    return y.mean(-1, dtype=torch.float64), y
+
+
+def mean_alone(x):
+    return NORM(x).mean(-1)
+
+
+def products_of_two(x):
+    y = NORM(x)
+    return LINEAR(y), LINEAR(y * 2)
+
+
+def products_far_apart(x):
+    y = NORM(x)
+    z = LINEAR(y)
+    for _ in range(15):
+        z = z.sin()
+    return z + LINEAR(y)
+
+
+def products_around_a_write(x):
+    y = NORM(x).cos()
+    z = LINEAR(y)
+    with torch.no_grad():
+        y.detach().mul_(2)
+    return z, LINEAR(y)
+
+
+def products_without_a_gradient(x):
+    return LINEAR(x), LINEAR(x)
+
+
+def products_of_frozen(x):
+    y = NORM(x).detach()
+    return LINEAR(y), LINEAR(y)
+
+
+def counter_that_is_read(x):
+    y, z = OTHER_BATCH(x), BATCH(x)
+    return y, z, BATCH.num_batches_tracked + OTHER_BATCH.num_batches_tracked
+
+
+def counter_of_a_shared_norm(x):
+    return OTHER_BATCH(x), BATCH(x), BATCH(x * 2)
+
+
 REFUSED = {
     f.__name__: (f, allowed)
     for f, allowed in (
@@ -751,7 +890,12 @@ REFUSED = {
         (halves_of_a_permutation, {"activation, product": 1}),
         (layout_of_a_sine, {}), (layout_that_a_dropout_draws, {}), (copy_that_others_read, {}),
         (layout_of_attention, {}), (written_after_attention, {}), (part_of_a_permutation, {}),
-        (permutation_with_another_user, {}),
+        (permutation_with_another_user, {}), (scaled_and_read, {}), (scale_of_more_bits, {}),
+        (outer_product, {}), (scaled_residual_of_another_layout, {}),
+        (gate_without_a_gradient, {}), (gate_of_more_bits, {}), (gate_in_place, {}),
+        (mean_of_more_bits, {}), (mean_alone, {}), (products_of_two, {}), (products_far_apart, {}),
+        (products_around_a_write, {}), (products_without_a_gradient, {}), (products_of_frozen, {}),
+        (counter_that_is_read, {}), (counter_of_a_shared_norm, {}),
     )
 }  # fmt: skip
 
@@ -760,15 +904,17 @@ REFUSED = {
 def test_what_must_stay(name):
     """The rule does not hold, and the result is stock's to the bit."""
     call, allowed = REFUSED[name]
-    for module in (LINEAR, NORM, BATCH, GROUP):
+    for module in (LINEAR, NORM, BATCH, OTHER_BATCH, GROUP):
         module.cpu()
     WEIGHT.data, TARGET.data = WEIGHT.data.cpu(), TARGET.data.cpu()
-    state = copy.deepcopy(BATCH.state_dict())
+    norms = BATCH, OTHER_BATCH
+    states = [copy.deepcopy(norm.state_dict()) for norm in norms]
     x = torch.randn(4, WIDTH)
     given = x.clone()
     torch.manual_seed(1)
     want = call(x)
-    BATCH.load_state_dict(state)
+    for norm, state in zip(norms, states, strict=True):
+        norm.load_state_dict(state)
     torch.manual_seed(1)
     with fastnn.backend("torch"):
         fused, got = found_in(call, given)
@@ -1102,6 +1248,7 @@ def scale_and_shift(op, z, x, shape, weight, bias, eps, *rest):
     return op(z, x, shape, bias, weight, eps, *rest)
 
 
+made_linears = _gradients.linears
 stays, means_the_same = test_what_must_stay, test_spellings_mean_the_same
 PLANTED = {
     "a second user is not noticed": (without(Site, "confirm"), stays, "two_users"),
@@ -1155,6 +1302,21 @@ PLANTED = {
     ),
     "the factors in the other order": (
         changed("act_mul", lambda op, x, z, *rest: op(z, x, *rest)), means_the_same, "swiglu",
+    ),
+    "the residual is scaled": (
+        changed("scale_add", lambda op, x, scale, residual: op(residual, scale, x)),
+        means_the_same, "layer scale",
+    ),
+    "the scale of another product": (
+        changed("scale_add", lambda op, x, scale, *rest: op(x, scale * scale, *rest)),
+        means_the_same, "stochastic depth",
+    ),
+    "a gradient of a product is lost": (
+        (_gradients, "linears", lambda x, *rest: made_linears(x.detach(), *rest)),
+        test_blocks_are_found_and_as_exact_as_stock, Heads, ROWS, torch.float32, "cpu",
+    ),
+    "products move over a write": (
+        without(Site, "confirm"), stays, "products_around_a_write",
     ),
     "a stale training flag": (
         changed("batch_norm_act", lambda op, *args: op(*args[:5], True, *args[6:])),

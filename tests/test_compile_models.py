@@ -147,19 +147,25 @@ SITES = {
         "gelu written out": LAYERS, "dropout, add, norm": 2 * LAYERS,
         "cross_entropy of converted logits": 1,
     },
-    bert: {"dropout, add, norm": 2 * LAYERS, "linear, activation": LAYERS + 1},
+    bert: {
+        "dropout, add, norm": 2 * LAYERS, "linear, activation": LAYERS + 1,
+        "products of one tensor": LAYERS,
+    },
     llama: {
         "rms_norm written out": 2 * LAYERS + 1, "dropout, add, norm": 2 * LAYERS,
         "activation, product": LAYERS, "cross_entropy of converted logits": 1,
+        # query, key and value; the gated unit; the scale 1 of sines and cosines
+        "products of one tensor": 2 * LAYERS, "nothing to do": 2,
     },
     t5: {
         # a norm before each of 2 and 3 branches of a layer, and one at the end of each stack
         "rms_norm written out": 5 * LAYERS + 2, "dropout, add, norm": 5 * LAYERS,
-        "linear, activation, dropout": 2 * LAYERS,
+        "linear, activation, dropout": 2 * LAYERS, "products of one tensor": 3 * LAYERS,
     },
     whisper: {
         "sum of two layouts": 1, "contiguous before attention": 9 * LAYERS,
         "dropout, add, norm": 5 * LAYERS, "linear, activation, dropout": 2 * LAYERS,
+        "products of one tensor": 3 * LAYERS,
     },
     swin: {
         # 4 blocks, and a merge of patches between the stages, which pads by nothing, too
@@ -170,12 +176,18 @@ SITES = {
         "unbind of a permutation": LAYERS, "dropout, add, norm": 2 * LAYERS,
         "linear, activation, dropout": LAYERS,
     },
-    convnext: {"linear, activation, dropout": 4},
-    resnet50: {"batch_norm, activation": 33, "batch_norm, add, relu": 16},
-    efficientnet: {"batch_norm, activation": 33},
+    convnext: {"linear, activation, dropout": 4, "scale, add": 4},
+    resnet50: {
+        "batch_norm, activation": 33, "batch_norm, add, relu": 16, "counters of batches": 53,
+    },
+    efficientnet: {
+        "batch_norm, activation": 33, "gate of channels": 16, "mean beside another user": 16,
+        "counters of batches": 49,
+    },
     unet: {
         "nothing to do": 17, "sum of two layouts": 4, "dropout, add, norm": 8,
         "activation, product of halves": 4, "group_norm, activation": 17, "linear, activation": 1,
+        "products of one tensor": 4,
     },
 }  # fmt: skip
 

@@ -87,7 +87,7 @@ def functions_table() -> str:
 
 # Families that share a line of the README's table. Any other family has a line of its own.
 AREAS = {
-    "activations, dropout": (("activation", "dropout", "glu", "prelu", "softmax"), None),
+    "activations, dropout": (("activation", "dropout", "glu", "prelu", "scale", "softmax"), None),
     "attention and transformers": (
         ("attention", "multihead_attention", "residual_norm"),
         "[attention](docs/attention.md), [transformers](docs/transformer.md)",

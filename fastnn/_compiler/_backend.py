@@ -19,7 +19,8 @@ from fastnn import _mode
 from fastnn._compiler._calls import call as read
 from fastnn._compiler._calls import value
 from fastnn._compiler._gated import gated
-from fastnn._compiler._rules import RULES, alone
+from fastnn._compiler._gradients import count_up
+from fastnn._compiler._rules import RULES, alone, counters
 from fastnn._compiler._site import NoMatch, Rewrite, Site
 
 
@@ -153,6 +154,12 @@ def rewrite(gm: GraphModule) -> list[Found]:
                     continue
                 tell(rule.name, result.outputs[-1])
                 _replace(module, site, result)
+        for group in counters(module.graph):
+            with module.graph.inserting_before(group[-1]):
+                module.graph.call_function(count_up, tuple(n.args[0] for n in group))
+            for node in group:
+                tell("counters of batches", node)
+                module.graph.erase_node(node)
         for node in module.graph.nodes:
             ours = alone(node)
             if ours is not None:

@@ -9,6 +9,7 @@ spellings.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 from collections import Counter
@@ -18,9 +19,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as stock
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 import fastnn.functional as F
+from fastnn._compiler import _gradients
 from fastnn._compiler._calls import (
     Call,
     call,
@@ -31,12 +33,13 @@ from fastnn._compiler._calls import (
     keeps_rows,
     value,
 )
-from fastnn._compiler._site import NoMatch, Rewrite, Site
+from fastnn._compiler._site import NoMatch, Rewrite, Site, is_state
 from fastnn.ops import REGISTRY
 from fastnn.ops.channel_norm import batch_norm_act, batch_norm_add_relu, group_norm_act
 from fastnn.ops.glu import act_glu, act_mul
 from fastnn.ops.linear import linear_act
 from fastnn.ops.residual_norm import dropout_add, dropout_add_layer_norm, dropout_add_rms_norm
+from fastnn.ops.scale import scale_add
 
 
 class GraphRule(NamedTuple):
@@ -595,6 +598,42 @@ def _linear_then(site: Site, act: Any, end: Node, *noise: Any) -> Rewrite:
     return Rewrite(linear_act, (*args, *how, *noise), (end,))
 
 
+@rule("scale, add", "add")
+def _scale_add(site: Site, end: Node) -> Rewrite:
+    """x + scale * z, where the scale is broadcast: layer scale, or stochastic depth."""
+    terms = site.sum(end)
+    for x, product in (terms, terms[::-1]):
+        if site.is_call(product, "mul") and len(product.users) == 1 and isinstance(x, Node):
+            z, scale = _broadcast_factors(site, product)
+            one, other = _tensor(x), _tensor(z)
+            site.expect(_alike(one, other) and one.dtype == other.dtype, "terms of two kinds")
+            return Rewrite(scale_add, (z, scale, x), (end,))
+    raise NoMatch("no term is a product")
+
+
+@rule("gate of channels", "mul")
+def _gate_of_channels(site: Site, end: Node) -> Rewrite:
+    """x * gate, where the gate is broadcast and has a gradient: one pass sums that gradient."""
+    site.expect(not site.call(end, "mul").inplace, "the product is in place")
+    x, scale = _broadcast_factors(site, end)
+    site.expect(_tensor(x).requires_grad and _tensor(scale).requires_grad, "no gradient")
+    return Rewrite(scale_add, (x, scale), (end,))
+
+
+def _broadcast_factors(site: Site, node: Any) -> tuple[Node, Node]:
+    """(x, scale) of a product of a tensor and a smaller one, which is broadcast."""
+    known = site.call(node, "mul")
+    two = known["input"], known["other"]
+    for x, scale in (two, two[::-1]):
+        one, other = _tensor(x), _tensor(scale)
+        fits = one.shape == _tensor(node).shape and one.dim() >= other.dim()
+        ratios = zip(other.shape[::-1], one.shape[::-1], strict=False)
+        if fits and other.shape != one.shape and all(s == 1 or s is n or s == n for s, n in ratios):
+            site.expect(one.dtype == other.dtype and one.is_floating_point(), "two dtypes")
+            return x, scale
+    raise NoMatch("no factor is broadcast")
+
+
 @rule("dropout, add", "add")
 def _dropout_add(site: Site, end: Node) -> Rewrite:
     z, x, p, training = _branch(site, end)
@@ -645,6 +684,79 @@ def _unbind_of_a_permutation(site: Site, end: Node) -> Rewrite:
     order = [d - (d > dim) for d in order]
     outputs = tuple(parts[i] for i in range(count))
     return Rewrite(_unbind_and_permute, (x, dim, tuple(order)), outputs)
+
+
+# ---- Gradients in fewer passes ------------------------------------------------------------------
+# They come last, because what they leave tells nothing to other rules.
+
+_NEAR = 12  # nodes between two products of one tensor, where heads are split and turned
+
+
+@rule("products of one tensor", "linear")
+def _products_of_one_tensor(site: Site, end: Node) -> Rewrite:
+    """linear(x, a), linear(x, b), ...: query, key and value, or the two products of a gated unit.
+
+    In the backward, each product adds to the gradient of x. Only neighbours are taken, as all of
+    them are computed where the first one is.
+    """
+    x = site.call(end, "linear")["input"]
+    site.expect(not site.autocast, "autocast may convert the tensors")
+    site.expect(_tensor(x).requires_grad and _tensor(end).requires_grad, "no gradient")
+    order = {n: i for i, n in enumerate(site.graph.nodes)}
+    users = sorted((u for u in x.users if _is_product_of(site, u, x)), key=order.__getitem__)
+    run = users[users.index(end) :]
+    for i, (one, other) in enumerate(itertools.pairwise(run)):
+        if order[other] - order[one] > _NEAR:
+            run = run[: i + 1]
+            break
+    site.expect(len(run) > 1, "one product")
+    calls = [site.call(u, "linear") for u in run]
+    parameters = *(c["weight"] for c in calls), *(c["bias"] for c in calls)
+    for p in parameters:
+        if p is not None:
+            site.expect(_tensor(p).dtype == _tensor(x).dtype, "a parameter has another dtype")
+    return Rewrite(_gradients.linears, (x, *parameters), tuple(run))
+
+
+def _is_product_of(site: Site, node: Node, x: Node) -> bool:
+    known = call(node)
+    return known is not None and known.name == "linear" and known["input"] is x
+
+
+@rule("mean beside another user", "mean")
+def _mean_beside_another_user(site: Site, end: Node) -> Rewrite:
+    """x.mean(dims) of a tensor that is used elsewhere: the squeeze of a gate of channels."""
+    known = site.call(end, "mean")
+    x, dims = known["input"], known["dim"]
+    v = _tensor(x)
+    site.expect(v.requires_grad and _tensor(end).requires_grad, "no gradient")
+    site.expect(len(x.users) > 1, "no other user")
+    site.expect(known["dtype"] is None and type(known["keepdim"]) is bool, "a dtype, or a flag")
+    dims = (dims,) if type(dims) is int else dims
+    site.expect(isinstance(dims, (tuple, list)) and bool(dims), "no dimensions")
+    site.expect(all(type(d) is int and -v.dim() <= d < v.dim() for d in dims), "no dimensions")
+    dims = tuple(d % v.dim() for d in dims)
+    return Rewrite(_gradients.mean, (x, dims, known["keepdim"]), (end,))
+
+
+def counters(graph: Graph) -> list[list[Node]]:
+    """The additions of 1 to counters of batches, which nobody reads, in groups that may be one."""
+    found: dict[Any, list[Node]] = {}
+    memory = set()
+    for node in graph.nodes:
+        known = call(node)
+        if known is None or known.name != "add" or not known.inplace or node.users:
+            continue
+        counter, v = known["input"], value(known["input"])
+        if not isinstance(v, Tensor) or v.dim() or v.is_floating_point() or known["alpha"] != 1:
+            continue
+        if type(known["other"]) is not int or known["other"] != 1 or not is_state(counter):
+            continue
+        one = v.untyped_storage()._cdata
+        if list(counter.users) == [node] and one not in memory:
+            memory.add(one)
+            found.setdefault((v.device, v.dtype), []).append(node)
+    return [group for group in found.values() if len(group) > 1]
 
 
 # ---- Calls that stay as they are, and run on the op of the same name -----------------------------

@@ -186,7 +186,7 @@ def _nodes(tree: Any) -> list[Node]:
     return []
 
 
-def _is_state(node: Node) -> bool:
+def is_state(node: Node) -> bool:
     """Whether a placeholder is a parameter or a buffer of a module."""
     source = getattr(node.meta.get("grapharg"), "source", None)
     name = getattr(source, "name", "")
@@ -207,7 +207,7 @@ def _may_share(a: Node, b: Node) -> bool:
     one, other = value(a), value(b)
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return False
-    if _is_state(a) or _is_state(b):
+    if is_state(a) or is_state(b):
         return one.untyped_storage()._cdata == other.untyped_storage()._cdata
     return True
 

@@ -1,0 +1,111 @@
+"""Functions of a rewritten graph that compute what PyTorch does, with gradients in fewer passes.
+
+They have no kernel of their own, so they are no ops. Each calls PyTorch in both directions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as stock
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastnn import _gate, _mode, _op
+
+
+def _wins(x: Tensor) -> bool:
+    """Whether a call is worth an autograd function of its own: as the size gate would say."""
+    mode = _mode.current_mode()
+    if mode == "torch" or not (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if mode == "triton":
+        return x.numel() > 0
+    return x.device.type in _op.kernel_devices and x.numel() >= _gate.LEAST_OF_ESTIMATES
+
+
+class _Linears(torch.autograd.Function):
+    """x, weights, biases -> a product with each weight. One gradient of x comes of all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int, *parameters: Any) -> Any:
+        weights, biases = parameters[:count], parameters[count:]
+        ctx.save_for_backward(x, *weights)
+        ctx.set_materialize_grads(False)
+        return tuple(stock.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, *weights = ctx.saved_tensors
+        count = len(weights)
+        needs = ctx.needs_input_grad
+        rows = x.reshape(-1, x.shape[-1])
+        dx: Any = None
+        found: list[Any] = [None] * (2 * count)
+        for i in reversed(range(count)):  # the order in which autograd adds them up
+            if gradients[i] is None:
+                continue
+            dy = gradients[i].reshape(-1, gradients[i].shape[-1])
+            if needs[0]:
+                if dx is None:
+                    dx = dy.mm(weights[i])
+                elif torch.is_grad_enabled():
+                    dx = dx.addmm(dy, weights[i])
+                else:
+                    dx.addmm_(dy, weights[i])
+            if needs[2 + i]:
+                found[i] = dy.t().mm(rows)
+            if needs[2 + count + i]:
+                found[count + i] = dy.sum(0)
+        return None if dx is None else dx.view(x.shape), None, *found
+
+
+def linears(x: Tensor, *parameters: Any) -> tuple[Tensor, ...]:
+    """`linear(x, weight, bias)` for each of the weights, which come first, and of the biases.
+
+    In the backward, each product adds to the gradient of x what PyTorch adds in a pass of its own.
+    """
+    count = len(parameters) // 2
+    if _wins(x):
+        return _Linears.apply(x, count, *parameters)
+    return tuple(
+        stock.linear(x, w, b) for w, b in zip(parameters[:count], parameters[count:], strict=True)
+    )
+
+
+class _Mean(torch.autograd.Function):
+    """x -> its mean over some dimensions. The gradient of x is a view of one number per mean."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...], keepdim: bool) -> Any:
+        ctx.rest = x.shape, dims, keepdim
+        return x.mean(dims, keepdim)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        shape, dims, keepdim = ctx.rest
+        dx = dy / math.prod(shape[d] for d in dims)
+        if not keepdim:
+            for d in sorted(dims):
+                dx = dx.unsqueeze(d)
+        return dx.expand(shape), None, None
+
+
+def mean(x: Tensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:
+    """`x.mean(dims, keepdim)`, of a tensor whose gradient has another term.
+
+    PyTorch writes a gradient of the size of x, and reads it again to add it to the other term.
+    Here the sum reads one number for each mean. The bits are the same.
+    """
+    if _wins(x):
+        return _Mean.apply(x, dims, keepdim)
+    return x.mean(dims, keepdim)
+
+
+def count_up(*counters: Tensor) -> None:
+    """`counter += 1` of each counter of batches, by one kernel."""
+    torch._foreach_add_(counters, 1)
