@@ -58,6 +58,7 @@ EXCEPTIONS = (
     Allowed("_pool_(fwd|bwd)", 400, 4, "windows overlap; each result looks its window up again"),
     Allowed("_unpool_.*", 2.6, 20, "an index for each element, which is divided into positions"),
     Allowed("_gather_.*", 1.0, 14, "pads of three dimensions: a place near an edge has many terms"),
+    Allowed("_doubled_bwd", 1.5, 14, "volumes: a place has 64 results, which lie in 16 lines"),
     Allowed("_interpolate_.*", 25, 4, "an index for each element, from divisions"),
     # Far too slow where a window is wide, above all backward: the limits only hold what there is.
     Allowed("_antialias_.*", 1300, 8, "weights of a window are computed again for each element"),
