@@ -68,11 +68,11 @@ def counted(call: Callable, inputs: list[Any], theirs: bool) -> list[dict[str, A
     """For each pass: microseconds, and the kernels and operators that it runs."""
     from fastnn.kernels import _gpus
     from fastnn.testing.meter import AtenTraffic
-    from fastnn.testing.roof import Launch, capture_any, roof
+    from fastnn.testing.roof import CompiledLaunch, capture_any, roof
 
     found = []
     for run in _passes(call, inputs, theirs):
-        launches: list[Launch] = []
+        launches: list[CompiledLaunch] = []
         with (
             capture_any(launches),
             AtenTraffic() as aten,

@@ -26,7 +26,7 @@ from fastnn.bench.run import (
     FORCED,
     Results,
     both_passes,
-    check,
+    compare_row,
     geometric_mean,
     in_mode,
     make_sides,
@@ -173,7 +173,7 @@ def answer(question: Question, clock: Clock, repeats: int = REPEATS) -> dict:
 def right(question: Question, config: dict, clock: Clock) -> bool:
     """Whether the rows pass parity with `config`."""
     with _as(question, config):
-        found = [check(case, dtype, clock) for case, dtype in question.rows[:1]]
+        found = [compare_row(case, dtype, clock) for case, dtype in question.rows[:1]]
     return not any(f["failures"] for f in found)
 
 

@@ -60,7 +60,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 @dataclasses.dataclass
-class Work:
+class GpuRun:
     """The rows, options and tools of a run."""
 
     results: Any
@@ -74,7 +74,7 @@ class Work:
     repeats: int
     compiled: bool
     deadline: float
-    asked: argparse.Namespace  # a process of the pool makes its own Work from it
+    asked: argparse.Namespace  # a process of the pool makes its own GpuRun from it
     workers: int
 
     def add(self, line: dict) -> None:
@@ -89,7 +89,7 @@ class Work:
 # ---- Stages: True when complete, False when the time ran out ------------------------------------
 
 
-def parity(work: Work) -> bool:
+def parity(work: GpuRun) -> bool:
     """Check every parity row in every dtype: values, gradients, bits, the path."""
     from fastnn.bench.pool import Ended
 
@@ -103,11 +103,11 @@ def parity(work: Work) -> bool:
     return all(work.results.has("parity", key) for key in rows)
 
 
-def _parity_rows(work: Work) -> dict[str, tuple]:
+def _parity_rows(work: GpuRun) -> dict[str, tuple]:
     return {f"{case} {str(d).removeprefix('torch.')}": (case, d) for case, d in work.parity}
 
 
-def _parity_row(work: Work, key: str) -> dict:
+def _parity_row(work: GpuRun, key: str) -> dict:
     from fastnn.testing import check
 
     case, dtype = _parity_rows(work)[key]
@@ -131,7 +131,7 @@ def _uninitialised_memory_is_nan():
         torch.use_deterministic_algorithms(False)
 
 
-def prepare(work: Work) -> bool:
+def prepare(work: GpuRun) -> bool:
     """Run everything once, side by side, that will be timed, to fill the kernel caches on disk."""
     rows = {case.key(dtype): (case, dtype) for case, dtype in work.bench}
     kinds: list[tuple] = [("kernels", "row", rows)]
@@ -144,11 +144,11 @@ def prepare(work: Work) -> bool:
     return _prepare(work, items)
 
 
-def _prepare(work: Work, items: list[tuple]) -> bool:
+def _prepare(work: GpuRun, items: list[tuple]) -> bool:
     return sum(1 for _ in _spread(work, _prepared, items)) == len(items)
 
 
-def _prepared(work: Work, item: tuple[str, str, dict]) -> None:
+def _prepared(work: GpuRun, item: tuple[str, str, dict]) -> None:
     """Run forward and backward of a row, on kernels or compiled. Errors are ignored, because the
     stage that reports them meets them again."""
     from fastnn import kernels
@@ -174,7 +174,7 @@ def _prepared(work: Work, item: tuple[str, str, dict]) -> None:
         work.clock.clear()
 
 
-def _spread(work: Work, row: Callable[[Work, Any], Any], items: list):
+def _spread(work: GpuRun, row: Callable[[GpuRun, Any], Any], items: list):
     """Yields (item, result of `row`) from `work.workers` processes."""
     from fastnn.bench.pool import spread
 
@@ -191,7 +191,7 @@ def _server(argument: tuple[str, argparse.Namespace]) -> Callable:
     return functools.partial(globals()[name], _work(asked, math.inf))
 
 
-def ceilings(work: Work) -> bool:
+def ceilings(work: GpuRun) -> bool:
     from fastnn.bench.measure import Cpu, ceilings
 
     if not work.results.of("ceilings"):
@@ -200,7 +200,7 @@ def ceilings(work: Work) -> bool:
     return True
 
 
-def bench(work: Work) -> bool:
+def bench(work: GpuRun) -> bool:
     from fastnn.bench.run import run_rows
 
     return run_rows(
@@ -209,7 +209,7 @@ def bench(work: Work) -> bool:
     )  # fmt: skip
 
 
-def configs(work: Work) -> bool:
+def configs(work: GpuRun) -> bool:
     from fastnn.bench import configs
 
     questions = configs.plan(work.bench, configs.on(work.clock))
@@ -232,11 +232,11 @@ def configs(work: Work) -> bool:
         configs.write(_configs(work), work.results)
 
 
-def _configs(work: Work) -> Path:
+def _configs(work: GpuRun) -> Path:
     return work.out / f"configs-{_architecture(work)}.json"
 
 
-def tune(work: Work) -> bool:
+def tune(work: GpuRun) -> bool:
     from fastnn.bench import tune
 
     with _tables(work):
@@ -249,7 +249,7 @@ def tune(work: Work) -> bool:
     return done
 
 
-def again(work: Work) -> bool:
+def again(work: GpuRun) -> bool:
     """Time the rows again, with the tables just measured."""
     from fastnn.bench.run import run_rows
 
@@ -260,7 +260,7 @@ def again(work: Work) -> bool:
         )  # fmt: skip
 
 
-def _architecture(work: Work) -> str:
+def _architecture(work: GpuRun) -> str:
     from fastnn.kernels import _gpus
 
     return _gpus.architecture(0 if work.clock.name == "cuda" else -1)
@@ -274,7 +274,7 @@ def _table(path: Path):
 
 
 @contextlib.contextmanager
-def _tables(work: Work):
+def _tables(work: GpuRun):
     """In the block, crossover sizes and launch configurations are those measured in this run."""
     from fastnn import kernels
     from fastnn.bench import configs
@@ -286,7 +286,7 @@ def _tables(work: Work):
         yield
 
 
-def steps(work: Work) -> bool:
+def steps(work: GpuRun) -> bool:
     """Time training steps of models under bf16 autocast: stock, compiled, ours forced and auto."""
     import fastnn
 
@@ -319,7 +319,7 @@ def steps(work: Work) -> bool:
     return True
 
 
-def _train(step, namespace, mode, start, data, work: Work, compiled: bool) -> dict:
+def _train(step, namespace, mode, start, data, work: GpuRun, compiled: bool) -> dict:
     import fastnn
     from fastnn.bench.measure import summary
 
@@ -353,7 +353,7 @@ def _train(step, namespace, mode, start, data, work: Work, compiled: bool) -> di
     return {"step": summary(times), "peak_bytes": peak, "losses": losses}
 
 
-def determinism(work: Work) -> bool:
+def determinism(work: GpuRun) -> bool:
     """Gradients must have the same bits twice on one stream, and at once on two other streams."""
     import fastnn
     from fastnn.bench.run import both_passes, make_sides
@@ -401,7 +401,7 @@ def _on_two_streams(both: Callable, clock) -> list[list]:
     return found
 
 
-def huge(work: Work) -> bool:
+def huge(work: GpuRun) -> bool:
     """Beyond 2**31 elements, both ends and the middle of a call must agree with a small call."""
     for case, dtype in work.huge:
         if work.results.has("huge", case.key(dtype)):
@@ -468,7 +468,7 @@ print(len(names), "rows")
 """
 
 
-def sanitizer(work: Work) -> bool:
+def sanitizer(work: GpuRun) -> bool:
     """Run compute-sanitizer's memcheck over a row of each layer."""
     if work.results.of("sanitizer"):
         return True
@@ -495,7 +495,7 @@ def sanitizer(work: Work) -> bool:
 
 
 # Each stage has the share of the budget after which the rest is left for the next run.
-STAGES: dict[str, tuple[Callable[[Work], bool], float]] = {
+STAGES: dict[str, tuple[Callable[[GpuRun], bool], float]] = {
     "parity": (parity, 0.3),
     "prepare": (prepare, 0.25),
     "ceilings": (ceilings, 0.05),
@@ -525,7 +525,7 @@ def failures(results) -> list[str]:
     return found
 
 
-def summarise(work: Work, state: dict[str, str], plots: bool = False) -> None:
+def summarise(work: GpuRun, state: dict[str, str], plots: bool = False) -> None:
     """Rewrite summary.md, and draw the plots."""
     from fastnn.bench import report
 
@@ -563,7 +563,7 @@ def summarise(work: Work, state: dict[str, str], plots: bool = False) -> None:
 # ---- Running ----------------------------------------------------------------------------------
 
 
-def _work(args: argparse.Namespace, deadline: float, results=None) -> Work:
+def _work(args: argparse.Namespace, deadline: float, results=None) -> GpuRun:
     from fastnn.bench import cases, models, tune
     from fastnn.bench.measure import Cpu, Cuda
     from fastnn.testing.cases import CASES
@@ -578,7 +578,7 @@ def _work(args: argparse.Namespace, deadline: float, results=None) -> Work:
         chosen = [c for c in CASES if c.name == "GELU"][:1]
     else:
         rows, huge, chosen, small = cases.CASES, cases.HUGE, CASES, None
-    return Work(
+    return GpuRun(
         results=results,
         clock=None if args.dry_run else Cpu() if args.tiny else Cuda(),
         out=args.out,
@@ -596,7 +596,7 @@ def _work(args: argparse.Namespace, deadline: float, results=None) -> Work:
     )
 
 
-def _plan(args: argparse.Namespace, work: Work) -> list[str]:
+def _plan(args: argparse.Namespace, work: GpuRun) -> list[str]:
     counts = {
         "parity": f"{len(work.parity)} rows in {work.workers} processes",
         "prepare": f"what the following stages time, in {work.workers} processes",

@@ -17,7 +17,7 @@ With `--count`, instructions are counted too, by callgrind. They hardly depend o
 not on its load.
 
 Then whole models with tiny tensors take their turns: all of it declined, and with kernels for all
-that the gate would ever let through.
+that the gate would ever let through, as they are and compiled by `fastnn.compile`.
 
 The estimates of the size gate follow from these figures (`python -m bench.gates`), and so do the
 simulated steps (`python -m bench.steps`). The program writes DIR/host.json, and with
@@ -51,17 +51,18 @@ from torch.utils._pytree import tree_leaves
 
 import fastnn
 from fastnn import _build, _mode, _native, _record, _rng
-from fastnn.bench.models import ResNet, Step, Transformer
+from fastnn.bench.models import ResNet, Step, TransformerSizes
 from fastnn.ops import REGISTRY
 
 FEW, MANY = 2, 12  # calls in the two steps
 NULL = Path(__file__).with_name("null.cpp")
 WAYS = ("stock", "declined", "without_plans", "python", "native")
+MODEL_WAYS = ("stock", "declined", "python", "native", "compiled", "compiled_native")
 
 # As deep as the real ones: what one call costs the host does not depend on the width.
 MODELS = [
-    Step("GPT-2", Transformer(16, 2, 12, 4, 11, causal=True), 2),
-    Step("BERT", Transformer(16, 2, 12, 4, 12), 2),
+    Step("GPT-2", TransformerSizes(16, 2, 12, 4, 11, causal=True), 2),
+    Step("BERT", TransformerSizes(16, 2, 12, 4, 12), 2),
     Step("ResNet-50", ResNet((3, 4, 6, 3), 5, 32, 4), 2),
 ]
 
@@ -129,12 +130,13 @@ def step(case, namespace, count: int) -> Callable[[], object]:
     return run
 
 
-def model_step(of: Step, namespace) -> Callable[[], object]:
-    """A function that runs forward and backward of a model."""
+def model_step(of: Step, namespace, compiler: Callable | None = None) -> Callable[[], object]:
+    """A function that runs forward and backward of a model, compiled by `compiler` if given."""
     torch.manual_seed(0)
     model, data = of.build(namespace), of.data("cpu")
     parameters = list(model.parameters())
-    return lambda: torch.autograd.grad(model(*data), parameters, allow_unused=True)
+    call = model if compiler is None else compiler(model)
+    return lambda: torch.autograd.grad(call(*data), parameters, allow_unused=True)
 
 
 # ---- Ways of calling ----------------------------------------------------------------------------
@@ -204,10 +206,10 @@ class Way:
             if self.name not in ("stock", "declined"):
                 stack.enter_context(self.mode())
             stack.enter_context(_plans(self.kept))
-            plans = self.name in ("python", "native")
-            if not plans:
+            if self.name in ("stock", "declined", "without_plans"):
                 stack.enter_context(_record.paused())
-            stack.enter_context(_native.using(runner() if self.name == "native" else None))
+            native = self.name.endswith("native")
+            stack.enter_context(_native.using(runner() if native else None))
             yield
 
 
@@ -257,13 +259,13 @@ def _repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
     return run
 
 
-def _names() -> list[str]:
-    return [name for name in WAYS if name != "native" or runner() is not None]
+def _possible(ways: Sequence[str]) -> list[str]:
+    return [name for name in ways if not name.endswith("native") or runner() is not None]
 
 
 def _contest(case) -> Contest:
     theirs, ours = ([step(case, side, n) for n in (FEW, MANY)] for side in (torch.nn, fastnn))
-    ways = {name: Way(name) for name in _names()}
+    ways = {name: Way(name) for name in _possible(WAYS)}
     return Contest(ways, {name: theirs if name == "stock" else ours for name in ways})
 
 
@@ -281,9 +283,17 @@ def _open_gate() -> Iterator[None]:
 
 
 def _model_contest(of: Step) -> Contest:
-    ways = {name: Way(name, _open_gate) for name in _names() if name != "without_plans"}
-    theirs, ours = ([model_step(of, side)] for side in (torch.nn, fastnn))
-    return Contest(ways, {name: theirs if name == "stock" else ours for name in ways})
+    ways = {name: Way(name, _open_gate) for name in _possible(MODEL_WAYS)}
+    steps = {}
+    for name in ways:
+        steps[name] = [
+            model_step(
+                of,
+                torch.nn if name == "stock" else fastnn,
+                fastnn.compile if name.startswith("compiled") else None,
+            )
+        ]
+    return Contest(ways, steps)
 
 
 # ---- Measuring ----------------------------------------------------------------------------------
@@ -297,7 +307,7 @@ def _launches(call: Callable[[], object]) -> int:
     from fastnn.kernels._launch import Kernel
     from fastnn.testing.meter import AtenTraffic
 
-    draw = _rng.draw_planned
+    draw = _rng.draw_for
 
     def drawing(*args):
         with _disable_current_modes():
@@ -313,7 +323,7 @@ def _launches(call: Callable[[], object]) -> int:
 
     with (
         mock.patch.object(Kernel, "__call__", counting),
-        mock.patch.object(_rng, "draw_planned", drawing),
+        mock.patch.object(_rng, "draw_for", drawing),
         _record.using(False),
         # Dispatch declines under a dispatch mode, but this mode only observes.
         mock.patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0),
@@ -455,15 +465,15 @@ def ratios(counted: dict[str, list[int]]) -> dict[str, float]:
 
 _TITLES = {
     "stock": "stock", "declined": "declined", "without_plans": "without plans", "python": "Python",
-    "native": "C++",
+    "native": "C++", "compiled": "compiled, Python", "compiled_native": "compiled, C++",
 }  # fmt: skip
 
 
-def _cells(record: dict) -> list[str]:
+def _cells(record: dict, ways: Sequence[str] = WAYS) -> list[str]:
     """The cells of all ways: the ratio to stock, by instructions if they were counted."""
     counted = record.get("instructions", {})
     cells = [f"{record['stock_us']:.1f}"]
-    for way in WAYS[1:]:
+    for way in ways[1:]:
         told = "-"
         if f"{way}_us" in record:
             told = f"{record[f'{way}_us'] / record['stock_us']:.2f}"
@@ -491,8 +501,9 @@ def table(environment: dict, rows: Sequence[dict], models: Sequence[dict] = ()) 
         cells = [*_cells(r), str(r["stock_launches"]), str(r["ours_launches"])]
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     if models:
+        ways = [_TITLES[way] for way in MODEL_WAYS]
         lines += ["", f"| model | {' | '.join(ways)} |", f"| --- |{' ---: |' * len(ways)}"]
-        lines += [f"| {r['name']} | " + " | ".join(_cells(r)) + " |" for r in models]
+        lines += [f"| {r['name']} | " + " | ".join(_cells(r, MODEL_WAYS)) + " |" for r in models]
     return "\n".join(lines) + "\n"
 
 

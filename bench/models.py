@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Transformer:
+class TransformerSizes:
     """The sizes of a transformer. `patch`: the size of image patches, instead of a vocabulary."""
 
     width: int
@@ -38,7 +38,7 @@ class ResNet:
     width: int = 64
 
 
-def transformer(nn: Any, size: Transformer):
+def transformer(nn: Any, size: TransformerSizes):
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -133,7 +133,7 @@ class Step:
     """A model and a batch."""
 
     name: str
-    size: Transformer | ResNet
+    size: TransformerSizes | ResNet
     batch: int
 
     def build(self, nn: Any) -> torch.nn.Module:
@@ -142,7 +142,7 @@ class Step:
 
     def data(self, device: str) -> tuple[Tensor, Tensor]:
         size, n = self.size, self.batch
-        if isinstance(size, Transformer) and size.patch is None:
+        if isinstance(size, TransformerSizes) and size.patch is None:
             shape = (n, size.length)
             tokens = torch.randint(size.classes, shape, device=device)
             return tokens, torch.randint(size.classes, shape, device=device)
@@ -156,13 +156,13 @@ class Step:
 
 
 STEPS = [
-    Step("GPT-2 small", Transformer(768, 12, 12, 1024, 50257, causal=True), 8),
-    Step("BERT-base", Transformer(768, 12, 12, 512, 30522), 16),
-    Step("ViT-B/16", Transformer(768, 12, 12, 196, 1000, patch=16), 64),
+    Step("GPT-2 small", TransformerSizes(768, 12, 12, 1024, 50257, causal=True), 8),
+    Step("BERT-base", TransformerSizes(768, 12, 12, 512, 30522), 16),
+    Step("ViT-B/16", TransformerSizes(768, 12, 12, 196, 1000, patch=16), 64),
     Step("ResNet-50", ResNet(), 64),
 ]
 TINY = [
-    Step("GPT, tiny", Transformer(16, 2, 1, 4, 11, causal=True), 2),
-    Step("ViT, tiny", Transformer(16, 2, 1, 4, 5, patch=2), 2),
+    Step("GPT, tiny", TransformerSizes(16, 2, 1, 4, 11, causal=True), 2),
+    Step("ViT, tiny", TransformerSizes(16, 2, 1, 4, 5, patch=2), 2),
     Step("ResNet, tiny", ResNet((1, 1), 5, 16, 4), 2),
 ]

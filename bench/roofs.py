@@ -219,10 +219,10 @@ def launched(
     """((id, source) of the launches of each pass; the figures of those that are `wanted`)."""
     from fastnn.bench import predict
     from fastnn.bench.run import FORCED, in_mode
-    from fastnn.testing.roof import Launch, capture
+    from fastnn.testing.roof import CompiledLaunch, capture
 
     passes: list[list[tuple[str, str]]] = []
-    launches: list[Launch] = []
+    launches: list[CompiledLaunch] = []
 
     def asked(key: tuple) -> None:
         passes[-1].append(_named(key))

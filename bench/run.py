@@ -102,7 +102,7 @@ def _checked_rows(case: BenchCase, dtype: torch.dtype, free: int) -> int:
     return max(1, min(case.rows, int(0.5 * free / (12 * 8 * elements))))
 
 
-def check(case: BenchCase, dtype: torch.dtype, clock: Clock) -> dict:
+def compare_row(case: BenchCase, dtype: torch.dtype, clock: Clock) -> dict:
     """The path of a row that is forced onto kernels, and its differences from stock."""
     rows = _checked_rows(case, dtype, clock.free())
     part = case.at(rows)
@@ -249,7 +249,7 @@ def run_row(
 ) -> dict:
     """Check a row, then time stock, ours, auto and Liger. Returns a line of kind "row"."""
     line: dict = {"kind": "row", **describe(case, dtype)}
-    line |= check(case, dtype, clock) if checked else {"path": "kernel", "failures": []}
+    line |= compare_row(case, dtype, clock) if checked else {"path": "kernel", "failures": []}
     clock.clear()
     stock, ours = make_sides(case, dtype, clock.name)
     inputs = case.make(dtype, clock.name)

@@ -32,7 +32,7 @@ import fastnn
 from fastnn import _gate, _mode
 from fastnn._gate import Work
 from fastnn.bench.gates import BANDWIDTH
-from fastnn.bench.models import ResNet, Step, Transformer
+from fastnn.bench.models import ResNet, Step, TransformerSizes
 from fastnn.testing import simulated
 from fastnn.testing.meter import AtenTraffic, as_on_cuda
 
@@ -43,10 +43,10 @@ LAUNCH_US = 2.5  # of a launch on the host
 SPEEDS = (1, 2, 4)  # of the host, compared with the one that was measured
 
 STEPS = [
-    ("GPT-2", Step("GPT-2 8x1024", Transformer(768, 12, 12, 1024, 50257, causal=True), 8)),
-    ("GPT-2", Step("GPT-2 1x1024", Transformer(768, 12, 12, 1024, 50257, causal=True), 1)),
-    ("BERT", Step("BERT 32x128", Transformer(768, 12, 12, 128, 30522), 32)),
-    ("BERT", Step("BERT 16x512", Transformer(768, 12, 12, 512, 30522), 16)),
+    ("GPT-2", Step("GPT-2 8x1024", TransformerSizes(768, 12, 12, 1024, 50257, causal=True), 8)),
+    ("GPT-2", Step("GPT-2 1x1024", TransformerSizes(768, 12, 12, 1024, 50257, causal=True), 1)),
+    ("BERT", Step("BERT 32x128", TransformerSizes(768, 12, 12, 128, 30522), 32)),
+    ("BERT", Step("BERT 16x512", TransformerSizes(768, 12, 12, 512, 30522), 16)),
     ("ResNet-50", Step("ResNet-50 64", ResNet(), 64)),
 ]
 

@@ -65,7 +65,8 @@ class Below(NamedTuple):
     tensors: the arguments of which the size is a function; they must be exactly of class Tensor.
     others: other arguments that the size depends on.
     ready: whether nobody would notice that attributes of the tensors are read. Dynamo can trace
-        nothing of it, so `_is_compiling` is asked first.
+        nothing of it, so `_is_compiling` is asked first. It is asked before the floor, too: Dynamo
+        guards what it reads, and would compile the model again when the floor becomes known.
     size: a bound on the size of the call.
     least: the floor: `_the_floor`, or 0 while the kernel is to run calls of every size.
     """
@@ -91,7 +92,8 @@ def below(record: Any, first: str, home: str = "") -> Below:
     tensors = tuple(sorted(read))
     kinds = " and ".join(f"type({t}) in _exact_types" for t in tensors)
     copied = f"(not {home}_blocks or _context_mode() in (None, {home}_uniform))"
-    ready = f"{copied} and not _function_modes() and not _is_tracing() and {kinds}"
+    modes = "(not _function_modes() or not _mode_sees_calls())"
+    ready = f"{copied} and {modes} and not _is_tracing() and {kinds}"
     least = "_the_floor"
     if record.alerts is not None:
         least = "(0 if _is_deterministic() and not _only_warns() else _the_floor)"
@@ -102,6 +104,7 @@ BELOW = {
     "_context_mode": _mode._mode.get,
     "_is_compiling": torch.compiler.is_dynamo_compiling,
     "_function_modes": torch._C._len_torch_function_stack,
+    "_mode_sees_calls": _mode.mode_sees_calls,
     "_is_tracing": torch._C._is_tracing,  # sizes would be tensors
     "_exact_types": _EXACT_TYPES,
     "_is_deterministic": torch._C._get_deterministic_algorithms,
@@ -236,7 +239,7 @@ def front(record: Any, dispatch: Callable) -> Callable:
         + (f"dict({', '.join(keyword)}))" if keyword else "no_keywords)"),
         f"    def small({', '.join(asked.tensors + asked.others)}):",
         "        try:",
-        f"            return _plain and 0 < _the_floor and not _is_compiling() and {asked.ready}"
+        f"            return _plain and not _is_compiling() and 0 < _the_floor and {asked.ready}"
         f" and {asked.size} < {asked.least}",
         "        except Exception:",
         "            return False",

@@ -274,6 +274,7 @@ class Floor:
 
     def __init__(self):
         self._setters: list[Callable[[float], None]] = []
+        self.value: float = -1
         self.known = False
         self._held = False
         _floors.append(self)
@@ -286,16 +287,22 @@ class Floor:
         """Tell the value to all who follow. -1: it is unknown."""
         self.known = least >= 0
         self._held &= self.known
-        for setter in self._setters:
-            setter(-1 if self._held else least)
+        self._tell(-1 if self._held else least)
 
     def hold(self) -> None:
         """Let no call be small, until the table or the devices change."""
         self._held = True
+        self._tell(-1)
+
+    def _tell(self, value: float) -> None:
+        global version
+        version += 1
+        self.value = value
         for setter in self._setters:
-            setter(-1)
+            setter(value)
 
 
+version = 0  # how often a floor changed
 _floors: list[Floor] = []
 
 

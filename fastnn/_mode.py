@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.utils._device import DeviceContext
 
 Mode = Literal["auto", "triton", "torch"]
 _MODES = ("auto", "triton", "torch")
@@ -141,9 +142,26 @@ if HAS_TRITON and (torch.version.cuda or torch.version.hip):
 _settle()
 
 
+def mode_sees_calls() -> bool:
+    """Whether a torch function mode is active that may see calls of functions.
+
+    `with torch.device(...)` and `torch.set_default_device(...)` are modes too, but concern only
+    functions that make tensors.
+    """
+    for i in range(torch._C._len_torch_function_stack()):
+        if type(torch._C._get_function_stack_at(i)) is not DeviceContext:
+            return True
+    return False
+
+
 def idle() -> bool:
     """True if no kernel can run and no one asks why. PyTorch may then be called directly."""
     return _idle
+
+
+def plain() -> bool:
+    """Whether the mode of this thread is "auto" and nobody asks what ran."""
+    return _plain and (not _blocks or current_mode() == "auto")
 
 
 def uniform() -> Mode | None:

@@ -1,7 +1,8 @@
 """Translates plans for the C++ runner, `native/runner.cpp`.
 
-What it cannot take stays with the Python runner, and `refusals` tells why. A step that only Python
-can carry out (an interpreted kernel, a reservation of random numbers) is called back from C++.
+What it cannot take stays with the Python runner, and `left_to_python` tells why. A step that only
+Python can carry out (an interpreted kernel, a reservation of random numbers) is called back from
+C++.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from fastnn import _build, _mode, kernels
 from fastnn._plan import (
     UNFIT,
     Allocate,
-    Call,
+    CallStep,
     Drawn,
-    Launch,
+    LaunchStep,
+    NotReplayable,
     Pointer,
     Program,
-    Refused,
     Slot,
     flat,
     nests,
     same,
 )
 
-refusals: Counter[str] = Counter()  # why -> how many plans the Python runner has for that reason
+left_to_python: Counter[str] = Counter()  # why -> how many plans the Python runner has for it
 
 _module: Any = None
 _why: str | None = "no plan was made yet"
@@ -60,7 +61,7 @@ def _found() -> tuple[Any, str | None]:
     except _build.BuildError as e:
         _build.start()
         return None, str(e)
-    found.setup(UNFIT, same)
+    found.setup(UNFIT, same, _mode.DeviceContext)
     return found, None
 
 
@@ -76,7 +77,7 @@ def using(found: Any) -> Iterator[None]:
     global _module, _why, _asked
     before = _module, _why, _asked
     if found is not None:
-        found.setup(UNFIT, same)
+        found.setup(UNFIT, same, _mode.DeviceContext)
     _module, _why, _asked = found, None if found is not None else "for a test", True
     try:
         yield
@@ -127,27 +128,27 @@ def _argument(value: Any, kind: str) -> tuple[int, int, int]:
         return _VALUE, 0, int.from_bytes(bytes(ctypes.c_float(float(value))), "little")
     elif kind == "fp64" and isinstance(value, (int, float)):
         return _VALUE, 0, struct.unpack("<Q", struct.pack("<d", float(value)))[0]
-    raise Refused(f"an argument of a kernel has the type {kind}")
+    raise NotReplayable(f"an argument of a kernel has the type {kind}")
 
 
-def _launch(step: Launch) -> tuple:
-    """A launch through the driver. Raises Refused if only Triton's launcher can make it."""
+def _launch(step: LaunchStep) -> tuple:
+    """A launch through the driver. Raises NotReplayable if only Triton's launcher can make it."""
     compiled, consts = step.compiled
     if kernels._launch.direct(compiled) is None:
-        raise Refused("Triton launches the kernel in another way")
+        raise NotReplayable("Triton launches the kernel in another way")
     run = compiled.run
     warps, clusters, shared = compiled.packed_metadata
     if clusters != 1 or run.launch_cooperative_grid or run.launch_pdl or not compiled.function:
-        raise Refused("a launch has attributes")
+        raise NotReplayable("a launch has attributes")
     kinds = list(compiled.src.signature.values())
     given = [*step.args, *consts]
     if len(kinds) != len(given) or not all(isinstance(k, str) for k in kinds):
-        raise Refused("a kernel has an argument of several values")
+        raise NotReplayable("a kernel has an argument of several values")
     arguments = []
     for value, kind in zip(given, kinds, strict=True):
         if kind == "constexpr":
             if isinstance(value, Drawn):
-                raise Refused("a random number is part of the code")
+                raise NotReplayable("a random number is part of the code")
             continue
         arguments.append(_argument(value, kind))
     grid = (*step.grid, 1, 1)[:3]
@@ -163,14 +164,14 @@ def _operand(value: Any) -> tuple[str, Any]:
     if type(value) in (list, tuple) and value and all(isinstance(v, Slot) for v in value):
         return "slots", tuple([v.number for v in value])
     if isinstance(value, (list, tuple)) and any(isinstance(v, Slot) for v in value):
-        raise Refused("an operator is given tensors and other values in one list")
+        raise NotReplayable("an operator is given tensors and other values in one list")
     return "value", value
 
 
-def _call(step: Call) -> tuple:
+def _call(step: CallStep) -> tuple:
     function = step.function
     if not isinstance(function, torch._ops.OpOverload):
-        raise Refused("an operator has no schema")
+        raise NotReplayable("an operator has no schema")
     schema = function._schema
     operands = tuple(map(_operand, step.args))
     named = {k: _operand(v) for k, v in step.kwargs.items()}
@@ -186,11 +187,11 @@ def _step(step: Any, python: Python, operators: bool) -> tuple:
     if isinstance(step, Allocate):
         return "allocate", step.slot, step.size, step.stride, step.dtype
     try:
-        if isinstance(step, Launch) and step.compiled is not None:
+        if isinstance(step, LaunchStep) and step.compiled is not None:
             return _launch(step)
-        if isinstance(step, Call) and operators:
+        if isinstance(step, CallStep) and operators:
             return _call(step)
-    except Refused:
+    except NotReplayable:
         pass  # by Python, as a step
     return python(step)
 
@@ -200,7 +201,7 @@ def _program(program: Program, python: Python, operators: bool) -> tuple:
     if any(s[0] == "launch" for s in steps):
         why = _driver(program.device)
         if why is not None:
-            raise Refused(f"the driver is not there: {why}")
+            raise NotReplayable(f"the driver is not there: {why}")
     return steps, tuple(program.lasting.items()), program.results, program.saved
 
 
@@ -213,7 +214,7 @@ def _made(*programs: Program) -> int:
         for step in program.steps:
             if isinstance(step, Allocate):
                 slots.add(step.slot)
-            elif isinstance(step, Call):
+            elif isinstance(step, CallStep):
                 slots.update(s for s in step.results if s is not None)
     return max(slots) + 1
 
@@ -232,7 +233,7 @@ def _tried(make: Callable[[bool], Any]) -> Any:
     try:
         return make(False)
     except NotImplementedError as e:
-        raise Refused(str(e)) from None
+        raise NotReplayable(str(e)) from None
 
 
 def call(
@@ -246,9 +247,9 @@ def call(
     try:
         results = [r for r in after.results if r is not None]
         if len(results) < len(set(results)):
-            raise Refused("a result is returned twice")
+            raise NotReplayable("a result is returned twice")
         if any(t is not None and t._is_view() for t in heard.raw):
-            raise Refused("a result is a view")
+            raise NotReplayable("a result is a view")
         made, plan.native = _tried(
             lambda operators: native.plan(
                 {
@@ -279,8 +280,8 @@ def call(
             )
         )
         return made
-    except Refused as e:
-        refusals[str(e)] += 1
+    except NotReplayable as e:
+        left_to_python[str(e)] += 1
         return None
 
 
@@ -294,5 +295,5 @@ def backward(
                 _program(program, python, operators), values, tuple(checks), _made(program)
             )
         )
-    except Refused as e:
-        refusals[str(e)] += 1
+    except NotReplayable as e:
+        left_to_python[str(e)] += 1

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
-from torch.utils._device import DeviceContext
 
 from fastnn import _front, _gate, _mode, _shards
 from fastnn._function import Function as Function
@@ -145,8 +144,7 @@ _SCALARS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size
 def _refuse_mode_stack() -> Stock | None:
     for i in range(torch._C._len_torch_function_stack()):
         mode = torch._C._get_function_stack_at(i)
-        # `with torch.device(...)` concerns only factory functions
-        if type(mode) is not DeviceContext:
+        if type(mode) is not _mode.DeviceContext:
             return Stock("mode", f"a torch function mode is active ({type(mode).__name__})")
     return None
 

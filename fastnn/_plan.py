@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 UNFIT = object()  # what a plan's function returns for a call that does not fit
 
 
-class Refused(Exception):
-    """Why a call cannot be a plan."""
+class NotReplayable(Exception):
+    """Why a call cannot be replayed, or not by the C++ runner."""
 
 
 class Slot(NamedTuple):
@@ -47,7 +47,7 @@ class Allocate(NamedTuple):
     dtype: torch.dtype
 
 
-class Call(NamedTuple):
+class CallStep(NamedTuple):
     """Call an operator of PyTorch. `args` and `kwargs` hold a `Slot` for each tensor."""
 
     function: Any
@@ -56,20 +56,20 @@ class Call(NamedTuple):
     results: tuple[int | None, ...]  # slots, in the order of the leaves of what it returns
 
 
-class Draw(NamedTuple):
+class DrawStep(NamedTuple):
     """Reserve random numbers, as `_rng.numbers` does."""
 
     device: int
-    launch: Any  # _rng.Plan
+    launch: Any  # _rng.LaunchGeometry
 
 
 class Drawn(NamedTuple):
-    """The seed (0) or the offset (1) of what a `Draw` reserved."""
+    """The seed (0) or the offset (1) of what a `DrawStep` reserved."""
 
     number: int
 
 
-class Launch(NamedTuple):
+class LaunchStep(NamedTuple):
     """Launch a kernel. `args` holds a `Pointer` for each tensor, and a `Drawn` for each number."""
 
     kernel: Any  # kernels._launch.Kernel
@@ -98,9 +98,9 @@ class Program(NamedTuple):
 
 def reads(step) -> set[int]:
     """The slots that a step reads."""
-    if isinstance(step, Launch):
+    if isinstance(step, LaunchStep):
         return {a.slot for a in step.args if isinstance(a, Pointer)}
-    if isinstance(step, Call):
+    if isinstance(step, CallStep):
         leaves = tree_leaves((step.args, step.kwargs), is_leaf=lambda v: isinstance(v, Slot))
         return {leaf.number for leaf in leaves if isinstance(leaf, Slot)}
     return set()

@@ -1,6 +1,6 @@
 """Records plans: which calls, what is heard of them, and where the plans are kept.
 
-What cannot be a plan runs as always, and `refusals` tells why.
+What cannot be a plan runs as always, and `unplanned` tells why.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastnn import _mode, _native, _runner, kernels
 from fastnn._plan import (
     Allocate,
-    Call,
-    Draw,
+    CallStep,
     Drawn,
-    Launch,
+    DrawStep,
+    LaunchStep,
+    NotReplayable,
     Pointer,
     Program,
-    Refused,
     Slot,
     active,
     flat,
@@ -117,7 +117,7 @@ class _Log:
     def _slot(self, t: Tensor) -> int:
         slot = self.slots.get(t._cdata)
         if slot is None:
-            raise Refused("a tensor comes from elsewhere")
+            raise NotReplayable("a tensor comes from elsewhere")
         return slot
 
     @contextmanager
@@ -143,7 +143,7 @@ class _Log:
             self.refuse("random numbers under graph capture")
         else:
             self.drawn = draw.seed, draw.offset
-            self.steps.append(Draw(device, launch))
+            self.steps.append(DrawStep(device, launch))
 
     def called(self, function, args, kwargs, out) -> None:
         """Log a call of an operator, which returned `out`."""
@@ -151,7 +151,7 @@ class _Log:
             return
         try:
             self._called(function, args, kwargs, out)
-        except Refused as e:
+        except NotReplayable as e:
             self.refuse(str(e))
 
     def _called(self, function, args, kwargs, out) -> None:
@@ -160,7 +160,7 @@ class _Log:
             return  # a question about shapes
         if function in _ALLOCATIONS:
             if out.device != self.device or out.layout is not torch.strided:
-                raise Refused("a tensor on another device is made")
+                raise NotReplayable("a tensor on another device is made")
             self.steps.append(Allocate(self._new(out), tuple(out.shape), out.stride(), out.dtype))
             return
         if function in _QUESTIONS:
@@ -169,12 +169,12 @@ class _Log:
             self.reads_setting = True
             return
         if function in _READS:
-            raise Refused(f"{function} reads a value of a tensor")
+            raise NotReplayable(f"{function} reads a value of a tensor")
         if torch.Tag.nondeterministic_seeded in function.tags:
-            raise Refused(f"{function} draws random numbers")
+            raise NotReplayable(f"{function} draws random numbers")
         given, named = tree_map(self._as_slot, (tuple(args), dict(kwargs)))
         results = tuple([self._result(leaf, function) for leaf in tree_leaves(out)])
-        self.steps.append(Call(function, given, named, results))
+        self.steps.append(CallStep(function, given, named, results))
         if len(results) == 1 and results[0] is not None:
             self._view(results[0], out if isinstance(out, Tensor) else tree_leaves(out)[0], args)
 
@@ -185,7 +185,7 @@ class _Log:
         if not isinstance(leaf, Tensor):
             if leaf is None:
                 return None
-            raise Refused(f"{function} returns a value that is no tensor")
+            raise NotReplayable(f"{function} returns a value that is no tensor")
         known = self.slots.get(leaf._cdata)  # an operator that wrote into its argument returns it
         return self._new(leaf) if known is None else known
 
@@ -209,13 +209,13 @@ class _Log:
             named = kernel.parameters
             given = tuple([self._argument(a, n) for a, n in zip(args, named, strict=False)])
             compiled = kernel.compiled(args, meta)
-        except Refused as e:
+        except NotReplayable as e:
             self.refuse(str(e))
             return
         if compiled is None and not kernel.interpreted:
             self.refuse("a kernel that Triton did not return")
             return
-        self.steps.append(Launch(kernel, tuple(grid), given, meta, compiled))
+        self.steps.append(LaunchStep(kernel, tuple(grid), given, meta, compiled))
 
     def _argument(self, value, name: str):
         if self.drawn is not None and name in _DRAWN:
@@ -223,7 +223,7 @@ class _Log:
             if value == 0:  # a kernel that draws nothing is given 0
                 return Drawn(index) if self.drawn[index] == 0 else 0
             if value != self.drawn[index]:
-                raise Refused("a kernel draws other random numbers than were reserved")
+                raise NotReplayable("a kernel draws other random numbers than were reserved")
             return Drawn(index)
         if isinstance(value, Tensor):
             slot = self._slot(value)
@@ -233,12 +233,12 @@ class _Log:
             return Pointer(slot, 0)
         if value is None or type(value) in (int, float, bool):
             return value
-        raise Refused(f"an argument of a kernel is a {type(value).__name__}")
+        raise NotReplayable(f"an argument of a kernel is a {type(value).__name__}")
 
     def program(self, results, saved, first: int = 0, last: int | None = None) -> Program:
-        """The program of the steps from `first` to `last`. Raises `Refused` if there is none."""
+        """The program of the steps from `first` to `last`. Or it raises `NotReplayable`."""
         if self.why is not None:
-            raise Refused(self.why)
+            raise NotReplayable(self.why)
         out = tuple([None if t is None else self._slot(t) for t in results])
         kept = tuple([None if t is None else self._slot(t) for t in saved])
         steps = _needed(self.steps[first:last], {*out, *kept})
@@ -254,7 +254,7 @@ def _needed(steps: list, wanted: set) -> tuple:
     for step in reversed(steps):
         if isinstance(step, Allocate):
             needed = step.slot in wanted
-        elif isinstance(step, Call):
+        elif isinstance(step, CallStep):
             makes = {r for r in step.results if r is not None}
             changes = step.function._schema.is_mutable or not makes
             needed = changes or bool(makes & wanted)
@@ -545,10 +545,10 @@ def _record_backward(plan: Plan, drawn, grads: tuple, saved: tuple) -> tuple:
     result = plan.gradients(found)
     try:
         if log.reads_setting:
-            raise Refused("it depends on a setting")
+            raise NotReplayable("it depends on a setting")
         program = log.program(result[3:], ())
-    except Refused as e:
-        refusals[plan.function.__name__ + ".backward", str(e)] += 1
+    except NotReplayable as e:
+        unplanned[plan.function.__name__ + ".backward", str(e)] += 1
         return result
     plan.backward = _runner.backward(program, grads, saved, plan.native)
     return result
@@ -559,7 +559,7 @@ def _record_backward(plan: Plan, drawn, grads: tuple, saved: tuple) -> tuple:
 _CONSTANTS = frozenset((int, float, bool, str, type(None), torch.dtype, FunctionType))
 _TENSORS = (Tensor, Parameter)
 
-refusals: Counter[tuple[str, str]] = Counter()  # (op, why) -> how often a recording was in vain
+unplanned: Counter[tuple[str, str]] = Counter()  # (op, why) -> how often a recording was in vain
 
 _on = os.environ.get("FASTNN_PLANS", "1") != "0"
 
@@ -632,7 +632,7 @@ def _unusual() -> bool:
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or _mode.mode_sees_calls()
     )
 
 
@@ -710,7 +710,7 @@ class Plans:
             if len(self.vain_at) >= MOST:
                 self.vain_at.clear()
             self.vain_at[rough] = self.vain_at.get(rough, 0) + 1
-            refusals[self.record.name, why] += 1
+            unplanned[self.record.name, why] += 1
         return result
 
     def declined(self, args: tuple, kwargs: dict) -> None:
@@ -731,8 +731,8 @@ class Plans:
             self.seen[key] = 0
             try:
                 self._keep(_runner.declined(self.record, values), values, "auto")
-            except Refused as e:
-                refusals[self.record.name, str(e)] += 1
+            except NotReplayable as e:
+                unplanned[self.record.name, str(e)] += 1
 
     def _key(self, values: tuple, tensors: tuple, mode: str) -> tuple:
         """The signature of a call."""
@@ -772,7 +772,7 @@ class Plans:
             return result, "it is declined"
         try:
             self._add(recorder, result, values, mode)
-        except Refused as e:
+        except NotReplayable as e:
             if recorder.pass_ is not None:
                 recorder.pass_.plan.tries = 0
             return result, str(e)
@@ -781,23 +781,25 @@ class Plans:
     def _add(self, recorder: Recorder, result: Any, values: tuple, mode: str) -> None:
         heard = recorder.pass_
         if recorder.log.why is not None:
-            raise Refused(recorder.log.why)
+            raise NotReplayable(recorder.log.why)
         if heard is None:
-            raise Refused("it runs no autograd function")
+            raise NotReplayable("it runs no autograd function")
         if heard.ctx._plan.dirty:
-            raise Refused("it writes into an argument")
+            raise NotReplayable("it writes into an argument")
         picked = _picked(result, heard.outputs, heard.many)
         if any(isinstance(v, Tensor) for v in tree_leaves(heard.plan.attributes)):
-            raise Refused("a tensor is kept beside those of save_for_backward")
+            raise NotReplayable("a tensor is kept beside those of save_for_backward")
         if recorder.log.reads_setting and self.record.settings is None:
-            raise Refused("it depends on a setting that the record of the op does not name")
+            raise NotReplayable("it depends on a setting that the record of the op does not name")
         log, inputs = recorder.log, [heard.args[i] for i in heard.at]
         before = log.program(inputs, (), 0, heard.prologue)
         if recorder.followed and not all(map(_differentiable, before.steps)):
-            raise Refused("an argument was converted first, in a way that autograd cannot follow")
+            raise NotReplayable(
+                "an argument was converted first, in a way that autograd cannot follow"
+            )
         after = log.program(heard.raw, heard.saved, heard.prologue)
         if any(r is not None and r < after.given for r in after.results):
-            raise Refused("a result is one of the arguments")
+            raise NotReplayable("a result is one of the arguments")
         plan = heard.plan
         run = _runner.call(self.record, plan, before, after, values, heard, picked)
         self._keep(run, values, mode)
@@ -839,12 +841,12 @@ def _picked(result: Any, outputs: tuple, many: bool) -> int | tuple[int, ...] | 
             return None
         if result and all(id(r) in places for r in result):
             return tuple([places[id(r)] for r in result])
-    raise Refused("it does something after its autograd function")
+    raise NotReplayable("it does something after its autograd function")
 
 
 def _differentiable(step: Any) -> bool:
     """Whether autograd follows a step when it is replayed, as it did when it was recorded."""
-    return isinstance(step, Call) and not step.function._schema.is_mutable
+    return isinstance(step, CallStep) and not step.function._schema.is_mutable
 
 
 def _fact(value: Any) -> Any:

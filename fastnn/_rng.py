@@ -26,7 +26,7 @@ _THREADS = 256  # threads per block in all random kernels of ATen
 _ROUNDS_OF_PROBE = 2.5
 
 
-class Plan(NamedTuple):
+class LaunchGeometry(NamedTuple):
     """How ATen would launch a random kernel for a number of elements."""
 
     blocks: int
@@ -34,7 +34,9 @@ class Plan(NamedTuple):
     increment: int  # of the generator's offset
 
 
-def plan(n: int, most_blocks: int, vec: int = 1, pointer: int = 0, itemsize: int = 1) -> Plan:
+def launch_geometry(
+    n: int, most_blocks: int, vec: int = 1, pointer: int = 0, itemsize: int = 1
+) -> LaunchGeometry:
     """The launch for n > 0 elements, with accesses at most `vec` wide.
 
     The width is halved until it divides n and the pointer is aligned to it. For `bernoulli_` it is
@@ -43,7 +45,7 @@ def plan(n: int, most_blocks: int, vec: int = 1, pointer: int = 0, itemsize: int
     blocks = min(-(-n // _THREADS), most_blocks)
     while vec > 1 and (n % vec or pointer % (vec * itemsize)):
         vec //= 2
-    return Plan(blocks, vec, ((n - 1) // (4 * _THREADS * blocks) + 1) * 4)
+    return LaunchGeometry(blocks, vec, ((n - 1) // (4 * _THREADS * blocks) + 1) * 4)
 
 
 @functools.cache
@@ -99,7 +101,7 @@ def _no_state(device: int) -> tuple[Tensor, Tensor]:
     return scratch[4:], scratch
 
 
-def plain_draw(device: int, seed: int, offset: int, launch: Plan) -> Draw:
+def plain_draw(device: int, seed: int, offset: int, launch: LaunchGeometry) -> Draw:
     zeros, scratch = _no_state(device)
     if active.recorder is not None:
         active.recorder.log.lasting(zeros, scratch)
@@ -107,7 +109,7 @@ def plain_draw(device: int, seed: int, offset: int, launch: Plan) -> Draw:
     return Draw(seed, offset, zeros, zeros, launch.blocks, launch.vec, scratch)
 
 
-def draw_planned(device: int, launch: Plan) -> Draw | str:
+def draw_for(device: int, launch: LaunchGeometry) -> Draw | str:
     recorder = active.recorder
     if recorder is None:
         return _drawn(device, launch)
@@ -117,14 +119,14 @@ def draw_planned(device: int, launch: Plan) -> Draw | str:
     return draw
 
 
-def numbers(device: int, launch: Plan) -> tuple[int, int]:
+def numbers(device: int, launch: LaunchGeometry) -> tuple[int, int]:
     """The seed and offset of the next draw. Only while no graph is captured."""
     draw = _drawn(device, launch)
     assert not isinstance(draw, str) and draw.seed is not None
     return draw.seed, draw.offset
 
 
-def _drawn(device: int, launch: Plan) -> Draw | str:
+def _drawn(device: int, launch: LaunchGeometry) -> Draw | str:
     if device < 0:
         seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
         return plain_draw(device, seed, 0, launch)
@@ -147,7 +149,7 @@ def draw_native(x: Tensor) -> Draw | str:
     widest = width_limit(device, x.element_size())
     if isinstance(widest, str):
         return widest
-    return draw_planned(device, _plan_native(x, widest))
+    return draw_for(device, _native_geometry(x, widest))
 
 
 def draw_native_of_new(n: int, itemsize: int, device: int) -> Draw | str:
@@ -158,7 +160,7 @@ def draw_native_of_new(n: int, itemsize: int, device: int) -> Draw | str:
     widest = width_limit(device, itemsize)
     if isinstance(widest, str):
         return widest
-    return draw_planned(device, plan(n, most_blocks(device), widest, 0, itemsize))
+    return draw_for(device, launch_geometry(n, most_blocks(device), widest, 0, itemsize))
 
 
 def draw_bernoulli(n: int, device: int) -> Draw | str:
@@ -166,7 +168,7 @@ def draw_bernoulli(n: int, device: int) -> Draw | str:
     agrees = probe_bernoulli(device)
     if isinstance(agrees, str):
         return agrees
-    return draw_planned(device, plan(n, most_blocks(device)))
+    return draw_for(device, launch_geometry(n, most_blocks(device)))
 
 
 def draw_own(increment: int, device: int) -> Draw | str:
@@ -174,23 +176,23 @@ def draw_own(increment: int, device: int) -> Draw | str:
 
     `increment` is a multiple of 4. The draw has `vec` 0, because it follows no layout of ATen.
     """
-    return draw_planned(device, Plan(1, 0, increment))
+    return draw_for(device, LaunchGeometry(1, 0, increment))
 
 
 def draw_nothing(n: int, device: int) -> Draw:
     """For p = 1, where PyTorch does not advance the generator. With bound 0, for any n."""
-    return plain_draw(device, 0, 0, plan(n, most_blocks(device))._replace(vec=4))
+    return plain_draw(device, 0, 0, launch_geometry(n, most_blocks(device))._replace(vec=4))
 
 
 def width(x: Tensor) -> int:
     """How wide `native_dropout` accesses the dense tensor x. 1 means the logical order."""
     widest = width_limit(x.get_device(), x.element_size())
-    return 1 if isinstance(widest, str) else _plan_native(x, widest).vec
+    return 1 if isinstance(widest, str) else _native_geometry(x, widest).vec
 
 
-def _plan_native(x: Tensor, widest: int) -> Plan:
+def _native_geometry(x: Tensor, widest: int) -> LaunchGeometry:
     blocks = most_blocks(x.get_device())
-    return plan(x.numel(), blocks, widest, x.data_ptr(), x.element_size())
+    return launch_geometry(x.numel(), blocks, widest, x.data_ptr(), x.element_size())
 
 
 # ---- Does the installed PyTorch work as we expect? ---------------------------------------------
@@ -245,7 +247,7 @@ def _probe_plain(device: int, itemsize: int) -> int | str:
 
 def _agrees(device: int, x: Tensor, vec: int, native) -> bool:
     _, generator = probe_home(device)
-    launch = plan(x.numel(), most_blocks(device), vec, x.data_ptr(), x.element_size())
+    launch = launch_geometry(x.numel(), most_blocks(device), vec, x.data_ptr(), x.element_size())
     with torch.no_grad(), _lock:
         before = generator.get_offset()
         mask = native(x)

@@ -12,19 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
 from torch.autograd import forward_ad
 
 from fastnn import _native, _rng, kernels
 from fastnn._plan import (
     UNFIT,
     Allocate,
-    Call,
-    Draw,
+    CallStep,
     Drawn,
-    Launch,
+    DrawStep,
+    LaunchStep,
+    NotReplayable,
     Pointer,
     Program,
-    Refused,
     Slot,
     flat,
     nests,
@@ -108,24 +109,24 @@ def _steps(program: Program, cells: _Cells) -> list[str]:
     device = program.device
     if any(isinstance(s, Allocate) for s in program.steps):
         cells.values["alloc"] = _allocator(device)
-    if any(isinstance(s, Launch) and s.compiled is not None for s in program.steps):
+    if any(isinstance(s, LaunchStep) and s.compiled is not None for s in program.steps):
         cells.values["get_stream"] = kernels._launch.current_stream()
         lines.append(f"stream = get_stream({device.index or 0})")
     for step in program.steps:
         if isinstance(step, Allocate):
             size, stride, dtype = cells(step.size), cells(step.stride), cells(step.dtype)
             lines.append(f"{_name(step.slot)} = alloc({size}, {stride}, {dtype})")
-        elif isinstance(step, Draw):
+        elif isinstance(step, DrawStep):
             numbers = cells(_rng.numbers)
             lines.append(f"drawn = {numbers}({cells(step.device)}, {cells(step.launch)})")
-        elif isinstance(step, Launch):
+        elif isinstance(step, LaunchStep):
             lines.append(_launch(step, cells))
         else:
             lines.append(_call(step, cells))
     return lines
 
 
-def _launch(step: Launch, cells: _Cells) -> str:
+def _launch(step: LaunchStep, cells: _Cells) -> str:
     interpreted = step.compiled is None
     args = []
     for a in step.args:
@@ -167,7 +168,7 @@ def _value(value: Any, cells: _Cells) -> str:
     return cells(value)
 
 
-def _call(step: Call, cells: _Cells) -> str:
+def _call(step: CallStep, cells: _Cells) -> str:
     args = [_value(v, cells) for v in step.args]
     args += [f"{k}={_value(v, cells)}" for k, v in step.kwargs.items()]
     call = f"{cells(step.function)}({', '.join(args)})"
@@ -183,11 +184,11 @@ def _call(step: Call, cells: _Cells) -> str:
 
 def _step(program: Program, step: Any) -> tuple:
     """A step of `program` that the C++ runner calls back (`_native.Python`)."""
-    if isinstance(step, Draw):
+    if isinstance(step, DrawStep):
         return "draw", functools.partial(_rng.numbers, step.device, step.launch)
     cells = _Cells()
     read = tuple(sorted(reads(step)))
-    made = step.results if isinstance(step, Call) else ()
+    made = step.results if isinstance(step, CallStep) else ()
     lines = _steps(program._replace(steps=(step,), lasting={}), cells)
     head = f"def function({', '.join(['drawn', *map(_name, read)])}):"
     return "python", _make(cells, head, [*lines, f"return {_slots(made)}"]), read, made
@@ -223,8 +224,8 @@ def _aligned(names: list[str]) -> str:
 
 
 def autocast(device_type: str) -> torch.dtype | None:
-    """The dtype of autocast; None if it is off."""
-    if torch.is_autocast_enabled(device_type):
+    """The dtype of autocast; None if it is off, or if the device has none, as "meta" has not."""
+    if is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
@@ -277,14 +278,14 @@ def call(
     """
     why = unavailable()
     if why is not None:
-        raise Refused(why)
+        raise NotReplayable(why)
     order = [s for s in before.results if s is not None]
     used = {r for step in after.steps for r in reads(step)}
     used |= {s for s in after.saved if s is not None}
     made: set[int | None] = {s.slot for s in after.steps if isinstance(s, Allocate)}
-    made |= {r for s in after.steps if isinstance(s, Call) for r in s.results}
+    made |= {r for s in after.steps if isinstance(s, CallStep) for r in s.results}
     if not used <= {*order, *made, *after.lasting}:
-        raise Refused("it uses a tensor that its autograd function is not given")
+        raise NotReplayable("it uses a tensor that its autograd function is not given")
     given = [_name(s) if order.index(s) == i else f"again{i}" for i, s in enumerate(order)]
     results = _slots(after.results)
 
@@ -308,7 +309,7 @@ def call(
     if before.steps:
         lines += [f"{_name(i)} = {n}" for i, n in enumerate(mine)]
         lines += _steps(before, cells)
-    early_draw = any(isinstance(s, Draw) for s in before.steps)
+    early_draw = any(isinstance(s, DrawStep) for s in before.steps)
     passed.insert(0, "drawn" if early_draw else "None")
     if heard.graph:
         run = f"{cells(plan.node)}({cells(plan)}, None, {', '.join(passed)})"
@@ -338,7 +339,7 @@ def declined(record: Any, values: tuple) -> Callable:
     """A function that calls PyTorch for such calls of the op as this one, or returns UNFIT."""
     why = unavailable()
     if why is not None:
-        raise Refused(why)
+        raise NotReplayable(why)
     cells = _Cells()
     names, _, asked = _fitting(record, values, cells)
     asked += _settings(record, cells)

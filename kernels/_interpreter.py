@@ -41,14 +41,14 @@ from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from triton.runtime.jit import _normalize_ty
 
-from fastnn.kernels._interpreter_steps import Memory, identity
+from fastnn.kernels._interpreter_steps import CallMemory, identity
 
 Array = Any  # np.ndarray, whose stubs would need a cast in every expression here
 
 
 # the interpreter's state is global, so only one thread may launch at a time
 lock = threading.RLock()
-memory = Memory()
+memory = CallMemory()
 
 
 def install() -> None:
@@ -139,8 +139,10 @@ def _repair_bfloat16() -> None:
         return _bf16(op(*(_float(x).data for x in (lhs, rhs, other))))
 
     def create_fma(self, x, y, z):
-        if not _is_bf16(z):
+        if z.data.dtype == np.float64:
             return stock_fma(self, x, y, z)
+        if not _is_bf16(z):  # Triton's own rounds twice
+            return TensorHandle(_fma(x.data, y.data, z.data), z.dtype.scalar)
         x, y, z = (widen(h.data).astype(np.float64) for h in (x, y, z))
         return _bf16(x * y + z)
 

@@ -240,7 +240,7 @@ class _Recorder:
         return call
 
 
-class Memory:
+class CallMemory:
     """Remembers the calls of built-in functions. The interpreter runs in one thread at a time."""
 
     def __init__(self) -> None:

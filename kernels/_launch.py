@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from typing import Any
 
 import torch
 import triton
@@ -84,7 +85,7 @@ class Kernel:
         self.__doc__ = fn.__doc__
         self._interpreted = not isinstance(fn, JITFunction)
         # types of the arguments: (function that makes the key, {key: compiled})
-        self._known: dict = {}
+        self._known: dict[tuple, tuple[Any, dict]] = {}
         if not self._interpreted:
             runtime = [p for p in fn.params if not p.is_constexpr]
             self._consts = [p.name for p in fn.params if p.is_constexpr]

@@ -31,7 +31,7 @@ from fastnn.kernels.attention_tiles import DIAGONAL, PAST_END, ROWS, kept_tile
 from fastnn.kernels.epilogue import width
 
 
-class Noise(NamedTuple):
+class WeightDropout(NamedTuple):
     """Dropout of the weights.
 
     draw: a `_philox.Draw`. If its `vec` is 0, the weight at (batch and head i, row l, column s) has
@@ -141,7 +141,7 @@ class _Call(NamedTuple):
     mask_strides: tuple
     constexprs: dict
     random: tuple
-    noise: Noise | None
+    noise: WeightDropout | None
 
 
 def _prepare(tensors, mask, causal, scale, noise, safe, precision):
@@ -170,7 +170,7 @@ def _prepare(tensors, mask, causal, scale, noise, safe, precision):
         "BY_ROW": by_row,
         "BY_COL": by_col,
         "CAUSAL": causal,
-        "VEC": (draw.vec or ROWS.value) if noise else 0,
+        "VEC": 0 if draw is None else draw.vec or ROWS.value,
         "BY_FOUR": epilogue.by_four(S, draw),
         "PRECISION": precision,
         "UNIT": unit,
@@ -197,7 +197,7 @@ def fwd(
 
     mask: bool (True to keep) or float (added); 4-D; size 1 or stride 0 where it broadcasts.
     causal: query l sees keys 0 to l.
-    noise: a `Noise`.
+    noise: a `WeightDropout`.
     safe: rows without a key give 0, else nan.
     precision: of fp32 products, "ieee" or "tf32".
     """
@@ -311,7 +311,7 @@ def bwd(
 
 
 def keep(like, noise):
-    """Which elements of the weights, like (..., L, S), a `Noise` keeps: bool, contiguous."""
+    """Which weights, of those like (..., L, S), a `WeightDropout` keeps: bool, contiguous."""
     out = torch.empty(like.shape, dtype=torch.bool, device=like.device)
     L, S = like.shape[-2:]
     seed, offset, SEED, OFFSET, blocks, bound = epilogue.random_arguments(noise.draw, noise.bound)

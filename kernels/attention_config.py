@@ -65,7 +65,7 @@ class Shape(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rule:
+class TileRule:
     """What to change for `kinds` if the head size is in `heads` and `where` holds."""
 
     why: str
@@ -110,85 +110,85 @@ _LARGEST = {
 _EVERY, _SMALL, _MEDIUM, _LARGE = (16, 256), (16, 64), (128, 128), (256, 256)
 
 RULES = (
-    Rule(
+    TileRule(
         "eight warps: 2 spills; four warps: 231 registers, so one block at a time",
         ("fwd",), (16, 32), lambda s: s.beside and s.plain, most=_tile(64, 64),
     ),
-    Rule(
+    TileRule(
         "mask and dropout together: 18 spills",
         ("fwd",), _SMALL, lambda s: s.beside and s.masked and s.noisy, most=_tile(64, 64),
     ),
-    Rule(
+    TileRule(
         "causal, with its loop over the diagonal: 8 spills",
         ("fwd",), _MEDIUM, lambda s: s.beside and s.causal, most=_tile(64, 64),
     ),
-    Rule(
+    TileRule(
         "a mask or dropout: 365 spills",
         ("fwd",), _MEDIUM, lambda s: s.beside and not s.plain,
         most={**_tile(64, 32), "num_stages": 2},
     ),
-    Rule(
+    TileRule(
         "mask and dropout together",
         ("fwd",), _MEDIUM, lambda s: s.masked and s.noisy, most=_tile(64, 64),
     ),
-    Rule(
+    TileRule(
         "a second sum, beside operands, a mask or dropout",
         ("dkdv",), _SMALL, lambda s: s.beside or not s.plain, most=_tile(32, 128),
     ),
-    Rule(
+    TileRule(
         "dropout, or a mask whose accesses are masked",
         ("dkdv",), _SMALL, lambda s: s.beside and (s.noisy or (s.masked and s.ragged)),
         most=_tile(32, 64),
     ),
-    Rule(
+    TileRule(
         "masked accesses, or mask and dropout together",
         ("dkdv",), _MEDIUM, lambda s: s.beside and (s.ragged or (s.masked and s.noisy)),
         most=_tile(32, 64),
     ),
-    Rule(
+    TileRule(
         "one more loop, over the heads of a group, around those of dk and dv",
         ("dkdv",), _EVERY, lambda s: s.grouped, most=_tile(64, 64),
     ),
-    Rule(
+    TileRule(
         "the same, with a mask, dropout or large heads",
         ("dkdv",), _EVERY, lambda s: s.grouped and not (s.plain and s.d <= 64), most=_tile(64, 32),
     ),
-    Rule(
+    TileRule(
         "a mask beside operands",
         ("dq", "dmask"), _SMALL, lambda s: s.beside and s.masked, most=_tile(64, 64),
     ),
-    Rule(
+    TileRule(
         "dropout beside operands: 8 spills; a small tile needs four warps",
         ("dq", "dmask"), _SMALL, lambda s: s.beside and s.noisy,
         most=_tile(64, 32), sets={"num_warps": 4},
     ),
-    Rule(
+    TileRule(
         "the same with a mask whose accesses are masked: four warps spill",
         ("dq", "dmask"), _SMALL, lambda s: s.beside and s.noisy and s.masked and s.ragged,
         sets={"num_warps": 8},
     ),
-    Rule(
+    TileRule(
         "operands, a mask or dropout beside a wide sum; masked accesses, heads of 121: 506 spills",
         ("dq",), _MEDIUM, lambda s: s.beside or not s.plain or s.ragged, most=_tile(64, 64),
     ),
-    Rule(
+    TileRule(
         "mask and dropout together (30 spills), or one more loop, around a sum of scores",
         ("dmask",), _SMALL, lambda s: s.grouped or (s.masked and s.noisy), most=_tile(64, 64),
     ),
-    Rule(
+    TileRule(
         "operands beside a sum of scores",
         ("dmask",), _MEDIUM, lambda s: s.beside, most=_tile(64, 32),
     ),
-    Rule(
+    TileRule(
         "mask and dropout together (2 spills), or dropout and large heads (8 spills)",
         ("dq",), (128, 256), lambda s: not s.beside and s.noisy and (s.masked or s.d > 128),
         most=_tile(32, 64),
     ),
-    Rule(
+    TileRule(
         "heads of 16: accesses are narrow, an address for each",
         ("fwd", "dq"), (16, 16), lambda s: True, most=_tile(64, 64),
     ),
-    Rule(
+    TileRule(
         "the same, with dropout",
         ("dq",), (16, 16), lambda s: s.noisy, most=_tile(64, 32),
     ),
@@ -199,102 +199,102 @@ _LONE = {"maxnreg": 255}
 
 EXCEPTIONS = (
     # sm_100: to apply a mask, a thread reads whole rows of scores from tensor memory.
-    Rule(
+    TileRule(
         "a mask, or dropout on small heads",
         ("fwd",), (16, 128), lambda s: (s.masked and s.d != 64) or (s.noisy and s.d < 64),
         most=_tile(64, 64), gpus=("sm_100",),
     ),
-    Rule(
+    TileRule(
         "a mask on large heads",
         ("fwd",), _LARGE, lambda s: s.masked, most=_tile(32, 32), gpus=("sm_100",),
     ),
-    Rule("a mask", ("dkdv",), _SMALL, lambda s: s.masked, most=_tile(64, 64), gpus=("sm_100",)),
-    Rule(
+    TileRule("a mask", ("dkdv",), _SMALL, lambda s: s.masked, most=_tile(64, 64), gpus=("sm_100",)),
+    TileRule(
         "mask and dropout together on small heads",
         ("dq",), (16, 32), lambda s: s.masked and s.noisy, most=_tile(64, 64), gpus=("sm_100",),
     ),
-    Rule(
+    TileRule(
         "a mask on large heads",
         ("dq",), _LARGE, lambda s: s.masked, most=_tile(32, 32), gpus=("sm_100",),
     ),
-    Rule(
+    TileRule(
         "two stages: 105 spills",
         ("dmask",), _LARGE, lambda s: True, most={"num_stages": 1}, gpus=("sm_100",),
     ),
-    Rule(
+    TileRule(
         "heads of 16 fill half of the narrowest tile of tcgen05",
         ("fwd", "dq", "dmask"), (16, 16), lambda s: True,
         sets={**_tile(64, 32), "num_warps": 8, "num_stages": 2}, gpus=("sm_100",),
     ),
-    Rule(
+    TileRule(
         "heads of 16 fill half of the narrowest tile of tcgen05",
         ("dkdv",), (16, 16), lambda s: True,
         sets={**_tile(32, 64), "num_warps": 8, "num_stages": 2}, gpus=("sm_100",),
     ),
     # sm_86, sm_89, sm_120: ptxas keeps fewer values in registers than for sm_80.
-    Rule(
+    TileRule(
         "8 spills on sm_86 and sm_89, 48 on sm_120",
         ("fwd",), _MEDIUM, lambda s: s.plain,
         sets={**_tile(64, 64), "num_warps": 4, "num_stages": 3}, gpus=_SMALL_SM,
     ),
-    Rule(
+    TileRule(
         "a float mask: 5 spills",
         ("dkdv",), _MEDIUM, lambda s: s.masked, most=_tile(32, 64), gpus=_SMALL_SM,
     ),
-    Rule(
+    TileRule(
         "a float32 mask: 15 spills",
         ("dmask",), _SMALL, lambda s: s.mask_itemsize == 4, most=_tile(64, 32), gpus=_SMALL_SM,
     ),
-    Rule(
+    TileRule(
         "mask and dropout together: four warps spill",
         ("dq",), _SMALL, lambda s: s.masked and s.noisy, sets={"num_warps": 8}, gpus=_SMALL_SM,
     ),
-    Rule(
+    TileRule(
         "dropout: 14 spills; a float32 mask: 11; without either, more blocks at a time",
         ("fwd",), (16, 128), lambda s: s.plain or s.noisy or s.mask_itemsize == 4,
         sets={**_tile(64, 32), "num_warps": 8, "num_stages": 2}, gpus=_SM_120,
     ),
-    Rule("two sums", ("dkdv",), (16, 128), lambda s: True, most=_tile(32, 64), gpus=_SM_120),
-    Rule(
+    TileRule("two sums", ("dkdv",), (16, 128), lambda s: True, most=_tile(32, 64), gpus=_SM_120),
+    TileRule(
         "a mask (11 spills), dropout or large heads",
         ("dkdv",), (16, 128), lambda s: s.d > 64 or not s.plain, most=_tile(32, 32), gpus=_SM_120,
     ),
-    Rule(
+    TileRule(
         "a mask: 22 spills of dq, 18 of dmask",
         ("dq", "dmask"), _SMALL, lambda s: s.masked,
         most=_tile(32, 32), sets={"num_warps": 8}, gpus=_SM_120,
     ),
-    Rule(
+    TileRule(
         "mask and dropout together, around a sum of scores: 7 spills",
         ("dmask",), _SMALL, lambda s: s.masked and s.noisy, most=_tile(32, 16), gpus=_SM_120,
     ),
-    Rule(
+    TileRule(
         "one more loop, with a mask: 5 spills, with one stage 4",
         ("dkdv",), _LARGE, lambda s: s.grouped and s.masked,
         most=_tile(32, 16), gpus=_SM_120,
     ),
     # On AMD the kernels still spill, so `auto` runs PyTorch there.
-    Rule(
+    TileRule(
         "with more stages the next tiles wait in registers",
         KINDS, _EVERY, lambda s: s.gpu.matrix == "mfma", most={"num_stages": 1},
     ),
-    Rule(
+    TileRule(
         "64 KiB of shared memory",
         ("fwd", "dq", "dmask"), (128, 256), lambda s: s.gpu.matrix == "mfma", most=_tile(64, 32),
     ),
-    Rule(
+    TileRule(
         "64 KiB of shared memory",
         ("dkdv",), (128, 256), lambda s: s.gpu.matrix == "mfma", most=_tile(64, 64),
     ),
     # Without a limit, ptxas spills a few registers in these kernels, so that another block fits.
-    Rule("heads of 16", KINDS, (16, 16), lambda s: True, sets=_LONE, gpus=("sm_100", "sm_120")),
-    Rule("large heads", ("dq",), (128, 256), lambda s: True, sets=_LONE, gpus=("sm_100",)),
-    Rule("large heads", ("dkdv",), (128, 256), lambda s: True, sets=_LONE, gpus=_SM_120),
-    Rule(
+    TileRule("heads of 16", KINDS, (16, 16), lambda s: True, sets=_LONE, gpus=("sm_100", "sm_120")),
+    TileRule("large heads", ("dq",), (128, 256), lambda s: True, sets=_LONE, gpus=("sm_100",)),
+    TileRule("large heads", ("dkdv",), (128, 256), lambda s: True, sets=_LONE, gpus=_SM_120),
+    TileRule(
         "heads of 16, with a mask or dropout",
         KINDS, (16, 16), lambda s: not s.plain, sets=_LONE, gpus=_SMALL_SM,
     ),
-    Rule(
+    TileRule(
         "large heads, with a mask or dropout",
         ("fwd",), (128, 256), lambda s: not s.plain, sets=_LONE, gpus=_SMALL_SM,
     ),

@@ -20,6 +20,10 @@ element lies; S is the number of positions of a plane:
     samples    j // S * C * S + c * S + j % S      contiguous, J runs through the samples
     last       o * J * C + j * C + c               channels last
 
+Batch norm of many small planes, such as 7 x 7, has kernels of its own. There a tile has the planes
+of some neighbouring channels as one run of memory. So its accesses are wide, although not every
+plane starts at a multiple of 16 bytes.
+
 If the elements of a statistic do not fit in registers, each program reduces a chunk of J by
 Welford's recurrence, and a second kernel combines the chunks in a fixed order. Other sums across
 programs also go through partial sums.
@@ -285,6 +289,138 @@ def _channel_bwd_kernel(
     tl.store(DX + base + offs, dx.to(DX.dtype.element_ty), mask=mask)
 
 
+# ---- small planes -------------------------------------------------------------------------------
+#
+# Axes of a tile: samples n, and positions p of the planes of CHANNELS neighbouring channels, which
+# are neighbours in memory. The channel of a position is computed once for each position, not for
+# each element. A division by S is a product with MAGIC = ceil(2^20 / S), exact for p, S < 1024.
+
+
+@triton.jit
+def _planes(
+    N, S_units, MAGIC, UNIT: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """(offsets of a tile; which of them exist; slots of positions; which positions exist; channels
+    of the slots; which slots exist)"""
+    n = tl.arange(0, BLOCK_N)
+    p = tl.arange(0, BLOCK_P)
+    slot = tl.arange(0, SLOTS)
+    run = S_units * UNIT  # so that the compiler sees the factor
+    offs = (n.to(tl.int64) * tl.num_programs(0) * run)[:, None]
+    offs += (tl.program_id(0) * run + p)[None, :]
+    inside = p < run
+    mask = (n < N)[:, None] & inside[None, :]
+    at = tl.minimum(p * MAGIC >> 20, SLOTS - 1)
+    return offs, mask, at, inside, tl.program_id(0) * CHANNELS + slot, slot < CHANNELS
+
+
+@triton.jit
+def _existing(x, mask, WHOLE: tl.constexpr):
+    """x, and 0 for samples that do not exist. Positions that do not exist belong to no slot."""
+    return x if WHOLE else tl.where(mask, x, 0.0)
+
+
+@triton.jit
+def _by_channel(x, at, inside, SLOTS: tl.constexpr):
+    """Sums of a tile over the samples and positions of each slot."""
+    member = (tl.arange(0, SLOTS)[:, None] == at[None, :]) & inside[None, :]
+    return tl.sum(tl.where(member, tl.sum(x, 0)[None, :], 0.0), 1)
+
+
+@triton.jit
+def _by_position(values, at):
+    """The value of its slot for each position, as a row."""
+    return tl.gather(values, at, 0)[None, :]
+
+
+@kernel(do_not_specialize=["S_units", "N", "MAGIC"])
+def _planes_fwd_kernel(
+    X, W, B, R, Y, MEAN, RSTD, RUNNING_MEAN, RUNNING_VAR, S_units, N, MAGIC, count, eps,
+    momentum, a, b,
+    UNIT: tl.constexpr, FORMULA: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """A program normalises CHANNELS neighbouring channels of all samples at once.
+
+    X, R, Y (N, C, S): float, contiguous; R may be None. W, B (C,): float, or None. MEAN, RSTD (C,):
+    fp32. RUNNING_MEAN, RUNNING_VAR (C,): float, or None; updated. S_units is CHANNELS * S / UNIT,
+    and MAGIC is ceil(2^20 / S).
+    """
+    offs, mask, at, inside, c, there = _planes(
+        N, S_units, MAGIC, UNIT, CHANNELS, SLOTS, BLOCK_N, BLOCK_P
+    )
+    ch = tl.program_id(0) * CHANNELS + at
+    x = tl.load(X + offs, mask=mask, other=0.0).to(tl.float32)
+    part = tl.div_rn(1.0, count)  # before the sum, which might overflow fp32
+    mean = _by_channel(x * part, at, inside, SLOTS)
+    d = _existing(x - _by_position(mean, at), mask, WHOLE)
+    # If |mean| >> std, the first sum loses low-order digits; summing the deviations recovers them.
+    rest = _by_channel(d * part, at, inside, SLOTS)
+    mean += rest
+    d = _existing(d - _by_position(rest, at), mask, WHOLE)
+    var = tl.div_rn(_by_channel(d * d, at, inside, SLOTS), count)
+    rstd = _rstd_of(var, eps)
+    tl.store(MEAN + c, mean, mask=there)
+    tl.store(RSTD + c, rstd, mask=there)
+    if RUNNING_MEAN is not None or RUNNING_VAR is not None:
+        _track(RUNNING_MEAN, RUNNING_VAR, c, there, mean, var, count, momentum)
+    y = d * _by_position(rstd, at)
+    if W is not None:
+        y *= tl.load(W + ch, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if B is not None:
+        y += tl.load(B + ch, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if R is not None:
+        y += tl.load(R + offs, mask=mask, other=0.0).to(tl.float32)
+    if FORMULA is not None:
+        y = FORMULA(y, a, b)
+    tl.store(Y + offs, y.to(Y.dtype.element_ty), mask=mask)
+
+
+@kernel(do_not_specialize=["S_units", "N", "MAGIC"])
+def _planes_bwd_kernel(
+    DY, X, W, B, Y, MEAN, RSTD, DX, DZ, DW, DB, S_units, N, MAGIC, count, a, b,
+    UNIT: tl.constexpr, FORMULA: tl.constexpr, GRADIENT: tl.constexpr, CHANNELS: tl.constexpr,
+    SLOTS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """A program computes dx of CHANNELS neighbouring channels of all samples at once.
+
+    DY, X, Y, DX, DZ (N, C, S): float, contiguous. Y is read if f' is computed from y. DZ is written
+    unless None. W, B (C,): float, or None. MEAN, RSTD (C,): fp32. DW, DB (C,): float, or None.
+    S_units is CHANNELS * S / UNIT, and MAGIC is ceil(2^20 / S).
+    """
+    offs, mask, at, inside, c, there = _planes(
+        N, S_units, MAGIC, UNIT, CHANNELS, SLOTS, BLOCK_N, BLOCK_P
+    )
+    ch = tl.program_id(0) * CHANNELS + at
+    dz = tl.load(DY + offs, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(X + offs, mask=mask, other=0.0).to(tl.float32)
+    rstd = tl.load(RSTD + ch, mask=inside, other=1.0)[None, :]
+    x_hat = (x - tl.load(MEAN + ch, mask=inside, other=0.0)[None, :]) * rstd
+    w = tl.full((1, BLOCK_P), 1.0, tl.float32)
+    if W is not None:
+        w = tl.load(W + ch, mask=inside, other=0.0).to(tl.float32)[None, :]
+    z = x_hat
+    if FORMULA is not None or GRADIENT is not None:
+        z = x_hat * w
+        if B is not None:
+            z += tl.load(B + ch, mask=inside, other=0.0).to(tl.float32)[None, :]
+    dz = _through(dz, z, Y, offs, mask, a, b, FORMULA, GRADIENT)
+    if DZ is not None:
+        tl.store(DZ + offs, dz.to(DZ.dtype.element_ty), mask=mask)
+    along = _by_channel(_existing(dz * x_hat, mask, WHOLE), at, inside, SLOTS)
+    total = _by_channel(dz, at, inside, SLOTS)
+    if DW is not None:
+        tl.store(DW + c, along.to(DW.dtype.element_ty), mask=there)
+    if DB is not None:
+        tl.store(DB + c, total.to(DB.dtype.element_ty), mask=there)
+    along = _by_position(tl.div_rn(along, count), at)
+    total = _by_position(tl.div_rn(total, count), at)
+    # The weight is multiplied last, because sums of its products might overflow.
+    dx = (dz - x_hat * along - total) * rstd * w
+    tl.store(DX + offs, dx.to(DX.dtype.element_ty), mask=mask)
+
+
 # ---- statistics that do not fit in registers ----------------------------------------------------
 
 
@@ -317,25 +453,31 @@ def _channel_moments_kernel(
     stop = tl.minimum(start + span, V)
     v = tl.arange(0, BLOCK_V)
     origin = _origin(X, o, c // D, c < C, outer_stride, group_stride)[:, None, None]
-    mean = tl.zeros((BLOCK_C, BLOCK_V, U), tl.float32)
-    m2 = tl.zeros((BLOCK_C, BLOCK_V, U), tl.float32)
+    mean = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
+    m2 = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
     step = 0.0
     for v0 in range(start, stop, BLOCK_V):
         base, offs = _offsets(o, c, v0, C, S, V, LAYOUT, U, BLOCK_V)
-        mask = (c < C)[:, None, None] & (v0 + v < stop)[None, :, None]
-        x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
+        mask = (c < C)[:, None] & (v0 + v < stop)[None, :]
+        x = tl.load(X + base + offs, mask=mask[:, :, None], other=0.0).to(tl.float32) - origin
+        # The moments of a vector of U elements, in two passes over it, then Chan's formula.
+        middle = tl.sum(x * (1.0 / U), 2)  # the sum might overflow
+        share = tl.div_rn(1.0, step + 1.0)
+        d = tl.where(mask, middle - mean, 0.0)
+        mean += d * share
+        apart = d * (d * (step * share * U))
+        if U > 1:
+            x -= middle[:, :, None]
+            apart += tl.where(mask, tl.sum(x * x, 2), 0.0)
+        m2 += apart
         step += 1.0
-        x -= origin
-        d = tl.where(mask, x - mean, 0.0)
-        mean += d * tl.div_rn(1.0, step)
-        m2 += d * (x - mean)
-    # Each lane has the moments of its own elements.
-    count = tl.maximum((stop - start - v + BLOCK_V - 1) // BLOCK_V, 0).to(tl.float32)[None, :, None]
+    # Each lane has the moments of its own vectors.
+    count = tl.maximum((stop - start - v + BLOCK_V - 1) // BLOCK_V, 0).to(tl.float32)[None, :] * U
     d = tl.where(count > 0, mean, 0.0)
     share = tl.div_rn(count, ((stop - start) * U).to(tl.float32))  # d * count might overflow
-    pooled = _sum(d * share)
-    d = tl.where(count > 0, mean - pooled[:, None, None], 0.0)
-    m2 = _sum(m2 + count * d * d)
+    pooled = tl.sum(d * share, 1)
+    d = tl.where(count > 0, mean - pooled[:, None], 0.0)
+    m2 = tl.sum(m2 + count * d * d, 1)
     at = (o * K + k) * C + c
     tl.store(MEAN + at, pooled, mask=c < C)
     tl.store(M2 + at, m2, mask=c < C)
@@ -632,12 +774,51 @@ def _whole_config(view, itemsize, most):
     }
 
 
+PLANES = 16384  # the most elements of a tile of small planes, with those that do not exist
+
+
+def _planes_launch(x, view, light=True):
+    """(programs, arguments S_units, N, MAGIC and count, config) for small planes of x; or None.
+
+    None where accesses would be narrower than with a plane in each row of a tile, or where fewer
+    programs than multiprocessors would have all the work. `light`: not the gradient of an
+    activation, which takes more registers.
+    """
+    C, S, N = view.C, view.S, view.N
+    if view.layout != "samples" or S > 512:
+        return None
+    widest = 16 // x.element_size()
+    processors = norm.processors_of(x.get_device())
+    for unit in (u for u in (8, 4, 2) if math.gcd(S, widest) <= u <= widest):
+        channels = unit // math.gcd(S, unit)
+        block_n, block_p = next_power_of_2(N), next_power_of_2(channels * S)
+        most = PLANES if light and unit > 2 else PLANES // 2
+        if block_p > 512 or block_n * block_p > most:
+            continue
+        while 2 * channels * S <= 256 and 2 * block_p * block_n <= PLANES // 4:
+            channels, block_p = 2 * channels, 2 * block_p
+        if C % channels or C // channels < processors or block_n * block_p < 1024:
+            continue
+        return C // channels, (channels * S // unit, N, cdiv(1 << 20, S), float(N * S)), {
+            "UNIT": unit,
+            "CHANNELS": channels,
+            "SLOTS": next_power_of_2(channels),
+            "WHOLE": N == block_n,
+            "BLOCK_N": block_n,
+            "BLOCK_P": block_p,
+            "num_warps": min(max(block_n * block_p // (1024 if light else 512), 4), 16),
+        }  # fmt: skip
+    return None
+
+
 def reads_once(x, groups, last=False):
     """Whether both passes hold a whole statistic of x in registers, and so read it once each.
 
     x, groups, last: as for `fwd`.
     """
     view, itemsize = _view(x, groups, last), x.element_size()
+    if _planes_launch(x, view, light=False) is not None:
+        return True
     most = WHOLE_BWD // 2 if x.dtype == torch.float32 else WHOLE_BWD
     return all(_whole_config(view, itemsize, m) is not None for m in (WHOLE, most))
 
@@ -670,6 +851,21 @@ def _tile(view, unit, itemsize):
         "BLOCK_V": block_v,
         "num_warps": 4,
     }
+
+
+def _moments_tile(view, itemsize):
+    """`_tile`, with more channels where planes are small: sums across lanes cost as much as 16 of
+    the elements of a thread, of which it then has 32."""
+    config = dict(_tile(view, view.unit, itemsize))
+    each = config["BLOCK_V"] * view.vector
+    programs = view.outer * view.C * cdiv(view.V, config["BLOCK_V"])
+    while (
+        view.layout == "planes"
+        and 2 * config["BLOCK_C"] * each <= 2 * TILE
+        and programs // (2 * config["BLOCK_C"]) >= PROGRAMS
+    ):
+        config["BLOCK_C"] *= 2
+    return config
 
 
 def _split(view, config, tiles_each):
@@ -744,6 +940,14 @@ def fwd(
     rstd = torch.empty_like(mean)
     view = _view(x, groups, last)
     tracked = running_mean is not None or running_var is not None
+    planes = _planes_launch(x, view)
+    if planes is not None:
+        programs, sizes, config = planes
+        _planes_fwd_kernel(
+            (programs,), x, weight, bias, residual, y, mean, rstd, running_mean, running_var,
+            *sizes, eps, momentum, a, b, FORMULA=formula and getattr(pointwise, formula), **config,
+        )  # fmt: skip
+        return mean, rstd
     whole = None
     if not (tracked and groups):
         whole = _whole_config(view, x.element_size(), WHOLE)
@@ -754,7 +958,7 @@ def fwd(
             *sizes, eps, momentum, a, b, FORMULA=formula and getattr(pointwise, formula), **whole,
         )  # fmt: skip
         return mean, rstd
-    config = _tile(view, view.unit, x.element_size())
+    config = _moments_tile(view, x.element_size())
     grid, span = _chunks(view, config)
     K = grid[1]
     parts = mean.new_empty((2, view.outer * K * view.C))
@@ -811,6 +1015,14 @@ def bwd(
 
     whole = None
     if need_dx and eps is None:
+        planes = _planes_launch(x, view, light=gradient is None)
+        if planes is not None:
+            programs, sizes, config = planes
+            _planes_bwd_kernel(
+                (programs,), dy, x, weight, bias, y, mean, rstd, dx, dz, dw, db, *sizes, a, b,
+                **formulas, **config,
+            )  # fmt: skip
+            return dx, dw, db, dz
         most = WHOLE_BWD // 2 if x.dtype == torch.float32 else WHOLE_BWD
         whole = _whole_config(view, x.element_size(), most)
     if whole is not None:

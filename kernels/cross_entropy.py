@@ -304,7 +304,7 @@ def fwd(x, target, weight, ignore_index, smoothing, reduction, dtype):
 def bwd(dloss, x, target, weight, stats, ignore_index, smoothing, reduction, need_x, need_target):
     """dloss, the inputs and stats of `fwd` -> those needed of [dx, dtarget]."""
     probabilities = target.is_floating_point()
-    read = (x, target) if probabilities else (x,)
+    read: tuple[torch.Tensor, ...] = (x, target) if probabilities else (x,)
     needs = (need_x, need_target)
     wanted = [torch.empty_like(t) for t, need in zip(read, needs, strict=False) if need]
     view = common(*read, *wanted)

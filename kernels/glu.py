@@ -121,7 +121,7 @@ def _row_stride(x, order, at):
         expected *= x.shape[d]
     if x.shape[order[at]] > 2 and x.stride(order[at]) != expected:
         return None
-    stride = expected = None
+    stride = None
     for d in reversed(order[:at]):
         if x.shape[d] == 1:
             continue

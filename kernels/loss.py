@@ -28,6 +28,7 @@ from fastnn.kernels._config import here, lanes, tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels._tl import dense
+from fastnn.kernels.pointwise import log1p_of_share
 
 # ---- formulas -----------------------------------------------------------------------------------
 #
@@ -134,7 +135,7 @@ def _sigmoids(x):
 @triton.jit
 def bce_with_logits(a, b, c, p, q):  # c is the weight of positive targets
     # (1 - b) a + v softplus(-a), v = 1 + (c - 1) b, without the difference of two large terms.
-    rest = ((c - 1.0) * b + 1.0) * libdevice.log1p(libdevice.exp(-tl.abs(a)))
+    rest = ((c - 1.0) * b + 1.0) * log1p_of_share(libdevice.exp(-tl.abs(a)))
     loss = tl.where(a >= 0, (1.0 - b) * a, -c * b * a) + rest
     # as in PyTorch, which computes inf - inf there
     return tl.where(a == -float("inf"), float("nan"), loss)
@@ -144,7 +145,7 @@ def bce_with_logits(a, b, c, p, q):  # c is the weight of positive targets
 def bce_with_logits_grad(g, a, b, c, p, q):
     s, _ = _sigmoids(a)
     da = ((c * b + 1.0 - b) * s - c * b) * g
-    log_s = tl.minimum(a, 0.0, propagate_nan=tl.PropagateNan.ALL) - libdevice.log1p(
+    log_s = tl.minimum(a, 0.0, propagate_nan=tl.PropagateNan.ALL) - log1p_of_share(
         libdevice.exp(-tl.abs(a))
     )
     db = ((1.0 - c) * log_s - a) * g
@@ -316,7 +317,7 @@ def margin_ranking_of_difference(g, k, b, c, p, q):
 
 @triton.jit
 def multilabel_soft_margin(a, b, c, p, q):
-    rest = libdevice.log1p(libdevice.exp(-tl.abs(a)))
+    rest = log1p_of_share(libdevice.exp(-tl.abs(a)))
     return b * (_at_least(-a, 0.0) + rest) + (1.0 - b) * (_at_least(a, 0.0) + rest)
 
 
@@ -333,6 +334,14 @@ class Walk:
     """An order in which to visit the elements of tensors that are broadcast together."""
 
     __slots__ = ("addressing", "in_order", "inverse", "n", "order", "permuted", "shape", "wide")
+    addressing: tuple[int | None, ...] | None
+    in_order: bool
+    inverse: list[int]
+    n: int
+    order: list[int]
+    permuted: list[int]
+    shape: tuple[int, ...]
+    wide: bool
 
     def like(self, dtype, device):
         """Uninitialised, with the broadcast shape, and dense in the order of the walk."""
@@ -351,15 +360,15 @@ def _walk(layouts):
     """
     shape = tuple(torch.broadcast_shapes(*[layout[0] for layout in layouts if layout is not None]))
     whole = len(shape)
-    expanded = []
+    expanded: list[list[int] | None] = []
     for layout in layouts:
         if layout is None:
             expanded.append(None)
             continue
         own, strides = layout
         missing = whole - len(own)
-        steps = (*((0,) * missing), *strides)
-        sizes = (*((1,) * missing), *own)
+        steps = [0] * missing + list(strides)
+        sizes = [1] * missing + list(own)
         expanded.append([0 if size == 1 else step for size, step in zip(sizes, steps, strict=True)])
     axes = [d for d in range(whole) if shape[d] != 1]
     full = [s for s in expanded if s is not None and all(s[d] for d in axes)]
@@ -374,7 +383,7 @@ def _walk(layouts):
     walk.inverse = [walk.order.index(d) for d in range(whole)]
     walk.in_order = walk.order == list(range(whole))
     present = [s for s in expanded if s is not None]
-    merged = []  # (size, steps of the tensors present), outermost first
+    merged: list[tuple[int, list[int]]] = []  # sizes, and steps of those present; outer first
     for d in axes:
         steps = [s[d] for s in present]
         if merged and all(a == b * shape[d] for a, b in zip(merged[-1][1], steps, strict=True)):

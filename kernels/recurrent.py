@@ -151,7 +151,7 @@ def _lstm_cell_fwd_kernel(
     f = logistic(_gate(GI, GH, BI, BH, row, j + H, mask))
     g = libdevice.tanh(_gate(GI, GH, BI, BH, row, j + 2 * H, mask))
     o = logistic(_gate(GI, GH, BI, BH, row, j + 3 * H, mask))
-    c = f * _get(C, b * H + j, mask) + i * g
+    c = tl.fma(f, _get(C, b * H + j, mask), i * g)
     _put(Y, b * H + j, o * libdevice.tanh(c), mask)
     _put(YC, b * H + j, c, mask)
     if GATES is not None:
@@ -199,9 +199,9 @@ def _gru_cell_fwd_kernel(
     r = logistic(_gate(GI, GH, BI, BH, row, j, mask))
     z = logistic(_gate(GI, GH, BI, BH, row, j + H, mask))
     m = _half(GH, BH, row, j + 2 * H, mask)
-    n = libdevice.tanh(_half(GI, BI, row, j + 2 * H, mask) + r * m)
+    n = libdevice.tanh(tl.fma(r, m, _half(GI, BI, row, j + 2 * H, mask)))
     h = _get(HX, at, mask)
-    _put(Y, at, n + z * (h - n), mask)
+    _put(Y, at, tl.fma(z, h - n, n), mask)
     if GATES is not None:
         _put4(GATES, b * H * 4 + j, H, r, z, n, m, mask)
 

@@ -44,6 +44,7 @@ from fastnn.kernels.recurrent import (
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 COLUMNS = 5  # of the table of a packed sequence
+ROWS = 16  # of the batch, in a program
 
 
 @triton.jit
@@ -162,7 +163,7 @@ def _steps_fwd_kernel(
                 f = logistic(_get(GI, gi + H, mask) + acc1)
                 g = libdevice.tanh(_get(GI, gi + 2 * H, mask) + acc2)
                 o = logistic(_get(GI, gi + 3 * H, mask) + acc3)
-                c = f * _get(CS, before * H + j, mask) + i * g
+                c = tl.fma(f, _get(CS, before * H + j, mask), i * g)
                 _put(CS, after * H + j, c, mask)
                 _put(CN, b * H + j, c, mask & final)
                 y = o * libdevice.tanh(c)
@@ -171,8 +172,8 @@ def _steps_fwd_kernel(
             elif GRU:
                 r = logistic(_get(GI, gi, mask) + acc0)
                 z = logistic(_get(GI, gi + H, mask) + acc1)
-                n = libdevice.tanh(_get(GI, gi + 2 * H, mask) + r * acc2)
-                y = n + z * (_get(old, j, mask) - n)
+                n = libdevice.tanh(tl.fma(r, acc2, _get(GI, gi + 2 * H, mask)))
+                y = tl.fma(z, _get(old, j, mask) - n, n)
                 if GATES is not None:
                     _put4(GATES, kept, H, r, z, n, acc2, mask)
             else:
@@ -309,7 +310,7 @@ def _config(H, itemsize):
     # A tile of 32 spills scalar registers on AMD GPUs.
     widest = 16 if _gpus.facts(here()).backend == "hip" else 64 // itemsize
     size = max(16, min(next_power_of_2(H), widest))
-    config = {"BLOCK_B": 16, "BLOCK_J": size, "BLOCK_K": size, "num_warps": 4, "num_stages": 1}
+    config = {"BLOCK_B": ROWS, "BLOCK_J": size, "BLOCK_K": size, "num_warps": 4, "num_stages": 1}
     # Without a limit, ptxas spills a few registers, so that another block fits. Here no more blocks
     # than multiprocessors are to be expected.
     config["maxnreg"] = 255

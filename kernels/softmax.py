@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from fastnn.kernels import _rows
-from fastnn.kernels._config import tunable
+from fastnn.kernels._config import lanes, tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense
@@ -145,20 +145,33 @@ def _softmax_bwd_kernel(
 
 
 @triton.jit
-def _online_row(X, size, NEGATE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Maximum and sum of exp(x - maximum) of `size` values."""
-    peak = tl.full((BLOCK,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
+def _online_row(
+    X, size, NEGATE: tl.constexpr, DTYPE: tl.constexpr, UNIT: tl.constexpr, LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Maximum and sum of exp(x - maximum) of `size` values, at first of each of LANES threads.
+
+    A thread has several vectors of UNIT values. It corrects its sum once for all of them.
+    """
+    peak = tl.full((LANES,), -float("inf"), tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    GROUP: tl.constexpr = BLOCK // (LANES * UNIT)
+    at = (tl.arange(0, GROUP)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]) * UNIT
+    at += tl.arange(0, UNIT)[None, None, :]
     for n in range(0, size, BLOCK):
-        cols = n + tl.arange(0, BLOCK)
-        peak, total = _online(peak, total, _read(X + cols, cols < size, NEGATE, DTYPE))
+        x = _read(X + n + at, n + at < size, NEGATE, DTYPE)
+        new = tl.maximum(peak, tl.max(tl.max(x, 2), 0), propagate_nan=tl.PropagateNan.ALL)
+        base = tl.where(new == -float("inf"), 0.0, new)
+        e = tl.exp(x - base[None, :, None])
+        total = total * tl.exp(peak - base) + tl.sum(tl.sum(e, 2), 0)
+        peak = new
     return _merge(peak, total, 0)
 
 
 @kernel(do_not_specialize=["N_units", "stride_units", "S", "chunk_blocks"])
 def _softmax_fwd_chunk_kernel(
     X, Y, PEAK, TOTAL, N_units, stride_units: tl.int64, S, chunk_blocks, UNIT: tl.constexpr,
-    NEGATE: tl.constexpr, BLOCK: tl.constexpr,
+    NEGATE: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program computes maximum and sum of one of the S chunks of a row, and loops over the chunk.
 
@@ -169,7 +182,7 @@ def _softmax_fwd_chunk_kernel(
     start = (pid % S) * chunk_blocks * BLOCK
     X += (pid // S).to(tl.int64) * (stride_units * UNIT) + start
     size = tl.minimum(chunk_blocks * BLOCK, N - start)
-    peak, total = _online_row(X, size, NEGATE, Y.dtype.element_ty, BLOCK)
+    peak, total = _online_row(X, size, NEGATE, Y.dtype.element_ty, UNIT, LANES, BLOCK)
     tl.store(PEAK + pid, peak)
     tl.store(TOTAL + pid, total)
 
@@ -177,7 +190,8 @@ def _softmax_fwd_chunk_kernel(
 @kernel(do_not_specialize=["N_units", "stride_units", "S", "chunk_blocks"])
 def _softmax_fwd_long_kernel(
     X, Y, PEAK, TOTAL, N_units, stride_units: tl.int64, S, chunk_blocks, UNIT: tl.constexpr,
-    LOG: tl.constexpr, NEGATE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
+    LOG: tl.constexpr, NEGATE: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """A program computes y of one of the S chunks of a row, and loops over it; twice if S is 1.
 
@@ -192,7 +206,7 @@ def _softmax_fwd_long_kernel(
     Y += m * N
     out = Y.dtype.element_ty
     if BLOCK_S == 1:
-        peak, total = _online_row(X, N, NEGATE, out, BLOCK)
+        peak, total = _online_row(X, N, NEGATE, out, UNIT, LANES, BLOCK)
     else:
         s = tl.arange(0, BLOCK_S)
         peaks = tl.load(PEAK + m * S + s, mask=s < S, other=-float("inf"))
@@ -389,6 +403,25 @@ def _column_arguments(outer, D, inner):
     return grid, (outer, D, inner // unit), config
 
 
+def _long(outer, D, unit):
+    """(chunks of a row, blocks per chunk, {UNIT, BLOCK, num_warps}, {LANES}) of long rows.
+
+    If there is a row for each multiprocessor of most GPUs, no row is split: the second launch would
+    read again what the program of a row has just read. A program then asks for four times as much
+    at a time, because a multiprocessor has few programs; not if values are accessed one by one,
+    which takes more registers.
+    """
+    block, warps = _rows.BLOCK, 8
+    if 4 * outer >= _rows.PROGRAMS:
+        if unit > 1:
+            block, warps = 4 * block, 16
+        S, chunk_blocks = 1, cdiv(D, block)
+    else:
+        S, chunk_blocks = _rows.split(outer, D)
+    tile = {"UNIT": unit, "BLOCK": block, "num_warps": warps}
+    return S, chunk_blocks, tile, {"LANES": min(warps * lanes(), block // unit)}
+
+
 def fwd(x, dim, log, negate, dtype):
     """x -> (log-)softmax of x or -x along `dim` (>= 0), contiguous, computed in `dtype`."""
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -409,19 +442,18 @@ def fwd(x, dim, log, negate, dtype):
             UNIT=unit, **flags, **config,
         )  # fmt: skip
         return y
-    S, chunk_blocks = _rows.split(outer, D)
+    S, chunk_blocks, tile, by = _long(outer, D, unit)
     sizes = D // unit, stride // unit, S, chunk_blocks
     peak = total = None
     if S > 1:
         peak = torch.empty(outer, S, dtype=torch.float32, device=x.device)
         total = torch.empty_like(peak)
         _softmax_fwd_chunk_kernel(
-            (outer * S,), x, y, peak, total, *sizes,
-            UNIT=unit, NEGATE=negate, BLOCK=_rows.BLOCK, num_warps=8,
-        )  # fmt: skip
+            (outer * S,), x, y, peak, total, *sizes, NEGATE=negate, **by, **tile
+        )
     _softmax_fwd_long_kernel(
         (outer * S,), x, y, peak, total, *sizes,
-        UNIT=unit, **flags, BLOCK=_rows.BLOCK, BLOCK_S=next_power_of_2(S), num_warps=8,
+        **flags, BLOCK_S=next_power_of_2(S), **by, **tile,
     )  # fmt: skip
     return y
 
@@ -446,16 +478,15 @@ def bwd(dy, y, dim, log, negate, dtype):
             UNIT=unit, **flags, **config,
         )  # fmt: skip
         return dx
-    S, chunk_blocks = _rows.split(outer, D)
+    S, chunk_blocks, tile, _ = _long(outer, D, unit)
     total = None
     if S > 1:
         total = torch.empty(outer, S, dtype=torch.float32, device=y.device)
         _softmax_bwd_chunk_kernel(
-            (outer * S,), dy, y, total, D // unit, S, chunk_blocks,
-            UNIT=unit, LOG=log, BLOCK=_rows.BLOCK, num_warps=8,
-        )  # fmt: skip
+            (outer * S,), dy, y, total, D // unit, S, chunk_blocks, LOG=log, **tile
+        )
     _softmax_bwd_long_kernel(
         (outer * S,), dy, y, dx, total, D // unit, S, chunk_blocks,
-        UNIT=unit, **flags, BLOCK=_rows.BLOCK, BLOCK_S=next_power_of_2(S), num_warps=8,
+        **flags, BLOCK_S=next_power_of_2(S), **tile,
     )  # fmt: skip
     return dx

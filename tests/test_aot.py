@@ -21,7 +21,7 @@ import triton.language as tl
 
 from fastnn import _gate
 from fastnn.kernels._launch import kernel
-from fastnn.testing.aot import TARGETS, check, compile_only, launch_nothing
+from fastnn.testing.aot import TARGETS, code_faults, compile_only, launch_nothing
 from tools.aot import put
 
 # The targets for which the tests compile a share. All other targets are compiled by hand.
@@ -96,13 +96,13 @@ def wide_accesses():
     assert (wide.load_tile, wide.store_tile) == (32, 32)
     assert wide.signature == {"X": "*fp32:16", "Y": "*fp32:16", "n": "i32"}
     assert wide.constexprs == {"STRIDE": 1, "BLOCK": 1024}
-    assert check(wide, streaming=True) == []
-    assert check(strided) == [] and check(strided, streaming=True) == [
+    assert code_faults(wide, streaming=True) == []
+    assert code_faults(strided) == [] and code_faults(strided, streaming=True) == [
         "no loads of 128 bits, of 8; 32 bytes per thread",
         "no stores of 128 bits, of 8; 32 bytes per thread",
     ]
-    assert not unaligned.aligned and check(unaligned, streaming=True) == []
-    assert small.load_tile == 4 and check(small, streaming=True) == []
+    assert not unaligned.aligned and code_faults(unaligned, streaming=True) == []
+    assert small.load_tile == 4 and code_faults(small, streaming=True) == []
     assert torch.equal(y, torch.ones(4096)), "launched"
 
 
@@ -112,7 +112,7 @@ def spills():
         _spill[(1,)](x, y, 1 << 14, num_warps=1)  # 512 values per thread
     (record,) = records
     assert record.spills and record.stack
-    (fault,) = check(record)
+    (fault,) = code_faults(record)
     assert "spills" in fault
 
 
@@ -124,8 +124,10 @@ def dots():
                 args = a.to(dtype), b.to(dtype), c, 64, 64, precision
                 _dot[(1,)](*args, num_stages=1)
         half, full = records
-        assert half.dots == 1 and list(half.tensor_core) == [kind] and check(half) == []
-        assert check(replace(half, tensor_core={})) == ["1 dots without a tensor core instruction"]
+        assert half.dots == 1 and list(half.tensor_core) == [kind] and code_faults(half) == []
+        assert code_faults(replace(half, tensor_core={})) == [
+            "1 dots without a tensor core instruction"
+        ]
         assert full.dots == 0 and full.tensor_core == {}
 
 
@@ -135,7 +137,7 @@ def shared_memory():
         _dot[(1,)](a, b, c, 128, 128, "tf32", num_stages=4, num_warps=8)
     (record,) = records
     assert record.shared == 3 * 2 * 128 * 128 * 4
-    assert f"{record.shared} bytes of shared memory, of 166912" in check(record)
+    assert f"{record.shared} bytes of shared memory, of 166912" in code_faults(record)
 
 
 def float_atomics():
@@ -143,8 +145,8 @@ def float_atomics():
         _count[(1,)](torch.zeros(128), 128)
         _count[(1,)](torch.zeros(128, dtype=torch.int32), 128)
     floats, ints = records
-    assert check(floats) == ["1 atomics on floats: equal inputs give unequal bits"]
-    assert check(ints) == []
+    assert code_faults(floats) == ["1 atomics on floats: equal inputs give unequal bits"]
+    assert code_faults(ints) == []
 
 
 def gfx942():
@@ -157,10 +159,10 @@ def gfx942():
         _spill[(1,)](x, y, 1 << 15, num_warps=1)
         _dot[(1,)](*torch.ones(2, 64, 64).bfloat16(), x, 64, 64, "ieee")
     wide, strided, spilling, dot = records
-    assert wide.loads_wide and wide.stores_wide and check(wide, streaming=True) == []
-    assert check(strided, streaming=True)
-    assert "spills" in check(spilling)[0]
-    assert dot.tensor_core["mfma"] and check(dot) == []
+    assert wide.loads_wide and wide.stores_wide and code_faults(wide, streaming=True) == []
+    assert code_faults(strided, streaming=True)
+    assert "spills" in code_faults(spilling)[0]
+    assert dot.tensor_core["mfma"] and code_faults(dot) == []
 
 
 def passing_over():

@@ -231,7 +231,7 @@ def test_launchers_race_with_nobody_and_repeat(rule):
         if rule == "own"
         else _rng.draw_native(torch.empty(B * H, L, S))
     )
-    noise = A.Noise(draw, kernels._philox.bound(0.8), 1.25, draw.new_state(q))
+    noise = A.WeightDropout(draw, kernels._philox.bound(0.8), 1.25, draw.new_state(q))
     runs = []
     for _ in range(2):
         with traffic(races=True) as log:
@@ -276,7 +276,7 @@ def test_dropout_keeps_as_many_as_it_says_everywhere():
         torch.manual_seed(3)
         q, k, v = qkv(2, 3, 64, 8, S=67, grad=False)
         attention(q, k, v, dropout_p=0.3)
-    noise = kernels.attention.Noise(draws[0], kernels._philox.bound(0.7), 1.0)
+    noise = kernels.attention.WeightDropout(draws[0], kernels._philox.bound(0.7), 1.0)
     keep = kernels.attention.keep(torch.empty(2, 3, 64, 67), noise).double()
     for dims in ((0, 1, 2, 3), (2, 3), (3,), (0, 1, 2)):
         mean = keep.mean(dims)
@@ -318,7 +318,7 @@ def test_native_rule_is_that_of_native_dropout():
         weights = torch.empty(shape)
         draw = _rng.draw_native(weights)
         bound = kernels._philox.bound(0.6)
-        keep = kernels.attention.keep(weights, kernels.attention.Noise(draw, bound, 1.0))
+        keep = kernels.attention.keep(weights, kernels.attention.WeightDropout(draw, bound, 1.0))
         want = kernels.dropout.elements(torch.ones(shape), draw, bound, 1.0)
         assert torch.equal(keep, want.bool())
 

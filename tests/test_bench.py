@@ -285,7 +285,7 @@ def test_a_wrong_row_has_no_speedup(monkeypatch):
 
 def test_a_row_that_raises_does_not_end_the_run(tmp_path, monkeypatch):
     results = run.Results(tmp_path / "bench.jsonl")
-    monkeypatch.setattr(run, "check", lambda case, *rest: 1 / 0)
+    monkeypatch.setattr(run, "compare_row", lambda case, *rest: 1 / 0)
     run.run_rows(cases.matching(rows=[GELU]), results, measure.Cpu(), compiled=False, repeats=3)
     (line,) = results.of("row")
     assert "ZeroDivisionError" in line["error"] and "wrong" in report.measured_table([line], {})

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fastnn
-from fastnn._compiler import _rules, _site
+from fastnn._compiler import _backend, _gated, _rules, _site
 from fastnn._compiler._backend import listen
 from fastnn._compiler._calls import is_conversion
 from fastnn._compiler._site import Site
@@ -953,6 +953,109 @@ def test_a_number_that_changes_does_not_compile_again():
         assert torch.equal(compiled(x, 0.1 * k + 0.05), F.relu(x) * (0.1 * k + 0.05) + 1)
 
 
+def kept(gm):
+    """The ops that a graph still asks in `auto`."""
+    floors = [_gated.floor_of(record) for _, record in _gated.calls_of_ours(gm)]
+    return [record.name for _, record in _gated.calls_of_ours(_gated.lean(gm, floors))]
+
+
+@interpreted
+def test_small_calls_of_a_graph_are_decided_once(monkeypatch):
+    """A graph calls PyTorch itself where its sizes are below the floor, until the floors change."""
+    model = stock.Sequential(stock.Linear(WIDTH, WIDTH), stock.GELU(), stock.LayerNorm(WIDTH))
+    x = torch.randn(4, WIDTH, requires_grad=True)
+    graphs, launched = [], []
+    launch = fastnn.kernels._launch.Kernel.__call__
+
+    def counting(self, *args, **kwargs):
+        launched.append(self)
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(fastnn.kernels._launch.Kernel, "__call__", counting)
+    made = _backend.gated
+    monkeypatch.setattr(_backend, "gated", lambda gm: graphs.append(gm) or made(gm))
+    want = model(x)
+    compiled = fastnn.compile(model)
+    for least, kernels in ((10**6, False), (0, True), (10**6, False)):
+        with simulated(least=least):
+            launched.clear()
+            got = compiled(x)
+            assert (kept(graphs[0]) == ["linear_act", "layer_norm"]) == kernels
+            assert bool(launched) == kernels
+        (torch.testing.assert_close if kernels else torch.equal)(got, want)
+    assert len(graphs) == 1
+    with simulated(least=4 * WIDTH):  # not below the floor, but at it
+        assert kept(graphs[0]) == ["linear_act", "layer_norm"]
+    with simulated(least=4 * WIDTH + 1):
+        assert kept(graphs[0]) == []
+    with simulated(least=10**6), fastnn.backend("triton"), fastnn.decisions() as heard:
+        compiled(x)
+    assert [(d.op.name, d.why) for d in heard] == [("linear_act", None), ("layer_norm", None)]
+    assert {d.path for d in fastnn.explain(model, x, compiled=True)} == {"stock"}
+
+
+@interpreted
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_small_calls_for_which_pytorch_may_raise_are_asked(deterministic):
+    call = lambda x: F.pad(F.relu(x), (1, 1), mode="reflect")  # noqa: E731
+    graphs = []
+
+    def keep(gm, inputs):
+        _backend.rewrite(gm)
+        graphs.append(gm)
+        return gm.forward
+
+    keep.__wrapped__ = _backend.backend
+    torch.compile(call, backend=keep)(torch.randn(2, 3, 8))
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with simulated(least=10**6):
+            assert kept(graphs[0]) == (["pad"] if deterministic else [])
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@interpreted
+def test_sizes_that_are_not_known_are_asked():
+    model = stock.Sequential(stock.LayerNorm(WIDTH), stock.Linear(WIDTH, WIDTH))
+    compiled = fastnn.compile(model, dynamic=True)
+    with simulated(least=5 * WIDTH), fastnn.decisions() as heard:
+        for size in (4, 6):
+            compiled(torch.randn(size, WIDTH))
+    small, large = (d for d in heard if d.op.name == "layer_norm")
+    assert small.why and large.why is None
+
+
+@interpreted
+@pytest.mark.parametrize("how", ["imported", "converted", "stock"])
+@pytest.mark.parametrize("backend", ["fastnn", "eager"])
+def test_eager_calls_do_not_compile_a_model_again(how, backend):
+    """What eager calls remember, such as the least size of a kernel, is no guard of a graph."""
+    home = fastnn if how == "imported" else stock
+    model = home.Sequential(
+        home.Linear(WIDTH, WIDTH), home.GELU(), home.Dropout(0.1), home.LayerNorm(WIDTH),
+        home.Sequential(home.BatchNorm1d(WIDTH), home.ReLU()), home.Softmax(-1),
+    )  # fmt: skip
+    if how == "converted":
+        fastnn.convert(model)
+    loss = home.CrossEntropyLoss()
+    x, target = torch.randn(4, WIDTH), torch.arange(4)
+
+    def call(x):
+        return loss(model(x), target)
+
+    with simulated(least=64):
+        compiled = torch.compile(call, backend=backend)
+        compiled(x).backward()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for size in (4, 40, 4):
+                one = torch.randn(size, WIDTH)
+                for layer in (*model[:4], *model[4], model[5], model):
+                    layer(one)
+                loss(one, torch.zeros(size, dtype=torch.long))
+                compiled(x).backward()
+
+
 def test_meta_tensors():
     x = torch.empty(4, WIDTH, dtype=torch.bfloat16, device="meta")
     target = torch.empty(4, dtype=torch.long, device="meta")
@@ -1001,7 +1104,7 @@ def scale_and_shift(op, z, x, shape, weight, bias, eps, *rest):
 
 stays, means_the_same = test_what_must_stay, test_spellings_mean_the_same
 PLANTED = {
-    "a second user is not noticed": (without(Site, "check"), stays, "two_users"),
+    "a second user is not noticed": (without(Site, "confirm"), stays, "two_users"),
     "a write between is not noticed": (
         (_site, "_disturbs", lambda *args: None), stays, "written_between",
     ),

@@ -17,7 +17,9 @@ import fastnn
 import fastnn.functional as F
 from fastnn import _mode
 from fastnn.layers._layer import STOCK
-from fastnn.ops import FUNCTIONS
+from fastnn.ops import FUNCTIONS, REGISTRY
+from fastnn.testing import simulated
+from tests.calls import attempt, recorded
 from tests.marks import interpreted, on_device
 
 LAYERS = sorted(STOCK, key=lambda c: c.__name__)
@@ -542,6 +544,23 @@ def test_shared_refusals(kind):
         torch.testing.assert_close(got, want)
     with fastnn.backend("triton"), pytest.raises(fastnn.BackendError, match=r"relu.*on PyTorch: "):
         F.relu(x)
+
+
+@interpreted
+@pytest.mark.parametrize("gate", [0, 10**9])
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_tensors_without_kernels_run_stock_at_every_call(name, gate):
+    """Meta tensors, in `auto`: the first call decides, the second remembers, the third knows."""
+    call = next(iter(recorded()[name]))
+    call = call.with_(**{k: t.to("meta") for k, t in call.tensors().items()})
+    want = attempt(call, call.op.stock, {})
+    with simulated(least=gate):
+        for _ in range(3):
+            got = attempt(call, getattr(F, name), {})
+            assert repr(got.error) == repr(want.error)
+            if want.values is not None:
+                facts = [(k, t.shape, t.dtype, t.device) for k, t in want.values.items()]
+                assert [(k, t.shape, t.dtype, t.device) for k, t in got.values.items()] == facts
 
 
 def test_default_device_is_no_reason_for_stock(device):

@@ -11,6 +11,7 @@ import fastnn
 import fastnn.functional as F
 from fastnn import _gate, kernels
 from fastnn.kernels import _gpus
+from fastnn.ops import linear
 from fastnn.ops.conv import _channels_last, _precision, tf32_setting
 from fastnn.testing import Case, assert_parity, check, randn
 from tests.errors import assert_same_error
@@ -133,6 +134,24 @@ def test_precision_is_that_of_pytorchs_setting():
             for arch, here in (("sm_90", setting), ("gfx90a", "ieee"), ("cpu", "ieee")):
                 with _gpus.simulated(arch):
                     assert _precision(-1) == (here, arch)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends, "fp32_precision"), reason="this PyTorch has no such setting"
+)
+def test_a_setting_for_all_products_is_read():
+    before = torch.backends.fp32_precision
+    kinds = (
+        (torch.backends.cudnn.conv, tf32_setting),
+        (torch.backends.cuda.matmul, linear.tf32_setting),
+    )
+    try:
+        for setting in ("tf32", "ieee"):
+            torch.backends.fp32_precision = setting
+            for home, read in kinds:  # a kind that was set by itself keeps its own
+                assert read() == ("tf32" if home.fp32_precision == "tf32" else "ieee")
+    finally:
+        torch.backends.fp32_precision = before
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (1, 3, 4, 1)])

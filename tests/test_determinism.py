@@ -81,8 +81,13 @@ def ran(name, call, x):
     return why or "kernel"
 
 
+# PyTorch runs these, but says itself that cuDNN may give other bits: see tests/test_recurrent.py.
+MAY_DIFFER = {"rnn_tanh", "rnn_relu", "lstm", "gru"}
+
+
 def test_every_op_with_a_rule_has_a_call():
-    assert {name for name, op in REGISTRY.items() if op.alerts is not None} == REFUSED.keys()
+    ruled = {name for name, op in REGISTRY.items() if op.alerts is not None}
+    assert ruled == REFUSED.keys() | MAY_DIFFER
 
 
 def test_what_pytorch_says_that_it_refuses_has_a_rule():

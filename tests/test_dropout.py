@@ -175,7 +175,7 @@ def test_keep_mask_of_tiles(vec, device):
 @pytest.mark.parametrize("n", [1, 4, 256, 1000, 4096, 50_000])
 def test_increment_covers_what_the_threads_draw(n, vec):
     """The offset advances by the largest number of words that a thread draws, in whole calls."""
-    launch = _rng.plan(n * vec, 3)
+    launch = _rng.launch_geometry(n * vec, 3)
     blocks = launch.blocks
     assert blocks == min(-(-n * vec // 256), 3)
     most = -(-n // (blocks * 256)) if vec == 4 else -(-n // (4 * blocks * 256))
@@ -190,7 +190,7 @@ def test_increment_covers_what_the_threads_draw(n, vec):
     ],
 )  # fmt: skip
 def test_width_divides_the_size_and_the_pointer(n, itemsize, pointer, vec):
-    assert _rng.plan(n, 1056, 16 // itemsize, pointer, itemsize).vec == vec
+    assert _rng.launch_geometry(n, 1056, 16 // itemsize, pointer, itemsize).vec == vec
 
 
 class Generator:
@@ -258,7 +258,7 @@ def test_state_on_the_device_draws_the_same(device):
     x = torch.randn(3, 700, device=device)
     for launch, vec in (("elements", 4), ("elements", 1), ("channels", 1)):
         launch = getattr(kernels.dropout, launch)
-        plain = _rng.plain_draw(x.get_device(), -5, 24, _rng.Plan(3, vec, 4))
+        plain = _rng.plain_draw(x.get_device(), -5, 24, _rng.LaunchGeometry(3, vec, 4))
         args = (_philox.bound(0.7), 2.0, None)
         SEED, OFFSET = (torch.tensor([v], device=device) for v in (-5, 16))
         captured = _philox.Draw(0, 8, SEED, OFFSET, 3, vec)
@@ -275,7 +275,7 @@ def test_state_on_the_device_draws_the_same(device):
 def test_gradient_under_capture(device, monkeypatch):
     """Forward and backward through autograd with the state on the device."""
     at = [torch.tensor([v], device=device) for v in (11, 400)]
-    monkeypatch.setattr(_rng, "draw_planned", lambda _, p: _philox.Draw(0, 4, *at, p.blocks, p.vec))
+    monkeypatch.setattr(_rng, "draw_for", lambda _, p: _philox.Draw(0, 4, *at, p.blocks, p.vec))
     x = torch.ones(1000, device=device, requires_grad=True)
     y = F.dropout(x, 0.5)
     at[1].add_(4096)
@@ -298,7 +298,9 @@ def probed(monkeypatch):
     def native(widest, seed=3, extra=0):
         def draw(x, p, train=True):
             n = x.numel()
-            launch = _rng.plan(n, 1, min(widest, 16 // x.element_size()), 0, x.element_size())
+            launch = _rng.launch_geometry(
+                n, 1, min(widest, 16 // x.element_size()), 0, x.element_size()
+            )
             mask = aten_mask(n, p, seed, generator.offset, launch.blocks, launch.vec)
             generator.offset += launch.increment + extra
             return x, torch.from_numpy(mask)

@@ -9,6 +9,7 @@ import torch.nn.functional as stock
 import fastnn
 import fastnn.functional as F
 from fastnn import kernels
+from fastnn.testing.devices import surveyed
 from fastnn.testing.meter import nbytes, traffic
 from tests.errors import assert_same_error
 from tests.marks import interpreted
@@ -41,6 +42,9 @@ def ints(*values, dtype=torch.int64):
         ((ints(0, 1), W, ints(0)), {"per_sample_weights": torch.ones(3), "mode": "sum"}),
         ((ints(0, 1), W, ints(0)), {"per_sample_weights": torch.ones(2).half(), "mode": "sum"}),
         ((ints(), W, ints()), {"include_last_offset": True}),
+        ((ints(0, 1), W, ints(1, 2)), {}),
+        ((ints(0, 1), W, ints(0, 3)), {"mode": "max"}),
+        ((ints(0, 1), W, ints(0, 1, 3)), {"include_last_offset": True}),
     ],
     ids=lambda value: None,
 )
@@ -141,6 +145,22 @@ def test_second_derivatives(mode, device):
         ours = twice(F.embedding_bag)
     for a, b in zip(ours, twice(formula), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_calls_of_two_dimensions_have_plans(mode, device):
+    """With offsets that are on the CPU there is none: PyTorch looks at their values there."""
+    index, weight = torch.randint(4, (3, 5), device=device), W.to(device).requires_grad_()
+
+    def call():
+        y = F.embedding_bag(index, weight, mode=mode)
+        return y, *torch.autograd.grad(y.square().sum(), weight)
+
+    with fastnn.backend("triton"):
+        first, *_ = (call() for _ in range(3))
+        with surveyed() as long:
+            replayed = call()
+    assert long == [] and all(map(torch.equal, first, replayed))
 
 
 def test_one_long_bag_of_one_index(device):

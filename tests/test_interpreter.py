@@ -148,6 +148,12 @@ def _libdevice(X, Y, OUT, OP: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _fma(X, Y, Z, OUT, N: tl.constexpr):
+    cols = tl.arange(0, N)
+    tl.store(OUT + cols, tl.fma(tl.load(X + cols), tl.load(Y + cols), tl.load(Z + cols)))
+
+
+@triton.jit
 def _scalars(OUT, scale, big: tl.int64, flag):
     tl.store(OUT, scale * scale)
     tl.store(OUT + 1, (big * big) >> 33)
@@ -560,6 +566,16 @@ def test_steps_depend_on_numbers_and_read_scalars_anew():
         assert torch.equal(out, want) and torch.equal(out.signbit(), want.signbit())
         odd = 16777217 if isinstance(number, int) else 16777216  # float32 loses the last bit
         assert whole.item() == odd * number
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+def test_fma_rounds_once(dtype):
+    x, y, z = (torch.randn(64).to(dtype) for _ in range(3))
+    x[0], y[0], z[0] = 1 + 2.0**-6, 1 + 2.0**-6, -1 - 2.0**-5  # 0, if the product is rounded
+    out = torch.empty_like(x)
+    _fma[(1,)](x, y, z, out, 64)
+    assert torch.equal(out, (x.double() * y + z).to(dtype))
+    assert out[0] == 2.0**-12
 
 
 @triton.jit

@@ -146,6 +146,20 @@ def test_a_family_has_one_name():
     assert not tests & {f"{family}s" for family in FAMILIES}
 
 
+def test_a_class_name_has_one_meaning():
+    """An autograd function may have the name of its layer."""
+    homes: dict[str, set[str]] = {}
+    for folder in ("fastnn", "kernels", "bench"):
+        for path in (ROOT / folder).rglob("*.py"):
+            at = str(path.relative_to(ROOT))
+            if at.startswith(("fastnn/ops", "fastnn/layers")):
+                at = "an op or its layer"
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    homes.setdefault(node.name, set()).add(at)
+    assert {name for name, at in homes.items() if len(at) > 1} == set()
+
+
 def entry_kernels():
     """(file, its tree, function) for each kernel that is launched."""
     for path in sorted((ROOT / "kernels").glob("*.py")):

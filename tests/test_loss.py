@@ -13,7 +13,8 @@ import torch.nn.functional as stock
 import fastnn
 import fastnn.functional as F
 from fastnn import kernels
-from fastnn.testing import Case, assert_parity, count, randn
+from fastnn._mode import decisions
+from fastnn.testing import Case, Side, assert_parity, compare_sides, count, randn
 from fastnn.testing.cases.loss import counts, signs, uniform
 from fastnn.testing.cases.multilabel_margin import lists
 from tests.errors import assert_same_error
@@ -571,3 +572,69 @@ def test_unreduced_losses_have_the_strides_of_stock(transposed):
             ours = getattr(F, name)(**pair, reduction="none")
         stock = getattr(torch.nn.functional, name)(**pair, reduction="none")
         assert ours.stride() == stock.stride(), name
+
+
+# ---- TripletMarginWithDistanceLoss --------------------------------------------------------------
+
+
+def _triplet_layers(distance=None, **options):
+    """The layer of fastnn, of PyTorch and in float64; `distance` makes their distance function."""
+    made = distance or (lambda nn: None)
+    return [
+        nn.TripletMarginWithDistanceLoss(distance_function=made(nn), **options)
+        for nn in (fastnn, torch.nn, torch.nn)
+    ]
+
+
+@pytest.mark.parametrize("distance", [None, lambda nn: nn.PairwiseDistance()])
+def test_triplets_with_the_default_distance_run_on_kernels(distance, device):
+    sides = [Side(m, {}) for m in _triplet_layers(distance, margin=0.7, swap=True)]
+    args = [torch.randn(9, 12, device=device, requires_grad=True) for _ in range(3)]
+    result = compare_sides(*sides, args, {}, device=device)
+    assert result.path == "kernel" and not result.failures, result.failures
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_triplets_call_a_distance_of_the_users(watched, device):
+    """So they call the default distance, if it has a hook; as often as PyTorch."""
+    counts = []
+    args = [torch.randn(5, 6, device=device) for _ in range(3)]
+    results = []
+    for nn in (fastnn, torch.nn):
+        seen = []
+        distance = nn.PairwiseDistance()
+        if watched:
+            distance.register_forward_hook(lambda m, a, y, seen=seen: seen.append(y.shape))
+            given = distance
+        else:
+            given = lambda a, b, seen=seen: seen.append(a.shape[:1]) or (a - b).abs().sum(-1)  # noqa: E731
+        layer = nn.TripletMarginWithDistanceLoss(distance_function=given, swap=True)
+        with fastnn.backend("auto"):
+            results.append(layer(*args))
+        counts.append(seen)
+    assert counts[0] == counts[1] and len(counts[0]) == 3
+    torch.testing.assert_close(*results)
+
+
+def test_bad_triplets_raise_what_stock_raises(device):
+    x = torch.randn(4, 6, device=device)
+    for args, options in (
+        ((x, x, x[0]), {}), ((x, x, x[:, :4]), {}), ((x, x, x), {"margin": -1.0}),
+        ((x, x, x), {"reduction": "other"}),
+    ):  # fmt: skip
+        ours, theirs = (
+            lambda *a, f=f, o=options: f(*a, **o)
+            for f in (F.triplet_margin_with_distance_loss, stock.triplet_margin_with_distance_loss)
+        )
+        assert_same_error(ours, theirs, *args)
+
+
+def test_a_converted_triplet_loss(device):
+    layer = torch.nn.TripletMarginWithDistanceLoss()
+    args = [torch.randn(5, 6, device=device) for _ in range(3)]
+    want = layer(*args)
+    fastnn.convert(layer)
+    with fastnn.backend("triton"), decisions() as told:
+        torch.testing.assert_close(layer(*args), want)
+    assert type(layer) is torch.nn.TripletMarginWithDistanceLoss and told[-1].why is None
+    assert layer.state_dict() == {}

@@ -79,14 +79,17 @@ def test_a_replay_equals_the_call_bit_for_bit(native, name, record_property):
 
 def test_which_plans_are_not_taken_is_told(native):
     """A result that is a view of what an operator of PyTorch made stays with the Python runner."""
-    refused = _native.refusals.total()
+    refused = _native.left_to_python.total()
 
     class Heard:
         raw = (torch.ones(4)[1:],)
 
     program = _plan.Program(1, torch.device("cpu"), {}, False, (), (1,), ())
     assert _native.call(None, None, program, program, (), Heard, 0, [], None, None) is None
-    assert _native.refusals.total() == refused + 1 and _native.refusals["a result is a view"]
+    assert (
+        _native.left_to_python.total() == refused + 1
+        and _native.left_to_python["a result is a view"]
+    )
 
 
 CHECKS = [
@@ -106,6 +109,7 @@ CHECKS = [
     test_plans.test_no_tensor_is_kept_by_a_plan,
     test_plans.test_many_calls_leave_nothing,
     test_plans.test_plans_are_bounded_where_shapes_never_repeat,
+    test_plans.test_plans_are_replayed_under_a_default_device,
 ]
 
 
@@ -318,7 +322,7 @@ def launches() -> None:
                 assert not any(map(_is_native, _ready(name)))
             assert len(in_cpp) >= 2, (name, in_cpp)
             assert in_cpp == in_python, (name, in_cpp, in_python)
-    assert not _native.refusals, _native.refusals
+    assert not _native.left_to_python, _native.left_to_python
 
 
 def leaks(count: int, runner: str = "native") -> None:

@@ -44,6 +44,7 @@ WITHOUT = {
     "multi_head_attention_forward": "it runs several ops, which have plans of their own",
     **{f"fractional_max_pool{d}d": "it draws samples, or looks at given ones" for d in "23"},
     **{f"max_unpool{d}d": "on a CPU it looks at the indices" for d in "123"},
+    "embedding_bag": "on a CPU it looks at offsets; calls without are in test_embedding_bag.py",
 }
 
 
@@ -105,7 +106,7 @@ def test_a_replay_equals_the_call_bit_for_bit(name, record_property):
             assert unequal(found, reference) is None, (call.row, i, unequal(found, reference))
         told["replayed" if not surveys else "the long way"] += 1
     record_property("plans", sorted(told.items()))
-    assert told["replayed"] or name in WITHOUT or not told, _record.refusals
+    assert told["replayed"] or name in WITHOUT or not told, _record.unplanned
 
 
 # ---- Guards -------------------------------------------------------------------------------------
@@ -327,7 +328,7 @@ def test_tensors_inside_a_tuple_or_a_list(name):
 
     for _ in range(4):
         found, surveys = step((h, c))
-    assert not surveys, _record.refusals
+    assert not surveys, _record.unplanned
     with _record.hidden():
         reference, _ = step((h, c))
     assert all(map(torch.equal, found, reference))
@@ -450,12 +451,34 @@ def test_a_call_that_goes_to_stock_is_remembered(simulate):
     assert heard[0].why is None and surveys
 
 
-def test_nothing_is_remembered_while_somebody_watches():
+@pytest.mark.parametrize("state", [Functions, lambda: torch.device("cpu")], ids=["mode", "device"])
+def test_nothing_is_remembered_while_somebody_watches(state):
+    """A default device watches nothing: it concerns only functions that make tensors."""
     x = torch.randn(4, 8, dtype=torch.float64)
-    with torch.device("cpu"), mock.patch.object(_gate, "floor", lambda *_: 0.0):
+    with state(), mock.patch.object(_gate, "floor", lambda *_: 0.0):
         for _ in range(3):
             F.gelu(x)
-    assert not REGISTRY["gelu"].plans.ready
+    assert bool(REGISTRY["gelu"].plans.ready) == (state is not Functions)
+
+
+def test_plans_are_replayed_under_a_default_device():
+    """`torch.set_default_device` is a mode of PyTorch. Scripts set it once, for all calls."""
+    x, w = torch.randn(4, 8), torch.ones(8, requires_grad=True)
+    layer = fastnn.LayerNorm(8)
+    torch.set_default_device("cpu")
+    try:
+        for call in (lambda: F.layer_norm(x, (8,), w).sum().backward(), lambda: layer(x)):
+            _warm(call)
+            with counted() as surveys:
+                _warm(call)
+            assert not surveys
+        with (
+            Functions(),
+            pytest.raises(fastnn.BackendError, match="a torch function mode is active"),
+        ):
+            _warm(call)
+    finally:
+        torch.set_default_device(None)
 
 
 def test_a_remembered_call_warns_with_the_users_line():

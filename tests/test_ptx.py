@@ -15,7 +15,7 @@ import fastnn
 import fastnn.functional as F
 from fastnn.testing import Case, check, randn
 from fastnn.testing.aot import emulate
-from fastnn.testing.ptx import Memory, Program
+from fastnn.testing.ptx import Memory, PtxKernel
 from tests.test_aot import compiling, skip_unproven
 from tools.ptx import EMULATED
 
@@ -70,7 +70,7 @@ def run(body, rows, blocks=1, shared=0, third=7):
         words[i, : len(row)] = [bits(v) for v in row]
     out = np.zeros((32, 2), np.uint32)
     memory = Memory([(a.ctypes.data, a.nbytes) for a in (words, out)])
-    program = Program(MODULE.replace("BODY", body))
+    program = PtxKernel(MODULE.replace("BODY", body))
     program.run((blocks,), 32, shared, [words.ctypes.data, out.ctypes.data, third], memory)
     return out
 
@@ -319,17 +319,17 @@ def barriers_are_needed():
         return torch.allclose(dx, want, atol=1e-6)
 
     assert all(right(apart) for apart in ("", "first", "last"))
-    stock = ptx.Program.__init__
+    stock = ptx.PtxKernel.__init__
 
     def changed(self, code):
         kept = re.sub(r"bar\.sync[^;]*;", "", code, count=1) if "_ctc_bwd_kernel" in code else code
         stock(self, kept)
 
-    ptx.Program.__init__ = changed
+    ptx.PtxKernel.__init__ = changed
     try:
         assert [right(apart) for apart in ("", "first")] == [True, False]
     finally:
-        ptx.Program.__init__ = stock
+        ptx.PtxKernel.__init__ = stock
 
 
 def a_wrong_kernel_is_noticed():
@@ -339,18 +339,18 @@ def a_wrong_kernel_is_noticed():
     case = Case("GELU", (randn(3, 40),))
     with emulate("cuda:90"):
         assert check(case, torch.float32).failures == []
-    stock = ptx.Program.__init__
+    stock = ptx.PtxKernel.__init__
 
     def changed(self, code):
         assert "0f3F3504F3" in code, "1 / sqrt(2) is not in the code"
         stock(self, code.replace("0f3F3504F3", "0f3F3504C3"))
 
-    ptx.Program.__init__ = changed
+    ptx.PtxKernel.__init__ = changed
     try:
         with emulate("cuda:90"):
             (failure, *_) = check(case, torch.float32).failures
     finally:
-        ptx.Program.__init__ = stock
+        ptx.PtxKernel.__init__ = stock
     assert "from float64" in failure
 
 

@@ -1,5 +1,6 @@
 """Recurrent cells beyond their rows: single gradients, second derivatives, bad input, scripts."""
 
+import contextlib
 import copy
 
 import pytest
@@ -8,8 +9,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastnn
 import fastnn.functional as F
-from fastnn import kernels
-from fastnn._mode import decisions
+from fastnn import _gate, kernels
+from fastnn._mode import Stock, decisions
 from fastnn.testing import Side, compare_sides, meter
 from tests.errors import assert_same_error
 from tests.marks import interpreted
@@ -181,14 +182,21 @@ def test_second_derivatives_of_a_layer(name, device):
     "name", ["LSTM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("RNN", "GRU"))]
 )
 def test_errors_do_not_grow_faster_with_the_steps(name, device):
-    ours, stock, exact = (m.to(device) for m in three(name, 2, 3))
-    x = torch.randn(512, 1, 2, device=device)
-    with fastnn.backend("triton"), torch.no_grad():
+    """The mean square over 16 sequences of 512 steps is no larger than that of PyTorch.
+
+    Pooled over ten draws, the roots of the mean squares are 0.92 (LSTM), 0.94 (GRU) and 0.98 (RNN)
+    of those of PyTorch on a CPU.
+    """
+    torch.manual_seed(0)
+    ours, stock, exact = (m.to(device) for m in three(name, 2, 3 if name == "RNN" else 16))
+    x = torch.randn(512, 16, 2, device=device)
+    with fastnn.backend("triton"), torch.no_grad(), decisions() as told:
         y = last(ours(x))
+    assert [d.why for d in told] == [None]
     with torch.no_grad():
         theirs, right = last(stock(x)), last(exact(x.double()))
-    error, its = ((t.double() - right).abs().max().item() for t in (y, theirs))
-    assert error <= 2 * its + torch.finfo(torch.float32).eps
+    error, its = ((t.double() - right).square().mean().item() for t in (y, theirs))
+    assert error <= its
 
 
 @interpreted
@@ -404,12 +412,94 @@ def test_a_character_model_follows_the_curve_of_pytorch(device):
             torch.testing.assert_close(last(other(x)), last(giver(x)), rtol=1e-5, atol=1e-6)
 
 
-@interpreted
-@pytest.mark.parametrize("there", [True, False])
-def test_auto_leaves_all_steps_to_cudnn(there, monkeypatch, simulate):
-    simulate(least=0)
-    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: there)
+# ---- What `auto` does ----------------------------------------------------------------------------
+
+
+def reason(call):
     with decisions() as told:
-        fastnn.GRU(3, 4)(torch.randn(2, 3, 3))
-    reasons = [d.why for d in told]
-    assert reasons == ["cuDNN runs all steps of a layer" if there else None]
+        call()
+    (code,) = {d.why.split(":")[0].split(" reads ")[0] if d.why else None for d in told}
+    return code
+
+
+CUDNN = "cuDNN runs all steps of a layer"
+
+
+@interpreted
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    ("dtype", "version", "takes"),
+    [
+        (torch.float32, 90000, True),
+        (torch.float16, 90000, True),
+        (torch.bfloat16, 90000, False),
+        (torch.bfloat16, 91300, True),
+        (torch.float32, None, False),
+    ],
+)
+def test_auto_leaves_all_steps_to_cudnn_where_it_runs_them(
+    dtype, version, takes, packed, monkeypatch, simulate
+):
+    """It takes bfloat16 from version 9.13 on; without it PyTorch launches kernels for each step."""
+    simulate("sm_90", least=0)
+    monkeypatch.setattr(torch, "cudnn_is_acceptable", lambda t: version is not None)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    for options in ({}, {"proj_size": 2}):
+        layer = fastnn.LSTM(3, 4, **options).to(dtype)
+        model = Packed(layer, [2, 1], True) if packed else layer
+        found = reason(lambda m=model: m(torch.randn(2, 2, 3, dtype=dtype)))
+        assert found == (CUDNN if takes else None), options
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("rows", "hidden", "options", "why"),
+    [
+        (64, 512, {}, None),
+        (4096, 512, {}, "blocks"),  # 256 of them, which read 1 MiB each
+        (16, 64, {"proj_size": 32}, None),
+        (16, 512, {"proj_size": 256}, "one block"),
+    ],
+)
+def test_auto_takes_kernels_that_read_few_weights(
+    rows, hidden, options, why, monkeypatch, simulate
+):
+    """By the model: a block reads all of them in each step, PyTorch's product does it once."""
+    simulate("sm_90", least=0)
+    monkeypatch.setattr(torch, "cudnn_is_acceptable", lambda t: False)
+    asked = []
+    with meta_calls(asked):
+        fastnn.LSTM(8, hidden, **options)(torch.randn(1, rows, 8))
+    assert asked == [why]
+
+
+@contextlib.contextmanager
+def meta_calls(asked):
+    """Collects what the policy of `lstm` says; the calls themselves run PyTorch."""
+    with _gate.asked() as answers:
+        yield
+    for _, work in answers:
+        asked.append(work.why.split(" read")[0] if isinstance(work, Stock) else None)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("setting", "takes"), [(":16:8", False), (":4096:2", False), (":4096:8", True), (None, False)]
+)
+def test_auto_takes_kernels_where_cudnn_may_differ(setting, takes, monkeypatch, simulate):
+    """By PyTorch's page on LSTM, of those settings with which PyTorch multiplies at all."""
+    simulate("sm_90", least={})
+    monkeypatch.setattr(torch, "cudnn_is_acceptable", lambda t: True)
+    if setting is None:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    else:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", setting)
+    x, layer = torch.randn(2, 2, 3), fastnn.GRU(3, 4)
+    before = torch.are_deterministic_algorithms_enabled()
+    for allowed in (True, False):
+        torch.use_deterministic_algorithms(not allowed)
+        try:
+            found = reason(lambda: layer(x))
+        finally:
+            torch.use_deterministic_algorithms(before, warn_only=True)
+        assert (found is None) == (takes and not allowed)

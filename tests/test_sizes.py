@@ -30,9 +30,6 @@ KNOWN = {
     ("binary_cross_entropy_with_logits", "(stock is 0 away)"): "stock adds a tiny term to 1",
     ("multi_margin_loss", "finite where stock is not"): "of no rows, stock leaves a sum unwritten",
     ("multilabel_margin_loss", "finite where stock is not"): "the same",
-    ("embedding_bag", "can not be greater than input's length"): (
-        "CUDA does not look at the offsets; docs/embedding.md says what they then do"
-    ),
 }
 # In these calls stock on a CPU reads and writes outside its tensors, and corrupts the process.
 LEFT_OUT = {"scaled_dot_product_attention": "query, key or value alone without elements"}

@@ -394,7 +394,7 @@ def test_launches_of_a_training_step(norm_first, monkeypatch):
 
     # On a GPU the host reserves random numbers; here operators make them.
     monkeypatch.setattr(
-        _rng, "draw_planned", lambda device, launch: _rng.plain_draw(device, 1, 0, launch)
+        _rng, "draw_for", lambda device, launch: _rng.plain_draw(device, 1, 0, launch)
     )
     counts = {}
     for namespace in (fastnn, stock):

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 import fastnn
 import fastnn.functional
 from fastnn import _gate
-from fastnn.testing.aot import TARGETS, check, compile_only, summary, table
+from fastnn.testing.aot import TARGETS, code_faults, compile_only, summary, table
 
 # Kernels that need not run at the speed of memory: they gather, multiply matrices, or only pool
 # partial sums.
@@ -142,7 +142,7 @@ def compile_rows(target, wanted=None):
     for record in records:
         if record.kernel.startswith("_attention") and attention_is_stocks(target):
             continue
-        wrong = check(record, streaming=streams(record))
+        wrong = code_faults(record, streaming=streams(record))
         faults += ["WRONG: " + "; ".join(wrong) + "\n" + table([record])] if wrong else []
     return records, faults
 

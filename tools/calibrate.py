@@ -175,9 +175,9 @@ CALLS: dict[str, Callable[[int], Callable]] = {
 def counted(kernel: str, mode: str, size: int) -> dict[str, Any]:
     """The launches of a call, and the bytes of PyTorch's operators in it."""
     from fastnn.testing.meter import AtenTraffic
-    from fastnn.testing.roof import Launch, capture_any, roof
+    from fastnn.testing.roof import CompiledLaunch, capture_any, roof
 
-    launches: list[Launch] = []
+    launches: list[CompiledLaunch] = []
     call = CALLS[kernel](size)
     if mode == "forward":
         with capture_any(launches), AtenTraffic() as aten:

@@ -112,7 +112,10 @@ AREAS = {
         ),
         "[losses](docs/losses.md)",
     ),
-    "norms": (("norm", "channel_norm", "local_response_norm"), "[norms](docs/norms.md)"),
+    "norms": (
+        ("norm", "channel_norm", "local_response_norm", "normalize"),
+        "[norms](docs/norms.md)",
+    ),
     "pooling": (("pooling",), "[pooling](docs/pooling.md)"),
 }
 
@@ -228,6 +231,13 @@ def beside_table() -> str:
     return beside.table(json.loads(beside.PATH.read_text())["rows"])
 
 
+def compile_time_table() -> str:
+    """What compiling costs, as `python -m bench.compile_time --write` measured it."""
+    from fastnn.bench import compile_time
+
+    return compile_time.table(json.loads(compile_time.PATH.read_text()))
+
+
 def codes_table() -> str:
     from fastnn._mode import CODES
 
@@ -256,7 +266,14 @@ def main() -> int:
         (readme, front),
         (layers, tables),
         (ROOT / "docs" / "ops.md", ops_page()),
-        (models, between(models.read_text(), "models", models_table())),
+        (
+            models,
+            between(
+                between(models.read_text(), "models", models_table()),
+                "compile time",
+                compile_time_table(),
+            ),
+        ),
         (compiled, roofed),
         (benchmarks, besides),
         (api, between(api.read_text(), "codes", codes_table())),

@@ -13,7 +13,7 @@ import fastnn
 import fastnn.functional as F
 from fastnn._mode import Mode
 from fastnn.bench.cases import matching
-from fastnn.bench.run import both_passes, check, make_sides
+from fastnn.bench.run import both_passes, compare_row, make_sides
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
 cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU pays")
@@ -34,7 +34,7 @@ def clock():
 @pytest.mark.parametrize(("case", "dtype"), matching(), ids=str)
 def test_row(benchmark, case, dtype, side):
     if side == "ours":
-        found = check(case, dtype, clock())
+        found = compare_row(case, dtype, clock())
         assert not found["failures"] and found["path"] == "kernel", found
     theirs, ours = make_sides(case, dtype, "cuda")
     inputs = case.make(dtype, "cuda")

@@ -14,7 +14,7 @@ import torch
 
 from fastnn import _cli, _mode
 from fastnn._cli import training
-from fastnn._cli.training import Comparison, DemoError
+from fastnn._cli.training import DemoError, DemoResult
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,7 +95,7 @@ def _device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _compare(args: argparse.Namespace, console: Console) -> tuple[list[Comparison], str | None]:
+def _compare(args: argparse.Namespace, console: Console) -> tuple[list[DemoResult], str | None]:
     """The full run, then the run on kernels; and the reason, if there is no second run."""
     from rich import progress
 
@@ -183,7 +183,7 @@ def grouped(layers: list[dict]) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def _show(console: Console, c: Comparison) -> None:
+def _show(console: Console, c: DemoResult) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -240,7 +240,7 @@ def _show(console: Console, c: Comparison) -> None:
             console.print(Text(c.samples[name]))
 
 
-def _conclude(console: Console, comparisons: list[Comparison], skipped: str | None, passed: bool):
+def _conclude(console: Console, comparisons: list[DemoResult], skipped: str | None, passed: bool):
     from rich.table import Table
     from rich.text import Text
 
@@ -269,7 +269,7 @@ def _conclude(console: Console, comparisons: list[Comparison], skipped: str | No
 _STOCK, _OURS, _ALLOWED = "#e8a33d", "#1f4e79", "#8a8a8a"
 
 
-def plot(report: dict, comparisons: list[Comparison], path: Path) -> None:
+def plot(report: dict, comparisons: list[DemoResult], path: Path) -> None:
     """Loss curves on top, the distances between them below; one column per comparison."""
     import matplotlib
 
@@ -298,7 +298,7 @@ def plot(report: dict, comparisons: list[Comparison], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _curves(axis, c: Comparison) -> None:
+def _curves(axis, c: DemoResult) -> None:
     stock, ours = c.losses["stock"], c.losses["fastnn"]
     label = "{} ({:.4f})".format
     thick = {"color": _STOCK, "linewidth": 5, "alpha": 0.8}
@@ -310,7 +310,7 @@ def _curves(axis, c: Comparison) -> None:
     axis.legend(loc="upper right", frameon=False, title="held-out loss after it", alignment="left")
 
 
-def _difference(axis, c: Comparison) -> None:
+def _difference(axis, c: DemoResult) -> None:
     axis.grid(alpha=0.25)
     axis.set_xlabel("step")
     axis.xaxis.get_major_locator().set_params(integer=True)

@@ -183,7 +183,7 @@ def batches(data: Tensor, size: Size, seed: int, device: torch.device) -> Iterat
 # ---- Training sides in lockstep -----------------------------------------------------------------
 
 
-class Side:
+class TrainedModel:
     """One model in training. For each step it records the loss, the sum of the norms of its
     parameters' gradients, and the seconds taken. `memory` is the bytes of one step.
     """
@@ -311,7 +311,7 @@ def one_thread() -> Iterator[None]:
 
 
 def train(
-    sides: dict[str, Side],
+    sides: dict[str, TrainedModel],
     data: Tensor,
     steps: int,
     on_step: Callable[[int, dict[str, float]], None],
@@ -401,7 +401,7 @@ class Move:
 
 
 @torch.no_grad()
-def move(source: Side, target: Side, path: Path, ids: Tensor) -> Move:
+def move(source: TrainedModel, target: TrainedModel, path: Path, ids: Tensor) -> Move:
     """Save `source`, load it strictly into a new model and optimizer of `target`'s kind, compare.
 
     Both models then run stock, so equal weights must give logits with equal bits. A weight that did
@@ -410,7 +410,7 @@ def move(source: Side, target: Side, path: Path, ids: Tensor) -> Move:
     name = " -> ".join(getattr(side.nn, "__name__", "?") for side in (source, target))
     torch.save({"model": source.model.state_dict(), "adamw": source.optimizer.state_dict()}, path)
     saved = torch.load(path, map_location="cpu", weights_only=True)
-    fresh = Side(target.nn, target.size, target.device, seed=0)
+    fresh = TrainedModel(target.nn, target.size, target.device, seed=0)
     try:
         fresh.model.load_state_dict(saved["model"], strict=True)
         fresh.optimizer.load_state_dict(saved["adamw"])
@@ -429,7 +429,7 @@ def move(source: Side, target: Side, path: Path, ids: Tensor) -> Move:
 
 
 @dataclass
-class Comparison:
+class DemoResult:
     """The comparison of stock and fastnn that `fastnn demo` shows, plots and writes."""
 
     title: str
@@ -465,7 +465,7 @@ class Comparison:
         return {**asdict(self), **more}
 
 
-def explained(side: Side, ids: Tensor, targets: Tensor) -> list[dict]:
+def explained(side: TrainedModel, ids: Tensor, targets: Tensor) -> list[dict]:
     """`fastnn.explain` of one training call, as dictionaries."""
     with fastnn.backend(side.mode):
         rows = fastnn.explain(side.model, ids, targets)
@@ -483,7 +483,7 @@ def compare(
     out: Path | None = None,
     sample: int = 0,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
-) -> Comparison:
+) -> DemoResult:
     """Train stock beside fastnn, and judge. If kernels may run, also train float64 and twins.
 
     `ours` is the namespace of the second side. Checkpoints are saved and moved if `out` is given.
@@ -493,15 +493,15 @@ def compare(
     start = build(torch.nn, size).state_dict()
     may_run_kernels = mode == "triton" or device.type == "cuda"
     sides = {
-        "stock": Side(torch.nn, size, device, seed, start),
-        "fastnn": Side(ours, size, device, seed, start, mode=mode),
+        "stock": TrainedModel(torch.nn, size, device, seed, start),
+        "fastnn": TrainedModel(ours, size, device, seed, start, mode=mode),
     }
     if may_run_kernels:
         if size.dropout:
             raise ValueError("compare: dropout must be 0 where kernels run; their masks differ")
-        sides["float64"] = Side(torch.nn, size, device, seed, start, dtype=torch.float64)
+        sides["float64"] = TrainedModel(torch.nn, size, device, seed, start, dtype=torch.float64)
         for roll in range(1, min(TWINS + 1, size.batch)):
-            sides[f"twin {roll}"] = Side(torch.nn, size, device, seed, start, roll=roll)
+            sides[f"twin {roll}"] = TrainedModel(torch.nn, size, device, seed, start, roll=roll)
     train(sides, training, size.steps, on_step)
 
     losses = {name: side.losses for name, side in sides.items()}
@@ -510,7 +510,7 @@ def compare(
     both = {name: sides[name] for name in ("stock", "fastnn")}
     ids, targets = next(batches(held_out, size, 1, device))
     count = 1 + size.steps // 20
-    result = Comparison(
+    result = DemoResult(
         title=title,
         device=device.type,
         mode=mode,
@@ -540,7 +540,7 @@ def compare(
 
 def compare_interpreted(
     size: Size, seed: int, on_step: Callable[[int, dict[str, float]], None]
-) -> Comparison:
+) -> DemoResult:
     """`compare` with kernels interpreted on the CPU, in a separate process."""
     environment = {k: v for k, v in os.environ.items() if k != "FASTNN_BACKEND"}
     environment["TRITON_INTERPRET"] = "1"
@@ -571,7 +571,7 @@ def compare_interpreted(
     result["size"] = Size(**result["size"])
     for key in ("loss_verdict", "gradient_verdict"):
         result[key] = Verdict(**result[key])
-    return Comparison(**result)
+    return DemoResult(**result)
 
 
 def _worker(options: dict) -> None:

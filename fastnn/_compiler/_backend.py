@@ -18,8 +18,9 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from fastnn import _mode
 from fastnn._compiler._calls import call as read
 from fastnn._compiler._calls import value
+from fastnn._compiler._gated import gated
 from fastnn._compiler._rules import RULES, alone
-from fastnn._compiler._site import Misfit, Rewrite, Site
+from fastnn._compiler._site import NoMatch, Rewrite, Site
 
 
 class Found(NamedTuple):
@@ -147,8 +148,8 @@ def rewrite(gm: GraphModule) -> list[Found]:
                     continue
                 try:
                     result = rule.match(site, node)
-                    site.check(result)
-                except Misfit:
+                    site.confirm(result)
+                except NoMatch:
                     continue
                 tell(rule.name, result.outputs[-1])
                 _replace(module, site, result)
@@ -167,8 +168,8 @@ def backend(gm: GraphModule, example_inputs: list[Any], **options: Any) -> Calla
     """A backend of `torch.compile`: the captured graph, with ops of fastnn where rules hold.
 
     The graph runs with PyTorch's autograd. Each op decides at each call whether a kernel or PyTorch
-    runs it. So second derivatives, hooks and dynamic shapes work as in eager mode. There are no
-    options. Raises TypeError for any.
+    runs it, unless the sizes in the graph already say so. So second derivatives, hooks and dynamic
+    shapes work as in eager mode. There are no options. Raises TypeError for any.
     """
     if options:
         given = ", ".join(map(str, options.get("options") or options))
@@ -177,13 +178,13 @@ def backend(gm: GraphModule, example_inputs: list[Any], **options: Any) -> Calla
     listener = getattr(_listening, "found", None)
     if listener is not None:
         listener += found
-    return gm.forward
+    return gated(gm)
 
 
 # ---- explain ------------------------------------------------------------------------------------
 
 
-class Decision(NamedTuple):
+class GraphDecision(NamedTuple):
     """What one call of an op in a graph did: its layer, the op's name, and why not a kernel."""
 
     layer: str
@@ -195,20 +196,20 @@ class Decision(NamedTuple):
 class _Told(Interpreter):
     """Runs a graph node by node, and notes the decisions of each."""
 
-    def __init__(self, gm: GraphModule, decisions: list[Decision]):
+    def __init__(self, gm: GraphModule, decisions: list[GraphDecision]):
         super().__init__(gm)
         self.decisions = decisions
 
     def run_node(self, n: Node) -> Any:
         with _mode.decisions() as heard:
             result = super().run_node(n)
-        self.decisions += [Decision(layer_of(n), d.op.name, d.why, d.code) for d in heard]
+        self.decisions += [GraphDecision(layer_of(n), d.op.name, d.why, d.code) for d in heard]
         return result
 
 
-def decisions_of(model: Callable, inputs: tuple, kwargs: dict) -> list[Decision]:
+def decisions_of(model: Callable, inputs: tuple, kwargs: dict) -> list[GraphDecision]:
     """The decisions in one call of `model`, compiled for this backend."""
-    decisions: list[Decision] = []
+    decisions: list[GraphDecision] = []
 
     def told(gm: GraphModule, example_inputs: list[Any]) -> Callable:
         rewrite(gm)

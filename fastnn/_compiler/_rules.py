@@ -1,8 +1,9 @@
 """Which calls of a captured graph become one call of an op, and which spelling stands for which op.
 
-A rule is a function of a `Site` and of the last node. It takes nodes, raises `Misfit` where it does
-not hold, and returns a `Rewrite`. `RULES` is the table; the first rule that holds wins. A rule that
-needs two nodes with several spellings in between is a few lines, since `Site` reads the spellings.
+A rule is a function of a `Site` and of the last node. It takes nodes, raises `NoMatch` where it
+does not hold, and returns a `Rewrite`. `RULES` is the table; the first rule that holds wins. A rule
+that needs two nodes with several spellings in between is a few lines, since `Site` reads the
+spellings.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fastnn._compiler._calls import (
     keeps_rows,
     value,
 )
-from fastnn._compiler._site import Misfit, Rewrite, Site
+from fastnn._compiler._site import NoMatch, Rewrite, Site
 from fastnn.ops import REGISTRY
 from fastnn.ops.channel_norm import batch_norm_act, batch_norm_add_relu, group_norm_act
 from fastnn.ops.glu import act_glu, act_mul
@@ -38,7 +39,7 @@ from fastnn.ops.linear import linear_act
 from fastnn.ops.residual_norm import dropout_add, dropout_add_layer_norm, dropout_add_rms_norm
 
 
-class Rule(NamedTuple):
+class GraphRule(NamedTuple):
     """A rule and the functions that its last node may compute."""
 
     name: str
@@ -46,14 +47,14 @@ class Rule(NamedTuple):
     match: Callable[[Site, Node], Rewrite]
 
 
-RULES: list[Rule] = []
+RULES: list[GraphRule] = []
 
 
 def rule(name: str, *ends: str) -> Callable[[Callable], Callable]:
     """Enter a function into the table of rules."""
 
     def enter(match: Callable) -> Callable:
-        RULES.append(Rule(name, ends, match))
+        RULES.append(GraphRule(name, ends, match))
         return match
 
     return enter
@@ -62,7 +63,7 @@ def rule(name: str, *ends: str) -> Callable[[Callable], Callable]:
 def _tensor(node: Any) -> Tensor:
     v = value(node)
     if not isinstance(v, Tensor):
-        raise Misfit(f"{node} is no tensor")
+        raise NoMatch(f"{node} is no tensor")
     return v
 
 
@@ -75,7 +76,7 @@ def _numbers(*values: Any) -> None:
     """Numbers that a graph with dynamic shapes computes have no place in an op."""
     for v in values:
         if isinstance(v, Node):
-            raise Misfit("a number is computed in the graph")
+            raise NoMatch("a number is computed in the graph")
 
 
 def _close(a: float, b: float) -> bool:
@@ -211,7 +212,7 @@ def _rms_norm_written_out(site: Site, end: Node) -> Rewrite:
         if site.is_call(inner, "mul") and isinstance(weight, Node) and _tensor(weight).dim() == 1:
             break
     else:
-        raise Misfit("no weight times a product")
+        raise NoMatch("no weight times a product")
     normed = site.below_conversion(normed, _tensor(end).dtype)
     number, two = site.product(normed)
     site.expect(number == 1.0 and len(two) == 2, "not a product of two")
@@ -253,7 +254,7 @@ def _split(site: Site, factors: list[Node], name: str, *but: Any) -> tuple[Node,
     """Of factors, the one that computes `name` and is none of `but`, and the others."""
     found = [f for f in factors if site.is_call(f, name) and all(f is not b for b in but)]
     if len(found) != 1:
-        raise Misfit(f"no {name} among the factors")
+        raise NoMatch(f"no {name} among the factors")
     return found[0], [f for f in factors if f is not found[0]]
 
 
@@ -266,7 +267,7 @@ def _split_one_plus(site: Site, factors: list[Node], *names: str) -> tuple[Call,
             if site.is_call(inner, *names):
                 site.sum(factor)
                 return site.call(inner, *names), [f for f in factors if f is not factor]
-    raise Misfit(f"no one plus {' or '.join(names)}")
+    raise NoMatch(f"no one plus {' or '.join(names)}")
 
 
 def _expect_elementwise(site: Site, x: Node, end: Node) -> None:
@@ -312,7 +313,7 @@ def _cubic(site: Site, terms: list[Any], power: int) -> tuple[float, Any, list[N
             number, factors = site.product(other)
             if len(factors) == power:
                 return number, float(first) if isinstance(first, (int, float)) else first, factors
-    raise Misfit("no power")
+    raise NoMatch("no power")
 
 
 @rule("silu written out", "mul")
@@ -538,7 +539,7 @@ def _act_glu(site: Site, end: Node) -> Rewrite:
             site.expect(_tensor(of).is_contiguous(), "the halves are not of a contiguous tensor")
             site.expect(_tensor(of).is_floating_point(), "integers")
             return Rewrite(act_glu, (of, dim, *act, x.args[1] == 0), (end,))
-    raise Misfit("no factor is an activation")
+    raise NoMatch("no factor is an activation")
 
 
 def _halves(site: Site, x: Any, z: Any) -> tuple[Node, int]:
@@ -570,7 +571,7 @@ def _act_mul(site: Site, end: Node) -> Rewrite:
         if gate is not z and site.is_call(gate, *_ACTIVATIONS) and len(gate.users) == 1:
             x, *act = _activation(site, gate)
             return Rewrite(act_mul, (x, z, *act), (end,))
-    raise Misfit("no factor is an activation")
+    raise NoMatch("no factor is an activation")
 
 
 @rule("linear, activation, dropout", "dropout")

@@ -13,7 +13,7 @@ from fastnn._compiler import _calls
 from fastnn._compiler._calls import Call, value
 
 
-class Misfit(Exception):
+class NoMatch(Exception):
     """Why a rule does not hold at a place."""
 
 
@@ -35,7 +35,7 @@ class Rewrite(NamedTuple):
 
 
 class Site:
-    """Takes nodes one by one. Each question marks the nodes that it took, or raises `Misfit`."""
+    """Takes nodes one by one. Each question marks the nodes that it took, or raises `NoMatch`."""
 
     def __init__(self, graph: Graph, autocast: bool = False):
         self.graph = graph
@@ -46,9 +46,9 @@ class Site:
         """What `node` computes, which must be one of `names`."""
         known = _calls.call(node)
         if known is None or known.name not in names:
-            raise Misfit(f"no {' or '.join(names)}")
+            raise NoMatch(f"no {' or '.join(names)}")
         if known.inplace and not _calls.is_alone(known["input"]):
-            raise Misfit(f"{known.name} overwrites a tensor that others may read")
+            raise NoMatch(f"{known.name} overwrites a tensor that others may read")
         self.taken[node] = None
         return known
 
@@ -74,7 +74,7 @@ class Site:
                 number *= one
                 continue
             if not isinstance(one, Node):
-                raise Misfit(f"a factor is {one!r}")
+                raise NoMatch(f"a factor is {one!r}")
             known = _calls.call(one) if first or len(one.users) == 1 else None
             if known is None or known.inplace:
                 factors.append(one)
@@ -99,7 +99,7 @@ class Site:
                 times = 2 if known.name == "square" else int(known["exponent"])
                 base = known["input"]
                 if not isinstance(base, Node):
-                    raise Misfit("a power of a number")
+                    raise NoMatch("a power of a number")
                 factors += [base] * times
             else:
                 factors.append(one)
@@ -109,7 +109,7 @@ class Site:
         """The two terms of a sum."""
         known = self.call(node, "add")
         if known["alpha"] != 1:
-            raise Misfit("a term of the sum is scaled")
+            raise NoMatch("a term of the sum is scaled")
         return [known["input"], known["other"]]
 
     def number_and_node(self, terms: list[Any]) -> tuple[float, Node]:
@@ -117,21 +117,21 @@ class Site:
         numbers = [t for t in terms if type(t) in (int, float)]
         nodes = [t for t in terms if isinstance(t, Node)]
         if len(numbers) != 1 or len(nodes) != 1:
-            raise Misfit("no number beside a tensor")
+            raise NoMatch("no number beside a tensor")
         return float(numbers[0]), nodes[0]
 
     # ---- What must hold of the nodes that were taken ---------------------------------------------
 
     def expect(self, holds: bool, why: str) -> None:
         if not holds:
-            raise Misfit(why)
+            raise NoMatch(why)
 
     def expect_all_of(self, dtype: torch.dtype) -> None:
         """All tensors that the taken nodes make have this dtype."""
         for node in self.taken:
             v = value(node)
             if isinstance(v, Tensor) and v.dtype != dtype:
-                raise Misfit(f"a value between is {v.dtype}")
+                raise NoMatch(f"a value between is {v.dtype}")
 
     def expect_one_memory(self, x: Any, end: Node) -> None:
         """Nobody can tell whether `end` is a copy of `x` or `x` itself.
@@ -147,20 +147,20 @@ class Site:
                 touched = _calls.writes(node)
                 touched += node.all_input_nodes if _calls.is_opaque(node) else []
             if any(_may_share(one, m) for t in touched for one in _calls.roots(t) for m in memory):
-                raise Misfit(f"{node.name} could tell a copy")
+                raise NoMatch(f"{node.name} could tell a copy")
 
-    def check(self, rewrite: Rewrite) -> None:
-        """Raise `Misfit` if someone could tell that the taken nodes became one call."""
+    def confirm(self, rewrite: Rewrite) -> None:
+        """Raise `NoMatch` if someone could tell that the taken nodes became one call."""
         outputs = set(rewrite.outputs)
         for node in self.taken:
             if node not in outputs and any(user not in self.taken for user in node.users):
-                raise Misfit(f"{node.name} has another user")
+                raise NoMatch(f"{node.name} has another user")
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         place = min(rewrite.outputs, key=order.__getitem__)
         read = [a for a in _nodes((rewrite.args, rewrite.kwargs)) if a not in self.taken]
         for node in read:
             if order[node] >= order[place]:
-                raise Misfit(f"{node.name} is computed later than the place of the call")
+                raise NoMatch(f"{node.name} is computed later than the place of the call")
         spans = [order[n] for n in self.taken]
         memory = set().union(*(_calls.roots(n) for n in (*read, *self.taken)))
         random = any(map(_calls.draws, self.taken))
@@ -173,7 +173,7 @@ class Site:
                 if why is None and any(_may_share(a, b) for a in seen for b in statistics):
                     why = "reads a tensor that they write"
                 if why is not None:
-                    raise Misfit(f"between them, {node.name} {why}")
+                    raise NoMatch(f"between them, {node.name} {why}")
 
 
 def _nodes(tree: Any) -> list[Node]:

@@ -245,7 +245,7 @@ def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
         asked = _front_of_op.below(op, passed[1], "_mode.")
         assert {*asked.tensors, *asked.others} <= {*passed}, (cls, asked)
         lines += [
-            "        if _mode._plain and 0 < _the_floor and not _is_compiling() "
+            "        if _mode._plain and not _is_compiling() and 0 < _the_floor "
             f"and {asked.ready}:",
             "            try:",
             f"                _is_small = {asked.size} < {asked.least}",

@@ -39,6 +39,7 @@ def _apart(self, input, target):
     if (
         not target.numel()
         or input.shape[:-1] != target.shape
+        or input.shape[-1] != self.in_features
         or input.dtype != self.head.weight.dtype
     ):
         return "no rows, or arguments that PyTorch refuses"

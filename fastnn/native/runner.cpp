@@ -25,6 +25,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/Layout.h>
 #include <torch/csrc/MemoryFormat.h>
+#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -51,6 +52,7 @@ using torch::autograd::variable_list;
 
 PyObject* unfit = nullptr;  // _plan.UNFIT
 PyObject* same = nullptr;   // _plan.same
+PyTypeObject* device_mode = nullptr;  // the class of `with torch.device(...)`
 
 // ---- References to Python's objects -------------------------------------------------------------
 
@@ -429,6 +431,17 @@ struct Meta {
   }
 };
 
+// Whether a torch function mode may see calls. That of a device concerns only functions that make
+// tensors. The stack of modes keeps them alive, so no lock is needed.
+bool mode_sees_calls() {
+  if (!at::impl::torch_function_mode_enabled()) return false;
+  for (int64_t i = 0; i < at::impl::PythonTorchFunctionTLS::stack_len(); i++) {
+    const auto& mode = at::impl::PythonTorchFunctionTLS::get_stack_at(i);
+    if (Py_TYPE(mode->ptr(getPyInterpreter())) != device_mode) return true;
+  }
+  return false;
+}
+
 // The state of a thread. What dispatch keys tell: inference mode, functorch, tracing, dispatch
 // modes, whether autocast is on.
 struct State {
@@ -447,7 +460,7 @@ struct State {
   bool holds(c10::DeviceType type) const {
     auto now = c10::impl::tls_local_dispatch_key_set();
     return now.included_ == included && now.excluded_ == excluded &&
-           !at::impl::torch_function_mode_enabled() && !ForwardADLevel::try_get_by_idx(0) &&
+           !mode_sees_calls() && !ForwardADLevel::try_get_by_idx(0) &&
            (!autocast || at::autocast::get_autocast_dtype(type) == autocast_dtype);
   }
 };
@@ -1271,9 +1284,10 @@ PyObject* table_clear(PyObject* self, PyObject*) {
 
 // setup(UNFIT, same)
 PyObject* py_setup(PyObject*, PyObject* args) {
-  if (!PyArg_ParseTuple(args, "OO", &unfit, &same)) return nullptr;
+  if (!PyArg_ParseTuple(args, "OOO!", &unfit, &same, &PyType_Type, &device_mode)) return nullptr;
   Py_INCREF(unfit);
   Py_INCREF(same);
+  Py_INCREF(device_mode);
   Py_RETURN_NONE;
 }
 
@@ -1291,31 +1305,32 @@ PyMethodDef functions[] = {{"setup", py_setup, METH_VARARGS, nullptr},
                            {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "runner", nullptr, -1, functions};
 
+template <typename Object>
+void callable(PyTypeObject& type) {
+  type.tp_flags = Py_TPFLAGS_HAVE_VECTORCALL;
+  type.tp_vectorcall_offset = offsetof(Object, vectorcall);
+  type.tp_call = PyVectorcall_Call;
+}
+
+template <typename Object>
+bool define(PyTypeObject& type, const char* name, destructor dealloc, PyMethodDef* methods) {
+  type.tp_name = name;
+  type.tp_basicsize = sizeof(Object);
+  type.tp_flags |= Py_TPFLAGS_DEFAULT;
+  type.tp_dealloc = dealloc;
+  type.tp_methods = methods;
+  return PyType_Ready(&type) == 0;
+}
+
 }  // namespace
 
 PyMODINIT_FUNC PyInit_runner() {
-  PlanType.tp_name = "fastnn.native.Plan";
-  PlanType.tp_basicsize = sizeof(PlanObject);
-  PlanType.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL;
-  PlanType.tp_vectorcall_offset = offsetof(PlanObject, vectorcall);
-  PlanType.tp_call = PyVectorcall_Call;
-  PlanType.tp_dealloc = plan_dealloc;
-  PlanType.tp_methods = plan_methods;
-  TableType.tp_name = "fastnn.native.Table";
-  TableType.tp_basicsize = sizeof(TableObject);
-  TableType.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL;
-  TableType.tp_vectorcall_offset = offsetof(TableObject, vectorcall);
-  TableType.tp_call = PyVectorcall_Call;
-  TableType.tp_dealloc = table_dealloc;
-  TableType.tp_methods = table_methods;
-  HolderType.tp_name = "fastnn.native.Holder";
-  HolderType.tp_basicsize = sizeof(HolderObject);
-  HolderType.tp_flags = Py_TPFLAGS_DEFAULT;
-  HolderType.tp_methods = holder_methods;
-  HolderType.tp_dealloc = holder_dealloc;
-  if (PyType_Ready(&PlanType) < 0 || PyType_Ready(&HolderType) < 0 ||
-      PyType_Ready(&TableType) < 0) {
-    return nullptr;
-  }
+  callable<PlanObject>(PlanType);
+  callable<TableObject>(TableType);
+  bool ready =
+      define<PlanObject>(PlanType, "fastnn.native.Plan", plan_dealloc, plan_methods) &&
+      define<TableObject>(TableType, "fastnn.native.Table", table_dealloc, table_methods) &&
+      define<HolderObject>(HolderType, "fastnn.native.Holder", holder_dealloc, holder_methods);
+  if (!ready) return nullptr;
   return PyModule_Create(&definition);
 }

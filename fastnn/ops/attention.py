@@ -20,7 +20,7 @@ from fastnn.ops.linear import matmul_precision, tf32_setting
 _MATH, _EFFICIENT, _ERROR = 0, 2, -1
 
 
-class Plan(NamedTuple):
+class How(NamedTuple):
     """How a call is computed; everything that its tensors do not say."""
 
     lead: tuple[int, ...]
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     causal: bool
     gqa: bool
     p: float
-    noise: Any  # kernels.attention.Noise, whose state is None
+    noise: Any  # kernels.attention.WeightDropout, whose state is None
     grad_scale: float
     backend: int
     precision: str
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
         return self.lead[-1] if self.lead else 1
 
 
-def _four(x: Tensor, plan: Plan, heads: int) -> Tensor:
+def _four(x: Tensor, plan: How, heads: int) -> Tensor:
     """x (..., N, D), broadcast to the batch -> (B, heads, N, D); a view if possible."""
     N, D = x.shape[-2:]
     batch = plan.batch
@@ -53,7 +53,7 @@ def _four(x: Tensor, plan: Plan, heads: int) -> Tensor:
     return x.expand(*batch, heads, N, D).reshape(math.prod(batch), heads, N, D)
 
 
-def _heads_of_keys(k: Tensor, v: Tensor, plan: Plan) -> int:
+def _heads_of_keys(k: Tensor, v: Tensor, plan: How) -> int:
     """The number of heads of k and v. One head that broadcasts is a group and is not expanded."""
     if plan.gqa or (k.shape[-3:-2] in ((), (1,)) and v.shape[-3:-2] in ((), (1,))):
         return k.shape[-3] if k.dim() > 2 else 1
@@ -71,7 +71,7 @@ def _four_of_mask(mask: Tensor, batch: tuple[int, ...]) -> Tensor | None:
     return None
 
 
-def _output(q: Tensor, L: int, E: int, plan: Plan) -> Tensor:
+def _output(q: Tensor, L: int, E: int, plan: How) -> Tensor:
     """Uninitialised, with the layout of the backend that PyTorch would choose."""
     shape = (*plan.lead, L, E)
     if plan.backend == _EFFICIENT:
@@ -140,7 +140,7 @@ class Attention(Function):
             mask4 = _four_of_mask(mask, plan.batch)
             if needs[3]:
                 dmask = torch.empty_like(mask, memory_format=torch.contiguous_format)
-                dmask4 = dmask.view(mask4.shape)
+                dmask4 = _four_of_mask(dmask, plan.batch)
         grads = kernels.attention.bwd(
             _four(dout, plan, plan.heads), *fours, mask4,
             None if out is None else _four(out, plan, plan.heads), stats, scale=plan.scale,
@@ -153,7 +153,7 @@ class Attention(Function):
         ), dmask, None  # fmt: skip
 
 
-def _sum_to(dx: Tensor, x: Tensor, plan: Plan) -> Tensor:
+def _sum_to(dx: Tensor, x: Tensor, plan: How) -> Tensor:
     """dx (B, heads, N, D) -> the gradient of x, with the shape and dtype of x."""
     if dx.shape == x.shape:
         return dx
@@ -162,7 +162,7 @@ def _sum_to(dx: Tensor, x: Tensor, plan: Plan) -> Tensor:
     return dx.view(*plan.batch, *dx.shape[1:]).sum_to_size(x.shape).to(x.dtype)
 
 
-def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: Plan, noise) -> Tensor:
+def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, plan: How, noise) -> Tensor:
     """PyTorch's formula, with the noise of this call."""
     dtype = q.dtype
     q, k, v = q.float(), k.float(), v.float()
@@ -214,15 +214,17 @@ def _shapes(q, k, v, mask, gqa: bool) -> tuple[int, ...] | Stock:
 
 
 def _noise(q: Tensor, S: int, p: float) -> tuple[Any, float] | str:
-    """(a `kernels.attention.Noise`, the scale of the gradient), or why nothing can be drawn."""
+    """(a `WeightDropout`, the scale of the gradient), or why nothing can be drawn."""
     bound = kernels._philox.bound(1.0 - p)
     if p == 1:  # nothing is drawn
-        return kernels.attention.Noise(_rng.draw_nothing(1, q.get_device()), bound, 0.0), 0.0
+        return kernels.attention.WeightDropout(
+            _rng.draw_nothing(1, q.get_device()), bound, 0.0
+        ), 0.0
     draw = _rng.draw_own(kernels.attention.increment(S), q.get_device())
     if isinstance(draw, str):
         return draw
     scale, grad_scale = native_scales(p)
-    return kernels.attention.Noise(draw, bound, scale), grad_scale
+    return kernels.attention.WeightDropout(draw, bound, scale), grad_scale
 
 
 BESIDE_FUSED = "beside a fused kernel of PyTorch"
@@ -253,12 +255,18 @@ def _weights(
     return Work(weights, "attention weights")
 
 
+# `torch.backends.cuda` calls them, at three times the cost.
+_may_flash, _may_efficient, _may_math, _may_cudnn, _is_deterministic = (
+    torch._C._get_flash_sdp_enabled, torch._C._get_mem_efficient_sdp_enabled,
+    torch._C._get_math_sdp_enabled, torch._C._get_cudnn_sdp_enabled,
+    torch._C._get_deterministic_algorithms,
+)  # fmt: skip
+_order: Any = getattr(torch._C, "_get_sdp_priority_order", tuple)
+
+
 def _settings():
-    cuda = torch.backends.cuda
-    allowed = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
-    order = getattr(torch._C, "_get_sdp_priority_order", tuple)()
-    exact = torch.are_deterministic_algorithms_enabled()
-    return allowed, cuda.cudnn_sdp_enabled(), tuple(order), exact, tf32_setting()
+    allowed = _may_flash(), _may_efficient(), _may_math(), _may_cudnn()
+    return allowed, tuple(_order()), _is_deterministic(), tf32_setting()
 
 
 def _splits(query, key, value, attn_mask=None, dropout_p=0.0, **others):
@@ -334,7 +342,7 @@ def scaled_dot_product_attention(
         if isinstance(drawn, str):
             return Stock("random", drawn)
         noise, grad_scale = drawn
-    plan = Plan(
+    plan = How(
         lead, 1 / math.sqrt(D) if scale is None else float(scale), causal, gqa,
         float(dropout_p), noise, grad_scale, backend, precision, arch,
     )  # fmt: skip

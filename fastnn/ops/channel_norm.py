@@ -151,7 +151,7 @@ class ChannelNorm(Function):
 def _differentiable_gradients(ctx, dy, x, weight, bias, running, y, needs):
     """Gradients of x, weight, bias and residual, with graphs of their own."""
     spec = ctx.spec
-    running = running if spec.given else (None, None)
+    mean, var = running if spec.given else (None, None)
     dz = dy
     if ctx.has_residual:  # the activation is relu, whose gradient is computed from y
         dz = spec.act.formula.stock(dy, y, spec.act.a, spec.act.b)
@@ -159,8 +159,8 @@ def _differentiable_gradients(ctx, dy, x, weight, bias, running, y, needs):
     if bias is None and needs[2]:  # the bias is only added, so its value does not matter
         bias = torch.zeros(x.shape[1], dtype=ctx.bias, device=x.device, requires_grad=True)
 
-    def formula(*inputs):
-        return _norm(*inputs, *running, spec)
+    def formula(x, weight, bias):
+        return _norm(x, weight, bias, mean, var, spec)
 
     return *second_order(formula, (x, weight, bias), dz, needs[:3]), dz if needs[3] else None
 

@@ -20,7 +20,7 @@ _FEW_PAIRS = 16  # pairs of channels in a group, for which matrix products are m
 _LIMIT = 2**31  # elements of a sample, and positions of a channel, that kernels can index
 
 
-class Plan(NamedTuple):
+class Convolution(NamedTuple):
     """One convolution. Of each list, the last `dims` entries count; those before them do nothing.
 
     `small` is the tensor whose positions the taps are placed on: the output, or the input of a
@@ -122,7 +122,7 @@ def _weight(weight: Tensor, last: bool) -> Tensor:
 
 
 def _gather(
-    source: Tensor, weight: Tensor, bias: Tensor | None, to: Tensor, plan: Plan, up: bool,
+    source: Tensor, weight: Tensor, bias: Tensor | None, to: Tensor, plan: Convolution, up: bool,
     z: Tensor | None = None, norm: tuple | None = None, act: tuple | None = None,
 ):  # fmt: skip
     """Writes `to`. up: from `small` to `big`, else from `big` to `small`. Both are volumes.
@@ -154,7 +154,7 @@ def _gather(
     )
 
 
-def _weight_gradient(small: Tensor, big: Tensor, weight: Tensor, plan: Plan, want_db: bool):
+def _weight_gradient(small: Tensor, big: Tensor, weight: Tensor, plan: Convolution, want_db: bool):
     """(dw, db); db, the sums of `small`, is None unless wanted, and where another kernel is due."""
     dw = weight.new_empty(weight.shape)
     if plan.how is not None and plan.is_linear:
@@ -178,7 +178,7 @@ def _channel_sums(dy: Tensor, last: bool) -> Tensor:
 
 
 _CUDNN: Any = torch.backends.cudnn
-tf32_setting = Fp32Precision(lambda: _CUDNN.conv, lambda: _CUDNN)
+tf32_setting = Fp32Precision("conv", lambda: _CUDNN.conv, lambda: _CUDNN)
 
 
 def _precision(device_index: int) -> tuple[str, str]:
@@ -189,7 +189,7 @@ def _precision(device_index: int) -> tuple[str, str]:
     return (tf32_setting() if gpu.tf32 and gpu.name != "cpu" else "ieee"), arch
 
 
-def _result(input: Tensor, weight: Tensor, plan: Plan) -> Tensor:
+def _result(input: Tensor, weight: Tensor, plan: Convolution) -> Tensor:
     x = plan.batch(input)
     K = weight.shape[1] * plan.groups if plan.transposed else weight.shape[0]
     return _new(input, (x.shape[0], K, *plan.out), plan.last, x is not input)
@@ -197,7 +197,9 @@ def _result(input: Tensor, weight: Tensor, plan: Plan) -> Tensor:
 
 def _convolve(input, weight, bias, y, plan, z=None, norm=None, act=None):
     """Writes y, and z if given."""
-    x, to, z = (None if t is None else _volume(plan.batch(t), plan.last) for t in (input, y, z))
+    x, to = (_volume(plan.batch(t), plan.last) for t in (input, y))
+    if z is not None:
+        z = _volume(plan.batch(z), plan.last)
     _gather(x, weight, bias, to, plan, plan.transposed, z, norm, act)
 
 
@@ -309,10 +311,10 @@ class ConvAct(Function):
             return dx, dw, db, None, None, dscale, dshift, None, None
         db = None
         if dy is not None:
+            z, y = (None if t is None else _volume(plan.batch(t), plan.last) for t in (z, y))
             through_y, db, dscale, dshift = _through(
-                _volume(plan.batch(dy), plan.last), mean, var, scale, shift,
-                *(None if t is None else _volume(plan.batch(t), plan.last) for t in (z, y)),
-                plan, after, any(needs[:3]) , needs[2] and dz is None,
+                _volume(plan.batch(dy), plan.last), mean, var, scale, shift, z, y, plan, after,
+                any(needs[:3]), needs[2] and dz is None,
                 scale.dtype if needs[5] else None, shift_dtype if needs[6] else None,
             )  # fmt: skip
             if dz is not None and through_y is not None:
@@ -334,7 +336,7 @@ def _through(
     Each is None unless wanted, and db also where it would cost a pass of its own.
     """
     act = after.act
-    formula = None if act is None else act.formula
+    formula: Any = None if act is None else act.formula
     if after.eps is not None:
         rest: dict[str, Any] = {"last": plan.last}
         if act is not None:
@@ -371,7 +373,7 @@ def _ints(value: Any, dims: int) -> tuple[int, ...] | None:
 def _planned(
     dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any,
     dilation: Any, groups: Any, output_padding: Any = None,
-) -> Plan | Stock:  # fmt: skip
+) -> Convolution | Stock:  # fmt: skip
     """The plan of a call, of a transposed convolution if `output_padding` is given."""
     transposed = output_padding is not None
     options: tuple[Any, ...] = stride, padding, dilation, groups
@@ -432,7 +434,7 @@ def _planned(
     direct = weight.shape[0] // groups * weight.shape[1] <= _FEW_PAIRS
     how = None if direct else _precision(input.get_device())
     ones, zeros = (1,) * (3 - dims), (0,) * (3 - dims)
-    return Plan(
+    return Convolution(
         dims, transposed, options, ones + kernel_size, ones + strides, zeros + before,
         ones + dilations, groups, tuple(out), last, how,
     )  # fmt: skip

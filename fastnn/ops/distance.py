@@ -90,7 +90,7 @@ class Rows(Function):
     def forward(ctx, x1, x2, x3, target, weight, rows, dim, numbers, norm, swap, divisor, dtype):
         xs = (x1, x2, x3)
         shape = broadcast(*xs)
-        views = [x if x is None else _classes_second(x.expand(shape), dim) for x in xs]
+        views = [x if x is None else classes_second(x.expand(shape), dim) for x in xs]
         flags = rows.by_class, norm, swap
         sums = rows.sums + swap
         rest = () if divisor is not None else (*shape[:dim], *shape[dim + 1 :])
@@ -103,7 +103,7 @@ class Rows(Function):
         )  # fmt: skip
         if divisor is None:
             y = _laid_out_as_stocks(y, shape, dim, xs)
-        kept = [_classes_back(k, dim) for k in kept]
+        kept = [classes_back(k, dim) for k in kept]
         saved = (*kept, *(None,) * (3 - keeps)) if rows.of_kept else xs
         ctx.save_for_backward(*saved, target, weight, stats, y if rows.keeps_y else None)
         kinds = [x if x is None else (x.shape, x.dtype) for x in xs]
@@ -168,22 +168,22 @@ def _gradients(ctx, dy, xs, target, weight, stats, needs):
     gradient = f"{rows.name}_of_kept" if rows.of_kept else f"{rows.name}_grad"
     made = kernels.distance.bwd(
         dy,
-        [x if x is None else _classes_second(x.expand(shape), dim) for x in xs],
-        [w if w is None else _classes_second(w, dim) for w in wanted],
+        [x if x is None else classes_second(x.expand(shape), dim) for x in xs],
+        [w if w is None else classes_second(w, dim) for w in wanted],
         target, weight, stats, gradient, numbers, (rows.by_class, norm, swap), divisor,
     )  # fmt: skip
     # Autograd sums the gradients of broadcast inputs.
-    return [d if d is None else _classes_back(d, dim) for d in made]
+    return [d if d is None else classes_back(d, dim) for d in made]
 
 
-def _classes_second(x, dim):
+def classes_second(x, dim):
     """x (N, C, ...), with `dim` as C; x (C,) stays as it is."""
     if x.dim() == 1:
         return x
     return x.unsqueeze(0) if dim == 0 else x.movedim(dim, 1)
 
 
-def _classes_back(x, dim):
+def classes_back(x, dim):
     if x.dim() == 1:
         return x
     return x.squeeze(0) if dim == 0 else x.movedim(1, dim)
@@ -234,7 +234,7 @@ def _row_shape(dim, *xs):
 FEW_ROWS = 64
 
 
-def _in_rows(*args, dim=-1, **options):
+def in_rows(*args, dim=-1, **options):
     """The gate's policy for kernels in which one program computes one row.
 
     The size is the element count of the largest tensor.
@@ -251,7 +251,7 @@ def _in_rows(*args, dim=-1, **options):
 
 
 def _along(x1, x2, dim=1, eps=1e-8):
-    return _in_rows(x1, x2, dim=dim)
+    return in_rows(x1, x2, dim=dim)
 
 
 @op(
@@ -281,7 +281,7 @@ def cosine_similarity(x1, x2, dim=1, eps=1e-8, *, out_dtype=None):
 @op(
     stock=stock.pairwise_distance,
     strided=("x1", "x2"),
-    policy=_in_rows,
+    policy=in_rows,
     at_most="max(x1.numel(), x2.numel())",
     autocast="fp32",
 )
@@ -309,7 +309,7 @@ def pairwise_distance(x1, x2, p=2.0, eps=1e-6, keepdim=False, *, out_dtype=None)
 @op(
     stock=stock.triplet_margin_loss,
     strided=("anchor", "positive", "negative"),
-    policy=_in_rows,
+    policy=in_rows,
     at_most="max(anchor.numel(), positive.numel(), negative.numel())",
     autocast="fp32",
     autocast_cpu="fp32",
@@ -328,7 +328,7 @@ def triplet_margin_loss(
 @op(
     stock=stock.triplet_margin_with_distance_loss,
     strided=("anchor", "positive", "negative"),
-    policy=_in_rows,
+    policy=in_rows,
     at_most="max(anchor.numel(), positive.numel(), negative.numel())",
     autocast="fp32",
 )
@@ -377,7 +377,7 @@ def row_divisor(reduction, rows):
 @op(
     stock=stock.cosine_embedding_loss,
     strided=("input1", "input2"),
-    policy=_in_rows,
+    policy=in_rows,
     at_most="max(input1.numel(), input2.numel(), target.numel())",
     integers=INTEGERS,
     autocast="fp32",

@@ -58,6 +58,24 @@ def _splits(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, *rest
     return [*rows, Split({"weight": 1}, input.dim())]
 
 
+def padding_row(weight, indices, padding_idx, max_norm, sparse) -> int | Stock:
+    """The row of the weight (V, D) that has no gradient, -1 for none; or why no kernel reads it."""
+    V, D = weight.shape
+    if not V and indices.numel():
+        return Invalid("empty", "indices into no rows")
+    if padding_idx is not None and not -V <= padding_idx < V:
+        return Invalid("option", f"padding_idx={padding_idx}")
+    if max_norm is not None:
+        return Stock("option", f"max_norm={max_norm} writes to the weight")
+    if sparse:
+        return Stock("option", "sparse=True")
+    if weight.stride(1) != 1 and D > 1:
+        return Stock("layout", f"a weight of strides {weight.stride()}")
+    if padding_idx is None:
+        return -1
+    return padding_idx + V if padding_idx < 0 else padding_idx
+
+
 @op(
     stock=stock.embedding,
     strided=("input", "weight"),  # the launchers copy indices that are not dense
@@ -82,20 +100,10 @@ def embedding(
         return Invalid(
             "dtype", f"weight {weight.dtype} {tuple(weight.shape)}, indices {input.dtype}"
         )
-    V, D = weight.shape
-    if not V and input.numel():
-        return Invalid("empty", "indices into no rows")
-    if padding_idx is None:
-        padding_idx = -1
-    elif not -V <= padding_idx < max(V, 1):
-        return Invalid("option", f"padding_idx={padding_idx}")
-    elif padding_idx < 0:
-        padding_idx += V
-    if max_norm is not None:
-        return Stock("option", f"max_norm={max_norm} writes to the weight")
-    if sparse:
-        return Stock("option", "sparse=True")
-    if weight.stride(1) != 1 and D > 1:
-        return Stock("layout", f"a weight of strides {weight.stride()}")
+    if not weight.shape[0]:
+        padding_idx = padding_idx or None  # PyTorch takes 0, although there is no such row
+    padding = padding_row(weight, input, padding_idx, max_norm, sparse)
+    if isinstance(padding, Stock):
+        return padding
     few = variant == FEW
-    return run(Embedding, weight, input, padding_idx, bool(scale_grad_by_freq), few)
+    return run(Embedding, weight, input, padding, bool(scale_grad_by_freq), few)

@@ -5,7 +5,18 @@ import torch.nn.functional as stock
 from torch import Tensor
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, Stock, Work, in_backward, op, run, second_order
+from fastnn._op import (
+    Function,
+    Invalid,
+    Stock,
+    Work,
+    impossible,
+    in_backward,
+    op,
+    run,
+    second_order,
+)
+from fastnn.ops.embedding import padding_row
 
 INTEGERS = (torch.int64, torch.int32)
 MODES = {"sum": 0, "mean": 1, "max": 2}
@@ -89,6 +100,12 @@ def _bags(input, offsets, include_last_offset):
     bags = offsets.numel() - bool(include_last_offset)
     if bags < 0:
         return Invalid("option", "include_last_offset=True without offsets")
+    if offsets.device.type == "cpu" and offsets.numel():
+        # PyTorch looks at them there, and on a GPU it does not
+        impossible("it reads offsets, which are on the CPU")
+        first, last = int(offsets[0]), int(offsets[-1])
+        if first or last > input.numel():
+            return Invalid("option", f"offsets from {first} to {last}")
     return input, offsets, bags, 0
 
 
@@ -140,27 +157,15 @@ def embedding_bag(
     if isinstance(found, Stock):
         return found
     indices, offsets, bags, width = found
-    V, D = weight.shape
-    if not V and indices.numel():
-        return Invalid("empty", "indices into no rows")
-    if padding_idx is None:
-        padding_idx = -1
-    elif not -V <= padding_idx < V:
-        return Invalid("option", f"padding_idx={padding_idx}")
-    elif padding_idx < 0:
-        padding_idx += V
     if mode == "max" and (scale_grad_by_freq or sparse):
         return Invalid("option", "mode='max' with scale_grad_by_freq or sparse")
-    if max_norm is not None:
-        return Stock("option", f"max_norm={max_norm} writes to the weight")
-    if sparse:
-        return Stock("option", "sparse=True")
-    if weight.stride(1) != 1 and D > 1:
-        return Stock("layout", f"a weight of strides {weight.stride()}")
+    padding = padding_row(weight, indices, padding_idx, max_norm, sparse)
+    if isinstance(padding, Stock):
+        return padding
     if scale_grad_by_freq:
         return Stock(
             "option",
             "scale_grad_by_freq=True: PyTorch divides by other counts on a CPU than on CUDA",
         )
-    options = bags, width, MODES[mode], padding_idx
+    options = bags, width, MODES[mode], padding
     return run(EmbeddingBag, weight, sample, indices, offsets, *options)

@@ -275,7 +275,8 @@ def linear_cross_entropy(
     device = input.device.type
     if torch.is_autocast_enabled(device):  # a product in 16 bits, then a loss in float32
         low = torch.get_autocast_dtype(device)
-        x, w, b = (v if v is None else v.to(low) for v in (x, w, b))
+        x, w = x.to(low), w.to(low)
+        b = b if b is None else b.to(low)
         dtype = torch.float32
     elif t.is_floating_point():
         dtype = torch.promote_types(dtype, t.dtype)

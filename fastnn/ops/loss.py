@@ -154,8 +154,9 @@ class Elementwise(Function):
             return da if needs[0] else None, -da if needs[1] else None, dc, *(None,) * 7
         if torch.is_grad_enabled():
             if inputs[0] is None:  # the derivatives do not depend on its values
-                inputs[0] = torch.zeros(kinds[0][0], dtype=kinds[0][1], device=dloss.device)
-                inputs[0].requires_grad_()
+                inputs[0] = torch.zeros(
+                    kinds[0][0], dtype=kinds[0][1], device=dloss.device, requires_grad=True
+                )
 
             def formula(*inputs):
                 a, b, c, w = (t if t is None else t.to(dtype) for t in (*inputs, weight))
@@ -309,8 +310,8 @@ def _regression(loss, input, target, weight, p, legacy, reduction, out_dtype, by
         return Stock("dtype", f"a threshold of {p!r} in {dtype}")
     if target.shape != input.shape:
         _warn_of_broadcasting(input, target)
-    if legacy != (None, None):
-        reduction = resolve_reduction(*legacy, reduction)
+    size_average, reduce = legacy
+    reduction = resolve_reduction(size_average, reduce, reduction)
     inputs = input, target, None, weight
     return _loss(loss, *inputs, threshold, 0.0, shape, reduction, dtype, by_weight)
 
@@ -544,9 +545,10 @@ def _chain(loss, inputs, weight, p, q, legacy, reduction, out_dtype):
     dtype = out_dtype or common_dtype(*inputs, weight)
     if isinstance(dtype, Stock):
         return dtype
-    if legacy != (None, None):
-        reduction = resolve_reduction(*legacy, reduction)
-    return _loss(loss, *inputs, weight, p, q, shape, reduction, dtype)
+    size_average, reduce = legacy
+    reduction = resolve_reduction(size_average, reduce, reduction)
+    a, b, c = inputs
+    return _loss(loss, a, b, c, weight, p, q, shape, reduction, dtype)
 
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)

@@ -22,7 +22,7 @@ class How(NamedTuple):
 
     heads: int
     average: bool
-    noise: Any  # kernels.attention.Noise, whose state is None
+    noise: Any  # kernels.attention.WeightDropout, whose state is None
     grad_scale: float  # the factor of a kept weight's gradient
     precision: str
     arch: str
@@ -344,12 +344,12 @@ def _noise(p, n, dtype, device):
     bound = kernels._philox.bound(1.0 - p)
     if p == 1:
         draw: Any = _rng.draw_nothing(n, device)
-        return kernels.attention.Noise(draw, bound, 0.0), 0.0
+        return kernels.attention.WeightDropout(draw, bound, 0.0), 0.0
     draw = _rng.draw_native_of_new(n, dtype.itemsize, device)
     if isinstance(draw, str):
         return Stock("random", draw)
     scale, grad_scale = native_scales(p)
-    return kernels.attention.Noise(draw, bound, scale), grad_scale
+    return kernels.attention.WeightDropout(draw, bound, scale), grad_scale
 
 
 def _projected(query, key, value, packed, separate, bias, out_weight, out_bias, low):

@@ -62,8 +62,9 @@ class Norm(Function):
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
 
-            def formula(*inputs):
-                x, weight, bias = (t if t is None else t.to(out_dtype) for t in inputs)
+            def formula(x, *parameters):
+                x = x.to(out_dtype)
+                weight, bias = (t if t is None else t.to(out_dtype) for t in parameters)
                 if center:
                     return stock.layer_norm(x, x.shape[-dims:], weight, bias, eps)
                 return stock.rms_norm(x, x.shape[-dims:], weight, eps)

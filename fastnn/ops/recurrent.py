@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from fastnn._op import (
 from fastnn.ops.linear import tf32_setting
 
 _GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
-_STOCK = {
+_STOCK: dict[str, Any] = {
     "rnn_tanh": torch.rnn_tanh_cell,
     "rnn_relu": torch.rnn_relu_cell,
     "lstm": torch.lstm_cell,
@@ -200,7 +201,7 @@ def gru_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
 
 # ---- All steps -----------------------------------------------------------------------------------
 
-_STOCK_LAYER = {
+_STOCK_LAYER: dict[str, Any] = {
     "rnn_tanh": torch.rnn_tanh,
     "rnn_relu": torch.rnn_relu,
     "lstm": torch.lstm,
@@ -355,14 +356,14 @@ class Steps(Function):
         biased = weights[2] is not None
 
         def formula(x, h0, c0, *weights):
-            weights = [w for w in weights if w is not None]
+            present = [w for w in weights if w is not None]
             state = h0 if c0 is None else (h0, c0)
             with _without_cudnn():
                 layer = _STOCK_LAYER[ctx.kind]
                 if sizes is None:
-                    out = layer(x, state, weights, biased, 1, 0.0, False, both, False)
+                    out = layer(x, state, present, biased, 1, 0.0, False, both, False)
                 else:
-                    out = layer(x, sizes, state, weights, biased, 1, 0.0, False, both)
+                    out = layer(x, sizes, state, present, biased, 1, 0.0, False, both)
             return [t for t, g in zip(out, given, strict=False) if g is not None]
 
         needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[6:])
@@ -441,8 +442,8 @@ def _layers(kind, input, state, params, biased, layers, dropout, train, both, ba
     last: list = []
     x = x.contiguous()
     for layer in range(layers):
-        at = slice(layer * D, (layer + 1) * D)
-        now = [t.contiguous() if layers == 1 else t[at].contiguous() for t in states]
+        own_states = slice(layer * D, (layer + 1) * D)
+        now = [t.contiguous() if layers == 1 else t[own_states].contiguous() for t in states]
         h, c = now if kind == "lstm" else (*now, None)
         weights = own[layer * D * _EACH : (layer + 1) * D * _EACH]
         x, *new = run(Steps, x, h, c, kind, *packing, *weights)
@@ -457,12 +458,74 @@ def _settings():
     return tf32_setting(), torch._C._get_cudnn_enabled()
 
 
+class Extent(NamedTuple):
+    """What the gate asks of a call."""
+
+    rows: int  # of the batch
+    weights: Tensor  # of the recurrence
+    projection: Tensor | None
+
+
+def _shape(input, hx, params, has_biases, num_layers, *rest) -> Extent:
+    """Of the call of a layer; of a packed one, the arguments stand one place further."""
+    if isinstance(has_biases, (tuple, list)):
+        hx, params, has_biases = params, has_biases, num_layers
+    states = hx if isinstance(hx, (tuple, list)) else [hx]
+    projected = len(states) == 2 and states[0].shape[-1] != states[1].shape[-1]
+    projection = params[4 if has_biases else 2] if projected else None
+    return Extent(states[0].shape[1], params[1], projection)
+
+
+_BFLOAT16 = 91300  # the first cuDNN whose layers PyTorch calls for bfloat16
+
+
+def _library(input, projected: bool) -> str | None:
+    """The library that runs all steps of a layer for PyTorch; None if PyTorch runs step by step."""
+    cudnn = torch.backends.cudnn
+    if torch.version.hip:
+        return "MIOpen" if cudnn.enabled and cudnn.is_available() and not projected else None
+    if not torch.cudnn_is_acceptable(input):
+        return None
+    if input.dtype is torch.bfloat16 and (cudnn.version() or 0) < _BFLOAT16:
+        return None
+    return "cuDNN"
+
+
+def _may_differ(input, *args):
+    """Whether PyTorch gives other bits each time although only deterministic algorithms may run.
+
+    PyTorch's page on LSTM names the settings with which cuDNN gives the same bits. Of those with
+    which PyTorch runs products at all, ":4096:8" is not among them.
+    """
+    chosen = os.environ.get("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+    return chosen and _library(input, _shape(input, *args).projection is not None) == "cuDNN"
+
+
+# Bytes of recurrent weights. A kernel's block reads them in every step, PyTorch's product once.
+# PyTorch has 1 launch more a step at least, 4 us, in which an H100 reads 22 MB from L2, and one
+# multiprocessor 0.17 MB; of all steps in one kernel 2 more.
+_READ = 1 << 24
+_READ_EACH = 1 << 18
+
+
 def _unless_cudnn(
-    input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first
+    input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first=False
 ):  # fmt: skip
     """The gate's policy: the number of elements of the input."""
-    if torch.backends.cudnn.enabled and torch.backends.cudnn.is_available():
-        return Stock("gate", "cuDNN runs all steps of a layer")
+    shape = _shape(input, hx, params, has_biases, num_layers)
+    library = _library(input, shape.projection is not None)
+    if library is not None:
+        return Stock("gate", f"{library} runs all steps of a layer")
+    each = shape.weights.numel() * shape.weights.element_size()
+    if shape.projection is not None:
+        each += shape.projection.numel() * shape.projection.element_size()
+        if each > _READ_EACH:
+            return Stock("gate", f"one block reads {each:,} bytes of weights in each step")
+    read = each * -(-shape.rows // kernels.recurrent_steps.ROWS)
+    if read > _READ:
+        return Stock(
+            "gate", f"blocks read {read:,} bytes of weights in each step, PyTorch {each:,}"
+        )
     return Work(input.numel())
 
 
@@ -473,6 +536,7 @@ _LAYER: dict[str, Any] = {
     "on_host": ("hx",),
     "autocast": "lower",
     "policy": _unless_cudnn,
+    "alerts": _may_differ,
     "settings": _settings,
 }
 

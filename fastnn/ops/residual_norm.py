@@ -73,8 +73,9 @@ class ResidualNorm(Function):
         dw = db = None
         if dy is not None:
 
-            def formula(*inputs):
-                s, weight, bias = (t if t is None else t.to(y_dtype) for t in inputs)
+            def formula(s, *parameters):
+                s = s.to(y_dtype)
+                weight, bias = (t if t is None else t.to(y_dtype) for t in parameters)
                 if how.center:
                     return stock.layer_norm(s, s.shape[-1:], weight, bias, how.eps)
                 return stock.rms_norm(s, s.shape[-1:], weight, how.eps)

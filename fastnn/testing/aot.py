@@ -3,7 +3,7 @@
     with compile_only("cuda:90") as compiled:   # in a process without TRITON_INTERPRET
         F.gelu(torch.randn(4096))
     for record in compiled:
-        assert not check(record, streaming=True)
+        assert not code_faults(record, streaming=True)
     print(table(compiled))
 
 Inside the block a Triton driver for the target compiles each launch, and launches nothing. A
@@ -142,7 +142,7 @@ class CompilingDriver:
         self._device = next(_devices)
         self.compiled: dict[str, _Compiled] = {}
         self.utils = SimpleNamespace(
-            # There is no limit here: `check` reports an excess, and other kernels still compile.
+            # There is no limit here: `code_faults` reports an excess, other kernels still compile.
             get_device_properties=lambda device: {"max_shared_mem": 1 << 40},
             load_binary=lambda name, binary, shared, device: (None, 0, 0, 0, 1 << 20),
             unload_module=lambda module: None,
@@ -185,7 +185,7 @@ class _Emulator(CompilingDriver):
 
     def launcher(self, compiled: _Compiled) -> Callable:
         source, metadata = compiled
-        program = ptx.Program(assembly_of(source.name, metadata.hash)["ptx"])
+        program = ptx.PtxKernel(assembly_of(source.name, metadata.hash)["ptx"])
         taken = [ty != "constexpr" for ty in source.signature.values()]
 
         def launch(x, y, z, stream, function, packed, launched, enter, leave, *args):
@@ -570,7 +570,7 @@ def occupancy_of(gpu: _gpus.GPU, registers: int, shared: int, num_warps: int) ->
 _MAX_THREADS = 1024
 
 
-def check(record: Record, *, streaming: bool = False) -> list[str]:
+def code_faults(record: Record, *, streaming: bool = False) -> list[str]:
     """The faults in the code of `record`, in words; an empty list if there are none.
 
     `streaming` is for kernels that should run at the speed of memory. Their accesses must have 128

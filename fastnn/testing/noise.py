@@ -22,14 +22,14 @@ from fastnn import _record, _rng, kernels
 def recording() -> Iterator[list]:
     """Collect every `Draw` that kernels get inside the block. No plan runs there."""
     draws: list = []
-    draw = _rng.draw_planned
+    draw = _rng.draw_for
 
     def noted(*args):
         drawn = draw(*args)
         draws.append(drawn)
         return drawn
 
-    with mock.patch.object(_rng, "draw_planned", noted), _record.using(False):
+    with mock.patch.object(_rng, "draw_for", noted), _record.using(False):
         yield draws
 
 
@@ -57,7 +57,7 @@ class replaying(TorchDispatchMode):
         """0 and 1 for the elements of `like`, in storage order."""
         draw, bound = next(self.draws), kernels._philox.bound(keep)
         if draw.vec == 0:  # attention's own layout
-            kept = kernels.attention.keep(like, kernels.attention.Noise(draw, bound, 1.0))
+            kept = kernels.attention.keep(like, kernels.attention.WeightDropout(draw, bound, 1.0))
             return kept.view(-1).to(like.dtype)
         ones = torch.ones(like.numel(), device=like.device)
         return kernels.dropout.elements(ones, draw, bound, 1.0)

@@ -51,7 +51,7 @@ _TENSOR = {"HMMA": 2048 / 317, "HGMMA": 16 / 512}  # for an HGMMA: times its n a
 
 
 @dataclass(frozen=True)
-class Launch:
+class CompiledLaunch:
     """A launch that was compiled for an NVIDIA GPU and did not run."""
 
     target: str
@@ -128,7 +128,7 @@ class _Capturing(aot.CompilingDriver):
 
         return launch
 
-    def taken(self, target: str, key: tuple = ()) -> list[Launch]:
+    def taken(self, target: str, key: tuple = ()) -> list[CompiledLaunch]:
         """The launches since the last question, which get `key`."""
         found = []
         for metadata, programs, given in self.log:
@@ -138,7 +138,9 @@ class _Capturing(aot.CompilingDriver):
             code = asm["cubin"], asm["ptx"]
             options = metadata.num_warps, metadata.shared
             found.append(
-                Launch(target, metadata.name, programs, *options, *code, plain, tensors, key)
+                CompiledLaunch(
+                    target, metadata.name, programs, *options, *code, plain, tensors, key
+                )
             )
         self.log.clear()
         return found
@@ -158,7 +160,7 @@ _DRAWN = ("seed", "offset")  # what kernels call the numbers of a draw: other on
 
 @contextmanager
 def capture(
-    launches: list[Launch],
+    launches: list[CompiledLaunch],
     target: str = "cuda:90",
     wanted: Callable[[tuple], bool] = lambda key: True,
     asked: Callable[[tuple], None] = lambda key: None,
@@ -195,7 +197,7 @@ def capture(
 
 
 @contextmanager
-def capture_any(launches: list[Launch], target: str = "cuda:90") -> Iterator[None]:
+def capture_any(launches: list[CompiledLaunch], target: str = "cuda:90") -> Iterator[None]:
     """As `capture`, for the launches of all Triton kernels, also those of other libraries.
 
     Each launch is compiled, as often as it is asked for. Its key is empty. In the block, PyTorch
@@ -319,7 +321,7 @@ def part(op: str) -> str:
 # ---- counts -------------------------------------------------------------------------------------
 
 
-class _Counting(ptx.Program):
+class _Counting(ptx.PtxKernel):
     """A program that counts how often its first warp runs each block of instructions."""
 
     def __init__(self, text: str):
@@ -379,7 +381,7 @@ class _Watched(ptx.Memory):
         return super().store(at, values, what)
 
 
-def _ran(launch: Launch, block: int) -> tuple[_Counting, _Watched]:
+def _ran(launch: CompiledLaunch, block: int) -> tuple[_Counting, _Watched]:
     program = _Counting(launch.ptx)
     memory = _Watched(
         (s.data_ptr(), s.nbytes()) for s in (t.untyped_storage() for t in launch.tensors)
@@ -430,7 +432,7 @@ def _in_flight(code: list[Instruction]) -> int:
     return most
 
 
-def roof(launch: Launch) -> Roof:
+def roof(launch: CompiledLaunch) -> Roof:
     """The roof of a launch.
 
     Raises NotImplementedError for an instruction that the emulator does not know, and ValueError

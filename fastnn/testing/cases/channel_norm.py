@@ -98,6 +98,10 @@ CASES: list[Case] = [
     Case("BatchNorm2d", (randn(170, 2, 7, 7, shift=1e3),), {"num_features": 2}, dtypes=F32),
     Case("BatchNorm2d", (randn(2, 16, 24, 24),), {"num_features": 16}, view=last, dtypes=BF16),
     Case("BatchNorm1d", (randn(2000, 9, shift=1e3),), {"num_features": 9}, dtypes=F32),
+    # Small planes, of several channels in a run of memory.
+    Case("BatchNorm2d", (randn(5, 16, 7, 7),), {"num_features": 16}),
+    Case("BatchNorm2d", (randn(8, 16, 7, 7, shift=1e3),), {"num_features": 16}, dtypes=F32),
+    Case("batch_norm", (randn(9, 8, 50), *given(8), None, randn(8), True, 0.3), dtypes=BF16),
     *(
         Case(
             "batch_norm",
@@ -160,6 +164,17 @@ CASES: list[Case] = [
         for options in ({}, {"activation": "silu"}, {"activation": "elu", "a": 0.5, "b": 1.0})
     ),
     Case("batch_norm_act", (randn(3, 6, 5, 4), None, None, None, randn(6), True), view=last),
+    Case(
+        "batch_norm_act",
+        (randn(8, 16, 7, 7), None, None, randn(16), randn(16), True),
+        {"activation": "silu"},
+        dtypes=F32,
+    ),
+    Case(
+        "batch_norm_add_relu",
+        (randn(4, 16, 7, 9), randn(4, 16, 7, 9), None, None, randn(16), randn(16), True),
+        dtypes=BF16,
+    ),
     *(
         Case(
             "batch_norm_act",

@@ -2,7 +2,7 @@
 
 Triton's interpreter runs the source of a kernel. A GPU runs compiled code, with layouts, shuffles
 between threads, shared memory, fragments of tensor cores, libdevice and contraction into fma.
-`Program` runs the compiled code as PTX ISA 8.7 defines it. The threads of many blocks run side by
+`PtxKernel` runs the compiled code as PTX ISA 8.7 defines it. The threads of many blocks run side by
 side in NumPy arrays: each register is an array with one element per thread, or with a single
 element for all threads.
 
@@ -35,7 +35,7 @@ from fastnn.testing.ptx.instructions import MAKERS, Names, Run
 from fastnn.testing.ptx.machine import WARP, Machine, Mask, Memory
 from fastnn.testing.ptx.values import TYPES, UNSIGNED, Array, width
 
-__all__ = ["Memory", "Program"]
+__all__ = ["Memory", "PtxKernel"]
 
 Apart = Literal["", "first", "last"]
 
@@ -71,7 +71,7 @@ class _Instruction:
     target: int  # the block that a jump goes to; `_END` ends the thread
 
 
-class Program:
+class PtxKernel:
     """The entry point of a PTX module. Raises NotImplementedError for unknown instructions."""
 
     def __init__(self, ptx: str):

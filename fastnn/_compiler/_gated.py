@@ -1,0 +1,101 @@
+"""A compiled graph in `auto`: what is too small for a kernel is PyTorch's own call.
+
+An op decides at each call, which costs the host about a microsecond. The sizes in a graph are
+known, so a call below the floor of its op is decided once, for as long as the floors stay the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
+
+from fastnn import _gate, _mode
+from fastnn._compiler._calls import value
+
+
+def calls_of_ours(gm: GraphModule) -> list[tuple[Node, Any]]:
+    """The nodes that call ops of ours, each with the record of its op."""
+    found = []
+    for node in gm.graph.nodes:
+        record = getattr(node.target, "op", None) if node.op == "call_function" else None
+        if record is not None and hasattr(record, "floor"):
+            found.append((node, record))
+    return found
+
+
+def floor_of(record: Any) -> float:
+    """The floor of an op; -1 if it is unknown or held, and 0 where PyTorch may raise an error."""
+    if _mode.idle():
+        return math.inf
+    if record.alerts is not None and _gate.only_deterministic():
+        return 0
+    record.find_floor()
+    return record.floor.value
+
+
+def _is_small(node: Node, record: Any, floor: float) -> bool:
+    """Whether every call of `node` is below `floor`. With tensors of other classes, none is."""
+    known = [value(n) for n in node.all_input_nodes]
+    tensors = [v for v in known if isinstance(v, torch.Tensor)]
+    if not tensors or not all(isinstance(t, FakeTensor) for t in tensors):
+        return False
+    if floor <= 0 or floor == math.inf:
+        return floor > 0
+    names = inspect.signature(node.target).bind(  # type: ignore[arg-type]
+        *torch.fx.map_arg(node.args, value), **torch.fx.map_arg(node.kwargs, value)
+    )
+    names.apply_defaults()
+    first = next(iter(names.arguments))
+    try:
+        size = eval(record.at_most or f"{first}.numel()", {}, dict(names.arguments))
+    except Exception:  # arguments of the wrong kinds, which PyTorch rejects at the call
+        return False
+    return type(size) is int and size < floor
+
+
+def lean(gm: GraphModule, floors: list[float]) -> GraphModule:
+    """A copy of `gm` in which PyTorch runs the small calls.
+
+    `floors` are those of its ops, in order.
+    """
+    new = GraphModule(gm, copy.deepcopy(gm.graph))
+    for (node, record), floor in zip(calls_of_ours(new), floors, strict=True):
+        if _is_small(node, record, floor):
+            node.target = record.stock
+    new.graph.lint()
+    new.recompile()
+    return new
+
+
+def gated(gm: GraphModule) -> Callable:
+    """What runs `gm`: in `auto`, its lean form; where a mode is set or somebody listens, `gm`."""
+    full = gm.forward
+    ours = [record for _, record in calls_of_ours(gm)]
+    if not ours:
+        return full
+    alerts = any(record.alerts is not None for record in ours)
+    plain: Callable = full
+    version: Any = None
+    floors: list[float] | None = None
+
+    def call(*args: Any) -> Any:
+        nonlocal plain, version, floors
+        if not _mode.plain():
+            return full(*args)
+        now = _gate.version, _mode.idle(), alerts and _gate.only_deterministic()
+        if now != version:
+            fresh = [floor_of(record) for record in ours]
+            if fresh != floors:
+                plain, floors = lean(gm, fresh).forward, fresh
+            # Asking for a floor may have made it known, which counts as a change.
+            version = (_gate.version, *now[1:])
+        return plain(*args)
+
+    return call
