@@ -377,8 +377,8 @@ def _launch(launched, source, result, size, mode, last):
     N, C, *_ = source.shape
     dims = len(size)
     n_step, c_step, *steps = source.stride()
-    D, H, W = (*[1] * (3 - dims), *size)
-    steps = (*[0] * (3 - dims), *steps)
+    D, H, W = [1] * (3 - dims) + list(size)
+    steps = [0] * (3 - dims) + steps
     unit = 1
     if (c_step if last else steps[2]) == 1:
         outer = (n_step, *steps) if last else (n_step, c_step, *steps[:2])
