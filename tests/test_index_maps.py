@@ -197,6 +197,58 @@ def test_antialias_gathers_every_output_of_a_long_axis(device):
         torch.testing.assert_close(dx.sum().item(), float(out), rtol=1e-6, atol=0.0)
 
 
+def both_directions(x, dy, mode, last):
+    out, size = dy.shape[2:], x.shape[2:]
+    given = mode, False, [0.5] * len(size), x.dtype, last
+    return kernels.upsampling.fwd(x, out, *given), kernels.upsampling.bwd(dy, size, *given)
+
+
+@interpreted
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_images_that_double_are_those_of_the_other_kernels(dims, mode, monkeypatch):
+    """For every edge of a tile: of lines, of rows, of lanes, of channels, of strides."""
+    ran = []
+    for name in ("fwd", "bwd"):
+        call = getattr(kernels.upsampling_cells, name)
+        monkeypatch.setattr(
+            kernels.upsampling_cells, name, lambda *a, call=call: ran.append(1) or call(*a)
+        )
+    sizes = [(False, 1, 9, 4), (True, 2, 5, 3), (False, 2, 1, 1)][: 2 if dims == 3 else 3]
+    asked = [(last, tuple(size[-dims:])) for last, *size in sizes if dims > 1 or not last]
+    for strided, (last, size) in enumerate(asked):
+        pair = [torch.randn(2, 3, *(k * n for n in size)) for k in (1, 2)]
+        if last:
+            layout = torch.channels_last if dims == 2 else torch.channels_last_3d
+            pair = [t.to(memory_format=layout) for t in pair]
+        elif strided:
+            pair = [t.repeat_interleave(2, -1)[..., ::2] for t in pair]
+        y, dx = both_directions(*pair, mode, last)
+        with monkeypatch.context() as other:
+            other.setattr(kernels.upsampling_cells, "doubles", lambda *args: False)
+            y_other, dx_other = both_directions(*pair, mode, last)
+        assert y.stride() == y_other.stride() and dx.stride() == dx_other.stride()
+        if mode == "nearest" or (dims < 3 and not last):  # the same order of sums
+            assert torch.equal(y, y_other)
+        torch.testing.assert_close(y, y_other, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(dx, dx_other, rtol=2e-6, atol=2e-6)
+    assert len(ran) == 2 * len(asked) and len(asked) >= 2
+
+
+@interpreted
+def test_an_infinity_beside_an_edge_is_what_it_is_in_pytorch():
+    """The first result has the weight 0 for the second place, so that an infinity makes it nan."""
+    for place in (0, 1, 2):
+        x = torch.zeros(1, 1, 3, 3)
+        x[0, 0, place, place] = math.inf
+        wanted = stock.interpolate(x, scale_factor=2, mode="bilinear")
+        with backend("triton"):
+            y = F.interpolate(x, scale_factor=2, mode="bilinear")
+        assert torch.equal(y.isnan(), wanted.isnan()) and torch.equal(
+            y == math.inf, wanted == math.inf
+        )
+
+
 # ---- Bytes ---------------------------------------------------------------------------------------
 
 
@@ -253,7 +305,12 @@ def test_auto_takes_what_saves_bytes():
             lambda x: F.interpolate(x, (8, 64), mode="bilinear"), False
         )
         assert "reads and writes once" in path(lambda x: F.interpolate(x, (8, 64)))
-        assert "64 times" in path(lambda x: F.interpolate(x, (32, 256), mode="bilinear"))
+        assert "twice as large" in path(lambda x: F.interpolate(x, (32, 256), mode="bilinear"))
+        assert "twice as large" in path(lambda x: F.interpolate(x, (8, 32), mode="bilinear"))
+        assert "twice as large" in path(lambda x: F.interpolate(x, (8, 64), mode="bicubic"))
+        assert "twice as large" in path(
+            lambda x: F.interpolate(x, (8, 64), mode="bilinear", align_corners=True)
+        )
         assert path(lambda x: F.pad(x, (1, 1, 1, 1), "reflect")) is None
         assert "reads and writes once" in path(lambda x: F.pad(x, (1, 1, 1, 1), "reflect"), False)
         assert path(lambda x: F.pad(x, (1, 1)), False) is None

@@ -56,7 +56,7 @@ def streams(record):
         # All tensors are read through strides: each one is broadcast, or has gaps.
         there = [t for t in "ABCW" if t in record.signature]
         gathers = all(f"{t.lower()}2" in record.signature for t in there)
-    if record.kernel.startswith(("_pool_", "_cells_")):
+    if record.kernel.startswith(("_pool_", "_cells_", "_doubled_")):
         gathers = not record.constexprs["LAST"]  # else lanes are windows apart
         divisors.append(record.constexprs.get("C_UNIT", 16))
     return not gathers and all(divisor * element >= 16 for divisor in divisors)

@@ -50,22 +50,36 @@ def _autocast():
     return torch.is_autocast_enabled("cuda")
 
 
-def _gains(input, size, scale_factor, mode, *rest):
+def _scales(was, sizes, factors, kind, align):
+    return [
+        kernels.upsampling.scale(n, out, factor, kind, align)
+        for n, out, factor in zip(was, sizes, factors, strict=True)
+    ]
+
+
+def _gains(
+    input, size=None, scale_factor=None, mode="nearest", align_corners=None,
+    recompute_scale_factor=None, antialias=False,
+):  # fmt: skip
     """The policy of the size gate: under autocast a kernel saves copies of the input, else the pass
-    that fills the gradient with zeros."""
-    if input.is_cuda and torch.is_autocast_enabled("cuda"):
-        return Work(input.numel())
+    that fills the gradient with zeros. The kernels of images that double are fast enough for it."""
     if mode == "area":
         return Stock("gate", "mode='area': PyTorch's adaptive pooling is as fast at every size")
-    if mode.startswith("nearest") or not (torch.is_grad_enabled() and input.requires_grad):
+    copied = input.is_cuda and torch.is_autocast_enabled("cuda")
+    adds = torch.is_grad_enabled() and input.requires_grad and not mode.startswith("nearest")
+    if not (copied or adds):
         return Stock("gate", "no gradient that PyTorch adds up: it reads and writes once as well")
-    image = _image(input, size, scale_factor, None)
+    image = _image(input, size, scale_factor, recompute_scale_factor)
     if isinstance(image, Stock):
         return image
-    grown = math.prod(image[0]) // math.prod(input.shape[2:])
-    if grown > 8:
+    was, (sizes, factors) = tuple(input.shape[2:]), image
+    kind, _ = _MODES.get(mode, ("", ()))
+    align = bool(align_corners)
+    scales = _scales(was, sizes, factors, kind, align)
+    doubled = kernels.upsampling_cells.doubles(was, sizes, kind, align, scales) and not antialias
+    if not doubled or (kind == "linear" and len(was) == 3):
         return Stock(
-            "gate", f"{grown} times the elements, beside which what would be saved is little"
+            "gate", "not a picture twice as large: to find places takes longer than the bytes"
         )
     return Work(input.numel())
 
@@ -140,10 +154,7 @@ def interpolate(
     same = tuple(sizes) == was
     if same and not antialias and not kind.startswith("nearest"):
         kind, align, factors = "nearest", False, [None] * dims
-    scales = [
-        kernels.upsampling.scale(n, out, factor, kind, align)
-        for n, out, factor in zip(was, sizes, factors, strict=True)
-    ]
+    scales = _scales(was, sizes, factors, kind, align)
     if same and antialias and any(s not in (0.0, 1.0) for s in scales):
         return Stock(
             "option", "antialias=True, equal sizes, but a factor: PyTorch's gradient is a copy"

@@ -38,7 +38,9 @@ DEPTHWISE = [
     layer("Conv2d", (2, 8, 5, 4), 8, (3, 3), groups=8, padding=1, view=last),
     layer("Conv2d", (2, 9, 4, 5), 9, (1, 3), groups=9, bias=False, view=last, dtypes=BF16),
     layer("Conv2d", (1, 3, 3, 4), 6, (2, 3), groups=3, view=last),
-    layer("Conv3d", (1, 2, 3, 2, 4), 2, (2, 2, 3), groups=2, padding=1, view=last),
+    layer(
+        "Conv3d", (1, 2, 3, 2, 4), 2, (2, 2, 3), groups=2, padding=1, view=last, dilation=(2, 1, 1)
+    ),
     layer("ConvTranspose1d", (2, 4, 3), 8, (3,), groups=4, stride=2, output_padding=1),
     layer("ConvTranspose2d", (1, 3, 3, 2), 3, (3, 2), groups=3, stride=(2, 3), padding=1),
     layer("ConvTranspose3d", (1, 2, 2, 1, 2), 2, (1, 2, 2), groups=2, stride=2, view=last),
@@ -52,12 +54,21 @@ DEPTHWISE = [
 DENSE = [
     function("conv1d", (2, 4, 9), (6, 2, 3), 6, stride=2, groups=2),  # few pairs of channels
     layer("Conv1d", (2, 5, 9), 6, (3,), padding=1, dtypes=BF16),
-    layer("Conv2d", (2, 5, 6, 4), 6, (3, 2), stride=2, padding=1, dilation=(1, 2), dtypes=LOW),
+    layer("Conv2d", (2, 5, 6, 4), 6, (3, 2), stride=2, padding=1, dilation=2, dtypes=LOW),
     layer("Conv2d", (1, 10, 4, 3), 12, (2, 2), groups=2, padding="valid", view=last),
     layer("Conv2d", (2, 16, 3, 4), 8, (3, 3), padding="same", view=last),
     layer("Conv2d", (3, 5, 8), 17, (1, 1), bias=False),
     layer("Conv2d", (2, 9, 4, 3), 8, (1, 1), view=last),  # the product of two matrices
-    layer("Conv3d", (2, 5, 2, 3, 2), 5, (2, 1, 2), stride=(1, 2, 1), padding=(1, 0, 0), view=last),
+    layer(
+        "Conv3d",
+        (2, 5, 2, 3, 2),
+        5,
+        (2, 1, 2),
+        stride=(1, 2, 1),
+        padding=(1, 0, 0),
+        view=last,
+        dilation=(2, 1, 1),
+    ),
     layer("Conv2d", (1, 70, 3, 4), 66, (1, 2)),  # past a tile of both channels
     layer("Conv1d", (1, 5, 300), 4, (2,)),  # positions in several parts
     layer("ConvTranspose1d", (6, 4), 5, (3,), stride=2, padding=1, output_padding=1),
