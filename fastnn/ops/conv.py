@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -51,6 +52,11 @@ class Convolution(NamedTuple):
     @property
     def geometry(self) -> tuple[Any, ...]:
         return self.kernel_size, self.stride, self.padding, self.dilation, self.dims
+
+    def is_depthwise_with_few_taps(self, weight: Tensor) -> bool:
+        """Whether one kernel can sum both gradients: a channel reads one channel by few taps."""
+        single = weight.shape[0] == self.groups and weight.shape[1] == 1
+        return single and math.prod(self.kernel_size) <= kernels.conv_direct.MOST_BOTH
 
     @property
     def is_linear(self) -> bool:
@@ -205,16 +211,25 @@ def _convolve(input, weight, bias, y, plan, z=None, norm=None, act=None):
 
 def _gradients(dy, input, weight, plan, needs, db=None):
     """dy, a volume -> (dx, dw, db), each None unless needed. `db` may already be known."""
-    dx = dw = None
+    dx = dw = to = None
     x = plan.batch(input)
+    sums = needs[2] and db is None and not plan.transposed
+    both = needs[0] and needs[1] and not sums and plan.is_depthwise_with_few_taps(weight)
     if needs[0]:
         dx = _new(input, x.shape, plan.last, x is not input)
         to = _volume(plan.batch(dx), plan.last)
-        _gather(dy, weight, None, to, plan, not plan.transposed)
     if needs[1]:
         x = _volume(x, plan.last)
+    if both:  # dy is read once
+        dw = weight.new_empty(weight.shape)
+        kernels.conv_direct.both_gradients(
+            dy, x, weight, to, dw.view(*weight.shape[:2], -1), plan.geometry, not plan.transposed,
+            plan.last,
+        )  # fmt: skip
+    elif needs[0]:
+        _gather(dy, weight, None, to, plan, not plan.transposed)
+    if needs[1] and not both:
         small, big = (x, dy) if plan.transposed else (dy, x)
-        sums = needs[2] and db is None and not plan.transposed
         dw, found = _weight_gradient(small, big, weight, plan, sums)
         db = found if db is None else db
     if needs[2] and db is None:
