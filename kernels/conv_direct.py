@@ -25,14 +25,14 @@ import triton.language as tl
 
 from fastnn.kernels import pointwise
 from fastnn.kernels._config import tunable
-from fastnn.kernels._gpus import multiprocessors
+from fastnn.kernels._gpus import architecture, facts, multiprocessors
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels.epilogue import sum_partials
 
 CHUNK = 256  # positions that a program reads once per tap; they stay in the L1 cache
 MOST_TAPS = 64  # taps whose sums a program keeps in registers
-MOST_BOTH = 25  # taps of which a program keeps a tile each, for both gradients
+MOST_BOTH = 25  # taps of which a thread keeps the sums of a few elements, for both gradients
 UNROLLED = 7  # the widest kernel whose columns are unrolled
 
 
@@ -316,9 +316,9 @@ def _conv_direct_bwd_kernel(
     there_q = q < Q
     split = tl.program_id(1)
     begin = split * tiles_each
-    sums = ()  # of each tap, and of each lane by itself
+    sums = ()  # of each tap, and of each lane by itself; Triton takes no starred tuples
     for _t in tl.static_range(TAPS):
-        sums = sums + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)
+        sums = sums + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)  # noqa: RUF005
     for tile in range(begin, tl.minimum(begin + tiles_each, tiles)):
         n = (tile // blocks_p).to(tl.int64)
         o = tile % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -345,7 +345,7 @@ def _conv_direct_bwd_kernel(
                     # A tap outside adds nothing, also if the other factor is inf or nan.
                     acc = tl.where(there, acc + g * w[None, :], acc)
                     total = sums[(td * KH + th) * KW + tw]
-                    more = more + (tl.where(there, total + x * g, total),)
+                    more = more + (tl.where(there, total + x * g, total),)  # noqa: RUF005
         sums = more
         tl.store(DX + offs, acc.to(DX.dtype.element_ty), mask=mask)
     PARTIALS += split.to(tl.int64) * Q * TAPS
@@ -383,8 +383,9 @@ def _weight_config(pairs, columns, itemsize, last):
 
 @tunable("BLOCK_P", "BLOCK_C")
 def _bwd_config(channels, positions, taps, itemsize, last):
-    """Of each tap a thread keeps 16 bytes of elements, or 4 elements if taps are many."""
-    elements = 128 * (16 // itemsize if taps <= 9 else 4)
+    """Of each tap a thread keeps 16 bytes of elements; 4 elements if taps are many, or if elements
+    are read one by one."""
+    elements = 128 * (16 // itemsize if last and taps <= 9 else 4)
     if last:
         block_c = min(next_power_of_2(channels), 128 // itemsize)
         block_p = min(next_power_of_2(positions), elements // block_c)
@@ -479,11 +480,18 @@ def weight_gradient(small, big, dw, outs, reads, geometry, last, want_db=False):
     return dw, sum_partials(bias_partials, small.new_empty(K)) if want_db else None
 
 
+def sums_both(taps, last, index):
+    """Whether `both_gradients` is for so many taps on a device."""
+    if facts(architecture(index)).lanes == 64:
+        return last and taps <= 9  # masks of more taps, or of single positions, spill scalars
+    return taps <= MOST_BOTH
+
+
 def both_gradients(dy, x, w, dx, dw, geometry, transposed, last):
     """dy (N, C, *out), x (N, C, *in), w (C, 1, *) -> dx and dw, which are written.
 
-    dy, x and dx are contiguous, or channels last if `last`. dw (C, 1, taps), contiguous. For at
-    most MOST_BOTH taps. transposed: whether dx is a transposed convolution of dy.
+    dy, x and dx are contiguous, or channels last if `last`. dw (C, 1, taps), contiguous. For the
+    taps of `sums_both`. transposed: whether dx is a transposed convolution of dy.
     """
     (N, Q), out = x.shape[:2], x.shape[2:]
     _, _, padding, dilation, _ = geometry

@@ -53,10 +53,12 @@ class Convolution(NamedTuple):
     def geometry(self) -> tuple[Any, ...]:
         return self.kernel_size, self.stride, self.padding, self.dilation, self.dims
 
-    def is_depthwise_with_few_taps(self, weight: Tensor) -> bool:
-        """Whether one kernel can sum both gradients: a channel reads one channel by few taps."""
-        single = weight.shape[0] == self.groups and weight.shape[1] == 1
-        return single and math.prod(self.kernel_size) <= kernels.conv_direct.MOST_BOTH
+    def sums_both(self, weight: Tensor) -> bool:
+        """Whether one kernel sums both gradients: each channel reads one channel, by few taps."""
+        if weight.shape[0] != self.groups or weight.shape[1] != 1:
+            return False
+        taps, index = math.prod(self.kernel_size), weight.get_device()
+        return kernels.conv_direct.sums_both(taps, self.last, index)
 
     @property
     def is_linear(self) -> bool:
@@ -214,7 +216,7 @@ def _gradients(dy, input, weight, plan, needs, db=None):
     dx = dw = to = None
     x = plan.batch(input)
     sums = needs[2] and db is None and not plan.transposed
-    both = needs[0] and needs[1] and not sums and plan.is_depthwise_with_few_taps(weight)
+    both = needs[0] and needs[1] and not sums and plan.sums_both(weight)
     if needs[0]:
         dx = _new(input, x.shape, plan.last, x is not input)
         to = _volume(plan.batch(dx), plan.last)
