@@ -13,7 +13,7 @@ taps are placed (the output of a convolution), and `big` the positions that they
 Memory-bound. Passes over the elements (R read, W write), with T taps:
     stock   forward 1R 1W; backward 1R 1W, 2R for each tap, 1R for the bias     5 + 2T
     here    forward 1R 1W; backward 1R 1W, 2R                                   6
-            depthwise, few taps, no bias: forward 1R 1W; backward 2R 1W         5
+            depthwise, few taps: forward 1R 1W; backward 2R 1W                  5
 Neighbouring positions share what they read in the caches.
 """
 
@@ -293,19 +293,20 @@ def _conv_direct_weight_kernel(
     do_not_specialize=["channels", "positions", *SIZES, "blocks_p", "tiles", "tiles_each"],
 )
 def _conv_direct_bwd_kernel(
-    DY, X, W, DX, PARTIALS, channels, positions, id_, ih, iw, od, oh, ow, pd, ph, pw, dd, dh, dw,
-    blocks_p, tiles, tiles_each, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    DY, X, W, DX, PARTIALS, BIAS_PARTIALS, channels, positions, id_, ih, iw, od, oh, ow, pd, ph, pw,
+    dd, dh, dw, blocks_p, tiles, tiles_each, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, UNIT: tl.constexpr,
     TRANSPOSED: tl.constexpr, LAST: tl.constexpr, DIMS: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program computes BLOCK_C channels of its tiles of DX, and sums the weight's gradient of
-    them. It reads DY once for both, and loops over the tiles of BLOCK_P positions.
+    them, and the bias's. It loops over the tiles of BLOCK_P positions, and reads DY once for all.
 
     DY (N, channels, id_, ih, iw), X, DX (N, channels, od, oh, ow): float, contiguous, or channels
     last if LAST. W: float, (channels, taps), or (taps, channels) if LAST. PARTIALS (splits,
-    channels, taps): fp32. TRANSPOSED: whether DX is a transposed convolution of DY. The other
-    constants are as in _conv_direct_kernel.
+    channels, taps): fp32. BIAS_PARTIALS (splits, channels): fp32 sums of DY, or None; if given, the
+    tiles cover the positions of DY, too. TRANSPOSED: whether DX is a transposed convolution of DY.
+    The other constants are as in _conv_direct_kernel.
     """
     id_, ih, od, oh, pd, ph = shape_of(id_, ih, od, oh, pd, ph, DIMS)
     Q = channels * UNIT if LAST else channels
@@ -319,6 +320,7 @@ def _conv_direct_bwd_kernel(
     sums = ()  # of each tap, and of each lane by itself; Triton takes no starred tuples
     for _t in tl.static_range(TAPS):
         sums = sums + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)  # noqa: RUF005
+    sum_dy = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for tile in range(begin, tl.minimum(begin + tiles_each, tiles)):
         n = (tile // blocks_p).to(tl.int64)
         o = tile % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -347,10 +349,17 @@ def _conv_direct_bwd_kernel(
                     total = sums[(td * KH + th) * KW + tw]
                     more = more + (tl.where(there, total + x * g, total),)  # noqa: RUF005
         sums = more
+        if BIAS_PARTIALS is not None:
+            same = o[:, None] * Q + q[None, :] if LAST else q[None, :] * IP + o[:, None]
+            there = (o < IP)[:, None] & there_q[None, :]
+            sum_dy += tl.load(dy + same, mask=there, other=0.0).to(tl.float32)
         tl.store(DX + offs, acc.to(DX.dtype.element_ty), mask=mask)
     PARTIALS += split.to(tl.int64) * Q * TAPS
     for t in tl.static_range(TAPS):
         tl.store(PARTIALS + q * TAPS + t, tl.sum(sums[t], 0), mask=there_q)
+    if BIAS_PARTIALS is not None:
+        BIAS_PARTIALS += split.to(tl.int64) * Q
+        tl.store(BIAS_PARTIALS + q, tl.sum(sum_dy, 0), mask=there_q)
 
 
 # ---- Configurations ------------------------------------------------------------------------------
@@ -487,11 +496,12 @@ def sums_both(taps, last, index):
     return taps <= MOST_BOTH
 
 
-def both_gradients(dy, x, w, dx, dw, geometry, transposed, last):
-    """dy (N, C, *out), x (N, C, *in), w (C, 1, *) -> dx and dw, which are written.
+def both_gradients(dy, x, w, dx, dw, geometry, transposed, last, want_db=False):
+    """dy (N, C, *out), x (N, C, *in), w (C, 1, *) -> db; dx and dw are written.
 
     dy, x and dx are contiguous, or channels last if `last`. dw (C, 1, taps), contiguous. For the
-    taps of `sums_both`. transposed: whether dx is a transposed convolution of dy.
+    taps of `sums_both`. transposed: whether dx is a transposed convolution of dy. db (C,): the sums
+    of dy, or None unless wanted.
     """
     (N, Q), out = x.shape[:2], x.shape[2:]
     _, _, padding, dilation, _ = geometry
@@ -501,16 +511,19 @@ def both_gradients(dy, x, w, dx, dw, geometry, transposed, last):
     w = w.reshape(Q, taps)
     w = w.t().contiguous() if last else w.contiguous()
     config = _bwd_config(Q, positions, taps, x.element_size(), last)
-    blocks_p, blocks_c = cdiv(positions, config["BLOCK_P"]), cdiv(Q, config["BLOCK_C"])
+    most = max(positions, math.prod(dy.shape[2:])) if want_db else positions
+    blocks_p, blocks_c = cdiv(most, config["BLOCK_P"]), cdiv(Q, config["BLOCK_C"])
     tiles = N * blocks_p
     wanted = cdiv(4 * multiprocessors(x.get_device()), blocks_c)
     # So many positions that the partial sums of all taps, in fp32, are few bytes beside them.
     each = max(cdiv(tiles, min(tiles, wanted)), cdiv(16 * taps, config["BLOCK_P"]))
     splits = cdiv(tiles, each)
     partials = x.new_empty((splits, *dw.shape), dtype=torch.float32)
+    bias_partials = x.new_empty((splits, Q), dtype=torch.float32) if want_db else None
     _conv_direct_bwd_kernel(
-        (blocks_c, splits), dy, x, w, dx, partials, channels, places, *dy.shape[2:], *out, *padding,
-        *dilation, blocks_p, tiles, each, **constants(geometry), UNIT=unit, TRANSPOSED=transposed,
-        LAST=last, **config,
+        (blocks_c, splits), dy, x, w, dx, partials, bias_partials, channels, places, *dy.shape[2:],
+        *out, *padding, *dilation, blocks_p, tiles, each, **constants(geometry), UNIT=unit,
+        TRANSPOSED=transposed, LAST=last, **config,
     )  # fmt: skip
     sum_partials(partials, dw)
+    return sum_partials(bias_partials, x.new_empty(Q)) if want_db else None

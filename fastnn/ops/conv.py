@@ -215,8 +215,8 @@ def _gradients(dy, input, weight, plan, needs, db=None):
     """dy, a volume -> (dx, dw, db), each None unless needed. `db` may already be known."""
     dx = dw = to = None
     x = plan.batch(input)
-    sums = needs[2] and db is None and not plan.transposed
-    both = needs[0] and needs[1] and not sums and plan.sums_both(weight)
+    want_db = needs[2] and db is None
+    both = needs[0] and needs[1] and plan.sums_both(weight)
     if needs[0]:
         dx = _new(input, x.shape, plan.last, x is not input)
         to = _volume(plan.batch(dx), plan.last)
@@ -224,14 +224,16 @@ def _gradients(dy, input, weight, plan, needs, db=None):
         x = _volume(x, plan.last)
     if both:  # dy is read once
         dw = weight.new_empty(weight.shape)
-        kernels.conv_direct.both_gradients(
+        found = kernels.conv_direct.both_gradients(
             dy, x, weight, to, dw.view(*weight.shape[:2], -1), plan.geometry, not plan.transposed,
-            plan.last,
+            plan.last, want_db,
         )  # fmt: skip
+        db = found if db is None else db
     elif needs[0]:
         _gather(dy, weight, None, to, plan, not plan.transposed)
     if needs[1] and not both:
         small, big = (x, dy) if plan.transposed else (dy, x)
+        sums = want_db and not plan.transposed
         dw, found = _weight_gradient(small, big, weight, plan, sums)
         db = found if db is None else db
     if needs[2] and db is None:
