@@ -52,7 +52,8 @@ DEPTHWISE = [
 ]
 
 DENSE = [
-    function("conv1d", (2, 4, 9), (6, 2, 3), 6, stride=2, groups=2),  # few pairs of channels
+    # few pairs of channels
+    function("conv1d", (2, 4, 9), (6, 2, 3), 6, stride=2, groups=2, dtypes=(*F32, *BF16)),
     layer("Conv1d", (2, 5, 9), 6, (3,), padding=1, dtypes=BF16),
     layer("Conv2d", (2, 5, 6, 4), 6, (3, 2), stride=2, padding=1, dilation=2, dtypes=LOW),
     layer("Conv2d", (1, 10, 4, 3), 12, (2, 2), groups=2, padding="valid", view=last),
