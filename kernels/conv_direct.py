@@ -201,6 +201,73 @@ def _conv_direct_kernel(
 
 
 @kernel(
+    do_not_specialize=["channels", *SIZES, "runs", "runs_w", "blocks_p", "blocks_c"],
+)
+def _conv_direct_runs_kernel(
+    X, W, BIAS, Y, Z, MEAN, VAR, SCALE, SHIFT, eps, a, b, channels, id_, ih, iw, od, oh, ow, pd, ph,
+    pw, dd, dh, dw, runs, runs_w, blocks_p, blocks_c, KD: tl.constexpr, KH: tl.constexpr,
+    KW: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, UNIT: tl.constexpr,
+    DIMS: tl.constexpr, RUN: tl.constexpr, FORMULA: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A program computes BLOCK_P runs of RUN positions of BLOCK_C channels of one sample.
+
+    The positions of a run are neighbours along W, and what they have in common is read once. For
+    depthwise convolutions with channels last, and without a dilation along W.
+
+    X (N, channels, id_, ih, iw), Y (N, channels, od, oh, ow): float, channels last. W: float,
+    (taps, channels). BIAS, Z, MEAN, VAR, SCALE, SHIFT: as in `finish`. runs: of a sample; runs_w:
+    of a row. The other constants are as in _conv_direct_kernel.
+    """
+    id_, ih, od, oh, pd, ph = shape_of(id_, ih, od, oh, pd, ph, DIMS)
+    Q = channels * UNIT
+    pid = tl.program_id(0)
+    r = pid % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    q = pid // blocks_p % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = (pid // (blocks_p * blocks_c)).to(tl.int64)
+    X += n * Q * (id_ * ih * iw)
+    there_q = q < Q
+    line = r // runs_w
+    first = (r - line * runs_w) * RUN
+    accs = ()  # of each position of a run; Triton takes no starred tuples
+    for _j in tl.static_range(RUN):
+        accs = accs + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)  # noqa: RUF005
+    for td in range(KD):
+        at_d, there_d = source(line // oh, pd, td * dd, id_, SD, False)
+        for th in range(KH):
+            at_h, there_h = source(line % oh, ph, th * dh, ih, SH, False)
+            row = (at_d * ih + at_h) * iw
+            within = there_d & there_h & (r < runs)
+            taps = ()
+            for tw in tl.static_range(KW):
+                w = tl.load(W + ((td * KH + th) * KW + tw) * Q + q, mask=there_q, other=0.0)
+                taps = taps + (w.to(tl.float32)[None, :],)  # noqa: RUF005
+            for c in tl.static_range((RUN - 1) * SW + KW):
+                at = first * SW - pw + c
+                mask = (within & (at >= 0) & (at < iw))[:, None] & there_q[None, :]
+                x = tl.load(X + (row + at)[:, None] * Q + q[None, :], mask=mask, other=0.0)
+                x = x.to(tl.float32)
+                more = ()
+                for j in tl.static_range(RUN):
+                    if (c - j * SW >= 0) & (c - j * SW < KW):
+                        # A tap outside adds nothing, also if its weight is inf or nan.
+                        acc = tl.where(mask, accs[j] + x * taps[c - j * SW], accs[j])
+                        more = more + (acc,)  # noqa: RUF005
+                    else:
+                        more = more + (accs[j],)  # noqa: RUF005
+                accs = more
+    Y += n * Q * (od * oh * ow)
+    if Z is not None:
+        Z += n * Q * (od * oh * ow)
+    for j in tl.static_range(RUN):
+        offs = (line * ow + first + j)[:, None] * Q + q[None, :]
+        mask = ((r < runs) & (first + j < ow))[:, None] & there_q[None, :]
+        finish(
+            accs[j], Y, offs, mask, q, there_q, BIAS, Z, MEAN, VAR, SCALE, SHIFT, eps, a, b, FORMULA
+        )  # fmt: skip
+
+
+@kernel(
     do_not_specialize=[
         "pairs", "positions", "outs", "reads", *SIZES, "rows", "columns", "row_blocks",
         "column_blocks", "chunks", "chunks_each",
@@ -406,6 +473,14 @@ def _bwd_config(channels, positions, taps, itemsize, last):
     return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4}
 
 
+def _run(width, geometry):
+    """How many neighbours along W a thread computes, so that it reads fewest elements for each."""
+    (_, _, kw), (_, _, sw), _, (_, _, dilation), _ = geometry
+    if dilation > 1 or not 1 < kw <= UNROLLED:
+        return 1
+    return min((4, 2, 1), key=lambda run: ((run - 1) * sw + kw) * cdiv(width, run))
+
+
 # ---- Launchers -----------------------------------------------------------------------------------
 
 
@@ -442,6 +517,18 @@ def gather(x, w, strides, bias, y, outs, reads, geometry, transposed, last, **af
     channels, places = (Q // unit, positions) if last else (Q, positions // unit)
     if plain and last:
         w = w.view(Q, -1).t().contiguous()
+    run = _run(out[2], geometry) if plain and last and not transposed else 1
+    if run > 1:
+        runs_w = cdiv(out[2], run)
+        runs = out[0] * out[1] * runs_w
+        config = _config(Q, runs, y.element_size(), last)
+        blocks_p, blocks_c = cdiv(runs, config["BLOCK_P"]), cdiv(Q, config["BLOCK_C"])
+        _conv_direct_runs_kernel(
+            (N * blocks_p * blocks_c,), x, w, bias, y, *rest, channels, *x.shape[2:], *out,
+            *padding, *dilation, runs, runs_w, blocks_p, blocks_c, **constants(geometry), UNIT=unit,
+            RUN=run, FORMULA=formula, **config,
+        )  # fmt: skip
+        return y
     config = _config(Q, positions, y.element_size(), last)
     blocks_p, blocks_c = cdiv(positions, config["BLOCK_P"]), cdiv(Q, config["BLOCK_C"])
     _conv_direct_kernel(
