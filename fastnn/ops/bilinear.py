@@ -4,11 +4,13 @@ PyTorch goes through the outputs one by one: for each it multiplies x1 by a matr
 by x2, and sums: about 4 launches and four passes over N * B numbers for each output. Here:
 
     forward   T[n, (k, j)] = x1 W, one product; then a product of each T[n] and x2[n]
-    backward  P[n, (k, j)] = dy[n, k] x2[n, j];  dx1 = P W;  dW = x1 P;  dx2 = dy[n] T[n], T as above
+    backward  P[n, (k, j)] = dy[n, k] x2[n, j];  dx1 = P W;  dW = x1 P;  dx2 = dy[n] T[n]
 
 dx2 has PyTorch's order, in which x1 meets W first: products of x1 and dy alone might overflow. Rows
 are taken in chunks, so that T and P stay small. Chunks are added in their order, in float32.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as stock
@@ -55,7 +57,9 @@ class Bilinear(Function):
         dx1 = dy.new_empty((N, A)) if needs[0] else None
         dx2 = dy.new_empty((N, B)) if needs[1] else None
         dw = None
-        table = w.movedim(1, 0).reshape(A, K * B) if needs[0] or needs[1] else None
+        table: Any = None
+        if needs[0] or needs[1]:
+            table = w.movedim(1, 0).reshape(A, K * B)
         many = len(_chunks(dy, K * max(A, B))) > 1
         with torch.autocast(dy.device.type, enabled=False):
             for rows in _chunks(dy, K * max(A, B)):
