@@ -91,13 +91,21 @@ def run(args: argparse.Namespace) -> int:
     facts.add_row("plans", plans())
     console.print(facts)
 
-    table = Table(title=f"{len(REGISTRY)} ops with kernels, forward and backward")
-    for column in ("op", "dtypes", "autocast", "here", "what is fused"):
-        table.add_column(column, overflow="fold", no_wrap=column == "op")
+    rows = []
     for name, op in sorted(REGISTRY.items()):
-        summary = (op.fused.__doc__ or "").strip().split("\n\n")[0]
-        table.add_row(
-            name, _short(op.dtypes), op.autocast or "", path(op, why), " ".join(summary.split())
+        summary = " ".join((op.fused.__doc__ or "").strip().split("\n\n")[0].split())
+        rows.append((name, _short(op.dtypes), op.autocast or "", path(op, why), summary))
+    columns = ("op", "dtypes", "autocast", "here", "what is fused")
+    title = f"{len(REGISTRY)} ops with kernels, forward and backward"
+    console.print(
+        _cli.table(
+            title,
+            columns,
+            rows,
+            console.width,
+            narrow=("op", "autocast", "here"),
+            left=columns,
+            whole=("op",),
         )
-    console.print(table)
+    )
     return 0
