@@ -231,9 +231,7 @@ def _show(console: Console, c: DemoResult) -> None:
     console.print(table)
 
     if not c.size.dropout:
-        console.print(
-            "Dropout is 0 here, because a float64 run would draw other masks: its layers do nothing."
-        )
+        console.print("Dropout is 0 here, because the float64 run would draw other masks.")
     if c.samples:
         same = c.samples["stock"] == c.samples["fastnn"]
         shown = (

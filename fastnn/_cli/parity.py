@@ -286,13 +286,13 @@ A row passes if the error of fastnn is at most twice the error of stock in the s
 unit in the last place. A row beyond that bound is drawn again with other inputs. Dtypes, shapes,
 strides, nan and inf must be those of stock. A second run must give the same bits, no input may be
 written, and state_dict must load both ways.</p>
-<p>Bytes are counted in the interpreter, for the largest row, forward and backward. They are the bytes
-that kernels load and store, each byte once per launch, divided by the least possible: inputs,
-outputs and gradients, once in each pass that needs them. The bytes of stock are an estimate from
-the operators that it runs. In small rows, partial sums weigh more.</p>
+<p>Bytes are counted in the interpreter, for the largest row, forward and backward. They are what
+kernels load and store, each byte once per launch, divided by the least possible: inputs, outputs
+and gradients, once in each pass that needs them. The bytes of stock are an estimate from the
+operators that it runs. In small rows, partial sums weigh more.</p>
 <p>The roof is a warning about the rows of the same name in the benchmark, in code compiled for an
 H100: "issue 1.3" means that some launch needs 1.3 times as long for its instructions as for its
-bytes. It is empty up to 0.8, and where the benchmark has no such row. It is not a measured time.</p>
+bytes. It is empty up to 0.8, and where the benchmark has no such row. No time was measured.</p>
 <table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
 {"<h2>Failures</h2>" + failures if bad else ""}
 {f"<h2>Declined, as the rows state</h2><ul>{declined}</ul>" if declined else ""}</html>

@@ -61,8 +61,9 @@ def run(args: argparse.Namespace) -> int:
         raise _cli.CliError(f"--only {e.args[0]}: no such op; `fastnn info` lists them") from None
     if sweeps:
         points = sum(len(sweep.points()) for sweep in sweeps)
+        ops = _cli.count(len({sweep.op for sweep in sweeps}), "op")
         console.print(
-            f"{_cli.count(len(sweeps), 'sweep')} of {_cli.count(len({s.op for s in sweeps}), 'op')}, "
+            f"{_cli.count(len(sweeps), 'sweep')} of {ops}, "
             f"{points:,} points, stock and ours forward and backward"
         )
     if args.dry_run:
