@@ -162,6 +162,12 @@ def test_without_a_command_the_help_is_shown(capsys):
     assert all(f"    {name} " in printed for name in COMMANDS)
 
 
+def test_info_of_some_ops(capsys):
+    assert main(["info", "--only", "GELU", "--only", "softmax"]) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [line.split()[1] for line in table] == ["gelu", "log_softmax", "softmax"]
+
+
 @pytest.mark.parametrize("columns", [None, "80", "200"])
 def test_info_fits_the_terminal_and_the_file(monkeypatch, capsys, columns):
     """A narrow terminal has fewer columns; a file has the whole table, whatever wrote it."""
@@ -178,7 +184,7 @@ def test_info_fits_the_terminal_and_the_file(monkeypatch, capsys, columns):
 
 
 @pytest.mark.parametrize(
-    "argv", [["parity"], ["bench"], ["bench", "--models"]], ids=["parity", "bench", "models"]
+    "argv", [["info"], ["parity"], ["bench"], ["bench", "--models"]], ids=lambda argv: argv[-1]
 )
 @interpreted
 def test_only_without_a_match_says_so(argv, capsys):
