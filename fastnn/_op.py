@@ -155,7 +155,7 @@ def _short(dtype: torch.dtype) -> str:
 
 def _refuse_tensor(op: Op, t: Tensor) -> Stock | None:
     if t.device.type not in kernel_devices:
-        supported = ", ".join(kernel_devices)
+        supported = ", ".join(sorted(kernel_devices))
         return Stock("device", f"a tensor is on {t.device.type}, and kernels run on {supported}")
     if t.layout is not torch.strided or t.is_nested:
         return Stock("layout", "a tensor is sparse, nested or otherwise not strided")
@@ -267,9 +267,12 @@ def _fused(op: Op, device_type: str, args: tuple, kwargs: dict, variant: str) ->
 
 
 def _forced_onto_stock(name: str, code: Code, why: str) -> NoReturn:
+    hint = ""
+    if code == "device" and not _mode.INTERPRET:
+        hint = " With TRITON_INTERPRET=1 set before the import, kernels run on CPU tensors, slowly."
     error = BackendError(
         f"{name}: backend('triton') was requested, but this call can only run on PyTorch: {why}. "
-        "Under backend('auto') it does so without an error."
+        f"Under backend('auto') it does so without an error.{hint}"
     )
     error.code = code
     raise error

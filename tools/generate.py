@@ -199,8 +199,9 @@ def run_blocks(text: str) -> str:
 def commands_page() -> None:
     """Run every command of docs/commands.md and write its output into the page."""
     page = ROOT / "docs" / "commands.md"
-    environment = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1"}
-    environment.pop("TRITON_INTERPRET", None)  # a user's shell does not have it
+    environment = {**os.environ, "NO_COLOR": "1"}
+    for name in ("COLUMNS", "TRITON_INTERPRET"):  # a user's shell does not have them
+        environment.pop(name, None)
     with tempfile.TemporaryDirectory() as folder:
 
         def replace(match):
