@@ -20,9 +20,10 @@ from fastnn.kernels import linear, pointwise
 from fastnn.kernels._config import tunable
 from fastnn.kernels._gpus import facts, multiprocessors
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import in_order
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels.conv_direct import SIZES, constants, finish, follows, shape_of, source
-from fastnn.kernels.epilogue import sum_partials, width
+from fastnn.kernels.epilogue import width
 
 
 @triton.jit
@@ -298,4 +299,4 @@ def weight_gradient(small, big, dw, outs, reads, geometry, last, precision, arch
         reads // read_vec, *big.shape[2:], *out, *padding, *dilation, each, **constants(geometry),
         OUT_VEC=out_vec, READ_VEC=read_vec, LAST=last, PRECISION=precision, **config,
     )  # fmt: skip
-    return sum_partials(partials, dw) if splits > 1 else dw
+    return in_order(partials, dw) if splits > 1 else dw

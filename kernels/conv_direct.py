@@ -26,8 +26,8 @@ from fastnn.kernels import pointwise
 from fastnn.kernels._config import tunable
 from fastnn.kernels._gpus import multiprocessors
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import in_order
 from fastnn.kernels._sizes import cdiv, next_power_of_2
-from fastnn.kernels.epilogue import sum_partials
 
 CHUNK = 256  # positions that a program reads once per tap; they stay in the L1 cache
 MOST_TAPS = 64  # taps whose sums a program keeps in registers
@@ -396,5 +396,5 @@ def weight_gradient(small, big, dw, outs, reads, geometry, last, want_db=False):
         column_blocks, chunks, each, **constants(geometry), UNIT=unit, PLAIN=plain, LAST=last,
         TAPS=TAPS, **config,
     )  # fmt: skip
-    sum_partials(partials, dw)
-    return dw, sum_partials(bias_partials, small.new_empty(K)) if want_db else None
+    in_order(partials, dw)
+    return dw, in_order(bias_partials, small.new_empty(K)) if want_db else None

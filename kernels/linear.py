@@ -14,12 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
-from fastnn.kernels import _philox, epilogue, pointwise
+from fastnn.kernels import _philox, pointwise
 from fastnn.kernels._config import tunable
 from fastnn.kernels._gpus import KIB, facts, multiprocessors
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import in_order
 from fastnn.kernels._sizes import cdiv, next_power_of_2
-from fastnn.kernels.epilogue import keep_tile, width
+from fastnn.kernels.epilogue import width
 
 
 @triton.jit
@@ -121,7 +122,9 @@ def _gemm_kernel(
     if VEC:
         seed, offset = _philox.load_state(seed, offset, SEED, OFFSET)
         _philox.save_state(STATE, seed, offset)
-        keep = keep_tile(m0, n0, N, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N)
+        keep = _philox.keep_tile(
+            m0, n0, N, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N
+        )
         acc *= tl.where(keep, scale, 0.0)
     tl.store(C + start + offs, acc.to(C.dtype.element_ty), mask=mask)
 
@@ -240,16 +243,16 @@ def _gemm(a, b, precision, arch, split=False, bias=None, y=None, z=None, act=Non
     out = a.new_empty((splits, M, N), dtype=torch.float32) if splits > 1 else y
     formula, fa, fb = act or (None, 0.0, 0.0)
     draw, bound, scale, state = noise or (None, 0, 1.0, None)
-    seed, offset, SEED, OFFSET, blocks, bound = epilogue.random_arguments(draw, bound)
+    seed, offset, SEED, OFFSET, blocks, bound = _philox.random_arguments(draw, bound)
     _gemm_kernel(
         (tiles, splits), a, b, out, bias, z, M // m_vec, N // n_vec, K // k_vec, lda // a_vec,
         ldb // b_vec, each, fa, fb, scale, seed, offset, SEED, OFFSET, state, blocks, bound,
         M_VEC=m_vec, N_VEC=n_vec, K_VEC=k_vec, A_VEC=a_vec, B_VEC=b_vec, A_KMAJOR=a_kmajor,
         B_KMAJOR=not b_nmajor, EVEN_K=K % block_k == 0,
         FORMULA=formula and getattr(pointwise, formula), VEC=draw.vec if draw else 0,
-        BY_FOUR=epilogue.by_four(N, draw), PRECISION=precision, **config,
+        BY_FOUR=_philox.by_four(N, draw), PRECISION=precision, **config,
     )  # fmt: skip
-    return epilogue.sum_partials(out, y) if splits > 1 else y
+    return in_order(out, y) if splits > 1 else y
 
 
 def fwd(x, weight, bias, precision, arch, y=None, z=None, act=None, noise=None):
