@@ -10,6 +10,7 @@ The backward draws the random words again (`_philox`), so no mask is kept.
 """
 
 import torch
+import triton
 import triton.language as tl
 
 from fastnn.kernels import _philox, pointwise
@@ -17,6 +18,36 @@ from fastnn.kernels._gpus import multiprocessors
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._partials import in_order
 from fastnn.kernels._sizes import cdiv, next_power_of_2
+
+
+@triton.jit
+def follow(
+    acc, Z, offs, mask, cols, there, BIAS, MEAN, VAR, SCALE, SHIFT, eps, a, b,
+    FORMULA: tl.constexpr,
+):  # fmt: skip
+    """What follows a tile of sums, acc (rows, columns): y of the tile, in fp32.
+
+    z = acc + bias is stored at `offs` of Z, if Z is given; then z is normalised, if MEAN is given,
+    and FORMULA is applied, if there is one. BIAS, MEAN, VAR, SCALE and SHIFT: float, of all
+    columns, or None. cols: those of the tile, of which those exist that are `there`.
+    """
+    if BIAS is not None:
+        acc += tl.load(BIAS + cols, mask=there, other=0.0).to(tl.float32)[None, :]
+    if Z is not None:
+        tl.store(Z + offs, acc.to(Z.dtype.element_ty), mask=mask)
+    if MEAN is not None:
+        mean = tl.load(MEAN + cols, mask=there, other=0.0).to(tl.float32)
+        var = tl.load(VAR + cols, mask=there, other=1.0).to(tl.float32)
+        # Not one factor of the sum: the product of a large scale and a small rstd is rounded last.
+        acc = (acc - mean[None, :]) * tl.div_rn(1.0, tl.sqrt_rn(var + eps))[None, :]
+        if SCALE is not None:
+            acc *= tl.load(SCALE + cols, mask=there, other=0.0).to(tl.float32)[None, :]
+        if SHIFT is not None:
+            acc += tl.load(SHIFT + cols, mask=there, other=0.0).to(tl.float32)[None, :]
+    if FORMULA is not None:
+        acc = FORMULA(acc, a, b)
+    return acc
+
 
 _RANDOM = ["seed", "offset", "blocks", "bound"]
 
