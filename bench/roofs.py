@@ -308,7 +308,8 @@ def launched(
     launches: list[CompiledLaunch] = []
 
     def asked(key: tuple) -> None:
-        passes[-1].append(_named(key))
+        if all(key[2]):  # a grid of no programs is not launched
+            passes[-1].append(_named(key))
 
     with capture(launches, TARGET, lambda key: wanted(*_named(key)), asked):
         passes.append([])
