@@ -149,14 +149,6 @@ def op(*, stock: Callable, **fields) -> Callable[[Callable], Callable]:
 _SCALARS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size, FunctionType))
 
 
-def _refuse_mode_stack() -> Stock | None:
-    for i in range(torch._C._len_torch_function_stack()):
-        mode = torch._C._get_function_stack_at(i)
-        if type(mode) is not _mode.DeviceContext:
-            return Stock("mode", f"a torch function mode is active ({type(mode).__name__})")
-    return None
-
-
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -204,8 +196,8 @@ def survey(op: Op, args: tuple, kwargs: dict) -> Stock | Tensor:
         return Stock(
             "mode", "a torch dispatch mode is active (FakeTensorMode, FlopCounterMode, ...)"
         )
-    if torch._C._len_torch_function_stack() and (why := _refuse_mode_stack()):
-        return why
+    if torch._C._len_torch_function_stack() and (mode := _mode.function_mode()) is not None:
+        return Stock("mode", f"a torch function mode is active ({type(mode).__name__})")
     first = None
     index = 0
     values = [*args, *kwargs.values()]

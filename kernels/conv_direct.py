@@ -26,8 +26,9 @@ from fastnn.kernels import pointwise
 from fastnn.kernels._config import tunable
 from fastnn.kernels._gpus import multiprocessors
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import in_order
 from fastnn.kernels._sizes import cdiv, next_power_of_2
-from fastnn.kernels.epilogue import sum_partials
+from fastnn.kernels.epilogue import follow
 
 CHUNK = 256  # positions that a program reads once per tap; they stay in the L1 cache
 MOST_TAPS = 64  # taps whose sums a program keeps in registers
@@ -89,26 +90,8 @@ def finish(
     acc, Y, offs, mask, q, there_q, BIAS, Z, MEAN, VAR, SCALE, SHIFT, eps, a, b,
     FORMULA: tl.constexpr,
 ):  # fmt: skip
-    """Stores what follows the sums acc (positions, channels q), at `offs` of Y.
-
-    z = acc + bias is stored, if Z is given; then z is normalised, if MEAN is given, and FORMULA
-    applied, if there is one. BIAS, MEAN, VAR, SCALE and SHIFT: float, of all channels, or None.
-    """
-    if BIAS is not None:
-        acc += tl.load(BIAS + q, mask=there_q, other=0.0).to(tl.float32)[None, :]
-    if Z is not None:
-        tl.store(Z + offs, acc.to(Z.dtype.element_ty), mask=mask)
-    if MEAN is not None:
-        mean = tl.load(MEAN + q, mask=there_q, other=0.0).to(tl.float32)
-        var = tl.load(VAR + q, mask=there_q, other=1.0).to(tl.float32)
-        # Not one factor of the sum: the product of a large scale and a small rstd is rounded last.
-        acc = (acc - mean[None, :]) * tl.div_rn(1.0, tl.sqrt_rn(var + eps))[None, :]
-        if SCALE is not None:
-            acc *= tl.load(SCALE + q, mask=there_q, other=0.0).to(tl.float32)[None, :]
-        if SHIFT is not None:
-            acc += tl.load(SHIFT + q, mask=there_q, other=0.0).to(tl.float32)[None, :]
-    if FORMULA is not None:
-        acc = FORMULA(acc, a, b)
+    """Stores what follows the sums acc (positions, channels q), at `offs` of Y; see `follow`."""
+    acc = follow(acc, Z, offs, mask, q, there_q, BIAS, MEAN, VAR, SCALE, SHIFT, eps, a, b, FORMULA)
     tl.store(Y + offs, acc.to(Y.dtype.element_ty), mask=mask)
 
 
@@ -133,7 +116,7 @@ def _conv_direct_kernel(
 
     X (N, groups * reads, id_, ih, iw), Y (N, groups * outs, od, oh, ow): float, contiguous, or
     channels last if LAST. W: float, by its strides. BIAS, Z, MEAN, VAR, SCALE,
-    SHIFT: as in `finish`.
+    SHIFT: as in `follow`.
     The number of `channels` of Y if LAST, else of `positions`, is divided by UNIT. KD, KH, KW: the
     taps; SD, SH, SW: the strides. Only the last DIMS dimensions have more than one position.
     PLAIN: whether outs and reads are 1; if also LAST, W is (taps, groups).
@@ -396,5 +379,5 @@ def weight_gradient(small, big, dw, outs, reads, geometry, last, want_db=False):
         column_blocks, chunks, each, **constants(geometry), UNIT=unit, PLAIN=plain, LAST=last,
         TAPS=TAPS, **config,
     )  # fmt: skip
-    sum_partials(partials, dw)
-    return dw, sum_partials(bias_partials, small.new_empty(K)) if want_db else None
+    in_order(partials, dw)
+    return dw, in_order(bias_partials, small.new_empty(K)) if want_db else None

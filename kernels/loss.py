@@ -26,6 +26,7 @@ from triton.language.extra import libdevice
 
 from fastnn.kernels._config import here, lanes, tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import finish
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels._tl import dense
 from fastnn.kernels.pointwise import log1p_of_share
@@ -535,33 +536,6 @@ def _loss_fwd_kernel(
             tl.store(PARTIAL + tl.num_programs(0) + pid, tl.sum(weights.to(tl.float64), 0))
 
 
-@kernel(do_not_specialize=["G", "divisor"])
-def _loss_finish_kernel(
-    PARTIAL, LOSS, COUNT, G, divisor: tl.int64, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The one program adds up all partial sums, and loops over them.
-
-    PARTIAL (1 or 2, G): fp64. LOSS: float, one element. COUNT: fp32, one element, the sum of
-    weights, or None.
-    """
-    offs = tl.arange(0, BLOCK)
-    loss = tl.zeros((BLOCK,), tl.float64)
-    count = tl.zeros((BLOCK,), tl.float64)
-    for g in range(0, G, BLOCK):
-        mask = g + offs < G
-        loss += tl.load(PARTIAL + g + offs, mask=mask, other=0.0)
-        if WEIGHTS:
-            count += tl.load(PARTIAL + G + g + offs, mask=mask, other=0.0)
-    total = tl.sum(loss, 0)
-    if WEIGHTS:
-        by = tl.sum(count, 0)
-        tl.store(COUNT, by.to(tl.float32))
-    else:
-        by = divisor.to(tl.float64)
-    total /= by
-    tl.store(LOSS, total.to(tl.float32).to(LOSS.dtype.element_ty))
-
-
 @triton.jit
 def _grad_tile(
     G, A, B, C, W, DA, DB, DC, scale, n, start, D1, D2, g0, g1, g2, a0, a1, a2, b0, b1, b2, c0, c1,
@@ -652,18 +626,6 @@ def _config(itemsize):
 def _narrow(tensors):
     """Bytes per element of the narrowest tensor. Each tensor may be None."""
     return min([t.element_size() for t in tensors if t is not None])
-
-
-def finish(partial, loss, count, divisor):
-    """partial (1 or 2, G) fp64, sums of losses and of weights -> loss / divisor.
-
-    If `count` (0-d fp32) is given, the divisor is the sum of the weights, and is stored in `count`.
-    """
-    G = partial.shape[1]
-    block = 256 if G <= 256 else 2048
-    _loss_finish_kernel(
-        (1,), partial, loss, count, G, divisor, WEIGHTS=count is not None, BLOCK=block, num_warps=8
-    )  # fmt: skip
 
 
 def fwd(inputs, formula, p, q, loss, divisor, weights, keep=None, kept_dtype=None):

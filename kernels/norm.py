@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 
 from fastnn.kernels import _gpus, _rows
-from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import add_up, store_sum
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense
 
@@ -191,13 +191,6 @@ def _x_hat(x, MEAN, RSTD, m, M, CENTER: tl.constexpr):
     return x_hat * rstd, rstd
 
 
-@triton.jit
-def _store_sum(P, acc, offs, mask):
-    """Store the sum of the rows of `acc`, if P is given."""
-    if P is not None:
-        tl.store(P + offs, tl.sum(acc, 0).to(P.dtype.element_ty), mask=mask)
-
-
 @kernel(do_not_specialize=["M", "N_units", "stride_units"])
 def _norm_bwd_kernel(
     DY, X, W, MEAN, RSTD, DX, DW, DB, M: tl.int64, N_units, stride_units: tl.int64,
@@ -233,8 +226,8 @@ def _norm_bwd_kernel(
             pull += tl.div_rn(tl.sum(dy, 1), N.to(tl.float32))[:, None]
         tl.store(DX + row + cols[None, :], ((dy - pull) * rstd).to(DX.dtype.element_ty), mask=mask)
     offs = tl.program_id(0).to(tl.int64) * N + cols
-    _store_sum(DW, dw, offs, cols < N)
-    _store_sum(DB, db, offs, cols < N)
+    store_sum(DW, dw, offs, cols < N)
+    store_sum(DB, db, offs, cols < N)
 
 
 @triton.jit
@@ -353,36 +346,8 @@ def _norm_bwd_params_kernel(
             offs = m[:, None] * (stride_units * UNIT) + cols[None, :]
             x = tl.load(X + offs, mask=mask, other=0.0)
             dw += dy * _x_hat(x, MEAN, RSTD, m, stop, CENTER)[0]
-    _store_sum(DW, dw, g * N + cols, cols < N)
-    _store_sum(DB, db, g * N + cols, cols < N)
-
-
-@triton.jit
-def _sum_partials(PARTIALS, OUT, G, N, cols, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr):
-    acc = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
-    row = tl.arange(0, BLOCK_G)
-    for g in range(0, G, BLOCK_G):
-        mask = (g + row < G)[:, None] & (cols < N)[None, :]
-        offs = (g + row).to(tl.int64)[:, None] * N + cols[None, :]
-        acc += tl.load(PARTIALS + offs, mask=mask, other=0.0)
-    _store_sum(OUT, acc, cols, cols < N)
-
-
-@kernel(do_not_specialize=["G", "N_units"])
-def _norm_bwd_sum_kernel(
-    PARTIALS, DW, DB, G, N_units, UNIT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """A program sums BLOCK_N columns of dw and db, and loops over their G partial sums.
-
-    PARTIALS (1 or 2, G, N): fp32, of dw and then of db, if wanted. DW, DB (N,): float, or None.
-    """
-    N = N_units * UNIT
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if DW is not None:
-        _sum_partials(PARTIALS, DW, G, N, cols, BLOCK_G, BLOCK_N)
-        PARTIALS += G.to(tl.int64) * N
-    if DB is not None:
-        _sum_partials(PARTIALS, DB, G, N, cols, BLOCK_G, BLOCK_N)
+    store_sum(DW, dw, g * N + cols, cols < N)
+    store_sum(DB, db, g * N + cols, cols < N)
 
 
 def reads_once(N, itemsize):
@@ -482,7 +447,7 @@ def bwd(dy, x, weight, mean, rstd, dims, need_dx, dw_dtype, db_dtype):
             (G,), dy, x, weight, mean, rstd, dx, dw_part, db_part, *sizes, **flags, **config
         )
         if parts is not None:
-            reduce_partials(parts, dw, db, G, N, unit)
+            add_up(parts, dw, db, G, N)
         return results
     if params:
         block_m = min(next_power_of_2(max(M, 1)), 32)
@@ -495,7 +460,7 @@ def bwd(dy, x, weight, mean, rstd, dims, need_dx, dw_dtype, db_dtype):
             **flags, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
         )  # fmt: skip
         if parts is not None:
-            reduce_partials(parts, dw, db, G, N, unit)
+            add_up(parts, dw, db, G, N)
     return results
 
 
@@ -515,20 +480,3 @@ def _bwd_dx_wide(dy, x, weight, mean, rstd, dx, sizes, flags):
         (M * S,), dy, x, weight, mean, rstd, dx, along, total, *sizes,
         **flags, BLOCK=_rows.BLOCK, BLOCK_S=next_power_of_2(S), num_warps=8,
     )  # fmt: skip
-
-
-@tunable("BLOCK_G", "BLOCK_N")
-def _sum_tile(G):
-    """Few columns, so that there are many programs, and few turns, each of which waits for memory.
-
-    A row of 16 columns fills two sectors of memory.
-    """
-    block_g = max(32, min(next_power_of_2(G), 256))
-    return {"BLOCK_G": block_g, "BLOCK_N": 16, "num_warps": 8 if block_g > 64 else 2}
-
-
-def reduce_partials(parts, dw, db, G, N, unit):
-    config = _sum_tile(G)
-    _norm_bwd_sum_kernel(
-        (cdiv(N, config["BLOCK_N"]),), parts, dw, db, G, N // unit, UNIT=unit, **config
-    )
