@@ -70,15 +70,12 @@ EXCEPTIONS = (
     # Maps between images. All of them run stock in `auto`, but for pads.
     Allowed("_gather_.*", 1.0, 15, "pads of three dimensions: a place near an edge has many terms"),
     Allowed("_interpolate_.*", 25, 9, "16 weights, each from 3 products, and an index", "bicubic"),
-    Allowed("_interpolate_.*", 16, 9, "8 neighbours, and an index for each", "trilinear"),
     Allowed("_interpolate_.*", 15, 9, "a scale that is no whole number: up to 9 x 9 places", "513"),
-    Allowed("_interpolate_.*", 5.6, 9, "4 neighbours, and an index for each", "bilinear"),
-    Allowed("_interpolate_.*", 1.8, 9, "an index for each element, from divisions"),
     Allowed("_antialias_bwd", 1300, 8, "all weights of a window, again for each element"),
     Allowed("_antialias_fwd", 33, 8, "the weights of a window, again for each element"),
     Allowed("_fold", 28, 20, "49 windows over an element, of which most do not exist", "Unfold"),
     Allowed("_(fold|unfold)", 2.0, 20, "an index for each element, from divisions"),
-    Allowed("_doubled_bwd", 1.5, 14, "volumes: a place has 64 results, which lie in 16 lines"),
+    Allowed("_doubled_bwd", 1.45, 32, "volumes: a place has 64 results, which lie in 16 lines"),
     # Losses.
     Allowed("_multilabel_margin_.*", 34, 16, "each class is compared with each target"),
     Allowed("_ctc_.*", 6.0, 2, "each step waits for the step before it; stock in `auto`"),
@@ -310,7 +307,8 @@ def launched(
     launches: list[CompiledLaunch] = []
 
     def asked(key: tuple) -> None:
-        passes[-1].append(_named(key))
+        if all(key[2]):  # a grid of no programs is not launched
+            passes[-1].append(_named(key))
 
     with capture(launches, TARGET, lambda key: wanted(*_named(key)), asked):
         passes.append([])

@@ -238,6 +238,13 @@ def compile_time_table() -> str:
     return compile_time.table(json.loads(compile_time.PATH.read_text()))
 
 
+def stock_layers_table() -> str:
+    """What fastnn adds to stock layers, as `python -m bench.stock_layers --write` counted it."""
+    from fastnn.bench import stock_layers
+
+    return stock_layers.table(json.loads(stock_layers.PATH.read_text())["layers"])
+
+
 def codes_table() -> str:
     from fastnn._mode import CODES
 
@@ -261,6 +268,8 @@ def main() -> int:
     roofed = between(compiled.read_text(), "roofs", roofs.by_kernel())
     benchmarks = ROOT / "docs" / "benchmarks.md"
     besides = between(benchmarks.read_text(), "liger", beside_table())
+    tools = ROOT / "docs" / "tools.md"
+    paid = between(tools.read_text(), "stock layers", stock_layers_table())
     stale = []
     pages = (
         (readme, front),
@@ -276,6 +285,7 @@ def main() -> int:
         ),
         (compiled, roofed),
         (benchmarks, besides),
+        (tools, paid),
         (api, between(api.read_text(), "codes", codes_table())),
     )
     for path, content in pages:
