@@ -156,10 +156,10 @@ def _normalize_bwd_kernel(
 
 def _tiles(sizes, classes_last, wide, itemsize, light):
     """{ROWS, LANES, GROUP, num_warps}, as `tiles` has it, but that warps share the classes of a run
-    of 128 bytes of positions, where positions are few."""
+    of 128 bytes of positions, where positions would not fill the GPU."""
     B, C, S = sizes
     config = tiles(sizes, classes_last, wide, itemsize, light=light)
-    if classes_last or C < 64 or B * S >= 1 << 18:
+    if classes_last or C < 64 or S < 32 or B * S >= 1 << 18:
         return config
     rows = min(next_power_of_2(S), 128 // itemsize)
     lanes = min(256 * 16 // itemsize // rows, next_power_of_2(C))
