@@ -109,7 +109,6 @@ EXCEPTIONS = (
     Allowed("_act_(mul|glu)_.*", 0.8, 24, "exp of libdevice takes registers, so programs are few"),
     Allowed("_(strided_)?dropout", 0.95, 16, "ten rounds of Philox for four elements"),
     # Rows.
-    Allowed("_normalize_.*", 0.9, 4, "divisions; of planes, a warp goes through all channels"),
     Allowed("_residual_norm_.*", 1.25, 32, "ten rounds of Philox for four elements"),
     Allowed("_norm_fwd", 2.6, 16, "rows are no multiple of 8: narrow accesses", "4099"),
     Allowed("_norm_.*", 1.5, 32, "rows are no multiple of 8: narrow accesses", "4099"),

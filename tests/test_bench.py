@@ -589,6 +589,19 @@ def test_what_calls_cost_the_host(tmp_path):
     assert host.main(["--out", str(tmp_path)]) == 2  # kernels are interpreted here
 
 
+@pytest.mark.slow
+def test_what_a_step_of_a_recurrent_layer_costs_the_host(tmp_path):
+    """At most half of what PyTorch's cell costs in a loop; some hundredths were measured."""
+    compiling(
+        ["-m", "bench.host", "--steps", "--only", "LSTM", "--rounds", "2", "--out", str(tmp_path)]
+    )
+    found = json.loads((tmp_path / "host.json").read_text())
+    (step,) = found["steps"]
+    assert found["rows"] == found["models"] == [] and step["name"] == "LSTM"
+    for way in ("python", "native"):
+        assert step.get(f"{way}_us", 0) <= 0.5 * step["stock_us"]
+
+
 # Instructions of one more call over those of stock: a little above what was counted when the line
 # was written. Lower them when fewer are needed.
 RATCHET = {
