@@ -25,6 +25,26 @@ from fastnn.kernels._tl import dense_like, empty_as
 #
 # We use libdevice.exp, because the relative error of tl.exp grows with |x| and shows in the tails.
 # We use div_rn, because "/" has an error of up to two units in the last place.
+#
+# libdevice.expm1, log1p and tanh make 0 of a subnormal x. Each of them is x there, and 0 only at 0.
+
+
+@triton.jit
+def expm1(x):
+    y = libdevice.expm1(x)
+    return tl.where(y == 0, x, y)
+
+
+@triton.jit
+def log1p(x):
+    y = libdevice.log1p(x)
+    return tl.where(y == 0, x, y)
+
+
+@triton.jit
+def _tanh(x):
+    y = libdevice.tanh(x)
+    return tl.where(y == 0, x, y)
 
 
 @triton.jit
@@ -76,7 +96,7 @@ def leaky_relu_grad(dy, s, a, b):
 
 @triton.jit
 def elu(x, a, b):
-    return tl.where(x > 0, x, a * libdevice.expm1(x * b))
+    return tl.where(x > 0, x, a * expm1(x * b))
 
 
 @triton.jit
@@ -91,7 +111,7 @@ def elu_grad_of_y(dy, y, a, b):
 
 @triton.jit
 def selu(x, a, b):
-    return tl.where(x > 0, 1.0507009873554805 * x, 1.7580993408473766 * libdevice.expm1(x))
+    return tl.where(x > 0, 1.0507009873554805 * x, 1.7580993408473766 * expm1(x))
 
 
 @triton.jit
@@ -224,7 +244,7 @@ def sigmoid_grad(dy, y, a, b):
 
 @triton.jit
 def tanh(x, a, b):
-    return libdevice.tanh(x)
+    return _tanh(x)
 
 
 @triton.jit
@@ -234,7 +254,7 @@ def tanh_grad(dy, y, a, b):
 
 @triton.jit
 def tanhshrink(x, a, b):
-    return x - libdevice.tanh(x)
+    return x - _tanh(x)
 
 
 @triton.jit
