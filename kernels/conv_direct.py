@@ -27,8 +27,9 @@ from fastnn.kernels import pointwise
 from fastnn.kernels._config import tunable
 from fastnn.kernels._gpus import architecture, facts, multiprocessors
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import in_order
 from fastnn.kernels._sizes import cdiv, next_power_of_2
-from fastnn.kernels.epilogue import sum_partials
+from fastnn.kernels.epilogue import follow
 
 CHUNK = 256  # positions that a program reads once per tap; they stay in the L1 cache
 MOST_TAPS = 64  # taps whose sums a program keeps in registers
@@ -91,26 +92,8 @@ def finish(
     acc, Y, offs, mask, q, there_q, BIAS, Z, MEAN, VAR, SCALE, SHIFT, eps, a, b,
     FORMULA: tl.constexpr,
 ):  # fmt: skip
-    """Stores what follows the sums acc (positions, channels q), at `offs` of Y.
-
-    z = acc + bias is stored, if Z is given; then z is normalised, if MEAN is given, and FORMULA
-    applied, if there is one. BIAS, MEAN, VAR, SCALE and SHIFT: float, of all channels, or None.
-    """
-    if BIAS is not None:
-        acc += tl.load(BIAS + q, mask=there_q, other=0.0).to(tl.float32)[None, :]
-    if Z is not None:
-        tl.store(Z + offs, acc.to(Z.dtype.element_ty), mask=mask)
-    if MEAN is not None:
-        mean = tl.load(MEAN + q, mask=there_q, other=0.0).to(tl.float32)
-        var = tl.load(VAR + q, mask=there_q, other=1.0).to(tl.float32)
-        # Not one factor of the sum: the product of a large scale and a small rstd is rounded last.
-        acc = (acc - mean[None, :]) * tl.div_rn(1.0, tl.sqrt_rn(var + eps))[None, :]
-        if SCALE is not None:
-            acc *= tl.load(SCALE + q, mask=there_q, other=0.0).to(tl.float32)[None, :]
-        if SHIFT is not None:
-            acc += tl.load(SHIFT + q, mask=there_q, other=0.0).to(tl.float32)[None, :]
-    if FORMULA is not None:
-        acc = FORMULA(acc, a, b)
+    """Stores what follows the sums acc (positions, channels q), at `offs` of Y; see `follow`."""
+    acc = follow(acc, Z, offs, mask, q, there_q, BIAS, MEAN, VAR, SCALE, SHIFT, eps, a, b, FORMULA)
     tl.store(Y + offs, acc.to(Y.dtype.element_ty), mask=mask)
 
 
@@ -135,7 +118,7 @@ def _conv_direct_kernel(
 
     X (N, groups * reads, id_, ih, iw), Y (N, groups * outs, od, oh, ow): float, contiguous, or
     channels last if LAST. W: float, by its strides. BIAS, Z, MEAN, VAR, SCALE,
-    SHIFT: as in `finish`.
+    SHIFT: as in `follow`.
     The number of `channels` of Y if LAST, else of `positions`, is divided by UNIT. KD, KH, KW: the
     taps; SD, SH, SW: the strides. Only the last DIMS dimensions have more than one position.
     PLAIN: whether outs and reads are 1; if also LAST, W is (taps, groups).
@@ -229,9 +212,9 @@ def _conv_direct_runs_kernel(
     there_q = q < Q
     line = r // runs_w
     first = (r - line * runs_w) * RUN
-    accs = ()  # of each position of a run; Triton takes no starred tuples
+    accs = ()  # of each position of a run; Triton takes no starred tuples, mypy no growing ones
     for _j in tl.static_range(RUN):
-        accs = accs + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)  # noqa: RUF005
+        accs = accs + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     for td in range(KD):
         at_d, there_d = source(line // oh, pd, td * dd, id_, SD, False)
         for th in range(KH):
@@ -241,7 +224,7 @@ def _conv_direct_runs_kernel(
             taps = ()
             for tw in tl.static_range(KW):
                 w = tl.load(W + ((td * KH + th) * KW + tw) * Q + q, mask=there_q, other=0.0)
-                taps = taps + (w.to(tl.float32)[None, :],)  # noqa: RUF005
+                taps = taps + (w.to(tl.float32)[None, :],)  # type: ignore[assignment]  # noqa: RUF005
             for c in tl.static_range((RUN - 1) * SW + KW):
                 at = first * SW - pw + c
                 mask = (within & (at >= 0) & (at < iw))[:, None] & there_q[None, :]
@@ -252,9 +235,9 @@ def _conv_direct_runs_kernel(
                     if (c - j * SW >= 0) & (c - j * SW < KW):
                         # A tap outside adds nothing, also if its weight is inf or nan.
                         acc = tl.where(mask, accs[j] + x * taps[c - j * SW], accs[j])
-                        more = more + (acc,)  # noqa: RUF005
+                        more = more + (acc,)  # type: ignore[assignment]  # noqa: RUF005
                     else:
-                        more = more + (accs[j],)  # noqa: RUF005
+                        more = more + (accs[j],)  # type: ignore[assignment]  # noqa: RUF005
                 accs = more
     Y += n * Q * (od * oh * ow)
     if Z is not None:
@@ -386,9 +369,9 @@ def _conv_direct_bwd_kernel(
     there_q = q < Q
     split = tl.program_id(1)
     begin = split * tiles_each
-    sums = ()  # of each tap, and of each lane by itself; Triton takes no starred tuples
+    sums = ()  # of each tap, and of each lane by itself
     for _t in tl.static_range(TAPS):
-        sums = sums + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)  # noqa: RUF005
+        sums = sums + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     sum_dy = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for tile in range(begin, tl.minimum(begin + tiles_each, tiles)):
         n = (tile // blocks_p).to(tl.int64)
@@ -415,8 +398,8 @@ def _conv_direct_bwd_kernel(
                     w = tl.load(W + at_w, mask=there_q, other=0.0).to(tl.float32)
                     # A tap outside adds nothing, also if the other factor is inf or nan.
                     acc = tl.where(there, acc + g * w[None, :], acc)
-                    total = sums[(td * KH + th) * KW + tw]
-                    more = more + (tl.where(there, total + x * g, total),)  # noqa: RUF005
+                    total = sums[(td * KH + th) * KW + tw]  # type: ignore[var-annotated]
+                    more = more + (tl.where(there, total + x * g, total),)  # type: ignore[assignment]  # noqa: RUF005
         sums = more
         if BIAS_PARTIALS is not None:
             same = o[:, None] * Q + q[None, :] if LAST else q[None, :] * IP + o[:, None]
@@ -574,8 +557,8 @@ def weight_gradient(small, big, dw, outs, reads, geometry, last, want_db=False):
         column_blocks, chunks, each, **constants(geometry), UNIT=unit, PLAIN=plain, LAST=last,
         TAPS=TAPS, **config,
     )  # fmt: skip
-    sum_partials(partials, dw)
-    return dw, sum_partials(bias_partials, small.new_empty(K)) if want_db else None
+    in_order(partials, dw)
+    return dw, in_order(bias_partials, small.new_empty(K)) if want_db else None
 
 
 def sums_both(taps, last, index):
@@ -614,5 +597,5 @@ def both_gradients(dy, x, w, dx, dw, geometry, transposed, last, want_db=False):
         *out, *padding, *dilation, blocks_p, tiles, each, **constants(geometry), UNIT=unit,
         TRANSPOSED=transposed, LAST=last, **config,
     )  # fmt: skip
-    sum_partials(partials, dw)
-    return sum_partials(bias_partials, x.new_empty(Q)) if want_db else None
+    in_order(partials, dw)
+    return in_order(bias_partials, x.new_empty(Q)) if want_db else None
