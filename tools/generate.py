@@ -199,8 +199,9 @@ def run_blocks(text: str) -> str:
 def commands_page() -> None:
     """Run every command of docs/commands.md and write its output into the page."""
     page = ROOT / "docs" / "commands.md"
-    environment = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1"}
-    environment.pop("TRITON_INTERPRET", None)  # a user's shell does not have it
+    environment = {**os.environ, "NO_COLOR": "1"}
+    for name in ("COLUMNS", "TRITON_INTERPRET"):  # a user's shell does not have them
+        environment.pop(name, None)
     with tempfile.TemporaryDirectory() as folder:
 
         def replace(match):
@@ -248,6 +249,13 @@ def compile_time_table() -> str:
     return compile_time.table(json.loads(compile_time.PATH.read_text()))
 
 
+def stock_layers_table() -> str:
+    """What fastnn adds to stock layers, as `python -m bench.stock_layers --write` counted it."""
+    from fastnn.bench import stock_layers
+
+    return stock_layers.table(json.loads(stock_layers.PATH.read_text())["layers"])
+
+
 def codes_table() -> str:
     from fastnn._mode import CODES
 
@@ -272,6 +280,8 @@ def main() -> int:
     roofed = between(compiled.read_text(), "roofs", roofs.by_kernel())
     benchmarks = ROOT / "docs" / "benchmarks.md"
     besides = between(benchmarks.read_text(), "liger", beside_table())
+    tools = ROOT / "docs" / "tools.md"
+    paid = between(tools.read_text(), "stock layers", stock_layers_table())
     stale = []
     pages = (
         (readme, front),
@@ -287,6 +297,7 @@ def main() -> int:
         ),
         (compiled, roofed),
         (benchmarks, besides),
+        (tools, paid),
         (api, between(api.read_text(), "codes", codes_table())),
     )
     for path, content in pages:
