@@ -375,8 +375,8 @@ def test_two_processes(tmp_path):
 
     Each process has batches of its own.
     """
-    builds = {build.__name__: functools.partial(tiny, build) for build in SITES}
-    builds |= {kind.__name__: kind for kind in KINDS}
+    builds = {kind.__name__: kind for kind in KINDS}
+    builds |= {build.__name__: functools.partial(tiny, build) for build in SITES}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     running = [
@@ -384,7 +384,7 @@ def test_two_processes(tmp_path):
         for rank in range(2)
     ]
     [p.start() for p in running]
-    [p.join(1200) for p in running]
+    [p.join(3600) for p in running]
     alive = [p for p in running if p.is_alive()]
     [p.kill() for p in alive]
     assert not alive, "processes wait for each other"

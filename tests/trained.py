@@ -145,7 +145,7 @@ def in_one_of_two(rank, builds, folder):
                 found[name] = _by_two(build, rank)
         except Exception as e:
             found[name] = f"{type(e).__name__}: {e}"
-    torch.save(found, f"{folder}/{rank}")
+        torch.save(found, f"{folder}/{rank}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
