@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import finish
 from fastnn.kernels._sizes import next_power_of_2
-from fastnn.kernels.loss import finish
 
 MOST = 1023  # labels of a sequence that a program can hold
 
