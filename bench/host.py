@@ -46,6 +46,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -125,7 +126,10 @@ def step(case, namespace, count: int) -> Callable[[], object]:
             outs = [call(*inputs) for call, inputs in calls]
         else:
             outs = [t for call, inputs in calls for t in _graded(call(*inputs))]
-        return torch.autograd.grad(outs, leaves, upstream, allow_unused=True)
+        # What `torch.autograd.grad` does, but for its checks of each result. A model has one loss.
+        return _engine_run_backward(
+            outs, upstream, False, False, leaves, allow_unreachable=True, accumulate_grad=False
+        )
 
     return run
 

@@ -95,6 +95,7 @@ def test_which_plans_are_not_taken_is_told(native):
 CHECKS = [
     test_plans.test_the_memory_of_a_parameter_may_move,
     test_plans.test_a_subclass_and_a_list_that_changed_take_the_long_way,
+    test_plans.test_another_device_does_not_fit_a_plan,
     test_plans.test_functorch_and_tracing_take_the_long_way,
     test_plans.test_a_copied_context_keeps_its_mode,
     test_plans.test_freed_memory_does_not_fit_a_plan,
@@ -120,7 +121,7 @@ def test_of_plans(native, check):
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["layer_norm", "dropout"])
+@pytest.mark.parametrize("name", ["layer_norm", "dropout", "cross_entropy", "linear"])
 def test_whatever_changes_the_answer_is_right(native, name):
     test_plans.test_whatever_changes_the_answer_is_right(name, lambda *told: None)
 
