@@ -70,15 +70,12 @@ EXCEPTIONS = (
     # Maps between images. All of them run stock in `auto`, but for pads.
     Allowed("_gather_.*", 1.0, 15, "pads of three dimensions: a place near an edge has many terms"),
     Allowed("_interpolate_.*", 25, 9, "16 weights, each from 3 products, and an index", "bicubic"),
-    Allowed("_interpolate_.*", 16, 9, "8 neighbours, and an index for each", "trilinear"),
     Allowed("_interpolate_.*", 15, 9, "a scale that is no whole number: up to 9 x 9 places", "513"),
-    Allowed("_interpolate_.*", 5.6, 9, "4 neighbours, and an index for each", "bilinear"),
-    Allowed("_interpolate_.*", 1.8, 9, "an index for each element, from divisions"),
     Allowed("_antialias_bwd", 1300, 8, "all weights of a window, again for each element"),
     Allowed("_antialias_fwd", 33, 8, "the weights of a window, again for each element"),
     Allowed("_fold", 28, 20, "49 windows over an element, of which most do not exist", "Unfold"),
     Allowed("_(fold|unfold)", 2.0, 20, "an index for each element, from divisions"),
-    Allowed("_doubled_bwd", 1.5, 14, "volumes: a place has 64 results, which lie in 16 lines"),
+    Allowed("_doubled_bwd", 1.45, 32, "volumes: a place has 64 results, which lie in 16 lines"),
     # Losses.
     Allowed("_multilabel_margin_.*", 34, 16, "each class is compared with each target"),
     Allowed("_ctc_.*", 6.0, 2, "each step waits for the step before it; stock in `auto`"),
@@ -88,7 +85,7 @@ EXCEPTIONS = (
     Allowed("_loss_fwd", 1.75, 19, "log and log1p of libdevice for each element", "^BCELoss"),
     Allowed("_loss_(fwd|bwd)", 1.7, 14, "the row of weights is loaded anew", "pos_weight"),
     Allowed("_loss_(fwd|bwd)", 1.2, 27, "an exponential and a division", "WithLogits|MultiLabel"),
-    Allowed("_loss_fwd", 1.1, 32, "log1p of libdevice for each element", "SoftMargin"),
+    Allowed("_loss_fwd", 1.1, 27, "an exponential and a logarithm", "SoftMargin"),
     Allowed("_loss_fwd", 0.9, 11, "log of libdevice takes registers", "KLDiv|Gaussian"),
     Allowed("_loss_fwd", 0.8, 15, "the sums in fp32 of each lane take registers"),
     Allowed("_nll_loss_bwd", 0.8, 11, "it only stores, and loads one gradient for a row"),
@@ -99,7 +96,7 @@ EXCEPTIONS = (
     ),
     Allowed("_cross_entropy_.*", 1.0, 15, "an exponential for each element; 21 classes a program"),
     # Elements.
-    Allowed("_pointwise_fwd", 1.2, 20, "an exponential and an exact division", "Softplus"),
+    Allowed("_pointwise_fwd", 1.0, 18, "an exponential and a logarithm", "Softplus"),
     Allowed("_pointwise_bwd", 1.05, 32, "an exponential and two exact divisions", "Mish"),
     Allowed(
         "_pointwise_fwd",
@@ -108,11 +105,10 @@ EXCEPTIONS = (
         "an exponential and an exact division take registers",
         "Mish",
     ),
-    Allowed("_pointwise_(fwd|bwd)", 0.92, 22, "erf, expm1 and exp of libdevice"),
+    Allowed("_pointwise_(fwd|bwd)", 0.93, 22, "erf, expm1 and exp of libdevice"),
     Allowed("_act_(mul|glu)_.*", 0.8, 24, "exp of libdevice takes registers, so programs are few"),
     Allowed("_(strided_)?dropout", 0.95, 16, "ten rounds of Philox for four elements"),
     # Rows.
-    Allowed("_normalize_.*", 0.9, 4, "divisions; of planes, a warp goes through all channels"),
     Allowed("_residual_norm_.*", 1.25, 32, "ten rounds of Philox for four elements"),
     Allowed("_norm_fwd", 2.6, 16, "rows are no multiple of 8: narrow accesses", "4099"),
     Allowed("_norm_.*", 1.5, 32, "rows are no multiple of 8: narrow accesses", "4099"),
@@ -311,7 +307,8 @@ def launched(
     launches: list[CompiledLaunch] = []
 
     def asked(key: tuple) -> None:
-        passes[-1].append(_named(key))
+        if all(key[2]):  # a grid of no programs is not launched
+            passes[-1].append(_named(key))
 
     with capture(launches, TARGET, lambda key: wanted(*_named(key)), asked):
         passes.append([])

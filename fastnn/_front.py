@@ -13,7 +13,7 @@ import linecache
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -82,6 +82,13 @@ class Below(NamedTuple):
     define: str
     least: str
 
+    def size_of(self, arguments: Mapping[str, Any]) -> float | None:
+        """The bound for a call with these arguments; None if they are of the wrong kinds."""
+        try:
+            return eval(self.size, {}, dict(arguments))
+        except Exception:  # PyTorch rejects them at the call
+            return None
+
 
 def below(record: Any, first: str, home: str = "") -> Below:
     """The sources for `record`, an `Op`. `first` is the name of its first argument.
@@ -97,7 +104,7 @@ def below(record: Any, first: str, home: str = "") -> Below:
     tensors = tuple(sorted(read))
     kinds = " and ".join(f"type({t}) in _exact_types" for t in tensors)
     copied = f"(not {home}_blocks or _context_mode() in (None, {home}_uniform))"
-    modes = "(not (_its_modes := _function_modes()) or not _mode_sees_calls())"
+    modes = "(not (_its_modes := _function_modes()) or _one_function_mode() is None)"
     ready = f"{copied} and {modes} and not _is_tracing() and {kinds}"
     least = "_the_floor"
     if record.alerts is not None:
@@ -119,7 +126,7 @@ BELOW = {
     "_context_mode": _mode._mode.get,
     "_is_compiling": torch.compiler.is_dynamo_compiling,
     "_function_modes": torch._C._len_torch_function_stack,
-    "_mode_sees_calls": _mode.mode_sees_calls,
+    "_one_function_mode": _mode.function_mode,
     "_without_modes": _without_modes,
     "_is_tracing": torch._C._is_tracing,  # sizes would be tensors
     "_exact_types": _EXACT_TYPES,

@@ -638,7 +638,7 @@ def _unusual() -> bool:
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
-        or _mode.mode_sees_calls()
+        or _mode.function_mode() is not None
     )
 
 

@@ -182,6 +182,8 @@ def _declined(input, weight, bias):
         return Invalid("shape", f"bias {tuple(bias.shape)} for {weight.shape[0]} features")
     if input.dtype != weight.dtype or (bias is not None and bias.dtype != input.dtype):
         return Invalid("dtype", "several dtypes")
+    if max(weight.shape) > 2**23:  # kernels index a tile of up to 256 rows in 32 bits
+        return Stock("size", f"a weight {tuple(weight.shape)}")
     return None
 
 
