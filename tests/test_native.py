@@ -32,7 +32,7 @@ from tests.marks import interpreted
 SHARE = 5  # of the ops, one in so many
 
 
-def _module():
+def runner_module():
     if why := _build.unsupported():
         pytest.skip(why)
     if _build.compiler() is None:
@@ -43,7 +43,7 @@ def _module():
 
 @pytest.fixture(scope="module")
 def module():
-    return _module()
+    return runner_module()
 
 
 @pytest.fixture
@@ -521,5 +521,5 @@ if __name__ == "__main__":
     elif sys.argv[1] == "leaks":
         leaks(int(sys.argv[2]), *sys.argv[3:])
     else:
-        with _native.using(_module()):
+        with _native.using(runner_module()):
             sys.exit(test_plans.main(int(sys.argv[1])))

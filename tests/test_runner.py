@@ -80,7 +80,7 @@ def test_what_only_python_can_ask_is_asked_at_each_call(monkeypatch, which):
             grads = torch.autograd.grad(F.layer_norm(x, (8,), w).square().sum(), (x, w))
         return ["forward"] * bool(surveys) + long_ways, grads
 
-    native = test_native._module() if which == "C++" else None
+    native = test_native.runner_module() if which == "C++" else None
     with _native.using(native), _record.using(True):
         monkeypatch.setattr(F.layer_norm.op.fused.__globals__["Norm"], "backward", backward)
         for _ in range(4):
