@@ -114,6 +114,7 @@ EXCEPTIONS = (
     Allowed("_norm_.*", 1.5, 32, "rows are no multiple of 8: narrow accesses", "4099"),
     Allowed("_norm_bwd_params", 0.8, 22, "sums of dw and db take registers"),
     Allowed("_norm_fwd_chunk", 0.8, 15, "a step of Welford's recurrence takes registers"),
+    Allowed("_softmax_fwd", 1.0, 32, "rows of 320: three of eight lanes have no work", "gumbel"),
     Allowed("_softmax_fwd", 1.45, 32, "rows are no multiple of 8: narrow accesses", "4099"),
     Allowed("_softmax_bwd", 0.95, 32, "rows are no multiple of 8: narrow accesses", "4099"),
     Allowed("_softmax_.*long", 0.9, 20, "rows are no multiple of 8: narrow accesses", "50257"),

@@ -168,6 +168,10 @@ MOVES_MORE = {
     r"LPPool1d": (24 / 16, "a factor in fp32 is kept of each window"),
     r"LPPool2d": (36 / 28, "a factor in fp32 is kept of each window"),
     r"LPPool3d": (60 / 52, "a factor in fp32 is kept of each window"),
+    r"gumbel_softmax": (
+        9 / 5,
+        "PyTorch draws the noise; the softmax reads logits and noise as one",
+    ),
     r"CrossEntropyLoss\(16x21x": (1.07, "lse in fp32 beside only 21 classes"),
     r"(Sequential\[)?(Batch|Group|Instance)Norm": (
         8 / 5,
