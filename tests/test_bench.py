@@ -371,7 +371,7 @@ def test_tune_without_a_gpu(tmp_path, capsys):
 def test_tune_dry_run_prints_the_plan(capsys):
     assert main(["tune", "--dry-run", "--only", "layer_norm"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("6 sweeps of 1 ops")
+    assert lines[0].startswith("6 sweeps of 1 op,")
     assert sum(line.startswith("layer_norm: LayerNorm 1x768") for line in lines) == 2
 
 

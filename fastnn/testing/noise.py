@@ -20,7 +20,7 @@ from fastnn import _record, _rng, kernels
 
 @contextmanager
 def recording() -> Iterator[list]:
-    """Collect every `Draw`, and all noise, that kernels get inside the block. No plan runs there."""
+    """Collect every `Draw`, and noise of PyTorch, that kernels get. No plan runs in the block."""
     draws: list = []
 
     def noting(draw):
