@@ -220,7 +220,7 @@ def test_prediction_of_two_rows(tmp_path, capsys, monkeypatch):
 
 def test_unknown_row_and_other_results(tmp_path, capsys, monkeypatch):
     assert main(["bench", "--only", "nonsense"]) == 2
-    assert "no rows" in capsys.readouterr().err
+    assert "no row has 'nonsense'" in capsys.readouterr().err
     (tmp_path / "bench.jsonl").write_text(
         json.dumps({"kind": "environment", **dict.fromkeys(run.IDENTITY, "other")}) + "\n"
     )
