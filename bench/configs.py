@@ -244,4 +244,5 @@ def describe(questions: list[Question]) -> Iterator[str]:
     """The plan, with one line per question."""
     for q in questions:
         near = sum(1 for _ in q.function.neighbours(q.formula))
-        yield f"{q.key}: {q.formula}, {near} neighbours, {len(q.rows)} rows"
+        rows = "1 row" if len(q.rows) == 1 else f"{len(q.rows)} rows"
+        yield f"{q.key}: {q.formula}, {near} neighbours, {rows}"

@@ -212,12 +212,13 @@ def describe(sweeps: list[Sweep]) -> Iterator[str]:
     """The plan, with one line per sweep."""
     for sweep in sweeps:
         points = sweep.work()
-        dtype = str(sweep.dtype).removeprefix("torch.")
+        dtype = str(sweep.dtype).removeprefix("torch.") + ("" if sweep.case.train else ", eval")
         if not points:
             yield f"{sweep.op}: {sweep.case.name}, {dtype}: PyTorch at every size, by the policy"
             continue
         (first, least), (last, most) = points[0], points[-1]
+        sizes = "1 size" if len(points) == 1 else f"{len(points)} sizes"
         yield (
             f"{sweep.op}: {sweep.case.name} {first.shape} ... {last.shape}, {dtype}, "
-            f"{len(points)} sizes from {least.size:,} to {most.size:,} {most.unit}"
+            f"{sizes} from {least.size:,} to {most.size:,} {most.unit}"
         )

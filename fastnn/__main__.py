@@ -15,11 +15,14 @@ from fastnn._cli import CliError
 # the user can correct.
 COMMANDS = {
     "demo": ("fastnn._cli.demo", "train a small GPT with torch.nn and with fastnn, and compare"),
-    "parity": ("fastnn._cli.parity", "every function with kernels against stock and float64, here"),
-    "bench": ("fastnn._cli.bench", "layers of real models timed; without a GPU, predicted"),
-    "tune": ("fastnn._cli.tune", "launch configurations, and from which size kernels win, here"),
-    "native": ("fastnn._cli.native", "builds the C++ runner, by which a repeated call costs less"),
-    "info": ("fastnn._cli.info", "versions, devices, and which ops can run on kernels here"),
+    "parity": ("fastnn._cli.parity", "compare every function with kernels with stock and float64"),
+    "bench": ("fastnn._cli.bench", "time layers of real models; without a GPU, predict speedups"),
+    "tune": (
+        "fastnn._cli.tune",
+        "measure launch configurations, and from which size kernels win",
+    ),
+    "native": ("fastnn._cli.native", "build the C++ runner, by which a repeated call costs less"),
+    "info": ("fastnn._cli.info", "print versions, devices, and which ops can run on kernels here"),
 }
 
 
@@ -47,7 +50,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 if it passed, 1 if a check failed, 2 if it could not run."""
-    args = _parser().parse_args(argv)
+    parser, words = _parser(), sys.argv[1:] if argv is None else argv
+    if not words:
+        parser.exit(2, parser.format_help())
+    args = parser.parse_args(words)
     try:
         return args.run(args)
     except (CliError, fastnn.BackendError, OSError) as error:

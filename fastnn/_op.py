@@ -30,7 +30,7 @@ from fastnn._gate import in_backward as in_backward
 from fastnn._graph import launcher as launcher
 from fastnn._graph import traced_for_fastnn
 from fastnn._mode import BackendError, Code, Invalid, Stock
-from fastnn._plan import active
+from fastnn._plan import active, questions
 from fastnn._plan import impossible as impossible
 from fastnn._plan import reads_setting as reads_setting
 from fastnn._record import Plans
@@ -98,7 +98,7 @@ class Op:
         ):
             object.__setattr__(self, name, value)
         if self.alerts is not None:
-            object.__setattr__(self, "settings", _with_determinism(self.settings))
+            object.__setattr__(self, "settings", _WithDeterminism(self.settings))
         object.__setattr__(self, "plans", Plans(self))
 
     def __repr__(self):
@@ -113,11 +113,19 @@ class Op:
         return self.autocast if device_type == "cuda" else self.autocast_cpu
 
 
-def _with_determinism(settings: Callable[[], Any] | None) -> Callable[[], Any]:
-    """A function that gives these settings, and whether determinism is required."""
-    if settings is None:
-        return _gate.only_deterministic
-    return lambda: (settings(), _gate.only_deterministic())
+class _WithDeterminism:
+    """These settings, and whether determinism is required."""
+
+    def __init__(self, settings: Callable[[], Any] | None):
+        self._settings = settings
+        self.questions = (
+            *questions(settings),
+            torch._C._get_deterministic_algorithms,
+            torch._C._get_deterministic_algorithms_warn_only,
+        )
+
+    def __call__(self) -> tuple:
+        return self._settings and self._settings(), _gate.only_deterministic()
 
 
 def op(*, stock: Callable, **fields) -> Callable[[Callable], Callable]:
@@ -147,7 +155,7 @@ def _short(dtype: torch.dtype) -> str:
 
 def _refuse_tensor(op: Op, t: Tensor) -> Stock | None:
     if t.device.type not in kernel_devices:
-        supported = ", ".join(kernel_devices)
+        supported = ", ".join(sorted(kernel_devices))
         return Stock("device", f"a tensor is on {t.device.type}, and kernels run on {supported}")
     if t.layout is not torch.strided or t.is_nested:
         return Stock("layout", "a tensor is sparse, nested or otherwise not strided")
@@ -259,9 +267,12 @@ def _fused(op: Op, device_type: str, args: tuple, kwargs: dict, variant: str) ->
 
 
 def _forced_onto_stock(name: str, code: Code, why: str) -> NoReturn:
+    hint = ""
+    if code == "device" and not _mode.INTERPRET:
+        hint = " With TRITON_INTERPRET=1 set before the import, kernels run on CPU tensors, slowly."
     error = BackendError(
         f"{name}: backend('triton') was requested, but this call can only run on PyTorch: {why}. "
-        "Under backend('auto') it does so without an error."
+        f"Under backend('auto') it does so without an error.{hint}"
     )
     error.code = code
     raise error

@@ -73,7 +73,7 @@ def _attention_keep_kernel(
     rows = tl.arange(0, BLOCK_M)[:, None]
     cols = tl.arange(0, BLOCK_N)[None, :]
     OUT += (i.to(tl.int64) * L + m0) * S + n0
-    tl.store(OUT + rows * S + cols, keep, mask=(rows < L - m0) & (cols < S - n0))
+    tl.store(OUT + rows.to(tl.int64) * S + cols, keep, mask=(rows < L - m0) & (cols < S - n0))
 
 
 def _last(S, causal, config):

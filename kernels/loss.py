@@ -29,7 +29,7 @@ from fastnn.kernels._launch import kernel
 from fastnn.kernels._partials import finish
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels._tl import dense
-from fastnn.kernels.pointwise import log1p_of_share
+from fastnn.kernels.pointwise import log1p, log1p_of_share
 
 # ---- formulas -----------------------------------------------------------------------------------
 #
@@ -112,7 +112,7 @@ def bce(a, b, c, p, q):
     inside = (a >= 0) & (a <= 1) & (b >= 0) & (b <= 1)
     tl.device_assert(inside, "binary_cross_entropy: a value outside [0, 1]")
     low = _at_least(tl.log(a), -100.0)
-    high = _at_least(libdevice.log1p(-a), -100.0)
+    high = _at_least(log1p(-a), -100.0)
     return tl.where(inside, (b - 1.0) * high - b * low, float("nan"))
 
 
@@ -120,7 +120,7 @@ def bce(a, b, c, p, q):
 def bce_grad(g, a, b, c, p, q):
     # The quotient comes first: with a small g the product would be a subnormal number.
     da = g * tl.div_rn(a - b, _at_least((1.0 - a) * a, 1e-12))
-    db = g * (libdevice.log1p(-a) - tl.log(a))
+    db = g * (log1p(-a) - tl.log(a))
     return da, db
 
 
@@ -285,7 +285,10 @@ def hinge_embedding_of_slope(g, k, b, c, p, q):
 
 @triton.jit
 def soft_margin(a, b, c, p, q):
-    return libdevice.log1p(libdevice.exp(-a * b))
+    z = -a * b
+    # log1p(exp(z)) without a second function of libdevice; above 88.7, PyTorch's exp(z) is infinite
+    loss = tl.where(z > 0, z, 0.0) + log1p_of_share(libdevice.exp(-tl.abs(z)))
+    return tl.where(z > 88.7228317260742, float("inf"), loss)
 
 
 @triton.jit

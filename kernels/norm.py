@@ -88,6 +88,19 @@ def rstd_of(m2, N, eps):
     return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(m2, N.to(tl.float32)) + eps))
 
 
+@triton.jit
+def narrow_as_rows(P, UNIT: tl.constexpr):
+    """P, or None, so that its accesses are no wider than those of rows with this UNIT.
+
+    Lanes whose accesses of P have eight elements own eight neighbours. If rows are not aligned,
+    their accesses have one element, and those of a warp would lie eight elements apart.
+    """
+    if P is not None:
+        if UNIT == 1:
+            P += tl.program_id(2)  # 0, which the compiler does not know
+    return P
+
+
 @kernel(do_not_specialize=["M", "N_units", "stride_units"])
 def _norm_fwd_kernel(
     X, W, B, Y, MEAN, RSTD, M: tl.int64, N_units, stride_units: tl.int64, eps,
@@ -100,6 +113,8 @@ def _norm_fwd_kernel(
     """
     # so that the compiler sees the factor, and makes accesses as wide as it allows
     N = N_units * UNIT
+    W = narrow_as_rows(W, UNIT)
+    B = narrow_as_rows(B, UNIT)
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     mask = (m < M)[:, None] & (cols < N)[None, :]
@@ -150,6 +165,8 @@ def _norm_fwd_wide_kernel(
     MEAN (if CENTER), RSTD (M,): fp32. CHUNK_MEAN (if CENTER), CHUNK_M2 (M, S): fp32, if S > 1.
     """
     N = N_units * UNIT
+    W = narrow_as_rows(W, UNIT)
+    B = narrow_as_rows(B, UNIT)
     pid = tl.program_id(0)
     m = (pid // S).to(tl.int64)
     start = (pid % S) * chunk_blocks * BLOCK
@@ -203,6 +220,7 @@ def _norm_bwd_kernel(
     gradients if G is 1; or None.
     """
     N = N_units * UNIT
+    W = narrow_as_rows(W, UNIT)
     cols = tl.arange(0, BLOCK_N)
     dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -259,6 +277,7 @@ def _norm_bwd_chunk_kernel(
     RSTD (M,): fp32. ALONG, TOTAL (if CENTER) (M, S): fp32 sums of g x_hat and of g.
     """
     N = N_units * UNIT
+    W = narrow_as_rows(W, UNIT)
     pid = tl.program_id(0)
     m = (pid // S).to(tl.int64)
     start = (pid % S) * chunk_blocks * BLOCK
@@ -288,6 +307,7 @@ def _norm_bwd_wide_kernel(
     None. MEAN (if CENTER), RSTD (M,): fp32. ALONG, TOTAL (if CENTER) (M, S): fp32, if S > 1.
     """
     N = N_units * UNIT
+    W = narrow_as_rows(W, UNIT)
     pid = tl.program_id(0)
     m = (pid // S).to(tl.int64)
     start = (pid % S) * chunk_blocks * BLOCK

@@ -150,6 +150,8 @@ def tile_config(N, C, S, itemsize):
         layout, block_r, block_k = ONE, 1, size
     elif S == 1:
         layout, block_k = COLUMNS, min(next_power_of_2(C), 128)
+        if size // block_k * C >= 2**31:  # 32 bits would not hold the offsets within a tile
+            block_k = size
         block_r = size // block_k
     else:
         layout, block_k = ROWS, min(next_power_of_2(S), size)

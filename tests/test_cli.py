@@ -154,6 +154,53 @@ def test_info_names_versions_and_every_op(monkeypatch, capsys):
     assert REGISTRY and REGISTRY.keys() <= first_words
 
 
+def test_without_a_command_the_help_is_shown(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert all(f"    {name} " in printed for name in COMMANDS)
+
+
+def test_info_of_some_ops(capsys):
+    assert main(["info", "--only", "GELU", "--only", "softmax"]) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [line.split()[1] for line in table] == ["gelu", "log_softmax", "softmax"]
+
+
+@pytest.mark.parametrize("columns", [None, "80", "200"])
+def test_info_fits_the_terminal_and_the_file(monkeypatch, capsys, columns):
+    """A narrow terminal has fewer columns; a file has the whole table, whatever wrote it."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    table = [line for line in printed.splitlines() if line.startswith("│")]
+    assert max(map(len, printed.splitlines())) <= int(columns or _cli.WIDE)
+    assert ("what is fused" in printed.split("\n┡")[0]) == (columns != "80")
+    assert ("a wider terminal also shows: dtypes, what is fused" in printed) == (columns == "80")
+    assert len(table) == len(REGISTRY) or columns != "80", "a line for each op"
+
+
+@pytest.mark.parametrize(
+    "argv", [["info"], ["parity"], ["bench"], ["bench", "--models"]], ids=lambda argv: argv[-1]
+)
+@interpreted
+def test_only_without_a_match_says_so(argv, capsys):
+    assert main([*argv, "--only", "nonsense", "--only", "more"]) == 2
+    told = capsys.readouterr().err
+    assert "has 'nonsense' or 'more' in its name" in told and told.count("\n") == 1
+
+
+@interpreted
+def test_models_that_cannot_be_imported_are_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert main(["bench", "--models", "--only", "timm"]) == 2
+    told = capsys.readouterr().err
+    assert "no model was counted: timm cannot be imported" in told and told.count("\n") == 1
+
+
 def test_info_tells_why_no_kernel_can_run(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     with fastnn.backend("torch"):

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import platform
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -19,6 +22,10 @@ from fastnn import _mode
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+    from rich.table import Table
+
+
+NO_TRITON = "triton is not installed (on Linux: pip install triton)"
 
 
 class CliError(Exception):
@@ -39,12 +46,20 @@ def require(*packages: str) -> None:
         )
 
 
+WIDE = 176  # columns into which every table fits
+
+
 def console() -> Console:
-    """The console to which a command writes. Raises CliError without rich."""
+    """The console to which a command writes. Raises CliError without rich.
+
+    A file or a pipe has no width of its own, so that tables there are as wide as they want to be,
+    unless `COLUMNS` is set.
+    """
     require("rich")
     from rich.console import Console
 
-    return Console(highlight=False)
+    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(highlight=False, width=WIDE if wide else None)
 
 
 def progress(console: Console) -> Progress:
@@ -54,7 +69,49 @@ def progress(console: Console) -> Progress:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     )  # fmt: skip
-    return Progress(*columns, console=console, transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    width: int,
+    *,
+    narrow: Sequence[str],
+    left: Sequence[str],
+    whole: Sequence[str] = (),
+) -> Table:
+    """A table that fits `width`: below 120 characters it has only the columns `narrow`.
+
+    left: columns that are set flush left. whole: columns whose cells are never broken.
+    """
+    from rich.table import Table
+
+    shown = [c for c in columns if width >= 120 or c in narrow]
+    missing = ", ".join(c for c in columns if c not in shown)
+    made = Table(
+        title=title, caption=f"a wider terminal also shows: {missing}" if missing else None
+    )
+    for c in shown:
+        justify: Literal["left", "right"] = "left" if c in left else "right"
+        made.add_column(c, justify=justify, overflow="fold", no_wrap=c in whole)
+    for row in rows:
+        made.add_row(*(cell for c, cell in zip(columns, row, strict=True) if c in shown))
+    return made
+
+
+def count(n: int, noun: str) -> str:
+    """`n` and the noun, which takes an s unless n is 1."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def nothing_matches(what: str, only: list[str] | None) -> CliError:
+    """The error for `--only` words that no row has."""
+    return CliError(
+        f"no {what} has {' or '.join(map(repr, only or ()))} in its name; "
+        "`fastnn info` lists the functions"
+    )
 
 
 def versions() -> dict[str, str]:
@@ -91,9 +148,9 @@ def device_name(device: torch.device) -> str:
 def why_no_kernels() -> str | None:
     """Why no kernel can run in this process, and what would help; None if kernels can run."""
     if _mode.current_mode() == "torch":
-        return 'the mode is "torch" (FASTNN_BACKEND=torch), so that everything runs stock'
+        return 'the mode is "torch" (FASTNN_BACKEND=torch), so everything runs stock'
     if not _mode.HAS_TRITON:
-        return "triton is not installed (it is for Linux: pip install triton)"
+        return NO_TRITON
     if _mode.INTERPRET:
         return None
     if torch.version.cuda is None and torch.version.hip is None:

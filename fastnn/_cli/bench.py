@@ -50,7 +50,7 @@ def _interpret(always: bool) -> None:
     if _mode.INTERPRET or (torch.cuda.is_available() and not always):
         return
     if not _mode.HAS_TRITON:
-        raise _cli.CliError("no GPU to measure on, and no prediction: triton is not installed")
+        raise _cli.CliError(f"without a GPU the command predicts, and {_cli.NO_TRITON}")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTNN_BACKEND": "auto"}
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", "fastnn", *sys.argv[1:]], environment)
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     rows = cases.matching(args.only, [DTYPES[d] for d in args.dtype or ()])
     if not rows:
-        raise _cli.CliError(f"no rows for --only {args.only}; `fastnn info` lists the functions")
+        raise _cli.nothing_matches("row", args.only)
     with tempfile.TemporaryDirectory() as scratch:
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
 
             measure = _measure if torch.cuda.is_available() else _predict
             failed = measure(args, rows, results, progress, task, on_row)
-        shown = _measured(results, rows) if torch.cuda.is_available() else _predicted(results, rows)
-        console.print(shown)
+        shown = _measured if torch.cuda.is_available() else _predicted
+        console.print(shown(results, rows, console.width))
         if torch.cuda.is_available():
             summary = report.verdict(results.lines)
             means = {s: summary[s]["geometric_mean"] for s in ("ours", "auto")}
@@ -115,7 +115,7 @@ def _models(args: argparse.Namespace, console) -> int:
 
     models = traffic.matching(args.only)
     if not models:
-        raise _cli.CliError(f"no models for --only {args.only}")
+        raise _cli.nothing_matches("model", args.only)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     interpreter.install()
@@ -126,19 +126,27 @@ def _models(args: argparse.Namespace, console) -> int:
             progress.update(task, description=model.name)
             records.append(traffic.counted(model))
             progress.advance(task)
-    table = Table(title="a training step in bfloat16: COUNTED, device none, nothing was timed")
+    without = list(dict.fromkeys(r["why"] for r in records if "why" in r))
+    if len(without) and all("why" in r for r in records):
+        raise _cli.CliError(
+            f"no model was counted: {'; '.join(without)}. The models need "
+            "pip install 'fastnn-triton[graph]'"
+        )
+    table = Table(title="a training step in bfloat16: COUNTED, no device, nothing was timed")
     for column in traffic.COLUMNS:
         left = column in ("model", "from")
         table.add_column(column, justify="left" if left else "right", overflow="fold")
-    for row in traffic.rows(records):
+    for row in traffic.rows([r for r in records if "why" not in r]):
         table.add_row(*row)
     console.print(table)
-    console.print(traffic.LEGEND)
+    console.print(traffic.LEGEND, soft_wrap=True)
+    for why in without:
+        console.print(f"not counted: {why}", soft_wrap=True)
     if args.out:
         path = args.out / "models.json"
         path.write_text(json.dumps({"device": "none: counted", "models": records}, indent=1) + "\n")
         console.print(f"wrote {path}")
-    return 1 if all("why" in r for r in records) else 0
+    return 0
 
 
 def _measure(args, rows, results, progress, task, on_row) -> bool:
@@ -175,24 +183,23 @@ def _chosen(results, kind: str, rows) -> list[dict]:
     return [x for x in results.of(kind) if x["key"] in keys]
 
 
-def _predicted(results, rows):
-    from rich.table import Table
-
+def _predicted(results, rows, width: int):
     from fastnn.bench import roofs
 
-    table = Table(title="PREDICTED from bytes and launches, nothing was measured")
-    for column in ("row", "from", "stock MB", "ours MB", "launches", "predicted", "roof", "auto"):
-        left = column in ("row", "from", "roof", "auto")
-        table.add_column(column, justify="left" if left else "right", overflow="fold")
+    cells = []
     for x in _chosen(results, "prediction", rows):
         if x["speedup"] is None:
-            table.add_row(x["key"], x["model"], "", "", "", "no: " + x["why"], style="dim")
+            cells.append((x["key"], x["model"], "", "", "", "no: " + x["why"], "", ""))
             continue
         mb = [f"{sum(p['bytes'] for p in x[s]) / 1e6:.1f}" for s in ("stock", "ours")]
         launches = "/".join(str(sum(p["launches"] for p in x[s])) for s in ("stock", "ours"))
         roof = roofs.warning_of(x["key"])
-        table.add_row(x["key"], x["model"], *mb, launches, f"{x['speedup']:.2f}x", roof, x["auto"])
-    return table
+        cells.append((x["key"], x["model"], *mb, launches, f"{x['speedup']:.2f}x", roof, x["auto"]))
+    columns = ("row", "from", "stock MB", "ours MB", "launches", "predicted", "roof", "auto")
+    return _cli.table(
+        "PREDICTED from bytes and launches, nothing was measured", columns, cells, width,
+        narrow=("row", "predicted", "auto"), left=("row", "from", "roof", "auto"),
+    )  # fmt: skip
 
 
 def _explain_prediction(console, bandwidth: float, results, rows) -> None:
@@ -204,38 +211,40 @@ def _explain_prediction(console, bandwidth: float, results, rows) -> None:
         f"No GPU here: {_cli.why_no_kernels() or 'kernels are interpreted'}. {len(given)} of "
         f"{len(lines)} rows have a prediction, for {bandwidth:g} TB/s, "
         f"kernels forced, forward and backward:\n  {predict.FORMULA}\n"
-        "The column roof is a warning, no predicted time: the time of a launch's instructions,\n"
-        "over that of its bytes, counted in the code for an H100, where it is more than 0.8.\n"
-        "On a GPU the same command measures."
+        "The column roof is a warning and not a predicted time. It is the time that the\n"
+        "instructions of a launch need on an H100, divided by the time that its bytes need.\n"
+        "Both are counted in compiled code. The column is empty up to 0.8.\n"
+        "On a GPU the same command measures.",
+        soft_wrap=True,
     )
 
 
-def _measured(results, rows):
-    from rich.table import Table
-
+def _measured(results, rows, width: int):
     from fastnn.bench import report
     from fastnn.bench import run as bench
 
     ceilings: dict = next(iter(results.of("ceilings")), {})
     keys = {case.key(dtype) for case, dtype in rows}
-    table = Table(title="forward and backward; speedups over stock eager")
-    for column in ("row", "stock us", "ours", "auto", "compile", "Liger", "reached", "ceiling"):
-        table.add_column(column, justify="left" if column == "row" else "right")
+    cells = []
     for x in bench.with_compiled(results.lines):
         if x["key"] not in keys:
             continue
         if "error" in x or x["failures"]:
             wrong = x.get("error") or x["failures"][0]
-            table.add_row(x["key"], "", "wrong", wrong, style="bold red")
+            cells.append((x["key"], "", "wrong", wrong, "", "", "", ""))
             continue
         rate, share = report.reached(x, bench.FORCED, ceilings)
         stock = bench.took(x, bench.STOCK)
-        table.add_row(
+        cells.append((
             x["key"],
             "" if stock is None else f"{stock:.1f}",
             *("" if (s := bench.speedup(x, side)) is None else f"{s:.2f}x"
               for side in (bench.FORCED, bench.AUTO, bench.COMPILED, bench.LIGER)),
             rate,
             "" if share is None else f"{share:.0%}",
-        )  # fmt: skip
-    return table
+        ))  # fmt: skip
+    columns = ("row", "stock us", "ours", "auto", "compile", "Liger", "reached", "ceiling")
+    return _cli.table(
+        "forward and backward; speedups over stock eager", columns, cells, width,
+        narrow=("row", "stock us", "ours", "auto"), left=("row",),
+    )  # fmt: skip

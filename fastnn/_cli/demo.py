@@ -215,19 +215,23 @@ def _show(console: Console, c: DemoResult) -> None:
     console.print(table)
     console.print("* beyond weights and optimizer state: activations, gradients, temporaries")
 
-    table = Table(title="what ran each layer of the fastnn side")
-    for column in ("layer", "op", "path", "why"):
+    rows = grouped(c.layers)
+    reasons = {reason for *_, reason in rows}
+    once = len(reasons) == 1  # then the reason stands below the table
+    table = Table(
+        title="what ran each layer of the fastnn side",
+        caption=Text(f"reason: {''.join(reasons)}") if once and any(reasons) else None,
+    )
+    for column in ("layer", "op", "path") if once else ("layer", "op", "path", "why"):
         table.add_column(column, overflow="fold")
-    for row in grouped(c.layers):
-        table.add_row(*map(Text, row))
+    for row in rows:
+        table.add_row(*map(Text, row[:3] if once else row))
     if not c.layers:
         table.add_row("all", "", "stock", "nothing here could run a kernel")
     console.print(table)
 
     if not c.size.dropout:
-        console.print(
-            "dropout is 0 (the float64 run would draw other masks): its layers do nothing"
-        )
+        console.print("Dropout is 0 here, because the float64 run would draw other masks.")
     if c.samples:
         same = c.samples["stock"] == c.samples["fastnn"]
         shown = (

@@ -12,12 +12,15 @@ from fastnn.kernels import _gpus
 
 EXAMPLES = """\
   fastnn info
+  fastnn info --only norm --only GELU # ops whose name contains one of these
   FASTNN_BACKEND=torch fastnn info    # how it looks with the kernels off
 """
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """This command has no arguments."""
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="only ops whose name has NAME"
+    )
 
 
 def devices() -> list[str]:
@@ -76,6 +79,14 @@ def run(args: argparse.Namespace) -> int:
 
     from fastnn.ops import REGISTRY
 
+    shown = {
+        name: op
+        for name, op in sorted(REGISTRY.items())
+        if not args.only or any(o.lower() in name for o in args.only)
+    }
+    if not shown:
+        raise _cli.nothing_matches("op", args.only)
+
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, version in _cli.versions().items():
         facts.add_row(name, version)
@@ -91,13 +102,23 @@ def run(args: argparse.Namespace) -> int:
     facts.add_row("plans", plans())
     console.print(facts)
 
-    table = Table(title=f"{len(REGISTRY)} ops with kernels, forward and backward")
-    for column in ("op", "dtypes", "autocast", "here", "what is fused"):
-        table.add_column(column, overflow="fold", no_wrap=column == "op")
-    for name, op in sorted(REGISTRY.items()):
-        summary = (op.fused.__doc__ or "").strip().split("\n\n")[0]
-        table.add_row(
-            name, _short(op.dtypes), op.autocast or "", path(op, why), " ".join(summary.split())
+    rows = []
+    for name, op in shown.items():
+        summary = " ".join((op.fused.__doc__ or "").strip().split("\n\n")[0].split())
+        rows.append((name, _short(op.dtypes), op.autocast or "", path(op, why), summary))
+    columns = ("op", "dtypes", "autocast", "here", "what is fused")
+    title = f"{len(REGISTRY)} ops with kernels, forward and backward"
+    if args.only:
+        title = f"{len(shown)} of {title}"
+    console.print(
+        _cli.table(
+            title,
+            columns,
+            rows,
+            console.width,
+            narrow=("op", "autocast", "here"),
+            left=columns,
+            whole=("op",),
         )
-    console.print(table)
+    )
     return 0

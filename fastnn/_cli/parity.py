@@ -53,6 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 @dataclasses.dataclass
 class Outcome:
     """The outcome of one row in one dtype. Each error is the largest one over the row's tensors.
+    `ratios` has the ratio of our error to that of stock for each tensor, outputs and gradients.
 
     Bytes and launches are those of forward and backward, as in `fastnn.testing.Traffic`. They are
     None if kernels are compiled, or if the row was declined.
@@ -66,6 +67,7 @@ class Outcome:
     error: float
     stock_error: float
     ratio: float
+    ratios: list[float]
     tensors: int
     gradients: int
     seconds: float
@@ -84,10 +86,10 @@ class Outcome:
 
 def _start_over(interpret: bool) -> None:
     """Restart the process, to interpret kernels or to compile them. Import decides on that."""
+    if not _mode.HAS_TRITON:
+        raise _cli.CliError(f"there is nothing to compare: {_cli.NO_TRITON}")
     if _mode.INTERPRET == interpret:
         return
-    if not _mode.HAS_TRITON:
-        raise _cli.CliError("nothing to compare: " + str(_cli.why_no_kernels()))
     environment = {
         **os.environ, "TRITON_INTERPRET": str(int(interpret)), "FASTNN_BACKEND": "auto"
     }  # fmt: skip
@@ -137,6 +139,7 @@ def _outcome(case: Case, dtype: torch.dtype, device: str) -> Outcome:
         worst.ours if worst else 0.0,
         worst.stock if worst else 0.0,
         worst.ratio if worst else 1.0,
+        [c.ratio for c in compared],
         len(compared),
         sum(c.what.startswith("grad") for c in compared),
         time.perf_counter() - start,
@@ -178,7 +181,7 @@ def _summary(outcomes: list[Outcome]) -> list[dict]:
                 "error": worst.error,
                 "stock_error": worst.stock_error,
                 "ratio": worst.ratio,
-                "median_ratio": statistics.median(o.ratio for o in rows),
+                "median_ratio": _median(rows),
                 "bytes": largest.passes("ours"),
                 "stock_bytes": largest.passes("stock"),
                 "roof": roofs.warning_of_name(name),
@@ -186,6 +189,12 @@ def _summary(outcomes: list[Outcome]) -> list[dict]:
             }
         )
     return lines
+
+
+def _median(outcomes: list[Outcome]) -> float:
+    """The median of the ratios of all tensors; 1 if there are none."""
+    ratios = [ratio for o in outcomes for ratio in o.ratios]
+    return statistics.median(ratios) if ratios else 1.0
 
 
 def _figure(x: float) -> str:
@@ -208,11 +217,11 @@ COLUMNS = {
     "stock": "declined",
     "gradients": "gradients",
     "error": "error",
-    "stock_error": "stock's",
+    "stock_error": "stock error",
     "ratio": "worst ratio",
     "median_ratio": "median ratio",
     "bytes": "bytes / least",
-    "stock_bytes": "stock's",
+    "stock_bytes": "of stock",
     "roof": "roof",
     "failed": "failed",
 }
@@ -231,7 +240,7 @@ def _table(lines: list[dict], width: int) -> Table:
     table = Table(
         title="largest error against float64 (outputs, gradients); bytes moved over the least "
         "possible, forward and backward of the largest row",
-        caption=None if columns is wide else "a wider terminal shows errors and bytes too",
+        caption=None if columns is wide else "a wider terminal also shows errors and bytes",
     )
     for key in columns:
         left = key in ("name", "dtype", "roof")
@@ -282,16 +291,17 @@ def _html(facts: dict[str, str], lines: list[dict], outcomes: list[Outcome]) -> 
 <style>{STYLE}</style><h1>fastnn parity</h1>
 <p class="verdict {"broken" if bad else "passed"}">{verdict}</p><table>{told}</table>
 <p>Errors are the largest absolute ones against float64, over outputs and gradients of all rows.
-A row passes where ours is at most twice stock's in the same dtype plus one unit in the last place,
-if need be over further draws of its inputs, with the same dtypes, shapes, strides, nan and inf, the
-same bits on a second run, nothing written to inputs, and state_dict loading both ways.</p>
-<p>Bytes are counted in the interpreter, forward and backward of the largest row: what kernels load
-and store, each byte once per launch, over inputs, outputs and gradients once in each pass that
-needs them. Stock's are an estimate from the operators it runs. Small rows carry the overhead of
-partial sums.</p>
+A row passes if the error of fastnn is at most twice the error of stock in the same dtype, plus one
+unit in the last place. A row beyond that bound is drawn again with other inputs. Dtypes, shapes,
+strides, nan and inf must be those of stock. A second run must give the same bits, no input may be
+written, and state_dict must load both ways.</p>
+<p>Bytes are counted in the interpreter, for the largest row, forward and backward. They are what
+kernels load and store, each byte once per launch, divided by the least possible: inputs, outputs
+and gradients, once in each pass that needs them. The bytes of stock are an estimate from the
+operators that it runs. In small rows, partial sums weigh more.</p>
 <p>The roof is a warning about the rows of the same name in the benchmark, in code compiled for an
 H100: "issue 1.3" means that some launch needs 1.3 times as long for its instructions as for its
-bytes. It is empty up to 0.8, and where the benchmark has no such row. It is no measured time.</p>
+bytes. It is empty up to 0.8, and where the benchmark has no such row. No time was measured.</p>
 <table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
 {"<h2>Failures</h2>" + failures if bad else ""}
 {f"<h2>Declined, as the rows state</h2><ul>{declined}</ul>" if declined else ""}</html>
@@ -322,7 +332,7 @@ def run(args: argparse.Namespace) -> int:
         if dtype in dtypes
     ]
     if not rows:
-        raise _cli.CliError(f"no rows for --only {args.only}; `fastnn info` lists the functions")
+        raise _cli.nothing_matches("row", args.only)
     facts = {**_cli.versions(), "device": _cli.device_name(torch.device(device))}
     facts["kernels"] = kernels
     outcomes = []
@@ -345,7 +355,7 @@ def run(args: argparse.Namespace) -> int:
     for o in bad:
         console.print(f"[red]{o.case} {o.dtype}[/red]", *o.failures, sep="\n  ", markup=True)
     on_kernels = sum(o.path == "kernel" for o in outcomes)
-    median = statistics.median(o.ratio for o in outcomes)
+    median = _median(outcomes)
     console.print(
         f"{len(outcomes)} rows: {on_kernels} on kernels, {len(outcomes) - on_kernels} declined; "
         f"median of error ratios to stock {_figure(median)}; {len(bad)} failed."

@@ -61,9 +61,10 @@ def run(args: argparse.Namespace) -> int:
         raise _cli.CliError(f"--only {e.args[0]}: no such op; `fastnn info` lists them") from None
     if sweeps:
         points = sum(len(sweep.points()) for sweep in sweeps)
+        ops = _cli.count(len({sweep.op for sweep in sweeps}), "op")
         console.print(
-            f"{len(sweeps)} sweeps of {len({s.op for s in sweeps})} ops, {points} points, "
-            "stock and ours forward and backward"
+            f"{_cli.count(len(sweeps), 'sweep')} of {ops}, "
+            f"{points:,} points, stock and ours forward and backward"
         )
     if args.dry_run:
         for line in tune.describe(sweeps):
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
             with configs.without_a_gpu() as make:
                 questions = _questions(args.only, make, console)
-            console.print(f"{len(questions)} launch configurations, as on sm_90")
+            console.print(f"{_cli.count(len(questions), 'launch configuration')}, as on sm_90")
             for line in configs.describe(questions):
                 console.print(line, highlight=False, soft_wrap=True)
         return 0
