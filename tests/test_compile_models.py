@@ -375,6 +375,8 @@ def test_two_processes(tmp_path):
 
     Each process has batches of its own.
     """
+    for name in PINNED:
+        library(name)
     builds = {kind.__name__: kind for kind in KINDS}
     builds |= {build.__name__: functools.partial(tiny, build) for build in SITES}
     context = multiprocessing.get_context("forkserver")
