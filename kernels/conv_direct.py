@@ -349,10 +349,9 @@ def _conv_direct_bwd_kernel(
     TRANSPOSED: tl.constexpr, LAST: tl.constexpr, DIMS: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program computes BLOCK_C channels of its tiles of DX, and their part of two sums.
+    """A program computes BLOCK_C channels of its tiles of DX, and of the gradients of W and bias.
 
-    These are the gradients of weight and bias. It loops over tiles of BLOCK_P positions, and reads
-    DY once for all three.
+    It loops over the tiles of BLOCK_P positions, and reads DY once for all.
 
     DY (N, channels, id_, ih, iw), X, DX (N, channels, od, oh, ow): float, contiguous, or channels
     last if LAST. W: float, (channels, taps), or (taps, channels) if LAST. PARTIALS (splits,
@@ -453,7 +452,8 @@ def _bwd_config(channels, positions, taps, itemsize, last):
     else:
         block_p = min(next_power_of_2(positions), elements)
         block_c = min(next_power_of_2(channels), elements // block_p)
-    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4}
+    warps = 4 if block_p * block_c >= elements else 2
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": warps}
 
 
 def _run(width, geometry):
