@@ -17,8 +17,9 @@ each launch on CUDA; no operator that is replaced needs more. The last 2 us are 
 a container runs for several members cost 8 us more. All of this is an estimate. `fastnn tune`
 measures.
 
-The program prints the table, and with `--write` it puts the new sizes into `crossover.json`. Ops
-whose bytes depend on data, or whose time is bound by matrix products, keep what they have.
+The program prints the table, and with `--write` it puts the new sizes into `crossover.json`, also
+those of ops that have no line there. Ops whose bytes depend on data, or whose time is bound by
+matrix products, keep what they have.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import torch
 
 from fastnn import _gate
 from fastnn._gate import LEAST_OF_ESTIMATES as LEAST
+from fastnn._gate import Work
 from fastnn.bench.cases import CASES, BenchCase
 
 BANDWIDTH = 3.05e12  # bytes per second, of both sides
@@ -51,7 +53,7 @@ class Estimate(NamedTuple):
     """The estimate for one op and variant.
 
     saved: us on the GPU per million units of size. host: us that a call costs the host more.
-    least: the size from which the kernel wins; None if it never does.
+    least: the size from which the kernel wins; None if it never does. unit: what the size counts.
     """
 
     op: str
@@ -59,10 +61,11 @@ class Estimate(NamedTuple):
     saved: float
     host: float
     least: int | None
+    unit: str = "elements"
 
 
-def _rows() -> Iterator[tuple[str, str, int, BenchCase]]:
-    """(op, variant, size, row) for the training rows of one op."""
+def _rows() -> Iterator[tuple[str, Work, BenchCase]]:
+    """(op, its work, row) for the training rows of one op."""
     from fastnn.bench.predict import ARCHITECTURE
     from fastnn.bench.tune import gate_work
 
@@ -75,7 +78,7 @@ def _rows() -> Iterator[tuple[str, str, int, BenchCase]]:
         for op, work in asked if len(asked) == 1 else ():
             if work is None:
                 continue
-            yield op, work.variant, work.size, case
+            yield op, work, case
 
 
 def rounded(size: float) -> int:
@@ -109,8 +112,9 @@ def estimates(rows: Sequence[dict], runner: str = "python") -> list[Estimate]:
     from fastnn.bench.roofs import least_us
 
     host = host_costs(rows, runner)
-    rates: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for op, variant, size, case in _rows():
+    rates: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for op, work, case in _rows():
+        size = work.size
         if op not in host or size < 1 << 20:
             continue
         record = predicted(case, torch.bfloat16)
@@ -120,25 +124,28 @@ def estimates(rows: Sequence[dict], runner: str = "python") -> list[Estimate]:
         stock_us, ours_us = (b / BANDWIDTH * 1e6 for b in (stock, ours))
         ours_us = max(ours_us, least_us(case.key(torch.bfloat16)) or 0.0)
         saved = (stock_us - ours_us) / size * 1e6
-        rates.setdefault((op, variant), []).append((saved, stock_us / size * 1e6))
+        rates.setdefault((op, work.variant, work.unit), []).append((saved, stock_us / size * 1e6))
     found = []
-    for (op, variant), pairs in sorted(rates.items()):
+    for (op, variant, unit), pairs in sorted(rates.items()):
         saved, of = min(pairs)
         wins = saved > SAVES * of
         least = rounded(max(host[op], 0.0) / saved * 1e6) if wins else None
-        found.append(Estimate(op, variant, saved, host[op], least))
+        found.append(Estimate(op, variant, saved, host[op], least, unit))
     return found
 
 
 def write(found: Sequence[Estimate], path: Path) -> None:
-    """Put the estimates into the entry "default" of the table at `path`."""
+    """Put the estimates into the entry "default" of the table at `path`, new ops at their place."""
     table = _gate.read(path)
-    new = {(e.op, e.variant): e.least for e in found}
     lines = table["default"]["crossovers"]
-    for line in lines:
-        key = line["op"], line.get("variant", "")
-        if key in new:
-            line["least"] = new[key]
+    known = {(line["op"], line.get("variant", "")): line for line in lines}
+    for e in found:
+        if (e.op, e.variant) in known:
+            known[e.op, e.variant]["least"] = e.least
+            continue
+        variant = {"variant": e.variant} if e.variant else {}
+        at = next((i for i, line in enumerate(lines) if line["op"] > e.op), len(lines))
+        lines.insert(at, {"op": e.op, **variant, "least": e.least, "unit": e.unit})
     path.write_text(_text(table))
 
 

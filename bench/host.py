@@ -17,7 +17,9 @@ With `--count`, instructions are counted too, by callgrind. They hardly depend o
 not on its load.
 
 Then whole models with tiny tensors take their turns: all of it declined, and with kernels for all
-that the gate would ever let through, as they are and compiled by `fastnn.compile`.
+that the gate would ever let through, as they are and compiled by `fastnn.compile`. At last layers
+over many steps, with a kernel for each step, take turns with PyTorch's cells called in a loop; told
+is what one more step costs.
 
 The estimates of the size gate follow from these figures (`python -m bench.gates`), and so do the
 simulated steps (`python -m bench.steps`). The program writes DIR/host.json, and with
@@ -50,7 +52,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 import fastnn
-from fastnn import _build, _mode, _native, _record, _rng
+from fastnn import _build, _mode, _native, _record, _rng, kernels
 from fastnn.bench.models import ResNet, Step, TransformerSizes
 from fastnn.ops import REGISTRY
 
@@ -65,6 +67,11 @@ MODELS = [
     Step("BERT", TransformerSizes(16, 2, 12, 4, 12), 2),
     Step("ResNet-50", ResNet((3, 4, 6, 3), 5, 32, 4), 2),
 ]
+
+
+RECURRENT = ("RNN", "LSTM", "GRU")
+SHORT, LONG = 8, 264  # steps of the two sequences
+STEP_WAYS = ("stock", "python", "native")
 
 
 # ---- What is called -----------------------------------------------------------------------------
@@ -137,6 +144,34 @@ def model_step(of: Step, namespace, compiler: Callable | None = None) -> Callabl
     parameters = list(model.parameters())
     call = model if compiler is None else compiler(model)
     return lambda: torch.autograd.grad(call(*data), parameters, allow_unused=True)
+
+
+def sequence_step(name: str, ours: bool, length: int) -> Callable[[], object]:
+    """A function that runs forward and backward of all steps: by our layer, or by PyTorch's cell.
+
+    The recurrent weights do not fit the memory of a block, so that our layer launches a kernel for
+    each step and pass.
+    """
+    width, batch = 256, 4
+    namespace, kind = (fastnn, name) if ours else (torch.nn, f"{name}Cell")
+    torch.manual_seed(0)
+    layer = getattr(namespace, kind)(width, width)
+    x = torch.zeros(length, batch, width)
+    parts, parameters = x.unbind(), list(layer.parameters())
+    if ours and kernels.recurrent_steps.one_kernel(layer.weight_hh_l0):
+        raise AssertionError(f"{name}({width}, {width}) has one kernel for all steps")
+
+    def run():
+        if ours:
+            y = layer(x)[0]
+        else:
+            state = None
+            for part in parts:
+                state = layer(part, state)
+            y = state[0] if name == "LSTM" else state
+        return torch.autograd.grad(y, parameters, torch.ones_like(y))
+
+    return run
 
 
 # ---- Ways of calling ----------------------------------------------------------------------------
@@ -296,6 +331,12 @@ def _model_contest(of: Step) -> Contest:
     return Contest(ways, steps)
 
 
+def _sequence_contest(name: str) -> Contest:
+    ways = {way: Way(way) for way in _possible(STEP_WAYS)}
+    steps = {way: [sequence_step(name, way != "stock", n) for n in (SHORT, LONG)] for way in ways}
+    return Contest(ways, steps)
+
+
 # ---- Measuring ----------------------------------------------------------------------------------
 
 
@@ -404,6 +445,20 @@ def measure_models(rounds: int = 40) -> list[dict]:
     return found
 
 
+def measure_steps(only: Sequence[str] = (), rounds: int = 40) -> list[dict]:
+    """One record for each layer: the microseconds of one more step, forward and backward."""
+    found = []
+    for name in (n for n in RECURRENT if not only or n in only):
+        with _quiet():
+            contest = _sequence_contest(name)
+            contest.warm()
+            record: dict[str, Any] = {"name": name}
+            for way, (short, long) in contest.time(rounds, 1).items():
+                record[f"{way}_us"] = round((long - short) / (LONG - SHORT), 2)
+        found.append(record)
+    return found
+
+
 # ---- Counting instructions ----------------------------------------------------------------------
 
 
@@ -483,7 +538,12 @@ def _cells(record: dict, ways: Sequence[str] = WAYS) -> list[str]:
     return cells
 
 
-def table(environment: dict, rows: Sequence[dict], models: Sequence[dict] = ()) -> str:
+def table(
+    environment: dict,
+    rows: Sequence[dict],
+    models: Sequence[dict] = (),
+    steps: Sequence[dict] = (),
+) -> str:
     """The tables in Markdown, with the origin of their figures."""
     ways = [_TITLES[way] for way in WAYS]
     lines = [
@@ -504,18 +564,22 @@ def table(environment: dict, rows: Sequence[dict], models: Sequence[dict] = ()) 
         ways = [_TITLES[way] for way in MODEL_WAYS]
         lines += ["", f"| model | {' | '.join(ways)} |", f"| --- |{' ---: |' * len(ways)}"]
         lines += [f"| {r['name']} | " + " | ".join(_cells(r, MODEL_WAYS)) + " |" for r in models]
+    if steps:
+        ways = ["stock, its cell", *(_TITLES[way] for way in STEP_WAYS[1:])]
+        lines += ["", f"| a step of | {' | '.join(ways)} |", f"| --- |{' ---: |' * len(ways)}"]
+        lines += [f"| {r['name']} | " + " | ".join(_cells(r, STEP_WAYS)) + " |" for r in steps]
     return "\n".join(lines) + "\n"
 
 
 _MARKED = re.compile(r"(<!-- host -->\n).*(<!-- /host -->\n)", re.S)
 
 
-def _write(path: Path, origin: dict, rows: Sequence[dict], models: Sequence[dict]) -> None:
-    told = [",\n".join(json.dumps(r) for r in found) for found in (rows, models)]
-    path.write_text(
-        f'{{"environment": {json.dumps(origin, indent=1)},\n"rows": [\n{told[0]}\n],\n'
-        f'"models": [\n{told[1]}\n]}}\n'
-    )
+def _write(path: Path, origin: dict, **found: Sequence[dict]) -> None:
+    parts = [f'"environment": {json.dumps(origin, indent=1)}']
+    for name, records in found.items():
+        told = ",\n".join(json.dumps(r) for r in records)
+        parts.append(f'"{name}": [\n{told}\n]')
+    path.write_text("{" + ",\n".join(parts) + "}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -528,6 +592,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--count", action="store_true", help="count instructions, with valgrind")
     parser.add_argument("--no-models", action="store_true", help="rows only")
+    parser.add_argument("--steps", action="store_true", help="steps of recurrent layers only")
     parser.add_argument("--counted", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--model", action="append", default=[], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -546,22 +611,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if why is not None:
         print(f"bench.host: instructions cannot be counted: {why}", file=sys.stderr)
         return 2
-    rows = measure(args.only, args.rounds)
-    models = [] if args.no_models else measure_models(args.rounds)
+    rows = [] if args.steps else measure(args.only, args.rounds)
+    models = [] if args.no_models or args.steps else measure_models(args.rounds)
+    steps = [] if args.no_models and not args.steps else measure_steps(args.only, args.rounds)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "host.json"
     launcher = "Triton's launcher and an empty libcuda" if has_compiler() else "an empty driver"
     stock = "computes" if null() is None else "allocates and computes nothing"
     origin = {**environment(), "launcher": launcher, "stock": stock}
-    _write(path, origin, rows, models)
+    _write(path, origin, rows=rows, models=models, steps=steps)
     if args.count:
         counted = instructions(args.only, [m["name"] for m in models])
         for record in [*rows, *models]:
             record["instructions"] = ratios(counted[record.get("row", record["name"])])
-        _write(path, origin, rows, models)
+        _write(path, origin, rows=rows, models=models, steps=steps)
     print(path)
     if args.into:
-        page = table(origin, rows, models)
+        page = table(origin, rows, models, steps)
         args.into.write_text(
             _MARKED.sub(lambda m: m[1] + "\n" + page + m[2], args.into.read_text())
         )

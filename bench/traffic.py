@@ -490,5 +490,10 @@ def rows(records: list[dict]) -> list[list[str]]:
 
 def markdown(records: list[dict]) -> str:
     """The table for a document."""
-    lines = [COLUMNS, ["---", "---", *["---:"] * 5], *rows(records)]
+    return markdown_of(rows(records))
+
+
+def markdown_of(lines: list[list[str]]) -> str:
+    """Lines of the table, such as `rows` gives, under its head."""
+    lines = [list(COLUMNS), ["---", "---", *["---:"] * 5], *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -13,7 +13,7 @@ import linecache
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -68,6 +68,9 @@ class Below(NamedTuple):
         nothing of it, so `_is_compiling` is asked first. It is asked before the floor, too: Dynamo
         guards what it reads, and would compile the model again when the floor becomes known.
     size: a bound on the size of the call.
+    quiet: the same, by `_its_size` without modes under a default device. There PyTorch would run a
+        function in Python for each attribute that is read.
+    define: a line that defines `_its_size`.
     least: the floor: `_the_floor`, or 0 while the kernel is to run calls of every size.
     """
 
@@ -75,7 +78,16 @@ class Below(NamedTuple):
     others: tuple[str, ...]
     ready: str
     size: str
+    quiet: str
+    define: str
     least: str
+
+    def size_of(self, arguments: Mapping[str, Any]) -> float | None:
+        """The bound for a call with these arguments; None if they are of the wrong kinds."""
+        try:
+            return eval(self.size, {}, dict(arguments))
+        except Exception:  # PyTorch rejects them at the call
+            return None
 
 
 def below(record: Any, first: str, home: str = "") -> Below:
@@ -92,19 +104,30 @@ def below(record: Any, first: str, home: str = "") -> Below:
     tensors = tuple(sorted(read))
     kinds = " and ".join(f"type({t}) in _exact_types" for t in tensors)
     copied = f"(not {home}_blocks or _context_mode() in (None, {home}_uniform))"
-    modes = "(not _function_modes() or not _mode_sees_calls())"
+    modes = "(not (_its_modes := _function_modes()) or _one_function_mode() is None)"
     ready = f"{copied} and {modes} and not _is_tracing() and {kinds}"
     least = "_the_floor"
     if record.alerts is not None:
         least = "(0 if _is_deterministic() and not _only_warns() else _the_floor)"
-    return Below(tensors, tuple(sorted(names - read)), ready, size, least)
+    others = tuple(sorted(names - read))
+    given = ", ".join(tensors + others)
+    quiet = f"({size} if not _its_modes else _without_modes(_its_size, {given}))"
+    define = f"    _its_size = lambda {given}: {size}"
+    return Below(tensors, others, ready, size, quiet, define, least)
+
+
+def _without_modes(function: Callable, *args: Any) -> Any:
+    """`function(*args)`. No torch function mode of this thread sees what it does."""
+    with torch._C.DisableTorchFunction():
+        return function(*args)
 
 
 BELOW = {
     "_context_mode": _mode._mode.get,
     "_is_compiling": torch.compiler.is_dynamo_compiling,
     "_function_modes": torch._C._len_torch_function_stack,
-    "_mode_sees_calls": _mode.mode_sees_calls,
+    "_one_function_mode": _mode.function_mode,
+    "_without_modes": _without_modes,
     "_is_tracing": torch._C._is_tracing,  # sizes would be tensors
     "_exact_types": _EXACT_TYPES,
     "_is_deterministic": torch._C._get_deterministic_algorithms,
@@ -208,6 +231,7 @@ def front(record: Any, dispatch: Callable) -> Callable:
         "is_grad_enabled, _functional, _is_another, _call_another, "
         f"{', '.join((*BELOW, *defaults))}):",
         "    _the_floor = -1",
+        asked.define,
         f"    def {name}({', '.join(declared)}):",
         *replaced,
         "        if _idle:",
@@ -221,7 +245,7 @@ def front(record: Any, dispatch: Callable) -> Callable:
         "                    return _its_result",
         f"            if {asked.ready}:",
         "                try:",
-        f"                    _is_small = _plain and {asked.size} < {asked.least}",
+        f"                    _is_small = _plain and {asked.quiet} < {asked.least}",
         "                except Exception:  # arguments of the wrong kinds",
         "                    _is_small = False",
         "                if _is_small:",
@@ -240,7 +264,7 @@ def front(record: Any, dispatch: Callable) -> Callable:
         f"    def small({', '.join(asked.tensors + asked.others)}):",
         "        try:",
         f"            return _plain and not _is_compiling() and 0 < _the_floor and {asked.ready}"
-        f" and {asked.size} < {asked.least}",
+        f" and {asked.quiet} < {asked.least}",
         "        except Exception:",
         "            return False",
         "    def set_floor(least):",
@@ -250,8 +274,8 @@ def front(record: Any, dispatch: Callable) -> Callable:
     ]
     if not isinstance(record.stock, FunctionType):  # a builtin, which also takes out=
         declared += ["out=None"] if keyword else ["*", "out=None"]
-        lines[2] = f"    def {name}({', '.join(declared)}):"
-        lines[3:3] = [
+        lines[3] = f"    def {name}({', '.join(declared)}):"
+        lines[4:4] = [
             "        if out is not None:",
             f"            return stock({passed}, out=out)",
         ]

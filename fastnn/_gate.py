@@ -65,6 +65,10 @@ class Crossover(NamedTuple):
         return f"kernel from {int(self.least):,} {self.unit}"
 
 
+NO_FIGURE = (
+    "no size is known from which the kernel wins; `python -m bench.gates` estimates one, "
+    "`fastnn tune` measures it"
+)
 LEAST_OF_ESTIMATES = 65536  # no estimate is lower: below, the GPU is idle most of the time
 
 # "free" if the user says that the GPU is the limit. Then only what a kernel saves there counts.
@@ -84,8 +88,8 @@ def read(path: Path) -> dict[str, Any]:
 
     The table has one entry per architecture, and the entry "default" for all others. An entry has
     the `source` of the figures and a list of `crossovers`. Each crossover has the fields `op`,
-    `variant` ("" if left out), `unit` and `least` (None: the kernel never wins). Fields that this
-    version does not know are ignored.
+    `variant` ("" if left out), `unit` and `least` (None: the kernel never wins). PyTorch runs an op
+    without a line. Fields that this version does not know are ignored.
     """
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -117,7 +121,7 @@ def crossover(op: str, architecture: str, variant: str = "") -> Crossover:
                 unit, estimated = line.get("unit", "elements"), key == "default"
                 found = Crossover(least, entry["source"], unit, estimated)
                 return found._replace(least=found.free()) if _host == "free" else found
-    return Crossover(math.inf, why or "no figure")
+    return Crossover(math.inf, why or NO_FIGURE)
 
 
 def described(op: str, variants: tuple[str, ...], architecture: str) -> str:
@@ -226,6 +230,8 @@ def decide(
     least, source = found.free() if free else found.least, found.source
     if work.size >= least:
         return work.variant
+    if source == NO_FIGURE:
+        return Stock("gate", f"size gate: {source}")
     if least == math.inf:
         return Stock("gate", f"size gate: PyTorch is as fast at every size ({source})")
     return Stock(

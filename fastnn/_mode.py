@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
 Mode = Literal["auto", "triton", "torch"]
@@ -142,16 +143,17 @@ if HAS_TRITON and (torch.version.cuda or torch.version.hip):
 _settle()
 
 
-def mode_sees_calls() -> bool:
-    """Whether a torch function mode is active that may see calls of functions.
+def function_mode() -> TorchFunctionMode | None:
+    """A torch function mode that is active and may see calls of functions; None if there is none.
 
     `with torch.device(...)` and `torch.set_default_device(...)` are modes too, but concern only
     functions that make tensors.
     """
     for i in range(torch._C._len_torch_function_stack()):
-        if type(torch._C._get_function_stack_at(i)) is not DeviceContext:
-            return True
-    return False
+        mode = torch._C._get_function_stack_at(i)
+        if type(mode) is not DeviceContext:
+            return mode
+    return None
 
 
 def idle() -> bool:

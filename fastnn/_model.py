@@ -308,10 +308,11 @@ def explain(
     """Which layers of `model` run on kernels, which run on PyTorch, and why.
 
     With inputs, `explain` calls `model(*inputs, **kwargs)` once, and gives one row per dispatched
-    function, in order. Buffers and random states are put back. Without inputs, it gives one row per
-    layer, from the class of the layer alone. With `compiled=True`, which needs inputs, it calls
-    `fastnn.compile(model)`. Several calls may then have become one op. The row of the op names the
-    layer of the last of these calls.
+    function, in order. Functions of PyTorch that have no kernels, such as `grid_sample` and
+    `affine_grid`, are not dispatched and have no row. Buffers and random states are put back.
+    Without inputs, it gives one row per layer, from the class of the layer alone. With
+    `compiled=True`, which needs inputs, it calls `fastnn.compile(model)`. Several calls may then
+    have become one op. The row of the op names the layer of the last of these calls.
 
     With `host=True`, which needs inputs on a GPU, forward and backward run a few times more. The
     text of the `Explanation` then ends with a line that says whether the host or the GPU is the

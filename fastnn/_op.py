@@ -30,7 +30,7 @@ from fastnn._gate import in_backward as in_backward
 from fastnn._graph import launcher as launcher
 from fastnn._graph import traced_for_fastnn
 from fastnn._mode import BackendError, Code, Invalid, Stock
-from fastnn._plan import active
+from fastnn._plan import active, questions
 from fastnn._plan import impossible as impossible
 from fastnn._plan import reads_setting as reads_setting
 from fastnn._record import Plans
@@ -98,7 +98,7 @@ class Op:
         ):
             object.__setattr__(self, name, value)
         if self.alerts is not None:
-            object.__setattr__(self, "settings", _with_determinism(self.settings))
+            object.__setattr__(self, "settings", _WithDeterminism(self.settings))
         object.__setattr__(self, "plans", Plans(self))
 
     def __repr__(self):
@@ -113,11 +113,19 @@ class Op:
         return self.autocast if device_type == "cuda" else self.autocast_cpu
 
 
-def _with_determinism(settings: Callable[[], Any] | None) -> Callable[[], Any]:
-    """A function that gives these settings, and whether determinism is required."""
-    if settings is None:
-        return _gate.only_deterministic
-    return lambda: (settings(), _gate.only_deterministic())
+class _WithDeterminism:
+    """These settings, and whether determinism is required."""
+
+    def __init__(self, settings: Callable[[], Any] | None):
+        self._settings = settings
+        self.questions = (
+            *questions(settings),
+            torch._C._get_deterministic_algorithms,
+            torch._C._get_deterministic_algorithms_warn_only,
+        )
+
+    def __call__(self) -> tuple:
+        return self._settings and self._settings(), _gate.only_deterministic()
 
 
 def op(*, stock: Callable, **fields) -> Callable[[Callable], Callable]:
@@ -139,14 +147,6 @@ def op(*, stock: Callable, **fields) -> Callable[[Callable], Callable]:
 # ---- What no kernel takes -----------------------------------------------------------------------
 
 _SCALARS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size, FunctionType))
-
-
-def _refuse_mode_stack() -> Stock | None:
-    for i in range(torch._C._len_torch_function_stack()):
-        mode = torch._C._get_function_stack_at(i)
-        if type(mode) is not _mode.DeviceContext:
-            return Stock("mode", f"a torch function mode is active ({type(mode).__name__})")
-    return None
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -196,8 +196,8 @@ def survey(op: Op, args: tuple, kwargs: dict) -> Stock | Tensor:
         return Stock(
             "mode", "a torch dispatch mode is active (FakeTensorMode, FlopCounterMode, ...)"
         )
-    if torch._C._len_torch_function_stack() and (why := _refuse_mode_stack()):
-        return why
+    if torch._C._len_torch_function_stack() and (mode := _mode.function_mode()) is not None:
+        return Stock("mode", f"a torch function mode is active ({type(mode).__name__})")
     first = None
     index = 0
     values = [*args, *kwargs.values()]

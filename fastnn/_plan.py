@@ -25,6 +25,10 @@ class NotReplayable(Exception):
     """Why a call cannot be replayed, or not by the C++ runner."""
 
 
+class DoesNotFit(Exception):
+    """Ends the forward of a node whose tensors do not fit its plan. Nothing has happened yet."""
+
+
 class Slot(NamedTuple):
     """A tensor of a plan: the given tensors come first, then those that the steps make."""
 
@@ -117,6 +121,16 @@ def same(a: Any, b: Any) -> bool:
     if a == b == 0 and type(a) is float:
         return math.copysign(1, a) == math.copysign(1, b)
     return a == b
+
+
+def questions(settings: Any) -> tuple:
+    """The functions whose answers decide what `settings()` returns; by default itself.
+
+    Settings may name them as their attribute `questions`, where that is cheaper to ask.
+    """
+    if settings is None:
+        return ()
+    return getattr(settings, "questions", (settings,))
 
 
 def nests(value: Any) -> bool:

@@ -343,14 +343,15 @@ class Recorder:
         needs = tuple([graph and isinstance(a, Tensor) and a.requires_grad for a in args])
         ctx = Context(needs)
         self.inside = True
-        prologue = len(self.log.steps)
+        prologue, early = len(self.log.steps), self.log.drawn is not None
         try:
             with torch.no_grad():
                 out = function.forward(ctx, *args)
         finally:
             self.inside = False
         many = isinstance(out, tuple)
-        self.pass_ = Pass(function, ctx, args, at, out if many else (out,), many, graph)
+        outputs = out if many else (out,)
+        self.pass_ = Pass(function, ctx, args, at, outputs, many, graph, early)
         self.pass_.drawn = self.log.drawn
         self.pass_.prologue = prologue
         with self.log.pause():  # hooks of saved tensors may run operators of their own
@@ -360,7 +361,7 @@ class Recorder:
 class Pass:
     """One run of an autograd function that was heard."""
 
-    def __init__(self, function, ctx, args, at, outputs, many, graph):
+    def __init__(self, function, ctx, args, at, outputs, many, graph, early):
         self.ctx = ctx
         self.args = args
         self.at = at
@@ -370,16 +371,14 @@ class Pass:
         self.graph = graph
         self.drawn: tuple[int, int] | None = None
         self.prologue = 0  # how many steps came before
-        self.plan = Plan(function, ctx, args, at, outputs, many, graph)
+        self.plan = Plan(function, ctx, args, at, outputs, many, graph, early)
         ctx.saved_tensors = ()
 
     def attach(self):
         """The outputs, with a node of autograd if a gradient is wanted."""
         if self.graph:
             tensors = [self.args[i] for i in self.at]
-            computed = self.outputs, self.saved, self.drawn
-            assert self.plan.node is not None
-            result = self.plan.node(self.plan, computed, None, *tensors)
+            result = self.plan.attach(tensors, self.outputs, self.saved, self.drawn)
             self.outputs = result if self.many else (result,)
             return result
         for i in self.plan.dirty:
@@ -393,11 +392,11 @@ class Plan:
     """How to run an autograd function for one signature, both ways."""
 
     __slots__ = (
+        "apply",
         "attributes",
-        "backward",
         "constant",
         "dirty",
-        "forward",
+        "early",
         "function",
         "layouts",
         "many",
@@ -406,11 +405,12 @@ class Plan:
         "needs",
         "node",
         "places",
+        "replayed_back",
         "saves",
         "tries",
     )
 
-    def __init__(self, function, ctx: Context, args: tuple, at, outputs, many, graph):
+    def __init__(self, function, ctx: Context, args: tuple, at, outputs, many, graph, early):
         facts = ctx._plan
         self.function = function
         self.attributes = {
@@ -427,9 +427,12 @@ class Plan:
         self.layouts = tuple([None if t is None else t.stride() for t in ctx.saved_tensors])
         self.many = many
         self.places = tuple(at)
-        self.node = _node(function) if graph else None
-        self.forward: Callable | None = None
-        self.backward: Callable | None = None  # of the gradients and what was saved
+        self.early = early  # whether random numbers are drawn before; the node is then given them
+        self.node: Any = None  # its class
+        self.apply: Any = None
+        if graph:
+            self.node, self.apply = _node(self)
+        self.replayed_back = False  # whether the backward was recorded
         self.native: Any = None  # its side in the C++ runner
         self.tries = 2  # of recording the backward
 
@@ -446,17 +449,46 @@ class Plan:
         """What was saved, in the layouts in which it was: hooks may have changed them."""
         return tuple(map(in_layout, saved, self.layouts))
 
+    def attach(self, tensors: list, outputs: tuple, saved: tuple, drawn) -> Any:
+        """What the call that is recorded returns: these outputs, with a node."""
+
+        def forward(ctx, *given):
+            ctx.save_for_backward(*saved)
+            if drawn is not None:
+                ctx.drawn = drawn
+            if self.constant:
+                ctx.mark_non_differentiable(*[outputs[i] for i in self.constant])
+            if self.dirty:
+                ctx.mark_dirty(*[tensors[i] for i in self.dirty])
+            if not self.materialize:
+                ctx.set_materialize_grads(False)
+            return outputs if self.many else outputs[0]
+
+        self.node.forward = staticmethod(forward)
+        try:
+            return self.apply(*((drawn,) if self.early else ()), *tensors)
+        finally:
+            del self.node.forward
+
     def slow(self, drawn: tuple[int, int] | None, grads: tuple, saved: tuple) -> tuple:
         """The gradients of the tensors that a node was given, by the function's own backward."""
-        if not torch.is_grad_enabled() and self.backward is None and self.tries and enabled():
-            return _record_backward(self, drawn, grads, saved)[3:]
-        return self.gradients(self.function.backward(self.context(saved, drawn), *grads))[3:]
+        if (
+            self.tries and not self.replayed_back
+            and not torch.is_grad_enabled() and enabled()
+        ):  # fmt: skip
+            return _record_backward(self, drawn, grads, saved)
+        return self.gradients(self.function.backward(self.context(saved, drawn), *grads))
+
+    def go_back(self, ctx, grads: tuple, saved: tuple) -> tuple:
+        """What autograd calls of a node that takes the long way."""
+        found = self.slow(ctx.drawn, grads, saved)
+        return (None, *found) if self.early else found
 
     def gradients(self, grads) -> tuple:
-        """The gradients of a node's inputs, of what the function's backward returned."""
+        """The gradients of a node's tensors, of what the function's backward returned."""
         if not isinstance(grads, tuple):
             grads = (grads,)
-        return (None, None, None, *[grads[i] for i in self.places])
+        return tuple([grads[i] for i in self.places])
 
 
 def _redrawn(value: Any, drawn: tuple[int, int]) -> Any:
@@ -473,58 +505,29 @@ def _redrawn(value: Any, drawn: tuple[int, int]) -> Any:
 
 
 class _Replay(torch.autograd.Function):
-    """The node of every plan.
+    """The node of a plan. Each plan has a class of its own, whose forward is generated.
 
-    Its inputs: the plan, what was computed already, the random numbers if they are drawn already,
-    and the tensors.
+    Its inputs: the random numbers if they are drawn before, and the tensors.
     """
-
-    @staticmethod
-    def forward(ctx, plan, computed, drawn, *tensors):
-        found = plan.forward(drawn, *tensors) if computed is None else computed
-        outputs, saved, drawn = found
-        ctx.plan = plan
-        ctx.drawn = drawn
-        ctx.save_for_backward(*saved)
-        if plan.constant:
-            ctx.mark_non_differentiable(*[outputs[i] for i in plan.constant])
-        if plan.dirty:
-            ctx.mark_dirty(*[tensors[i] for i in plan.dirty])
-        if not plan.materialize:
-            ctx.set_materialize_grads(False)
-        return outputs if plan.many else outputs[0]
 
     @staticmethod
     def backward(ctx, *grads):
         plan = ctx.plan
         # In a second backward `saved_tensors` raises, even if nothing was saved.
-        saved = ctx.saved_tensors if plan.saves else ()
-        if not torch.is_grad_enabled():
-            if plan.backward is not None:
-                result = plan.backward(ctx.drawn, *grads, *saved)
-                if type(result) is tuple:
-                    return result
-            elif plan.tries and enabled():
-                return _record_backward(plan, ctx.drawn, grads, saved)
-        return plan.gradients(plan.function.backward(plan.context(saved, ctx.drawn), *grads))
+        return plan.go_back(ctx, grads, ctx.saved_tensors if plan.saves else ())
 
 
-_nodes: dict[type, Callable] = {}
-
-
-def _node(function: type) -> Callable:
-    """`apply` of the node for plans of `function`; its name is that of the function."""
-    known = _nodes.get(function)
-    if known is None:
-        node: Any = type(function.__name__, (_Replay,), {"__doc__": function.__doc__})
-        # The engine calls `apply` of the node, whose wrapper looks for the user's function anew.
-        if hasattr(node, "_backward_cls"):
-            node._backward_cls.apply = _Replay.backward
-        # The wrapper of `apply` asks for functorch and for a setup_context; the guards rule these
-        # out, and there is none.
-        known = super(torch.autograd.Function, node).apply  # type: ignore[misc]
-        _nodes[function] = known
-    return known
+def _node(plan: Plan) -> tuple[type, Callable]:
+    """The class of the nodes of a plan, named as its function, and `apply` of that class."""
+    function = plan.function
+    node: Any = type(function.__name__, (_Replay,), {"__doc__": function.__doc__})
+    of_context = node._backward_cls
+    of_context.plan, of_context.drawn = plan, None
+    # The engine calls `apply` of the node, whose wrapper looks for the user's function anew.
+    of_context.apply = _Replay.backward
+    # The wrapper of `apply` asks for functorch and for a setup_context; the guards rule these out,
+    # and there is none.
+    return node, super(torch.autograd.Function, node).apply  # type: ignore[misc]
 
 
 def _record_backward(plan: Plan, drawn, grads: tuple, saved: tuple) -> tuple:
@@ -546,11 +549,14 @@ def _record_backward(plan: Plan, drawn, grads: tuple, saved: tuple) -> tuple:
     try:
         if log.reads_setting:
             raise NotReplayable("it depends on a setting")
-        program = log.program(result[3:], ())
+        program = log.program(result, ())
     except NotReplayable as e:
         unplanned[plan.function.__name__ + ".backward", str(e)] += 1
         return result
-    plan.backward = _runner.backward(program, grads, saved, plan.native)
+    back = _runner.backward(plan, program, grads, saved)
+    if plan.node is not None:
+        plan.node._backward_cls.apply = back
+    plan.replayed_back = True
     return result
 
 
@@ -632,7 +638,7 @@ def _unusual() -> bool:
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
-        or _mode.mode_sees_calls()
+        or _mode.function_mode() is not None
     )
 
 

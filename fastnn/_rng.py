@@ -121,15 +121,31 @@ def draw_for(device: int, launch: LaunchGeometry) -> Draw | str:
 
 def numbers(device: int, launch: LaunchGeometry) -> tuple[int, int]:
     """The seed and offset of the next draw. Only while no graph is captured."""
-    draw = _drawn(device, launch)
-    assert not isinstance(draw, str) and draw.seed is not None
-    return draw.seed, draw.offset
+    if device < 0:
+        return _seed_of_cpu(), 0
+    reserved = reserve_numbers(torch.cuda.default_generators[device], launch.increment)
+    assert reserved is not None
+    return reserved[:2]
+
+
+class _Seed(threading.local):
+    """A tensor of one number, into which each thread draws."""
+
+    def __init__(self):
+        with torch.inference_mode(False):
+            self.tensor = torch.empty((), dtype=torch.int64, device="cpu")
+
+
+_seed = _Seed()
+
+
+def _seed_of_cpu() -> int:
+    return int(_seed.tensor.random_(-(2**63), 2**63 - 1))
 
 
 def _drawn(device: int, launch: LaunchGeometry) -> Draw | str:
     if device < 0:
-        seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu"))
-        return plain_draw(device, seed, 0, launch)
+        return plain_draw(device, _seed_of_cpu(), 0, launch)
     reserved = reserve_numbers(torch.cuda.default_generators[device], launch.increment)
     if reserved is None:
         return "this torch cannot reserve random numbers under graph capture"

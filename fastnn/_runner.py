@@ -20,6 +20,7 @@ from fastnn._plan import (
     UNFIT,
     Allocate,
     CallStep,
+    DoesNotFit,
     Drawn,
     DrawStep,
     LaunchStep,
@@ -29,6 +30,7 @@ from fastnn._plan import (
     Slot,
     flat,
     nests,
+    questions,
     reads,
     same,
 )
@@ -39,6 +41,10 @@ except ImportError:  # a private name: without it, calls run as always
     TensorGuards = None  # type: ignore[assignment,misc]
 
 
+# What a node is told: FunctionCtx.save_for_backward and its like write these attributes.
+_OF_NODES = ("to_save", "non_differentiable", "materialize_grads")
+
+
 @functools.cache
 def unavailable() -> str | None:
     """Why this PyTorch cannot run plans; None if it can."""
@@ -46,6 +52,10 @@ def unavailable() -> str | None:
         return "this torch has no TensorGuards"
     if not hasattr(torch._C, "_WeakTensorRef"):  # which recording needs
         return "this torch has no _WeakTensorRef"
+    if not all(hasattr(torch._C._FunctionBase, name) for name in _OF_NODES) or not hasattr(
+        torch.autograd.Function, "_backward_cls"
+    ):
+        return "autograd functions of this torch are made in another way"
     x, y = torch.empty(2), torch.empty(3)
     try:
         check = _guard([x])
@@ -103,8 +113,12 @@ def _name(slot: int) -> str:
     return f"s{slot}"
 
 
-def _steps(program: Program, cells: _Cells) -> list[str]:
-    """The source lines that carry out the steps."""
+def _steps(program: Program, cells: _Cells, known: set[str] | None = None) -> list[str]:
+    """The source lines that carry out the steps.
+
+    known: the names of slots of which a variable has the address (`at_NAME`).
+    """
+    known = set() if known is None else known
     lines = [f"{_name(slot)} = {cells(t)}" for slot, t in program.lasting.items()]
     device = program.device
     if any(isinstance(s, Allocate) for s in program.steps):
@@ -120,13 +134,13 @@ def _steps(program: Program, cells: _Cells) -> list[str]:
             numbers = cells(_rng.numbers)
             lines.append(f"drawn = {numbers}({cells(step.device)}, {cells(step.launch)})")
         elif isinstance(step, LaunchStep):
-            lines.append(_launch(step, cells))
+            lines.append(_launch(step, cells, known))
         else:
             lines.append(_call(step, cells))
     return lines
 
 
-def _launch(step: LaunchStep, cells: _Cells) -> str:
+def _launch(step: LaunchStep, cells: _Cells, known: set[str]) -> str:
     interpreted = step.compiled is None
     args = []
     for a in step.args:
@@ -138,8 +152,12 @@ def _launch(step: LaunchStep, cells: _Cells) -> str:
             name = _name(a.slot)
             args.append(f"{cells(_at)}({name}, {cells(a.offset)})" if a.offset else name)
         else:
+            name = _name(a.slot)
             plus = f" + {cells(a.offset)}" if a.offset else ""
-            args.append(f"{_name(a.slot)}.data_ptr(){plus}")
+            args.append(
+                (f"at_{name}" if name in known else f"(at_{name} := {name}.data_ptr())") + plus
+            )
+            known.add(name)
     if interpreted:
         given = ", ".join(args)
         kernel, grid, meta = cells(step.kernel), cells(step.grid), cells(step.meta)
@@ -232,9 +250,7 @@ def autocast(device_type: str) -> torch.dtype | None:
 
 def _settings(record: Any, cells: _Cells) -> list[str]:
     """The source of a comparison of the settings that an op depends on; none if there are none."""
-    if record.settings is None:
-        return []
-    return [f"{cells(record.settings)}() == {cells(record.settings())}"]
+    return [f"{cells(ask)}() == {cells(ask())}" for ask in questions(record.settings)]
 
 
 def _ready(record: Any, program: Program, cells: _Cells) -> list[str]:
@@ -258,8 +274,8 @@ def _ready(record: Any, program: Program, cells: _Cells) -> list[str]:
 def _checks(record: Any, program: Program) -> list[tuple[Callable, Any]]:
     """What of `_ready` only Python can ask: functions, and what they must return."""
     asked = []
-    if record is not None and record.settings is not None:
-        asked.append((record.settings, record.settings()))
+    if record is not None:
+        asked += [(ask, ask()) for ask in questions(record.settings)]
     if program.device.type != "cpu":
         asked.append((kernels._launch.listened, False))
         if program.draws:
@@ -287,52 +303,77 @@ def call(
     if not used <= {*order, *made, *after.lasting}:
         raise NotReplayable("it uses a tensor that its autograd function is not given")
     given = [_name(s) if order.index(s) == i else f"again{i}" for i, s in enumerate(order)]
-    results = _slots(after.results)
-
-    def body(result: str) -> Callable:
-        cells = _Cells()
-        lines = [*_steps(after, cells), f"return {result}"]
-        return _make(cells, f"def function({', '.join(['drawn', *given])}):", lines)
-
-    plan.forward = body(f"{results}, {_slots(after.saved)}, drawn")
-    if picked is None:
-        wanted = results
-    elif isinstance(picked, tuple):
-        wanted = _slots([after.results[i] for i in picked])
-    else:
-        wanted = _slots((after.results[picked],))[1:-3]
-    cells = _Cells()
-    names, mine, asked = _fitting(record, values, cells)
-    asked += [_aligned(mine), *_ready(record, after, cells)]
-    lines = []
-    passed = [mine[s] if s < len(mine) else _name(s) for s in order]
-    if before.steps:
-        lines += [f"{_name(i)} = {n}" for i, n in enumerate(mine)]
-        lines += _steps(before, cells)
-    early_draw = any(isinstance(s, DrawStep) for s in before.steps)
-    passed.insert(0, "drawn" if early_draw else "None")
-    if heard.graph:
-        run = f"{cells(plan.node)}({cells(plan)}, None, {', '.join(passed)})"
-        if isinstance(picked, tuple):
-            lines.append(f"out = {run}")
-            run = f"({''.join(f'out[{i}], ' for i in picked)})"
-        elif picked is not None and heard.many:
-            run += f"[{picked}]"
-    else:
-        run = f"{cells(body(wanted))}({', '.join(passed)})"
-    lines = [
-        f"if {' and '.join(asked)}:",
-        *(f"    {line}" for line in lines),
-        f"    return {run}",
-        f"return {cells(UNFIT)}",
-    ]
     native = _native.call(
         record, plan, before, after, values, heard, picked, _checks(record, after), plan.slow,
         functools.partial(_step, after),
     )  # fmt: skip
     if native is not None:
         return native
+    cells = _Cells()
+    names, mine, asked = _fitting(record, values, cells)
+    asked += _ready(record, after, cells)
+    # Addresses are looked at where the kernels are given them, if nothing has happened until then.
+    inside = heard.graph and not before.steps and {*order} == {*range(len(mine))}
+    if not inside:
+        asked.append(_aligned(mine))
+    lines = []
+    if before.steps or not heard.graph:
+        lines += [f"{_name(i)} = {n}" for i, n in enumerate(mine)]
+        lines += _steps(before, cells)
+    if heard.graph:
+        plan.node.forward = staticmethod(_forward(plan, after, given, inside))
+        passed = [mine[s] if s < len(mine) else _name(s) for s in order]
+        run = f"{cells(plan.apply)}({', '.join([*(['drawn'] if plan.early else []), *passed])})"
+        if isinstance(picked, tuple):
+            lines.append(f"out = {run}")
+            run = f"({''.join(f'out[{i}], ' for i in picked)})"
+        elif picked is not None and heard.many:
+            run += f"[{picked}]"
+    else:
+        lines += _steps(after, cells)
+        if isinstance(picked, int):
+            run = _slots([after.results[picked]])[1:-3]
+        else:
+            run = _slots([after.results[i] for i in picked] if picked else after.results)
+    lines.append(f"return {run}")
+    if inside:
+        lines = [
+            "try:",
+            *(f"    {line}" for line in lines),
+            f"except {cells(DoesNotFit)}:",
+            "    pass",
+        ]
+    lines = [
+        f"if {' and '.join(asked)}:",
+        *(f"    {line}" for line in lines),
+        f"return {cells(UNFIT)}",
+    ]
     return _make(cells, f"def function({', '.join(names)}):", lines)
+
+
+def _forward(plan: Any, program: Program, given: list[str], checks: bool) -> Callable:
+    """The forward of a node that runs `program`.
+
+    checks: whether it raises `DoesNotFit` for tensors at addresses that do not fit.
+    """
+    cells = _Cells()
+    lines = []
+    if checks:
+        lines += [f"if not ({_aligned(given)}):", f"    raise {cells(DoesNotFit)}"]
+    lines += _steps(program, cells, {*given} if checks else None)
+    if program.saved:
+        lines.append(f"ctx.to_save = {_slots(program.saved)}")
+    if plan.constant:
+        constant = tuple([program.results[i] for i in plan.constant])
+        lines.append(f"ctx.non_differentiable = {_slots(constant)}")
+    if not plan.materialize:
+        lines.append("ctx.materialize_grads = False")
+    if program.draws:
+        lines.append("ctx.drawn = drawn")
+    results = _slots(program.results)
+    lines.append(f"return {results if plan.many else results[1:-3]}")
+    head = f"def function({', '.join(['ctx', *(['drawn'] if plan.early else []), *given])}):"
+    return _make(cells, head, lines)
 
 
 def declined(record: Any, values: tuple) -> Callable:
@@ -393,21 +434,21 @@ def _equals(name: str, value: Any, cells: _Cells) -> str:
     return f"({name} is {constant} or {cells(same)}({name}, {constant}))"
 
 
-def backward(program: Program, grads: tuple, saved: tuple, native: Any) -> Callable:
-    """A function of (drawn, *grads, *saved) that returns the gradients of a node's inputs.
+def backward(plan: Any, program: Program, grads: tuple, saved: tuple) -> Callable:
+    """What autograd calls of a node: a function of (node, *grads) -> the gradients of its inputs.
 
-    It returns UNFIT for tensors that do not fit. native: the plan's side in the C++ runner, which
-    gets the program too; or None.
+    Tensors that do not fit, and a backward that is to be differentiated, take the long way. The C++
+    runner gets the program too, if it has the plan.
     """
     values = (*grads, *saved)
-    if native is not None:
+    if plan.native is not None:
         python = functools.partial(_step, program)
-        _native.backward(native, program, values, _checks(None, program), python)
+        _native.backward(plan.native, program, values, _checks(None, program), python)
     tensors = [t for t in values if t is not None]
     cells = _Cells()
     names: list[str] = []
     mine: list[str] = []
-    asked: list[str] = []
+    asked: list[str] = [f"not {cells(torch.is_grad_enabled)}()"]
     for i, t in enumerate(values):
         if t is None:
             names.append(f"none{i}")
@@ -415,14 +456,19 @@ def backward(program: Program, grads: tuple, saved: tuple, native: Any) -> Calla
         else:
             names.append(_name(len(mine)))
             mine.append(names[-1])
-    asked[:0] = [f"{cells(_guard(tensors))}({', '.join(mine)})"]
+    asked.insert(1, f"{cells(_guard(tensors))}({', '.join(mine)})")
     asked += [_aligned(mine), *_ready(None, program, cells)]
-    steps = _steps(program, cells)
-    results = _slots((None, None, None, *program.results))
-    lines = [
+    given, kept = names[: len(grads)], names[len(grads) :]
+    steps = _steps(program, cells, {*mine})
+    results = _slots((*((None,) if plan.early else ()), *program.results))
+    # In a second backward `saved_tensors` raises, even if nothing was saved.
+    lines = [f"saved = {'ctx.saved_tensors' if plan.saves else '()'}"]
+    lines += [f"{''.join(f'{n}, ' for n in kept)} = saved"] if kept else []
+    lines += ["drawn = ctx.drawn"] if program.draws else []
+    lines += [
         f"if {' and '.join(asked)}:",
         *(f"    {line}" for line in steps),
         f"    return {results}",
-        f"return {cells(UNFIT)}",
+        f"return {cells(plan.go_back)}(ctx, ({''.join(f'{n}, ' for n in given)}), saved)",
     ]
-    return _make(cells, f"def function({', '.join(['drawn', *names])}):", lines)
+    return _make(cells, f"def function({', '.join(['ctx', *given])}):", lines)

@@ -66,6 +66,18 @@ class Draw(NamedTuple):
         return kept._replace(SEED=zeros, OFFSET=zeros, scratch=STATE)
 
 
+def by_four(N, draw):
+    """The constexpr `BY_FOUR` of `keep_tile`, for a matrix of N columns."""
+    return draw is not None and draw.vec >= 4 and N % 4 == 0
+
+
+def random_arguments(draw, bound):
+    """The kernel arguments of a `Draw`; for None, arguments that are cheap to pass."""
+    if draw is None:
+        return 0, 0, None, None, 1, 0
+    return draw.seed, draw.offset, draw.SEED, draw.OFFSET, draw.blocks, bound
+
+
 def _float32(x):
     return struct.unpack("f", struct.pack("f", x))[0]
 
@@ -119,6 +131,12 @@ def _interleave(a, b, c, d):
 
 
 @triton.jit
+def _pick(a, b, c, d, w):
+    """Word w of the four."""
+    return tl.where(w < 2, tl.where(w == 0, a, b), tl.where(w == 2, c, d))
+
+
+@triton.jit
 def keep_mask(start, seed, offset, blocks, bound, VEC: tl.constexpr, BLOCK: tl.constexpr):
     """Which of the elements start to start + BLOCK, in storage order, are kept: int1 (BLOCK,).
 
@@ -141,7 +159,7 @@ def keep_mask(start, seed, offset, blocks, bound, VEC: tl.constexpr, BLOCK: tl.c
         q = rnd + over.to(tl.int64)
         a, b, c, d = words(counter + q // 4, tl.where(over, thread - threads, thread), seed)
         w = (q % 4).to(tl.int32)
-        word = tl.where(w < 2, tl.where(w == 0, a, b), tl.where(w == 2, c, d))
+        word = _pick(a, b, c, d, w)
     elif VEC == 2:
         thread = first + tl.arange(0, BLOCK // 2)
         over = thread >= threads
@@ -174,3 +192,36 @@ def keep_mask_at(group, seed, offset, blocks, bound, VEC: tl.constexpr):
     a, b, c, d = words(counter, (q - rnd * T).to(tl.int32), seed)
     word = tl.join(tl.join(a, c), tl.join(b, d)).reshape([a.shape[0], 4 * a.shape[1]])
     return word < bound
+
+
+@triton.jit
+def keep_tile(
+    m0, n0, N, seed, offset, blocks, bound,
+    VEC: tl.constexpr, BY_FOUR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Which elements of a tile of a contiguous (M, N) matrix are kept: int1 (BLOCK_M, BLOCK_N).
+
+    BY_FOUR: N divides by 4 and VEC is at least 4, so one call of Philox serves 4 elements. M * N is
+    below 2**31.
+    """
+    rows = m0 + tl.arange(0, BLOCK_M)[:, None]
+    if BY_FOUR:
+        runs = rows * (N // 4) + n0 // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+        keep = keep_mask_at(runs, seed, offset, blocks, bound, VEC)
+    else:
+        e = rows * N + n0 + tl.arange(0, BLOCK_N)[None, :]
+        T = blocks * THREADS
+        q = e // VEC
+        round = q // T
+        if VEC == 1:
+            call = round // 4
+            w = round % 4
+        elif VEC == 2:
+            call = round
+            w = e % 2
+        else:
+            call = round * (VEC // 4) + e % VEC // 4
+            w = e % 4
+        a, b, c, d = words(offset // 4 + call.to(tl.int64), q - round * T, seed)
+        keep = _pick(a, b, c, d, w) < bound
+    return keep

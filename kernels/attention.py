@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from fastnn.kernels import _philox, attention_bwd, attention_config, attention_fwd, epilogue
+from fastnn.kernels import _philox, attention_bwd, attention_config, attention_fwd
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense
@@ -73,7 +73,7 @@ def _attention_keep_kernel(
     rows = tl.arange(0, BLOCK_M)[:, None]
     cols = tl.arange(0, BLOCK_N)[None, :]
     OUT += (i.to(tl.int64) * L + m0) * S + n0
-    tl.store(OUT + rows * S + cols, keep, mask=(rows < L - m0) & (cols < S - n0))
+    tl.store(OUT + rows.to(tl.int64) * S + cols, keep, mask=(rows < L - m0) & (cols < S - n0))
 
 
 def _last(S, causal, config):
@@ -173,7 +173,7 @@ def _prepare(tensors, mask, causal, scale, noise, safe, precision):
             mask = mask.view(torch.uint8)
     S = tensors[1].shape[2]
     draw = noise.draw if noise else None
-    seed, offset, SEED, OFFSET, blocks, bound = epilogue.random_arguments(
+    seed, offset, SEED, OFFSET, blocks, bound = _philox.random_arguments(
         draw, noise.bound if noise else 0
     )
     constexprs = {
@@ -182,7 +182,7 @@ def _prepare(tensors, mask, causal, scale, noise, safe, precision):
         "BY_COL": by_col,
         "CAUSAL": causal,
         "VEC": 0 if draw is None else draw.vec or ROWS.value,
-        "BY_FOUR": epilogue.by_four(S, draw),
+        "BY_FOUR": _philox.by_four(S, draw),
         "PRECISION": precision,
         "UNIT": unit,
         "MASK_UNIT": mask_unit,
@@ -326,11 +326,11 @@ def keep(like, noise):
     """Which weights, of those like (..., L, S), a `WeightDropout` keeps: bool, contiguous."""
     out = torch.empty(like.shape, dtype=torch.bool, device=like.device)
     L, S = like.shape[-2:]
-    seed, offset, SEED, OFFSET, blocks, bound = epilogue.random_arguments(noise.draw, noise.bound)
+    seed, offset, SEED, OFFSET, blocks, bound = _philox.random_arguments(noise.draw, noise.bound)
     tiles = cdiv(L, 32) * cdiv(S, 32)
     _attention_keep_kernel(
         (out.numel() // max(L * S, 1) * tiles,), out.view(torch.uint8), SEED, OFFSET, L, S, seed,
         offset, blocks, bound, VEC=noise.draw.vec or ROWS.value,
-        BY_FOUR=epilogue.by_four(S, noise.draw), BLOCK_M=32, BLOCK_N=32, num_warps=4,
+        BY_FOUR=_philox.by_four(S, noise.draw), BLOCK_M=32, BLOCK_N=32, num_warps=4,
     )  # fmt: skip
     return out

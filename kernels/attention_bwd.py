@@ -472,6 +472,6 @@ def _attention_bwd_dmask_kernel(
         total = tl.sum(acc, 0).to(DMASK.dtype.element_ty)
         tl.store(DMASK + n * stride_gn, total, mask=n < S - n0)
     else:
-        at = rows * stride_gm + cols * stride_gn
+        at = rows.to(tl.int64) * stride_gm + cols * stride_gn
         there = (rows < L - m_first) & (cols < S - n0)
         tl.store(DMASK + at, acc.to(DMASK.dtype.element_ty), mask=there)

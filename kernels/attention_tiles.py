@@ -7,8 +7,8 @@ other. So the same code works on tiles of queries by keys and of keys by queries
 import triton
 import triton.language as tl
 
+from fastnn.kernels import _philox
 from fastnn.kernels._launch import kernel
-from fastnn.kernels.epilogue import keep_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -174,7 +174,7 @@ def kept_tile(
         word = tl.join(tl.join(a, c), tl.join(b, d)).reshape([BLOCK_M, BLOCK_N])
         keep = word < bound
     else:
-        keep = keep_tile(
+        keep = _philox.keep_tile(
             i * L + m0, n0, S, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N
         )
     return keep

@@ -39,6 +39,7 @@ import triton.language as tl
 from fastnn.kernels import norm, pointwise
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import add_up
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 
 WHOLE = 16384  # forward: the most elements of a statistic that stay in registers from load to store
@@ -905,11 +906,6 @@ def _formulas(formula, gradient):
     }
 
 
-def _add_up(parts, dw, db):
-    """parts (1 or 2, G, C), summed over G -> dw, then db; or only one of them."""
-    norm.reduce_partials(parts, dw, db, parts.shape[1], parts.shape[2], math.gcd(parts.shape[2], 8))
-
-
 def apply(
     x, weight, bias, mean, rstd, y, groups, eps=None, formula=None, a=0.0, b=0.0, residual=None,
     last=False,
@@ -1033,7 +1029,7 @@ def bwd(
             b, **formulas, **whole,
         )  # fmt: skip
         if parts is not None:
-            _add_up(parts, dw, db)
+            add_up(parts, dw, db, *parts.shape[1:])
         return dx, dw, db, dz
     config = _tile(view, view.unit, x.element_size())
     sizes = view.arguments(config["UNIT"])
@@ -1060,7 +1056,7 @@ def bwd(
                 None if apart else db, K, view.D, G, view.outer, **tile,
             )  # fmt: skip
         if params and (apart or not through):
-            _add_up(parts if dw is not None else parts[1:], dw, db)
+            add_up(parts if dw is not None else parts[1:], dw, db, *parts.shape[1:])
     if need_dx:
         if dz is not None:
             dy, formulas = dz, _formulas(None, None)

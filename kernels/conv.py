@@ -16,13 +16,15 @@ import torch
 import triton
 import triton.language as tl
 
-from fastnn.kernels import linear, pointwise
+from fastnn.kernels import pointwise
 from fastnn.kernels._config import tunable
+from fastnn.kernels._gemm import largest_tile, shares, tile_of
 from fastnn.kernels._gpus import facts, multiprocessors
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import in_order
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels.conv_direct import SIZES, constants, finish, follows, shape_of, source
-from fastnn.kernels.epilogue import sum_partials, width
+from fastnn.kernels.epilogue import width
 
 
 @triton.jit
@@ -85,7 +87,7 @@ def _conv_gemm_kernel(
     X (N, groups * reads, id_, ih, iw), Y (N, groups * outs, od, oh, ow): float, contiguous, or
     channels last if LAST, of the same dtype. W (groups * outs, reads, taps), or (groups * reads,
     outs, taps) if TRANSPOSED, of that dtype: contiguous, or (..., taps, ...) in memory if LAST.
-    BIAS, Z, MEAN, VAR, SCALE, SHIFT: as in `finish`. pixels: N * od * oh * ow. `outs` and `reads`
+    BIAS, Z, MEAN, VAR, SCALE, SHIFT: as in `follow`. pixels: N * od * oh * ow. `outs` and `reads`
     are divided by OUT_VEC and READ_VEC. KD, KH, KW: the taps; SD, SH, SW: the strides. Only the
     last DIMS dimensions have more than one position. SLICES: as in `_finish_slices`.
     """
@@ -97,13 +99,9 @@ def _conv_gemm_kernel(
     OP = od * oh * ow
     IP = id_ * ih * iw
     pid = tl.program_id(0)
-    tiles_m = tl.cdiv(pixels, BLOCK_M)
-    tiles_n = tl.cdiv(outs, BLOCK_N)
-    band = pid // (GROUP_M * tiles_n)
-    height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
-    within = pid % (GROUP_M * tiles_n)
-    m = (band * GROUP_M + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q0 = (within // height) * BLOCK_N
+    row, tile = tile_of(pid, tl.cdiv(pixels, BLOCK_M), tl.cdiv(outs, BLOCK_N), GROUP_M)
+    m = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    q0 = tile * BLOCK_N
     q = q0 + tl.arange(0, BLOCK_N)
     g = tl.program_id(1)
     ks = tl.arange(0, BLOCK_K)
@@ -213,7 +211,7 @@ def _config(M, N, itemsize, precision, arch, sms, aligned, along, followed=False
     # Pointers of single elements take registers, as a formula in the epilogue does; so do operands
     # of tf32 that do not run along the sum.
     crowded = followed or not aligned or (itemsize == 4 and not along)
-    block_m, block_n, block_k, warps, stages = linear.gemm_tile(
+    block_m, block_n, block_k, warps, stages = largest_tile(
         M, N, itemsize, precision, arch, sms, aligned, "act" if crowded else None
     )
     config = {
@@ -290,12 +288,11 @@ def weight_gradient(small, big, dw, outs, reads, geometry, last, precision, arch
     )
     tiles = cdiv(outs, config["BLOCK_M"]) * cdiv(reads, config["BLOCK_N"])
     steps = cdiv(pixels, config["BLOCK_K"])
-    each = cdiv(steps, linear.gemm_splits(tiles * groups * taps, steps, sms))
-    splits = cdiv(steps, each)
+    each, splits = shares(tiles * groups * taps, steps, sms)
     partials = small.new_empty((splits, *dw.shape), dtype=torch.float32) if splits > 1 else dw
     _conv_gemm_weight_kernel(
         (tiles, taps * groups, splits), small, big, partials, pixels, groups, outs // out_vec,
         reads // read_vec, *big.shape[2:], *out, *padding, *dilation, each, **constants(geometry),
         OUT_VEC=out_vec, READ_VEC=read_vec, LAST=last, PRECISION=precision, **config,
     )  # fmt: skip
-    return sum_partials(partials, dw) if splits > 1 else dw
+    return in_order(partials, dw) if splits > 1 else dw

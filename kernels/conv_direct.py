@@ -13,6 +13,7 @@ taps are placed (the output of a convolution), and `big` the positions that they
 Memory-bound. Passes over the elements (R read, W write), with T taps:
     stock   forward 1R 1W; backward 1R 1W, 2R for each tap, 1R for the bias     5 + 2T
     here    forward 1R 1W; backward 1R 1W, 2R                                   6
+            depthwise, few taps: forward 1R 1W; backward 2R 1W                  5
 Neighbouring positions share what they read in the caches.
 """
 
@@ -24,13 +25,15 @@ import triton.language as tl
 
 from fastnn.kernels import pointwise
 from fastnn.kernels._config import tunable
-from fastnn.kernels._gpus import multiprocessors
+from fastnn.kernels._gpus import architecture, facts, multiprocessors
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import in_order
 from fastnn.kernels._sizes import cdiv, next_power_of_2
-from fastnn.kernels.epilogue import sum_partials
+from fastnn.kernels.epilogue import follow
 
 CHUNK = 256  # positions that a program reads once per tap; they stay in the L1 cache
 MOST_TAPS = 64  # taps whose sums a program keeps in registers
+MOST_BOTH = 25  # taps of which a thread keeps the sums of a few elements, for both gradients
 UNROLLED = 7  # the widest kernel whose columns are unrolled
 
 
@@ -66,7 +69,7 @@ def _add_tap(
     x = tl.load(X + offs, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(W, mask=there_q, other=0.0).to(tl.float32)
     # A tap outside the tensor adds nothing, also if its weight is inf or nan.
-    return acc + tl.where(mask, x * w[None, :], 0.0)
+    return tl.where(mask, acc + x * w[None, :], acc)
 
 
 @triton.jit
@@ -89,26 +92,8 @@ def finish(
     acc, Y, offs, mask, q, there_q, BIAS, Z, MEAN, VAR, SCALE, SHIFT, eps, a, b,
     FORMULA: tl.constexpr,
 ):  # fmt: skip
-    """Stores what follows the sums acc (positions, channels q), at `offs` of Y.
-
-    z = acc + bias is stored, if Z is given; then z is normalised, if MEAN is given, and FORMULA
-    applied, if there is one. BIAS, MEAN, VAR, SCALE and SHIFT: float, of all channels, or None.
-    """
-    if BIAS is not None:
-        acc += tl.load(BIAS + q, mask=there_q, other=0.0).to(tl.float32)[None, :]
-    if Z is not None:
-        tl.store(Z + offs, acc.to(Z.dtype.element_ty), mask=mask)
-    if MEAN is not None:
-        mean = tl.load(MEAN + q, mask=there_q, other=0.0).to(tl.float32)
-        var = tl.load(VAR + q, mask=there_q, other=1.0).to(tl.float32)
-        # Not one factor of the sum: the product of a large scale and a small rstd is rounded last.
-        acc = (acc - mean[None, :]) * tl.div_rn(1.0, tl.sqrt_rn(var + eps))[None, :]
-        if SCALE is not None:
-            acc *= tl.load(SCALE + q, mask=there_q, other=0.0).to(tl.float32)[None, :]
-        if SHIFT is not None:
-            acc += tl.load(SHIFT + q, mask=there_q, other=0.0).to(tl.float32)[None, :]
-    if FORMULA is not None:
-        acc = FORMULA(acc, a, b)
+    """Stores what follows the sums acc (positions, channels q), at `offs` of Y; see `follow`."""
+    acc = follow(acc, Z, offs, mask, q, there_q, BIAS, MEAN, VAR, SCALE, SHIFT, eps, a, b, FORMULA)
     tl.store(Y + offs, acc.to(Y.dtype.element_ty), mask=mask)
 
 
@@ -133,7 +118,7 @@ def _conv_direct_kernel(
 
     X (N, groups * reads, id_, ih, iw), Y (N, groups * outs, od, oh, ow): float, contiguous, or
     channels last if LAST. W: float, by its strides. BIAS, Z, MEAN, VAR, SCALE,
-    SHIFT: as in `finish`.
+    SHIFT: as in `follow`.
     The number of `channels` of Y if LAST, else of `positions`, is divided by UNIT. KD, KH, KW: the
     taps; SD, SH, SW: the strides. Only the last DIMS dimensions have more than one position.
     PLAIN: whether outs and reads are 1; if also LAST, W is (taps, groups).
@@ -287,6 +272,79 @@ def _conv_direct_weight_kernel(
         tl.store(BIAS_PARTIALS + k[None, :] + tap * 0, total, mask=mask)
 
 
+@kernel(
+    do_not_specialize=["channels", "positions", *SIZES, "blocks_p", "tiles", "tiles_each"],
+)
+def _conv_direct_bwd_kernel(
+    DY, X, W, DX, PARTIALS, BIAS_PARTIALS, channels, positions, id_, ih, iw, od, oh, ow, pd, ph, pw,
+    dd, dh, dw, blocks_p, tiles, tiles_each, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, UNIT: tl.constexpr,
+    TRANSPOSED: tl.constexpr, LAST: tl.constexpr, DIMS: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A program computes BLOCK_C channels of its tiles of DX, and sums the weight's gradient of
+    them, and the bias's. It loops over the tiles of BLOCK_P positions, and reads DY once for all.
+
+    DY (N, channels, id_, ih, iw), X, DX (N, channels, od, oh, ow): float, contiguous, or channels
+    last if LAST. W: float, (channels, taps), or (taps, channels) if LAST. PARTIALS (splits,
+    channels, taps): fp32. BIAS_PARTIALS (splits, channels): fp32 sums of DY, or None; if given, the
+    tiles cover the positions of DY, too. TRANSPOSED: whether DX is a transposed convolution of DY.
+    The other constants are as in _conv_direct_kernel.
+    """
+    id_, ih, od, oh, pd, ph = shape_of(id_, ih, od, oh, pd, ph, DIMS)
+    Q = channels * UNIT if LAST else channels
+    OP = positions if LAST else positions * UNIT
+    IP = id_ * ih * iw
+    TAPS: tl.constexpr = KD * KH * KW
+    q = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    there_q = q < Q
+    split = tl.program_id(1)
+    begin = split * tiles_each
+    sums = ()  # of each tap, and of each lane by itself; Triton takes no starred tuples
+    for _t in tl.static_range(TAPS):
+        sums = sums + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)  # noqa: RUF005
+    sum_dy = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for tile in range(begin, tl.minimum(begin + tiles_each, tiles)):
+        n = (tile // blocks_p).to(tl.int64)
+        o = tile % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P)
+        offs = o[:, None] * Q + q[None, :] if LAST else q[None, :] * OP + o[:, None]
+        offs += n * Q * OP
+        mask = (o < OP)[:, None] & there_q[None, :]
+        x = tl.load(X + offs, mask=mask, other=0.0).to(tl.float32)
+        dy = DY + n * Q * IP
+        acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        more = ()
+        for td in tl.static_range(KD):
+            at_d, there_d = source(o // (ow * oh), pd, td * dd, id_, SD, TRANSPOSED)
+            for th in tl.static_range(KH):
+                at_h, there_h = source(o // ow % oh, ph, th * dh, ih, SH, TRANSPOSED)
+                for tw in tl.static_range(KW):
+                    at, there = source(o % ow, pw, tw * dw, iw, SW, TRANSPOSED)
+                    at = ((at_d * ih + at_h) * iw + at)[:, None]
+                    from_ = at * Q + q[None, :] if LAST else q[None, :] * IP + at
+                    there = mask & (there & there_h & there_d)[:, None]
+                    g = tl.load(dy + from_, mask=there, other=0.0).to(tl.float32)
+                    tap = (td * KH + th) * KW + tw
+                    at_w = tap * Q + q if LAST else q * TAPS + tap
+                    w = tl.load(W + at_w, mask=there_q, other=0.0).to(tl.float32)
+                    # A tap outside adds nothing, also if the other factor is inf or nan.
+                    acc = tl.where(there, acc + g * w[None, :], acc)
+                    total = sums[(td * KH + th) * KW + tw]
+                    more = more + (tl.where(there, total + x * g, total),)  # noqa: RUF005
+        sums = more
+        if BIAS_PARTIALS is not None:
+            same = o[:, None] * Q + q[None, :] if LAST else q[None, :] * IP + o[:, None]
+            there = (o < IP)[:, None] & there_q[None, :]
+            sum_dy += tl.load(dy + same, mask=there, other=0.0).to(tl.float32)
+        tl.store(DX + offs, acc.to(DX.dtype.element_ty), mask=mask)
+    PARTIALS += split.to(tl.int64) * Q * TAPS
+    for t in tl.static_range(TAPS):
+        tl.store(PARTIALS + q * TAPS + t, tl.sum(sums[t], 0), mask=there_q)
+    if BIAS_PARTIALS is not None:
+        BIAS_PARTIALS += split.to(tl.int64) * Q
+        tl.store(BIAS_PARTIALS + q, tl.sum(sum_dy, 0), mask=there_q)
+
+
 # ---- Configurations ------------------------------------------------------------------------------
 
 
@@ -313,6 +371,20 @@ def _weight_config(pairs, columns, itemsize, last):
         block_p = min(next_power_of_2(columns), 256)
         block_c = min(next_power_of_2(pairs), max(1, 1024 // block_p))
     return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4, "maxnreg": 128}
+
+
+@tunable("BLOCK_P", "BLOCK_C")
+def _bwd_config(channels, positions, taps, itemsize, last):
+    """Of each tap a thread keeps 16 bytes of elements; 4 elements if taps are many, or if elements
+    are read one by one."""
+    elements = 128 * (16 // itemsize if last and taps <= 9 else 4)
+    if last:
+        block_c = min(next_power_of_2(channels), 128 // itemsize)
+        block_p = min(next_power_of_2(positions), elements // block_c)
+    else:
+        block_p = min(next_power_of_2(positions), elements)
+        block_c = min(next_power_of_2(channels), elements // block_p)
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4}
 
 
 # ---- Launchers -----------------------------------------------------------------------------------
@@ -396,5 +468,45 @@ def weight_gradient(small, big, dw, outs, reads, geometry, last, want_db=False):
         column_blocks, chunks, each, **constants(geometry), UNIT=unit, PLAIN=plain, LAST=last,
         TAPS=TAPS, **config,
     )  # fmt: skip
-    sum_partials(partials, dw)
-    return dw, sum_partials(bias_partials, small.new_empty(K)) if want_db else None
+    in_order(partials, dw)
+    return dw, in_order(bias_partials, small.new_empty(K)) if want_db else None
+
+
+def sums_both(taps, last, index):
+    """Whether `both_gradients` is for so many taps on a device."""
+    if facts(architecture(index)).lanes == 64:
+        return last and taps <= 9  # masks of more taps, or of single positions, spill scalars
+    return taps <= MOST_BOTH
+
+
+def both_gradients(dy, x, w, dx, dw, geometry, transposed, last, want_db=False):
+    """dy (N, C, *out), x (N, C, *in), w (C, 1, *) -> db; dx and dw are written.
+
+    dy, x and dx are contiguous, or channels last if `last`. dw (C, 1, taps), contiguous. For the
+    taps of `sums_both`. transposed: whether dx is a transposed convolution of dy. db (C,): the sums
+    of dy, or None unless wanted.
+    """
+    (N, Q), out = x.shape[:2], x.shape[2:]
+    _, _, padding, dilation, _ = geometry
+    positions, taps = out[0] * out[1] * out[2], dw.shape[-1]
+    unit = math.gcd(16 // x.element_size(), Q if last else positions)
+    channels, places = (Q // unit, positions) if last else (Q, positions // unit)
+    w = w.reshape(Q, taps)
+    w = w.t().contiguous() if last else w.contiguous()
+    config = _bwd_config(Q, positions, taps, x.element_size(), last)
+    most = max(positions, math.prod(dy.shape[2:])) if want_db else positions
+    blocks_p, blocks_c = cdiv(most, config["BLOCK_P"]), cdiv(Q, config["BLOCK_C"])
+    tiles = N * blocks_p
+    wanted = cdiv(4 * multiprocessors(x.get_device()), blocks_c)
+    # So many positions that the partial sums of all taps, in fp32, are few bytes beside them.
+    each = max(cdiv(tiles, min(tiles, wanted)), cdiv(16 * taps, config["BLOCK_P"]))
+    splits = cdiv(tiles, each)
+    partials = x.new_empty((splits, *dw.shape), dtype=torch.float32)
+    bias_partials = x.new_empty((splits, Q), dtype=torch.float32) if want_db else None
+    _conv_direct_bwd_kernel(
+        (blocks_c, splits), dy, x, w, dx, partials, bias_partials, channels, places, *dy.shape[2:],
+        *out, *padding, *dilation, blocks_p, tiles, each, **constants(geometry), UNIT=unit,
+        TRANSPOSED=transposed, LAST=last, **config,
+    )  # fmt: skip
+    in_order(partials, dw)
+    return in_order(bias_partials, x.new_empty(Q)) if want_db else None

@@ -25,9 +25,9 @@ from fastnn.kernels.nll_loss import (
     checked,
     class_programs,
     common,
-    finish,
     loss_like,
     multiple,
+    sum_losses,
     tiles,
     unit,
 )
@@ -297,7 +297,7 @@ def fwd(x, target, weight, ignore_index, smoothing, reduction, dtype):
         CLASSES_LAST=classes_last, UNIT=wide, **config,
     )  # fmt: skip
     if reduce:
-        finish(partial, loss, stats[-1:], reduction)
+        sum_losses(partial, loss, stats[-1:], reduction)
     return loss, stats
 
 

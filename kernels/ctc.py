@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import finish
 from fastnn.kernels._sizes import next_power_of_2
-from fastnn.kernels.loss import finish
 
 MOST = 1023  # labels of a sequence that a program can hold
 
@@ -93,7 +93,7 @@ def _ctc_fwd_kernel(
         ALPHA += n * T * (2 * W - 1) + k
     for _ in range(steps):
         x = _scores(X, y, k, L, inside, stride_xc)
-        x_blank = tl.load(X + blank * stride_xc).to(tl.float32)
+        x_blank = tl.load(X + blank.to(tl.int64) * stride_xc).to(tl.float32)
         before = tl.where(k == 0, -float("inf"), tl.gather(la, tl.maximum(k - 1, 0), 0))
         skipped = tl.where(skip, before, -float("inf"))
         new = _log_sum3(la, bl, skipped) + x
@@ -156,7 +156,7 @@ def _ctc_posterior_kernel(
     after = tl.minimum(k + 1, BLOCK - 1)
     for _ in range(steps):
         x = _scores(X, y, k, L, inside, stride_xc)
-        x_blank = tl.load(X + blank * stride_xc).to(tl.float32)
+        x_blank = tl.load(X + blank.to(tl.int64) * stride_xc).to(tl.float32)
         skipped = tl.where(skip, tl.gather(la, after, 0), -float("inf"))
         new = _log_sum3(la, tl.gather(bl, after, 0), skipped) + x
         bl = tl.where(k <= L, _log_sum2(bl, la) + x_blank, -float("inf"))
@@ -217,8 +217,9 @@ def _ctc_bwd_kernel(
         of_blank = tl.load(POSTERIOR + k, mask=k <= L, other=0.0)
         of_label = tl.load(POSTERIOR + W + k, mask=k < L, other=0.0)
         total = tl.sum(of_blank, 0) + tl.sum(tl.where(y == blank, of_label, 0.0), 0)
-        x = tl.load(X + blank * stride_xc).to(tl.float32)
-        tl.store(DX + blank * stride_dc, (_slope(x, total, nll) * g).to(DX.dtype.element_ty))
+        x = tl.load(X + blank.to(tl.int64) * stride_xc).to(tl.float32)
+        dx = (_slope(x, total, nll) * g).to(DX.dtype.element_ty)
+        tl.store(DX + blank.to(tl.int64) * stride_dc, dx)
         code = tl.load(CHAIN + k, mask=k < L, other=0)
         first = (code & 1) == 1
         place = tl.where(first, k, -1)
@@ -226,6 +227,7 @@ def _ctc_bwd_kernel(
         while tl.max(place, 0) >= 0:
             total += tl.load(POSTERIOR + W + place, mask=place >= 0, other=0.0)
             place = (tl.load(CHAIN + place, mask=place >= 0, other=0) >> 1) - 1
+        y = y.to(tl.int64)
         x = tl.load(X + y * stride_xc, mask=first, other=0.0).to(tl.float32)
         dx = (_slope(x, total, nll) * g).to(DX.dtype.element_ty)
         tl.store(DX + y * stride_dc, dx, mask=first)

@@ -22,9 +22,10 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import finish
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels._tl import dense, dense_like
-from fastnn.kernels.loss import finish, multilabel_soft_margin, multilabel_soft_margin_grad
+from fastnn.kernels.loss import multilabel_soft_margin, multilabel_soft_margin_grad
 from fastnn.kernels.nll_loss import class_programs, common, multiple, tiles, unit
 
 # ---- formulas -----------------------------------------------------------------------------------

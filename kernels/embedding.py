@@ -60,9 +60,8 @@ def _sum_of_rows(
             mask = row >= 0
         each = mask[:, None] & in_row[None, :]
         if PLACE is not None:
-            each &= (
-                tl.load(PLACE + row[:, None] * D + c[None, :], mask=each, other=-1) == n[:, None]
-            )
+            at = tl.load(PLACE + row[:, None] * D + c[None, :], mask=each, other=0)
+            each &= at == n[:, None].to(PLACE.dtype.element_ty)
         dy = tl.load(DY + row[:, None] * D + c[None, :], mask=each, other=0.0).to(tl.float32)
         if SAMPLE is not None:
             dy *= tl.load(SAMPLE + n, mask=mask, other=0.0).to(tl.float32)[:, None]
@@ -104,7 +103,7 @@ def _embedding_bwd_dw_kernel(
     run. ORDER (N,): ints. PARTIAL (N // 64, D): fp32, sums of complete blocks. DW (V, D): float,
     contiguous. All of these are None without bags: BAG (N,): ints, the bag of each index, or -1.
     COUNT (B,): ints, the divisors of means. SAMPLE (N,): float, the weights. PLACE (B, D): ints,
-    the one index that has the gradient.
+    the position of the one index that has the gradient; as uint8, its last byte.
     """
     v = (tl.program_id(0) // col_tiles).to(tl.int64)
     c = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)

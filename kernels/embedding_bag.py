@@ -3,7 +3,8 @@
 Memory-bound. Bytes, for N indices in B bags, D columns and V rows:
     forward   ND + BD, as PyTorch, in one launch; N more of the bag of each index, for the backward
     backward  sum, mean   ND + VD: each row of dW sums the gradients of the bags of its indices
-              maximum     2ND + VD at most: also the place of each maximum is read
+              maximum     as much; besides, ND places of maxima are read: a byte each if all bags
+                          have the same width, up to 256, else four
               weights     2ND + N: the products of the rows and the gradients of their bags
               PyTorch fills dW with zeros first. Its gradient of the maximum adds with atomics
 
@@ -51,7 +52,8 @@ def _embedding_bag_fwd_kernel(
     W (V, D): float, unit stride in D. INDEX (N,): ints. OFFSETS (B,): ints, or None if all bags
     have `width` indices. SAMPLE (N,): float, or None. Y (B, D): float, contiguous. BAG (N,): ints,
     the bag of each index, -1 outside of all, or None. COUNT (B,): ints, the indices of each bag
-    that are not padding, or None. PLACE (B, D): ints, where the maximum is, -1 if nowhere, or None.
+    that are not padding, or None. PLACE (B, D): ints, where the maximum is, -1 if nowhere, or None;
+    as uint8, the last byte of it.
     """
     b = (tl.program_id(0) // col_tiles).to(tl.int64)
     tile = tl.program_id(0) % col_tiles
@@ -165,7 +167,10 @@ def fwd(weight, indices, offsets, bags, width, sample, mode, padding_idx, saves)
     ints = torch.int32 if max(N, bags) < 2**31 else torch.int64
     bag = indices.new_empty((N,), dtype=ints) if saves else None
     count = indices.new_empty((bags,), dtype=ints) if saves and mode == MEAN else None
-    place = indices.new_empty((bags, D), dtype=ints) if saves and mode == MAX else None
+    place = None
+    if saves and mode == MAX:
+        # Positions in one bag differ in their last byte.
+        place = indices.new_empty((bags, D), dtype=torch.uint8 if 0 < width <= 256 else ints)
     if y.numel():
         config = _config(D)
         col_tiles = cdiv(D, config["COLS"])

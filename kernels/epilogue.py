@@ -16,42 +16,40 @@ import triton.language as tl
 from fastnn.kernels import _philox, pointwise
 from fastnn.kernels._gpus import multiprocessors
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import in_order
 from fastnn.kernels._sizes import cdiv, next_power_of_2
-
-_RANDOM = ["seed", "offset", "blocks", "bound"]
 
 
 @triton.jit
-def keep_tile(
-    m0, n0, N, seed, offset, blocks, bound,
-    VEC: tl.constexpr, BY_FOUR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def follow(
+    acc, Z, offs, mask, cols, there, BIAS, MEAN, VAR, SCALE, SHIFT, eps, a, b,
+    FORMULA: tl.constexpr,
 ):  # fmt: skip
-    """Which elements of a tile of a contiguous (M, N) matrix are kept: int1 (BLOCK_M, BLOCK_N).
+    """What follows a tile of sums, acc (rows, columns): y of the tile, in fp32.
 
-    BY_FOUR: N divides by 4 and VEC is at least 4, so one call of Philox serves 4 elements. M * N is
-    below 2**31.
+    z = acc + bias is stored at `offs` of Z, if Z is given; then z is normalised, if MEAN is given,
+    and FORMULA is applied, if there is one. BIAS, MEAN, VAR, SCALE and SHIFT: float, of all
+    columns, or None. cols: those of the tile, of which those exist that are `there`.
     """
-    rows = m0 + tl.arange(0, BLOCK_M)[:, None]
-    if BY_FOUR:
-        runs = rows * (N // 4) + n0 // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
-        keep = _philox.keep_mask_at(runs, seed, offset, blocks, bound, VEC)
-    else:
-        e = rows * N + n0 + tl.arange(0, BLOCK_N)[None, :]
-        T = blocks * _philox.THREADS
-        q = e // VEC
-        round = q // T
-        if VEC == 1:
-            call = round // 4
-            w = round % 4
-        elif VEC == 2:
-            call = round
-            w = e % 2
-        else:
-            call = round * (VEC // 4) + e % VEC // 4
-            w = e % 4
-        a, b, c, d = _philox.words(offset // 4 + call.to(tl.int64), q - round * T, seed)
-        keep = tl.where(w < 2, tl.where(w == 0, a, b), tl.where(w == 2, c, d)) < bound
-    return keep
+    if BIAS is not None:
+        acc += tl.load(BIAS + cols, mask=there, other=0.0).to(tl.float32)[None, :]
+    if Z is not None:
+        tl.store(Z + offs, acc.to(Z.dtype.element_ty), mask=mask)
+    if MEAN is not None:
+        mean = tl.load(MEAN + cols, mask=there, other=0.0).to(tl.float32)
+        var = tl.load(VAR + cols, mask=there, other=1.0).to(tl.float32)
+        # Not one factor of the sum: the product of a large scale and a small rstd is rounded last.
+        acc = (acc - mean[None, :]) * tl.div_rn(1.0, tl.sqrt_rn(var + eps))[None, :]
+        if SCALE is not None:
+            acc *= tl.load(SCALE + cols, mask=there, other=0.0).to(tl.float32)[None, :]
+        if SHIFT is not None:
+            acc += tl.load(SHIFT + cols, mask=there, other=0.0).to(tl.float32)[None, :]
+    if FORMULA is not None:
+        acc = FORMULA(acc, a, b)
+    return acc
+
+
+_RANDOM = ["seed", "offset", "blocks", "bound"]
 
 
 @kernel(do_not_specialize=["n", *_RANDOM])
@@ -116,7 +114,9 @@ def _epilogue_bwd_kernel(
         mask = (rows < m1 - i) & (cols < N - n0)
         dz = tl.load(DY + rows * ld + cols, mask=mask, other=0.0).to(tl.float32)
         if VEC:
-            keep = keep_tile(i, n0, N, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N)
+            keep = _philox.keep_tile(
+                i, n0, N, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N
+            )
             dz *= tl.where(keep, scale, 0.0)
         if GRADIENT is not None:
             s = tl.load(S + rows * N + cols, mask=mask, other=0.0).to(tl.float32)
@@ -135,46 +135,9 @@ def _epilogue_bwd_kernel(
         tl.store(PARTIALS + part.to(tl.int64) * N + offs, tl.sum(acc, 0), mask=offs < N)
 
 
-@kernel(do_not_specialize=["g", "n"])
-def _sum_partials_kernel(PARTIALS, OUT, g, n, BLOCK: tl.constexpr):
-    """A program sums BLOCK columns, and loops over the g partial sums of each.
-
-    PARTIALS (g, n): fp32. OUT (n,): float.
-    """
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < n
-    PARTIALS += offs
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(g):
-        acc += tl.load(PARTIALS, mask=mask, other=0.0)
-        PARTIALS += n
-    tl.store(OUT + offs, acc.to(OUT.dtype.element_ty), mask=mask)
-
-
 def width(v, *sizes):
     """v if it divides every size, else 1."""
     return v if not any(size % v for size in sizes) else 1
-
-
-def by_four(N, draw):
-    """The constexpr `BY_FOUR` for a matrix of N columns."""
-    return draw is not None and draw.vec >= 4 and N % 4 == 0
-
-
-def random_arguments(draw, bound):
-    """The kernel arguments of a `_philox.Draw`; for None, arguments that are cheap to pass."""
-    if draw is None:
-        return 0, 0, None, None, 1, 0
-    return draw.seed, draw.offset, draw.SEED, draw.OFFSET, draw.blocks, bound
-
-
-def sum_partials(partials, out):
-    """partials (G, ...) fp32 contiguous, summed over G in order -> out (...) contiguous."""
-    n = out.numel()
-    _sum_partials_kernel(
-        (cdiv(n, 256),), partials, out, partials.shape[0], n, BLOCK=256, num_warps=4
-    )
-    return out
 
 
 def fwd(z, y, formula, a, b, draw, bound, scale, state=None):
@@ -183,7 +146,7 @@ def fwd(z, y, formula, a, b, draw, bound, scale, state=None):
     if draw is None:
         return pointwise.fwd_into(y, z, formula, a, b)
     BLOCK = 4096 // z.element_size()
-    seed, offset, SEED, OFFSET, blocks, bound = random_arguments(draw, bound)
+    seed, offset, SEED, OFFSET, blocks, bound = _philox.random_arguments(draw, bound)
     _epilogue_fwd_kernel(
         (cdiv(n, BLOCK),), z, y, n, a, b, scale, seed, offset, SEED, OFFSET, state, blocks,
         bound, FORMULA=getattr(pointwise, formula), VEC=draw.vec, BLOCK=BLOCK, num_warps=4,
@@ -216,10 +179,10 @@ def bwd(
     partials = dy.new_empty((parts, N), dtype=torch.float32) if want_db else None
     _epilogue_bwd_kernel(
         (columns, parts), dy, s, dz, partials, M, N // n_vec, dy.stride(0) // ld_vec, rows_each,
-        a, b, scale, *random_arguments(draw, bound), N_VEC=n_vec, LD_VEC=ld_vec,
+        a, b, scale, *_philox.random_arguments(draw, bound), N_VEC=n_vec, LD_VEC=ld_vec,
         FORMULA=formula and getattr(pointwise, formula),
         GRADIENT=gradient and getattr(pointwise, gradient),
-        VEC=draw.vec if draw else 0, BY_FOUR=by_four(N, draw),
+        VEC=draw.vec if draw else 0, BY_FOUR=_philox.by_four(N, draw),
         BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
     )  # fmt: skip
-    return dz, sum_partials(partials, dy.new_empty(N)) if want_db else None
+    return dz, in_order(partials, dy.new_empty(N)) if want_db else None

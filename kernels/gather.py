@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastnn.kernels._config import tunable
+from fastnn.kernels._config import lanes, tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2, reciprocal
 
@@ -429,7 +429,7 @@ def _config(cols, elements=1024, num_warps=4):
 
 
 @tunable("ROWS", "COLS")
-def _tile(rows, cols, unit, backward):
+def _tile(rows, cols, unit, backward, lanes):
     """The tile of ROWS places of an axis by COLS columns, of which the launch issues least.
 
     A program issues some 120 instructions whatever its tile is, and about 10 for each element of a
@@ -437,7 +437,7 @@ def _tile(rows, cols, unit, backward):
     one: then a thread has few rows, and what is found once for a row serves many elements.
     """
     warps, always = (4, 64 * 128) if unit > 1 else (1, 12 * 32)
-    most = 2048 if unit > 1 else 512 if backward else 1024
+    most = 2048 if unit > 1 else 16384 // lanes if backward else 1024
     sizes = [1 << k for k in range(most.bit_length())]
     least = min(64, next_power_of_2(cols))  # what lies side by side is read at the same time
     tiles = [(c, r) for c in sizes for r in sizes if r * c <= most and least <= c <= 512]
@@ -479,7 +479,7 @@ def _launch(source, result, axes, backward, mode, fill=0.0):
     enough = [n for n, (axis, _) in enumerate(rows) if along(axis) >= 16]
     longest = max(range(len(rows)), key=lambda n: along(rows[n][0]))
     a = rows.pop(enough[-1] if enough else longest)
-    config = _tile(along(a[0]), cols, unit, backward)
+    config = _tile(along(a[0]), cols, unit, backward, lanes() if backward else 32)
     count = math.prod(along(axis) for axis, _ in rows)
     col_tiles, a_tiles = cdiv(cols, config["COLS"]), cdiv(along(a[0]), config["ROWS"])
     grid = (count * a_tiles * col_tiles,)

@@ -14,12 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fastnn.kernels import _philox, epilogue, pointwise
+from fastnn.kernels import _philox, pointwise
 from fastnn.kernels._config import tunable
-from fastnn.kernels._gpus import KIB, facts, multiprocessors
+from fastnn.kernels._gemm import largest_tile, shares, tile_of
+from fastnn.kernels._gpus import multiprocessors
 from fastnn.kernels._launch import kernel
-from fastnn.kernels._sizes import cdiv, next_power_of_2
-from fastnn.kernels.epilogue import keep_tile, width
+from fastnn.kernels._partials import in_order
+from fastnn.kernels._sizes import cdiv
+from fastnn.kernels.epilogue import follow, width
 
 
 @triton.jit
@@ -91,15 +93,10 @@ def _gemm_kernel(
     K = k * K_VEC
     lda = lda.to(tl.int64) * A_VEC
     ldb = ldb.to(tl.int64) * B_VEC
-    # Programs take GROUP_M rows of tiles column by column, so that their A and B tiles are in L2.
     pid = tl.program_id(0)
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    group = pid // (GROUP_M * tiles_n)
-    height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-    within = pid % (GROUP_M * tiles_n)
-    m0 = (group * GROUP_M + within % height) * BLOCK_M
-    n0 = (within // height) * BLOCK_N
+    row, column = tile_of(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    m0 = row * BLOCK_M
+    n0 = column * BLOCK_N
     split = tl.program_id(1)
     k0 = split * k_split * BLOCK_K
     k1 = tl.minimum(K, k0 + k_split * BLOCK_K)
@@ -113,67 +110,28 @@ def _gemm_kernel(
     start = (split.to(tl.int64) * M + m0) * N + n0
     offs = rows[:, None] * N + cols[None, :]
     if BIAS is not None:
-        acc += tl.load(BIAS + n0 + cols, mask=cols < N - n0, other=0.0).to(tl.float32)[None, :]
+        BIAS += n0
     if Z is not None:
-        tl.store(Z + start + offs, acc.to(Z.dtype.element_ty), mask=mask)
-    if FORMULA is not None:
-        acc = FORMULA(acc, a, b)
+        Z += start
+    acc = follow(
+        acc, Z, offs, mask, cols, cols < N - n0, BIAS, None, None, None, None, 0.0, a, b, FORMULA
+    )
     if VEC:
         seed, offset = _philox.load_state(seed, offset, SEED, OFFSET)
         _philox.save_state(STATE, seed, offset)
-        keep = keep_tile(m0, n0, N, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N)
+        keep = _philox.keep_tile(
+            m0, n0, N, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N
+        )
         acc *= tl.where(keep, scale, 0.0)
     tl.store(C + start + offs, acc.to(C.dtype.element_ty), mask=mask)
 
 
 # ---- Configurations ------------------------------------------------------------------------------
 
-# By matrix instructions: (BLOCK_M, BLOCK_N, BLOCK_K of 16-bit inputs, num_warps, num_stages),
-# largest first. None spills, and all fit in shared memory. This was found by compiling; they are
-# not yet timed.
-_TILES = {
-    "mma": ((128, 256, 32, 8, 3), (128, 128, 32, 8, 4), (64, 64, 64, 4, 4)),
-    "wgmma": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 64, 64, 4, 5)),
-    "tcgen05": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 64, 64, 4, 5)),
-    "mfma": ((256, 128, 32, 8, 2), (128, 128, 32, 4, 2), (64, 64, 64, 4, 2)),
-}
-# For "mma" with less than 128 KiB of shared memory, and for the interpreter, for which large tiles
-# are no gain.
-_SMALL_TILES = ((128, 128, 32, 8, 3), (64, 64, 32, 4, 3))
-
-
-def _tiles(gpu):
-    small = gpu.shared_per_block < 128 * KIB or not gpu.backend
-    return _SMALL_TILES if gpu.matrix == "mma" and small else _TILES[gpu.matrix]
-
-
-def gemm_tile(M, N, itemsize, precision, arch, sms, aligned, epilogue):
-    """The largest tile with which there are at least as many tiles as multiprocessors (`sms`)."""
-    if itemsize == 4 and precision == "ieee":  # no tensor cores: operands are in registers
-        return (64, 64, 32, 8, 2) if aligned or epilogue else (64, 64, 32, 4, 3)
-    # each load is one element, too narrow for an asynchronous copy to shared memory
-    if not aligned:
-        return 64, 64, 32, 8 if epilogue else 4, 2
-    gpu = facts(arch)
-    tiles = _tiles(gpu)
-    # Formulas, and even more random words, make kernels with many sums spill, most of all if the
-    # operands are in registers too. The same is true of tf32 operands that do not run along K.
-    most = 128 * 128 if epilogue or itemsize == 4 else 128 * 256
-    if epilogue == "noise" or (epilogue and gpu.matrix == "mma"):
-        most = 64 * 64
-    widest = max(64, next_power_of_2(M)), max(64, next_power_of_2(N))
-    for tile in tiles:
-        # A tile that is wider than the matrix would mostly multiply zeros.
-        if tile[0] * tile[1] > most or tile[0] > widest[0] or tile[1] > widest[1]:
-            continue
-        if cdiv(M, tile[0]) * cdiv(N, tile[1]) >= sms:
-            return tile
-    return tiles[-1]
-
 
 @tunable("BLOCK_M", "BLOCK_N", "BLOCK_K")
 def _config(M, N, itemsize, precision, arch, sms, aligned, epilogue):
-    block_m, block_n, block_k, warps, stages = gemm_tile(
+    block_m, block_n, block_k, warps, stages = largest_tile(
         M, N, itemsize, precision, arch, sms, aligned, epilogue
     )
     config = {
@@ -188,12 +146,6 @@ def _config(M, N, itemsize, precision, arch, sms, aligned, epilogue):
         # Without a limit, ptxas spills a few registers of some layouts, so that another block fits.
         config["maxnreg"] = 128 if warps == 8 else 255 if itemsize == 2 and epilogue else 168
     return config
-
-
-def gemm_splits(tiles, steps, sms):
-    """How many programs share the sum of one tile: they fill the GPU, with about 8 steps each."""
-    wanted = sms // max(tiles, 1)
-    return max(1, min(wanted, cdiv(steps, 8), 32))
 
 
 # ---- Launchers -----------------------------------------------------------------------------------
@@ -233,23 +185,22 @@ def _gemm(a, b, precision, arch, split=False, bias=None, y=None, z=None, act=Non
     block_k = config["BLOCK_K"]
     steps = cdiv(K, block_k)
     tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
-    each = cdiv(steps, gemm_splits(tiles, steps, sms)) if split and K else steps
-    splits = cdiv(steps, each) if K else 1
+    each, splits = shares(tiles, steps, sms) if split and K else (steps, 1)
     if y is None:
         y = a.new_empty((M, N))
     out = a.new_empty((splits, M, N), dtype=torch.float32) if splits > 1 else y
     formula, fa, fb = act or (None, 0.0, 0.0)
     draw, bound, scale, state = noise or (None, 0, 1.0, None)
-    seed, offset, SEED, OFFSET, blocks, bound = epilogue.random_arguments(draw, bound)
+    seed, offset, SEED, OFFSET, blocks, bound = _philox.random_arguments(draw, bound)
     _gemm_kernel(
         (tiles, splits), a, b, out, bias, z, M // m_vec, N // n_vec, K // k_vec, lda // a_vec,
         ldb // b_vec, each, fa, fb, scale, seed, offset, SEED, OFFSET, state, blocks, bound,
         M_VEC=m_vec, N_VEC=n_vec, K_VEC=k_vec, A_VEC=a_vec, B_VEC=b_vec, A_KMAJOR=a_kmajor,
         B_KMAJOR=not b_nmajor, EVEN_K=K % block_k == 0,
         FORMULA=formula and getattr(pointwise, formula), VEC=draw.vec if draw else 0,
-        BY_FOUR=epilogue.by_four(N, draw), PRECISION=precision, **config,
+        BY_FOUR=_philox.by_four(N, draw), PRECISION=precision, **config,
     )  # fmt: skip
-    return epilogue.sum_partials(out, y) if splits > 1 else y
+    return in_order(out, y) if splits > 1 else y
 
 
 def fwd(x, weight, bias, precision, arch, y=None, z=None, act=None, noise=None):

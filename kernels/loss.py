@@ -26,9 +26,10 @@ from triton.language.extra import libdevice
 
 from fastnn.kernels._config import here, lanes, tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import finish
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels._tl import dense
-from fastnn.kernels.pointwise import log1p_of_share
+from fastnn.kernels.pointwise import log1p, log1p_of_share
 
 # ---- formulas -----------------------------------------------------------------------------------
 #
@@ -111,7 +112,7 @@ def bce(a, b, c, p, q):
     inside = (a >= 0) & (a <= 1) & (b >= 0) & (b <= 1)
     tl.device_assert(inside, "binary_cross_entropy: a value outside [0, 1]")
     low = _at_least(tl.log(a), -100.0)
-    high = _at_least(libdevice.log1p(-a), -100.0)
+    high = _at_least(log1p(-a), -100.0)
     return tl.where(inside, (b - 1.0) * high - b * low, float("nan"))
 
 
@@ -119,7 +120,7 @@ def bce(a, b, c, p, q):
 def bce_grad(g, a, b, c, p, q):
     # The quotient comes first: with a small g the product would be a subnormal number.
     da = g * tl.div_rn(a - b, _at_least((1.0 - a) * a, 1e-12))
-    db = g * (libdevice.log1p(-a) - tl.log(a))
+    db = g * (log1p(-a) - tl.log(a))
     return da, db
 
 
@@ -284,7 +285,10 @@ def hinge_embedding_of_slope(g, k, b, c, p, q):
 
 @triton.jit
 def soft_margin(a, b, c, p, q):
-    return libdevice.log1p(libdevice.exp(-a * b))
+    z = -a * b
+    # log1p(exp(z)) without a second function of libdevice; above 88.7, PyTorch's exp(z) is infinite
+    loss = tl.where(z > 0, z, 0.0) + log1p_of_share(libdevice.exp(-tl.abs(z)))
+    return tl.where(z > 88.7228317260742, float("inf"), loss)
 
 
 @triton.jit
@@ -535,33 +539,6 @@ def _loss_fwd_kernel(
             tl.store(PARTIAL + tl.num_programs(0) + pid, tl.sum(weights.to(tl.float64), 0))
 
 
-@kernel(do_not_specialize=["G", "divisor"])
-def _loss_finish_kernel(
-    PARTIAL, LOSS, COUNT, G, divisor: tl.int64, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The one program adds up all partial sums, and loops over them.
-
-    PARTIAL (1 or 2, G): fp64. LOSS: float, one element. COUNT: fp32, one element, the sum of
-    weights, or None.
-    """
-    offs = tl.arange(0, BLOCK)
-    loss = tl.zeros((BLOCK,), tl.float64)
-    count = tl.zeros((BLOCK,), tl.float64)
-    for g in range(0, G, BLOCK):
-        mask = g + offs < G
-        loss += tl.load(PARTIAL + g + offs, mask=mask, other=0.0)
-        if WEIGHTS:
-            count += tl.load(PARTIAL + G + g + offs, mask=mask, other=0.0)
-    total = tl.sum(loss, 0)
-    if WEIGHTS:
-        by = tl.sum(count, 0)
-        tl.store(COUNT, by.to(tl.float32))
-    else:
-        by = divisor.to(tl.float64)
-    total /= by
-    tl.store(LOSS, total.to(tl.float32).to(LOSS.dtype.element_ty))
-
-
 @triton.jit
 def _grad_tile(
     G, A, B, C, W, DA, DB, DC, scale, n, start, D1, D2, g0, g1, g2, a0, a1, a2, b0, b1, b2, c0, c1,
@@ -652,18 +629,6 @@ def _config(itemsize):
 def _narrow(tensors):
     """Bytes per element of the narrowest tensor. Each tensor may be None."""
     return min([t.element_size() for t in tensors if t is not None])
-
-
-def finish(partial, loss, count, divisor):
-    """partial (1 or 2, G) fp64, sums of losses and of weights -> loss / divisor.
-
-    If `count` (0-d fp32) is given, the divisor is the sum of the weights, and is stored in `count`.
-    """
-    G = partial.shape[1]
-    block = 256 if G <= 256 else 2048
-    _loss_finish_kernel(
-        (1,), partial, loss, count, G, divisor, WEIGHTS=count is not None, BLOCK=block, num_warps=8
-    )  # fmt: skip
 
 
 def fwd(inputs, formula, p, q, loss, divisor, weights, keep=None, kept_dtype=None):

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import finish
 from fastnn.kernels._sizes import next_power_of_2
-from fastnn.kernels.loss import finish
 
 MOST = 8192  # classes that a program can hold
 

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import finish
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense, dense_like
 
@@ -143,38 +144,6 @@ def checked(target, keep, C):
     return valid
 
 
-@kernel(do_not_specialize=["G"])
-def _finish_kernel(PARTIAL, LOSS, COUNT, G, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """The one program adds up all partial sums, and loops over them.
-
-    PARTIAL (2, G): fp64 sums of losses and of weights. LOSS: float, one element. COUNT: fp32, one
-    element, the divisor of a mean.
-    """
-    offs = tl.arange(0, BLOCK)
-    loss = tl.zeros((BLOCK,), tl.float64)
-    count = tl.zeros((BLOCK,), tl.float64)
-    for g in range(0, G, BLOCK):
-        mask = g + offs < G
-        loss += tl.load(PARTIAL + g + offs, mask=mask, other=0.0)
-        count += tl.load(PARTIAL + G + g + offs, mask=mask, other=0.0)
-    total = tl.sum(loss, 0)
-    if MEAN:
-        divisor = tl.sum(count, 0)
-        total /= divisor
-        tl.store(COUNT, divisor.to(tl.float32))
-    tl.store(LOSS, total.to(tl.float32).to(LOSS.dtype.element_ty))
-
-
-def finish(partial, loss, count, reduction):
-    """partial (2, G) fp64, sums of losses and of weights -> loss, and the divisor of a mean."""
-    G = partial.shape[1]
-    block = min(max(next_power_of_2(G), 32), 4096)  # 8192 fp64 pairs do not fit in registers
-    num_warps = min(max(block // 256, 1), 16)
-    _finish_kernel(
-        (1,), partial, loss, count, G, MEAN=reduction == "mean", BLOCK=block, num_warps=num_warps
-    )
-
-
 @kernel(
     do_not_specialize=[
         "C", "S", "M", "stride_xb", "stride_xc", "stride_xs", "blocks", "ignore_index",
@@ -226,6 +195,13 @@ def _blocks(M):
     return max(blocks, 1), cdiv(M, BLOCK * max(blocks, 1))
 
 
+def sum_losses(partial, loss, count, reduction):
+    """partial (2, G) fp64, sums of losses and of weights -> loss, and the divisor of a mean."""
+    block = min(max(next_power_of_2(partial.shape[1]), 32), 4096)  # 8192 pairs do not fit
+    warps = min(max(block // 256, 1), 16)
+    finish(partial, loss, count if reduction == "mean" else None, 1, block, warps)
+
+
 def loss_like(x, reduction, dtype):
     """The uninitialised loss of log-probabilities or logits x: (N, d1, ...), or 0-d if reduced."""
     shape = (*x.shape[:1], *x.shape[2:]) if reduction == "none" and x.dim() > 1 else ()
@@ -253,7 +229,7 @@ def fwd(x, target, weight, ignore_index, reduction, dtype):
         ignore_index, REDUCE=reduce, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     if reduce:
-        finish(partial, loss, count, reduction)
+        sum_losses(partial, loss, count, reduction)
     return loss, count
 
 

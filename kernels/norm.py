@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 
 from fastnn.kernels import _gpus, _rows
-from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import add_up, store_sum
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense
 
@@ -88,6 +88,19 @@ def rstd_of(m2, N, eps):
     return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(m2, N.to(tl.float32)) + eps))
 
 
+@triton.jit
+def narrow_as_rows(P, UNIT: tl.constexpr):
+    """P, or None, so that its accesses are no wider than those of rows with this UNIT.
+
+    Lanes whose accesses of P have eight elements own eight neighbours. If rows are not aligned,
+    their accesses have one element, and those of a warp would lie eight elements apart.
+    """
+    if P is not None:
+        if UNIT == 1:
+            P += tl.program_id(2)  # 0, which the compiler does not know
+    return P
+
+
 @kernel(do_not_specialize=["M", "N_units", "stride_units"])
 def _norm_fwd_kernel(
     X, W, B, Y, MEAN, RSTD, M: tl.int64, N_units, stride_units: tl.int64, eps,
@@ -100,6 +113,8 @@ def _norm_fwd_kernel(
     """
     # so that the compiler sees the factor, and makes accesses as wide as it allows
     N = N_units * UNIT
+    W = narrow_as_rows(W, UNIT)
+    B = narrow_as_rows(B, UNIT)
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     mask = (m < M)[:, None] & (cols < N)[None, :]
@@ -150,6 +165,8 @@ def _norm_fwd_wide_kernel(
     MEAN (if CENTER), RSTD (M,): fp32. CHUNK_MEAN (if CENTER), CHUNK_M2 (M, S): fp32, if S > 1.
     """
     N = N_units * UNIT
+    W = narrow_as_rows(W, UNIT)
+    B = narrow_as_rows(B, UNIT)
     pid = tl.program_id(0)
     m = (pid // S).to(tl.int64)
     start = (pid % S) * chunk_blocks * BLOCK
@@ -191,13 +208,6 @@ def _x_hat(x, MEAN, RSTD, m, M, CENTER: tl.constexpr):
     return x_hat * rstd, rstd
 
 
-@triton.jit
-def _store_sum(P, acc, offs, mask):
-    """Store the sum of the rows of `acc`, if P is given."""
-    if P is not None:
-        tl.store(P + offs, tl.sum(acc, 0).to(P.dtype.element_ty), mask=mask)
-
-
 @kernel(do_not_specialize=["M", "N_units", "stride_units"])
 def _norm_bwd_kernel(
     DY, X, W, MEAN, RSTD, DX, DW, DB, M: tl.int64, N_units, stride_units: tl.int64,
@@ -210,6 +220,7 @@ def _norm_bwd_kernel(
     gradients if G is 1; or None.
     """
     N = N_units * UNIT
+    W = narrow_as_rows(W, UNIT)
     cols = tl.arange(0, BLOCK_N)
     dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -233,8 +244,8 @@ def _norm_bwd_kernel(
             pull += tl.div_rn(tl.sum(dy, 1), N.to(tl.float32))[:, None]
         tl.store(DX + row + cols[None, :], ((dy - pull) * rstd).to(DX.dtype.element_ty), mask=mask)
     offs = tl.program_id(0).to(tl.int64) * N + cols
-    _store_sum(DW, dw, offs, cols < N)
-    _store_sum(DB, db, offs, cols < N)
+    store_sum(DW, dw, offs, cols < N)
+    store_sum(DB, db, offs, cols < N)
 
 
 @triton.jit
@@ -266,6 +277,7 @@ def _norm_bwd_chunk_kernel(
     RSTD (M,): fp32. ALONG, TOTAL (if CENTER) (M, S): fp32 sums of g x_hat and of g.
     """
     N = N_units * UNIT
+    W = narrow_as_rows(W, UNIT)
     pid = tl.program_id(0)
     m = (pid // S).to(tl.int64)
     start = (pid % S) * chunk_blocks * BLOCK
@@ -295,6 +307,7 @@ def _norm_bwd_wide_kernel(
     None. MEAN (if CENTER), RSTD (M,): fp32. ALONG, TOTAL (if CENTER) (M, S): fp32, if S > 1.
     """
     N = N_units * UNIT
+    W = narrow_as_rows(W, UNIT)
     pid = tl.program_id(0)
     m = (pid // S).to(tl.int64)
     start = (pid % S) * chunk_blocks * BLOCK
@@ -353,36 +366,8 @@ def _norm_bwd_params_kernel(
             offs = m[:, None] * (stride_units * UNIT) + cols[None, :]
             x = tl.load(X + offs, mask=mask, other=0.0)
             dw += dy * _x_hat(x, MEAN, RSTD, m, stop, CENTER)[0]
-    _store_sum(DW, dw, g * N + cols, cols < N)
-    _store_sum(DB, db, g * N + cols, cols < N)
-
-
-@triton.jit
-def _sum_partials(PARTIALS, OUT, G, N, cols, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr):
-    acc = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
-    row = tl.arange(0, BLOCK_G)
-    for g in range(0, G, BLOCK_G):
-        mask = (g + row < G)[:, None] & (cols < N)[None, :]
-        offs = (g + row).to(tl.int64)[:, None] * N + cols[None, :]
-        acc += tl.load(PARTIALS + offs, mask=mask, other=0.0)
-    _store_sum(OUT, acc, cols, cols < N)
-
-
-@kernel(do_not_specialize=["G", "N_units"])
-def _norm_bwd_sum_kernel(
-    PARTIALS, DW, DB, G, N_units, UNIT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """A program sums BLOCK_N columns of dw and db, and loops over their G partial sums.
-
-    PARTIALS (1 or 2, G, N): fp32, of dw and then of db, if wanted. DW, DB (N,): float, or None.
-    """
-    N = N_units * UNIT
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if DW is not None:
-        _sum_partials(PARTIALS, DW, G, N, cols, BLOCK_G, BLOCK_N)
-        PARTIALS += G.to(tl.int64) * N
-    if DB is not None:
-        _sum_partials(PARTIALS, DB, G, N, cols, BLOCK_G, BLOCK_N)
+    store_sum(DW, dw, g * N + cols, cols < N)
+    store_sum(DB, db, g * N + cols, cols < N)
 
 
 def reads_once(N, itemsize):
@@ -482,7 +467,7 @@ def bwd(dy, x, weight, mean, rstd, dims, need_dx, dw_dtype, db_dtype):
             (G,), dy, x, weight, mean, rstd, dx, dw_part, db_part, *sizes, **flags, **config
         )
         if parts is not None:
-            reduce_partials(parts, dw, db, G, N, unit)
+            add_up(parts, dw, db, G, N)
         return results
     if params:
         block_m = min(next_power_of_2(max(M, 1)), 32)
@@ -495,7 +480,7 @@ def bwd(dy, x, weight, mean, rstd, dims, need_dx, dw_dtype, db_dtype):
             **flags, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
         )  # fmt: skip
         if parts is not None:
-            reduce_partials(parts, dw, db, G, N, unit)
+            add_up(parts, dw, db, G, N)
     return results
 
 
@@ -515,20 +500,3 @@ def _bwd_dx_wide(dy, x, weight, mean, rstd, dx, sizes, flags):
         (M * S,), dy, x, weight, mean, rstd, dx, along, total, *sizes,
         **flags, BLOCK=_rows.BLOCK, BLOCK_S=next_power_of_2(S), num_warps=8,
     )  # fmt: skip
-
-
-@tunable("BLOCK_G", "BLOCK_N")
-def _sum_tile(G):
-    """Few columns, so that there are many programs, and few turns, each of which waits for memory.
-
-    A row of 16 columns fills two sectors of memory.
-    """
-    block_g = max(32, min(next_power_of_2(G), 256))
-    return {"BLOCK_G": block_g, "BLOCK_N": 16, "num_warps": 8 if block_g > 64 else 2}
-
-
-def reduce_partials(parts, dw, db, G, N, unit):
-    config = _sum_tile(G)
-    _norm_bwd_sum_kernel(
-        (cdiv(N, config["BLOCK_N"]),), parts, dw, db, G, N // unit, UNIT=unit, **config
-    )

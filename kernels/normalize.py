@@ -1,8 +1,8 @@
 """Rows of length 1: y = x / max(n, eps), where n is the length of the row.
 
     n = sqrt(sum(x * x)), or sum(abs(x))
-    dx = dy / d - sum(dy * x / d) / d * slope       d = max(n, eps); no second term if n < eps
-    slope = x / n, 0 if n is 0; or sign(x)
+    dx = (dy - sum(dy * x / d) * slope) / d       d = max(n, eps); no second term if n < eps
+    slope = x / d; or sign(x)
 
 A row is the dimension C of a tensor (B, C, S), as in kernels/nll_loss.py. Memory-bound; passes over
 the elements (R read, W write):
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from fastnn.kernels._launch import kernel
-from fastnn.kernels._sizes import cdiv
+from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense, dense_like
 from fastnn.kernels.nll_loss import common, multiple, tiles, unit
 
@@ -97,13 +97,14 @@ def _normalize_fwd_kernel(
 
 
 @triton.jit
-def _gradient(dy, x, n, d, t, NORM: tl.constexpr):
-    """t: the sum of dy * x / d over the row, divided by d; 0 if the length has no part in d."""
+def _gradient(dy, x, q, d, t, NORM: tl.constexpr):
+    """q: x / d. t: the sum of dy * q over the row; 0 if d is not the length."""
     if NORM == 2:
-        slope = tl.where(n == 0, 0.0, _quotient(x, n))
+        slope = q
     else:
         slope = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
-    return _quotient(dy, d) - t * slope
+    # of a row of one element, the difference is 0
+    return tl.fma(slope, tl.broadcast_to(-t, x.shape), dy) * tl.div_rn(1.0, d)
 
 
 @kernel(do_not_specialize=["C", "S", "stride_xb", "stride_db", "stride_gb", "row_blocks"])
@@ -133,22 +134,37 @@ def _normalize_bwd_kernel(
     offs = tl.arange(0, GROUP)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
     x = _read(X, offs, rows, live, C, stride_x, CLASSES_LAST, UNIT)
     dy = _read(DY, offs, rows, live, C, stride_g, CLASSES_LAST, UNIT)
-    parts = tl.sum(dy * _quotient(x, d), 0)
+    q = _quotient(x, d)
+    parts = tl.sum(dy * q, 0)
     if not ONCE:
         for c in range(GROUP * LANES, C, GROUP * LANES):
             x2 = _read(X, c + offs, rows, live, C, stride_x, CLASSES_LAST, UNIT)
             dy2 = _read(DY, c + offs, rows, live, C, stride_g, CLASSES_LAST, UNIT)
             parts += tl.sum(dy2 * _quotient(x2, d), 0)
-    t = tl.where(n >= eps, tl.div_rn(_whole(parts), d), 0.0)
+    t = tl.where(n >= eps, _whole(parts), 0.0)
     out = DX.dtype.element_ty
     at = _at(offs, rows, stride_d, CLASSES_LAST, UNIT)
-    tl.store(DX + at, _gradient(dy, x, n, d, t, NORM).to(out), mask=live & (offs < C))
+    tl.store(DX + at, _gradient(dy, x, q, d, t, NORM).to(out), mask=live & (offs < C))
     if not ONCE:
         for c in range(GROUP * LANES, C, GROUP * LANES):
             x = _read(X, c + offs, rows, live, C, stride_x, CLASSES_LAST, UNIT)
             dy = _read(DY, c + offs, rows, live, C, stride_g, CLASSES_LAST, UNIT)
             at = _at(c + offs, rows, stride_d, CLASSES_LAST, UNIT)
-            tl.store(DX + at, _gradient(dy, x, n, d, t, NORM).to(out), mask=live & (c + offs < C))
+            dx = _gradient(dy, x, _quotient(x, d), d, t, NORM).to(out)
+            tl.store(DX + at, dx, mask=live & (c + offs < C))
+
+
+def _tiles(sizes, classes_last, wide, itemsize, light):
+    """{ROWS, LANES, GROUP, num_warps}, as `tiles` has it, but that warps share the classes of a run
+    of 128 bytes of positions, where positions would not fill the GPU."""
+    B, C, S = sizes
+    config = tiles(sizes, classes_last, wide, itemsize, light=light)
+    if classes_last or C < 64 or S < 32 or B * S >= 1 << 18:
+        return config
+    rows = min(next_power_of_2(S), 128 // itemsize)
+    lanes = min(256 * 16 // itemsize // rows, next_power_of_2(C))
+    group = min(next_power_of_2(cdiv(C, lanes)), 4 if light else 2)
+    return {"ROWS": rows, "LANES": lanes, "GROUP": group, "num_warps": 8}
 
 
 def _launch(one, tensors, length, sizes, classes_last, strides, eps, norm, light, place):
@@ -156,7 +172,7 @@ def _launch(one, tensors, length, sizes, classes_last, strides, eps, norm, light
     B, C, S = sizes
     wide = unit(sizes, classes_last, strides, *tensors)
     itemsize = min(t.element_size() for t in tensors)
-    config = tiles(sizes, classes_last, wide, itemsize, light=light)
+    config = _tiles(sizes, classes_last, wide, itemsize, light)
     row_blocks = cdiv(S, config["ROWS"])
     steps = [s for pair in strides for s in pair]
     given = [*tensors[:place], length, *tensors[place:]]

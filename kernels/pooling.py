@@ -810,6 +810,8 @@ def _plan_back(shape, stride, g_stride, spec, rounding):
     sharing = _sharing(spec, x_shape[2:], rounding)
     unrolled = spec.window == "regular" and not spec.by_size and math.prod(sharing) <= _UNROLLED
     rows, units, unit, grid, config = _walk(x_shape, last, unrolled)
+    if not unrolled:  # else ptxas spills 3 registers, so that a block more fits
+        config["maxnreg"] = 128
     hidden = (None,) * 3
     args = (
         *x_shape[1:], *spec.out, rows, units, *taken[0], *taken[1], *taken[2], *taken[3],

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import add_up
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense_like
 
@@ -139,22 +140,6 @@ def _prelu_bwd_kernel(
             tl.store(PARTIAL + r, tl.sum(dw, 1), mask=r < C - c)
 
 
-@kernel(do_not_specialize=["G"])
-def _prelu_dw_kernel(PARTIAL, DW, G, C, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A program sums dw of BLOCK_C channels, and loops over their G partial sums.
-
-    PARTIAL (G, C): fp32. DW (C,): float.
-    """
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    dw = tl.zeros((BLOCK_G, BLOCK_C), tl.float32)
-    for g in range(0, G, BLOCK_G):
-        rows = g + tl.arange(0, BLOCK_G)[:, None]
-        mask = (rows < G) & (cols < C)
-        dw += tl.load(PARTIAL + rows.to(tl.int64) * C + cols, mask=mask, other=0.0)
-    dw = tl.sum(dw, 0, keep_dims=True)
-    tl.store(DW + cols, dw.to(DW.dtype.element_ty), mask=cols < C)
-
-
 PROGRAMS = 1024  # in the backward: several per multiprocessor, but few partial sums
 
 
@@ -165,6 +150,8 @@ def tile_config(N, C, S, itemsize):
         layout, block_r, block_k = ONE, 1, size
     elif S == 1:
         layout, block_k = COLUMNS, min(next_power_of_2(C), 128)
+        if size // block_k * C >= 2**31:  # 32 bits would not hold the offsets within a tile
+            block_k = size
         block_r = size // block_k
     else:
         layout, block_k = ROWS, min(next_power_of_2(S), size)
@@ -192,14 +179,13 @@ def summing_programs(blocks, tiles, config):
     return max(1, min(PROGRAMS // blocks, tiles // least))
 
 
-def add_up(partial, dw):
+def sum_weights(partial, dw):
     """partial (G, C), fp32 -> their sums, into dw (C), contiguous."""
     G, C = partial.shape
     block_c = min(next_power_of_2(C), 64)
-    _prelu_dw_kernel(
-        (cdiv(C, block_c),), partial, dw, G, C,
-        BLOCK_G=1024 // block_c, BLOCK_C=block_c, num_warps=4,
-    )  # fmt: skip
+    add_up(
+        partial, dw, None, G, C, {"BLOCK_G": 1024 // block_c, "BLOCK_N": block_c, "num_warps": 4}
+    )
 
 
 def _sizes(dense, w):
@@ -238,5 +224,5 @@ def bwd(dy, x, w, needs_dx=True, needs_dw=True):
     dw = None
     if needs_dw:
         dw = torch.empty_like(w, memory_format=torch.contiguous_format)
-        add_up(partial, dw)
+        sum_weights(partial, dw)
     return dx if needs_dx else None, dw

@@ -23,8 +23,8 @@ import triton.language as tl
 
 from fastnn.kernels import _philox, _rows, _tl, norm
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import add_up
 from fastnn.kernels._sizes import cdiv
-from fastnn.kernels.epilogue import by_four, keep_tile, random_arguments
 
 _RANDOM = ["seed", "offset", "blocks", "bound"]
 _ROWS = ["M", "N_units", "J", "x_i", "x_j"]
@@ -72,7 +72,9 @@ def _residual_norm_fwd_kernel(
         seed, offset = _philox.load_state(seed, offset, SEED, OFFSET)
         _philox.save_state(STATE, seed, offset)
         # A product, not a select: a dropped inf becomes nan, as in PyTorch.
-        keep = keep_tile(m0, 0, N, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N)
+        keep = _philox.keep_tile(
+            m0, 0, N, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N
+        )
         s *= tl.where(keep, scale, 0.0)
     x_row, y_row = _row_starts(m, M, N, J, x_i, x_j, UNIT, SWAPPED, STRIDED)
     offs = x_row + cols[None, :]
@@ -149,7 +151,7 @@ def _residual_norm_bwd_kernel(
             tl.store(DX + x_offs, ds.to(DX.dtype.element_ty), mask=mask)
         if DZ is not None:
             if VEC:
-                keep = keep_tile(
+                keep = _philox.keep_tile(
                     start, 0, N, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N
                 )  # fmt: skip
                 ds *= tl.where(keep, scale, 0.0)
@@ -202,13 +204,13 @@ def fwd(
     if want_y and want_statistics:
         rstd = torch.empty(sizes[0], dtype=torch.float32, device=x.device)
         mean = torch.empty_like(rstd) if center else None
-    seed, offset, SEED, OFFSET, blocks, bound = random_arguments(draw, bound)
+    seed, offset, SEED, OFFSET, blocks, bound = _philox.random_arguments(draw, bound)
     config = _rows.row_config(x.shape[-1], flags["UNIT"])
     _residual_norm_fwd_kernel(
         (cdiv(sizes[0], config["BLOCK_M"]),),
         z, x, weight, bias, s, y, mean, rstd, *sizes, float(eps), scale, seed, offset, SEED, OFFSET,
         state, blocks, bound, **flags, CENTER=center, VEC=draw.vec if draw else 0,
-        BY_FOUR=by_four(x.shape[-1], draw), **config,
+        BY_FOUR=_philox.by_four(x.shape[-1], draw), **config,
     )  # fmt: skip
     return s, y, mean, rstd
 
@@ -248,12 +250,12 @@ def bwd(
             parts = rstd.new_empty(len(params), G, N)
             dw_part = None if dw is None else parts[0]
             db_part = None if db is None else parts[-1]
-    seed, offset, SEED, OFFSET, blocks, bound = random_arguments(draw, bound)
+    seed, offset, SEED, OFFSET, blocks, bound = _philox.random_arguments(draw, bound)
     _residual_norm_bwd_kernel(
         (G,), dy, s, weight, mean, rstd, ds, dx, dz, dw_part, db_part, *sizes, scale, seed, offset,
         SEED, OFFSET, blocks, bound, **flags, CENTER=mean is not None,
-        VEC=draw.vec if draw else 0, BY_FOUR=by_four(N, draw), **config,
+        VEC=draw.vec if draw else 0, BY_FOUR=_philox.by_four(N, draw), **config,
     )  # fmt: skip
     if parts is not None:
-        norm.reduce_partials(parts, dw, db, G, N, flags["UNIT"])
+        add_up(parts, dw, db, G, N)
     return [dx if shared else dz, dx, dw, db]

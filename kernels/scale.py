@@ -156,7 +156,7 @@ def bwd(dy, x, w, like, sizes, needs_dx, needs_dw):
     dw = None
     if needs_dw:
         dw = torch.empty_like(w)
-        prelu.add_up(partial, dw)
+        prelu.sum_weights(partial, dw)
     return dx if needs_dx else None, dw
 
 

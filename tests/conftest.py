@@ -3,6 +3,7 @@ import contextlib
 import gc
 import os
 import random
+import statistics
 import sys
 
 import torch
@@ -134,10 +135,12 @@ SWEEPS = {
 
 def pytest_terminal_summary(terminalreporter):
     """Prints the paths of PyTorch's samples, which tests report by the property "path"; the number
-    of calls of each sweep, which a sweep reports by its name; and the rows that needed more than
-    one draw of their inputs, by the property "draws"."""
+    of calls of each sweep, which a sweep reports by its name; the rows that needed more than one
+    draw of their inputs, by the property "draws"; and the errors of the rows, divided by those of
+    stock, by the property "ratios"."""
     paths = collections.Counter()
     draws = {}
+    ratios = collections.defaultdict(list)
     sweeps = {name: collections.Counter() for name in SWEEPS}
     for reports in terminalreporter.stats.values():
         for report in reports:
@@ -147,6 +150,8 @@ def pytest_terminal_summary(terminalreporter):
                         paths[tuple(value)] += 1
                     elif name == "draws":
                         draws[value[0]] = value[1]
+                    elif name == "ratios":
+                        ratios[value[0]] += value[1]
                     elif name in sweeps:
                         sweeps[name].update(dict(value))
     write = terminalreporter.write_line
@@ -159,6 +164,13 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("Rows judged by more than one draw of their inputs")
         for row, n in sorted(draws.items()):
             write(f"  {n:2} draws: {row}")
+    if ratios:
+        terminalreporter.section("Errors against float64, divided by those of stock")
+        median = {name: statistics.median(r) for name, r in ratios.items() if r}
+        write(f"median of {len(median)} layers and functions; above 1.0:")
+        for name, m in sorted(median.items()):
+            if m > 1:
+                write(f"  {m:.2f} {name}, of {len(ratios[name])} tensors")
     if not paths:
         return
     on_kernels = sum(n for (_, path, _), n in paths.items() if path == "kernel")

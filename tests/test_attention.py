@@ -15,6 +15,7 @@ import fastnn
 import fastnn.functional as F
 from fastnn import kernels
 from fastnn._mode import BackendError, decisions
+from fastnn.ops.attention import BESIDE_FUSED
 from fastnn.testing.meter import traffic
 from fastnn.testing.noise import recording
 from tests.marks import interpreted, on_device
@@ -420,7 +421,8 @@ def test_auto_leaves_to_stock_what_it_fuses():
 
 @interpreted
 def test_auto_runs_where_stock_would_use_its_formula(simulate):
-    simulate(least={("scaled_dot_product_attention", ""): 0}, source="test")
+    sdpa = "scaled_dot_product_attention"
+    simulate(least={(sdpa, ""): 0, (sdpa, BESIDE_FUSED): None}, source="test")
     q, k, v = qkv(1, 2, 5, 8, grad=False)
     assert chosen(q[0], k[0], v[0]) is None
     assert chosen(q, k, v, dropout_p=0.5) is None

@@ -3,6 +3,7 @@
 import collections
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -1172,6 +1173,29 @@ def test_sizes_that_are_not_known_are_asked():
     assert small.why and large.why is None
 
 
+def added_place(x):
+    return NORM(x + WEIGHT.expand(4, WIDTH))
+
+
+def scaled_by_the_place(x):
+    return x + WEIGHT.expand(4, WIDTH) * x.sin()
+
+
+@pytest.mark.parametrize("call", [added_place, scaled_by_the_place], ids=lambda call: call.__name__)
+def test_a_rule_makes_no_condition_of_a_size(call):
+    """One graph serves all sizes, also where a size equals that of another dimension."""
+    for one in (LINEAR, NORM):
+        one.cpu()
+    WEIGHT.data = WEIGHT.data.cpu()
+    compiled = fastnn.compile(call, dynamic=True, fullgraph=True)
+    with fastnn.backend("torch"):
+        compiled(torch.randn(3, 4, WIDTH))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for size in (2, 4, WIDTH):
+                x = torch.randn(size, 4, WIDTH)
+                torch.testing.assert_close(compiled(x), call(x))
+
+
 @interpreted
 @pytest.mark.parametrize("how", ["imported", "converted", "stock"])
 @pytest.mark.parametrize("backend", ["fastnn", "eager"])
@@ -1209,16 +1233,85 @@ def test_meta_tensors():
     assert fused and loss.is_meta and loss.dtype == torch.float32
 
 
-def test_dynamo_says_what_it_cannot_take():
-    def call(x):
-        torch._dynamo.graph_break()
-        return F.relu(LINEAR(x))
+def breaks(x):
+    torch._dynamo.graph_break()
+    return F.relu(LINEAR(x))
 
-    x = torch.randn(2, WIDTH)
-    with pytest.raises(torch._dynamo.exc.Unsupported):
+
+def branches(x):
+    return F.relu(LINEAR(x)) if x.sum() > 0 else LINEAR(x)
+
+
+def prints(x):
+    print("in the middle of forward")
+    return F.relu(LINEAR(x))
+
+
+class Recurrent(stock.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = stock.LSTM(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+# What Dynamo cannot take, and a part of the advice.
+CANNOT = {
+    "a break": (lambda: breaks, "compile the parts on both sides"),
+    "a condition on values": (lambda: branches, "write the condition with torch.where"),
+    "a print": (lambda: prints, "take the message out of `forward`"),
+    "an LSTM": (Recurrent, "allow_rnn = True"),
+}
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_errors_of_dynamo_are_its_own_with_our_hint(name):
+    """The error is that of PyTorch's backend "eager". Without `fullgraph` there is none."""
+    build, advice = CANNOT[name]
+    call, x = build(), torch.randn(2, WIDTH)
+    with pytest.raises(torch._dynamo.exc.Unsupported) as theirs:
+        torch.compile(call, backend="eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported) as ours:
         fastnn.compile(call, fullgraph=True)(x)
+    assert type(ours.value) is type(theirs.value) and str(ours.value) == str(theirs.value)
+    if sys.version_info >= (3, 11):
+        (note,) = ours.value.__notes__
+        assert advice in note and "Without fullgraph=True" in note
     torch._dynamo.reset()
     assert torch.equal(fastnn.compile(call)(x), call(x))
+
+
+def test_advice_helps():
+    """After it, the LSTM is captured as one graph, and each size needs no graph of its own."""
+    model, x = Recurrent(), torch.randn(2, WIDTH)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = fastnn.compile(model, fullgraph=True, dynamic=True)
+        torch.testing.assert_close(compiled(x), model(x))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            torch.testing.assert_close(compiled(x[:, :]), model(x))
+    compiled = fastnn.compile(lambda x: F.relu(LINEAR(x)), dynamic=True, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in (2, 3, 5):
+            x = torch.randn(size, WIDTH)
+            torch.testing.assert_close(compiled(x), F.relu(LINEAR(x)))
+
+
+def test_a_model_with_a_hint_is_as_torch_compile_makes_it():
+    """It can be copied, and compiled as a part of another model."""
+    model, x = stock.Sequential(stock.Linear(WIDTH, WIDTH), stock.ReLU()), torch.randn(2, WIDTH)
+    want = model(x)
+    compiled = fastnn.compile(model, fullgraph=True)
+    for one in (compiled, copy.deepcopy(compiled)):
+        assert type(one) is type(torch.compile(model, backend="eager"))
+        assert torch.equal(one(x), want)
+        assert list(one.state_dict()) == list(compiled.state_dict())
+    outer = torch.compile(lambda x: compiled(x) + 1, backend="eager", fullgraph=True)
+    assert torch.equal(outer(x), want + 1)
+    inner = fastnn.compile(lambda x: model(x), fullgraph=True)
+    outer = torch.compile(lambda x: inner(x) + 1, backend="eager", fullgraph=True)
+    assert torch.equal(outer(x), want + 1)
 
 
 # ---- Wrong rules --------------------------------------------------------------------------------

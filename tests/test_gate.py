@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import json
 import math
 import os
 import subprocess
@@ -74,19 +75,30 @@ def test_the_shipped_table_names_each_op_and_variant_once():
         named = [(line["op"], line.get("variant", "")) for line in entry["crossovers"]]
         assert len(named) == len(set(named))
         assert all(variant in REGISTRY[op].variants for op, variant in named)
+
+
+def test_an_op_without_a_line_runs_stock_and_says_so(device, simulate):
+    """A new op needs no line. `bench.gates` or `fastnn tune` gives it one."""
     every = {(name, variant) for name, op in REGISTRY.items() for variant in op.variants}
     lines = _gate.table()["default"]["crossovers"]
-    assert every == {(line["op"], line.get("variant", "")) for line in lines}
+    there = {(line["op"], line.get("variant", "")) for line in lines}
+    for op, variant in every - there:
+        assert _gate.crossover(op, "sm_90", variant)[:2] == (math.inf, _gate.NO_FIGURE)
+    simulate("sm_90")
+    rest = [line for line in lines if line["op"] != "gelu"]
+    with _gate.using({"default": {"source": "estimate", "crossovers": rest}}):
+        with fastnn.backend("auto"), fastnn.decisions() as heard:
+            F.gelu(torch.zeros(1, device=device).expand(2**28))
+    assert heard[0].why == f"size gate: {_gate.NO_FIGURE}"
 
 
 @pytest.mark.parametrize("case", [row.at(1) for row in BENCH_CASES], ids=str)
 def test_a_policy_counts_in_the_unit_of_the_table(case):
     units = {line["op"]: line["unit"] for line in _gate.table()["default"]["crossovers"]}
     for op, work in gate_work(case):
-        assert work is None or (work.unit, work.variant in REGISTRY[op].variants) == (
-            units[op],
-            True,
-        )
+        if work is not None:
+            assert work.unit == units.get(op, work.unit)
+            assert work.variant in REGISTRY[op].variants
 
 
 # ---- Floors: calls below them go to PyTorch without a question ----------------------------------
@@ -277,6 +289,10 @@ def test_an_estimate_weighs_what_is_saved_against_what_the_host_pays(tmp_path):
     before, after = (_gate.read(p)["default"]["crossovers"] for p in (_gate.TABLE, path))
     changed = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
     assert [(b["op"], b["least"]) for _, b in changed] == [("relu", 123)]
+    fewer = {"default": {"source": "", "crossovers": [b for b in before if b["op"] != "relu"]}}
+    path.write_text(json.dumps(fewer))
+    gates.write([gates.Estimate("relu", "", 1.0, 1.0, 123)], path)
+    assert _gate.read(path)["default"]["crossovers"] == after
 
 
 def test_shapes_whose_kernels_save_nothing_are_a_variant_that_never_wins(simulate):

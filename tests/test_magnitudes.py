@@ -297,6 +297,7 @@ UNREAD = "a row whose target is ignored is not read: its gradient is 0"
 ALPHA = "the CPU multiplies x by rstd * weight, and has inf - inf; CUDA has an infinity"
 MASS = "class probabilities whose sum passes the largest number: the kernel keeps the sum itself"
 ORDER = "factors and terms near the largest number: the order of products decides, in stock too"
+TINY = "the product of the incoming gradient and an input is subnormal, and rounded to the dtype"
 OUTSIDE = "a matrix product multiplies the zeros of the padding, too, as cuDNN does; a CPU does not"
 PRODUCTS = r"[Cc]onv(?!.*groups)"
 THRESHOLD = "CUDA rounds the threshold to the dtype (docs/scalars.md); the CPU does not"
@@ -345,7 +346,13 @@ LISTED: list[tuple[str, str, str, str]] = [
         MASS,
     ),
     (PRODUCTS, r"one\((-?inf|nan)", "not finite where both are", OUTSIDE),
-    ("[Bb]ilinear", r"one\(max|each|outer|inner|scaled\(1.00", "not finite where both are", ORDER),
+    (
+        "[Bb]ilinear",
+        r"one\(max|each|outer|inner|scaled\(1.00",
+        "grad of input 0: not finite where both are",
+        ORDER,
+    ),
+    ("Bilinear|bilinear", r"scaled\(0\.00", "beyond the bound", TINY),
     ("[Cc]onv", r"one\(max|each|outer|inner|scaled\(1.00", "not finite where both are", ORDER),
     # nan in one order of terms, and -inf in the other, of which relu makes 0
     ("conv_", r"scaled\((0\.[89]|1)", "not finite where both are: nan", ORDER),

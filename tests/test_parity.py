@@ -24,9 +24,12 @@ from fastnn.testing.cases import CASES
 def test_parity(case, dtype, turn, device, record_property):
     twice = turn or device != "cpu"
     record_property("bits", [("in two runs, for equal bits" if twice else "in one run", 1)])
-    draws = assert_parity(case, dtype, device, twice=twice).draws
-    if draws > 1:
-        record_property("draws", (f"{case} {dtype}", draws))
+    result = assert_parity(case, dtype, device, twice=twice)
+    if result.draws > 1:
+        record_property("draws", (f"{case} {dtype}", result.draws))
+    if result.path == "kernel":
+        ratios = [min(c.ratio, 1e9) for c in result.comparisons if c.elements]
+        record_property("ratios", (case.name, ratios))
     if device == "cpu" and case.stock is None and dtype is case.dtypes[-1]:
         # Raises if a lane reads or writes out of bounds.
         assert count(case, dtype).races == 0

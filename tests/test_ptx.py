@@ -365,6 +365,20 @@ def a_thread_out_of_bounds_is_noticed():
         )  # fmt: skip
 
 
+def subnormal_numbers_are_kept():
+    """Some functions of libdevice make 0 of a subnormal number, and `fma` does."""
+    tiny = torch.exp2(torch.arange(-149.0, -120.0))
+    for name, x in (
+        ("elu", -tiny), ("selu", -tiny), ("tanh", tiny),
+        ("softplus", torch.linspace(-103, -85, 50)), ("logsigmoid", torch.linspace(85, 103, 50)),
+    ):  # fmt: skip
+        stock = getattr(torch.nn.functional, name)
+        with emulate("cuda:90"), fastnn.backend("triton"):
+            error = (getattr(F, name)(x).double() - stock(x.double())).abs()
+        most = 2**-23 * stock(x.double()).abs() * 4 + 2**-149
+        assert (error <= most).all(), (name, x[error > most])
+
+
 def only_nvidias_code():
     for target, error in (("hip:gfx942", "only NVIDIA"), ("cuda:9", "accepted are")):
         with pytest.raises(ValueError, match=error), emulate(target):
@@ -375,7 +389,7 @@ def only_nvidias_code():
     "check",
     [
         a_wrong_kernel_is_noticed, barriers_are_needed, a_thread_out_of_bounds_is_noticed,
-        only_nvidias_code,
+        only_nvidias_code, subnormal_numbers_are_kept,
     ],
     ids=lambda f: f.__name__,
 )  # fmt: skip

@@ -36,6 +36,7 @@ from fastnn.layers._fusion import RULES
 from fastnn.layers._layer import OURS, STOCK
 from fastnn.testing import Comparison, compare_tensors, over_draws, side_of, simulated
 from fastnn.testing.cases import CASES
+from fastnn.testing.devices import surveyed
 from fastnn.testing.noise import recording, replaying
 from tests.marks import interpreted
 from tests.parts import part
@@ -245,6 +246,10 @@ FUSED = {
     "decoder": {"linear_act", "dropout_add_layer_norm"},
     "decoder, norm first": {"linear_act", "dropout_add_layer_norm", "dropout_add"},
 }
+
+
+# Models of which no call can become a plan, and why.
+WITHOUT_PLANS = {"attention": "self-attention gives one tensor as three arguments"}
 
 
 @dataclass
@@ -649,9 +654,10 @@ def outcome(name, prepare, run, home, mode, seed, dtype, draws):
     converts = home is fastnn and mode == "auto"
     net, x = prepared(name, home, converts, prepare, seed, dtype)
     torch.manual_seed(seed)
-    noise = recording() if draws is None else replaying(draws) if draws else None
+    # Ours draws the same numbers in each run. It draws them itself where plans may run.
+    noise = recording() if draws is None else replaying(draws) if home is stock and draws else None
     with fastnn.backend(mode), noise or contextlib.nullcontext() as noted:
-        if home is fastnn and draws is not None:  # plans run, because nothing is recorded
+        if home is fastnn and draws is not None:
             return run(Lab(net, x, home, mode)), None, None
         if home is fastnn:
             with fastnn.decisions() as heard:
@@ -671,12 +677,17 @@ def batch_norm_of_dense_weights(
 def compared(name, prepare, run, mode, seed):
     """(comparisons, other differences, dispatched calls).
 
-    What draws no noise runs again, if REPEATS says so: the second call of a signature is recorded,
-    and later ones are replayed as plans. The last run is the one that is compared.
+    It runs again as often as REPEATS says: the second call of a signature is recorded, and later
+    ones are replayed as plans. The last run is the one that is compared, and CALLS counts how many
+    of its calls plans answered.
     """
-    ours, draws, heard = outcome(name, prepare, run, fastnn, mode, seed, torch.float32, None)
-    for _ in range(0 if draws else REPEATS):
-        ours, _, _ = outcome(name, prepare, run, fastnn, mode, seed, torch.float32, [])
+    with surveyed() as every:  # no plan runs, because draws are recorded
+        ours, draws, heard = outcome(name, prepare, run, fastnn, mode, seed, torch.float32, None)
+    for i in range(REPEATS):
+        with surveyed() as long_way:
+            ours, _, _ = outcome(name, prepare, run, fastnn, mode, seed, torch.float32, draws)
+        if i == REPEATS - 1:
+            CALLS[name, mode].update(calls=len(every), answered=len(every) - len(long_way))
     its, _, _ = outcome(name, prepare, run, stock, mode, seed, torch.float32, draws)
     exact, _, _ = outcome(name, prepare, run, stock, mode, seed, torch.float64, draws)
     comparisons: list[Comparison] = []
@@ -700,6 +711,7 @@ def compared(name, prepare, run, mode, seed):
 
 
 REPEATS = 0
+CALLS: dict[tuple[str, str], collections.Counter] = collections.defaultdict(collections.Counter)
 
 
 def differences(name, prepare, run, mode):
@@ -749,11 +761,17 @@ def test_setup(name, record_property):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", FUSED)
-def test_the_models_are_fused(name, mode):
-    """Each model takes the path that it is meant to test, or the set-ups would show nothing."""
+def test_the_models_are_fused(name, mode, monkeypatch, record_property):
+    """Each model takes the path that it is meant to test, or the set-ups would show nothing. Its
+    calls become plans, which answer the same."""
+    monkeypatch.setitem(globals(), "REPEATS", 3)
+    CALLS.clear()
     wrong, heard = differences(name, None, lambda lab: lab.all(lab.net(lab.x)), mode)
     assert not wrong
     assert FUSED[name] <= {op.name for op, why, _ in heard if why is None}
+    answered = CALLS[name, mode]["answered"]
+    record_property("setups", [("calls that plans answered", answered)])
+    assert answered, CALLS
 
 
 def test_there_is_a_model_of_every_fused_kind():
@@ -1031,8 +1049,9 @@ def everything(arguments: list[str]) -> bool:
     """Run set-ups on models, forced and in `auto`. Returns whether all is as in stock.
 
     All of them run, or part K of N (`--part K/N`), or those whose set-up or model is an argument.
-    Each runs until its calls are plans, in C++ with FASTNN_NATIVE=1; what is printed last tells how
-    many plans there were.
+    Each runs until its calls are plans, in C++ with FASTNN_NATIVE=1. What is printed last tells how
+    many plans there were, and how many calls of each model they answered: some of each, except of
+    those in WITHOUT_PLANS.
     """
     global REPEATS
     REPEATS = 3
@@ -1045,20 +1064,24 @@ def everything(arguments: list[str]) -> bool:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    right, runs, in_cpp = True, 0, 0
+    right, runs = True, 0
     chosen = part(itertools.product(SETUPS, itertools.product(MODELS, MODES)), arguments)
     for name, (model, mode) in chosen:
         if arguments and not {name, name.split("[")[0], model} & set(arguments):
             continue
-        before = plans["in C++"]
         with simulated(least=0), mock.patch.object(_native, "call", counted):
             told, _ = differences(model, *SETUPS[name], mode)
         right &= not told
         runs += 1
-        in_cpp += plans["in C++"] > before
         print(f"{name}, {model}, {mode}: {'; '.join(told) or 'as stock'}", flush=True)
-    print(f"{runs} runs, {in_cpp} of them with plans in C++; plans: {dict(plans)}")
-    return right
+    without = [key for key, found in CALLS.items() if not found["answered"]]
+    without = [key for key in without if key[0] not in WITHOUT_PLANS]
+    for key, found in CALLS.items():
+        print(*key, f"plans answered {found['answered']} of {found['calls']} calls", sep=", ")
+    total = sum(CALLS.values(), collections.Counter())
+    print(f"{runs} runs; plans: {dict(plans)}; calls in the last of the repeats: {dict(total)}")
+    print("models without a call that a plan answered:", without or "none")
+    return right and not without
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 import fastnn
+from fastnn import kernels
 from fastnn import testing as parity
-from fastnn._mode import backend
+from fastnn._mode import Stock, backend
 from fastnn.ops import REGISTRY
 from fastnn.testing import meter
 from fastnn.testing.cases import CASES
@@ -121,14 +122,16 @@ def _address_space() -> mmap.mmap:
 
 
 def _apart(t: Tensor, dim: int):
-    """Elements of `dim` so far apart that 32 bits do not hold the offset of the last one."""
+    """Elements of `dim` so far apart that 32 bits do not hold the offset of the last one, and if
+    there is room, of all but the first two."""
     if t.dtype == torch.float64:  # the reference, for which strides do not matter
         return t, t
     strides, n = [0] * t.dim(), 1
     for d in reversed([d for d in range(t.dim()) if d != dim]):
         strides[d], n = n, n * t.shape[d]
-    last = t.shape[dim] - 1
-    strides[dim] = max(n, -(-(2**31) // last))
+    last, room = t.shape[dim] - 1, len(_address_space()) // t.element_size()
+    # 32 bits hold the stride itself, or a kernel would be compiled for strides of 64 bits.
+    strides[dim] = max(n, -(-(2**31) // last), min(2**30, (room - n) // last))
     flat = torch.frombuffer(_address_space(), dtype=t.dtype, count=n + last * strides[dim])
     view = flat.as_strided(t.shape, strides)
     return view.copy_(t), view
@@ -307,6 +310,65 @@ def test_elements_that_are_further_apart_than_32_bits_count(number, record_prope
     record_property("strides", tuple(counts.items()))
     assert not wrong, "\n".join(wrong)
     assert counts["kernel"] or name in SHARE, f"{name}: no row has it on kernels"
+
+
+def _meta(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _classes(count):
+    return _meta(1, count), _meta(1, dtype=torch.int64)
+
+
+def _recurrent(width):
+    """Arguments of an RNN of so many hidden units."""
+    weights = _meta(width, 3), _meta(width, width)
+    return _meta(2, 1, 3), _meta(1, 1, width), weights, False, 1, 0.0, False, False, False
+
+
+# Calls of which kernels would count something in 32 bits that these do not hold.
+LARGE = {
+    "conv2d": (_meta(1, 2**16, 1, 1), _meta(2**15, 2**16, 1, 1)),
+    "cosine_similarity": (_meta(1, 2**31), _meta(1, 2**31)),
+    "cross_entropy": _classes(2**31),
+    "linear": (_meta(256, 8), _meta(2**24, 8)),
+    "log_softmax": (_meta(2**31), 0),
+    "multi_margin_loss": _classes(2**31),
+    "nll_loss": _classes(2**31),
+    "normalize": (_meta(1, 2**31),),
+    "prelu": (_meta(1, 2**31), _meta(2**31)),
+    "rnn_tanh": _recurrent(2**16),
+    "softmax": (_meta(1, 2**31), 1),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_sizes_that_32_bits_do_not_count_run_stock(name):
+    declined = REGISTRY[name].fused(*LARGE[name])
+    assert isinstance(declined, Stock) and declined.code == "size", declined
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_of_many_channels_are_narrow_enough_for_32_bits(itemsize):
+    for channels in (3, 128, 2**20, 2**26 + 1, 2**27, 2**28, 2**31 - 1):
+        config = kernels.prelu.tile_config(16, channels, 1, itemsize)
+        assert (config["BLOCK_R"] - 1) * channels + config["BLOCK_K"] < 2**31
+        assert config["BLOCK_R"] * config["BLOCK_K"] * itemsize == 4096
+
+
+@interpreted
+def test_the_gradient_of_a_mask_whose_rows_are_far_apart():
+    """The kernel writes to rows of as many elements as there are keys, which may be 2**24."""
+    q, k, v, dout = torch.randn(4, 1, 1, 16, 8)
+    mask = torch.zeros(1, 1, 16, 16)
+    out, stats = kernels.attention.fwd(q, k, v, mask, scale=0.5)
+    near, apart = torch.zeros(16, 16), outer_apart(torch.zeros(16, 16))[0]
+    for dmask in (near, apart):
+        kernels.attention.bwd(
+            dout, q, k, v, mask, out, stats, scale=0.5, dmask=dmask[None, None],
+            want=(False, False, False),
+        )  # fmt: skip
+    assert torch.equal(near, apart) and near.any()
 
 
 # ---- Layers whose parameters are views -----------------------------------------------------------

@@ -1,7 +1,7 @@
 """Writes the parts of the documents that are derived from the code: `python -m tools.generate`.
 
 README.md       each ```python block is run, in order and in one process, and its output becomes the
-                ```text block after it; the table of families stands between its two markers.
+                ```text block after it; the tables of families and of models stand between markers.
 docs/layers.md  its tables of layers and of functions, between their markers.
 docs/ops.md     the whole file, from the record of each op.
 docs/compile.md  its table of models, from bench/results/counted/models.json.
@@ -144,11 +144,11 @@ def family_table() -> str:
     )
 
 
-def between(text: str, mark: str, content: str) -> str:
-    """`text` with `content` between its two comments named `mark`."""
+def between(text: str, mark: str, content: str, around: str = "\n") -> str:
+    """`text` with `content` between its two comments named `mark`, and `around` it."""
     pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->\n)", re.S)
     assert pattern.search(text), f"no place for {mark}"
-    return pattern.sub(lambda m: f"{m[1]}\n{content}\n{m[2]}", text)
+    return pattern.sub(lambda m: f"{m[1]}{around}{content}{around}{m[2]}", text)
 
 
 def ops_page() -> str:
@@ -222,7 +222,17 @@ def models_table() -> str:
     from fastnn.bench import traffic
 
     counted = json.loads((ROOT / "bench/results/counted/models.json").read_text())
-    return traffic.markdown(counted["models"])
+    return f"Device: {counted['device']}.\n\n" + traffic.markdown(counted["models"])
+
+
+def rows_of_models() -> str:
+    """The models with the fewest and the most bytes, and the mean: lines of the models' table."""
+    from fastnn.bench import traffic
+
+    counted = json.loads((ROOT / "bench/results/counted/models.json").read_text())
+    records = sorted(counted["models"], key=lambda r: traffic.ratio(r, traffic.AUTO) or 0.0)
+    *lines, mean = traffic.rows(records)
+    return traffic.markdown_of([lines[0], lines[-1], mean])
 
 
 def beside_table() -> str:
@@ -262,6 +272,7 @@ def main() -> int:
     readme, layers = ROOT / "README.md", ROOT / "docs" / "layers.md"
     models = ROOT / "docs" / "compile.md"
     front = between(run_blocks(readme.read_text()), "families", family_table())
+    front = between(front, "models", rows_of_models(), "")
     tables = between(layers.read_text(), "layers", layers_table())
     tables = between(tables, "functions", functions_table())
     compiled = ROOT / "docs" / "compiled.md"

@@ -53,6 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 @dataclasses.dataclass
 class Outcome:
     """The outcome of one row in one dtype. Each error is the largest one over the row's tensors.
+    `ratios` has the ratio of our error to that of stock for each tensor, outputs and gradients.
 
     Bytes and launches are those of forward and backward, as in `fastnn.testing.Traffic`. They are
     None if kernels are compiled, or if the row was declined.
@@ -66,6 +67,7 @@ class Outcome:
     error: float
     stock_error: float
     ratio: float
+    ratios: list[float]
     tensors: int
     gradients: int
     seconds: float
@@ -137,6 +139,7 @@ def _outcome(case: Case, dtype: torch.dtype, device: str) -> Outcome:
         worst.ours if worst else 0.0,
         worst.stock if worst else 0.0,
         worst.ratio if worst else 1.0,
+        [c.ratio for c in compared],
         len(compared),
         sum(c.what.startswith("grad") for c in compared),
         time.perf_counter() - start,
@@ -178,7 +181,7 @@ def _summary(outcomes: list[Outcome]) -> list[dict]:
                 "error": worst.error,
                 "stock_error": worst.stock_error,
                 "ratio": worst.ratio,
-                "median_ratio": statistics.median(o.ratio for o in rows),
+                "median_ratio": _median(rows),
                 "bytes": largest.passes("ours"),
                 "stock_bytes": largest.passes("stock"),
                 "roof": roofs.warning_of_name(name),
@@ -186,6 +189,12 @@ def _summary(outcomes: list[Outcome]) -> list[dict]:
             }
         )
     return lines
+
+
+def _median(outcomes: list[Outcome]) -> float:
+    """The median of the ratios of all tensors; 1 if there are none."""
+    ratios = [ratio for o in outcomes for ratio in o.ratios]
+    return statistics.median(ratios) if ratios else 1.0
 
 
 def _figure(x: float) -> str:
@@ -346,7 +355,7 @@ def run(args: argparse.Namespace) -> int:
     for o in bad:
         console.print(f"[red]{o.case} {o.dtype}[/red]", *o.failures, sep="\n  ", markup=True)
     on_kernels = sum(o.path == "kernel" for o in outcomes)
-    median = statistics.median(o.ratio for o in outcomes)
+    median = _median(outcomes)
     console.print(
         f"{len(outcomes)} rows: {on_kernels} on kernels, {len(outcomes) - on_kernels} declined; "
         f"median of error ratios to stock {_figure(median)}; {len(bad)} failed."

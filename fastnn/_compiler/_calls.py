@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils._pytree import tree_leaves
 
 
@@ -151,6 +152,15 @@ def value(node: Any) -> Any:
     return node.meta.get("example_value") if isinstance(node, Node) else None
 
 
+def same_sizes(one: Iterable[Any], other: Iterable[Any]) -> bool:
+    """Whether two shapes, or two strides, are equal at all sizes for which the graph will run.
+
+    With dynamic shapes, `==` asks whether they are equal in this call, and PyTorch then compiles
+    anew for sizes with another answer. For example, (n, 4, 8) == (4, 8) asks whether n is 4.
+    """
+    return statically_known_true(sym_eq(tuple(one), tuple(other)))
+
+
 def call(node: Any) -> Call | None:
     """What `node` computes; None if it is not a call of a function that has a name here."""
     if not isinstance(node, Node):
@@ -244,7 +254,7 @@ def keeps_rows(node: Any) -> bool:
     if not is_reshape(node) or _target_name(node) not in names:
         return False
     new, old = value(node), value(node.args[0])
-    if not new.dim() or not old.dim() or new.shape[-1] != old.shape[-1]:
+    if not new.dim() or not old.dim() or not same_sizes(new.shape[-1:], old.shape[-1:]):
         return False
     return new.is_contiguous() and old.is_contiguous()
 
@@ -370,7 +380,8 @@ def has_free_layout(node: Node) -> bool:
             if known["input"] is not node:
                 return False
             continue
-        same = isinstance(value(user), Tensor) and value(user).shape == value(node).shape
+        sum_of = value(user)
+        same = isinstance(sum_of, Tensor) and same_sizes(sum_of.shape, value(node).shape)
         if known.name != "add" or not same or not has_free_layout(user):
             return False
     return bool(node.users)

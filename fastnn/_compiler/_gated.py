@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from fastnn import _gate, _mode
+from fastnn import _front, _gate, _mode
 from fastnn._compiler._calls import value
 
 
@@ -52,11 +52,8 @@ def _is_small(node: Node, record: Any, floor: float) -> bool:
         *torch.fx.map_arg(node.args, value), **torch.fx.map_arg(node.kwargs, value)
     )
     names.apply_defaults()
-    first = next(iter(names.arguments))
-    try:
-        size = eval(record.at_most or f"{first}.numel()", {}, dict(names.arguments))
-    except Exception:  # arguments of the wrong kinds, which PyTorch rejects at the call
-        return False
+    asked = _front.below(record, record.names[0])
+    size = asked.size_of(names.arguments)
     return type(size) is int and size < floor
 
 

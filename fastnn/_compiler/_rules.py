@@ -31,6 +31,7 @@ from fastnn._compiler._calls import (
     is_reshape,
     is_widening,
     keeps_rows,
+    same_sizes,
     value,
 )
 from fastnn._compiler._site import NoMatch, Rewrite, Site, is_state
@@ -72,7 +73,7 @@ def _tensor(node: Any) -> Tensor:
 
 def _alike(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have one shape and one layout, so that their order does not matter."""
-    return one.shape == other.shape and one.stride() == other.stride()
+    return same_sizes(one.shape, other.shape) and same_sizes(one.stride(), other.stride())
 
 
 def _numbers(*values: Any) -> None:
@@ -124,7 +125,8 @@ def _sum_of_two_layouts(site: Site, end: Node) -> Rewrite:
     known = site.call(end, "add")
     site.expect(not known.inplace and known["alpha"] == 1, "in place, or scaled")
     two = [_tensor(t) for t in (known["input"], known["other"])]
-    site.expect(two[0].shape == two[1].shape and two[0].is_floating_point(), "terms of two kinds")
+    site.expect(same_sizes(two[0].shape, two[1].shape), "terms of two shapes")
+    site.expect(two[0].is_floating_point(), "integers")
     site.expect(sum(t.is_contiguous() for t in two) == 1, "not one of the terms is contiguous")
     # The norm becomes one with the sum; without a norm, a copy would be a pass too many.
     site.expect(
@@ -164,7 +166,7 @@ def _layout_of_attention_is_free(node: Node) -> bool:
     """
     for user in node.users:
         name = user.target if user.op == "call_method" else ""
-        if name == "reshape" and _tensor(user).shape == _tensor(node).shape:
+        if name == "reshape" and same_sizes(_tensor(user).shape, _tensor(node).shape):
             free = _layout_of_attention_is_free(user)
         elif name == "transpose" and user.args[1:] in ((1, 2), (2, 1)):
             free = all(
@@ -182,7 +184,7 @@ def _layout_of_attention_is_free(node: Node) -> bool:
 def _merges_heads(node: Node) -> bool:
     """Whether a reshape gives (batch, length, heads * width)."""
     batch, length, heads, width = _tensor(node.args[0]).shape
-    return _tensor(node).shape == (batch, length, heads * width)
+    return same_sizes(_tensor(node).shape, (batch, length, heads * width))
 
 
 # ---- Formulas that are written out --------------------------------------------------------------
@@ -236,7 +238,8 @@ def _rms_norm_written_out(site: Site, end: Node) -> Rewrite:
     site.expect(given.dtype == w.dtype == out.dtype, "the weight or the result has another dtype")
     wide = torch.promote_types(given.dtype, torch.float32)
     site.expect(_tensor(mean).dtype == wide, "the mean is not taken in float32")
-    site.expect(given.shape == out.shape and w.shape == given.shape[-1:], "the weight is broadcast")
+    site.expect(same_sizes(given.shape, out.shape), "the weight is broadcast")
+    site.expect(same_sizes(w.shape, given.shape[-1:]), "the weight is broadcast")
     site.expect(given.is_contiguous() and out.is_contiguous(), "the rows are not contiguous")
     shape = (w.shape[0],)
     site.expect(type(w.shape[0]) is int, "the rows have no fixed length")
@@ -275,7 +278,7 @@ def _split_one_plus(site: Site, factors: list[Node], *names: str) -> tuple[Call,
 
 def _expect_elementwise(site: Site, x: Node, end: Node) -> None:
     given = _tensor(x)
-    site.expect(given.shape == _tensor(end).shape, "the result has another shape")
+    site.expect(same_sizes(given.shape, _tensor(end).shape), "the result has another shape")
     site.expect(given.is_floating_point(), "integers")
     site.expect_all_of(given.dtype)
 
@@ -626,9 +629,10 @@ def _broadcast_factors(site: Site, node: Any) -> tuple[Node, Node]:
     two = known["input"], known["other"]
     for x, scale in (two, two[::-1]):
         one, other = _tensor(x), _tensor(scale)
-        fits = one.shape == _tensor(node).shape and one.dim() >= other.dim()
-        ratios = zip(other.shape[::-1], one.shape[::-1], strict=False)
-        if fits and other.shape != one.shape and all(s == 1 or s is n or s == n for s, n in ratios):
+        fits = same_sizes(one.shape, _tensor(node).shape) and one.dim() >= other.dim()
+        pairs = zip(other.shape[::-1], one.shape[::-1], strict=False)
+        fits = fits and all(same_sizes((s,), (n,)) or same_sizes((s,), (1,)) for s, n in pairs)
+        if fits and not same_sizes(one.shape, other.shape):
             site.expect(one.dtype == other.dtype and one.is_floating_point(), "two dtypes")
             return x, scale
     raise NoMatch("no factor is broadcast")

@@ -21,7 +21,15 @@ from fastnn import _gate, _mode
 from fastnn._mode import Stock
 from fastnn.layers import activation as acts
 from fastnn.layers import batchnorm, conv
-from fastnn.layers._layer import OURS, STOCK, as_torch_made, attributes, watched, weight_and_bias
+from fastnn.layers._layer import (
+    OURS,
+    STOCK,
+    as_torch_made,
+    attributes,
+    unwatched,
+    watched,
+    weight_and_bias,
+)
 from fastnn.layers._marks import KEY, MARK
 from fastnn.layers.dropout import Dropout
 from fastnn.layers.linear import Linear
@@ -49,7 +57,9 @@ def _sloped(name: str, a, b: float, inplace: bool) -> _Act | None:
 
 def _always(name: str) -> Callable[[Any], _Act]:
     act = name, 0.0, 0.0
-    return lambda m: act
+    tell = lambda m: act  # noqa: E731
+    tell.always = act  # type: ignore[attr-defined]
+    return tell
 
 
 _GELU: dict[str, _Act] = {"none": ("gelu", 0.0, 0.0), "tanh": ("gelu_tanh", 0.0, 0.0)}
@@ -374,6 +384,8 @@ class Group(NamedTuple):
     rule: Rule
     places: tuple[tuple[Place, type], ...]  # of those that must be there, with their classes
     more: tuple[Place, type] | None  # of the one that may be there, and is
+    # classes of the members, all of which may be stock classes -> `_ready`
+    ready: dict[tuple[type, ...], Callable[..., tuple | None]]
 
 
 # Class of a member that some rule for neighbours takes -> itself.
@@ -412,12 +424,12 @@ def _group(rule: Rule, classes: tuple[type | None, ...]) -> Group | None:
     taken: list[Any] = []
     for place, cls in zip(rule.places, (*classes, *(None,) * len(rule.places)), strict=False):
         if cls not in place.tells:
-            return Group(rule, tuple(taken), None) if place.optional else None
+            return Group(rule, tuple(taken), None, {}) if place.optional else None
         assert cls is not None
         if place.optional:
-            return Group(rule, tuple(taken), (place, cls))
+            return Group(rule, tuple(taken), (place, cls), {})
         taken.append((place, cls))
-    return Group(rule, tuple(taken), None)
+    return Group(rule, tuple(taken), None, {})
 
 
 def _group_all(classes: tuple[type | None, ...]) -> tuple[Group | None, ...] | None:
@@ -455,6 +467,44 @@ def grouped(members: list) -> tuple[Group | None, ...] | None:
     return groups
 
 
+def _ready(group: Group, kinds: tuple[type, ...]) -> Callable[..., tuple | None]:
+    """A function of the input and all members of a group: the arguments of its op.
+
+    None if a member does not fuse or is watched: `run_neighbours` then asks one by one, and says
+    why. It is generated, because a call of a group costs the host more than the calls of functions
+    that this saves.
+
+    kinds: the classes of the members.
+    """
+    given: dict[str, Any] = {"_unwatched": unwatched(*kinds), "_misfit": Misfit}
+    given["_arguments"] = group.rule.arguments
+    names = [f"m{i}" for i in range(len(kinds))]
+    told = []
+    lines = [f"if not _unwatched({', '.join(names)}):", "    return None"]
+    places = [*group.places, *([group.more] if group.more else [])]
+    for i, ((place, cls), name) in enumerate(zip(places, names, strict=True)):
+        tell: Any = place.tells[cls]
+        given[f"_tell{i}"] = getattr(tell, "always", tell)
+        if tell is _itself:
+            told.append(name)
+        elif hasattr(tell, "always"):
+            told.append(f"_tell{i}")
+        else:
+            told.append(f"t{i}")
+            lines += [f"t{i} = _tell{i}({name})", f"if t{i} is None or type(t{i}) is _misfit:"]
+            lines += ["    return None"]
+    lines += [f"found = _arguments(x, {', '.join(told)})"]
+    lines += ["return None if type(found) is _misfit else found"]
+    body = "\n        ".join(lines)
+    source = (
+        f"def make({', '.join(given)}):\n    def ready(x, {', '.join(names)}):\n        {body}\n"
+        "    return ready\n"
+    )
+    scope: dict = {}
+    exec(source, {}, scope)
+    return scope["make"](**given)
+
+
 def run_neighbours(
     group: Group, members: list, i: int, input: Any, large: bool = False
 ) -> tuple[int, Any]:
@@ -463,12 +513,40 @@ def run_neighbours(
     None do if the op would run PyTorch because of its size: the members do the same by themselves.
     large: it is known that the call is not below the floor of the op.
     """
-    rule = group.rule
+    rule, places, more, ready = group
     op: Any = rule.op.op  # type: ignore[attr-defined]
-    known = op.floor.known
-    op.find_floor()  # if no call of the op has got as far as dispatch
-    if not (large and known) and rule.small(input, members[i]):
+    if not op.floor.known:  # if no call of the op has got as far as dispatch
+        op.find_floor()
+        large = False
+    if not large and rule.small(input, members[i]):
         return i, input
+    end = i + len(places)
+    last = end if more is None else end + 1
+    taken = members[i:last]
+    kinds = tuple(map(type, taken))
+    if kinds not in ready:
+        if len(ready) >= _MOST:
+            ready.clear()
+        ready[kinds] = _ready(group, kinds)
+    arguments = ready[kinds](input, *taken)
+    if arguments is not None:
+        end = last
+    else:
+        end, arguments = _asked_one_by_one(group, members, i, input)
+        if arguments is None:
+            return i, input
+    if rule.asks and _gate.answers() and (mode := _mode.current_mode()) != "triton":
+        free = mode == "graph" or (bool(op.plans.graphed) and _mode.capturing())
+        chosen = _gate.decide(op.name, op.policy, input.get_device(), arguments, {}, free)
+        if isinstance(chosen, Stock):
+            _mode.note(op, chosen)
+            return i, input
+    return end, rule.op(*arguments)
+
+
+def _asked_one_by_one(group: Group, members: list, i: int, input: Any) -> tuple[int, tuple | None]:
+    """(index after the members that run as one op, its arguments); (i, None) if none do."""
+    rule = group.rule
     end = i + len(group.places)
     what = []
     # How the members are set is cheap to ask, and often the answer: a norm in training mode.
@@ -476,12 +554,12 @@ def run_neighbours(
         one = _set_up(place, member, cls)
         if type(one) is Misfit:
             note(rule, one)
-            return i, input
+            return i, None
         what.append(one)
     why = watched(*members[i:end])
     if why is not None:
         note(rule, Misfit("hook", why))
-        return i, input
+        return i, None
     if group.more is not None:
         one = told(group.more[0], members[end], group.more[1])
         if type(one) is not Misfit:
@@ -490,12 +568,5 @@ def run_neighbours(
     arguments = rule.arguments(input, *what)
     if type(arguments) is Misfit:
         note(rule, arguments)
-        return i, input
-    mode = _mode.current_mode()
-    if rule.asks and _gate.answers() and mode != "triton":
-        free = mode == "graph" or (bool(op.plans.graphed) and _mode.capturing())
-        chosen = _gate.decide(op.name, op.policy, input.get_device(), arguments, {}, free)
-        if isinstance(chosen, Stock):
-            _mode.note(op, chosen)
-            return i, input
-    return end, rule.op(*arguments)
+        return i, None
+    return end, arguments

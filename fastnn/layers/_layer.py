@@ -162,25 +162,62 @@ def replaced(cls: type) -> str | None:
 _INTACT: dict[type, Callable[[], bool]] = {}
 
 
-def _intact(cls: type) -> Callable[[], bool]:
-    """A function that asks what `replaced(cls)` asks, in a tenth of the time."""
+def _asked(cls: type, given: dict[str, Any]) -> list[str]:
+    """Sources of what `replaced(cls)` asks. They find objects under the names added to `given`."""
     forward, its, its_forward = _AS_MADE[cls]
-    given = {"_cls": cls, "_its": its, "_forward": forward, "_its_forward": its_forward}
-    asked = ["_cls.forward is _forward"] if cls in STOCK else []
-    asked += ["_its.forward is _its_forward", "_cls.__call__ in CALLS"]
-    asked += ["_cls._call_impl is _CALL_IMPL"]
-    for number, (name, originals) in enumerate(_CALLED[cls].items()):
-        same = [f"_functional.{name} is _f{number}_{i}" for i in range(len(originals))]
+    n = len(given)
+    given |= {f"_cls{n}": cls, f"_its{n}": its, f"_forward{n}": forward}
+    given[f"_its_forward{n}"] = its_forward
+    asked = [f"_cls{n}.forward is _forward{n}"] if cls in STOCK else []
+    asked += [f"_its{n}.forward is _its_forward{n}", f"_cls{n}.__call__ in CALLS"]
+    asked += [f"_cls{n}._call_impl is _CALL_IMPL"]
+    for name, originals in _CALLED[cls].items():
+        same = []
+        for original in originals:
+            same.append(f"_functional.{name} is _f{len(given)}")
+            given[f"_f{len(given)}"] = original
         asked += [f"({' or '.join(same) or 'False'})"]
-        given.update({f"_f{number}_{i}": f for i, f in enumerate(originals)})
+    return asked
+
+
+def _question(names: list[str], asked: list[str], given: dict[str, Any]) -> Callable[..., bool]:
+    """A function with parameters of these names: whether all that is asked holds."""
     source = (
-        f"def make({', '.join(given)}):\n    def intact():\n        try:\n"
+        f"def make({', '.join(given)}):\n    def question({', '.join(names)}):\n        try:\n"
         f"            return {' and '.join(asked)}\n"
-        "        except AttributeError:\n            return False\n    return intact\n"
+        "        except AttributeError:\n            return False\n    return question\n"
     )
     scope: dict = {}
     exec(source, globals(), scope)
     return scope["make"](**given)
+
+
+def _intact(cls: type) -> Callable[[], bool]:
+    """A function that asks what `replaced(cls)` asks, in a tenth of the time."""
+    given: dict[str, Any] = {}
+    return _question([], _asked(cls, given), given)
+
+
+@functools.lru_cache(maxsize=1024)
+def unwatched(*kinds: type) -> Callable[..., bool]:
+    """A function of layers of exactly these classes: whether `watched` returns None for them.
+
+    The classes are accelerated ones, or stock classes that have accelerated twins.
+    """
+    given: dict[str, Any] = {}
+    asked: list[str] = []
+    names = [f"_layer{i}" for i in range(len(kinds))]
+    for i, name in enumerate(names):
+        asked += [
+            f"not ((_dict{i} := {name}.__dict__)['_forward_hooks'] "
+            f"or _dict{i}['_forward_pre_hooks'] or _dict{i}['_backward_hooks'] "
+            f"or _dict{i}['_backward_pre_hooks'] or 'forward' in _dict{i} "
+            f"or '_call_impl' in _dict{i})",
+            f"('_compiled_call_impl' not in _dict{i} or _dict{i}['_compiled_call_impl'] is None)",
+        ]
+    for kind in dict.fromkeys(kinds):
+        asked += _asked(kind, given)
+    return _question(names, asked, given)
 
 
 def watched(*layers: Any) -> str | None:
@@ -233,6 +270,7 @@ def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
             defaults[f"_{p.name}"] = p.default
     given = ", ".join(passed)
     lines = []
+    define = ""
     if twin is None:
         lines += [
             f"        if _its_class.{name} is not _as_made:",
@@ -244,11 +282,12 @@ def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
     if op is not None:
         asked = _front_of_op.below(op, passed[1], "_mode.")
         assert {*asked.tensors, *asked.others} <= {*passed}, (cls, asked)
+        define = asked.define
         lines += [
             "        if _mode._plain and not _is_compiling() and 0 < _the_floor "
             f"and {asked.ready}:",
             "            try:",
-            f"                _is_small = {asked.size} < {asked.least}",
+            f"                _is_small = {asked.quiet} < {asked.least}",
             "            except Exception:",
             "                _is_small = False",
             "            if _is_small:",
@@ -270,6 +309,7 @@ def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
         "def make(_mode, _functional, _tensor_class, _our_class, _its_class, _as_made, "
         f"_its_method, _our_method, _small_method, {', '.join(defaults)}):",
         "    _the_floor = -1",
+        define,
         f"    def {name}({', '.join(declared)}):",
         *lines,
         f"        return _our_method({given})",

@@ -25,13 +25,13 @@ def _one_by_one(members, input):
     return input
 
 
-def _in_groups(members, i, input):
+def _in_groups(members, i, input, rule):
     """What the members from the i-th on make of `input`; groups of them run as one op.
 
-    The call is not small for the rule which the i-th member leads.
+    rule: that which the i-th member leads, and for which the call is not small.
     """
     groups = grouped(members)
-    first, rule = i, leads(members[i])
+    first = i
     if (
         groups is None
         or torch.compiler.is_compiling()
@@ -61,6 +61,6 @@ class Sequential(stock.Sequential, metaclass=Layer):
         for i, module in enumerate(members):
             rule = leads(module)
             if rule is not None and type(input) is Tensor and not rule.small(input, module):
-                return _in_groups(members, i, input)
+                return _in_groups(members, i, input, rule)
             input = module(input)
         return input

@@ -269,6 +269,12 @@ def _settings():
     return allowed, tuple(_order()), _is_deterministic(), tf32_setting()
 
 
+_settings.questions = (  # type: ignore[attr-defined]
+    _may_flash, _may_efficient, _may_math, _may_cudnn, _order, _is_deterministic,
+    *tf32_setting.questions,
+)  # fmt: skip
+
+
 def _splits(query, key, value, attn_mask=None, dropout_p=0.0, **others):
     """By batches and heads. A mask is whole, and the same for all of them."""
     q, k, v, m = query, key, value, attn_mask

@@ -4,10 +4,13 @@ PyTorch goes through the outputs one by one: for each it multiplies x1 by a matr
 by x2, and sums: about 4 launches and four passes over N * B numbers for each output. Here:
 
     forward   T[n, (k, j)] = x1 W, one product; then a product of each T[n] and x2[n]
-    backward  P[n, (k, j)] = dy[n, k] x2[n, j];  dx1 = P W;  dW = x1 P;  dx2 likewise from x1
+    backward  P[n, (k, j)] = dy[n, k] x2[n, j];  dx1 = P W;  dW = x1 P;  dx2 = dy[n] T[n]
 
-Rows are taken in chunks, so that T and P stay small. Chunks are added in their order, in float32.
+dx2 has PyTorch's order, in which x1 meets W first: products of x1 and dy alone might overflow. Rows
+are taken in chunks, so that T and P stay small. Chunks are added in their order, in float32.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as stock
@@ -54,17 +57,19 @@ class Bilinear(Function):
         dx1 = dy.new_empty((N, A)) if needs[0] else None
         dx2 = dy.new_empty((N, B)) if needs[1] else None
         dw = None
+        table: Any = None
+        if needs[0] or needs[1]:
+            table = w.movedim(1, 0).reshape(A, K * B)
         many = len(_chunks(dy, K * max(A, B))) > 1
         with torch.autocast(dy.device.type, enabled=False):
             for rows in _chunks(dy, K * max(A, B)):
-                d = dy[rows].unsqueeze(2)
                 if needs[0] or needs[2]:
-                    p = (d * x2[rows].unsqueeze(1)).view(-1, K * B)
+                    p = (dy[rows].unsqueeze(2) * x2[rows].unsqueeze(1)).view(-1, K * B)
                 if dx1 is not None:
-                    torch.mm(p, w.transpose(1, 2).reshape(K * B, A), out=dx1[rows])
+                    torch.mm(p, table.t(), out=dx1[rows])
                 if dx2 is not None:
-                    q = (d * x1[rows].unsqueeze(1)).view(-1, K * A)
-                    torch.mm(q, w.reshape(K * A, B), out=dx2[rows])
+                    t = torch.mm(x1[rows], table).view(-1, K, B)
+                    torch.bmm(dy[rows].unsqueeze(1), t, out=dx2[rows].unsqueeze(1))
                 if needs[2]:
                     part = torch.mm(x1[rows].t(), p)
                     part = part.float() if many else part
@@ -108,7 +113,7 @@ def _products(input1, input2, weight, *rest, **options):
     settings=tf32_setting,
 )
 def bilinear(input1, input2, weight, bias=None):
-    """Two products forward and three backward, in place of some for each output."""
+    """Two products forward and four backward, in place of some for each output."""
     tensors = [input1, input2, weight, *(() if bias is None else (bias,))]
     if not all(isinstance(t, Tensor) for t in tensors):
         return Invalid("shape", "an argument that is not a tensor")

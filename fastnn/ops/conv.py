@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -51,6 +52,13 @@ class Convolution(NamedTuple):
     @property
     def geometry(self) -> tuple[Any, ...]:
         return self.kernel_size, self.stride, self.padding, self.dilation, self.dims
+
+    def sums_both(self, weight: Tensor) -> bool:
+        """Whether one kernel sums both gradients: each channel reads one channel, by few taps."""
+        if weight.shape[0] != self.groups or weight.shape[1] != 1:
+            return False
+        taps, index = math.prod(self.kernel_size), weight.get_device()
+        return kernels.conv_direct.sums_both(taps, self.last, index)
 
     @property
     def is_linear(self) -> bool:
@@ -205,16 +213,27 @@ def _convolve(input, weight, bias, y, plan, z=None, norm=None, act=None):
 
 def _gradients(dy, input, weight, plan, needs, db=None):
     """dy, a volume -> (dx, dw, db), each None unless needed. `db` may already be known."""
-    dx = dw = None
+    dx = dw = to = None
     x = plan.batch(input)
+    want_db = needs[2] and db is None
+    both = needs[0] and needs[1] and plan.sums_both(weight)
     if needs[0]:
         dx = _new(input, x.shape, plan.last, x is not input)
         to = _volume(plan.batch(dx), plan.last)
-        _gather(dy, weight, None, to, plan, not plan.transposed)
     if needs[1]:
         x = _volume(x, plan.last)
+    if both:  # dy is read once
+        dw = weight.new_empty(weight.shape)
+        found = kernels.conv_direct.both_gradients(
+            dy, x, weight, to, dw.view(*weight.shape[:2], -1), plan.geometry, not plan.transposed,
+            plan.last, want_db,
+        )  # fmt: skip
+        db = found if db is None else db
+    elif needs[0]:
+        _gather(dy, weight, None, to, plan, not plan.transposed)
+    if needs[1] and not both:
         small, big = (x, dy) if plan.transposed else (dy, x)
-        sums = needs[2] and db is None and not plan.transposed
+        sums = want_db and not plan.transposed
         dw, found = _weight_gradient(small, big, weight, plan, sums)
         db = found if db is None else db
     if needs[2] and db is None:
@@ -283,9 +302,9 @@ class ConvAct(Function):
         act = None if given is None else (given.formula.value, given.a, given.b)
         norm = None if after.eps is None else (mean, var, scale, shift, after.eps)
         _convolve(input, weight, bias, y, plan, z, norm, act)
-        ctx.save_for_backward(
-            input, weight, mean, var, scale, shift, z, y if after.keeps_y else None
-        )
+        # PyTorch's convolution keeps both of them, unless none of its tensors wants a gradient.
+        kept = (input, weight) if any(ctx.needs_input_grad[:3]) else (None, None)
+        ctx.save_for_backward(*kept, mean, var, scale, shift, z, y if after.keeps_y else None)
         ctx.rest = plan, after, None if shift is None else shift.dtype
         ctx.set_materialize_grads(False)
         return y, z
@@ -306,8 +325,11 @@ class ConvAct(Function):
                         (z, scale, shift), dy, (True, *needs[5:7]),
                     )  # fmt: skip
                 dz = through_y if dz is None else through_y + dz
-            dx, dw = second_order(plan.formula, (input, weight), dz, needs[:2])
-            db = plan.batch(dz).flatten(2).sum((0, 2)) if needs[2] else None
+            dx = dw = db = None
+            if any(needs[:2]):
+                dx, dw = second_order(plan.formula, (input, weight), dz, needs[:2])
+            if needs[2]:
+                db = plan.batch(dz).flatten(2).sum((0, 2))
             return dx, dw, db, None, None, dscale, dshift, None, None
         db = None
         if dy is not None:
@@ -426,9 +448,10 @@ def _planned(
         return Invalid("shape", f"an output of {tuple(out)}")
     batch = input if input.dim() == dims + 2 else input.unsqueeze(0)
     positions = max(sizes.numel(), torch.Size(out).numel())
-    if max(C, K, batch.shape[0]) * positions >= _LIMIT:
+    if max(max(C, K, batch.shape[0]) * positions, weight.numel()) >= _LIMIT:
         return Stock(
-            "size", "more elements of a sample, or positions of a channel, than 32 bits can index"
+            "size",
+            "more elements of a sample or weight, or positions of a channel, than 32 bits index",
         )
     last = _runs_channels_last(batch, weight)
     direct = weight.shape[0] // groups * weight.shape[1] <= _FEW_PAIRS

@@ -68,8 +68,9 @@ def _formula(w, sample, indices, bag, count, place, like, padding_idx):
     """The bags in differentiable operators, from what the forward found."""
     bag = bag.long()
     if place is not None:
-        at = indices[place.clamp_min(0).long().flatten()].view_as(place).long()
-        return torch.where((place >= 0) & (at != padding_idx), w.gather(0, at), 0)
+        there = _positions(place, indices.numel())
+        at = indices[there.clamp_min(0).flatten()].view_as(place).long()
+        return torch.where((there >= 0) & (at != padding_idx), w.gather(0, at), 0)
     rows = stock.embedding(indices, w)
     kept = (indices != padding_idx) & (bag >= 0)
     rows = torch.where(kept[:, None], rows, 0)
@@ -78,6 +79,15 @@ def _formula(w, sample, indices, bag, count, place, like, padding_idx):
     if count is not None:
         rows = rows / count[bag.clamp_min(0)].clamp_min(1)[:, None]
     return torch.zeros_like(like).index_add(0, bag.clamp_min(0), rows.to(like.dtype))
+
+
+def _positions(place, count):
+    """Where the maxima are among the indices; -1, or padding, if a bag has none but padding."""
+    if place.dtype is not torch.uint8:
+        return place.long()
+    width = max(count // max(place.shape[0], 1), 1)  # all bags have it
+    begin = torch.arange(0, count, width, device=place.device)[:, None]
+    return begin + ((place.long() - begin) & 255).clamp_max(width - 1)
 
 
 def _rows_read(input, weight, *rest, **options):

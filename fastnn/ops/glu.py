@@ -44,15 +44,19 @@ def glu(input, dim=-1):
 
 
 class ActMul(Function):
-    """x, z -> act(x) * z. It keeps x and z; PyTorch keeps act(x) as well."""
+    """x, z -> act(x) * z.
+
+    It keeps x, and z if x wants a gradient. PyTorch keeps act(x) as well, or in place of x.
+    """
 
     strided = ("dy",)
 
     @staticmethod
     def forward(ctx, x, z, activation, a, b):
         # If only z wants a gradient, PyTorch keeps act(x), and x may be edited afterwards.
-        kept = x if ctx.needs_input_grad[0] or not ctx.needs_input_grad[1] else x.clone()
-        ctx.save_for_backward(kept, z)
+        of_x, of_z = ctx.needs_input_grad[:2]
+        kept = x if of_x or not of_z else x.clone()
+        ctx.save_for_backward(kept, z if of_x else None)
         ctx.rest = activation, a, b
         return kernels.glu.act_mul_fwd(x, z, ACTIVATIONS[activation].value, a, b)
 
@@ -60,6 +64,7 @@ class ActMul(Function):
     def backward(ctx, dy):
         x, z = ctx.saved_tensors
         activation, a, b = ctx.rest
+        z = x if z is None else z  # only the gradient of x depends on its values
         if torch.is_grad_enabled():
             act = stock_activation(activation)
             needs = ctx.needs_input_grad[:2]
@@ -142,7 +147,9 @@ def act_mul(input, other, activation="silu", a=0.0, b=0.0):
     """`activation(input, a, b) * other`, one pass per direction: SwiGLU, GEGLU, ReGLU.
 
     It takes two tensors of one shape and dtype, contiguous or both channels-last. The activations,
-    and a and b, are those of `linear_act`. Raises ValueError for any other activation.
+    and a and b, are those of `linear_act`. Keeps input for the backward, where stock keeps the
+    activation of it, and for some activations no input: an input edited before the backward then
+    raises autograd's error here alone. Raises ValueError for any other activation.
     """
     if activation not in ACTIVATIONS:
         return Invalid("option", f"activation={activation!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -43,8 +44,11 @@ class Fp32Precision:
         self._kind, self._new, self._old = kind, new, old
         self._short = False
         # What the attribute of the new name calls. It takes a tenth of the time.
+        self.questions: tuple = (self,)
         with suppress(Exception):
             self._short = _read_precision("cuda", kind) == self._new().fp32_precision
+        if self._short:
+            self.questions = (partial(_read_precision, "cuda", kind),)
 
     def __call__(self) -> str:
         reads_setting()
@@ -178,6 +182,8 @@ def _declined(input, weight, bias):
         return Invalid("shape", f"bias {tuple(bias.shape)} for {weight.shape[0]} features")
     if input.dtype != weight.dtype or (bias is not None and bias.dtype != input.dtype):
         return Invalid("dtype", "several dtypes")
+    if max(weight.shape) > 2**23:  # kernels index a tile of up to 256 rows in 32 bits
+        return Stock("size", f"a weight {tuple(weight.shape)}")
     return None
 
 

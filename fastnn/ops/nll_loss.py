@@ -9,6 +9,7 @@ from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, Work, impossible, op, run, second_order
 
 INDICES = (torch.int64, torch.uint8)
+MOST_CLASSES = 2**30  # kernels count classes in 32 bits, also those of a block past the end
 
 
 def refuse_options(input, weight, ignore_index, reduction, out_dtype):
@@ -18,6 +19,8 @@ def refuse_options(input, weight, ignore_index, reduction, out_dtype):
     C = input.shape[min(input.dim() - 1, 1)]
     if C == 0:
         return Stock("empty", "no classes")
+    if C >= MOST_CLASSES:
+        return Stock("size", f"{C} classes")
     if weight is not None:
         if not isinstance(weight, Tensor) or weight.shape != (C,):
             return Invalid("shape", "a weight that is not one value per class")

@@ -74,7 +74,9 @@ def pad(input, pad, mode="constant", value=None, *, out_dtype=None):
     if mode == "circular" and min(pad) < 0:
         return Stock("option", "circular pads that are negative")
     if mode != "constant" and not input.numel():
-        return Stock("empty", "no elements")
+        batched = dims - len(pad) // 2 == 2
+        if not batched or 0 in size[1:]:
+            return Stock("empty", "no elements")
     elements = math.prod(n + sum(both) for n, both in zip(size, pads, strict=True))
     if max(input.numel(), elements, *map(abs, pad)) >= kernels.gather.MOST:
         return Stock("size", f"{elements:,} elements by pad={pad}; 32 bits cannot index so many")

@@ -612,8 +612,6 @@ def _fractional(
     for size, a, o in zip(sizes, k, out, strict=True):
         if a < 1 or o < 1 or o + a - 1 + room > size:
             return Invalid("shape", f"{o} windows of {a} over {size}")
-    if not input.numel():
-        return Invalid("empty", "no elements")
     batch = input.shape[0] if input.dim() == dims + 2 else 1
     channels = input.shape[-dims - 1]
     if samples is None:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as stock
 
 from fastnn import kernels
-from fastnn._op import Function, Invalid, op, run, second_order
+from fastnn._op import Function, Invalid, Stock, op, run, second_order
 
 
 class PReLU(Function):
@@ -39,4 +39,6 @@ def prelu(input, weight):
     channels = input.shape[1] if input.dim() > 1 else 1
     if weight.numel() not in (1, channels):
         return Invalid("shape", f"{weight.numel()} weights for {channels} channels")
+    if channels >= 2**31 or input.shape[2:].numel() >= 2**31:  # kernels count them in 32 bits
+        return Stock("size", f"{channels} channels of {input.shape[2:].numel()} elements")
     return run(PReLU, input, weight)

@@ -52,8 +52,13 @@ class Cell(Function):
             new_h, gates = kernels.recurrent.gru_fwd(gi, gh, b_ih, b_hh, h, keep)
         else:
             new_h = kernels.recurrent.rnn_fwd(gi, gh, b_ih, b_hh, kind == "rnn_relu")
-        kept = {"lstm": new_c, "gru": None}.get(kind, new_h)
-        ctx.save_for_backward(x, h, c, w_ih, w_hh, b_ih, b_hh, kept, gates)
+        if kind in ("lstm", "gru"):
+            kept: tuple = x, h, c, w_ih, w_hh, b_ih, b_hh, new_c, gates
+        else:  # the gradients, and theirs, are those of the products of a dense matrix and of new_h
+            of_x, of_h, _, of_ih, of_hh = ctx.needs_input_grad[:5]
+            both = (x, of_ih), (h, of_hh), (None, False), (w_ih, of_x), (w_hh, of_h)
+            kept = *(t if read else None for t, read in both), None, None, new_h, None
+        ctx.save_for_backward(*kept)
         ctx.kind = kind
         ctx.set_materialize_grads(False)
         return new_h, new_c
@@ -62,7 +67,9 @@ class Cell(Function):
     def backward(ctx, dh, dc):
         x, h, c, w_ih, w_hh, b_ih, b_hh, kept, gates = ctx.saved_tensors
         kind, needs = ctx.kind, ctx.needs_input_grad
-        if torch.is_grad_enabled():  # create_graph=True: a kernel's gradient would carry no graph
+        # create_graph=True: a kernel's gradient would carry no graph
+        again = torch.is_grad_enabled()
+        if again and kind in ("lstm", "gru"):
             given = [g for g in (dh, dc) if g is not None]
 
             def formula(x, h, c, *rest):
@@ -74,7 +81,14 @@ class Cell(Function):
             inputs = (x, h, c, w_ih, w_hh, b_ih, b_hh)
             return *second_order(formula, inputs, given, needs), None
         more = None
-        if kind == "lstm":
+        if again:
+            aten = torch.ops.aten
+            dgi = dgh = (
+                aten.tanh_backward(dh, kept)
+                if kind == "rnn_tanh"
+                else aten.threshold_backward(dh, kept, 0)
+            )
+        elif kind == "lstm":
             dgi, dc = kernels.recurrent.lstm_bwd(dh, dc, c, kept, gates)
             dgh = dgi
         elif kind == "gru":
@@ -82,7 +96,7 @@ class Cell(Function):
         else:
             dgi = dgh = kernels.recurrent.rnn_bwd(dh, kept, kind == "rnn_relu")
         dx = dh = dw_ih = dw_hh = db_ih = db_hh = None
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(dgi.device.type, enabled=False):
             if needs[0]:
                 dx = dgi @ w_ih
             if needs[1]:
@@ -91,6 +105,9 @@ class Cell(Function):
                 dw_ih = dgi.t() @ x
             if needs[4]:
                 dw_hh = dgh.t() @ h
+        if again:
+            db_ih, db_hh = (dgi.sum(0) if need else None for need in needs[5:7])
+            return dx, dh, None, dw_ih, dw_hh, db_ih, db_hh, None
         if needs[5]:
             _, db_ih = kernels.epilogue.bwd(dgi, want_dz=False)
         if needs[6]:
@@ -429,6 +446,8 @@ def _layers(kind, input, state, params, biased, layers, dropout, train, both, ba
         )
     if not x.numel() * N * P:
         return Stock("empty", "no elements")
+    if max(p.numel() for p in params) >= 2**31:  # kernels index a weight in 32 bits
+        return Stock("size", f"a weight of {max(p.numel() for p in params)} elements")
     draws = train and dropout > 0 and layers > 1
     if draws and input.device.type != "cpu":
         return Stock(

@@ -59,6 +59,8 @@ def _softmax(name, x, dim, stacklevel, dtype, out_dtype, log=False, negate=False
     dims = max(x.dim(), 1)
     if not -dims <= dim < dims:
         return Invalid("option", f"dim={dim}, input {tuple(x.shape)}")
+    if x.dim() and x.shape[dim] >= 2**30:  # kernels count the elements of a row in 32 bits
+        return Stock("size", f"rows of {x.shape[dim]}")
     if dtype is None:
         dtype = out_dtype or x.dtype  # autocast sets a dtype only if the caller has not
     if dtype not in FLOATS:

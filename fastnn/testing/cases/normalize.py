@@ -24,6 +24,9 @@ CASES: list[Case] = [
     ),
     Case("normalize", (randn(2, 4097),)),
     Case("normalize", (randn(1, 4100, 3),), {"p": 1}),
+    # warps share the classes of a run of positions
+    Case("normalize", (randn(1, 70, 5, 7),), {"p": 1}),
+    Case("normalize", (randn(2, 130, 4, 16),)),
     Case("normalize", (randn(17),), {"dim": 0}),
     Case("normalize", (randn(2, 16, 6, 8),), view=channels_last),
     Case("normalize", (randn(2, 3, 4, 5),), {"dim": 2}, view=channels_last),

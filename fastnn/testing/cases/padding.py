@@ -66,7 +66,9 @@ CASES: list[Case] = [
     pad(randn(2, 3, 4, 5), (1, 1, 1, 1), "reflect", autocast=torch.bfloat16, dtypes=F32),
     pad(randn(2, 2, 3, 3), (1,) * 6, "reflect", autocast=torch.bfloat16),
     pad(randn(2, 3, 4), (1, 1), "circular", autocast=torch.bfloat16),
-    pad(randn(0, 3, 4, 4), (1,) * 4, "reflect", stock="empty"),
+    pad(randn(0, 3, 4, 4), (1,) * 4, "reflect"),
+    pad(randn(0, 3, 4), (1, 1), "circular", dtypes=F32),
+    pad(randn(0, 4, 4), (1,) * 4, "circular", dtypes=F32, stock="empty"),  # one sample
     pad(randn(1, 1, 1, 1, 1, 2), (1, 1), stock="shape"),
     pad(randn(2, 3), (1, 1), dtypes=(torch.float64,), stock="dtype"),
     pad(randn(1, 2, 5), (-1, 1), "circular", stock="option"),

@@ -167,6 +167,7 @@ CASES: list[Case] = [
     Case("lp_pool3d", (randn(1, 2, 2, 2, 2), 2, 2), autocast=torch.bfloat16, dtypes=BF16),
     # ---- fractional
     Case("fractional_max_pool2d", (randn(2, 3, 9, 8), 2), {"output_size": (4, 5)}),
+    Case("fractional_max_pool3d", (randn(0, 1, 4, 5, 4), 2), {"output_size": 2}, dtypes=F32),
     Case(
         "fractional_max_pool2d",
         (randn(2, 3, 9, 8), 2),
