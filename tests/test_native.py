@@ -32,7 +32,7 @@ from tests.marks import interpreted
 SHARE = 5  # of the ops, one in so many
 
 
-def _module():
+def runner_module():
     if why := _build.unsupported():
         pytest.skip(why)
     if _build.compiler() is None:
@@ -43,7 +43,7 @@ def _module():
 
 @pytest.fixture(scope="module")
 def module():
-    return _module()
+    return runner_module()
 
 
 @pytest.fixture
@@ -95,6 +95,7 @@ def test_which_plans_are_not_taken_is_told(native):
 CHECKS = [
     test_plans.test_the_memory_of_a_parameter_may_move,
     test_plans.test_a_subclass_and_a_list_that_changed_take_the_long_way,
+    test_plans.test_another_device_does_not_fit_a_plan,
     test_plans.test_functorch_and_tracing_take_the_long_way,
     test_plans.test_a_copied_context_keeps_its_mode,
     test_plans.test_freed_memory_does_not_fit_a_plan,
@@ -120,7 +121,7 @@ def test_of_plans(native, check):
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["layer_norm", "dropout"])
+@pytest.mark.parametrize("name", ["layer_norm", "dropout", "cross_entropy", "linear"])
 def test_whatever_changes_the_answer_is_right(native, name):
     test_plans.test_whatever_changes_the_answer_is_right(name, lambda *told: None)
 
@@ -520,5 +521,5 @@ if __name__ == "__main__":
     elif sys.argv[1] == "leaks":
         leaks(int(sys.argv[2]), *sys.argv[3:])
     else:
-        with _native.using(_module()):
+        with _native.using(runner_module()):
             sys.exit(test_plans.main(int(sys.argv[1])))

@@ -41,6 +41,7 @@ ROWS = 3  # of each op in pytest
 WITHOUT = {
     "ctc_loss": "it reads the lengths of its sequences",
     "rnn_relu": "its row has the batch first: the result is transposed after the function",
+    "gumbel_softmax": "PyTorch draws its noise",
     "multi_head_attention_forward": "it runs several ops, which have plans of their own",
     **{f"fractional_max_pool{d}d": "it draws samples, or looks at given ones" for d in "23"},
     **{f"max_unpool{d}d": "on a CPU it looks at the indices" for d in "123"},
@@ -132,6 +133,15 @@ def tf32():
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+@contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 STATES = {
     "as it is": nullcontext,
     "no_grad": torch.no_grad,
@@ -148,6 +158,7 @@ STATES = {
     ),
     "save_on_cpu": torch.autograd.graph.save_on_cpu,
     "another precision": tf32,
+    "deterministic algorithms": deterministic,
     "auto": lambda: fastnn.backend("auto"),
     "a default device": lambda: torch.device("cpu"),
 }
@@ -278,6 +289,18 @@ def test_a_subclass_and_a_list_that_changed_take_the_long_way():
     with fastnn.backend("triton"):
         y = F.layer_norm(x, shape)
     torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, [4, 8]))
+
+
+def test_another_device_does_not_fit_a_plan():
+    x, w = torch.randn(4, 8), torch.ones(8)
+    _warm(lambda: F.layer_norm(x, (8,), w))
+    (plan,) = [p for plans in REGISTRY["layer_norm"].plans.ready.values() for p in plans]
+    with fastnn.backend("triton"):
+        assert plan(x, (8,), w, None, 1e-5) is not _plan.UNFIT
+        assert plan(x.to("meta"), (8,), w.to("meta"), None, 1e-5) is _plan.UNFIT
+        with pytest.raises(fastnn.BackendError, match="a tensor is on meta"):
+            F.layer_norm(x.to("meta"), (8,), w.to("meta"))
+    assert F.layer_norm(x.to("meta"), (8,), w.to("meta")).is_meta
 
 
 def test_functorch_and_tracing_take_the_long_way():
