@@ -69,9 +69,9 @@ CODES: dict[Code, str] = {
 
 
 class BackendError(RuntimeError):
-    """Raised under `backend("triton")` for a call that no kernel can run. Names op and reason.
+    """A call under `backend("triton")` that no kernel can run. The text names op and reason.
 
-    code: the kind of the reason, one of those that docs/api.md explains.
+    - `code`: the kind of the reason. docs/api.md explains all codes.
     """
 
     code: Code | None = None
@@ -202,16 +202,17 @@ def traced_mode() -> Mode:
 class backend:
     """`with fastnn.backend(mode):` chooses what runs the calls inside the block.
 
-    "auto": kernels where they win, PyTorch elsewhere.
-    "triton": kernels at every size. A call that would go to PyTorch for any reason except its size
-        raises `BackendError`.
-    "torch": always PyTorch.
+    - `"auto"`: kernels run where they win, and PyTorch runs elsewhere.
+    - `"triton"`: kernels run at every size. A call that would go to PyTorch for any other reason
+      than its size raises `BackendError`.
+    - `"torch"`: PyTorch always runs.
 
-    The default is the environment variable `FASTNN_BACKEND`, else "auto".
+    The default mode is the environment variable `FASTNN_BACKEND`, or else "auto".
 
     The block holds in this thread. It also holds in threads that opened no block of their own
-    (those of autograd and of DataParallel), as long as it is the most recently opened block. Raises
-    ValueError for any other mode.
+    (those of autograd and of DataParallel), as long as it is the most recently opened block.
+
+    Raises ValueError for any other mode.
     """
 
     def __init__(self, mode: Mode):
@@ -260,11 +261,11 @@ def capturing() -> bool:
 
 
 class Decision(NamedTuple):
-    """One dispatch.
+    """The path that one call took.
 
-    op: the `Op`.
-    why: None if a kernel ran, else the reason why PyTorch ran, in words.
-    code: None if a kernel ran, else the kind of the reason, one of `CODES`.
+    - `op`: the record of the function that was called.
+    - `why`: None if a kernel ran. Otherwise the reason why PyTorch ran, in words.
+    - `code`: None if a kernel ran. Otherwise the kind of the reason, one of `CODES`.
     """
 
     op: Any

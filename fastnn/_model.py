@@ -31,10 +31,10 @@ def _expect_module(verb: str, model: Any) -> None:
 def convert(model: stock.Module) -> stock.Module:
     """Let each stock layer of `model` run on our methods, if we have some, in place.
 
-    No layer changes its class: `type(layer) is torch.nn.Linear` stays true. Each gets a mark, an
-    entry `_fastnn` of its `__dict__`. Copies keep it. A pickle names nothing of fastnn; where
-    fastnn was imported before it is loaded, the layers are marked again. Layers of fastnn's own
-    classes become marked layers of the stock classes.
+    No layer changes its class: `type(layer) is torch.nn.Linear` stays true. Each layer gets a mark,
+    an entry `_fastnn` of its `__dict__`. A copy keeps the mark. A pickle names nothing of fastnn.
+    If fastnn is imported before the pickle is loaded, the layers are marked again. Layers of
+    fastnn's own classes become marked layers of the stock classes.
 
     Parameters, buffers, hooks, names and training flags stay the same objects, so optimizers stay
     valid. Only layers that are exactly of a stock class are marked. A subclass may have a forward
@@ -73,8 +73,9 @@ def revert(model: stock.Module) -> stock.Module:
 def reverted(model: stock.Module) -> Iterator[stock.Module]:
     """`with fastnn.reverted(model):` runs `revert(model)` for the length of the block.
 
-    At the end, also by an exception, the layers of `model` at the beginning run on our methods
-    again, if they are still of their stock class. Layers that the block put in stay as they are.
+    After the block, also if it raised, the layers that `model` had before the block run on our
+    methods again, if they still have their stock class. Layers that the block put in stay as they
+    are.
 
     Yields `model`. Raises TypeError if `model` is not a Module.
     """
@@ -128,9 +129,10 @@ class patch:
     our methods where they call those of their stock class. While the block is open, the functions
     of `torch.nn.functional` resolve to those of fastnn.
 
-    It holds for the whole process, and may be nested. When the outermost block ends, also by an
-    exception, the original objects are put back, except where somebody else replaced them inside
-    the block. The layers stay marked. What was imported inside the block works after it.
+    The block holds for the whole process, and may be nested. When the outermost block ends, also if
+    it raised, the original functions are put back. A function that somebody else replaced inside
+    the block stays replaced. The layers stay marked. Modules that were imported inside the block
+    work after it.
     """
 
     def __enter__(self) -> patch:
@@ -161,12 +163,12 @@ class patch:
 class Row(NamedTuple):
     """One line of an explanation.
 
-    layer: the layer's name in the model; "" is the model itself.
-    kind: the class of the layer.
-    op: the function that was dispatched, or None.
-    path: "kernel", "stock", or None if nothing was run.
-    reason: the reason, in words.
-    code: if PyTorch ran, the kind of the reason; docs/api.md has the list.
+    - `layer`: the name of the layer in the model; "" is the model itself.
+    - `kind`: the class of the layer.
+    - `op`: the function that was called, or None.
+    - `path`: "kernel", "stock", or None if nothing was run.
+    - `reason`: why the call took this path, in words.
+    - `code`: the kind of the reason, if PyTorch ran. docs/api.md has the list.
     """
 
     layer: str
@@ -309,13 +311,13 @@ def explain(
     function, in order. Functions of PyTorch that have no kernels, such as `grid_sample` and
     `affine_grid`, are not dispatched and have no row. Buffers and random states are put back.
     Without inputs, it gives one row per layer, from the class of the layer alone. With
-    `compiled=True`, which needs inputs, it tells of the call of `fastnn.compile(model)`. A row then
-    names the layer in which the last of the calls stands that became the op.
+    `compiled=True`, which needs inputs, it calls `fastnn.compile(model)`. Several calls may then
+    have become one op. The row of the op names the layer of the last of these calls.
 
     With `host=True`, which needs inputs on a GPU, forward and backward run a few times more. The
     text of the `Explanation` then ends with a line that says whether the host or the GPU is the
-    limit of a step, and which setting fits (`Explanation.host`, a `HostTime`). It decides nothing:
-    no call of fastnn depends on a clock.
+    limit of a step, and which setting fits (`Explanation.host`, a `HostTime`). This time changes
+    nothing: no decision of fastnn depends on a clock.
 
     Returns an `Explanation`, a tuple of `Row`s that prints as a table. Raises TypeError if `model`
     is not a Module, ValueError if `host=True` finds no inputs on a GPU, and any error that the
@@ -365,8 +367,8 @@ def explain(
 class HostTime(NamedTuple):
     """What a step, forward and backward, takes: the least of several, in milliseconds.
 
-    enqueue: until the host has handed over all work, if the GPU has nothing else to do.
-    step: until the GPU has finished, if steps follow one another.
+    - `enqueue`: until the host has handed over all work, if the GPU has nothing else to do.
+    - `step`: until the GPU has finished, if steps follow one another.
     """
 
     enqueue: float
@@ -419,11 +421,11 @@ def _host_time(model: stock.Module, inputs: tuple, kwargs: dict) -> HostTime:
 def warmup(model: stock.Module, *inputs, **kwargs) -> None:
     """Compile every kernel that `model(*inputs, **kwargs)` and its backward launch.
 
-    It runs the forward and the backward. Later calls with these shapes and dtypes then find the
-    kernels compiled. Use it before a benchmark, and before the capture of a CUDA graph: during
-    capture nothing can be compiled. In `auto` two further runs make plans for such a capture: a
-    replay costs the host nothing, so kernels then also run for calls that are too small for them
-    elsewhere. Parameters, their `.grad`, buffers and random states stay as they are.
+    `warmup` runs the forward and the backward. Later calls with these shapes and dtypes then find
+    the kernels compiled. Use it before a benchmark, and before the capture of a CUDA graph, because
+    nothing can be compiled during a capture. In `auto` two further runs prepare such a capture. The
+    replay of a CUDA graph costs the host nothing, so kernels also run there for calls that are too
+    small for them elsewhere. Parameters, their `.grad`, buffers and random states stay as they are.
 
     Raises TypeError if `model` is not a Module, and any error that the model raises.
     """

@@ -191,7 +191,7 @@ def _show(console: Console, c: DemoResult) -> None:
     console.rule(f'{c.title} on {c.device}, fastnn in mode "{c.mode}"')
     s = c.size
     console.print(
-        f"{s.layers} layers, width {s.width}, {s.heads} heads, context {s.context}, "
+        f"{_cli.count(s.layers, 'layer')}, width {s.width}, {s.heads} heads, context {s.context}, "
         f"batch {s.batch}, dropout {s.dropout:g}, {s.steps} steps of AdamW"
     )
     table = Table(title="training loss, nats per character")

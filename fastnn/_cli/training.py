@@ -384,7 +384,7 @@ def judge_rounding(curves: dict[str, list[float]]) -> Verdict:
             f"{len(apart)} of {len(error)} values are out of bounds, first at step {apart[0]}: "
             f"{error[apart[0]]:.3g} from float64, {allowed[apart[0]]:.3g} allowed"
         )
-    rule = "at every step: at most twice the distance of stock from float64 so far, plus an ulp"
+    rule = "at most twice the distance of stock from float64 so far, plus an ulp, at each step"
     return Verdict(not apart, rule, finding, error, errors["stock"], allowed)
 
 

@@ -181,9 +181,7 @@ def leaky_relu(input, negative_slope=0.01, inplace=False):
 
 def _leaky_relu(x, slope, inplace):
     if inplace and isinstance(slope, (int, float)) and slope < 0:
-        return Stock(
-            "autograd", f"negative_slope={slope} in place"
-        )  # PyTorch's backward refuses it
+        return Stock("autograd", f"negative_slope={slope} in place: the backward would raise")
     return _pointwise(x, LEAKY_RELU, slope, inplace=inplace)
 
 
@@ -228,7 +226,7 @@ def elu(input, alpha=1.0, inplace=False):
 
 def _elu(x, alpha, input_scale, inplace):
     if inplace and isinstance(alpha, (int, float)) and alpha < 0:
-        return Stock("autograd", f"alpha={alpha} in place")  # PyTorch's backward refuses it
+        return Stock("autograd", f"alpha={alpha} in place: the backward would raise")
     return _pointwise(x, ELU, alpha, input_scale, inplace)
 
 

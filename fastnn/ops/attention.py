@@ -326,7 +326,7 @@ def scaled_dot_product_attention(
         return Stock("empty", "no elements")  # PyTorch fills the result, and keeps nothing
     D, (S, E) = q.shape[-1], v.shape[-2:]
     if not 0 < D <= 256 or not 0 < E <= 256:
-        return Stock("size", f"head size {max(D, E)}")
+        return Stock("size", f"heads of size {max(D, E)}; kernels take at most 256")
     if mask is not None:
         if _four_of_mask(mask, lead[:-1]) is None:
             return Stock(

@@ -184,7 +184,7 @@ def _unfit(input, eps, momentum=0.0) -> Stock | None:
     if not input.numel():
         return Stock("empty", "no elements")
     if input.numel() >= 2**31:  # kernels count the elements of a channel in 32 bits
-        return Stock("size", f"{input.numel()} elements")
+        return Stock("size", f"{input.numel():,} elements; kernels take less than 2^31")
     return None
 
 

@@ -83,7 +83,7 @@ def ctc_loss(
             "dtype", f"log_probs in {log_probs.dtype}, which PyTorch has for float32 only"
         )
     if targets.dtype not in INTEGERS:
-        return Stock("dtype", f"targets in {targets.dtype}")
+        return Stock("dtype", f"targets in {targets.dtype}; kernels take integers")
     if type(blank) is not int or type(zero_infinity) is not bool:
         return Stock("option", f"blank={blank!r}, zero_infinity={zero_infinity!r}")
     if reduction not in ("none", "mean", "sum"):
@@ -119,7 +119,7 @@ def ctc_loss(
             return Invalid("shape", "targets that are not (N, at least the longest target length)")
         offsets = [target.stride(0) * n for n in range(N)]
     if max(labels) > kernels.ctc.MOST:
-        return Stock("size", f"{max(labels)} labels")
+        return Stock("size", f"{max(labels)} labels; kernels take at most {kernels.ctc.MOST}")
     lengths = steps, labels, offsets
     loss = run(CTCLoss, x, target, lengths, (blank, reduction, zero_infinity))
     if reduction == "none" and log_probs.dim() == 2:

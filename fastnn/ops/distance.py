@@ -297,7 +297,7 @@ def pairwise_distance(x1, x2, p=2.0, eps=1e-6, keepdim=False, *, out_dtype=None)
         return found
     norm = _norm(p)
     if norm is None:
-        return Stock("option", f"p={p!r}")
+        return Stock("option", f"p={p!r}; kernels take exponents above 0, up to 64")
     if not number(eps):
         return Invalid("option", f"eps={eps!r}")
     dtype = out_dtype or common_dtype(x1, x2)
@@ -360,7 +360,7 @@ def _triplet_loss(xs, margin, p, eps, swap, legacy, reduction, out_dtype):
         return found
     norm = _norm(p)
     if norm is None:
-        return Stock("option", f"p={p!r}")
+        return Stock("option", f"p={p!r}; kernels take exponents above 0, up to 64")
     dtype = out_dtype or common_dtype(*xs)
     if isinstance(dtype, Stock):
         return dtype

@@ -115,7 +115,7 @@ def _fused(x, p, launcher, n, inplace, alpha=False):
         scale, draw = 0.0, _rng.draw_nothing(n, x.get_device())
     else:
         if n * x.element_size() >= 2**31:
-            return Stock("size", f"noise of {n} elements, more than 32 bits can index")
+            return Stock("size", f"noise of {n:,} elements; 32 bits cannot index so many")
         if alpha:
             scale, shift = _alpha_constants(p, x.dtype)
         else:

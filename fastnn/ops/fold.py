@@ -49,7 +49,7 @@ def unfold(input, kernel_size, dilation=1, padding=0, stride=1):
         return Invalid("shape", f"no block within {tuple(input.shape)}")
     elements = input.numel() // (H * W) * math.prod(pairs[0]) * math.prod(blocks)
     if max(elements, input.numel()) >= kernels.gather.MOST:
-        return Stock("size", f"a result of {elements} elements")  # more than 32 bits can index
+        return Stock("size", f"a result of {elements:,} elements; 32 bits cannot index so many")
     return run(LinearMap, input, _maps((H, W), pairs), False)
 
 
@@ -71,6 +71,6 @@ def fold(input, output_size, kernel_size, dilation=1, padding=0, stride=1):
         return Invalid("shape", f"blocks of {tuple(input.shape)} for {size}")
     elements = input.numel() // (math.prod(pairs[0]) * length) * math.prod(size)
     if max(elements, input.numel()) >= kernels.gather.MOST:
-        return Stock("size", f"a result of {elements} elements")  # more than 32 bits can index
+        return Stock("size", f"a result of {elements:,} elements; 32 bits cannot index so many")
     unfold, fold, *_ = _maps(size, pairs)
     return run(LinearMap, input, Maps(fold, unfold, fold), False)

@@ -452,7 +452,7 @@ def linear_act(
     M = input.shape[:-1].numel()
     drops = training and p > 0 and M * N > 0
     if drops and M * N >= 2**31:
-        return Stock("size", f"dropout of {M * N} elements, more than 32 bits can index")
+        return Stock("size", f"dropout of {M * N:,} elements; 32 bits cannot index so many")
     arch = _gpus.architecture(input.get_device())
     noise = None
     if drops:

@@ -57,9 +57,9 @@ def local_response_norm(input, size, alpha=1e-4, beta=0.75, k=1.0, *, out_dtype=
     if not input.numel():
         return Stock("empty", "no elements")
     if input.numel() >= 2**31:
-        return Stock("size", f"{input.numel()} elements")  # more than 32 bits can index
+        return Stock("size", f"{input.numel():,} elements; 32 bits cannot index so many")
     if size > _WIDEST:
-        return Stock("size", f"size={size}, of more than {_WIDEST} channels")
+        return Stock("size", f"a window of size={size} channels; kernels take at most {_WIDEST}")
     if not input.is_contiguous():
         return Stock("layout", "input that is not contiguous")
     if input.dim() == 3 and input.device.type == "cpu":

@@ -261,7 +261,9 @@ def multi_head_attention_forward(
         return Invalid("option", "one of bias_k and bias_v")
     more = [t for t in (bias_k, bias_v) if t is not None]
     if any(tuple(t.shape) != (1, 1, query.shape[-1]) for t in more):
-        return Stock("shape", f"bias_k {tuple(bias_k.shape)}")
+        return Stock(
+            "shape", f"bias_k of shape {tuple(bias_k.shape)}; kernels take the shape of the layer"
+        )
     given = [*more, query, key, value, *(separate or (in_proj_weight,)), out_proj_weight]
     given += [t for t in (in_proj_bias, out_proj_bias) if t is not None]
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -269,7 +271,9 @@ def multi_head_attention_forward(
         if any(t.dtype != query.dtype for t in given):
             return Invalid("dtype", "several dtypes")
         if masks and masks[0].dtype not in (torch.bool, query.dtype):
-            return Stock("dtype", f"a mask in {masks[0].dtype}")
+            return Stock(
+                "dtype", f"a mask in {masks[0].dtype}; kernels take bool and {query.dtype}"
+            )
     elif more or add_zero_attn:
         return Stock("autocast", "bias_k or add_zero_attn under autocast")
     dtype = low or query.dtype
@@ -282,7 +286,7 @@ def multi_head_attention_forward(
     if not B * L * S:
         return Stock("empty", "no elements")
     if E // H > 256:
-        return Stock("size", f"heads of {E // H}")
+        return Stock("size", f"heads of size {E // H}; kernels take at most 256")
     p = float(dropout_p) if training else 0.0
     if need_weights:
         weights_dtype = torch.float32 if low is not None and device == "cuda" else dtype
@@ -340,7 +344,7 @@ _nothing = _Nothing()
 def _noise(p, n, dtype, device):
     """(noise of attention, scale of its gradient): what PyTorch's dropout of n weights draws."""
     if n >= 2**31:
-        return Stock("size", f"dropout of {n} weights, more than 32 bits can index")
+        return Stock("size", f"dropout of {n:,} weights; 32 bits cannot index so many")
     bound = kernels._philox.bound(1.0 - p)
     if p == 1:
         draw: Any = _rng.draw_nothing(n, device)

@@ -59,7 +59,8 @@ def multilabel_margin_loss(
     if input.shape[-1] == 0:
         return Stock("empty", "no classes")
     if input.shape[-1] > kernels.multilabel_margin.MOST:
-        return Stock("size", f"{input.shape[-1]} classes")
+        most = kernels.multilabel_margin.MOST
+        return Stock("size", f"{input.shape[-1]:,} classes; kernels take at most {most:,}")
     if size_average is not None or reduce is not None:
         reduction = resolve_reduction(size_average, reduce, reduction)
     divisor = row_divisor(reduction, input.shape[:-1].numel())

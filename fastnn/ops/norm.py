@@ -99,7 +99,7 @@ def unfit(input, normalized_shape, eps, *parameters):
     if type(eps) not in (float, int):
         return Invalid("option", f"eps={eps!r}")
     if math.prod(shape) >= 2**30:  # kernels count columns in 32 bits
-        return Stock("size", f"rows of {math.prod(shape)}")
+        return Stock("size", f"rows of {math.prod(shape):,} elements; kernels take less than 2^30")
     return None
 
 

@@ -59,7 +59,7 @@ def normalize(input, p=2.0, dim=1, eps=1e-12, out=None, *, out_dtype=None):
     if out is not None:
         return Stock("option", "out=")
     if isinstance(dim, (tuple, list)):
-        return Stock("option", f"dim={dim!r}: kernels have rows along one dimension")
+        return Stock("option", f"dim={dim!r}; kernels take one dimension")
     if isinstance(dim, bool) or not isinstance(dim, int) or not number(eps):
         return Invalid("option", f"dim={dim!r}, eps={eps!r}")
     if not input.dim():
@@ -71,6 +71,6 @@ def normalize(input, p=2.0, dim=1, eps=1e-12, out=None, *, out_dtype=None):
     if input.shape[dim] >= MOST_CLASSES:
         return Stock("size", f"rows of {input.shape[dim]}")
     if isinstance(p, bool) or p not in (1, 2):
-        return Stock("option", f"p={p!r}")
+        return Stock("option", f"p={p!r}; kernels take 1 and 2")
     dtype = out_dtype or input.dtype
     return run(Normalize, input, int(p), dim % input.dim(), float(eps), dtype)

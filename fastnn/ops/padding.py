@@ -79,7 +79,7 @@ def pad(input, pad, mode="constant", value=None, *, out_dtype=None):
             return Stock("empty", "no elements")
     elements = math.prod(n + sum(both) for n, both in zip(size, pads, strict=True))
     if max(input.numel(), elements, *map(abs, pad)) >= kernels.gather.MOST:
-        return Stock("size", f"{elements} elements by pad={pad}")  # more than 32 bits can index
+        return Stock("size", f"{elements:,} elements by pad={pad}; 32 bits cannot index so many")
     fill = rounded(0.0 if value is None else value, input.dtype)
     if fill is None:
         return Invalid("option", f"value={value!r}")

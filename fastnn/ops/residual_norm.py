@@ -127,9 +127,9 @@ def _fused(z, x, weight, bias, p, training, normalises, returns_sum, **norm):
         return Stock("empty", "no elements" if z.dim() else "0 dimensions")
     dtype = _sum_dtype(z, x)
     if not kernels.residual_norm.fits(z.shape[-1], dtype.itemsize):
-        return Stock("size", f"rows of {z.shape[-1]}")
+        return Stock("size", f"rows of {z.shape[-1]:,} elements do not fit into registers")
     if z.numel() // z.shape[-1] >= 2**30:  # kernels count rows in 32 bits
-        return Stock("size", f"{z.numel() // z.shape[-1]} rows")
+        return Stock("size", f"{z.numel() // z.shape[-1]:,} rows; kernels take less than 2^30")
     swapped = not z.is_contiguous()
     if swapped and (z.dim() != 3 or not z.transpose(0, 1).is_contiguous()):
         return Stock("layout", f"a branch with strides {z.stride()}")
@@ -139,7 +139,7 @@ def _fused(z, x, weight, bias, p, training, normalises, returns_sum, **norm):
     noise = None
     if training and p > 0:
         if z.numel() >= 2**31:
-            return Stock("size", f"dropout of {z.numel()} elements, more than 32 bits can index")
+            return Stock("size", f"dropout of {z.numel():,} elements; 32 bits cannot index so many")
         bound = kernels._philox.bound(1.0 - p)
         if p == 1:
             noise = Noise(_rng.draw_nothing(z.numel(), z.get_device()), "elements", bound, 0.0, 0.0)

@@ -74,7 +74,9 @@ def scale_add(input, scale, residual=None):
             return Stock("layout", f"strides {input.stride()} and {residual.stride()}")
     sizes = kernels.scale.sizes_of(y, scale)
     if sizes is None:
-        return Stock("layout", f"{tuple(scale.shape)} lies apart in strides {y.stride()}")
+        apart = "in which dimensions of the scale lie apart"
+        return Stock("layout", f"strides {y.stride()}, {apart}")
     if sizes[1] >= 2**31 or sizes[2] >= 2**31:  # kernels count them in 32 bits
-        return Stock("size", f"{sizes[1]} scales of {sizes[2]} elements")
+        many = f"{sizes[1]:,} scales of {sizes[2]:,} elements"
+        return Stock("size", f"{many}; kernels take less than 2^31")
     return run(Scale, input, scale, residual, sizes)

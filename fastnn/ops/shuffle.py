@@ -12,7 +12,7 @@ def _shuffled(input, there, back, keeps):
     if not input.numel():
         return Stock("empty", "no elements")  # PyTorch raises in the backward
     if input.numel() >= kernels.gather.MOST:
-        return Stock("size", f"{input.numel()} elements")  # more than 32 bits can index
+        return Stock("size", f"{input.numel():,} elements; 32 bits cannot index so many")
     last = channels_last(input)
 
     def forward(x):
@@ -37,7 +37,7 @@ def _too_many(input):
     """`Stock`, where the dimensions are more than kernels walk."""
     most = kernels.gather.AXES
     return (
-        Stock("shape", f"{input.dim()} dimensions, of more than {most}")
+        Stock("shape", f"{input.dim()} dimensions; kernels take at most {most}")
         if input.dim() > most
         else None
     )

@@ -66,7 +66,7 @@ def _softmax(name, x, dim, stacklevel, dtype, out_dtype, log=False, negate=False
     if dtype is None:
         dtype = out_dtype or x.dtype  # autocast sets a dtype only if the caller has not
     if dtype not in FLOATS:
-        return Stock("dtype", f"dtype={dtype}")
+        return Stock("dtype", f"dtype={dtype}; kernels write float32, float16 and bfloat16")
     return run(Softmax, x, dim % dims, log, negate, dtype)
 
 

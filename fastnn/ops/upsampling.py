@@ -147,7 +147,7 @@ def interpolate(
         return Invalid("shape", f"{tuple(input.shape)} to {tuple(sizes)}")
     elements = math.prod((*input.shape[:2], *sizes))
     if max(elements, input.numel()) >= kernels.gather.MOST:
-        return Stock("size", f"a result of {elements} elements")  # more than 32 bits can index
+        return Stock("size", f"a result of {elements:,} elements; 32 bits cannot index so many")
     dtype = out_dtype or input.dtype
     was = tuple(input.shape[2:])
     align = bool(align_corners)

@@ -56,7 +56,7 @@ Maker = Callable[[torch.dtype, str], Any]
 
 
 def randn(*shape: int, grad: bool = True, scale: float = 1.0, shift: float = 0.0) -> Maker:
-    """Maker of normal values in `shape`, in the row's dtype; with `grad` a leaf with a gradient."""
+    """A maker of normal values in `shape`, in the row's dtype. `grad`: it requires a gradient."""
 
     def make(dtype, device):
         x = torch.randn(shape) * scale + shift
@@ -66,7 +66,7 @@ def randn(*shape: int, grad: bool = True, scale: float = 1.0, shift: float = 0.0
 
 
 def values(*numbers: float, grad: bool = True) -> Maker:
-    """Maker of a vector with exactly these numbers, in the row's dtype."""
+    """A maker of a vector with exactly these numbers, in the dtype of the row."""
 
     def make(dtype, device):
         return torch.tensor(numbers).to(device, dtype).requires_grad_(grad)
@@ -75,7 +75,7 @@ def values(*numbers: float, grad: bool = True) -> Maker:
 
 
 def classes(*shape: int, high: int, ignore: int | None = None) -> Maker:
-    """Maker of int64 class indices below `high`; every third one is `ignore`, if that is given."""
+    """A maker of class indices in int64 below `high`. If given, every third is `ignore`."""
 
     def make(dtype, device):
         t = torch.randint(high, shape)
@@ -90,16 +90,16 @@ def classes(*shape: int, high: int, ignore: int | None = None) -> Maker:
 class Case:
     """One row.
 
-    name: a layer of torch.nn ("LayerNorm") or a function of torch.nn.functional ("layer_norm").
-    inputs: makers of the positional arguments, or plain values.
-    options: keyword arguments of the layer's constructor, or of the function; makers are called.
-    view: a function that is applied to the first input (a transpose, a slice, channels_last, ...).
-    stock: the code of the reason, if the row must run stock; docs/api.md lists the codes.
-    dtypes: the dtypes in which the row runs.
-    autocast: the row runs under autocast to this dtype.
-    train: the mode of the layer.
-    members: the members of a container, as makers; each gets the namespace that has its class.
-    since: the first torch version that runs the row; with older versions the row is left out.
+    - `name`: a layer of torch.nn ("LayerNorm") or a function of torch.nn.functional ("layer_norm").
+    - `inputs`: makers of the positional arguments, or plain values.
+    - `options`: keyword arguments of the layer or of the function. Makers are called.
+    - `view`: a function that is applied to the first input (a transpose, a slice, channels_last).
+    - `stock`: the code of the reason, if the row must run stock. docs/api.md lists the codes.
+    - `dtypes`: the dtypes in which the row runs.
+    - `autocast`: the row runs under autocast to this dtype.
+    - `train`: whether the layer is in training mode.
+    - `members`: the members of a container, as makers. Each gets the namespace that has its class.
+    - `since`: the first torch version that runs the row. Older versions leave the row out.
     """
 
     name: str
@@ -433,12 +433,14 @@ def check(
     *,
     twice: bool = True,
 ) -> Result:
-    """Run one row in one dtype, as `compare_sides`. It must take the path that it states.
+    """Run one row in one dtype as fastnn, as stock and as stock in float64, and compare them.
 
-    With `twice`, our side runs twice on the first inputs and must give the same bits.
+    The row must take the path that it states. With `twice`, fastnn runs twice on the first inputs
+    and must give the same bits.
 
     If the row is beyond its bound, other inputs and incoming gradients are drawn, and the row is
-    judged by the largest errors over 5 draws. If it is still beyond its bound, over 25 draws.
+    judged by the largest errors over 5 draws. If the row is still beyond its bound, it is judged by
+    the largest errors over 25 draws. Returns a `Result`, whose `failures` lists every difference.
     """
     results = [check_draw(case, dtype, device, mode, 0, twice)]
     comparisons = results[0].comparisons
@@ -576,7 +578,10 @@ def viewing(view, call):
 def assert_parity(
     case: Case, dtype: torch.dtype, device: str = "cpu", *, twice: bool = True
 ) -> Result:
-    """As `check`, but raises AssertionError that lists every difference. Returns the `Result`."""
+    """Run `check`, and raise AssertionError with every difference if there is one.
+
+    Returns the `Result`. The arguments are those of `check`.
+    """
     result = check(case, dtype, device, twice=twice)
     if result.failures:
         lines: Sequence[str] = [f"{case} in {dtype}, path {result.path}:", *result.failures]
