@@ -426,6 +426,7 @@ SOFTMAX = [
     row("Softmax", "sampling, vocabulary of Llama 3", 256, 128256, (BF16, FP32),
         options={"dim": -1}, train=False),
     row("Softmax", "odd", 1021, 4099, options={"dim": -1}),
+    row("gumbel_softmax", "wav2vec 2.0, two codebooks", 48000, 320, (BF16, FP32)),
     row("Softmax", "over the first of two", 4096, 4096, options={"dim": 0}),
     row("Softmax", "rows of 262144", 64, 262144, options={"dim": -1}),
     row("Softmax", "router of 64 experts", 8192, 64, options={"dim": -1}),

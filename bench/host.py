@@ -169,7 +169,7 @@ def sequence_step(name: str, ours: bool, length: int) -> Callable[[], object]:
         if ours:
             y = layer(x)[0]
         else:
-            state = None
+            state: Any = None
             for part in parts:
                 state = layer(part, state)
             y = state[0] if name == "LSTM" else state

@@ -114,6 +114,8 @@ def _uncounted(function: Callable) -> Callable:
 
 
 def unfilled(t: Any) -> Any:
+    if isinstance(t, tuple):  # of states
+        return tuple(map(unfilled, t))
     if not isinstance(t, Tensor):
         return t
     if t.is_floating_point():
@@ -253,7 +255,8 @@ def why_not(case: BenchCase, dtype: torch.dtype) -> str | None:
 
 def too_large(case: BenchCase, dtype: torch.dtype) -> str | None:
     """Why the row does not fit into this machine, even without values; None if it fits."""
-    size = max(t.numel() * t.element_size() for t in case.make(dtype, "meta"))
+    tensors = tree_leaves(case.make(dtype, "meta"))
+    size = max(t.numel() * t.element_size() for t in tensors)
     return f"a tensor of {size / 2**30:.1f} GiB" if size > _MOST_BYTES else None
 
 

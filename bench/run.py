@@ -96,7 +96,7 @@ def _side(call: Any) -> Side:
 
 def _checked_rows(case: BenchCase, dtype: torch.dtype, free: int) -> int:
     """How many rows fit into memory three times in float64, with gradients."""
-    elements = sum(t.numel() for t in case.make(dtype, "meta")) / case.rows
+    elements = sum(t.numel() for t in tensors_of(case.make(dtype, "meta"))) / case.rows
     if case.gathers:
         elements *= case.options.get("embedding_dim", 1)
     return max(1, min(case.rows, int(0.5 * free / (12 * 8 * elements))))
@@ -153,8 +153,7 @@ def _whole_row(case, dtype, clock, comparisons: list[Comparison]) -> list[str]:
 
 def leaves_of(call: Any, inputs: list) -> list[Tensor]:
     parameters = call.parameters() if hasattr(call, "parameters") else ()
-    tensors = [t for t in (*inputs, *parameters) if isinstance(t, Tensor)]
-    return [t for t in tensors if t.requires_grad]
+    return [t for t in (*tensors_of(inputs), *parameters) if t.requires_grad]
 
 
 def both_passes(case: BenchCase, call: Any, inputs: list) -> Call:
@@ -218,8 +217,8 @@ def _replayed(run: Call, clock: Clock, repeats: int) -> dict:
 def least_bytes(case: BenchCase, call: Any, inputs: list) -> dict[str, int]:
     """The least bytes of each pass: inputs and parameters read once, results written once. In the
     backward also the incoming gradient, and an input or output again if the backward needs it."""
-    floats = [t for t in inputs if t.is_floating_point()]
-    others = [t for t in inputs if not t.is_floating_point()]
+    floats = [t for t in tensors_of(inputs) if t.is_floating_point()]
+    others = [t for t in tensors_of(inputs) if not t.is_floating_point()]
     parameters = [] if case.gathers or not hasattr(call, "parameters") else list(call.parameters())
     with torch.no_grad():
         out = tensors_of(call(*inputs))

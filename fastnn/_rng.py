@@ -187,6 +187,11 @@ def draw_bernoulli(n: int, device: int) -> Draw | str:
     return draw_for(device, launch_geometry(n, most_blocks(device)))
 
 
+def exponential(like: Tensor) -> Tensor:
+    """Exponential noise of the shape and dtype of `like`, contiguous, drawn by PyTorch itself."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format).exponential_()
+
+
 def draw_own(increment: int, device: int) -> Draw | str:
     """The next `increment` numbers of each thread, for a kernel that lays them out itself.
 

@@ -8,13 +8,35 @@ result.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastnn._shards import plain_gradient
 from fastnn.kernels._tl import dense, is_dense  # type: ignore[import-not-found]
+
+
+def is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether ATen takes a tensor (N, C, *) with these strides for channels last.
+
+    ATen looks at all strides, also in dimensions of size 1, whether the tensor is dense or not. It
+    runs a tensor of three dimensions as (N, C, 1, L). A tensor of other dimensions than three, four
+    or five is never channels last.
+    """
+    if len(shape) == 3:
+        length = shape[2]
+        shape = (*shape[:2], 1, length)
+        strides = (*strides[:2], length * strides[2], strides[2])
+    if len(shape) not in (4, 5) or strides[1] == 0:
+        return False
+    least = 0
+    for d in (1, *range(len(shape) - 1, 1, -1), 0):  # from the innermost to the outermost
+        # One channel of one position may be either layout: ATen treats it as contiguous.
+        if shape[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]):
+            return False
+        least = strides[d] * shape[d]
+    return True
 
 
 def not_strided(function: Callable, strided: tuple[str, ...], skip: int = 0):

@@ -24,14 +24,14 @@ def store_sum(P, acc, offs, mask):
 
 
 @triton.jit
-def _sum_columns(PARTIALS, OUT, G, N, cols, left, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr):
+def _sum_columns(PARTIALS, OUT, G, N, cols, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr):
     acc = tl.zeros((BLOCK_G, BLOCK_N), tl.float32)
     row = tl.arange(0, BLOCK_G)
     for g in range(0, G, BLOCK_G):
-        mask = (g + row < G)[:, None] & (cols < left)[None, :]
+        mask = (g + row < G)[:, None] & (cols < N)[None, :]
         offs = (g + row).to(tl.int64)[:, None] * N + cols[None, :]
         acc += tl.load(PARTIALS + offs, mask=mask, other=0.0)
-    store_sum(OUT, acc, cols, cols < left)
+    store_sum(OUT, acc, cols, cols < N)
 
 
 @kernel(do_not_specialize=["G", "N_units"])
@@ -45,15 +45,12 @@ def _sum_partials_kernel(
     SECOND (N,): float, or None.
     """
     N = N_units * UNIT
-    first = tl.program_id(0).to(tl.int64) * BLOCK_N
-    left = tl.minimum(N - first, BLOCK_N).to(tl.int32)
-    cols = tl.arange(0, BLOCK_N)
-    PARTIALS += first
+    cols = tl.program_id(0).to(N.dtype) * BLOCK_N + tl.arange(0, BLOCK_N)
     if FIRST is not None:
-        _sum_columns(PARTIALS, FIRST + first, G, N, cols, left, BLOCK_G, BLOCK_N)
+        _sum_columns(PARTIALS, FIRST, G, N, cols, BLOCK_G, BLOCK_N)
         PARTIALS += G.to(tl.int64) * N
     if SECOND is not None:
-        _sum_columns(PARTIALS, SECOND + first, G, N, cols, left, BLOCK_G, BLOCK_N)
+        _sum_columns(PARTIALS, SECOND, G, N, cols, BLOCK_G, BLOCK_N)
 
 
 @tunable("BLOCK_G", "BLOCK_N")
@@ -73,7 +70,7 @@ def add_up(partials, first, second, G, N, tile=None):
     the kernel, if not those for the gradients of a norm.
     """
     config = _sum_tile(G) if tile is None else tile
-    unit = math.gcd(N, 8)
+    unit = math.gcd(N, 8) if N < 2**31 else 1  # so that a size of 64 bits arrives as one
     _sum_partials_kernel(
         (cdiv(N, config["BLOCK_N"]),), partials, first, second, G, N // unit, UNIT=unit, **config
     )

@@ -1,4 +1,4 @@
-"""What several kernel files share: dense layouts, block sizes."""
+"""How tensors and results lie in memory: what several kernel files share."""
 
 import torch
 
@@ -36,6 +36,28 @@ def empty_as(x, dtype=None, device=None):
     # A contiguous tensor may have any stride in a dimension of size 1. ATen does not keep those.
     layout = torch.contiguous_format if x.is_contiguous() else torch.preserve_format
     return torch.empty_like(x, dtype=dtype, device=device, memory_format=layout)
+
+
+def empty_in_layout(shape, like, dtype, channels_last):
+    """Uninitialised, dense, and the order of its dimensions in memory."""
+    dims = len(shape)
+    if not channels_last:
+        return like.new_empty(shape, dtype=dtype), range(dims)
+    layout = torch.channels_last if dims == 4 else torch.channels_last_3d
+    empty = torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
+    return empty, (0, *range(2, dims), 1)
+
+
+def empty_as_product(x, noise_is_dense):
+    """An uninitialised tensor with the layout that ATen gives the product of `x` and a noise.
+
+    noise_is_dense: whether the noise is contiguous and has the shape of `x`. If `x` is contiguous,
+    too, the product does not keep odd strides in dimensions of size 1.
+    """
+    layout = torch.preserve_format
+    if noise_is_dense and x.is_contiguous():
+        layout = torch.contiguous_format
+    return torch.empty_like(x, memory_format=layout)
 
 
 def dense_like(t, like):

@@ -384,7 +384,8 @@ def _bwd_config(channels, positions, taps, itemsize, last):
     else:
         block_p = min(next_power_of_2(positions), elements)
         block_c = min(next_power_of_2(channels), elements // block_p)
-    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4}
+    warps = 4 if block_p * block_c >= elements else 2
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": warps}
 
 
 # ---- Launchers -----------------------------------------------------------------------------------

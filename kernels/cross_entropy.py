@@ -18,19 +18,11 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from fastnn.kernels._classes import class_programs, common, multiple, tiles, unit
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels._tl import dense, dense_like
-from fastnn.kernels.nll_loss import (
-    checked,
-    class_programs,
-    common,
-    loss_like,
-    multiple,
-    sum_losses,
-    tiles,
-    unit,
-)
+from fastnn.kernels.nll_loss import checked, loss_like, sum_losses
 
 
 @triton.jit

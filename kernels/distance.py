@@ -5,7 +5,7 @@
     y = value(s)                                   kept, summed, or summed and divided
     d1, d2, d3 [c] = grad(g, s, x1[c], ...)        those that are wanted, in one pass
 
-A row is the class dimension C of tensors (B, C, S), as in kernels/nll_loss.py. x2 and x3 may be
+A row is the class dimension C of tensors (B, C, S), as in kernels/_classes.py. x2 and x3 may be
 absent. Memory-bound: the forward reads each tensor once; the backward reads them once more, and
 writes one gradient for each tensor that needs it. In between, one float per sum and row is kept.
 PyTorch has a kernel for each operator of the chain. For cosine similarity it has 35 kernels, and 56
@@ -21,12 +21,12 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from fastnn.kernels._classes import class_programs, common, multiple, tiles, unit
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._partials import finish
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels._tl import dense, dense_like
 from fastnn.kernels.loss import multilabel_soft_margin, multilabel_soft_margin_grad
-from fastnn.kernels.nll_loss import class_programs, common, multiple, tiles, unit
 
 # ---- formulas -----------------------------------------------------------------------------------
 #

@@ -18,6 +18,7 @@ from fastnn.kernels import _philox
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
+from fastnn.kernels._tl import empty_as_product
 
 _RUNTIME = ["n", "seed", "offset", "blocks", "bound", "tiles"]
 
@@ -137,21 +138,12 @@ def _config(cols, channels_last):
     return {"ROWS": 4096 // COLS if channels_last else 2048 // COLS, "COLS": COLS, "num_warps": 4}
 
 
-def _like_product(x, same_shape):
-    # A product with a contiguous noise of x's own shape does not keep odd strides in dims of size
-    # 1.
-    contiguous = same_shape and x.is_contiguous()
-    return torch.empty_like(
-        x, memory_format=torch.contiguous_format if contiguous else torch.preserve_format
-    )
-
-
 def elements(x, draw, bound, scale, shift=None, state=None, out=None):
     """x dense -> y, with the layout of x; in `out` if given. Each element is dropped on its own.
 
     `bound`: from `_philox.bound`. `shift`: the constants added to a kept and to a dropped element.
     """
-    y = _like_product(x, shift is not None) if out is None else out
+    y = empty_as_product(x, shift is not None) if out is None else out
     n = x.numel()
     random = (draw.seed, draw.offset, draw.SEED, draw.OFFSET, state, draw.blocks, bound)
     if draw.vec > 1:
@@ -174,7 +166,7 @@ def elements(x, draw, bound, scale, shift=None, state=None, out=None):
 def channels(x, draw, bound, scale, shift=None, state=None, out=None):
     """x (N, C, ...), contiguous or channels last -> y, laid out as x; drops whole channels."""
     N, C = x.shape[:2]
-    y = _like_product(x, x.numel() == N * C) if out is None else out
+    y = empty_as_product(x, x.numel() == N * C) if out is None else out
     positions = x.numel() // (N * C)
     channels_last = not x.is_contiguous()
     outer, rows, cols = (N, positions, C) if channels_last else (1, N * C, positions)

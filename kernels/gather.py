@@ -27,6 +27,7 @@ import triton.language as tl
 from fastnn.kernels._config import lanes, tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2, reciprocal
+from fastnn.kernels._tl import empty_in_layout
 
 AXES = 5  # the most that the dimensions of a result may come to
 MOST = 2**31 - 2**16  # elements; 32 bits index them, and the lanes of a tile beyond them
@@ -527,16 +528,6 @@ def _launch(source, result, axes, backward, mode, fill=0.0):
             MAP=globals()[mode], FILL=fills, **tile, **config,
         )  # fmt: skip
     return True
-
-
-def empty_in_layout(shape, like, dtype, channels_last):
-    """Uninitialised, dense, and the order of its dimensions in memory."""
-    dims = len(shape)
-    if not channels_last:
-        return like.new_empty(shape, dtype=dtype), range(dims)
-    layout = torch.channels_last if dims == 4 else torch.channels_last_3d
-    empty = torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
-    return empty, (0, *range(2, dims), 1)
 
 
 def near(t):

@@ -4,7 +4,7 @@
     dx = (dy - sum(dy * x / d) * slope) / d       d = max(n, eps); no second term if n < eps
     slope = x / d; or sign(x)
 
-A row is the dimension C of a tensor (B, C, S), as in kernels/nll_loss.py. Memory-bound; passes over
+A row is the dimension C of a tensor (B, C, S), as in kernels/_classes.py. Memory-bound; passes over
 the elements (R read, W write):
     stock   forward 2R 1W, in 3 launches; backward 8R 4W, in about 10
     here    forward 1R 1W, backward 2R 1W, in one launch each; rows that do not fit the registers of
@@ -16,10 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fastnn.kernels._classes import common, multiple, tiles, unit
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense, dense_like
-from fastnn.kernels.nll_loss import common, multiple, tiles, unit
 
 
 @triton.jit

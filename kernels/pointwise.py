@@ -336,6 +336,13 @@ def logsigmoid_grad(dy, x, a, b):
     return dy * tl.div_rn(tl.where(x < 0, 1.0, e), 1.0 + e)
 
 
+@triton.jit
+def gumbel(x, e, a, b):
+    """(x + g) / a, where e has the exponential distribution, so that g = -log(e) has Gumbel's."""
+    z = x - tl.log(e)
+    return tl.div_rn(z, tl.broadcast_to(a, z.shape))
+
+
 # ---- kernels ----------------------------------------------------------------------------------
 
 

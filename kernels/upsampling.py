@@ -25,7 +25,8 @@ from fastnn.kernels import upsampling_cells
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
-from fastnn.kernels.gather import _config, empty_in_layout, near
+from fastnn.kernels._tl import empty_in_layout
+from fastnn.kernels.gather import _config, near
 
 # ---- where an output looks ----------------------------------------------------------------------
 #

@@ -25,7 +25,8 @@ import triton.language as tl
 
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv
-from fastnn.kernels.gather import empty_in_layout, near
+from fastnn.kernels._tl import empty_in_layout
+from fastnn.kernels.gather import near
 from fastnn.kernels.upsampling import _float32, _tile
 
 

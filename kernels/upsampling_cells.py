@@ -20,7 +20,8 @@ import triton.language as tl
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
 from fastnn.kernels._sizes import cdiv, next_power_of_2, reciprocal
-from fastnn.kernels.gather import divided, empty_in_layout
+from fastnn.kernels._tl import empty_in_layout
+from fastnn.kernels.gather import divided
 from fastnn.kernels.pooling_cells import inner_offset
 
 MOST = 2**20  # places of an axis; fp32 has their quarters

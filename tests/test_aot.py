@@ -6,13 +6,16 @@ second. The tests therefore compile only specialisations that differ in what dec
 and shared memory, each for one of four targets. `python -m tools.aot` compiles all.
 """
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +24,9 @@ import triton.language as tl
 
 from fastnn import _gate
 from fastnn.kernels._launch import kernel
+from fastnn.testing import Case, check, randn
 from fastnn.testing.aot import TARGETS, code_faults, compile_only, launch_nothing
+from tests.marks import interpreted
 from tools.aot import put
 
 # The targets for which the tests compile a share. All other targets are compiled by hand.
@@ -270,5 +275,67 @@ def roofs():
     assert added.sms == sms == 132
 
 
+# Faults that make a launch slow and no result wrong: the row, the kernel, the function that is
+# changed in its file, what stands there, and what is put there.
+SLOW = {
+    "a division for each element": (
+        "ReLU(64x256x56x56)", "_pointwise_fwd_kernel", "pointwise.relu",
+        "tl.where(x < 0, 0.0, x)", "tl.where(x < 0, 0.0, tl.div_rn(x, a + 1.0))",  # a is 0.0
+    ),
+    "accesses of 2 bytes": (
+        "LayerNorm(8192x768", "_norm_fwd_kernel", "norm._norm_fwd_kernel",
+        "offs = m[:, None]", "offs = tl.program_id(2) + m[:, None]",
+    ),
+    "a doubled loop": (
+        "LayerNorm(4096x12288", "_norm_bwd_wide_kernel", "norm._norm_bwd_wide_kernel",
+        "start + chunk_blocks * BLOCK, N), BLOCK)", "start + chunk_blocks * BLOCK, N), BLOCK // 2)",
+    ),
+}  # fmt: skip
+
+
+@contextmanager
+def planted(where, old, new):
+    """In the block, a function of a file of kernels is that of a copy with `new` for `old`."""
+    file, name = where.split(".")
+    module = importlib.import_module(f"fastnn.kernels.{file}")
+    source = Path(module.__file__).read_text()
+    assert old in source
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"slow_{file}.py"
+        path.write_text(source.replace(old, new))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        copy = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(copy)
+        with mock.patch.object(module, name, getattr(copy, name)):
+            yield
+
+
+def slow_faults():
+    from fastnn.bench import roofs
+
+    table = roofs.shipped()["launches"]
+    for fault, (row, name, *change) in SLOW.items():
+        (case, dtype), *_ = [(c, d) for c, d in roofs.rows() if str(c).startswith(row)]
+
+        def of_kernel(launch, source, name=name):
+            return launch in table and table[launch]["kernel"] == name
+
+        with planted(*change):
+            ((launch, found),) = roofs.launched(case, dtype, of_kernel)[1].items()
+        noticed = roofs.judged(found, table[launch], case.key(dtype))
+        print(f"{fault}: {noticed}")
+        assert any("in the table" in words for words in noticed), fault
+
+
 def test_the_roof():
-    compiling(["-c", "from tests.test_aot import *\nroofs()"])
+    print(compiling(["-c", "from tests.test_aot import *\nroofs()\nslow_faults()"]))
+
+
+@interpreted
+@pytest.mark.parametrize("fault", SLOW)
+def test_slow_faults_leave_results_right(fault):
+    n = 8200 if "wide" in SLOW[fault][1] else 40
+    layer = SLOW[fault][0].partition("(")[0]
+    case = Case(layer, (randn(3, n),), {"normalized_shape": n} if layer == "LayerNorm" else {})
+    with planted(*SLOW[fault][2:]):
+        assert check(case, torch.float32).failures == []

@@ -168,6 +168,10 @@ MOVES_MORE = {
     r"LPPool1d": (24 / 16, "a factor in fp32 is kept of each window"),
     r"LPPool2d": (36 / 28, "a factor in fp32 is kept of each window"),
     r"LPPool3d": (60 / 52, "a factor in fp32 is kept of each window"),
+    r"gumbel_softmax": (
+        9 / 5,
+        "PyTorch draws the noise; the softmax reads logits and noise as one",
+    ),
     r"CrossEntropyLoss\(16x21x": (1.07, "lse in fp32 beside only 21 classes"),
     r"(Sequential\[)?(Batch|Group|Instance)Norm": (
         8 / 5,
@@ -271,6 +275,17 @@ def test_results_go_on_where_they_stopped(timed, tmp_path):
     )  # fmt: skip
     assert not done and [x["key"] for x in seen] == [LOSS.key(BF16)]
     assert len(run.Results(path).of("row")) == 2
+
+
+def test_a_row_with_a_pair_of_states_is_timed_and_fits():
+    case = cases.cell("LSTMCell", "tiny", 2, 4)
+    line = run.run_row(case, FP32, measure.Cpu(), 3)
+    assert (line["path"], line["failures"], line["ops"]) == ("kernel", [], ["lstm_cell"])
+    assert line["least_bytes"]["forward"] == 4 * (5 * 2 * 4 + 2 * 16 * 4 + 2 * 16)
+    assert predict.too_large(case, FP32) is None
+    with predict.as_on_the_gpu():
+        costs, _ = predict.our_costs(case, FP32)
+    assert len(costs) == 2
 
 
 def test_a_wrong_row_has_no_speedup(monkeypatch):

@@ -100,7 +100,7 @@ def test_library_and_help_need_no_cli_package():
 def test_a_parity_line_does_not_depend_on_which_row_ended_first():
     rows = [
         Outcome(
-            "ReLU", f"ReLU({n})", "float32", "kernel", None, error, error, 1.0, 2, 1, 0.0, [],
+            "ReLU", f"ReLU({n})", "float32", "kernel", None, error, error, 1.0, [1.0, 1.0], 2, 1, 0.0, [],
             bytes=n, least_bytes=64, stock_bytes=80,
         )
         for n, error in ((64, 0.5), (72, 0.25), (68, 0.75))
@@ -129,7 +129,21 @@ def test_parity_warns_of_the_roof_of_a_layer(monkeypatch):
         for name, issue, us in (("a", 1.25, 5.0), ("b", 9.0, 1.0), ("c", 7.0, 5.0))
     }
     monkeypatch.setattr(roofs, "shipped", lambda: {"rows": rows, "launches": launches})
-    outcome = ("pad_2d", "pad_2d(8)", "float32", "kernel", None, 0.0, 0.0, 1.0, 2, 1, 0.0, [])
+    outcome = (
+        "pad_2d",
+        "pad_2d(8)",
+        "float32",
+        "kernel",
+        None,
+        0.0,
+        0.0,
+        1.0,
+        [1.0],
+        1,
+        0,
+        0.0,
+        [],
+    )
     assert _summary([Outcome(*outcome)])[0]["roof"] == "issue 1.2"  # "b" takes too little time
     assert _summary([Outcome("ReLU", *outcome[1:])])[0]["roof"] == ""
 

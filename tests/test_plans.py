@@ -41,6 +41,7 @@ ROWS = 3  # of each op in pytest
 WITHOUT = {
     "ctc_loss": "it reads the lengths of its sequences",
     "rnn_relu": "its row has the batch first: the result is transposed after the function",
+    "gumbel_softmax": "PyTorch draws its noise",
     "multi_head_attention_forward": "it runs several ops, which have plans of their own",
     **{f"fractional_max_pool{d}d": "it draws samples, or looks at given ones" for d in "23"},
     **{f"max_unpool{d}d": "on a CPU it looks at the indices" for d in "123"},

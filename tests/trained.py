@@ -34,15 +34,16 @@ def _to(inputs, dtype):
     return [t.to(dtype) if t.is_floating_point() else t for t in inputs]
 
 
-def trained(model, call, dtype, low=False, batches=BATCHES, rank=0):
+def trained(model, call, dtype, low=False, batches=BATCHES, rank=None):
     """The loss of each step, the gradients of each step, and the loss in evaluation afterwards.
 
-    low: whether autocast converts to bfloat16. rank: that of the process, each has other batches.
+    low: whether autocast converts to bfloat16. rank: that of one of several processes, of which
+        each has batches of its own; they evaluate nothing.
     """
 
     def loss_of(n, shift):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
-            return call(*_to(model.batch(n, shift + 3 * rank), dtype))
+            return call(*_to(model.batch(n, shift + 3 * (rank or 0)), dtype))
 
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -55,9 +56,10 @@ def trained(model, call, dtype, low=False, batches=BATCHES, rank=0):
             loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None),
         ]  # fmt: skip
         optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        told.append(loss_of(3, 9.0))
+    if rank is None:
+        model.eval()
+        with torch.no_grad():
+            told.append(loss_of(3, 9.0))
     return told
 
 
@@ -143,31 +145,33 @@ def in_one_of_two(rank, builds, folder):
                 found[name] = _by_two(build, rank)
         except Exception as e:
             found[name] = f"{type(e).__name__}: {e}"
-    torch.save(found, f"{folder}/{rank}")
+        torch.save(found, f"{folder}/{rank}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 def _by_two(build, rank):
-    def told(dtype, compiled=False, both=True):
+    def made(dtype, compiler=lambda model: model):
         torch.manual_seed(0)
         model = build().to(dtype)
-        call = fastnn.compile(model) if compiled else model
-        if both:
-            call = torch.nn.parallel.DistributedDataParallel(call)
-        return model, trained(model, call, dtype, batches=(2, 2), rank=rank)
+        return model, torch.nn.parallel.DistributedDataParallel(compiler(model))
 
-    _, exact = told(torch.float64)
-    _, theirs = told(torch.float32)
+    def told(model, call, dtype):
+        return trained(model, call, dtype, batches=(2,) * len(BATCHES), rank=rank)
+
+    exact = told(*made(torch.float64), torch.float64)
+    theirs = told(*made(torch.float32), torch.float32)
     with simulated(least=0), fastnn.decisions() as heard:
-        model, ours = told(torch.float32, compiled=True)
-        _, again = told(torch.float32, compiled=True)
+        model, call = made(torch.float32, fastnn.compile)
+        first = copy.deepcopy(model.state_dict())
+        ours = told(model, call, torch.float32)
+        last = [p.detach().clone() for p in model.parameters()]
+        model.load_state_dict(first)
+        again = told(model, call, torch.float32)
     assert all(map(torch.equal, ours, again)), "the second training has other bits"
-    # Both processes end with one set of parameters, to the bit.
-    for p in model.parameters():
-        mine = p.detach().clone()
-        torch.distributed.broadcast(mine, 0)
-        assert torch.equal(mine, p), "the processes have two sets of parameters"
-    return distance(ours, exact) / distance(theirs, exact), sorted(
-        {d.op.name for d in heard if d.why is None}
-    )
+    for p in last:  # both processes end with one set of parameters, to the bit
+        other = p.clone()
+        torch.distributed.broadcast(other, 0)
+        assert torch.equal(other, p), "the processes have two sets of parameters"
+    ran = {d.op.name for d in heard if d.why is None}
+    return distance(ours, exact) / distance(theirs, exact), sorted(ran)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastnn._op import Function, run
+from fastnn._strides import is_channels_last
 
 
 class Maps(NamedTuple):
@@ -55,14 +56,4 @@ class LinearMap(Function):
 
 def channels_last(x):
     """Whether ATen makes results in the layout of channels last, going by the strides of `x`."""
-    if x.dim() not in (4, 5):
-        return False
-    sizes, strides = x.shape, x.stride()
-    if strides[1] == 0:
-        return False
-    least = 0
-    for d in (1, *range(x.dim() - 1, 1, -1), 0):
-        if sizes[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]):
-            return False
-        least = strides[d] * max(sizes[d], 1)
-    return True
+    return x.dim() > 3 and is_channels_last(x.shape, x.stride())

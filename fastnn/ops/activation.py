@@ -189,10 +189,10 @@ def _leaky_relu(x, slope, inplace):
 
 @op(stock=stock.rrelu, strided=_X, split=elements, source="arXiv:1505.00853")
 def rrelu(input, lower=1.0 / 8, upper=1.0 / 3, training=False, inplace=False):
-    """Fused in eval mode for contiguous inputs, and in place for all. In training PyTorch runs: the
-    slopes are random."""
+    """Fused in eval mode for contiguous inputs, and in place for all. In training PyTorch runs: it
+    draws the slopes and applies them in one kernel."""
     if training:
-        return Stock("random", "training=True draws random slopes")
+        return Stock("random", "training=True: PyTorch draws and applies slopes in one kernel")
     if not (isinstance(lower, (int, float)) and isinstance(upper, (int, float))):
         return Stock("option", f"lower={lower!r}, upper={upper!r}")
     if not (lower <= upper and math.isfinite(lower) and math.isfinite(upper)):

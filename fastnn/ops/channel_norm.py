@@ -9,6 +9,7 @@ import torch.nn.functional as stock
 
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, Work, impossible, op, rounded, run, second_order
+from fastnn._strides import is_channels_last
 from fastnn.ops.activation import refuse_numbers
 from fastnn.ops.linear import ACTIVATIONS, stock_activation
 
@@ -167,16 +168,10 @@ def _differentiable_gradients(ctx, dy, x, weight, bias, running, y, needs):
 
 def _format(x, contiguous_first=True) -> torch.memory_format:
     """The memory format that ATen gives a result, from the strides of `x`, dense or not."""
-    if (contiguous_first and x.is_contiguous()) or x.dim() not in (4, 5) or not x.stride(1):
+    if (contiguous_first and x.is_contiguous()) or x.dim() == 3:
         return torch.contiguous_format
-    least = 0
-    # in channels-last order, from the innermost dim to the outermost
-    for d in (1, *range(x.dim() - 1, 1, -1), 0):
-        size, stride = x.shape[d], x.stride(d)
-        # One channel of one position may be either format: ATen treats it as contiguous.
-        if not size or stride < least or (d == 0 and least == x.stride(1)):
-            return torch.contiguous_format
-        least = stride * size
+    if not is_channels_last(x.shape, x.stride()):
+        return torch.contiguous_format
     return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 

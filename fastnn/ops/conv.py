@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, Work, op, run, second_order
+from fastnn._strides import is_channels_last
 from fastnn.kernels import _gpus
 from fastnn.ops.activation import refuse_numbers
 from fastnn.ops.channel_norm import Act, checked_activation, mixed_dtypes, of_channels
@@ -70,25 +71,10 @@ class Convolution(NamedTuple):
 # ---- Layouts -------------------------------------------------------------------------------------
 
 
-def _channels_last(t: Tensor) -> bool:
-    """Whether ATen takes `t` (N, C, *) for channels last; strides at sizes of 1 count, too."""
-    shape, strides = list(t.shape), list(t.stride())
-    if t.dim() == 3:  # ATen runs it as (N, C, 1, L)
-        shape.insert(2, 1)
-        strides.insert(2, shape[3] * strides[2])
-    if strides[1] == 0:
-        return False
-    least = 0
-    for d in (1, *range(len(shape) - 1, 1, -1), 0):
-        if shape[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]):
-            return False
-        least = strides[d] * max(shape[d], 1)
-    return True
-
-
 def _runs_channels_last(batch: Tensor, weight: Tensor) -> bool:
     # ATen makes input of one dimension contiguous first.
-    return (batch.dim() > 3 and _channels_last(batch)) or _channels_last(weight)
+    last = batch.dim() > 3 and is_channels_last(batch.shape, batch.stride())
+    return last or is_channels_last(weight.shape, weight.stride())
 
 
 def _volume(t: Tensor, last: bool) -> Tensor:

@@ -26,6 +26,7 @@ from fastnn._op import (
     run,
     second_order,
 )
+from fastnn._strides import is_channels_last
 
 
 class Pool(Function):
@@ -88,24 +89,7 @@ def _three(values, fill):
     return (fill,) * (3 - len(values)) + tuple(values)
 
 
-@functools.lru_cache(maxsize=4096)
-def _channels_last(shape, stride):
-    """Whether ATen makes the result for (N, C, *) with such strides channels last.
-
-    ATen looks at all strides, also in dimensions of size 1. Three dimensions get a fourth, as ATen
-    adds it.
-    """
-    if len(shape) == 3:
-        shape, stride = (*shape[:2], 1, shape[2]), (*stride[:2], shape[2] * stride[2], stride[2])
-    if stride[1] == 0 or 0 in shape:
-        return False
-    least = 0
-    for d in (1, *range(len(shape) - 1, 1, -1), 0):
-        if stride[d] < least or (d == 0 and least == stride[1]):
-            return False
-        least = stride[d] * max(shape[d], 1) if shape[d] > 1 else stride[d]
-    return True
-
+_channels_last = functools.lru_cache(maxsize=4096)(is_channels_last)
 
 # Rows of a tensor, positions along an axis, elements of a window: sums of such numbers fit into the
 # 32 bits in which kernels compute them.

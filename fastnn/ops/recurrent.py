@@ -95,7 +95,7 @@ class Cell(Function):
             dgi, dgh, more = kernels.recurrent.gru_bwd(dh, h, gates)
         else:
             dgi = dgh = kernels.recurrent.rnn_bwd(dh, kept, kind == "rnn_relu")
-        dx = dh = dw_ih = dw_hh = db_ih = db_hh = None
+        dx = dh = dw_ih = dw_hh = None
         with torch.autocast(dgi.device.type, enabled=False):
             if needs[0]:
                 dx = dgi @ w_ih
@@ -108,14 +108,18 @@ class Cell(Function):
         if again:
             db_ih, db_hh = (dgi.sum(0) if need else None for need in needs[5:7])
             return dx, dh, None, dw_ih, dw_hh, db_ih, db_hh, None
-        if needs[5]:
-            _, db_ih = kernels.epilogue.bwd(dgi, want_dz=False)
-        if needs[6]:
-            if db_ih is not None and dgh is dgi:
-                db_hh = db_ih.clone()
-            else:
-                _, db_hh = kernels.epilogue.bwd(dgh, want_dz=False)
+        db_ih, db_hh = _bias_gradients(dgi, dgh, *needs[5:7])
         return dx, dh, dc if needs[2] else None, dw_ih, dw_hh, db_ih, db_hh, None
+
+
+def _bias_gradients(dgi, dgh, want_ih, want_hh):
+    """The sums of the gradients of both products over the rows; None for what is not wanted."""
+    db_ih = kernels.epilogue.bwd(dgi, want_dz=False)[1] if want_ih else None
+    if not want_hh:
+        return db_ih, None
+    if dgh is dgi and db_ih is not None:
+        return db_ih, db_ih.clone()
+    return db_ih, kernels.epilogue.bwd(dgh, want_dz=False)[1]
 
 
 def _cell(kind, input, h, c, w_ih, w_hh, b_ih, b_hh):
@@ -361,8 +365,7 @@ class Steps(Function):
                     grads.append(None)
                 if need[4]:
                     dw_hr = dp.t() @ projected
-            for g, wanted in zip((dgi, dgh), need[2:4], strict=True):
-                grads.append(kernels.epilogue.bwd(g, want_dz=False)[1] if wanted else None)
+            grads += _bias_gradients(dgi, dgh, *need[2:4])
             grads.append(dw_hr)
         return dx if dx is None else dx.view(x.shape), dh0, dc0, None, None, None, *grads
 

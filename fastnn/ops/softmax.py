@@ -5,9 +5,11 @@ from typing import Any
 import torch
 import torch.nn.functional as stock
 
+from fastnn import _rng, kernels
 from fastnn._front import FRAMES, depth
 from fastnn._op import FLOATS, Function, Invalid, Stock, impossible, launcher, op, run
 from fastnn._shards import beside
+from fastnn.ops.loss import number
 
 _fwd = launcher(
     "softmax",
@@ -100,3 +102,50 @@ def log_softmax(input, dim=None, _stacklevel=3, dtype=None, *, out_dtype=None):
 def softmin(input, dim=None, _stacklevel=3, dtype=None, *, out_dtype=None):
     """Fused over any dim, with the negation and the cast to dtype."""
     return _softmax("softmin", input, dim, _stacklevel, dtype, out_dtype, negate=True)
+
+
+class Gumbel(Function):
+    """x, exponential noise -> softmax of (x - log(noise)) / tau along `dim`. Saves the result."""
+
+    @staticmethod
+    def forward(ctx, x, noise, tau, dim):
+        z = kernels.pointwise.bwd(x, noise, "gumbel", tau)
+        y = _fwd(z, dim, False, False, x.dtype)
+        ctx.save_for_backward(y)
+        ctx.rest = tau, dim
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (y,) = ctx.saved_tensors
+        tau, dim = ctx.rest
+        if torch.is_grad_enabled():
+            dz = torch.ops.aten._softmax_backward_data(dy, y, dim, y.dtype)
+        else:
+            dz = _bwd(dy, y, dim, False, False, y.dtype)
+        return dz if tau == 1 else dz / tau, None, None, None
+
+
+@op(stock=stock.gumbel_softmax, source="arXiv:1611.01144")
+def gumbel_softmax(logits, tau=1, hard=False, eps=1e-10, dim=-1):
+    """Fused: PyTorch draws the noise, so seeds give what they give there; then one kernel for the
+    noise and tau, and one for the softmax.
+
+    PyTorch has four kernels before the softmax. `hard` adds PyTorch's own operators.
+    """
+    if not number(tau) or isinstance(tau, bool) or tau == 0 or type(hard) is not bool:
+        return Stock("option", f"tau={tau!r}, hard={hard!r}")
+    if eps != 1e-10:
+        return Stock("option", f"eps={eps!r}, of which PyTorch warns")
+    if not isinstance(dim, int) or isinstance(dim, bool) or not -logits.dim() <= dim < logits.dim():
+        return Invalid("option", f"dim={dim!r}, logits {tuple(logits.shape)}")
+    if not logits.numel():
+        return Stock("empty", "no logits")
+    if torch.is_autocast_enabled(logits.device.type):
+        return Stock("autocast", "autocast, in which PyTorch adds noise in float32 to the logits")
+    impossible("it draws noise by an operator of PyTorch")
+    y = run(Gumbel, logits, _rng.exponential(logits), float(tau), dim % logits.dim())
+    if not hard:
+        return y
+    at = y.max(dim, keepdim=True)[1]
+    return torch.zeros_like(y).scatter_(dim, at, 1.0) - y.detach() + y

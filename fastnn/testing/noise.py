@@ -20,16 +20,18 @@ from fastnn import _record, _rng, kernels
 
 @contextmanager
 def recording() -> Iterator[list]:
-    """Collect every `Draw` that kernels get inside the block. No plan runs there."""
+    """Collect every `Draw`, and noise of PyTorch, that kernels get. No plan runs in the block."""
     draws: list = []
-    draw = _rng.draw_for
 
-    def noted(*args):
-        drawn = draw(*args)
-        draws.append(drawn)
-        return drawn
+    def noting(draw):
+        def noted(*args):
+            drawn = draw(*args)
+            draws.append(drawn)
+            return drawn
 
-    with mock.patch.object(_rng, "draw_for", noted), _record.using(False):
+        return mock.patch.object(_rng, draw.__name__, noted)
+
+    with noting(_rng.draw_for), noting(_rng.exponential), _record.using(False):
         yield draws
 
 
@@ -46,6 +48,8 @@ class replaying(TorchDispatchMode):
             flat = noise.as_strided((noise.numel(),), (1,))
             flat.copy_(self._mask(noise, keep))
             return noise
+        if func is torch.ops.aten.exponential_.default:
+            return args[0].copy_(next(self.draws))
         if func is torch.ops.aten.native_dropout.default:
             x, p, _ = args
             mask = torch.empty_like(x, dtype=torch.bool)

@@ -61,4 +61,13 @@ CASES: list[Case] = [
     Case("Softmax2d", (randn(2, 8, 3, 4),), view=lambda x: x.to(memory_format=torch.channels_last)),
     Case("softmax", (randn(3, 4), 1, 3, torch.float64), dtypes=F32, stock="dtype"),
     Case("softmax", (randn(3, 4), 1), dtypes=(torch.float64,), stock="dtype"),
+    # Gumbel noise, which PyTorch draws
+    Case("gumbel_softmax", (randn(7, 70),)),
+    Case("gumbel_softmax", (randn(3, 5, 4),), {"tau": 0.5, "dim": 1}),
+    Case("gumbel_softmax", (randn(6),), {"tau": 2, "hard": True}),
+    Case("gumbel_softmax", (randn(4, 9),), {"hard": True}, view=lambda x: x.t()),
+    Case("gumbel_softmax", (randn(2, 1025),), {"tau": -1.5}, dtypes=BF16),
+    Case("gumbel_softmax", (randn(0, 3),), stock="empty"),
+    Case("gumbel_softmax", (randn(2, 3),), {"tau": 0}, stock="option", dtypes=F32),
+    Case("gumbel_softmax", (randn(2, 3),), autocast=torch.bfloat16, stock="autocast", dtypes=F32),
 ]
