@@ -282,8 +282,9 @@ def _conv_direct_bwd_kernel(
     TRANSPOSED: tl.constexpr, LAST: tl.constexpr, DIMS: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program computes BLOCK_C channels of its tiles of DX, and sums the weight's gradient of
-    them, and the bias's. It loops over the tiles of BLOCK_P positions, and reads DY once for all.
+    """A program computes BLOCK_C channels of its tiles of DX, and of the gradients of W and bias.
+
+    It loops over the tiles of BLOCK_P positions, and reads DY once for all.
 
     DY (N, channels, id_, ih, iw), X, DX (N, channels, od, oh, ow): float, contiguous, or channels
     last if LAST. W: float, (channels, taps), or (taps, channels) if LAST. PARTIALS (splits,
