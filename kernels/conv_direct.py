@@ -282,8 +282,9 @@ def _conv_direct_bwd_kernel(
     TRANSPOSED: tl.constexpr, LAST: tl.constexpr, DIMS: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program computes BLOCK_C channels of its tiles of DX, and sums the weight's gradient of
-    them, and the bias's. It loops over the tiles of BLOCK_P positions, and reads DY once for all.
+    """A program computes BLOCK_C channels of DX and their gradients of W, and loops over tiles.
+
+    A tile has BLOCK_P positions. DY is read once for DX and for the gradients of W and the bias.
 
     DY (N, channels, id_, ih, iw), X, DX (N, channels, od, oh, ow): float, contiguous, or channels
     last if LAST. W: float, (channels, taps), or (taps, channels) if LAST. PARTIALS (splits,
@@ -302,7 +303,7 @@ def _conv_direct_bwd_kernel(
     begin = split * tiles_each
     sums = ()  # of each tap, and of each lane by itself; Triton takes no starred tuples
     for _t in tl.static_range(TAPS):
-        sums = sums + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)  # noqa: RUF005
+        sums = sums + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)  # type: ignore # noqa: RUF005
     sum_dy = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for tile in range(begin, tl.minimum(begin + tiles_each, tiles)):
         n = (tile // blocks_p).to(tl.int64)
@@ -329,8 +330,8 @@ def _conv_direct_bwd_kernel(
                     w = tl.load(W + at_w, mask=there_q, other=0.0).to(tl.float32)
                     # A tap outside adds nothing, also if the other factor is inf or nan.
                     acc = tl.where(there, acc + g * w[None, :], acc)
-                    total = sums[(td * KH + th) * KW + tw]
-                    more = more + (tl.where(there, total + x * g, total),)  # noqa: RUF005
+                    total = sums[(td * KH + th) * KW + tw]  # type: ignore
+                    more = more + (tl.where(there, total + x * g, total),)  # type: ignore # noqa: RUF005
         sums = more
         if BIAS_PARTIALS is not None:
             same = o[:, None] * Q + q[None, :] if LAST else q[None, :] * IP + o[:, None]
