@@ -100,8 +100,8 @@ def test_library_and_help_need_no_cli_package():
 def test_a_parity_line_does_not_depend_on_which_row_ended_first():
     rows = [
         Outcome(
-            "ReLU", f"ReLU({n})", "float32", "kernel", None, error, error, 1.0, [1.0, 1.0], 2, 1, 0.0,
-            [], bytes=n, least_bytes=64, stock_bytes=80,
+            "ReLU", f"ReLU({n})", "float32", "kernel", None, error, error, 1.0, [1.0, 1.0], 2, 1,
+            0.0, [], bytes=n, least_bytes=64, stock_bytes=80,
         )
         for n, error in ((64, 0.5), (72, 0.25), (68, 0.75))
     ]  # fmt: skip
