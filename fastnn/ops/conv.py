@@ -217,6 +217,7 @@ def _gradients(dy, input, weight, plan, needs, db=None):
         )  # fmt: skip
         db = found if db is None else db
     elif needs[0]:
+        assert to is not None  # made above
         _gather(dy, weight, None, to, plan, not plan.transposed)
     if needs[1] and not both:
         small, big = (x, dy) if plan.transposed else (dy, x)
