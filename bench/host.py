@@ -135,8 +135,9 @@ def step(case, namespace, count: int) -> Callable[[], object]:
             outs = [t for call, inputs in calls for t in _graded(call(*inputs))]
         # What `torch.autograd.grad` does, but for its checks of each result. A model has one loss.
         return _engine_run_backward(
-            outs, upstream, False, False, leaves, allow_unreachable=True, accumulate_grad=False
-        )
+            (*outs,), (*upstream,), False, False, (*leaves,),
+            allow_unreachable=True, accumulate_grad=False,
+        )  # fmt: skip
 
     return run
 
