@@ -116,6 +116,7 @@ CALLS = {
     ("cosine_similarity", "eps"): (
         lambda t, s: F.cosine_similarity(*_rows(t, 2, 0.01), eps=s), 0.7),
     ("normalize", "eps"): (lambda t, s: F.normalize(_rows(t, 1)[0] * 0.01, eps=s), 0.7),
+    ("gumbel_softmax", "tau"): (lambda t, s: F.gumbel_softmax(_rows(t)[0], s), 0.7),
     ("poisson_nll_loss", "eps"): (
         lambda t, s: F.poisson_nll_loss(_x(t).abs(), _x(t).abs().detach(), False, eps=s,
                                         reduction="none"), 0.7),
