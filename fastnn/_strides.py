@@ -79,9 +79,15 @@ def in_layout(t: Tensor | None, strides: tuple[int, ...] | None) -> Tensor | Non
 
 
 def with_dense_gradients(backward: Callable, at: tuple[int, ...]) -> Callable:
-    """`backward(ctx, *grads)`, with plain gradients, those at the positions `at` made dense."""
+    """`backward(ctx, *grads)`, with plain gradients, those at the positions `at` made dense.
+
+    If no result has a gradient, no input has one. Autograd asks so where the function behind
+    returns None for all of them.
+    """
 
     def call(ctx, *grads):
+        if grads[0] is None and all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
         for g in grads:
             if g is not None and type(g) is not Tensor:
                 grads = tuple([g if g is None else plain_gradient(g) for g in grads])

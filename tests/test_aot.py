@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from fastnn import _gate
+from fastnn.kernels import _config
 from fastnn.kernels._launch import kernel
 from fastnn.testing import Case, check, randn
 from fastnn.testing.aot import TARGETS, code_faults, compile_only, launch_nothing
@@ -305,7 +306,8 @@ def planted(where, old, new):
         path.write_text(source.replace(old, new))
         spec = importlib.util.spec_from_file_location(path.stem, path)
         copy = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(copy)
+        with mock.patch.dict(_config.TUNABLES):  # the copy is no file that a search may tune
+            spec.loader.exec_module(copy)
         with mock.patch.object(module, name, getattr(copy, name)):
             yield
 

@@ -18,8 +18,8 @@ import fastnn.functional as F
 from fastnn import _mode
 from fastnn.layers._layer import STOCK
 from fastnn.ops import FUNCTIONS, REGISTRY
-from fastnn.testing import simulated
-from tests.calls import attempt, recorded
+from fastnn.testing import simulated, tensors_of
+from tests.calls import attempt, fresh, recorded
 from tests.marks import interpreted, on_device
 
 LAYERS = sorted(STOCK, key=lambda c: c.__name__)
@@ -621,3 +621,43 @@ def test_asking_pytorch_for_its_error_leaves_nothing_behind(monkeypatch):
         F.relu(x)
     assert torch.equal(x, torch.zeros(3))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class _NoGradient(torch.autograd.Function):
+    """A function whose input has no gradient."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        return tuple(t.clone() for t in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return (None,) * len(gradients)
+
+
+@interpreted
+@pytest.mark.parametrize("name", sorted(recorded()))
+def test_results_without_a_gradient_give_none_to_the_inputs(name):
+    """Autograd runs a node although no function behind it returned a gradient."""
+    calls = [
+        c
+        for c in recorded()[name]
+        if c.wanting and all(t.numel() and t.isfinite().all() for t in c.tensors().values())
+    ]
+    if not calls:
+        pytest.skip("no row of it has gradients")
+    for call in calls:
+        mine, _ = fresh(call, {})
+        try:
+            with fastnn.backend("triton"):
+                out = getattr(fastnn.functional, name)(**mine.arguments)
+        except fastnn.BackendError:  # a row that may run on PyTorch
+            continue
+        outs = [t for t in tensors_of(out) if t.requires_grad]
+        with fastnn.backend("triton"):
+            sum(t.sum() for t in _NoGradient.apply(*outs)).backward()
+        for key in mine.wanting:
+            grad = mine.arguments[key].grad
+            assert grad is None or not grad.any(), key
+        return
+    raise AssertionError("no row runs on kernels")

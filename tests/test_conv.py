@@ -10,9 +10,10 @@ import torch.nn as stock
 import fastnn
 import fastnn.functional as F
 from fastnn import _gate, kernels
+from fastnn._strides import is_channels_last
 from fastnn.kernels import _gpus
 from fastnn.ops import linear
-from fastnn.ops.conv import _channels_last, _precision, tf32_setting
+from fastnn.ops.conv import _precision, tf32_setting
 from fastnn.testing import Case, assert_parity, check, randn
 from tests.errors import assert_same_error
 from tests.marks import interpreted
@@ -165,7 +166,9 @@ def test_strides_decide_on_channels_last_as_in_aten(shape):
     permuted = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     for t in (x, odd, permuted, x.to(memory_format=torch.channels_last), x[:1].expand(shape)):
         suggested = torch._prims_common.suggest_memory_format(t)
-        assert _channels_last(t) == (suggested is torch.channels_last), t.stride()
+        assert is_channels_last(t.shape, t.stride()) == (suggested is torch.channels_last), (
+            t.stride()
+        )
 
 
 @interpreted
