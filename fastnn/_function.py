@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -30,6 +31,22 @@ class Function(torch.autograd.Function):
                 f"{cls.__name__}.backward: *gradients are taken as they are; call them strided"
             )
         cls.backward = staticmethod(with_dense_gradients(backward, at))  # type: ignore
+        if len(names) + len(cls.strided) == 1:
+            cls.forward = staticmethod(_without_zeros(cls.__dict__["forward"].__func__))
+
+
+def _without_zeros(forward: Callable) -> Callable:
+    """The forward of a function with one result: without a gradient of it, the inputs have none.
+
+    By default autograd makes zeros of it, and then the inputs have gradients that are zero.
+    """
+
+    @functools.wraps(forward)
+    def call(ctx, *args):
+        ctx.set_materialize_grads(False)
+        return forward(ctx, *args)
+
+    return call
 
 
 class _NoGraph:

@@ -475,6 +475,7 @@ class Plan:
         if (
             self.tries and not self.replayed_back
             and not torch.is_grad_enabled() and enabled()
+            and any(g is not None for g in grads)
         ):  # fmt: skip
             return _record_backward(self, drawn, grads, saved)
         return self.gradients(self.function.backward(self.context(saved, drawn), *grads))

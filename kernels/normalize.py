@@ -104,7 +104,10 @@ def _gradient(dy, x, q, d, t, NORM: tl.constexpr):
     else:
         slope = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
     # of a row of one element, the difference is 0
-    return tl.fma(slope, tl.broadcast_to(-t, x.shape), dy) * tl.div_rn(1.0, d)
+    z = tl.fma(slope, tl.broadcast_to(-t, x.shape), dy)
+    # The reciprocal of a very small d would be infinite, and that of a very large one subnormal.
+    scale = tl.where(d < 1e-30, 2.0**64, tl.where(d > 1e30, 2.0**-64, 1.0))
+    return z * scale * tl.div_rn(1.0, d * scale)
 
 
 @kernel(do_not_specialize=["C", "S", "stride_xb", "stride_db", "stride_gb", "row_blocks"])

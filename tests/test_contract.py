@@ -657,7 +657,6 @@ def test_results_without_a_gradient_give_none_to_the_inputs(name):
         with fastnn.backend("triton"):
             sum(t.sum() for t in _NoGradient.apply(*outs)).backward()
         for key in mine.wanting:
-            grad = mine.arguments[key].grad
-            assert grad is None or not grad.any(), key
+            assert mine.arguments[key].grad is None, key
         return
     raise AssertionError("no row runs on kernels")

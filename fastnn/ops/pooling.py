@@ -46,16 +46,14 @@ class Pool(Function):
         kept = () if spec.is_mean_of_planes else (x, samples, at, slope)
         ctx.save_for_backward(*kept)
         ctx.rest = spec, dtype, formula, (x.shape, x.stride(), x.dtype)
+        ctx.set_materialize_grads(False)
         if not indices:
             return y
         ctx.mark_non_differentiable(index)
-        ctx.set_materialize_grads(False)
         return y, index
 
     @staticmethod
     def backward(ctx, dy, dindex=None):
-        if dy is None:
-            return (None,) * 6
         spec, dtype, formula, layout = ctx.rest
         kept = (None,) * 4 if spec.is_mean_of_planes else ctx.saved_tensors
         x, samples, at, slope = kept

@@ -137,14 +137,15 @@ def gumbel_softmax(logits, tau=1, hard=False, eps=1e-10, dim=-1):
         return Stock("option", f"tau={tau!r}, hard={hard!r}")
     if eps != 1e-10:
         return Stock("option", f"eps={eps!r}, of which PyTorch warns")
-    if not isinstance(dim, int) or isinstance(dim, bool) or not -logits.dim() <= dim < logits.dim():
+    dims = max(logits.dim(), 1)
+    if not isinstance(dim, int) or isinstance(dim, bool) or not -dims <= dim < dims:
         return Invalid("option", f"dim={dim!r}, logits {tuple(logits.shape)}")
     if not logits.numel():
         return Stock("empty", "no logits")
     if torch.is_autocast_enabled(logits.device.type):
         return Stock("autocast", "autocast, in which PyTorch adds noise in float32 to the logits")
     impossible("it draws noise by an operator of PyTorch")
-    y = run(Gumbel, logits, _rng.exponential(logits), float(tau), dim % logits.dim())
+    y = run(Gumbel, logits, _rng.exponential(logits), float(tau), dim % dims)
     if not hard:
         return y
     at = y.max(dim, keepdim=True)[1]
