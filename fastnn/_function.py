@@ -32,7 +32,8 @@ class Function(torch.autograd.Function):
             )
         cls.backward = staticmethod(with_dense_gradients(backward, at))  # type: ignore
         if len(names) + len(cls.strided) == 1:
-            cls.forward = staticmethod(_without_zeros(cls.__dict__["forward"].__func__))
+            forward = cls.__dict__["forward"].__func__
+            cls.forward = staticmethod(_without_zeros(forward))  # type: ignore
 
 
 def _without_zeros(forward: Callable) -> Callable:

@@ -1,8 +1,8 @@
 """Rows that are a dimension C of a tensor: (N, C, d1, ...) as (B, C, S).
 
 C are the classes of logits, or the elements of a vector; S are the positions. Kernels that reduce
-along C take their tiles from here. Rows that are the last dimensions of a dense tensor have
-_rows.py.
+along C take their tiles from here. For rows that are the last dimensions of a dense
+tensor, see _rows.py.
 """
 
 import functools

@@ -39,7 +39,7 @@ def empty_as(x, dtype=None, device=None):
 
 
 def empty_in_layout(shape, like, dtype, channels_last):
-    """Uninitialised, dense, and the order of its dimensions in memory."""
+    """An uninitialised dense tensor, and the order of its dimensions in memory."""
     dims = len(shape)
     if not channels_last:
         return like.new_empty(shape, dtype=dtype), range(dims)

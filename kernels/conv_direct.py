@@ -199,7 +199,7 @@ def _conv_direct_runs_kernel(
     depthwise convolutions with channels last, and without a dilation along W.
 
     X (N, channels, id_, ih, iw), Y (N, channels, od, oh, ow): float, channels last. W: float,
-    (taps, channels). BIAS, Z, MEAN, VAR, SCALE, SHIFT: as in `finish`. runs: of a sample; runs_w:
+    (taps, channels). BIAS, Z, MEAN, VAR, SCALE, SHIFT: as in `follow`. runs: of a sample; runs_w:
     of a row. The other constants are as in _conv_direct_kernel.
     """
     id_, ih, od, oh, pd, ph = shape_of(id_, ih, od, oh, pd, ph, DIMS)

@@ -660,3 +660,16 @@ def test_results_without_a_gradient_give_none_to_the_inputs(name):
             assert mine.arguments[key].grad is None, key
         return
     raise AssertionError("no row runs on kernels")
+
+
+@interpreted
+@pytest.mark.parametrize("activation", ["relu", "silu", "sigmoid", "gelu_tanh"])
+def test_second_derivatives_of_a_product_of_which_one_factor_is_frozen(activation):
+    x, z = torch.randn(3, 5), torch.randn(3, 5, requires_grad=True)
+    dy = torch.randn(3, 5, requires_grad=True)
+    with fastnn.backend("triton"):
+        y = F.act_mul(x, z, activation)
+        (dz,) = torch.autograd.grad(y, z, dy, create_graph=True)
+        (back,) = torch.autograd.grad(dz.sum(), dy)
+    acted = F.act_mul(x, torch.ones(3, 5), activation)
+    assert torch.allclose(dz, dy * acted) and torch.allclose(back, acted)

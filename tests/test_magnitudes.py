@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 import fastnn
+import fastnn.functional as F
 from fastnn import kernels
 from fastnn._mode import backend, decisions
 from fastnn.ops import REGISTRY
@@ -518,6 +519,22 @@ def _trouble(name, path, monkeypatch, record_property):
             ]
         assert not failures, f"{filling.__name__} in {dtype}: " + "; ".join(failures)
     record_property("magnitudes", [("compared", runs)])
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("x", "options", "dy", "wanted"),
+    [
+        ([0.0, 0.0], {"eps": 1e-39}, [0.1, -0.1], [1e38, -1e38]),
+        ([1e-39, 1e-39], {"eps": 0.0, "p": 1.0}, [1e-5, 0.0], [2.5e33, -2.5e33]),
+        ([1e38, 2e38], {"p": 1.0}, [3e38, 0.0], [2 / 3, -1 / 3]),
+    ],
+)
+def test_the_gradient_of_normalize_divides_by_lengths_of_any_size(x, options, dy, wanted):
+    x = torch.tensor([x], requires_grad=True)
+    with backend("triton"):
+        F.normalize(x, **options).backward(torch.tensor([dy]))
+    assert torch.allclose(x.grad, torch.tensor([wanted]), rtol=1e-6, atol=0)
 
 
 if __name__ == "__main__":

@@ -327,18 +327,19 @@ def _recurrent(width):
 
 
 # Calls of which kernels would count something in 32 bits that these do not hold.
+# The smallest sizes that run on PyTorch: with one element more of a tile, 32 bits would overflow.
 LARGE = {
     "conv2d": (_meta(1, 2**16, 1, 1), _meta(2**15, 2**16, 1, 1)),
-    "cosine_similarity": (_meta(1, 2**31), _meta(1, 2**31)),
-    "cross_entropy": _classes(2**31),
-    "linear": (_meta(256, 8), _meta(2**24, 8)),
-    "log_softmax": (_meta(2**31), 0),
-    "multi_margin_loss": _classes(2**31),
-    "nll_loss": _classes(2**31),
-    "normalize": (_meta(1, 2**31),),
+    "cosine_similarity": (_meta(1, 2**30), _meta(1, 2**30)),
+    "cross_entropy": _classes(2**30),
+    "linear": (_meta(256, 8), _meta(2**23 + 1, 8)),
+    "log_softmax": (_meta(2**30), 0),
+    "multi_margin_loss": _classes(2**30),
+    "nll_loss": _classes(2**30),
+    "normalize": (_meta(1, 2**30),),
     "prelu": (_meta(1, 2**31), _meta(2**31)),
     "rnn_tanh": _recurrent(2**16),
-    "softmax": (_meta(1, 2**31), 1),
+    "softmax": (_meta(1, 2**30), 1),
 }
 
 

@@ -16,10 +16,13 @@ import torch
 # What to do if PyTorch cannot take a model: what its error says, and our advice. The same advice
 # stands in docs/compile.md.
 HINTS = (
-    (r"RNN|LSTM|GRU", "set torch._dynamo.config.allow_rnn = True before compiling"),
+    (r"\b(RNN|LSTM|GRU)\b", "set torch._dynamo.config.allow_rnn = True before compiling"),
     (r"[Dd]ata-dependent", "write the condition with torch.where, or decide it before the model"),
-    (r"[Ll]ogg|print", "take the message out of `forward`, or change the setting that it asks for"),
-    (r"hook|graph_break", "take the call out, or compile the parts on both sides of it"),
+    (
+        r"[Ll]ogg|\bprint\b",
+        "take the message out of `forward`, or change the setting that it asks for",
+    ),
+    (r"\bhooks?\b|graph_break", "take the call out, or compile the parts on both sides of it"),
 )
 WITHOUT = (
     "Without fullgraph=True the model runs in several graphs, and no rule holds across two. "
@@ -29,7 +32,7 @@ WITHOUT = (
 
 def _hint(error: Exception) -> str:
     """What to do about an error of Dynamo."""
-    told = str(error)
+    told = str(error).partition("from user code")[0]  # then come lines of the model
     advice = next((hint for pattern, hint in HINTS if re.search(pattern, told)), None)
     return f"fastnn: {advice}. {WITHOUT}" if advice else f"fastnn: {WITHOUT}"
 

@@ -384,7 +384,7 @@ class Group(NamedTuple):
     rule: Rule
     places: tuple[tuple[Place, type], ...]  # of those that must be there, with their classes
     more: tuple[Place, type] | None  # of the one that may be there, and is
-    # classes of the members, all of which may be stock classes -> `_ready`
+    # the classes of the members -> what `_ready` made for them
     ready: dict[tuple[type, ...], Callable[..., tuple | None]]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, Work, is_dense, op, rounded, run, second_order
 from fastnn.ops.loss import INTEGERS, broadcast, common_dtype, multilabel, number, own, refuse
-from fastnn.ops.nll_loss import MOST_CLASSES, resolve_reduction
+from fastnn.ops.nll_loss import resolve_reduction, too_long
 
 
 class RowOp(NamedTuple):
@@ -228,8 +228,8 @@ def _row_shape(dim, *xs):
         return Invalid("option", f"dim={dim!r}")
     if shape[dim] == 0:
         return Stock("empty", "rows without elements")
-    if shape[dim] >= MOST_CLASSES:
-        return Stock("size", f"rows of {shape[dim]}")
+    if why := too_long(shape[dim]):
+        return why
     return shape, dim % len(shape)
 
 
@@ -449,8 +449,8 @@ def multi_margin_loss(
     shape = input.shape[:-1]
     if input.shape[-1] == 0:
         return Stock("empty", "no classes")
-    if input.shape[-1] >= MOST_CLASSES:
-        return Stock("size", f"{input.shape[-1]} classes")
+    if why := too_long(input.shape[-1], "classes"):
+        return why
     if target.shape != shape and not (not shape and target.shape == (1,)):
         return Invalid("shape", f"a target of shape {tuple(target.shape)}")
     if target.shape != shape:

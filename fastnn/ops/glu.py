@@ -64,7 +64,8 @@ class ActMul(Function):
     def backward(ctx, dy):
         x, z = ctx.saved_tensors
         activation, a, b = ctx.rest
-        z = x if z is None else z  # only the gradient of x depends on its values
+        if z is None:  # only the gradient of x depends on its values
+            z = x.detach().requires_grad_()
         if torch.is_grad_enabled():
             act = stock_activation(activation)
             needs = ctx.needs_input_grad[:2]

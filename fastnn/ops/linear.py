@@ -183,7 +183,7 @@ def _declined(input, weight, bias):
     if input.dtype != weight.dtype or (bias is not None and bias.dtype != input.dtype):
         return Invalid("dtype", "several dtypes")
     if max(weight.shape) > 2**23:  # kernels index a tile of up to 256 rows in 32 bits
-        return Stock("size", f"a weight {tuple(weight.shape)}")
+        return Stock("size", f"a weight {tuple(weight.shape)}; kernels take at most 2^23 a side")
     return None
 
 

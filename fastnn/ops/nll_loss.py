@@ -12,6 +12,13 @@ INDICES = (torch.int64, torch.uint8)
 MOST_CLASSES = 2**30  # kernels count classes in 32 bits, also those of a block past the end
 
 
+def too_long(count, what="elements"):
+    """The refusal of rows of so many elements or classes, if a kernel cannot count them."""
+    if count < MOST_CLASSES:
+        return None
+    return Stock("size", f"rows of {count:,} {what}; kernels take less than 2^30")
+
+
 def refuse_options(input, weight, ignore_index, reduction, out_dtype):
     """Why the options that both losses share cannot be taken; None if they can."""
     if not isinstance(input, Tensor) or not input.is_floating_point() or input.dim() == 0:
@@ -19,8 +26,8 @@ def refuse_options(input, weight, ignore_index, reduction, out_dtype):
     C = input.shape[min(input.dim() - 1, 1)]
     if C == 0:
         return Stock("empty", "no classes")
-    if C >= MOST_CLASSES:
-        return Stock("size", f"{C} classes")
+    if why := too_long(C, "classes"):
+        return why
     if weight is not None:
         if not isinstance(weight, Tensor) or weight.shape != (C,):
             return Invalid("shape", "a weight that is not one value per class")

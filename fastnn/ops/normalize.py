@@ -8,7 +8,7 @@ from fastnn._op import Function, Invalid, Stock, op, run, second_order
 from fastnn.kernels._tl import empty_as
 from fastnn.ops.distance import classes_back, classes_second, in_rows
 from fastnn.ops.loss import number
-from fastnn.ops.nll_loss import MOST_CLASSES
+from fastnn.ops.nll_loss import too_long
 
 
 class Normalize(Function):
@@ -68,8 +68,8 @@ def normalize(input, p=2.0, dim=1, eps=1e-12, out=None, *, out_dtype=None):
         return Invalid("option", f"dim={dim} of {tuple(input.shape)}")
     if not input.numel():
         return Stock("empty", "no elements")
-    if input.shape[dim] >= MOST_CLASSES:
-        return Stock("size", f"rows of {input.shape[dim]}")
+    if why := too_long(input.shape[dim]):
+        return why
     if isinstance(p, bool) or p not in (1, 2):
         return Stock("option", f"p={p!r}; kernels take 1 and 2")
     dtype = out_dtype or input.dtype

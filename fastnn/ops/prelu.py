@@ -40,5 +40,6 @@ def prelu(input, weight):
     if weight.numel() not in (1, channels):
         return Invalid("shape", f"{weight.numel()} weights for {channels} channels")
     if channels >= 2**31 or input.shape[2:].numel() >= 2**31:  # kernels count them in 32 bits
-        return Stock("size", f"{channels} channels of {input.shape[2:].numel()} elements")
+        many = f"{channels:,} channels of {input.shape[2:].numel():,} elements"
+        return Stock("size", f"{many}; kernels take less than 2^31 of each")
     return run(PReLU, input, weight)

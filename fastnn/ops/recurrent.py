@@ -54,10 +54,11 @@ class Cell(Function):
             new_h = kernels.recurrent.rnn_fwd(gi, gh, b_ih, b_hh, kind == "rnn_relu")
         if kind in ("lstm", "gru"):
             kept: tuple = x, h, c, w_ih, w_hh, b_ih, b_hh, new_c, gates
-        else:  # the gradients, and theirs, are those of the products of a dense matrix and of new_h
+        else:  # the gradient of a factor reads the other factor, and all of them read new_h
             of_x, of_h, _, of_ih, of_hh = ctx.needs_input_grad[:5]
-            both = (x, of_ih), (h, of_hh), (None, False), (w_ih, of_x), (w_hh, of_h)
-            kept = *(t if read else None for t, read in both), None, None, new_h, None
+            weights = w_ih if of_x else None, w_hh if of_h else None
+            states = x if of_ih else None, h if of_hh else None
+            kept = *states, None, *weights, None, None, new_h, None
         ctx.save_for_backward(*kept)
         ctx.kind = kind
         ctx.set_materialize_grads(False)
@@ -450,7 +451,8 @@ def _layers(kind, input, state, params, biased, layers, dropout, train, both, ba
     if not x.numel() * N * P:
         return Stock("empty", "no elements")
     if max(p.numel() for p in params) >= 2**31:  # kernels index a weight in 32 bits
-        return Stock("size", f"a weight of {max(p.numel() for p in params)} elements")
+        most = max(p.numel() for p in params)
+        return Stock("size", f"a weight of {most:,} elements; kernels take less than 2^31")
     draws = train and dropout > 0 and layers > 1
     if draws and input.device.type != "cpu":
         return Stock(

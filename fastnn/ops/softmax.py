@@ -62,7 +62,7 @@ def _softmax(name, x, dim, stacklevel, dtype, out_dtype, log=False, negate=False
     if not -dims <= dim < dims:
         return Invalid("option", f"dim={dim}, input {tuple(x.shape)}")
     if x.dim() and x.shape[dim] >= 2**30:  # kernels count the elements of a row in 32 bits
-        return Stock("size", f"rows of {x.shape[dim]}")
+        return Stock("size", f"rows of {x.shape[dim]:,} elements; kernels take less than 2^30")
     if dtype is None:
         dtype = out_dtype or x.dtype  # autocast sets a dtype only if the caller has not
     if dtype not in FLOATS:

@@ -67,6 +67,7 @@ CASES: list[Case] = [
     Case("gumbel_softmax", (randn(6),), {"tau": 2, "hard": True}),
     Case("gumbel_softmax", (randn(4, 9),), {"hard": True}, view=lambda x: x.t()),
     Case("gumbel_softmax", (randn(2, 1025),), {"tau": -1.5}, dtypes=BF16),
+    Case("gumbel_softmax", (randn(),), dtypes=F32),
     Case("gumbel_softmax", (randn(0, 3),), stock="empty"),
     Case("gumbel_softmax", (randn(2, 3),), {"tau": 0}, stock="option", dtypes=F32),
     Case("gumbel_softmax", (randn(2, 3),), autocast=torch.bfloat16, stock="autocast", dtypes=F32),
