@@ -27,16 +27,16 @@ class Scale(Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, scale = ctx.saved_tensors
-        sizes, like, shape, dtype, device = ctx.rest
         needs = ctx.needs_input_grad
         dr = dy if needs[2] else None
+        if not (needs[0] or needs[1]):  # nothing was kept, so that a second backward runs, too
+            return None, None, dr, None
+        x, scale = ctx.saved_tensors
+        sizes, like, shape, dtype, device = ctx.rest
         if torch.is_grad_enabled():
             dx = dy * scale if needs[0] else None
             ds = (dy * x).sum_to_size(shape) if needs[1] else None
             return dx, ds, dr, None
-        if not (needs[0] or needs[1]):
-            return None, None, dr, None
         w = torch.empty(shape, dtype=dtype, device=device) if scale is None else scale
         dx, ds = kernels.scale.bwd(dy, x, w.view(-1), like, sizes, needs[0], needs[1])
         return dx, None if ds is None else ds.view(shape), dr, None
