@@ -334,7 +334,17 @@ def named(found):
 
 @of_all
 def test_gradients_in_bfloat16(build):
-    task = tiny(build).bfloat16()
+    """The errors of three draws are added up: those of one, of so small a model, are luck."""
+    total = dict.fromkeys(("stock", "ours"), 0.0)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for side, error in errors_in_bfloat16(tiny(build).bfloat16()).items():
+            total[side] += error
+    assert total["ours"] <= 1.5 * total["stock"], total
+
+
+def errors_in_bfloat16(task):
+    """Side -> the sum of the largest errors of the gradients against float64."""
     sides = {"exact": copy.deepcopy(task).double(), "stock": copy.deepcopy(task), "ours": task}
     grads = {}
     with simulated(least=0):
@@ -344,14 +354,15 @@ def test_gradients_in_bfloat16(build):
             inputs = [t.to(dtype) if t.is_floating_point() else t for t in one.batch(2, 0.0)]
             call(*inputs).backward()
             grads[side] = [p.grad.double() for p in one.parameters() if p.grad is not None]
-    largest = max(g.abs().max() for g in grads["exact"])
-    total = dict.fromkeys(("stock", "ours"), 0.0)
-    for side in total:
-        for got, want in zip(grads[side], grads["exact"], strict=True):
-            total[side] += (
-                (got - want).abs().max() / want.abs().max().clamp(largest * 1e-4)
-            ).item()
-    assert total["ours"] <= 1.5 * total["stock"], total
+    exact = grads.pop("exact")
+    largest = max(g.abs().max() for g in exact)
+    return {
+        side: sum(
+            ((got - want).abs().max() / want.abs().max().clamp(largest * 1e-4)).item()
+            for got, want in zip(found, exact, strict=True)
+        )
+        for side, found in grads.items()
+    }
 
 
 # A pad of the labels is no call for a kernel; the interpreter takes minutes for convolutions of a
