@@ -8,6 +8,7 @@ import torch.nn.functional as stock
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, Work, launcher, op, run, second_order
 from fastnn._shards import Split
+from fastnn.ops.nll_loss import too_long
 
 # RMS norm is composed for every input in torch 2.8, and not in 2.11
 _COMPOSED = torch.__version__ < "2.11"
@@ -98,9 +99,7 @@ def unfit(input, normalized_shape, eps, *parameters):
         return Invalid("shape", f"normalized_shape={shape}, a parameter of another shape")
     if type(eps) not in (float, int):
         return Invalid("option", f"eps={eps!r}")
-    if math.prod(shape) >= 2**30:  # kernels count columns in 32 bits
-        return Stock("size", f"rows of {math.prod(shape):,} elements; kernels take less than 2^30")
-    return None
+    return too_long(math.prod(shape))
 
 
 LONG = "long rows"  # the variant that reads each row twice, as PyTorch does

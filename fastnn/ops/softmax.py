@@ -10,6 +10,7 @@ from fastnn._front import FRAMES, depth
 from fastnn._op import FLOATS, Function, Invalid, Stock, impossible, launcher, op, run
 from fastnn._shards import beside
 from fastnn.ops.loss import number
+from fastnn.ops.nll_loss import too_long
 
 _fwd = launcher(
     "softmax",
@@ -61,8 +62,8 @@ def _softmax(name, x, dim, stacklevel, dtype, out_dtype, log=False, negate=False
     dims = max(x.dim(), 1)
     if not -dims <= dim < dims:
         return Invalid("option", f"dim={dim}, input {tuple(x.shape)}")
-    if x.dim() and x.shape[dim] >= 2**30:  # kernels count the elements of a row in 32 bits
-        return Stock("size", f"rows of {x.shape[dim]:,} elements; kernels take less than 2^30")
+    if x.dim() and (why := too_long(x.shape[dim])):
+        return why
     if dtype is None:
         dtype = out_dtype or x.dtype  # autocast sets a dtype only if the caller has not
     if dtype not in FLOATS:
