@@ -105,21 +105,39 @@ def test_remembering_leaves_no_trace_on_the_model(device):
     assert set(vars(copy.deepcopy(net))) == before[0]
 
 
-def test_what_is_remembered_is_bounded_and_holds_only_our_classes(device):
+def test_what_members_fuse_is_known_by_their_classes_alone(device):
     class Mine(stock.Module):
         def forward(self, x):
             return x
 
-    _fusion._found.clear()
-    _fusion._found_of_ours.clear()
+    def nodes(tree):
+        return {cls: nodes(node.next) for cls, node in tree.items()}
+
+    before = nodes(_fusion.LEADERS)
+    assert {fastnn.Linear, stock.Linear} <= {*before}
     for n in range(3):
-        fastnn.Sequential(*[Mine()] * n, fastnn.Linear(4, 4), fastnn.ReLU()).to(device)(
-            torch.randn(2, 4, device=device)
-        )
-    assert len(_fusion._found) == 3
-    assert {cls for key in _fusion._found for cls in key} == {None, fastnn.Linear, fastnn.ReLU}
-    for i in range(_fusion._MOST + 5):
-        _fusion.grouped([make((fastnn.ReLU, fastnn.GELU)[i >> bit & 1]) for bit in range(11)])
-    assert len(_fusion._found) <= _fusion._MOST
-    assert len(_fusion._found_of_ours) <= _fusion._MOST
-    assert {cls for key in _fusion._found_of_ours for cls in key} <= {*_fusion.STOCK}
+        net = fastnn.Sequential(*[Mine()] * n, fastnn.Linear(4, 4), fastnn.ReLU(), Mine())
+        x = torch.randn(2, 4, device=device)
+        assert names(net.to(device), x) == [("linear_act", None)]
+    assert nodes(_fusion.LEADERS) == before
+
+
+def test_members_of_our_classes_and_marked_ones_fuse_with_each_other(device):
+    x = torch.randn(2, 4, device=device)
+    for marked in range(8):
+        made = [fastnn.Linear(4, 4), fastnn.ReLU(), fastnn.Dropout(0.5)]
+        for i, its in enumerate((stock.Linear(4, 4), stock.ReLU(), stock.Dropout(0.5))):
+            if marked >> i & 1:
+                made[i] = fastnn.convert(its)
+        net = fastnn.Sequential(*made).to(device)
+        assert names(net, x) == [("linear_act", None)]
+        if marked & 4:  # without its mark, the optional member runs by itself, on PyTorch
+            fastnn.revert(net[2])
+            assert names(net, x) == [("linear_act", None)]
+            torch.manual_seed(3)
+            out = net(x)
+            torch.manual_seed(3)
+            torch.testing.assert_close(out, net[2](net[1](net[0](x))))
+        if marked & 1:
+            fastnn.revert(net[0])
+            assert ("linear_act", None) not in names(net, x)

@@ -8,6 +8,7 @@ of `_layer.py`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
@@ -26,11 +27,12 @@ from fastnn.layers._layer import (
     STOCK,
     as_torch_made,
     attributes,
+    generated,
     unwatched,
     watched,
     weight_and_bias,
 )
-from fastnn.layers._marks import KEY, MARK
+from fastnn.layers._marks import KEY, MARK, is_marked
 from fastnn.layers.dropout import Dropout
 from fastnn.layers.linear import Linear
 from fastnn.layers.normalization import GroupNorm, LayerNorm, RMSNorm
@@ -292,27 +294,6 @@ RULES: tuple[Rule, ...] = (
     DROPOUT_ADD_RMS_NORM,
 )
 
-# The class of a member that leads neighbours -> the rule for them.
-LEADERS = {cls: rule for rule in RULES if rule.neighbours for cls in rule.places[0].tells}
-_MARKED_LEADERS = {its: LEADERS[cls] for its, cls in OURS.items() if cls in LEADERS}
-
-
-def _by_class(member: Any, of_ours: Mapping[type, Any], of_marked: Mapping[type, Any]) -> Any:
-    """The entry of a member's class: of our classes, or of the stock classes if it is marked."""
-    cls = type(member)
-    found = of_ours.get(cls)
-    if found is None:
-        found = of_marked.get(cls)
-        if found is not None and member.__dict__.get(KEY) is not MARK:
-            return None
-    return found
-
-
-def leads(member: Any) -> Rule | None:
-    """The rule for neighbours which the member leads, if it is ours or marked."""
-    return _by_class(member, LEADERS, _MARKED_LEADERS)
-
-
 # ---- The matcher --------------------------------------------------------------------------------
 
 
@@ -363,176 +344,163 @@ def note(rule: Rule, misfit: Misfit) -> None:
     _mode.note(rule.op.op, declined)  # type: ignore[attr-defined]
 
 
+# PyTorch fills and empties these tables, and never puts others in their place.
+_forward_hooks = _module._global_forward_hooks
+_forward_pre_hooks = _module._global_forward_pre_hooks
+_backward_hooks = _module._global_backward_hooks
+_backward_pre_hooks = _module._global_backward_pre_hooks
+_is_tracing = torch._C._is_tracing
+_is_transforming = torch._C._are_functorch_transforms_active
+
+
 def plainly() -> bool:
     """Whether the members must be called one by one: somebody looks on at all layers."""
     return bool(
-        _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
-        or torch._C._get_tracing_state()
-        or torch._C._are_functorch_transforms_active()
+        _forward_hooks
+        or _forward_pre_hooks
+        or _backward_hooks
+        or _backward_pre_hooks
+        or _is_tracing()
+        or _is_transforming()
     )
 
 
 # ---- Neighbours ---------------------------------------------------------------------------------
 
 
-class Group(NamedTuple):
-    """Neighbours that a rule takes, by their classes."""
+class Neighbours:
+    """Members of exactly these classes that a rule takes.
 
-    rule: Rule
-    places: tuple[tuple[Place, type], ...]  # of those that must be there, with their classes
-    more: tuple[Place, type] | None  # of the one that may be there, and is
-    # the classes of the members -> what `_ready` made for them
-    ready: dict[tuple[type, ...], Callable[..., tuple | None]]
-
-
-# Class of a member that some rule for neighbours takes -> itself.
-_TAKEN: dict[type, type] = {
-    cls: cls
-    for rule in RULES
-    if rule.neighbours
-    for place in rule.places
-    for cls in place.tells
-    if issubclass(cls, stock.Module)
-}
-
-_MOST = 1024  # sequences of classes remembered
-
-_TAKEN_MARKED = {its: cls for its, cls in OURS.items() if cls in _TAKEN}
-
-
-def _taken(member: Any) -> type | None:
-    """The class of ours that a member counts as, if some rule for neighbours takes it."""
-    return _by_class(member, _TAKEN, _TAKEN_MARKED)
-
-
-# What `grouped` found. By the classes of the members alone, and of these only ours: there is
-# nothing in it that could go stale, or that it would keep alive.
-_found: dict[tuple[type | None, ...], tuple[Group | None, ...] | None] = {}
-
-
-# The same, by the classes of members that are all ours: no mark has to be looked for.
-_found_of_ours: dict[tuple[type, ...], Any] = {}
-
-
-def _group(rule: Rule, classes: tuple[type | None, ...]) -> Group | None:
-    """The members at the beginning of `classes` that `rule` takes."""
-    if not rule.neighbours:
-        return None
-    taken: list[Any] = []
-    for place, cls in zip(rule.places, (*classes, *(None,) * len(rule.places)), strict=False):
-        if cls not in place.tells:
-            return Group(rule, tuple(taken), None, {}) if place.optional else None
-        assert cls is not None
-        if place.optional:
-            return Group(rule, tuple(taken), (place, cls), {})
-        taken.append((place, cls))
-    return Group(rule, tuple(taken), None, {})
-
-
-def _group_all(classes: tuple[type | None, ...]) -> tuple[Group | None, ...] | None:
-    groups = tuple(
-        next(
-            (
-                g
-                for rule in RULES
-                if (g := _group(rule, classes[i : i + len(rule.places)])) is not None
-            ),
-            None,
-        )
-        for i in range(len(classes))
-    )
-    return groups if any(groups) else None
-
-
-def grouped(members: list) -> tuple[Group | None, ...] | None:
-    """For each member, the group that begins with it; None if there is no group at all."""
-    kinds = tuple(map(type, members))
-    known = _found_of_ours.get(kinds, False)
-    if known is not False:
-        return known
-    classes = tuple(map(_taken, members))
-    try:
-        groups = _found[classes]
-    except KeyError:
-        if len(_found) >= _MOST:
-            _found.clear()
-        groups = _found.setdefault(classes, _group_all(classes))
-    if all(kind in STOCK for kind in kinds):
-        if len(_found_of_ours) >= _MOST:
-            _found_of_ours.clear()
-        _found_of_ours[kinds] = groups
-    return groups
-
-
-def _ready(group: Group, kinds: tuple[type, ...]) -> Callable[..., tuple | None]:
-    """A function of the input and all members of a group: the arguments of its op.
-
-    None if a member does not fuse or is watched: `run_neighbours` then asks one by one, and says
-    why. It is generated, because a call of a group costs the host more than the calls of functions
-    that this saves.
-
-    kinds: the classes of the members.
+    told: for each member its place in the rule, and the class that it counts as.
+    least: how many members the rule needs. The last place may be optional.
     """
-    given: dict[str, Any] = {"_unwatched": unwatched(*kinds), "_misfit": Misfit}
-    given["_arguments"] = group.rule.arguments
-    names = [f"m{i}" for i in range(len(kinds))]
-    told = []
-    lines = [f"if not _unwatched({', '.join(names)}):", "    return None"]
-    places = [*group.places, *([group.more] if group.more else [])]
-    for i, ((place, cls), name) in enumerate(zip(places, names, strict=True)):
-        tell: Any = place.tells[cls]
-        given[f"_tell{i}"] = getattr(tell, "always", tell)
-        if tell is _itself:
-            told.append(name)
-        elif hasattr(tell, "always"):
-            told.append(f"_tell{i}")
-        else:
-            told.append(f"t{i}")
-            lines += [f"t{i} = _tell{i}({name})", f"if t{i} is None or type(t{i}) is _misfit:"]
-            lines += ["    return None"]
-    lines += [f"found = _arguments(x, {', '.join(told)})"]
-    lines += ["return None if type(found) is _misfit else found"]
-    body = "\n        ".join(lines)
-    source = (
-        f"def make({', '.join(given)}):\n    def ready(x, {', '.join(names)}):\n        {body}\n"
-        "    return ready\n"
-    )
-    scope: dict = {}
-    exec(source, {}, scope)
-    return scope["make"](**given)
+
+    __slots__ = ("_ready", "kinds", "least", "rule", "told")
+
+    def __init__(self, rule: Rule, kinds: tuple[type, ...]):
+        self.rule, self.kinds = rule, kinds
+        classes = [OURS.get(kind, kind) for kind in kinds]
+        self.told = tuple(zip(rule.places, classes, strict=False))
+        self.least = len(rule.places) - rule.places[-1].optional
+        self._ready: Callable[..., tuple | None] | None = None
+
+    @property
+    def ready(self) -> Callable[..., tuple | None]:
+        """A function of the input, the members and the index of the first one: what its op is told.
+
+        None if a member does not fuse, is watched, or is of a stock class without a mark. The
+        function is generated, because a call of neighbours costs the host more than the calls of
+        functions that this saves.
+        """
+        if self._ready is None:
+            self._ready = self._generate()
+        return self._ready
+
+    def _generate(self) -> Callable[..., tuple | None]:
+        given: dict[str, Any] = {"_misfit": Misfit, "_mark": MARK}
+        given["_arguments"] = self.rule.arguments
+        names = [f"m{i}" for i in range(len(self.kinds))]
+        lines = [f"{name} = members[i + {i}]" for i, name in enumerate(names)]
+        asked = unwatched(names, self.kinds, given)
+        asked += [
+            f"_dict_{name}.get({KEY!r}) is _mark"
+            for name, kind in zip(names, self.kinds, strict=True)
+            if kind not in STOCK
+        ]
+        lines += ["try:", f"    if not ({' and '.join(asked)}):", "        return None"]
+        lines += ["except AttributeError:", "    return None"]
+        told = []
+        for i, ((place, cls), name) in enumerate(zip(self.told, names, strict=True)):
+            tell: Any = place.tells[cls]
+            given[f"_tell{i}"] = getattr(tell, "always", tell)
+            if tell is _itself:
+                told.append(name)
+            elif hasattr(tell, "always"):
+                told.append(f"_tell{i}")
+            else:
+                told.append(f"t{i}")
+                lines += [f"t{i} = _tell{i}({name})", f"if t{i} is None or type(t{i}) is _misfit:"]
+                lines += ["    return None"]
+        lines += [f"found = _arguments(x, {', '.join(told)})"]
+        lines += ["return None if type(found) is _misfit else found"]
+        return generated("ready", ["x", "members", "i"], lines, given)
+
+
+class Node:
+    """Where a walk over the classes of members stands.
+
+    leads: of the node of a first member, the rule that it leads. ends: the neighbours, if they may
+    end here. next: class of the next member -> the node there.
+    """
+
+    __slots__ = ("ends", "leads", "next")
+
+    def __init__(self) -> None:
+        self.leads: Any = None
+        self.ends: Neighbours | None = None
+        self.next: dict[type, Node] = {}
+
+
+def _tree() -> dict[type, Node]:
+    """Class of a first member -> its node. Stock classes stand for marked layers.
+
+    The tree has all that the rules take. So nothing is remembered of the members of a container,
+    and their own classes are not kept alive.
+    """
+    twins = {ours: (ours, its) for its, ours in OURS.items()}
+    root: dict[type, Node] = {}
+    for rule in (r for r in RULES if r.neighbours):
+        kinds: list[list[type]] = [
+            [kind for cls in place.tells for kind in twins.get(cls, ())] for place in rule.places
+        ]
+        for n in range(len(kinds) - rule.places[-1].optional, len(kinds) + 1):
+            for path in itertools.product(*kinds[:n]):
+                node = root.setdefault(path[0], Node())
+                node.leads = rule
+                for kind in path[1:]:
+                    node = node.next.setdefault(kind, Node())
+                node.ends = node.ends or Neighbours(rule, path)
+    return root
+
+
+LEADERS = _tree()
+
+
+def leads(member: Any) -> Node | None:
+    """The node of a member that leads neighbours, if it is ours or marked."""
+    node = LEADERS.get(type(member))
+    if node is not None and type(member) not in STOCK and not is_marked(member):
+        return None
+    return node
 
 
 def run_neighbours(
-    group: Group, members: list, i: int, input: Any, large: bool = False
+    node: Node, members: list, i: int, input: Any, large: Rule | None = None
 ) -> tuple[int, Any]:
     """(index after the members that ran as one op, what it returned); (i, input) if none did.
 
     None do if the op would run PyTorch because of its size: the members do the same by themselves.
-    large: it is known that the call is not below the floor of the op.
+    node: that of the i-th member. large: a rule, if it is known that the call is not below the
+    floor of its op.
     """
-    rule, places, more, ready = group
+    found: Neighbours | None = None
+    end, last = i + 1, len(members)
+    while end < last and (after := node.next.get(type(members[end]))) is not None:
+        node, end = after, end + 1
+        found = node.ends or found
+    if found is None:
+        return i, input
+    rule = found.rule
     op: Any = rule.op.op  # type: ignore[attr-defined]
     if not op.floor.known:  # if no call of the op has got as far as dispatch
         op.find_floor()
-        large = False
-    if not large and rule.small(input, members[i]):
+        large = None
+    if rule is not large and rule.small(input, members[i]):
         return i, input
-    end = i + len(places)
-    last = end if more is None else end + 1
-    taken = members[i:last]
-    kinds = tuple(map(type, taken))
-    if kinds not in ready:
-        if len(ready) >= _MOST:
-            ready.clear()
-        ready[kinds] = _ready(group, kinds)
-    arguments = ready[kinds](input, *taken)
-    if arguments is not None:
-        end = last
-    else:
-        end, arguments = _asked_one_by_one(group, members, i, input)
+    arguments = found.ready(input, members, i)
+    end = i + len(found.kinds)
+    if arguments is None:
+        end, arguments = _asked_one_by_one(found, members, i, input)
         if arguments is None:
             return i, input
     if rule.asks and _gate.answers() and (mode := _mode.current_mode()) != "triton":
@@ -544,13 +512,17 @@ def run_neighbours(
     return end, rule.op(*arguments)
 
 
-def _asked_one_by_one(group: Group, members: list, i: int, input: Any) -> tuple[int, tuple | None]:
+def _asked_one_by_one(
+    found: Neighbours, members: list, i: int, input: Any
+) -> tuple[int, tuple | None]:
     """(index after the members that run as one op, its arguments); (i, None) if none do."""
-    rule = group.rule
-    end = i + len(group.places)
+    rule = found.rule
+    end = i + found.least
+    if not all(type(m) in STOCK or is_marked(m) for m in members[i:end]):
+        return i, None
     what = []
     # How the members are set is cheap to ask, and often the answer: a norm in training mode.
-    for (place, cls), member in zip(group.places, members[i:end], strict=True):
+    for (place, cls), member in zip(found.told, members[i:end], strict=False):
         one = _set_up(place, member, cls)
         if type(one) is Misfit:
             note(rule, one)
@@ -560,8 +532,9 @@ def _asked_one_by_one(group: Group, members: list, i: int, input: Any) -> tuple[
     if why is not None:
         note(rule, Misfit("hook", why))
         return i, None
-    if group.more is not None:
-        one = told(group.more[0], members[end], group.more[1])
+    if len(found.kinds) > found.least and (type(members[end]) in STOCK or is_marked(members[end])):
+        place, cls = found.told[-1]
+        one = told(place, members[end], cls)
         if type(one) is not Misfit:
             what.append(one)
             end += 1

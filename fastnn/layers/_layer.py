@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import linecache
 from abc import ABCMeta
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import Parameter, signature
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
@@ -87,10 +87,13 @@ def weight_and_bias(layer: Any) -> tuple[Any, Any]:
     if is_dynamo_compiling() or type(layer) not in _AS_MADE or Module.__getattr__ is not _GETATTR:
         return layer.weight, layer.bias
     d = layer.__dict__
-    parameters = d["_parameters"]
-    if "weight" not in parameters or "bias" not in parameters or "weight" in d or "bias" in d:
-        return layer.weight, layer.bias
-    return parameters["weight"], parameters["bias"]
+    if "weight" not in d and "bias" not in d:
+        parameters = d["_parameters"]
+        try:
+            return parameters["weight"], parameters["bias"]
+        except KeyError:
+            pass
+    return layer.weight, layer.bias
 
 
 def as_torch_made(method: Any) -> Any:
@@ -180,12 +183,12 @@ def _asked(cls: type, given: dict[str, Any]) -> list[str]:
     return asked
 
 
-def _question(names: list[str], asked: list[str], given: dict[str, Any]) -> Callable[..., bool]:
-    """A function with parameters of these names: whether all that is asked holds."""
+def generated(name: str, parameters: Sequence[str], lines: Sequence[str], given: dict) -> Any:
+    """A function of this name, with a body of these lines. It finds what is in `given`."""
+    body = "\n        ".join(lines)
     source = (
-        f"def make({', '.join(given)}):\n    def question({', '.join(names)}):\n        try:\n"
-        f"            return {' and '.join(asked)}\n"
-        "        except AttributeError:\n            return False\n    return question\n"
+        f"def make({', '.join(given)}):\n    def {name}({', '.join(parameters)}):\n"
+        f"        {body}\n    return {name}\n"
     )
     scope: dict = {}
     exec(source, globals(), scope)
@@ -195,29 +198,28 @@ def _question(names: list[str], asked: list[str], given: dict[str, Any]) -> Call
 def _intact(cls: type) -> Callable[[], bool]:
     """A function that asks what `replaced(cls)` asks, in a tenth of the time."""
     given: dict[str, Any] = {}
-    return _question([], _asked(cls, given), given)
+    lines = ["try:", f"    return {' and '.join(_asked(cls, given))}"]
+    return generated("intact", [], [*lines, "except AttributeError:", "    return False"], given)
 
 
-@functools.lru_cache(maxsize=1024)
-def unwatched(*kinds: type) -> Callable[..., bool]:
-    """A function of layers of exactly these classes: whether `watched` returns None for them.
+def unwatched(names: Sequence[str], kinds: Sequence[type], given: dict[str, Any]) -> list[str]:
+    """Sources of what `watched` asks of layers with these names, which are of these classes.
 
-    The classes are accelerated ones, or stock classes that have accelerated twins.
+    They find objects under the names added to `given`, and put the `__dict__` of a layer `m` into
+    `_dict_m`. The classes are accelerated ones, or stock classes that have accelerated twins.
     """
-    given: dict[str, Any] = {}
     asked: list[str] = []
-    names = [f"_layer{i}" for i in range(len(kinds))]
-    for i, name in enumerate(names):
+    for name in names:
+        d = f"_dict_{name}"
         asked += [
-            f"not ((_dict{i} := {name}.__dict__)['_forward_hooks'] "
-            f"or _dict{i}['_forward_pre_hooks'] or _dict{i}['_backward_hooks'] "
-            f"or _dict{i}['_backward_pre_hooks'] or 'forward' in _dict{i} "
-            f"or '_call_impl' in _dict{i})",
-            f"('_compiled_call_impl' not in _dict{i} or _dict{i}['_compiled_call_impl'] is None)",
+            f"not (({d} := {name}.__dict__)['_forward_hooks'] or {d}['_forward_pre_hooks'] "
+            f"or {d}['_backward_hooks'] or {d}['_backward_pre_hooks'] or 'forward' in {d} "
+            f"or '_call_impl' in {d})",
+            f"('_compiled_call_impl' not in {d} or {d}['_compiled_call_impl'] is None)",
         ]
     for kind in dict.fromkeys(kinds):
         asked += _asked(kind, given)
-    return _question(names, asked, given)
+    return asked
 
 
 def watched(*layers: Any) -> str | None:

@@ -6,14 +6,13 @@ are in `_fusion.py`.
 
 from __future__ import annotations
 
-import torch
 import torch.nn as stock
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from fastnn import _mode
 from fastnn._mode import current_mode
-from fastnn.layers._fusion import grouped, leads, plainly, run_neighbours
+from fastnn.layers._fusion import LEADERS, Node, leads, plainly, run_neighbours
 from fastnn.layers._layer import Layer
 
 __all__ = ["Sequential"]
@@ -25,31 +24,26 @@ def _one_by_one(members, input):
     return input
 
 
-def _in_groups(members, i, input, rule):
-    """What the members from the i-th on make of `input`; groups of them run as one op.
+def _in_groups(members: list, i: int, input, node: Node):
+    """What the members from the i-th on make of `input`; neighbours of them run as one op.
 
-    rule: that which the i-th member leads, and for which the call is not small.
+    node: that of the i-th member. The call is not small for the op which this member leads.
     """
-    groups = grouped(members)
-    first = i
-    if (
-        groups is None
-        or torch.compiler.is_compiling()
-        or plainly()
-        or (not _mode._plain and current_mode() == "torch")
-    ):
+    if is_compiling() or plainly() or (not _mode._plain and current_mode() == "torch"):
         return _one_by_one(members[i:], input)
     last = len(members)
+    at: Node | None = node
+    large = node.leads
     while i < last:
-        group = groups[i]
-        if group is not None and type(input) is Tensor:
-            large = i == first and group.rule is rule
-            end, input = run_neighbours(group, members, i, input, large)
-            if end > i:
-                i = end
-                continue
-        input = members[i](input)
-        i += 1
+        if at is not None and type(input) is Tensor:
+            end, input = run_neighbours(at, members, i, input, large)
+        else:
+            end = i
+        if end == i:
+            input = members[i](input)
+            end += 1
+        i, large = end, None
+        at = leads(members[i]) if i < last else None
     return input
 
 
@@ -59,8 +53,9 @@ class Sequential(stock.Sequential, metaclass=Layer):
             return _one_by_one(self, input)
         members = [*self]
         for i, module in enumerate(members):
-            rule = leads(module)
-            if rule is not None and type(input) is Tensor and not rule.small(input, module):
-                return _in_groups(members, i, input, rule)
+            if type(module) in LEADERS and type(input) is Tensor:
+                node = leads(module)
+                if node is not None and not (_mode._plain and node.leads.small(input, module)):
+                    return _in_groups(members, i, input, node)
             input = module(input)
         return input
