@@ -87,7 +87,8 @@ def _rows(only: Sequence[str]) -> Iterator:
         plain = case.stock is None and case.view is None and case.autocast is None
         if plain and case.name not in seen and (not only or case.name in only):
             inputs = [t for t in case.make(torch.float32, "cpu") if isinstance(t, Tensor)]
-            if case.is_layer or any(t.requires_grad for t in inputs):
+            empty = any(not t.numel() for t in inputs)  # nothing is launched
+            if not empty and (case.is_layer or any(t.requires_grad for t in inputs)):
                 seen.add(case.name)
                 yield case
 
@@ -476,10 +477,15 @@ def can_count() -> str | None:
     return None
 
 
+def _label(row: str) -> str:
+    """The row in one line: the names of layers that hold others have several."""
+    return " ".join(row.split())
+
+
 def _counted(only: Sequence[str], models: Sequence[str]) -> None:
     """Count, under valgrind. All plans are made first, while nothing is counted."""
     with _quiet():
-        contests = [(str(case), _contest(case)) for case in _rows(only)]
+        contests = [(_label(str(case)), _contest(case)) for case in _rows(only)]
         contests += [(of.name, _model_contest(of)) for of in MODELS if of.name in models]
         for _, contest in contests:
             contest.warm()
@@ -628,7 +634,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.count:
         counted = instructions(args.only, [m["name"] for m in models])
         for record in [*rows, *models]:
-            record["instructions"] = ratios(counted[record.get("row", record["name"])])
+            record["instructions"] = ratios(counted[_label(record.get("row", record["name"]))])
         _write(path, origin, rows=rows, models=models, steps=steps)
     print(path)
     if args.into:

@@ -14,9 +14,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import weakref
+from collections import Counter
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -25,8 +28,10 @@ import torch
 import fastnn
 import fastnn.functional as F
 from fastnn import _build, _native, _plan, _record
-from fastnn.ops import REGISTRY
+from fastnn.ops import FUNCTIONS, REGISTRY
+from fastnn.testing import seed, tensors_of
 from tests import test_plans
+from tests.calls import Call, Upstream, fresh
 from tests.marks import interpreted
 
 SHARE = 5  # of the ops, one in so many
@@ -244,86 +249,181 @@ int cuLaunchKernelEx(unsigned *config, void *f, void **params, void **extra)
 { if (tell) tell(f, config, params); return 0; }
 """
 
+# PyTorch takes the memory of CPU tensors by `posix_memalign`. Here no two tensors have one address.
+_HEAP = r"""
+#include <stdlib.h>
+#include <sys/mman.h>
+void __libc_free(void *);
+static char *begin, *next, *end;
+int posix_memalign(void **to, size_t alignment, size_t size)
+{
+    size = (size + 255) & ~(size_t)255;
+    if (!begin) {
+        size_t most = (size_t)1 << 38;
+        begin = mmap(0, most, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                     -1, 0);
+        next = begin, end = begin + most;
+    }
+    *to = __atomic_fetch_add(&next, size, __ATOMIC_RELAXED);
+    return (char *)*to + size > end ? 12 : 0;
+}
+void free(void *p) { if ((char *)p < begin || (char *)p >= end) __libc_free(p); }
+"""
 
-def launches() -> None:
-    """The driver is given the same by both runners: kernel, grid, shared bytes, each parameter."""
+
+def in_a_heap_without_reuse(arguments: list[str]) -> int:
+    """Runs this file in another process, and returns its exit code."""
+    with tempfile.TemporaryDirectory(prefix="fastnn-heap-") as folder:
+        source, library = Path(folder, "heap.c"), Path(folder, "heap.so")
+        source.write_text(_HEAP)
+        compiler = _build.compiler()
+        assert compiler is not None
+        subprocess.run(
+            [compiler, "-x", "c", str(source), "-shared", "-fPIC", "-o", str(library)], check=True
+        )
+        return subprocess.run(
+            [sys.executable, "-m", "tests.test_native", *arguments],
+            env={**os.environ, "LD_PRELOAD": str(library)},
+        ).returncode
+
+
+_SIZES = {
+    "i1": ctypes.c_int32, "i32": ctypes.c_int32, "u32": ctypes.c_uint32,
+    "i64": ctypes.c_int64, "u64": ctypes.c_uint64, "fp32": ctypes.c_uint32,
+}  # fmt: skip
+
+
+class _Driver:
+    """What the driver is told by launches of kernels for which plans were translated."""
+
+    def __init__(self):
+        self.kinds: dict[int, list[str]] = {}
+        self.told: list[tuple] = []
+        translated = _native._launch
+
+        def listening(step):
+            compiled = step.compiled[0]
+            found = [k for k in compiled.src.signature.values() if k != "constexpr"]
+            self.kinds[compiled.function] = found
+            return translated(step)
+
+        _native._launch = listening
+        self.hook = ctypes.CFUNCTYPE(
+            None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_void_p)
+        )(self.tell)
+
+    def tell(self, function, numbers, params):
+        if function not in self.kinds:  # not a replay
+            return
+        kinds = self.kinds[function]
+        values = []
+        for i, kind in enumerate(kinds):
+            holds = ctypes.c_uint64 if kind[0] == "*" else _SIZES[kind]
+            value = ctypes.cast(params[i], ctypes.POINTER(holds)).contents.value
+            values.append(("at", value) if kind[0] == "*" else value)
+        last = [
+            ctypes.cast(params[i], ctypes.POINTER(ctypes.c_uint64)).contents.value
+            for i in (len(values), len(values) + 1)
+        ]
+        assert last == [0, 0]
+        self.told.append((function, tuple(numbers[:7]), values))
+
+    def heard(self, call: Call) -> list[tuple]:
+        """What the driver is told by a call and its backward. Each address is named by the tensor
+        in which it is: an argument, a result, a gradient, or the n-th of the others."""
+        mine, _ = fresh(call, {})
+        seed("cpu")
+        upstream = Upstream(0)
+        self.told.clear()
+        try:
+            outs = tensors_of(FUNCTIONS[call.op.name](**mine.arguments))
+        except fastnn._mode.BackendError:
+            return []
+        leaves = {k: mine.arguments[k] for k in sorted(call.wanting)}
+        wanted = [t for t in outs if t.requires_grad]
+        into = [upstream.gradient(i, t) for i, t in enumerate(wanted)]
+        grads = (None,) * len(leaves)
+        if wanted:
+            grads = torch.autograd.grad(wanted, [*leaves.values()], into, allow_unused=True)
+        known = {
+            **mine.tensors(),
+            **{f"result {i}": t for i, t in enumerate(outs)},
+            **{f"gradient of result {i}": t for i, t in enumerate(into)},
+            **{f"gradient of {k}": g for k, g in zip(leaves, grads, strict=True) if g is not None},
+        }
+        others: dict[int, int] = {}
+
+        def named(value):
+            if not isinstance(value, tuple) or not value[1]:
+                return value
+            for name, t in known.items():
+                offset = value[1] - t.untyped_storage().data_ptr()
+                if 0 <= offset < t.untyped_storage().nbytes():
+                    return name, offset
+            return others.setdefault(value[1], len(others))
+
+        return [(f, n, [named(v) for v in values]) for f, n, values in self.told]
+
+
+def _launched() -> list[Call]:
+    x, w, b = torch.randn(6, 40), torch.randn(40), torch.randn(40)
+    norm = {"input": x, "normalized_shape": (40,), "weight": w, "bias": b}
+    loss = {"input": x, "target": torch.randint(40, (6,)), "label_smoothing": 0.1}
+    given = {
+        "layer_norm": norm,
+        "cross_entropy": loss,
+        "dropout": {"input": x.bfloat16(), "p": 0.3},
+        "leaky_relu": {"input": x, "negative_slope": -0.3},
+    }
+    return [
+        Call(REGISTRY[name], name, a, frozenset(a) & {"input", "weight", "bias"})
+        for name, a in given.items()
+    ]
+
+
+def launches(*names: str) -> None:
+    """The driver is given the same without plans and by both runners: kernel, grid, shared bytes,
+    each pointer and number. `names`: the ops of which a row is called; "all": all ops."""
     from fastnn.testing import aot
 
     for name in ("cuLaunchKernel", "cuLaunchKernelEx"):
         aot.LIBCUDA = aot.LIBCUDA.replace(f"NOTHING({name}) ", "")
     aot.LIBCUDA += _TELLS
     torch.set_num_threads(1)
-    kinds: dict[int, list[str]] = {}
-    translated = _native._launch
-
-    def listening(step):
-        compiled = step.compiled[0]
-        found = [k for k in compiled.src.signature.values() if k != "constexpr"]
-        kinds[compiled.function] = found
-        return translated(step)
-
-    _native._launch = listening
-    sizes = {
-        "i1": ctypes.c_int32, "i32": ctypes.c_int32, "u32": ctypes.c_uint32,
-        "i64": ctypes.c_int64, "u64": ctypes.c_uint64, "fp32": ctypes.c_uint32,
-    }  # fmt: skip
-    told: list[tuple] = []
-
-    def tell(function, numbers, params):
-        if function not in kinds:  # not a replay
-            return
-        values = []
-        for i, kind in enumerate(kinds[function]):
-            holds = ctypes.c_uint64 if kind[0] == "*" else sizes[kind]
-            value = ctypes.cast(params[i], ctypes.POINTER(holds)).contents.value
-            values.append(("at", value) if kind[0] == "*" else value)
-        last = [ctypes.cast(params[i], ctypes.POINTER(ctypes.c_uint64)).contents.value
-                for i in (len(values), len(values) + 1)]  # fmt: skip
-        assert last == [0, 0]
-        told.append((function, numbers[:7], values))
-
-    hook = ctypes.CFUNCTYPE(
-        None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_void_p)
-    )(tell)
-    x = torch.randn(6, 40, requires_grad=True)
-    w, b = torch.randn(40, requires_grad=True), torch.randn(40, requires_grad=True)
-    target, half = torch.randint(40, (6,)), torch.randn(6, 40, dtype=torch.bfloat16)
-    half.requires_grad_()
-    calls = {
-        "layer_norm": (lambda: F.layer_norm(x, (40,), w, b), (x, w, b)),
-        "cross_entropy": (lambda: F.cross_entropy(x, target, label_smoothing=0.1), (x,)),
-        "dropout": (lambda: F.dropout(half, 0.3), (half,)),
-        "leaky_relu": (lambda: F.leaky_relu(x, -0.3), (x,)),
-    }
-    given = {t.data_ptr(): f"given {i}" for i, t in enumerate((x, w, b, target, half))}
-
-    def heard(call, leaves):
-        """What the driver is told by one step. Addresses of new tensors have numbers."""
-        told.clear()
-        torch.manual_seed(3)
-        out = call()
-        torch.autograd.grad(out, leaves, torch.ones_like(out))
-        names = dict(given)
-        named = lambda v: names.setdefault(v[1], len(names)) if isinstance(v, tuple) else v  # noqa: E731
-        return [(f, n, [named(v) for v in values]) for f, n, values in told]
-
+    driver = _Driver()
+    told: Counter[str] = Counter()
+    differ = []
     with aot.launch_nothing(real_launcher=True), fastnn.backend("triton"):
-        driver = fastnn.kernels._launch.driver.active
         numbers = itertools.count(16, 16)
-        driver.utils.load_binary = lambda *args: (None, next(numbers), 0, 0, 1 << 20)
-        ctypes.CDLL("libcuda.so.1").set_tell(hook)
-        for name, (call, leaves) in calls.items():
-            with _native.using(_build.load()), _record.using(True):
-                for _ in range(4):
-                    in_cpp = heard(call, leaves)
-                assert all(map(_is_native, _ready(name))) and _ready(name)
-            with _native.using(None), _record.using(True):
-                for _ in range(4):
-                    in_python = heard(call, leaves)
-                assert not any(map(_is_native, _ready(name)))
-            assert len(in_cpp) >= 2, (name, in_cpp)
-            assert in_cpp == in_python, (name, in_cpp, in_python)
-    assert not _native.left_to_python, _native.left_to_python
+        fastnn.kernels._launch.driver.active.utils.load_binary = lambda *args: (
+            None, next(numbers), 0, 0, 1 << 20
+        )  # fmt: skip
+        ctypes.CDLL("libcuda.so.1").set_tell(driver.hook)
+        of = REGISTRY if names == ("all",) else names
+        calls = [c for name in of for c in test_plans.share(name)[:1]] if names else _launched()
+        for call in calls:
+            replayed = {}
+            for runner in ("C++", "Python"):
+                module = _build.load() if runner == "C++" else None
+                with _native.using(module), _record.using(True):
+                    for _ in range(4):
+                        replayed[runner] = driver.heard(call)
+                    plans = _ready(call.op.name)
+                    in_cpp = sum(map(_is_native, plans))
+                    assert in_cpp == (0 if runner == "Python" else in_cpp if names else len(plans))
+                    assert plans or names, _record.unplanned
+                    told["plans in C++"] += in_cpp
+            with _record.using(False):
+                wanted = driver.heard(call)
+            differ += [(call.row, r, heard, wanted) for r, heard in replayed.items()
+                       if heard != wanted]  # fmt: skip
+            told["launches compared"] += len(wanted)
+            how = "with a plan" if plans and wanted else "without" if wanted else "on PyTorch"
+            told[f"calls {how}"] += 1
+    print(dict(told), dict(_native.left_to_python))
+    assert not differ, differ
+    assert told["launches compared"] >= 2 * len(calls) or names
+    assert not _native.left_to_python or names
 
 
 def leaks(count: int, runner: str = "native") -> None:
@@ -516,10 +616,12 @@ def test_it_is_off_unless_asked_for(monkeypatch):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "launches":
-        launches()
+    if sys.argv[1] == "launches" and "LD_PRELOAD" not in os.environ:
+        sys.exit(in_a_heap_without_reuse(sys.argv[1:]))
+    elif sys.argv[1] == "launches":
+        launches(*sys.argv[2:])
     elif sys.argv[1] == "leaks":
         leaks(int(sys.argv[2]), *sys.argv[3:])
     else:
         with _native.using(runner_module()):
-            sys.exit(test_plans.main(int(sys.argv[1])))
+            sys.exit(test_plans.main(sys.argv[1]))

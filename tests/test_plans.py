@@ -1,13 +1,18 @@
 """Plans: a replayed call equals the call without plans, bit for bit, whatever changed before it.
 
-The op calls of the parity rows are made several times with plans on. Then each property that a plan
-depends on is changed, one at a time: the guard must send the call the long way. The reference is
-the same call with plans off. `python -m tests.test_plans 2000` makes 2000 random sequences.
+The op calls of the parity rows, and PyTorch's samples of the functions, are made several times with
+plans on. Then each property that a plan depends on is changed, one at a time: the guard must send
+the call the long way. The reference is the same call with plans off.
+
+With TRITON_INTERPRET=1, `python -m tests.test_plans 2000` makes 2000 random sequences. With `rows`
+or `samples` in place of the number it makes all calls of the rows, or all samples. FASTNN_NATIVE=1
+lets the C++ runner replay them.
 """
 
 import contextlib
 import contextvars
 import gc
+import itertools
 import random
 import sys
 import threading
@@ -30,8 +35,9 @@ from fastnn import _gate, _plan, _record, _runner
 from fastnn._front import parameters
 from fastnn.ops import FUNCTIONS, REGISTRY
 from fastnn.testing.devices import surveyed
-from tests.calls import Outcome, Upstream, attempt, fresh, recorded
+from tests.calls import Call, Outcome, Upstream, attempt, fresh, recorded
 from tests.marks import interpreted
+from tests.test_borrowed import FUNCTION_SAMPLES, arguments, op_id, slow
 
 pytestmark = interpreted
 
@@ -95,19 +101,67 @@ def share(name):
 # ---- Replays ------------------------------------------------------------------------------------
 
 
+def replayed(call) -> tuple[str, str | None]:
+    """(how the last of four calls ran, how one of them differs from the call without plans)."""
+    reference = without_plans(call)
+    _record.forget()
+    for i in range(4):
+        with counted() as surveys:
+            found = outcome(call)
+        if (why := unequal(found, reference)) is not None:
+            return "", f"{call.row}, call {i}: {why}"
+    return ("error" if found.error else "replayed" if not surveys else "the long way"), None
+
+
+def agree(calls, record_property) -> Counter:
+    told = Counter()
+    for call in calls:
+        how, why = replayed(call)
+        assert why is None, why
+        told[how] += 1
+    record_property("plans", sorted(told.items()))
+    return told
+
+
 @pytest.mark.parametrize("name", REGISTRY)
 def test_a_replay_equals_the_call_bit_for_bit(name, record_property):
-    told = Counter()
-    for call in share(name):
-        reference = without_plans(call)
-        _record.forget()
-        for i in range(4):
-            with counted() as surveys:
-                found = outcome(call)
-            assert unequal(found, reference) is None, (call.row, i, unequal(found, reference))
-        told["replayed" if not surveys else "the long way"] += 1
-    record_property("plans", sorted(told.items()))
+    told = agree(share(name), record_property)
     assert told["replayed"] or name in WITHOUT or not told, _record.unplanned
+
+
+def sampled(info, name, dtype=torch.float32) -> list[Call]:
+    """PyTorch's samples of a function, as calls of its op."""
+    op = REGISTRY[name]
+    torch.manual_seed(0)
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        samples = list(info.sample_inputs("cpu", dtype, requires_grad=True))
+        samples = [sample for sample in samples if not slow(name, sample)]
+    for sample in samples:
+        given = {**dict(zip(op.names, arguments(name, sample), strict=False)), **sample.kwargs}
+        if "generator" in given:
+            continue
+        tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor)}
+        wanting = frozenset(k for k, v in tensors.items() if v.requires_grad)
+        if given.get("inplace"):
+            wanting -= {"input"}
+        given |= {k: t.detach() for k, t in tensors.items()}
+        found.append(Call(op, f"{name}{shapes(given)}", given, wanting))
+    return found
+
+
+def shapes(given: dict) -> dict:
+    return {k: tuple(v.shape) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+
+
+SAMPLED = 1  # of each function in pytest
+
+
+@pytest.mark.parametrize("pair", FUNCTION_SAMPLES, ids=op_id)
+def test_samples_replayed_equal_the_calls_bit_for_bit(pair, record_property):
+    calls = sampled(*pair)
+    agree(random.Random(pair[1]).sample(calls, min(SAMPLED, len(calls))), record_property)
 
 
 # ---- Guards -------------------------------------------------------------------------------------
@@ -935,11 +989,35 @@ def test_a_sequence_of_calls_equals_the_same_without_plans(seed, record_property
     record_property("plans", [("sequences", 1)])
 
 
-def main(count: int) -> int:
-    found = [why for seed in range(count) if (why := sequence(seed)) is not None]
-    print(f"{count} sequences, {len(found)} differ", *found[:20], sep="\n")
+def everything(what: str) -> int:
+    """All calls of the rows, or all samples, replayed. Prints how they ran, and what differs."""
+    if what == "rows":
+        calls = [c for name in REGISTRY for c in recorded().get(name, [])]
+    else:
+        pairs = itertools.product(FUNCTION_SAMPLES, (torch.float32, torch.bfloat16))
+        calls = [
+            c
+            for (info, name), dtype in pairs
+            if dtype in info.supported_dtypes("cpu")
+            for c in sampled(info, name, dtype)
+        ]
+    told, differ = Counter(), []
+    for call in calls:
+        how, why = replayed(call)
+        if why is not None and not _varies(call, {}, "as it is"):
+            differ.append(why)
+        told[how or "differs"] += 1
+    print(f"{len(calls)} calls, {dict(told)}, {len(differ)} differ", *differ[:20], sep="\n")
+    return bool(differ)
+
+
+def main(what: str) -> int:
+    if not what.isdecimal():
+        return everything(what)
+    found = [why for seed in range(int(what)) if (why := sequence(seed)) is not None]
+    print(f"{what} sequences, {len(found)} differ", *found[:20], sep="\n")
     return bool(found)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(sys.argv[1]))
