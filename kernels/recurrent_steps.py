@@ -50,7 +50,10 @@ ROWS = 16  # of the batch, in a program
 @triton.jit
 def _place(TABLE, b, s, T, N, slots, REVERSE: tl.constexpr):
     """Rows of step s in the input, in the states before and after it; which rows of the batch take
-    part in it, and for which it is the last step. No row takes part in step -1.
+    part in it, and for which it is the last step.
+
+    For step -1, of the backward only, `took_part` says nothing: a mask of the step would cost the
+    forward scalar registers, of which AMD GPUs have few.
 
     TABLE (T, 5): int64, or None: the first row of a step and the number of its rows, the first row
     of the states after the step before and their number, and the number of rows of the next step.
@@ -76,7 +79,7 @@ def _place(TABLE, b, s, T, N, slots, REVERSE: tl.constexpr):
         row = tl.cast(t, tl.int64) * N + b
         before = tl.cast(t % slots, tl.int64) * N + b
         after = tl.cast(follow % slots, tl.int64) * N + b
-        took_part = (b < N) & (s >= 0)
+        took_part = b < N
         final = took_part & (s == T - 1)
     return row, before, after, took_part, final
 
@@ -85,7 +88,8 @@ def _place(TABLE, b, s, T, N, slots, REVERSE: tl.constexpr):
 def _weight(W, j, k, rows, width):
     """A tile of W^T: columns k, and rows j of `rows`."""
     mask = (j < rows)[None, :] & (k < width)[:, None]
-    return tl.load(W + j[None, :] * width + k[:, None], mask=mask, other=0.0)
+    # One address and a tile of offsets: a tile of addresses takes more registers on AMD GPUs.
+    return tl.load(W + (j[None, :] * width + k[:, None]), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -269,6 +273,7 @@ def _steps_bwd_kernel(
     for back in range(first, last):
         s = T - 1 - back
         row, before, after, took_part, final = _place(TABLE, b, s, T, N, T + 1, REVERSE)
+        took_part &= s >= 0  # step -1 is a gradient, and no step
         # the rows that take part in the step that follows, in which their state was used
         used = (b < N) & (back > 0)
         if TABLE is not None:
