@@ -29,10 +29,10 @@ import typing
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._libdevice import power
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels.pooling_cells import (
     _cells_bwd_kernel,
@@ -148,7 +148,7 @@ def squares(acc, at, v, t, ok, p):
 
 @triton.jit
 def powers(acc, at, v, t, ok, p):
-    return acc + tl.where(ok, libdevice.pow(v, p), 0.0), at
+    return acc + tl.where(ok, power(v, p), 0.0), at
 
 
 @triton.jit
@@ -178,8 +178,8 @@ def root(acc, count, taps, p):
     share = tl.div_rn(taps, count)
     b = acc * share
     inverse = 1.0 / p
-    y = libdevice.pow(b, inverse)
-    return y, tl.where(b == 0, 0.0, libdevice.pow(b, inverse - 1.0) * share)
+    y = power(b, inverse)
+    return y, tl.where(b == 0, 0.0, power(b, inverse - 1.0) * share)
 
 
 @triton.jit
@@ -199,7 +199,7 @@ def by_value(g, x, p):
 
 @triton.jit
 def by_power(g, x, p):
-    return g * libdevice.pow(x, p - 1.0)
+    return g * power(x, p - 1.0)
 
 
 # The value that a reduction starts from; its functions; whether the gradient reads x.

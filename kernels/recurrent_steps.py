@@ -25,11 +25,11 @@ gradient of the state is carried in fp32.
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from fastnn.kernels import _gpus
 from fastnn.kernels._config import here, tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._libdevice import tanh
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense
 from fastnn.kernels.pointwise import logistic
@@ -165,18 +165,18 @@ def _steps_fwd_kernel(
             if LSTM:
                 i = logistic(_get(GI, gi, mask) + acc0)
                 f = logistic(_get(GI, gi + H, mask) + acc1)
-                g = libdevice.tanh(_get(GI, gi + 2 * H, mask) + acc2)
+                g = tanh(_get(GI, gi + 2 * H, mask) + acc2)
                 o = logistic(_get(GI, gi + 3 * H, mask) + acc3)
                 c = tl.fma(f, _get(CS, before * H + j, mask), i * g)
                 _put(CS, after * H + j, c, mask)
                 _put(CN, b * H + j, c, mask & final)
-                y = o * libdevice.tanh(c)
+                y = o * tanh(c)
                 if GATES is not None:
                     _put4(GATES, kept, H, i, f, g, o, mask)
             elif GRU:
                 r = logistic(_get(GI, gi, mask) + acc0)
                 z = logistic(_get(GI, gi + H, mask) + acc1)
-                n = libdevice.tanh(tl.fma(r, acc2, _get(GI, gi + 2 * H, mask)))
+                n = tanh(tl.fma(r, acc2, _get(GI, gi + 2 * H, mask)))
                 y = tl.fma(z, _get(old, j, mask) - n, n)
                 if GATES is not None:
                     _put4(GATES, kept, H, r, z, n, acc2, mask)
@@ -185,7 +185,7 @@ def _steps_fwd_kernel(
                 if RELU:
                     y = tl.where(g < 0, 0.0, g)
                 else:
-                    y = libdevice.tanh(g)
+                    y = tanh(g)
             if WR is None:
                 _put(Y, row * stride_y + j, y, mask)
                 _put(new, j, y, mask)
@@ -233,10 +233,10 @@ def _gates_bwd(
     dg = row * (G * H) + j
     if LSTM:
         i, f, g, o = _get4(GATES, row * (4 * H) + j, H, mask)
-        tanh = libdevice.tanh(_get(CS, after * H + j, mask))
-        dc = _get(DC, at, mask) + dh * o * (1.0 - tanh * tanh)
+        t = tanh(_get(CS, after * H + j, mask))
+        dc = _get(DC, at, mask) + dh * o * (1.0 - t * t)
         c = _get(CS, before * H + j, mask)
-        _put_lstm_gradients(DGI, dg, H, i, f, g, o, c, dc, dh * tanh, mask)
+        _put_lstm_gradients(DGI, dg, H, i, f, g, o, c, dc, dh * t, mask)
         _put(DC, at, dc * f, mask)
     elif GRU:
         r, z, n, m = _get4(GATES, row * (4 * H) + j, H, mask)
