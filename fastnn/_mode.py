@@ -204,7 +204,7 @@ class backend:
 
     - `"auto"`: kernels run where they win, and PyTorch runs elsewhere.
     - `"triton"`: kernels run at every size. A call that would go to PyTorch for any other reason
-      than its size raises `BackendError`.
+      than its size raises `BackendError`, unless its result has no elements.
     - `"torch"`: PyTorch always runs.
 
     The default mode is the environment variable `FASTNN_BACKEND`, or else "auto".

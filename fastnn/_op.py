@@ -266,6 +266,27 @@ def _fused(op: Op, device_type: str, args: tuple, kwargs: dict, variant: str) ->
     return op.fused(*args, **kwargs)
 
 
+def _has_elements(result: Any) -> bool:
+    if isinstance(result, (tuple, list)):
+        return any(map(_has_elements, result))
+    return isinstance(result, Tensor) and result.numel() > 0
+
+
+def _forced(op: Op, declined: Stock, args: tuple, kwargs: dict) -> Any:
+    """What `backend("triton")` does with a call that is declined.
+
+    A result without elements is that of PyTorch: no kernel would have anything to compute, and the
+    backward does what PyTorch does. All else raises.
+    """
+    if isinstance(declined, Invalid):
+        op.stock(*args, **kwargs)  # raises PyTorch's error
+    elif declined.code == "empty":
+        result = op.stock(*args, **kwargs)
+        if not _has_elements(result):
+            return result
+    _forced_onto_stock(op.name, declined.code, declined.why)
+
+
 def _forced_onto_stock(name: str, code: Code, why: str) -> NoReturn:
     hint = ""
     if code == "device" and not _mode.INTERPRET:
@@ -287,8 +308,8 @@ def _dispatch_compiling(op: Op, args: tuple, kwargs: dict):
     if traced_for_fastnn():
         return op.stock(*args, **kwargs)
     mode = _mode.traced_mode()
-    code: Code = "mode"
-    why = 'backend("torch")' if mode == "torch" else "torch.compile fuses PyTorch's formula itself"
+    torch_fuses = "torch.compile fuses PyTorch's formula itself"
+    declined = Stock("mode", 'backend("torch")' if mode == "torch" else torch_fuses)
     if op.opaque and mode != "torch" and (mode == "triton" or op.compiled == "opaque"):
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
         known = all(t.dtype in op.dtypes or t.dtype in op.integers for t in tensors)
@@ -296,11 +317,11 @@ def _dispatch_compiling(op: Op, args: tuple, kwargs: dict):
             out = _fused(op, tensors[0].device.type, args, kwargs, "")
             if not isinstance(out, Stock):
                 return out
-            code, why = out.code, out.why
+            declined = out
         else:
-            code, why = "dtype", "the device or the dtype is one that no kernel takes"
+            declined = Stock("dtype", "the device or the dtype is one that no kernel takes")
     if mode == "triton":
-        _forced_onto_stock(op.name, code, why)
+        return _forced(op, declined, args, kwargs)
     return op.stock(*args, **kwargs)
 
 
@@ -342,9 +363,7 @@ def dispatch(op: Op, args: tuple, kwargs: dict):
         if mode == "auto":
             op.plans.declined(args, kwargs)
         return op.stock(*args, **kwargs)
-    if isinstance(declined, Invalid):
-        op.stock(*args, **kwargs)  # raises PyTorch's error
-    _forced_onto_stock(op.name, declined.code, declined.why)
+    return _forced(op, declined, args, kwargs)
 
 
 def _raise_as_stock(op: Op, args: tuple, kwargs: dict) -> None:

@@ -16,10 +16,10 @@ are not read.
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from fastnn.kernels._classes import class_programs, common, multiple, tiles, unit
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._libdevice import log1p
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels._tl import dense, dense_like
 from fastnn.kernels.nll_loss import checked, loss_like, sum_losses
@@ -121,7 +121,7 @@ def _cross_entropy_fwd_kernel(
     # The largest term is 1. In fp32 a small rest would be lost beside it. The fp64 here and below
     # costs a few operations per lane, not per element.
     rest = tl.sum((acc * tl.exp(top - peak[None, :])).to(tl.float64), 0) - 1.0
-    log_sum = libdevice.log1p(rest.to(tl.float32))
+    log_sum = log1p(rest.to(tl.float32))
     tl.store(STATS + m, peak, mask=live)
     tl.store(STATS + M + m, log_sum, mask=live)
     if SOFT:

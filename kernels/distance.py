@@ -19,10 +19,10 @@ again, scaled by 2**-80.
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from fastnn.kernels._classes import class_programs, common, multiple, tiles, unit
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._libdevice import power
 from fastnn.kernels._partials import finish
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels._tl import dense, dense_like
@@ -53,7 +53,7 @@ def _power(d, p, NORM: tl.constexpr):
     elif NORM == 1:
         return tl.abs(d)
     else:
-        return libdevice.pow(tl.abs(d), p)
+        return power(tl.abs(d), p)
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _root(s, p, NORM: tl.constexpr):
     elif NORM == 1:
         return s
     else:
-        return libdevice.pow(s, tl.div_rn(1.0, p))
+        return power(s, tl.div_rn(1.0, p))
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def _norm_grad(d, y, p, NORM: tl.constexpr):
     else:
         slope = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0))
         if NORM == 0:
-            ratio = tl.div_rn(libdevice.pow(tl.abs(d), p - 1.0), libdevice.pow(y, p - 1.0))
+            ratio = tl.div_rn(power(tl.abs(d), p - 1.0), power(y, p - 1.0))
             chosen = tl.where(y == y, 0.0, y + tl.zeros_like(d))  # nan in a row with a nan
             slope = tl.where((y == 0) | (d == 0), chosen, slope * ratio)
     return slope
@@ -554,6 +554,12 @@ def _tiling(view, tensors, made):
     return wide, tiles(sizes, classes_last, wide, itemsize, light=False)
 
 
+def _registers(norm, sums):
+    """Without a limit, ptxas spills a few registers of powers and of several sums, so that a block
+    more fits."""
+    return {"maxnreg": 255} if norm == 0 or sums > 1 else {}
+
+
 def _placed(given, present, values, absent):
     """`values` in the places of the present tensors, `absent` in the other places of `given`."""
     values = iter(values)
@@ -591,6 +597,7 @@ def fwd(xs, target, weight, step, value, sums, numbers, flags, divisor, y, diffe
         VALUE=globals()[value], KEEP=differences if differ else None,
         LENGTHS=_LENGTHS.get(value), SUMS=sums, INDEX=index, NORM=norm, SWAP=swap,
         REDUCE=reduce, CLASSES_LAST=classes_last, UNIT=wide, **config,
+        **_registers(norm, sums),
     )  # fmt: skip
     if reduce:
         finish(partial, y, None, divisor)
@@ -626,7 +633,7 @@ def bwd(dy, xs, wanted, target, weight, stats, gradient, numbers, flags, divisor
         *(s for pair in (*reads, *writes) for s in pair), row_blocks, class_blocks, divisor or 1,
         *numbers, GRAD=globals()[gradient], SUMS=stats.shape[0], INDEX=index, NORM=norm, SWAP=swap,
         REDUCE=divisor is not None, CLASSES_LAST=classes_last, UNIT=wide, ROWS=rows, COLS=cols,
-        num_warps=config["num_warps"],
+        num_warps=config["num_warps"], **_registers(norm, 1),
     )  # fmt: skip
     done = [dense_like(d, like) for d, like in zip(made, wants, strict=True)]
     return _placed(wanted, asked, done, None)

@@ -17,9 +17,9 @@ import math
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._libdevice import power
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import empty_as
 
@@ -56,17 +56,17 @@ def _rows(X, first, stop, S, s, STEP: tl.constexpr, BLOCK_W: tl.constexpr):
 def _power(u, beta, QUARTERS: tl.constexpr):
     """u**beta. For a beta of 1 to 4 quarters, roots are cheaper, and as exact."""
     if QUARTERS == 1:
-        power = tl.sqrt_rn(tl.sqrt_rn(u))
+        y = tl.sqrt_rn(tl.sqrt_rn(u))
     elif QUARTERS == 2:
-        power = tl.sqrt_rn(u)
+        y = tl.sqrt_rn(u)
     elif QUARTERS == 3:
         root = tl.sqrt_rn(u)
-        power = root * tl.sqrt_rn(root)
+        y = root * tl.sqrt_rn(root)
     elif QUARTERS == 4:
-        power = u
+        y = u
     else:
-        power = libdevice.pow(u, beta)
-    return power
+        y = power(u, beta)
+    return y
 
 
 # Channel j is in row (j - start) % SIZE of a window. If STEP is SIZE, then a loop over the rows is

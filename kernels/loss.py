@@ -26,10 +26,11 @@ from triton.language.extra import libdevice
 
 from fastnn.kernels._config import here, lanes, tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._libdevice import log1p
 from fastnn.kernels._partials import finish
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels._tl import dense
-from fastnn.kernels.pointwise import log1p, log1p_of_share
+from fastnn.kernels.pointwise import log1p_of_share
 
 # ---- formulas -----------------------------------------------------------------------------------
 #

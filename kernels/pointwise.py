@@ -18,6 +18,8 @@ from triton.language.extra import libdevice
 
 from fastnn.kernels._config import lanes, tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._libdevice import expm1
+from fastnn.kernels._libdevice import tanh as _tanh
 from fastnn.kernels._sizes import cdiv
 from fastnn.kernels._tl import dense_like, empty_as
 
@@ -25,26 +27,6 @@ from fastnn.kernels._tl import dense_like, empty_as
 #
 # We use libdevice.exp, because the relative error of tl.exp grows with |x| and shows in the tails.
 # We use div_rn, because "/" has an error of up to two units in the last place.
-#
-# libdevice.expm1, log1p and tanh make 0 of a subnormal x. Each of them is x there, and 0 only at 0.
-
-
-@triton.jit
-def expm1(x):
-    y = libdevice.expm1(x)
-    return tl.where(y == 0, x, y)
-
-
-@triton.jit
-def log1p(x):
-    y = libdevice.log1p(x)
-    return tl.where(y == 0, x, y)
-
-
-@triton.jit
-def _tanh(x):
-    y = libdevice.tanh(x)
-    return tl.where(y == 0, x, y)
 
 
 @triton.jit

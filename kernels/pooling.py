@@ -14,7 +14,9 @@ Memory-bound. Bytes for each window of K elements, in 16 bits, if windows do not
     max, stock   x 2K, y 2, index 8; backward dy 2, index 8, zeros 2K, dx 2K      6K + 20
     max, here    x 2K, y 2, place 1; backward dy 2, place 1, dx 2K                4K + 6
     mean         x 2K, y 2; backward dy 2, dx 2K, as stock                        4K + 4
-    power        x 2K, y 2, slope 4; backward dy 2, slope 4, x 2K, dx 2K          6K + 12
+    power        x 2K, y 2; backward dy 2, x 2K, dx 2K                            6K + 4
+The slope of a power mean is a factor in fp32. If windows overlap, the forward writes it and the
+backward reads it, 8 bytes more; else the backward computes it again, from the x that it reads.
 The place of a maximum is its number among the elements of its window, in the narrowest integer that
 holds it. It is not written if no gradient is wanted. CUDA's backward of max pooling fills dx with
 zeros before its kernel.
@@ -29,10 +31,10 @@ import typing
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._libdevice import power
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels.pooling_cells import (
     _cells_bwd_kernel,
@@ -148,7 +150,7 @@ def squares(acc, at, v, t, ok, p):
 
 @triton.jit
 def powers(acc, at, v, t, ok, p):
-    return acc + tl.where(ok, libdevice.pow(v, p), 0.0), at
+    return acc + tl.where(ok, power(v, p), 0.0), at
 
 
 @triton.jit
@@ -178,8 +180,8 @@ def root(acc, count, taps, p):
     share = tl.div_rn(taps, count)
     b = acc * share
     inverse = 1.0 / p
-    y = libdevice.pow(b, inverse)
-    return y, tl.where(b == 0, 0.0, libdevice.pow(b, inverse - 1.0) * share)
+    y = power(b, inverse)
+    return y, tl.where(b == 0, 0.0, power(b, inverse - 1.0) * share)
 
 
 @triton.jit
@@ -199,7 +201,7 @@ def by_value(g, x, p):
 
 @triton.jit
 def by_power(g, x, p):
-    return g * libdevice.pow(x, p - 1.0)
+    return g * power(x, p - 1.0)
 
 
 # The value that a reduction starts from; its functions; whether the gradient reads x.
@@ -666,6 +668,14 @@ def _in_cells(spec, *innermost):
     )
 
 
+def _computed_again(spec):
+    """Whether the backward in cells computes the factors of a power mean again, from the elements.
+
+    It reads these anyway. Where windows overlap, other programs have some of them.
+    """
+    return spec.reduction in ("square", "power") and spec.k == spec.s and spec.p == (0, 0, 0)
+
+
 @tunable("BLOCK_R", "BLOCK_I")
 def _cells_config(inner, last):
     # Accesses of 16 bytes in 16 bits: 8 channels for each lane, or 4 cells of two elements.
@@ -800,7 +810,12 @@ def _plan_back(shape, stride, g_stride, spec, rounding):
             *taken[2], *taken[3], spec.divisor, spec.norm,
         )  # fmt: skip
         merged = not last and _merges(C, *(stride[:2] for _, stride in layouts))
+        again = _computed_again(spec)
+        if again:  # else ptxas spills a few registers of powers, so that a block more fits
+            config = {**config, "maxnreg": 255}
         meta = {
+            "REDUCE": REDUCTIONS[spec.reduction][1] if again else None,
+            "FINISH": REDUCTIONS[spec.reduction][2] if again else None,
             "SEND": REDUCTIONS[spec.reduction][3], "COUNT": spec.count_padding, "DIMS": spec.dims,
             "MERGED": merged, **_compiled_in(spec, x_shape[2:]), "LAST": last,
             "WIDE": _wide(*layouts), "C_UNIT": c_unit, "W_UNIT": w_unit, "G_VEC": vec[0],
@@ -850,7 +865,8 @@ def fwd(x, u, spec, dtype, indices, keep):
     """x ([N], C, *) of any strides, samples u (N, C, dims) or None -> y, indices, at, slope.
 
     `indices`: whether int64 indices are wanted. `keep`: whether `bwd` will run; if so, a maximum
-    gives `at` (places) and a power mean gives `slope`. All have the layout of y.
+    gives `at` (places) and a power mean gives `slope`, unless `bwd` computes it again. All have the
+    layout of y.
     """
     rounding = _rounding(u, dtype)
     plan = _plan(x.shape, x.stride(), spec, rounding)
@@ -864,7 +880,8 @@ def fwd(x, u, spec, dtype, indices, keep):
     if keep and spec.reduction in ("max", "max_abs", "min_abs"):
         at = made(_place_dtype(spec))
     elif keep and spec.reduction != "mean":
-        slope = made(torch.float32)
+        if plan.kernel is not _cells_fwd_kernel or not _computed_again(spec):
+            slope = made(torch.float32)
     drawn = () if plan.kernel is _cells_fwd_kernel else (u,)
     plan.kernel(plan.grid, x, *drawn, y, at, index, slope, *plan.args, **plan.meta)
     return y, index, at, slope
@@ -881,6 +898,12 @@ def bwd(dy, at, slope, x, u, spec, dtype, layout):
     plan = _plan_back(shape, stride, dy.stride(), spec, rounding)
     dx = torch.empty_strided(shape, plan.strides, dtype=x_dtype, device=dy.device)
     read = x if REDUCTIONS[spec.reduction][4] else None
+    if plan.kernel is not _cells_bwd_kernel and slope is None and _computed_again(spec):
+        # The strides of dy are too large for the kernel that computes the factors; those of y fit.
+        strides = _plan(shape, stride, spec, rounding).strides
+        dy = torch.empty_strided(dy.shape, strides, dtype=dy.dtype, device=dy.device).copy_(dy)
+        plan = _plan_back(shape, stride, dy.stride(), spec, rounding)
+        assert plan.kernel is _cells_bwd_kernel
     drawn = () if plan.kernel is _cells_bwd_kernel else (u,)
     plan.kernel(plan.grid, dy, at, slope, read, *drawn, dx, *plan.args, **plan.meta)
     return dx

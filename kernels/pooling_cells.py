@@ -166,6 +166,61 @@ def _cell(
     return acc, at
 
 
+@triton.jit
+def _reduced(
+    at, planes, first, lanes, ow, start_d, start_h, start_w, there, on, D, H, W,
+    xc, xd, xh, xw, norm, REDUCE: tl.constexpr, START: tl.constexpr,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SW: tl.constexpr,
+    PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    CLIP_D: tl.constexpr, CLIP_H: tl.constexpr, CLIP_W: tl.constexpr,
+    LAST: tl.constexpr, X_VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """acc, at of all taps of the windows that begin at start_d, start_h, start_w. `there` is the
+    mask of the rows, `on` that of the lanes."""
+    acc = tl.full((BLOCK_R, BLOCK_I), START, tl.float32)
+    for a in tl.static_range(KD):
+        for b in tl.static_range(KH):
+            i, j = start_d + a, start_h + b
+            inside = there & _inside(i, D, a, PD, CLIP_D) & _inside(j, H, b, PH, CLIP_H)
+            lines = planes + (i * xd * X_VEC + j * xh * X_VEC)
+            if LAST:
+                for e in tl.static_range(KW):
+                    k = start_w + e
+                    ok = inside & _inside(k, W, e, PW, CLIP_W) & on
+                    v = tl.load(
+                        lines + k * xw * X_VEC + inner_offset(lanes, xc), mask=ok, other=START
+                    )
+                    t = (a * KH + b) * KW + e
+                    acc, at = REDUCE(acc, at, _widened(v), t, ok, norm)
+            else:
+                for q in tl.static_range((KW - 1 - PW) // SW + (PW + SW - 1) // SW + 1):
+                    acc, at = _cell(
+                        acc, at, lines, first, ow, W, xw, inside, on, norm, REDUCE,
+                        START, q - (PW + SW - 1) // SW, (a * KH + b) * KW, KW, SW, PW, CLIP_W,
+                        BLOCK_R, BLOCK_I,
+                    )  # fmt: skip
+    return acc, at
+
+
+@triton.jit
+def _finished(
+    acc, start_d, start_h, start_w, D, H, W, divisor, norm,
+    FINISH: tl.constexpr, COUNT: tl.constexpr,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    CLIP_D: tl.constexpr, CLIP_H: tl.constexpr, CLIP_W: tl.constexpr,
+):  # fmt: skip
+    """y, and its factor in the gradients."""
+    if divisor is None:
+        count = _count(start_d, D, KD, PD, CLIP_D, COUNT) * _count(
+            start_h, H, KH, PH, CLIP_H, COUNT
+        )
+        count = (count * _count(start_w, W, KW, PW, CLIP_W, COUNT)).to(tl.float32)
+    else:
+        count = divisor.to(tl.float32)
+    return FINISH(acc, count, tl.full((1, 1), KD * KH * KW, tl.float32), norm)
+
+
 _SIZES = ["c_units", "D", "H", "w_units", "OD", "OH", "o_units", "rows"]
 
 
@@ -204,36 +259,15 @@ def _cells_fwd_kernel(
     if PD + PH + PW > 0:
         at += (tl.maximum(-start_d, 0) * KH + tl.maximum(-start_h, 0)).to(tl.int32) * KW
         at += tl.maximum(-start_w, 0).to(tl.int32)
-    acc = tl.full((BLOCK_R, BLOCK_I), START, tl.float32)
-    for a in tl.static_range(KD):
-        for b in tl.static_range(KH):
-            i, j = start_d + a, start_h + b
-            inside = there & _inside(i, D, a, PD, CLIP_D) & _inside(j, H, b, PH, CLIP_H)
-            lines = planes + (i * xd * X_VEC + j * xh * X_VEC)
-            if LAST:
-                for e in tl.static_range(KW):
-                    k = start_w + e
-                    ok = inside & _inside(k, W, e, PW, CLIP_W) & (lanes < inner)
-                    v = tl.load(
-                        lines + k * xw * X_VEC + inner_offset(lanes, xc), mask=ok, other=START
-                    )
-                    t = (a * KH + b) * KW + e
-                    acc, at = REDUCE(acc, at, _widened(v), t, ok, norm)
-            else:
-                for q in tl.static_range((KW - 1 - PW) // SW + (PW + SW - 1) // SW + 1):
-                    acc, at = _cell(
-                        acc, at, lines, first, ow, W, xw, inside, lanes < inner, norm, REDUCE,
-                        START, q - (PW + SW - 1) // SW, (a * KH + b) * KW, KW, SW, PW, CLIP_W,
-                        BLOCK_R, BLOCK_I,
-                    )  # fmt: skip
-    if divisor is None:
-        count = _count(start_d, D, KD, PD, CLIP_D, COUNT) * _count(
-            start_h, H, KH, PH, CLIP_H, COUNT
-        )
-        count = (count * _count(start_w, W, KW, PW, CLIP_W, COUNT)).to(tl.float32)
-    else:
-        count = divisor.to(tl.float32)
-    y, slope = FINISH(acc, count, tl.full((1, 1), KD * KH * KW, tl.float32), norm)
+    acc, at = _reduced(
+        at, planes, first, lanes, ow, start_d, start_h, start_w, there, lanes < inner, D, H, W,
+        xc, xd, xh, xw, norm, REDUCE, START, KD, KH, KW, SW, PD, PH, PW,
+        CLIP_D, CLIP_H, CLIP_W, LAST, X_VEC, BLOCK_R, BLOCK_I,
+    )  # fmt: skip
+    y, slope = _finished(
+        acc, start_d, start_h, start_w, D, H, W, divisor, norm, FINISH, COUNT, KD, KH, KW,
+        PD, PH, PW, CLIP_D, CLIP_H, CLIP_W,
+    )  # fmt: skip
     to = _plane(n, c, yn, yc, Y_VEC, LAST) + od * yd * Y_VEC + oh * yh * Y_VEC
     if LAST:
         to = to + ow * yw * Y_VEC + inner_offset(lanes, yc)
@@ -288,7 +322,10 @@ def _sent(
         at = tl.load(AT + y_at, mask=ok, other=0).to(tl.int32)
         g = tl.where(at == tap, g, 0.0)
     elif SLOPE is not None:
-        g = g * tl.load(SLOPE + y_at, mask=ok, other=0.0)
+        if SLOPE.dtype == tl.float32:  # the factors of this program's windows, and no pointer
+            g = tl.where(ok, g * SLOPE, 0.0)
+        else:
+            g = g * tl.load(SLOPE + y_at, mask=ok, other=0.0)
     elif divisor is not None:
         g = tl.div_rn(g, divisor.to(tl.float32))
     else:
@@ -397,7 +434,8 @@ _BACK = [*_SIZES, "OW", "CD", "CH", "CW", *(f"{t}{d}" for t in "gyxz" for d in "
 def _cells_bwd_kernel(
     DY, AT, SLOPE, X, DX, c_units, D, H, w_units, OD, OH, OW, CD, CH, CW, rows,
     gn, gc, gd, gh, gw, yn, yc, yd, yh, yw, xn, xc, xd, xh, xw, zn, zc, zd, zh, zw, divisor, norm,
-    SEND: tl.constexpr, COUNT: tl.constexpr, DIMS: tl.constexpr, MERGED: tl.constexpr,
+    REDUCE: tl.constexpr, FINISH: tl.constexpr, SEND: tl.constexpr, COUNT: tl.constexpr,
+    DIMS: tl.constexpr, MERGED: tl.constexpr,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
@@ -410,7 +448,8 @@ def _cells_bwd_kernel(
 
     DY (N, C, OD, OH, OW): float, any strides. AT, SLOPE: as the forward made them, or None. X, DX
     (N, C, D, H, W): float, any strides and dense; X is None if the gradient does not read it. CD,
-    CH, CW: so many cells an axis has.
+    CH, CW: so many cells an axis has. REDUCE, FINISH: as in the forward, if each window is a cell
+    and the factors that the forward would keep in SLOPE are computed again; else None.
     """
     C, W = c_units * C_UNIT, w_units * W_UNIT
     inner = C if LAST else CW
@@ -426,6 +465,22 @@ def _cells_bwd_kernel(
     y_planes = _plane(n, c, yn, yc, Y_VEC, LAST)
     x_planes = _plane(n, c, xn, xc, X_VEC, LAST)
     z_planes = _plane(n, c, zn, zc, Z_VEC, LAST)
+    if REDUCE is not None:
+        within = there & (cd < OD) & (ch < OH)
+        on = lanes < (C if LAST else OW)
+        if LAST:
+            within &= cw < OW
+        start_d, start_h, start_w = cd * SD, ch * SH, cw * SW
+        acc, _ = _reduced(
+            tl.zeros((BLOCK_R, BLOCK_I), tl.int32), X + x_planes, first, lanes, cw,
+            start_d, start_h, start_w, within, on, D, H, W, xc, xd, xh, xw, norm,
+            REDUCE, 0.0, KD, KH, KW, SW, PD, PH, PW, CLIP_D, CLIP_H, CLIP_W, LAST, X_VEC,
+            BLOCK_R, BLOCK_I,
+        )  # fmt: skip
+        _, SLOPE = _finished(
+            acc, start_d, start_h, start_w, D, H, W, divisor, norm, FINISH, COUNT, KD, KH, KW,
+            PD, PH, PW, CLIP_D, CLIP_H, CLIP_W,
+        )  # fmt: skip
     # Elements along W that one access has.
     GROUP: tl.constexpr = SW if not LAST and (SW == 2 or SW == 4) else 1
     for rd in tl.static_range(SD):

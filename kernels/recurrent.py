@@ -16,10 +16,10 @@ gh_n is multiplied by r. The bias gradients are their sums over the batch.
 
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._libdevice import tanh
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense
 from fastnn.kernels.pointwise import logistic
@@ -113,7 +113,7 @@ def _rnn_cell_fwd_kernel(
     if RELU:
         y = tl.where(g < 0, 0.0, g)
     else:
-        y = libdevice.tanh(g)
+        y = tanh(g)
     _put(Y, b * H + j, y, mask)
 
 
@@ -149,10 +149,10 @@ def _lstm_cell_fwd_kernel(
     row = b * H * 4
     i = logistic(_gate(GI, GH, BI, BH, row, j, mask))
     f = logistic(_gate(GI, GH, BI, BH, row, j + H, mask))
-    g = libdevice.tanh(_gate(GI, GH, BI, BH, row, j + 2 * H, mask))
+    g = tanh(_gate(GI, GH, BI, BH, row, j + 2 * H, mask))
     o = logistic(_gate(GI, GH, BI, BH, row, j + 3 * H, mask))
     c = tl.fma(f, _get(C, b * H + j, mask), i * g)
-    _put(Y, b * H + j, o * libdevice.tanh(c), mask)
+    _put(Y, b * H + j, o * tanh(c), mask)
     _put(YC, b * H + j, c, mask)
     if GATES is not None:
         _put4(GATES, row + j, H, i, f, g, o, mask)
@@ -177,7 +177,7 @@ def _lstm_cell_bwd_kernel(
         dc += _get(DYC, at, mask)
     if DY is not None:
         dy = _get(DY, at, mask)
-        t = libdevice.tanh(_get(YC, at, mask))
+        t = tanh(_get(YC, at, mask))
         do = dy * t
         dc += dy * o * (1.0 - t * t)
     _put_lstm_gradients(DG, row + j, H, i, f, g, o, _get(C, at, mask), dc, do, mask)
@@ -199,7 +199,7 @@ def _gru_cell_fwd_kernel(
     r = logistic(_gate(GI, GH, BI, BH, row, j, mask))
     z = logistic(_gate(GI, GH, BI, BH, row, j + H, mask))
     m = _half(GH, BH, row, j + 2 * H, mask)
-    n = libdevice.tanh(tl.fma(r, m, _half(GI, BI, row, j + 2 * H, mask)))
+    n = tanh(tl.fma(r, m, _half(GI, BI, row, j + 2 * H, mask)))
     h = _get(HX, at, mask)
     _put(Y, at, tl.fma(z, h - n, n), mask)
     if GATES is not None:

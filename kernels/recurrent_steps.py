@@ -25,11 +25,11 @@ gradient of the state is carried in fp32.
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from fastnn.kernels import _gpus
 from fastnn.kernels._config import here, tunable
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._libdevice import tanh
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense
 from fastnn.kernels.pointwise import logistic
@@ -50,7 +50,10 @@ ROWS = 16  # of the batch, in a program
 @triton.jit
 def _place(TABLE, b, s, T, N, slots, REVERSE: tl.constexpr):
     """Rows of step s in the input, in the states before and after it; which rows of the batch take
-    part in it, and for which it is the last step. No row takes part in step -1.
+    part in it, and for which it is the last step.
+
+    For step -1, of the backward only, `took_part` says nothing: a mask of the step would cost the
+    forward scalar registers, of which AMD GPUs have few.
 
     TABLE (T, 5): int64, or None: the first row of a step and the number of its rows, the first row
     of the states after the step before and their number, and the number of rows of the next step.
@@ -76,7 +79,7 @@ def _place(TABLE, b, s, T, N, slots, REVERSE: tl.constexpr):
         row = tl.cast(t, tl.int64) * N + b
         before = tl.cast(t % slots, tl.int64) * N + b
         after = tl.cast(follow % slots, tl.int64) * N + b
-        took_part = (b < N) & (s >= 0)
+        took_part = b < N
         final = took_part & (s == T - 1)
     return row, before, after, took_part, final
 
@@ -85,7 +88,8 @@ def _place(TABLE, b, s, T, N, slots, REVERSE: tl.constexpr):
 def _weight(W, j, k, rows, width):
     """A tile of W^T: columns k, and rows j of `rows`."""
     mask = (j < rows)[None, :] & (k < width)[:, None]
-    return tl.load(W + j[None, :] * width + k[:, None], mask=mask, other=0.0)
+    # One address and a tile of offsets: a tile of addresses takes more registers on AMD GPUs.
+    return tl.load(W + (j[None, :] * width + k[:, None]), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -161,18 +165,18 @@ def _steps_fwd_kernel(
             if LSTM:
                 i = logistic(_get(GI, gi, mask) + acc0)
                 f = logistic(_get(GI, gi + H, mask) + acc1)
-                g = libdevice.tanh(_get(GI, gi + 2 * H, mask) + acc2)
+                g = tanh(_get(GI, gi + 2 * H, mask) + acc2)
                 o = logistic(_get(GI, gi + 3 * H, mask) + acc3)
                 c = tl.fma(f, _get(CS, before * H + j, mask), i * g)
                 _put(CS, after * H + j, c, mask)
                 _put(CN, b * H + j, c, mask & final)
-                y = o * libdevice.tanh(c)
+                y = o * tanh(c)
                 if GATES is not None:
                     _put4(GATES, kept, H, i, f, g, o, mask)
             elif GRU:
                 r = logistic(_get(GI, gi, mask) + acc0)
                 z = logistic(_get(GI, gi + H, mask) + acc1)
-                n = libdevice.tanh(tl.fma(r, acc2, _get(GI, gi + 2 * H, mask)))
+                n = tanh(tl.fma(r, acc2, _get(GI, gi + 2 * H, mask)))
                 y = tl.fma(z, _get(old, j, mask) - n, n)
                 if GATES is not None:
                     _put4(GATES, kept, H, r, z, n, acc2, mask)
@@ -181,7 +185,7 @@ def _steps_fwd_kernel(
                 if RELU:
                     y = tl.where(g < 0, 0.0, g)
                 else:
-                    y = libdevice.tanh(g)
+                    y = tanh(g)
             if WR is None:
                 _put(Y, row * stride_y + j, y, mask)
                 _put(new, j, y, mask)
@@ -229,10 +233,10 @@ def _gates_bwd(
     dg = row * (G * H) + j
     if LSTM:
         i, f, g, o = _get4(GATES, row * (4 * H) + j, H, mask)
-        tanh = libdevice.tanh(_get(CS, after * H + j, mask))
-        dc = _get(DC, at, mask) + dh * o * (1.0 - tanh * tanh)
+        t = tanh(_get(CS, after * H + j, mask))
+        dc = _get(DC, at, mask) + dh * o * (1.0 - t * t)
         c = _get(CS, before * H + j, mask)
-        _put_lstm_gradients(DGI, dg, H, i, f, g, o, c, dc, dh * tanh, mask)
+        _put_lstm_gradients(DGI, dg, H, i, f, g, o, c, dc, dh * t, mask)
         _put(DC, at, dc * f, mask)
     elif GRU:
         r, z, n, m = _get4(GATES, row * (4 * H) + j, H, mask)
@@ -269,6 +273,7 @@ def _steps_bwd_kernel(
     for back in range(first, last):
         s = T - 1 - back
         row, before, after, took_part, final = _place(TABLE, b, s, T, N, T + 1, REVERSE)
+        took_part &= s >= 0  # step -1 is a gradient, and no step
         # the rows that take part in the step that follows, in which their state was used
         used = (b < N) & (back > 0)
         if TABLE is not None:

@@ -165,9 +165,6 @@ MOVES_MORE = {
     r"MaxPool1d": (7 / 6, "a byte of each window says where its maximum was"),
     r"(Adaptive)?MaxPool": (11 / 10, "a byte of each window says where its maximum was"),
     r"FractionalMaxPool": (7 / 6, "a byte of each window says where its maximum was"),
-    r"LPPool1d": (24 / 16, "a factor in fp32 is kept of each window"),
-    r"LPPool2d": (36 / 28, "a factor in fp32 is kept of each window"),
-    r"LPPool3d": (60 / 52, "a factor in fp32 is kept of each window"),
     r"gumbel_softmax": (
         9 / 5,
         "PyTorch draws the noise; the softmax reads logits and noise as one",

@@ -185,6 +185,31 @@ def test_kernels_say_what_a_program_does_and_what_its_pointers_are():
         assert names <= words, f"{where}: {sorted(names - words)}"
 
 
+# Functions that make 0 of a subnormal number on an NVIDIA GPU; and a function and the start of the
+# name of a file that may call it -> why.
+LOSSY = re.compile(r"(.+\.)?libdevice\.(?!exp$)\w+|tl\.(math\.)?(exp2|rsqrt|sqrt)")
+MAY_LOSE = {("tl.exp2", "attention"): "a weight below 1e-38 is nothing beside one of at least 1"}
+
+
+def test_kernels_call_no_function_that_loses_subnormal_numbers():
+    """Of libdevice a kernel calls `exp`. All else stands in kernels/_libdevice.py, with what keeps
+    subnormal numbers."""
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        if path.stem in ("_libdevice", "_interpreter", "_interpreter_steps"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [alias.name for alias in node.names if alias.asname]
+                of = getattr(node, "module", None) or ""
+                assert not of.endswith("libdevice") or of == "fastnn.kernels._libdevice", where
+                assert not any(name.endswith("libdevice") for name in names), where
+            elif isinstance(node, ast.Attribute):
+                name = ast.unparse(node)
+                may = any(name == n and path.stem.startswith(stem) for n, stem in MAY_LOSE)
+                assert may or not LOSSY.fullmatch(name), f"{where}: {name} loses subnormal numbers"
+
+
 # ---- Private names ------------------------------------------------------------------------------
 #
 # A name with a leading underscore belongs to its file. A module with one (fastnn._op) is internal

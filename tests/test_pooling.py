@@ -218,8 +218,9 @@ def test_offsets_of_64_bits(kind, layout):
 
 
 @interpreted
-@pytest.mark.parametrize("kind", ["max", "adaptive", "mean"])
-def test_gradients_with_offsets_of_64_bits(kind):
+@pytest.mark.parametrize("kind", ["max", "adaptive", "mean", "power"])
+@pytest.mark.parametrize("steps", [(0, 64, 2**30, 1), (0, 64, 1, 2**30)], ids=["rows", "columns"])
+def test_gradients_with_offsets_of_64_bits(kind, steps):
     x = torch.randn(1, 2, 8, 8).half()
     found = []
     for namespace in (F, stock):
@@ -227,10 +228,36 @@ def test_gradients_with_offsets_of_64_bits(kind):
         with backend("triton"):
             y = POOLED[kind](namespace, leaf)
             y = y[0] if isinstance(y, tuple) else y
-            dy = far(y.shape, (0, 64, 2**30, 1))
+            dy = far(y.shape, steps)
             y.backward(dy if namespace is F else dy.contiguous())
         found.append(leaf.grad)
     torch.testing.assert_close(*found, rtol=1e-3, atol=0)
+
+
+@interpreted
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@pytest.mark.parametrize("p", [2, 3.0], ids=["square", "power"])
+def test_a_power_mean_keeps_a_factor_only_if_windows_overlap(p, last):
+    """Elements that no window has, here infinite, are not in the factor of another."""
+    x = torch.rand(2, 3, 6, 7) + 0.5
+    x[..., 6] = torch.inf
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    for stride, kept in ((2, 0), (1, 1)):
+        grads = []
+        for namespace in (F, stock):
+            leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            with backend("triton"):
+                saved = []
+                with torch.autograd.graph.saved_tensors_hooks(
+                    lambda t, saved=saved: saved.append(t) or t, lambda t: t
+                ):
+                    y = namespace.lp_pool2d(leaf[..., : 7 if stride == 2 else 6], p, 2, stride)
+                y.cumsum(-1).sum().backward()
+            grads.append(leaf.grad)
+            if namespace is F:
+                assert sum(t.shape == y.shape for t in saved) == kept
+        torch.testing.assert_close(*grads, equal_nan=True)
 
 
 @interpreted

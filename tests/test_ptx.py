@@ -10,9 +10,14 @@ import struct
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
 
 import fastnn
 import fastnn.functional as F
+from fastnn.kernels import _libdevice
+from fastnn.kernels._launch import kernel
 from fastnn.testing import Case, check, randn
 from fastnn.testing.aot import emulate
 from fastnn.testing.ptx import Memory, PtxKernel
@@ -365,8 +370,56 @@ def a_thread_out_of_bounds_is_noticed():
         )  # fmt: skip
 
 
+@kernel()
+def _apply_kernel(X, P, Y, FUNCTION: tl.constexpr):
+    """A program computes Y = FUNCTION(X), or FUNCTION(X, P).
+
+    X, Y (512,): fp32. P (1,): fp32, or None.
+    """
+    at = tl.arange(0, 512)
+    x = tl.load(X + at)
+    if P is None:
+        y = FUNCTION(x)
+    else:
+        y = FUNCTION(x, tl.load(P))
+    tl.store(Y + at, y)
+
+
+@triton.jit
+def exp(x):
+    return libdevice.exp(x)
+
+
+def applied(function, x, p=None):
+    """(the result of the compiled function, that of PyTorch in float64)."""
+    y = torch.empty_like(x)
+    exponent = None if p is None else torch.tensor([p])
+    with emulate("cuda:90"):
+        _apply_kernel((1,), x, exponent, y, FUNCTION=function, num_warps=4)
+    stock = torch.pow if function is _libdevice.power else getattr(torch, function.__name__)
+    return y, stock(x.double(), *(() if p is None else (exponent.double(),)))
+
+
 def subnormal_numbers_are_kept():
-    """Some functions of libdevice make 0 of a subnormal number, and `fma` does."""
+    """Most functions of libdevice make 0 of a subnormal number. What kernels call does not."""
+    small = torch.exp2(torch.linspace(-149, -100, 256))
+    cases = [(exp, torch.linspace(-104, -80, 512), None)]
+    functions = [f for f in vars(_libdevice).values() if isinstance(f, triton.JITFunction)]
+    for function in functions:
+        if function is not _libdevice.power:
+            cases.append((function, torch.cat([small, -small]), None))
+    for p in (-9.0, -1.0, -0.5, 0.0, 0.3, 1.0, 3.0, 5.9, 7.0, 100.0):
+        # the results are from below the smallest subnormal number to above the largest finite one
+        most = max(abs(p), 1)
+        x = torch.exp2(torch.linspace(-155 / most, 129 / most, 254))
+        x = torch.cat([x, torch.tensor([0.0, 1.0]), small])
+        cases.append((_libdevice.power, -x if p in (1, 3) else x, p))
+    for function, x, p in cases:
+        got, want = applied(function, x, p)
+        wrong = ~((got - want).abs() <= 2**-20 * want.abs() + 2**-149)
+        wrong &= got != want.float()  # both may be infinite
+        assert not wrong.any(), (function.__name__, p, x[wrong], got[wrong], want[wrong])
+
     tiny = torch.exp2(torch.arange(-149.0, -120.0))
     for name, x in (
         ("elu", -tiny), ("selu", -tiny), ("tanh", tiny),

@@ -10,7 +10,9 @@ import torch
 import fastnn
 import fastnn.functional as F
 from fastnn._mode import CODES, Code, Stock
-from fastnn.testing import Case, check, randn
+from fastnn.testing import Case, check, randn, side_of, tensors_of
+from fastnn.testing.cases import CASES
+from tests.errors import assert_same_error
 from tests.marks import interpreted
 
 pytestmark = interpreted
@@ -72,3 +74,52 @@ def test_users_can_ask_for_the_code():
         assert (row.path, row.code) == ("kernel", None)
     (row,) = fastnn.explain(fastnn.ReLU(), x)
     assert row.code == "dtype" and "float64" in row.reason
+
+
+def test_a_forced_call_runs_as_in_pytorch_where_the_result_has_no_elements():
+    """Rows that are declined for want of elements: forced, they raise if the result has some."""
+    raised = []
+    for case in CASES:
+        if case.stock != "empty":
+            continue
+        dtype = case.dtypes[0]
+        options = {} if case.is_layer else case.options
+        inputs = case.make(dtype, "cpu")
+        ours, theirs = (side_of(case, namespace, dtype, "cpu") for namespace in (fastnn, torch.nn))
+        made = tensors_of(theirs.call(*inputs, **options))
+        try:
+            with fastnn.backend("triton"), fastnn.decisions() as heard:
+                mine = tensors_of(ours.call(*inputs, **options))
+            raised.append(False)
+            layouts = [[(t.shape, t.stride(), t.dtype) for t in side] for side in (mine, made)]
+            assert layouts[0] == layouts[1], case
+            assert [d.code for d in heard] == ["empty"], case
+        except fastnn.BackendError as error:
+            raised.append(True)
+            assert error.code == "empty"
+        assert raised[-1] == any(t.numel() for t in made), case
+    assert True in raised and False in raised
+
+
+@pytest.mark.parametrize("name", ["pixel_shuffle", "pixel_unshuffle"])
+def test_a_backward_without_elements_raises_what_pytorch_raises(name):
+    stock = getattr(torch.nn.functional, name)
+
+    def backward(function, x, factor):
+        function(x, factor).sum().backward()
+
+    for shape in ((0, 4, 2, 2), (2, 0, 4, 4), (2, 4, 0, 4), (2, 4, 2, 0)):
+        x = torch.zeros(shape, requires_grad=True)
+        assert_same_error(
+            lambda x: backward(getattr(F, name), x, 2), lambda x: backward(stock, x, 2), x
+        )
+        with fastnn.backend("triton"):
+            backward(getattr(F, name), x, 1)
+        assert x.grad.shape == x.shape
+
+
+def test_a_forced_compiled_call_without_elements_runs_as_in_pytorch():
+    with fastnn.backend("triton"):
+        call = torch.compile(lambda x: F.rms_norm(x, (4,)), backend="eager", fullgraph=True)
+        assert call(torch.zeros(0, 4)).shape == (0, 4)
+    torch.compiler.reset()
