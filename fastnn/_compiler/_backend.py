@@ -79,6 +79,10 @@ def _replace(gm: GraphModule, site: Site, rewrite: Rewrite) -> None:
                 again = graph.node_copy(view, lambda n, swap=swap: swap.get(n, n))  # type: ignore[misc]
                 again.meta["example_value"] = value(view).to(value(args[i]).dtype)
                 args = (*args[:i], again, *args[i + 1 :])
+        for i in rewrite.transposed:
+            turned = graph.call_method("t", (args[i],))
+            turned.meta["example_value"] = value(args[i]).t()
+            args = (*args[:i], turned, *args[i + 1 :])
         if rewrite.dense:
             args = tuple(_dense(graph, a) for a in args)
         if rewrite.target is None:

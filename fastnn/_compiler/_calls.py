@@ -72,6 +72,7 @@ _SIGNATURES: dict[str, Callable] = {
     "softplus": lambda input, beta=1.0, threshold=20.0: None,
     "gelu": lambda input, approximate="none": None,
     "linear": lambda input, weight, bias=None: None,
+    "addmm": lambda input, mat1, mat2, beta=1, alpha=1: None,
     "layer_norm": F.layer_norm,
     "rms_norm": F.rms_norm,
     "group_norm": F.group_norm,
