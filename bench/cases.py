@@ -127,6 +127,15 @@ def _layer_scale(channels: int, side: int) -> Callable[[int], tuple]:
     )  # fmt: skip
 
 
+def _turned_heads(length: int, heads: int, width: int) -> Callable[[int], tuple]:
+    """Queries as a product leaves them, and the cosines and sines of their places."""
+
+    def angles(n: int) -> Maker:
+        return lambda dtype, device: torch.randn(n, length, 1, width, dtype=dtype, device=device)
+
+    return lambda n: (normal(n, length, heads, width), angles(n), angles(n))
+
+
 ACTIVATIONS = [
     row("GELU", "BERT-base, 16 x 512", 8192, 3072, FLOATS),
     row("GELU", "ViT-B/16, 64 images", 64 * 197, 3072),
@@ -156,6 +165,7 @@ ACTIVATIONS = [
     row("scale_add", "ConvNeXt-T, 64 images", 64, _layer_scale(96, 56)),
     row("scale_add", "EfficientNet-B0, 64 images", 64,
         lambda n: (normal(n, 144, 56, 56), normal(n, 144, 1, 1))),
+    row("rotary", "Llama 1B, 2 x 2048", 2, _turned_heads(2048, 32, 64)),
     *(row(name, WIDE, 8192, 4096) for name in (
         "ELU", "CELU", "SELU", "Sigmoid", "Tanh", "LogSigmoid", "Hardtanh", "Hardshrink",
         "Softshrink", "Softplus",

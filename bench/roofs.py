@@ -80,7 +80,7 @@ EXCEPTIONS = (
     Allowed("_multilabel_margin_.*", 34, 16, "each class is compared with each target"),
     Allowed("_ctc_.*", 6.0, 2, "each step waits for the step before it; stock in `auto`"),
     Allowed("_rows_.*", 2.4, 32, "a short row has a sum of its own", "MultiLabelSoft"),
-    Allowed("_rows_.*", 1.7, 20, "a short row has a sum of its own", "MultiMargin"),
+    Allowed("_rows_.*", 1.6, 20, "a short row has a sum of its own", "MultiMargin"),
     Allowed("_rows_.*", 1.5, 4, "three sums and products for each pair of elements"),
     Allowed("_loss_fwd", 1.75, 19, "log and log1p of libdevice for each element", "^BCELoss"),
     Allowed("_loss_(fwd|bwd)", 1.7, 14, "the row of weights is loaded anew", "pos_weight"),

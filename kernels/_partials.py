@@ -127,3 +127,16 @@ def finish(partial, loss, count, divisor, block=None, num_warps=8):
         (1,), partial, loss, count, G, divisor,
         WEIGHTS=count is not None, BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
+
+
+# ---- Two gradients of one result -----------------------------------------------------------------
+
+
+@triton.jit
+def gradient_of(DY, MORE, offs, mask):
+    """Gradients at `offs`, in float32. With MORE, the sum of two, rounded as PyTorch rounds it."""
+    dy = tl.load(DY + offs, mask=mask, other=0.0).to(tl.float32)
+    if MORE is not None:
+        dy += tl.load(MORE + offs, mask=mask, other=0.0).to(tl.float32)
+        dy = dy.to(DY.dtype.element_ty).to(tl.float32)
+    return dy

@@ -39,7 +39,7 @@ import triton.language as tl
 from fastnn.kernels import norm, pointwise
 from fastnn.kernels._config import tunable
 from fastnn.kernels._launch import kernel
-from fastnn.kernels._partials import add_up
+from fastnn.kernels._partials import add_up, gradient_of
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 
 WHOLE = 16384  # forward: the most elements of a statistic that stay in registers from load to store
@@ -244,22 +244,23 @@ def _channel_fwd_kernel(
 
 @kernel(do_not_specialize=["C", "S", "N", "D"])
 def _channel_bwd_kernel(
-    DY, X, W, B, Y, MEAN, RSTD, DX, DZ, DW, DB, C, S, N, D, a, b,
+    DY, MORE, X, W, B, Y, MEAN, RSTD, DX, DZ, DW, DB, C, S, N, D, a, b,
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, D_UNIT: tl.constexpr, GROUPED: tl.constexpr,
     FORMULA: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """A program computes dx of BLOCK_C channels of one outer index, or of one group, at once.
 
-    DY, X, Y, DX, DZ: (O, C, J) in LAYOUT, float. Y is read if f' is computed from y. DZ is written
-    unless None. W, B (C,): float, or None. MEAN, RSTD: as in the forward, fp32. DW, DB: (O, C),
-    fp32 partial sums, or the gradients themselves if O is 1; or None.
+    DY, MORE, X, Y, DX, DZ: (O, C, J) in LAYOUT, float. The gradient of y is DY + MORE, or DY if
+    MORE is None. Y is read if f' is computed from y. DZ is written unless None. W, B (C,): float,
+    or None. MEAN, RSTD: as in the forward, fp32. DW, DB: (O, C), fp32 partial sums, or the
+    gradients themselves if O is 1; or None.
     """
     C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
     U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
     o, c, limit, st = _members(C, D, D_UNIT, GROUPED, BLOCK_C)
     base, offs = _offsets(o, c, 0, C, S, V, LAYOUT, U, BLOCK_V)
     mask = (c < limit)[:, None, None] & (tl.arange(0, BLOCK_V) < V)[None, :, None]
-    dz = tl.load(DY + base + offs, mask=mask, other=0.0).to(tl.float32)
+    dz = gradient_of(DY, MORE, base + offs, mask)
     x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
     mean, rstd, w, bias = _loaded(MEAN, RSTD, W, B, st, c, limit, 0.0, False)
     x_hat, z = _normalised(x, mean, rstd, w, bias)
@@ -380,21 +381,22 @@ def _planes_fwd_kernel(
 
 @kernel(do_not_specialize=["S_units", "N", "MAGIC"])
 def _planes_bwd_kernel(
-    DY, X, W, B, Y, MEAN, RSTD, DX, DZ, DW, DB, S_units, N, MAGIC, count, a, b,
+    DY, MORE, X, W, B, Y, MEAN, RSTD, DX, DZ, DW, DB, S_units, N, MAGIC, count, a, b,
     UNIT: tl.constexpr, FORMULA: tl.constexpr, GRADIENT: tl.constexpr, CHANNELS: tl.constexpr,
     SLOTS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A program computes dx of CHANNELS neighbouring channels of all samples at once.
 
-    DY, X, Y, DX, DZ (N, C, S): float, contiguous. Y is read if f' is computed from y. DZ is written
-    unless None. W, B (C,): float, or None. MEAN, RSTD (C,): fp32. DW, DB (C,): float, or None.
-    S_units is CHANNELS * S / UNIT, and MAGIC is ceil(2^20 / S).
+    DY, MORE, X, Y, DX, DZ (N, C, S): float, contiguous. The gradient of y is DY + MORE, or DY if
+    MORE is None. Y is read if f' is computed from y. DZ is written unless None. W, B (C,): float,
+    or None. MEAN, RSTD (C,): fp32. DW, DB (C,): float, or None. S_units is CHANNELS * S / UNIT, and
+    MAGIC is ceil(2^20 / S).
     """
     offs, mask, at, inside, c, there = _planes(
         N, S_units, MAGIC, UNIT, CHANNELS, SLOTS, BLOCK_N, BLOCK_P
     )
     ch = tl.program_id(0) * CHANNELS + at
-    dz = tl.load(DY + offs, mask=mask, other=0.0).to(tl.float32)
+    dz = gradient_of(DY, MORE, offs, mask)
     x = tl.load(X + offs, mask=mask, other=0.0).to(tl.float32)
     rstd = tl.load(RSTD + ch, mask=inside, other=1.0)[None, :]
     x_hat = (x - tl.load(MEAN + ch, mask=inside, other=0.0)[None, :]) * rstd
@@ -574,15 +576,15 @@ def _channel_apply_kernel(
 
 @kernel(do_not_specialize=["C", "S", "N", "D", "span", "K"])
 def _channel_sums_kernel(
-    DY, X, W, B, Y, MEAN, RSTD, DZ, ALONG, TOTAL, C, S, N, D, span, K, eps, a, b,
+    DY, MORE, X, W, B, Y, MEAN, RSTD, DZ, ALONG, TOTAL, C, S, N, D, span, K, eps, a, b,
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, VARIANCE: tl.constexpr, FORMULA: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """A program sums dz x_hat and dz over chunk k of J of BLOCK_C channels, and loops over it.
 
-    DY, X, Y, DZ: (O, C, J) in LAYOUT, float. Y is read if f' is computed from y. DZ is written
-    unless None. W, B (C,): float, or None. MEAN, RSTD: as in `_channel_apply_kernel`. ALONG, TOTAL:
-    (O, K, C) fp32, or None.
+    DY, MORE, X, Y, DZ: (O, C, J) in LAYOUT, float. The gradient of y is DY + MORE, or DY if MORE is
+    None. Y is read if f' is computed from y. DZ is written unless None. W, B (C,): float, or None.
+    MEAN, RSTD: as in `_channel_apply_kernel`. ALONG, TOTAL: (O, K, C) fp32, or None.
     """
     C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
     U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
@@ -599,7 +601,7 @@ def _channel_sums_kernel(
     for v0 in range(start, stop, BLOCK_V):
         base, offs = _offsets(o, c, v0, C, S, V, LAYOUT, U, BLOCK_V)
         mask = (c < C)[:, None, None] & (v0 + tl.arange(0, BLOCK_V) < stop)[None, :, None]
-        dz = tl.load(DY + base + offs, mask=mask, other=0.0).to(tl.float32)
+        dz = gradient_of(DY, MORE, base + offs, mask)
         z = dz
         if ALONG is not None or GRADIENT is not None:
             x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
@@ -983,7 +985,7 @@ def fwd(
 
 def bwd(
     dy, x, weight, bias, mean, rstd, groups, need_dx, dw_dtype, db_dtype, eps=None, formula=None,
-    gradient=None, a=0.0, b=0.0, y=None, last=False,
+    gradient=None, a=0.0, b=0.0, y=None, last=False, more=None,
 ):  # fmt: skip
     """dy, with the layout of x, and fwd's arguments and results -> dx, dw, db, dz, or None each.
 
@@ -991,7 +993,7 @@ def bwd(
     dtype is. If eps is given, the statistics were given: `rstd` is the variance, and no gradient
     goes through the statistics. `gradient` is f'. Its formula takes y if y is given; else the
     result of `formula` for z; else z. If y is given, there was a residual, and dz is the gradient
-    of the residual.
+    of the residual. more: the gradient of y is dy + more; then y must be given.
     """
     view = _view(x, groups, last)
     C = view.C
@@ -1015,7 +1017,7 @@ def bwd(
         if planes is not None:
             programs, sizes, config = planes
             _planes_bwd_kernel(
-                (programs,), dy, x, weight, bias, y, mean, rstd, dx, dz, dw, db, *sizes, a, b,
+                (programs,), dy, more, x, weight, bias, y, mean, rstd, dx, dz, dw, db, *sizes, a, b,
                 **formulas, **config,
             )  # fmt: skip
             return dx, dw, db, dz
@@ -1025,8 +1027,8 @@ def bwd(
         programs, sizes = _whole_launch(view, whole)
         parts, dw_part, db_part = partials(view.outer)
         _channel_bwd_kernel(
-            (programs,), dy, x, weight, bias, y, mean, rstd, dx, dz, dw_part, db_part, *sizes, a,
-            b, **formulas, **whole,
+            (programs,), dy, more, x, weight, bias, y, mean, rstd, dx, dz, dw_part, db_part, *sizes,
+            a, b, **formulas, **whole,
         )  # fmt: skip
         if parts is not None:
             add_up(parts, dw, db, *parts.shape[1:])
@@ -1042,8 +1044,8 @@ def bwd(
         along = parts[0] if through or dw is not None else None
         total = parts[1] if through or db is not None else None
         _channel_sums_kernel(
-            grid, dy, x, weight, bias, y, mean, rstd, dz, along, total, *sizes, view.D, span, K,
-            0.0 if eps is None else eps, a, b, VARIANCE=eps is not None, **formulas, **config,
+            grid, dy, more, x, weight, bias, y, mean, rstd, dz, along, total, *sizes, view.D, span,
+            K, 0.0 if eps is None else eps, a, b, VARIANCE=eps is not None, **formulas, **config,
         )  # fmt: skip
         apart = groups > 0  # then dw and db are also summed over the samples
         if through:

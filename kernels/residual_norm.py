@@ -23,7 +23,7 @@ import triton.language as tl
 
 from fastnn.kernels import _philox, _rows, _tl, norm
 from fastnn.kernels._launch import kernel
-from fastnn.kernels._partials import add_up
+from fastnn.kernels._partials import add_up, gradient_of
 from fastnn.kernels._sizes import cdiv
 
 _RANDOM = ["seed", "offset", "blocks", "bound"]
@@ -102,17 +102,18 @@ def _residual_norm_fwd_kernel(
 
 @kernel(do_not_specialize=[*_ROWS, *_RANDOM])
 def _residual_norm_bwd_kernel(
-    DY, S, W, MEAN, RSTD, DS, DX, DZ, DW, DB, M, N_units, J, x_i, x_j, scale, seed: tl.int64,
-    offset: tl.int64, SEED, OFFSET, blocks, bound: tl.uint32, UNIT: tl.constexpr,
+    DY, MORE, S, W, MEAN, RSTD, DS, DX, DZ, DW, DB, DC, M, N_units, J, x_i, x_j, scale,
+    seed: tl.int64, offset: tl.int64, SEED, OFFSET, blocks, bound: tl.uint32, UNIT: tl.constexpr,
     SWAPPED: tl.constexpr, STRIDED: tl.constexpr, CENTER: tl.constexpr, VEC: tl.constexpr,
     BY_FOUR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A program computes dx, dz of tiles of BLOCK_M complete rows, and loops over every G-th tile.
 
-    DY, S, DS, DX, DZ (M, N): float. DZ is contiguous; `_row_starts` says where the rows of the
-    others are. DS, DX and DZ may be None. Rows are i * J + j. W (N,): float, or None. MEAN (if
-    CENTER), RSTD (M,): fp32. DW, DB (G, N): fp32 partial sums, or the gradients if G is 1; or None.
-    SEED, OFFSET: int64, or None; see _philox.load_state.
+    DY, MORE, S, DS, DX, DZ (M, N): float. The gradient of y is DY + MORE. DZ is contiguous;
+    `_row_starts` says where the rows of the others are. MORE, DS, DX and DZ may be None. Rows are
+    i * J + j. W (N,): float, or None. MEAN (if CENTER), RSTD (M,): fp32. DW, DB, DC (G, N): fp32
+    partial sums, or the gradients if G is 1; or None. DC sums dz. SEED, OFFSET: int64, or None; see
+    _philox.load_state.
     """
     N = N_units * UNIT
     cols = tl.arange(0, BLOCK_N)
@@ -122,14 +123,16 @@ def _residual_norm_bwd_kernel(
         dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if DB is not None:
         db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # A program has every G-th tile of rows. Without dw and db, each program has one tile.
+    if DC is not None:
+        dc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # A program has every G-th tile of rows. Without sums, each program has one tile.
     for start in range(tl.program_id(0) * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         mask = (m < M)[:, None] & (cols < N)[None, :]
         x_row, y_row = _row_starts(m, M, N, J, x_i, x_j, UNIT, SWAPPED, STRIDED)
         x_offs = x_row + cols[None, :]
         y_offs = y_row + cols[None, :]
-        dy = tl.load(DY + y_offs, mask=mask, other=0.0).to(tl.float32)
+        dy = gradient_of(DY, MORE, y_offs, mask)
         s = tl.load(S + x_offs, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(RSTD + m, mask=m < M, other=0.0)[:, None]
         if CENTER:
@@ -149,12 +152,15 @@ def _residual_norm_bwd_kernel(
             ds += tl.load(DS + x_offs, mask=mask, other=0.0).to(tl.float32)
         if DX is not None:
             tl.store(DX + x_offs, ds.to(DX.dtype.element_ty), mask=mask)
-        if DZ is not None:
+        if DZ is not None or DC is not None:
             if VEC:
                 keep = _philox.keep_tile(
                     start, 0, N, seed, offset, blocks, bound, VEC, BY_FOUR, BLOCK_M, BLOCK_N
                 )  # fmt: skip
                 ds *= tl.where(keep, scale, 0.0)
+        if DC is not None:
+            dc += tl.where(mask, ds, 0.0)
+        if DZ is not None:
             offs = m.to(tl.int64)[:, None] * N + cols[None, :]
             tl.store(DZ + offs, ds.to(DZ.dtype.element_ty), mask=mask)
     offs = tl.program_id(0).to(tl.int64) * N + cols
@@ -162,6 +168,8 @@ def _residual_norm_bwd_kernel(
         tl.store(DW + offs, tl.sum(dw, 0).to(DW.dtype.element_ty), mask=cols < N)
     if DB is not None:
         tl.store(DB + offs, tl.sum(db, 0).to(DB.dtype.element_ty), mask=cols < N)
+    if DC is not None:
+        tl.store(DC + offs, tl.sum(dc, 0).to(DC.dtype.element_ty), mask=cols < N)
 
 
 def fits(N, itemsize):
@@ -216,13 +224,14 @@ def fwd(
 
 
 def bwd(
-    dy, ds, s, weight, mean, rstd, draw, bound, scale, swapped, dz_dtype, dx_dtype, dw_dtype,
-    db_dtype,
+    dy, more, ds, s, weight, mean, rstd, draw, bound, scale, swapped, dz_dtype, dx_dtype, dw_dtype,
+    db_dtype, dc_dtype=None,
 ):  # fmt: skip
-    """dy, ds or None (s's shape), and fwd's arguments and results -> [dz, dx, dw, db].
+    """dy, more and ds or None (s's shape), fwd's arguments and results -> [dz, dx, dw, db, dc].
 
-    Each result is None if its dtype is None. dz has the layout of z, and dx that of s. If they
-    would also have equal values and one dtype and layout, they are one tensor.
+    The gradient of y is dy + more. dc (N,) is the sum of dz over all rows. Each result is None if
+    its dtype is None. dz has the layout of z, and dx that of s. If they would also have equal
+    values and one dtype and layout, they are one tensor.
     """
     N = s.shape[-1]
     if ds is not None and ds.stride() != s.stride():
@@ -239,23 +248,29 @@ def bwd(
         dz = dz.transpose(0, 1) if swapped else dz
     dw = None if dw_dtype is None else torch.empty(N, dtype=dw_dtype, device=s.device)
     db = None if db_dtype is None else torch.empty(N, dtype=db_dtype, device=s.device)
+    dc = None if dc_dtype is None else torch.empty(N, dtype=dc_dtype, device=s.device)
     params = [t for t in (dw, db) if t is not None]
-    noisy = draw is not None and bool(params)
-    config = _rows.row_config(N, flags["UNIT"], least_warps=8 if params else 4, noise=noisy)
+    summed = [*params, *([] if dc is None else [dc])]
+    noisy = bool(summed) and (draw is not None or dc is not None)
+    config = _rows.row_config(N, flags["UNIT"], least_warps=8 if summed else 4, noise=noisy)
     G = cdiv(sizes[0], config["BLOCK_M"])
-    dw_part, db_part, parts = dw, db, None
-    if params:
+    dw_part, db_part, dc_part, parts = dw, db, dc, None
+    if summed:
         G = _rows.summing_programs(sizes[0], config, norm.processors_of(s.get_device()))
         if G > 1:
-            parts = rstd.new_empty(len(params), G, N)
+            parts = rstd.new_empty(len(summed), G, N)
             dw_part = None if dw is None else parts[0]
-            db_part = None if db is None else parts[-1]
+            db_part = None if db is None else parts[len(params) - 1]
+            dc_part = None if dc is None else parts[-1]
     seed, offset, SEED, OFFSET, blocks, bound = _philox.random_arguments(draw, bound)
     _residual_norm_bwd_kernel(
-        (G,), dy, s, weight, mean, rstd, ds, dx, dz, dw_part, db_part, *sizes, scale, seed, offset,
-        SEED, OFFSET, blocks, bound, **flags, CENTER=mean is not None,
+        (G,), dy, more, s, weight, mean, rstd, ds, dx, dz, dw_part, db_part, dc_part, *sizes, scale,
+        seed, offset, SEED, OFFSET, blocks, bound, **flags, CENTER=mean is not None,
         VEC=draw.vec if draw else 0, BY_FOUR=_philox.by_four(N, draw), **config,
     )  # fmt: skip
     if parts is not None:
-        add_up(parts, dw, db, G, N)
-    return [dx if shared else dz, dx, dw, db]
+        if params:
+            add_up(parts[: len(params)], dw, db, G, N)
+        if dc is not None:
+            add_up(parts[-1:], dc, None, G, N)
+    return [dx if shared else dz, dx, dw, db, dc]

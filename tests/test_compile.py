@@ -66,7 +66,10 @@ class NewGELU(stock.Module):
 class GPT(stock.Module):
     """A block of GPT-2 with its loss: pre-norm, dropouts, GELU written out."""
 
-    expected = {"gelu written out": 1, "dropout, add, norm": 2}  # noqa: RUF012
+    expected = {  # noqa: RUF012
+        "gelu written out": 1, "dropout, add, norm": 2, "linear, activation": 1,
+        "product of rows": 3, "bias in a backward": 2,
+    }  # fmt: skip
 
     def __init__(self, p=0.0):
         super().__init__()
@@ -339,6 +342,18 @@ def mean_and_more(x):
     return y.mean(dim=-1).exp().sum() + y.cos()
 
 
+ANGLES = torch.linspace(0, 3, WIDTH)
+
+
+def turned(x, cut=8):
+    return torch.cat((-x[..., cut:], x[..., :cut]), dim=-1)
+
+
+def rotary(x):
+    x = x.exp()
+    return x * ANGLES.cos() + turned(x) * ANGLES.sin()
+
+
 def two_products(x):
     y = NORM(x)
     return LINEAR(y) + F.linear(y, LINEAR.weight).cos()
@@ -404,6 +419,11 @@ SPELLINGS = {
     "gate": ("gate of channels", lambda x: GROUP(x) * WEIGHT.sigmoid()),
     "mean": ("mean beside another user", lambda x: mean_and_more(x)),
     "two products": ("products of one tensor", lambda x: two_products(x)),
+    "rotary": ("rotary written out", lambda x: rotary(x)),
+    "rotary, sine first": (
+        "rotary written out",
+        lambda x: ANGLES.sin() * torch.cat([x[:, 8:].neg(), x[:, :8]], -1) + ANGLES.cos() * x,
+    ),
 }  # fmt: skip
 
 
@@ -431,7 +451,8 @@ def test_spellings_mean_the_same(spelling, device):
     rule, call = SPELLINGS[spelling]
     for module in (LINEAR, NORM, BATCH, OTHER_BATCH, GROUP):
         module.to(device)
-    WEIGHT.data, TARGET.data = WEIGHT.data.to(device), TARGET.data.to(device)
+    for constant in (WEIGHT, TARGET, ANGLES):
+        constant.data = constant.data.to(device)
     x = torch.randn(4, WIDTH, device=device)
     with fastnn.backend("triton"):
         fused, got = found_in(call, x)
@@ -853,6 +874,31 @@ def products_of_frozen(x):
     return LINEAR(y), LINEAR(y)
 
 
+def halves_of_another(x):
+    return x * ANGLES.cos() + turned(x.sin()) * ANGLES.sin()
+
+
+def parts_that_are_no_halves(x):
+    return x * ANGLES.cos() + turned(x, 4) * ANGLES.sin()
+
+
+def halves_in_order(x):
+    return x * ANGLES.cos() + torch.cat((x[:, :8], -x[:, 8:]), -1) * ANGLES.sin()
+
+
+def rows_changed(x):
+    return x * ANGLES.cos() + torch.cat((-x[2:], x[:2]), 0) * ANGLES.sin()
+
+
+def half_that_is_read(x):
+    half = -x[..., 8:]
+    return x * ANGLES.cos() + torch.cat((half, x[..., :8]), -1) * ANGLES.sin(), half
+
+
+def angles_of_more_bits(x):
+    return x * ANGLES.cos().double() + turned(x) * ANGLES.sin()
+
+
 def counter_that_is_read(x):
     y, z = OTHER_BATCH(x), BATCH(x)
     return y, z, BATCH.num_batches_tracked + OTHER_BATCH.num_batches_tracked
@@ -896,6 +942,11 @@ REFUSED = {
         (gate_without_a_gradient, {}), (gate_of_more_bits, {}), (gate_in_place, {}),
         (mean_of_more_bits, {}), (mean_alone, {}), (products_of_two, {}), (products_far_apart, {}),
         (products_around_a_write, {}), (products_without_a_gradient, {}), (products_of_frozen, {}),
+        *((f, {"scale, add": 1}) for f in (
+            halves_of_another, parts_that_are_no_halves, halves_in_order, rows_changed,
+            half_that_is_read,
+        )),
+        (angles_of_more_bits, {}),
         (counter_that_is_read, {}), (counter_of_a_shared_norm, {}),
     )
 }  # fmt: skip
@@ -907,7 +958,8 @@ def test_what_must_stay(name):
     call, allowed = REFUSED[name]
     for module in (LINEAR, NORM, BATCH, OTHER_BATCH, GROUP):
         module.cpu()
-    WEIGHT.data, TARGET.data = WEIGHT.data.cpu(), TARGET.data.cpu()
+    for constant in (WEIGHT, TARGET, ANGLES):
+        constant.data = constant.data.cpu()
     norms = BATCH, OTHER_BATCH
     states = [copy.deepcopy(norm.state_dict()) for norm in norms]
     x = torch.randn(4, WIDTH)

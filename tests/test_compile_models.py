@@ -229,16 +229,21 @@ SITES = {
     gpt2: {
         "gelu written out": LAYERS, "dropout, add, norm": 2 * LAYERS,
         "cross_entropy of converted logits": 1,
+        "product of rows": 3 * LAYERS, "linear, activation": LAYERS,
+        "bias in a backward": 2 * LAYERS,
     },
     bert: {
         "dropout, add, norm": 2 * LAYERS, "linear, activation": LAYERS + 1,
         "products of one tensor": LAYERS,
+        # the end of each branch; each result but that of the last layer has two users
+        "bias in a backward": 2 * LAYERS, "two gradients": 2 * LAYERS - 1,
     },
     llama: {
         "rms_norm written out": 2 * LAYERS + 1, "dropout, add, norm": 2 * LAYERS,
         "activation, product": LAYERS, "cross_entropy of converted logits": 1,
         # query, key and value; the gated unit; the scale 1 of sines and cosines
         "products of one tensor": 2 * LAYERS, "nothing to do": 2,
+        "rotary written out": 2 * LAYERS,
     },
     t5: {
         # a norm before each of 2 and 3 branches of a layer, and one at the end of each stack
@@ -249,26 +254,33 @@ SITES = {
         "sum of two layouts": 1, "contiguous before attention": 9 * LAYERS,
         "dropout, add, norm": 5 * LAYERS, "linear, activation, dropout": 2 * LAYERS,
         "products of one tensor": 3 * LAYERS,
+        # the result of the encoder is read by each layer of the decoder
+        "bias in a backward": 5 * LAYERS, "two gradients": 1,
     },
     swin: {
         # 4 blocks, and a merge of patches between the stages, which pads by nothing, too
         "nothing to do": 5, "unbind of a permutation": 4, "dropout, add, norm": 7,
         "linear, activation, dropout": 4,
+        "bias in a backward": 3,
     },
     vit: {
         "unbind of a permutation": LAYERS, "dropout, add, norm": 2 * LAYERS,
         "linear, activation, dropout": LAYERS,
+        "bias in a backward": 2 * LAYERS,
     },
     vit_of_transformers: {
         "dropout, add, norm": 2 * LAYERS, "linear, activation": LAYERS,
         "products of one tensor": LAYERS,
+        "bias in a backward": 2 * LAYERS,
     },
     convnext: {"linear, activation, dropout": 4, "scale, add": 4},
     resnet50: {
         "batch_norm, activation": 33, "batch_norm, add, relu": 16, "counters of batches": 53,
+        "two gradients": 15,
     },
     resnet18: {
         "batch_norm, activation": 9, "batch_norm, add, relu": 8, "counters of batches": 20,
+        "two gradients": 7,
     },
     mobilenet: {
         "batch_norm, activation": 31, "gate of channels": 8, "mean beside another user": 8,
@@ -282,6 +294,7 @@ SITES = {
         "nothing to do": 17, "sum of two layouts": 4, "dropout, add, norm": 8,
         "activation, product of halves": 4, "group_norm, activation": 17, "linear, activation": 1,
         "products of one tensor": 4,
+        "bias in a backward": 8,
     },
 }  # fmt: skip
 

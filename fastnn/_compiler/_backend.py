@@ -22,6 +22,7 @@ from fastnn._compiler._gated import gated
 from fastnn._compiler._gradients import count_up
 from fastnn._compiler._rules import RULES, alone, counters
 from fastnn._compiler._site import NoMatch, Rewrite, Site
+from fastnn._compiler._sums import give_twice, sum_biases
 
 
 class Found(NamedTuple):
@@ -78,6 +79,10 @@ def _replace(gm: GraphModule, site: Site, rewrite: Rewrite) -> None:
                 again = graph.node_copy(view, lambda n, swap=swap: swap.get(n, n))  # type: ignore[misc]
                 again.meta["example_value"] = value(view).to(value(args[i]).dtype)
                 args = (*args[:i], again, *args[i + 1 :])
+        for i in rewrite.transposed:
+            turned = graph.call_method("t", (args[i],))
+            turned.meta["example_value"] = value(args[i]).t()
+            args = (*args[:i], turned, *args[i + 1 :])
         if rewrite.dense:
             args = tuple(_dense(graph, a) for a in args)
         if rewrite.target is None:
@@ -130,6 +135,8 @@ def rewrite(gm: GraphModule) -> list[Found]:
 
     def tell(name: str, node: Node) -> None:
         v = value(node)
+        if isinstance(v, tuple):
+            v = v[-1]
         if isinstance(v, Tensor):
             found.append(Found(name, layer_of(node), tuple(v.shape), v.dtype))
 
@@ -154,6 +161,10 @@ def rewrite(gm: GraphModule) -> list[Found]:
                     continue
                 tell(rule.name, result.outputs[-1])
                 _replace(module, site, result)
+        for node in sum_biases(module.graph):
+            tell("bias in a backward", node)
+        for node in give_twice(module.graph):
+            tell("two gradients", node)
         for group in counters(module.graph):
             with module.graph.inserting_before(group[-1]):
                 module.graph.call_function(count_up, tuple(n.args[0] for n in group))

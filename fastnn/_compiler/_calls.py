@@ -72,6 +72,7 @@ _SIGNATURES: dict[str, Callable] = {
     "softplus": lambda input, beta=1.0, threshold=20.0: None,
     "gelu": lambda input, approximate="none": None,
     "linear": lambda input, weight, bias=None: None,
+    "addmm": lambda input, mat1, mat2, beta=1, alpha=1: None,
     "layer_norm": F.layer_norm,
     "rms_norm": F.rms_norm,
     "group_norm": F.group_norm,
@@ -266,6 +267,11 @@ _MAKE_NEW = frozenset(
 )  # fmt: skip
 
 
+def makes_new(node: Node) -> bool:
+    """Whether a call is of a function that always gives new memory."""
+    return _target_name(node) in _MAKE_NEW and "out" not in node.kwargs
+
+
 def roots(node: Node) -> set[Node]:
     """The nodes whose memory the result of `node` may share: itself, if it makes a tensor."""
     found: set[Node] = set()
@@ -284,7 +290,7 @@ def roots(node: Node) -> set[Node]:
             found.add(one)
         elif known is not None and known.name != "dropout":
             found.add(one)
-        elif _target_name(one) in _MAKE_NEW and "out" not in one.kwargs:
+        elif makes_new(one):
             found.add(one)
         else:  # unknown: any argument may be shared. Dropout that drops nothing returns its input.
             found.add(one)

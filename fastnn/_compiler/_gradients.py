@@ -16,10 +16,15 @@ from torch.autograd import forward_ad
 from fastnn import _gate, _mode, _op
 
 
-def _wins(x: Tensor) -> bool:
-    """Whether a call is worth an autograd function of its own: as the size gate would say."""
+def _wins(x: Tensor, followed: Tensor | None = None) -> bool:
+    """Whether a call is worth an autograd function of its own: as the size gate would say.
+
+    followed: the tensor whose gradient takes fewer passes, if it is not x.
+    """
     mode = _mode.current_mode()
-    if mode == "torch" or not (torch.is_grad_enabled() and x.requires_grad):
+    if mode == "torch" or not torch.is_grad_enabled():
+        return False
+    if not (x if followed is None else followed).requires_grad:
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
@@ -75,6 +80,19 @@ def linears(x: Tensor, *parameters: Any) -> tuple[Tensor, ...]:
     return tuple(
         stock.linear(x, w, b) for w, b in zip(parameters[:count], parameters[count:], strict=True)
     )
+
+
+linear = stock.linear
+
+
+def linear_apart(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(`linear(x, weight, bias)`, the bias if an op after it is to give it its gradient, or None).
+
+    In the first case the product itself gives the bias no gradient.
+    """
+    if _wins(x, bias):
+        return linear(x, weight, bias.detach()), bias
+    return linear(x, weight, bias), None
 
 
 class _Mean(torch.autograd.Function):

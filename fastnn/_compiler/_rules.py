@@ -40,6 +40,7 @@ from fastnn.ops.channel_norm import batch_norm_act, batch_norm_add_relu, group_n
 from fastnn.ops.glu import act_glu, act_mul
 from fastnn.ops.linear import linear_act
 from fastnn.ops.residual_norm import dropout_add, dropout_add_layer_norm, dropout_add_rms_norm
+from fastnn.ops.rotary import rotary
 from fastnn.ops.scale import scale_add
 
 
@@ -357,6 +358,64 @@ def _hardswish_written_out(site: Site, end: Node) -> Rewrite:
     return Rewrite(stock.hardswish, (x,), (end,))
 
 
+@rule("rotary written out", "add")
+def _rotary_written_out(site: Site, end: Node) -> Rewrite:
+    """x * cos + cat((-second, first), -1) * sin, for the halves of x (arXiv:2104.09864)."""
+    terms = site.sum(end)
+    for straight, turned in (terms, terms[::-1]):
+        if not (site.is_call(straight, "mul") and site.is_call(turned, "mul")):
+            continue
+        known = site.call(turned, "mul")
+        for both, sin in ((known["input"], known["other"]), (known["other"], known["input"])):
+            if isinstance(both, Node) and both.target is torch.cat:
+                x = _changed_halves(site, both)
+                two = site.call(straight, "mul")
+                cos = two["other"] if two["input"] is x else two["input"]
+                site.expect(x in (two["input"], two["other"]) and cos is not x, "not a product")
+                given = [_tensor(t) for t in (x, cos, sin)]
+                site.expect(all(t.dtype == given[0].dtype for t in given), "several dtypes")
+                site.expect(same_sizes(_tensor(end).shape, given[0].shape), "x is broadcast")
+                _expect_elementwise(site, x, end)
+                return Rewrite(rotary, (x, cos, sin), (end,))
+    raise NoMatch("no product with changed halves")
+
+
+def _changed_halves(site: Site, node: Node) -> Node:
+    """x, where `node` is the concatenation of its second half, negated, and its first half."""
+    given = dict(zip(("tensors", "dim"), node.args, strict=False), **node.kwargs)
+    parts: Any = given.pop("tensors", None)
+    last = given.pop("dim", 0)
+    site.expect(last in (-1, _tensor(node).dim() - 1) and not given, "not along the rows")
+    site.expect(isinstance(parts, (tuple, list)) and len(parts) == 2, "not of two")
+    negated, first = parts
+    second = site.call(negated, "neg")["input"]
+    one, two = _half(first), _half(second)
+    if one is None or two is None:
+        raise NoMatch("no halves")
+    (x, start, stop), (other, begin, finish) = one, two
+    size = _tensor(x).shape[-1]
+    site.expect(type(size) is int and size % 2 == 0, "the size is not even")
+    places = start in (None, 0), stop == size // 2, begin == size // 2, finish in (None, size)
+    site.expect(x is other and all(places), "not the halves of one tensor")
+    site.taken |= dict.fromkeys((node, first, second))
+    return x
+
+
+def _half(node: Any) -> tuple[Node, Any, Any] | None:
+    """(x, a, b) of x[..., a:b]; None for anything else."""
+    if not isinstance(node, Node) or node.target is not operator.getitem:
+        return None
+    x, index = node.args
+    if not isinstance(x, Node) or not isinstance(index, tuple) or not index:
+        return None
+    *others, last = index
+    whole = all(o is Ellipsis or o == slice(None) for o in others)
+    complete = Ellipsis in others or len(index) == _tensor(x).dim()
+    if not whole or not complete or not isinstance(last, slice) or last.step not in (None, 1):
+        return None
+    return x, last.start, last.stop
+
+
 # ---- Losses -------------------------------------------------------------------------------------
 
 
@@ -578,6 +637,33 @@ def _act_mul(site: Site, end: Node) -> Rewrite:
             x, *act = _activation(site, gate)
             return Rewrite(act_mul, (x, z, *act), (end,))
     raise NoMatch("no factor is an activation")
+
+
+@rule("product of rows", "addmm")
+def _product_of_rows(site: Site, product: Node) -> Rewrite:
+    """addmm(bias, x.view(-1, K), weight).view(...): the Conv1D of GPT-2 is a `linear`.
+
+    It becomes one where another op then takes its bias.
+    """
+    given = site.call(product, "addmm")
+    end = next(iter(product.users), None)
+    site.expect(keeps_rows(end) and not given.inplace, "the rows are not kept")
+    assert end is not None
+    bias, rows, weight = given["input"], given["mat1"], given["mat2"]
+    site.expect(given["beta"] == 1 and given["alpha"] == 1, "a term is scaled")
+    site.expect(keeps_rows(rows), "the rows are not those of a tensor")
+    x = rows.args[0]
+    site.taken |= dict.fromkeys((end, rows))
+    b, v, w = map(_tensor, (bias, x, weight))
+    site.expect(b.dim() == 1 and same_sizes(b.shape, w.shape[1:]), "the bias is broadcast")
+    site.expect(same_sizes(_tensor(end).shape[:-1], v.shape[:-1]), "the rows are not kept")
+    site.expect(b.dtype == v.dtype == w.dtype, "several dtypes")
+    users = list(end.users)
+    site.expect(len(users) == 1, "several users")
+    record = getattr(users[0].target, "op", None)
+    sums = record is not None and "input_bias" in record.names
+    site.expect(sums or site.is_call(users[0], *_ACTIVATIONS), "nothing takes the bias")
+    return Rewrite(stock.linear, (x, weight, bias), (end,), transposed=(1,))
 
 
 @rule("linear, activation, dropout", "dropout")

@@ -30,6 +30,8 @@ class Rewrite(NamedTuple):
     """Views that are taken of the first arguments before the call: nodes that did so before."""
     viewed: int = 1
     """Of how many arguments the views are taken."""
+    transposed: tuple[int, ...] = ()
+    """Of which arguments the call is given the transpose."""
     dense: bool = False
     """Whether the tensors among the arguments are made contiguous, and so is the result."""
 

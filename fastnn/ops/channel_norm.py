@@ -35,6 +35,7 @@ class Spec(NamedTuple):
     groups: how many groups of each sample have statistics of their own; 0 for statistics across the
         samples.
     given: the statistics are the running ones, and are not computed.
+    twice: y is returned twice, and its gradient is the sum of two. There is a residual.
     """
 
     groups: int
@@ -44,6 +45,7 @@ class Spec(NamedTuple):
     format: torch.memory_format = torch.contiguous_format
     out_dtype: torch.dtype | None = None
     act: Act | None = None
+    twice: bool = False
 
     @property
     def last(self):
@@ -62,14 +64,16 @@ def _norm(x, weight, bias, mean, var, spec):
 
 
 class ChannelNorm(Function):
-    """x (N, C, *), weight and bias (C,) or None, residual like x or None -> y, in x's layout.
+    """x (N, C, *), weight and bias (C,) or None, residual like x or None -> y, and y again or None.
+
+    Both have x's layout.
 
     It saves what PyTorch saves: x, weight, running statistics, the computed statistics, and y if
     the gradient of the activation is computed from y. With an activation it also saves the bias,
     because the backward computes the activation's input again.
     """
 
-    strided = ("dy",)
+    strided = ("dy", "more")
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, running_mean, running_var, spec):
@@ -108,12 +112,17 @@ class ChannelNorm(Function):
         ctx.bias = None if bias is None else bias.dtype
         ctx.has_residual = residual is not None
         ctx.spec = spec
-        return y
+        ctx.set_materialize_grads(False)
+        return y, y.detach() if spec.twice else None
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy, more):
         x, weight, bias, *running, mean, rstd, y = ctx.saved_tensors
         spec, needs = ctx.spec, ctx.needs_input_grad[:4]
+        if dy is None:
+            dy, more = more, None
+        if more is not None and (torch.is_grad_enabled() or not any(needs[:3])):
+            dy, more = dy + more, None
         if not any(needs[:3]):
             dz = spec.act.formula.stock(dy, y, spec.act.a, spec.act.b)
             return None, None, None, dz, None, None, None
@@ -131,6 +140,7 @@ class ChannelNorm(Function):
                 a=spec.act.a,
                 b=spec.act.b,
                 y=y if ctx.has_residual else None,
+                more=None if more is None else more.contiguous(memory_format=spec.format),
             )
         *grads, dz = kernels.channel_norm.bwd(
             dy.contiguous(memory_format=spec.format),
@@ -223,7 +233,7 @@ def _group_norm(input, num_groups, weight, bias, eps, out_dtype, act=None):
         return Stock("dtype", f"eps={eps} in {input.dtype}")
     input = input.contiguous(memory_format=format)  # which is what stock keeps for the backward
     spec = Spec(num_groups, kept, format=format, out_dtype=out_dtype, act=act)
-    return run(ChannelNorm, input, weight, bias, None, None, None, spec)
+    return run(ChannelNorm, input, weight, bias, None, None, None, spec)[0]
 
 
 # Variants by what is saved. If the kernels hold the values of a statistic in registers, they read
@@ -254,8 +264,9 @@ def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, *, out_dtype
 
 
 def _batch_norm(
-    input, running_mean, running_var, weight, bias, training, momentum, eps, act=None, residual=None
-):
+    input, running_mean, running_var, weight, bias, training, momentum, eps, act=None,
+    residual=None, twice=False,
+):  # fmt: skip
     if input.dim() < 2:
         return Invalid("shape", f"input {tuple(input.shape)}")
     why = _unfit(input, eps, momentum)
@@ -278,8 +289,9 @@ def _batch_norm(
         return Stock("option", "one running statistic without the other")
     if any(t is not None and (t.requires_grad or not t.is_contiguous()) for t in tensors[:2]):
         return Stock("autograd", "running statistics that require grad, or are strided")
-    spec = Spec(0, float(eps), not training, float(momentum), _format(input), act=act)
-    return run(ChannelNorm, input, weight, bias, residual, running_mean, running_var, spec)
+    spec = Spec(0, float(eps), not training, float(momentum), _format(input), None, act, twice)
+    out = run(ChannelNorm, input, weight, bias, residual, running_mean, running_var, spec)
+    return out if twice else out[0]
 
 
 def _in_training(input, mean, var, weight=None, bias=None, training=False, *rest, **options):
@@ -360,9 +372,9 @@ def instance_norm(
     # Not channels last, because PyTorch's result is contiguous.
     if not use_input_stats:
         spec = Spec(0, float(eps), given=True)
-        return run(ChannelNorm, input, weight, bias, None, running_mean, running_var, spec)
+        return run(ChannelNorm, input, weight, bias, None, running_mean, running_var, spec)[0]
     spec = Spec(C, float(eps), momentum=float(momentum))
-    y = run(ChannelNorm, input, weight, bias, None, running_mean, running_var, spec)
+    y = run(ChannelNorm, input, weight, bias, None, running_mean, running_var, spec)[0]
     if running_mean is not None and not running_mean.is_inference():
         impossible("it counts a version")  # a plan would not
         torch.autograd.graph.increment_version((running_mean, running_var))
@@ -436,10 +448,11 @@ def batch_norm_act(
 
 def _batch_norm_then_add_relu(
     input, residual, running_mean, running_var, weight=None, bias=None, training=False,
-    momentum=0.1, eps=1e-5,
+    momentum=0.1, eps=1e-5, twice=False,
 ):  # fmt: skip
     y = stock.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return stock.relu(y + residual)
+    y = stock.relu(y + residual)
+    return (y, y) if twice else y
 
 
 @op(
@@ -449,13 +462,16 @@ def _batch_norm_then_add_relu(
 )
 def batch_norm_add_relu(
     input, residual, running_mean, running_var, weight=None, bias=None, training=False,
-    momentum=0.1, eps=1e-5,
+    momentum=0.1, eps=1e-5, twice=False,
 ):  # fmt: skip
     """`relu(batch_norm(input, ..., eps) + residual)` in the norm's passes: the end of a residual
     block.
 
     input (N, C, *). If the residual has another shape or dtype than the input, PyTorch computes the
     call. Raises what `batch_norm` raises.
+
+    With `twice`, the result is a pair: the same memory twice, each with a gradient of its own. The
+    backward adds the two gradients as it reads them.
     """
     if residual.shape != input.shape or residual.dtype != input.dtype:
         return Stock("shape", f"residual {tuple(residual.shape)}, input {tuple(input.shape)}")
@@ -463,5 +479,6 @@ def batch_norm_add_relu(
         return Stock("layout", "input and residual in different memory formats")
     act = Act("relu", 0.0, 0.0)
     return _batch_norm(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, act, residual
-    )
+        input, running_mean, running_var, weight, bias, training, momentum, eps, act, residual,
+        bool(twice),
+    )  # fmt: skip

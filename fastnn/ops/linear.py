@@ -126,7 +126,10 @@ def _gradients_of_product(dz, x, weight, shape, needs, how):
         if needs[0]:
             dx = (dz @ weight).view(shape)
         if needs[1]:
-            dw = dz.t() @ _matrix(x)
+            if weight is not None and weight.stride(0) == 1 != weight.stride(1):
+                dw = (_matrix(x).t() @ dz).t()  # in the layout of the weight
+            else:
+                dw = dz.t() @ _matrix(x)
     return dx, dw
 
 

@@ -24,6 +24,8 @@ class How(NamedTuple):
     eps: float = 0.0
     center: bool = True
     out_dtype: torch.dtype | None = None
+    twice: bool = False
+    """y is returned twice, and its gradient is the sum of two."""
 
 
 def _random(noise: Noise | None):
@@ -31,15 +33,16 @@ def _random(noise: Noise | None):
 
 
 class ResidualNorm(Function):
-    """z, x -> s = x + noise * z, y = norm(s); y is None if there is no norm.
+    """z, x -> s = x + noise * z, y = norm(s), and y again; None if it is not wanted.
 
-    s is an output even if only y is wanted, so that a second derivative can pass through s.
+    s is an output even if only y is wanted, so that a second derivative can pass through s. c is a
+    bias that z contains, and gets the sum of z's gradient.
     """
 
     strided = ("ds",)
 
     @staticmethod
-    def forward(ctx, z, x, weight, bias, how):
+    def forward(ctx, z, x, weight, bias, c, how):
         wanted = any(ctx.needs_input_grad)
         state = None if how.noise is None else how.noise.draw.new_state(z)
         s, y, mean, rstd = kernels.residual_norm.fwd(
@@ -49,29 +52,34 @@ class ResidualNorm(Function):
         ctx.save_for_backward(s if how.normalises else None, weight, bias, mean, rstd, state)
         if how.noise is not None:
             how = how._replace(noise=how.noise.kept())
-        ctx.rest = how, z.dtype, x.dtype, None if y is None else y.dtype
+        ctx.rest = how, z.dtype, x.dtype, None if y is None else y.dtype, c is not None and c.dtype
         ctx.set_materialize_grads(False)
         if s is not None and not any(ctx.needs_input_grad[:2]):
             ctx.mark_non_differentiable(s)
-        return s, y
+        return s, y, y.detach() if how.twice else None
 
     @staticmethod
-    def backward(ctx, ds, dy):
+    def backward(ctx, ds, dy, more):
         s, weight, bias, mean, rstd, state = ctx.saved_tensors
-        how, z_dtype, x_dtype, y_dtype = ctx.rest
-        needs = ctx.needs_input_grad[:4]
+        how, z_dtype, x_dtype, y_dtype, c_dtype = ctx.rest
+        needs = ctx.needs_input_grad[:5]
+        if dy is None:
+            dy, more = more, None
         noise = how.noise
         if noise is not None:
             noise = noise._replace(draw=noise.draw.from_state(state), scale=noise.grad_scale)
         if dy is not None and not torch.is_grad_enabled():
             grads = kernels.residual_norm.bwd(
-                dy, ds, s, weight, mean, rstd, *_random(noise), how.swapped,
+                dy, more, ds, s, weight, mean, rstd, *_random(noise), how.swapped,
                 z_dtype if needs[0] else None, x_dtype if needs[1] else None,
                 weight.dtype if needs[2] else None, bias.dtype if needs[3] else None,
+                c_dtype if needs[4] else None,
             )  # fmt: skip
             return *grads, None
         dw = db = None
         if dy is not None:
+            if more is not None:
+                dy = dy + more
 
             def formula(s, *parameters):
                 s = s.to(y_dtype)
@@ -81,12 +89,16 @@ class ResidualNorm(Function):
                 return stock.rms_norm(s, s.shape[-1:], weight, how.eps)
 
             through_y, dw, db = second_order(
-                formula, (s, weight, bias), dy, (needs[0] or needs[1], *needs[2:])
+                formula, (s, weight, bias), dy, (needs[0] or needs[1] or needs[4], *needs[2:4])
             )
             if through_y is not None:
                 ds = through_y if ds is None else through_y + ds
-        dz = _dropped(ds.to(z_dtype), noise, how.swapped) if needs[0] else None
-        return dz, ds.to(x_dtype) if needs[1] else None, dw, db, None
+        dz = dc = None
+        if needs[0] or needs[4]:
+            of_z = _dropped(ds.to(z_dtype), noise, how.swapped)
+            dz = of_z if needs[0] else None
+            dc = of_z.flatten(0, -2).sum(0, dtype=c_dtype) if needs[4] else None
+        return dz, ds.to(x_dtype) if needs[1] else None, dw, db, dc, None
 
 
 def _dropped(g, noise, swapped):
@@ -115,8 +127,8 @@ def _residual(x, keeps_layout):
     return Stock("layout", f"a residual with strides {x.stride()}")
 
 
-def _fused(z, x, weight, bias, p, training, normalises, returns_sum, **norm):
-    """(s, y), each None if it is not wanted; or a refusal."""
+def _fused(z, x, weight, bias, c, p, training, normalises, returns_sum, **norm):
+    """(s, y, y again), each None if it is not wanted; or a refusal."""
     if z.shape != x.shape:
         return Stock("shape", f"a branch {tuple(z.shape)} and a residual {tuple(x.shape)}")
     if type(p) not in (float, int) or type(training) is not bool:
@@ -153,10 +165,12 @@ def _fused(z, x, weight, bias, p, training, normalises, returns_sum, **norm):
                 return Stock("random", draw)
             noise = Noise(draw, "elements", bound, *native_scales(p))
     how = How(normalises, returns_sum, noise, swapped, **norm)
-    return run(ResidualNorm, z, x, weight, bias, how)
+    return run(ResidualNorm, z, x, weight, bias, c, how)
 
 
-def _normalised(z, x, normalized_shape, weight, bias, eps, p, training, prenorm, center, out_dtype):
+def _normalised(
+    z, x, normalized_shape, weight, bias, eps, p, training, prenorm, twice, c, center, out_dtype
+):  # fmt: skip
     why = unfit(z, normalized_shape, eps, weight, bias)
     if why is not None:
         return why
@@ -166,11 +180,18 @@ def _normalised(z, x, normalized_shape, weight, bias, eps, p, training, prenorm,
     if any(t is not None and t.dtype != dtype for t in (weight, bias)):
         if out_dtype is None:
             return Invalid("dtype", "parameters in another dtype than the sum")
+    if c is not None and (tuple(c.shape) != tuple(normalized_shape) or z.dim() < 2):
+        return Stock("shape", f"input_bias {tuple(c.shape)} for rows of {z.shape[-1]:,} elements")
     out = _fused(
-        z, x, weight, bias, p, training, True, bool(prenorm),
-        eps=eps, center=center, out_dtype=out_dtype,
+        z, x, weight, bias, c, p, training, True, bool(prenorm),
+        eps=eps, center=center, out_dtype=out_dtype, twice=bool(twice),
     )  # fmt: skip
-    return out if isinstance(out, Stock) or prenorm else out[1]
+    if isinstance(out, Stock):
+        return out
+    s, y, again = out
+    first = (s, y) if prenorm else (y,)
+    results = (*first, again) if twice else first
+    return results if len(results) > 1 else y
 
 
 def _dropout_add(input, residual, p=0.5, training=True):
@@ -187,17 +208,45 @@ def dropout_add(input, residual, p=0.5, training=True):
         return Invalid("option", f"p={p}")
     if p == 0 or not training:
         return residual + input
-    out = _fused(input, residual, None, None, p, training, False, True)
+    out = _fused(input, residual, None, None, None, p, training, False, True)
     return out if isinstance(out, Stock) else out[0]
+
+
+class WithBias(Function):
+    """z, which contains the bias c -> z. The gradient of c is the sum of that of z."""
+
+    strided = ("dz",)
+
+    @staticmethod
+    def forward(ctx, z, c):
+        ctx.rest = c.shape, c.dtype
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx, dz):
+        shape, dtype = ctx.rest
+        needs = ctx.needs_input_grad
+        dc = dz.sum_to_size(shape).to(dtype) if needs[1] else None
+        return dz if needs[0] else None, dc
+
+
+def _composed(norm, input, residual, p, training, prenorm, twice, input_bias):
+    if input_bias is not None:
+        input = WithBias.apply(input, input_bias)
+    s = residual + stock.dropout(input, p, training)
+    y = norm(s)
+    results = ((s, y) if prenorm else (y,)) + ((y,) if twice else ())
+    return results if len(results) > 1 else y
 
 
 def _dropout_add_layer_norm(
     input, residual, normalized_shape, weight=None, bias=None, eps=1e-5, p=0.0, training=False,
-    prenorm=False,
+    prenorm=False, twice=False, input_bias=None,
 ):  # fmt: skip
-    s = residual + stock.dropout(input, p, training)
-    y = stock.layer_norm(s, normalized_shape, weight, bias, eps)
-    return (s, y) if prenorm else y
+    def norm(s):
+        return stock.layer_norm(s, normalized_shape, weight, bias, eps)
+
+    return _composed(norm, input, residual, p, training, prenorm, twice, input_bias)
 
 
 @op(
@@ -208,7 +257,7 @@ def _dropout_add_layer_norm(
 )
 def dropout_add_layer_norm(
     input, residual, normalized_shape, weight=None, bias=None, eps=1e-5, p=0.0, training=False,
-    prenorm=False, *, out_dtype=None,
+    prenorm=False, twice=False, input_bias=None, *, out_dtype=None,
 ):  # fmt: skip
     """y = `layer_norm(s, ...)` with s = `residual + dropout(input, p, training)`; (s, y) if
     `prenorm`.
@@ -216,18 +265,26 @@ def dropout_add_layer_norm(
     This is the end of one transformer branch and the beginning of the next: one kernel per
     direction, and no stored mask. It takes two tensors of one shape, and a norm over the last
     dimension.
+
+    With `twice`, y is also the last result once more: the same memory with a gradient of its own.
+    The backward adds the two gradients as it reads them. `input_bias` (N,) is a bias that `input`
+    contains, added without a gradient. Its values are not read. Its gradient is that of `input`,
+    summed over the rows, in the same pass.
     """
     return _normalised(
-        input, residual, normalized_shape, weight, bias, eps, p, training, prenorm, True, out_dtype
-    )
+        input, residual, normalized_shape, weight, bias, eps, p, training, prenorm, twice,
+        input_bias, True, out_dtype,
+    )  # fmt: skip
 
 
 def _dropout_add_rms_norm(
-    input, residual, normalized_shape, weight=None, eps=None, p=0.0, training=False, prenorm=False
-):
-    s = residual + stock.dropout(input, p, training)
-    y = stock.rms_norm(s, normalized_shape, weight, eps)
-    return (s, y) if prenorm else y
+    input, residual, normalized_shape, weight=None, eps=None, p=0.0, training=False, prenorm=False,
+    twice=False, input_bias=None,
+):  # fmt: skip
+    def norm(s):
+        return stock.rms_norm(s, normalized_shape, weight, eps)
+
+    return _composed(norm, input, residual, p, training, prenorm, twice, input_bias)
 
 
 @op(
@@ -238,11 +295,12 @@ def _dropout_add_rms_norm(
 )
 def dropout_add_rms_norm(
     input, residual, normalized_shape, weight=None, eps=None, p=0.0, training=False, prenorm=False,
-    *, out_dtype=None,
+    twice=False, input_bias=None, *, out_dtype=None,
 ):  # fmt: skip
     """`dropout_add_layer_norm` with an RMS norm instead of the layer norm."""
     if eps is None:
         eps = FINFO_EPS
     return _normalised(
-        input, residual, normalized_shape, weight, None, eps, p, training, prenorm, False, out_dtype
-    )
+        input, residual, normalized_shape, weight, None, eps, p, training, prenorm, twice,
+        input_bias, False, out_dtype,
+    )  # fmt: skip

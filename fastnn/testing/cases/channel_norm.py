@@ -14,6 +14,11 @@ def last(x):
     )
 
 
+def channels_last(*shape):
+    """A leaf that is channels last."""
+    return lambda dtype, device: last(randn(*shape)(dtype, device).detach()).requires_grad_()
+
+
 def positive(*shape):
     return lambda dtype, device: torch.rand(shape).add(0.5).to(device, dtype)
 
@@ -174,6 +179,26 @@ CASES: list[Case] = [
         "batch_norm_add_relu",
         (randn(4, 16, 7, 9), randn(4, 16, 7, 9), None, None, randn(16), randn(16), True),
         dtypes=BF16,
+    ),
+    # The result twice, with two gradients: in one pass, of small planes, and in chunks.
+    *(
+        Case(
+            "batch_norm_add_relu",
+            (x, r, *stats, *parameters),
+            {"twice": True},
+        )
+        for x, r, stats, parameters in (
+            (randn(4, 6, 5, 4), randn(4, 6, 5, 4), (None, None), (randn(6), randn(6), True)),
+            (randn(4, 6, 5, grad=False), randn(4, 6, 5), given(6), (None, None)),
+            (randn(8, 16, 7, 7), randn(8, 16, 7, 7), (None, None), (randn(16), None, True)),
+            (randn(2, 2, 70, 65), randn(2, 2, 70, 65), given(2), (randn(2), randn(2))),
+            (
+                channels_last(2, 16, 24, 24),
+                channels_last(2, 16, 24, 24),
+                (None, None),
+                (randn(16), randn(16), True),
+            ),
+        )
     ),
     *(
         Case(

@@ -7,10 +7,10 @@ from fastnn.testing import Case, randn
 F32 = (torch.float32,)
 
 
-def layer(shape, view=None, **options):
+def layer(shape, view=None, stock=None, **options):
     n = shape[-1]
     inputs = (randn(*shape), randn(*shape), (n,), randn(n), randn(n))
-    return Case("dropout_add_layer_norm", inputs, options, view=view)
+    return Case("dropout_add_layer_norm", inputs, options, view=view, stock=stock)
 
 
 def rms(shape, **options):
@@ -47,6 +47,23 @@ CASES: list[Case] = [
     ),
     layer((2, 3, 768), **DROPS),
     layer((3, 1025), **DROPS),
+    # The result twice, and the gradient of a bias that the branch contains.
+    *(
+        family(shape, prenorm=prenorm, twice=twice, input_bias=randn(shape[-1]), **options)
+        for family, shape, prenorm, twice, options in (
+            (layer, (130, 24), False, True, DROPS),
+            (layer, (2, 90, 40), True, False, {}),
+            (rms, (2, 3, 33), True, True, DROPS),
+            (rms, (5, 16), False, False, {}),
+        )
+    ),
+    layer((3, 5, 16), over, twice=True, input_bias=randn(16), **DROPS),
+    Case(  # only the bias of the branch requires a gradient
+        "dropout_add_layer_norm",
+        (randn(40, 9, grad=False), randn(40, 9, grad=False), (9,)),
+        {"input_bias": randn(9), **DROPS},
+    ),
+    layer((5, 6), input_bias=randn(5, 6), stock="shape"),
     layer((1, 1), **DROPS),
     layer((7,), **DROPS),
     layer((2, 2, 3, 8), prenorm=True, **DROPS),

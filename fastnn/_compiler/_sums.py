@@ -1,0 +1,204 @@
+"""Sums of gradients that a kernel of a backward makes in its own pass.
+
+Where a result has two users, autograd adds their two gradients in a pass, and the bias of a product
+has a pass that sums the gradient of the product. If an op of ours reads or writes that gradient
+anyway, its kernel sums on the way:
+
+- `twice`: the op returns its result twice, once for each user, and gets two gradients.
+- `input_bias`: the op is told the bias that its input contains, and gives that bias its gradient.
+
+No op is named here. The ops that have these arguments take part. Both happen after the rules, when
+it is known who uses what.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves
+
+from fastnn._compiler import _gradients
+from fastnn._compiler._calls import (
+    call,
+    is_opaque,
+    is_view,
+    keeps_rows,
+    makes_new,
+    value,
+    writes,
+)
+
+
+def _arguments(node: Node, name: str) -> dict[str, Any] | None:
+    """The arguments of a call of an op of ours that has the argument `name`, not given here."""
+    record = getattr(node.target, "op", None) if node.op == "call_function" else None
+    if record is None or name not in getattr(record, "names", ()):
+        return None
+    bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    if name in bound.arguments:
+        return None
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _has_gradient(node: Any) -> bool:
+    return any(isinstance(v, Tensor) and v.requires_grad for v in tree_leaves(value(node)))
+
+
+def _item(graph: Graph, node: Node, i: int, like: Node) -> Node:
+    item = graph.call_function(operator.getitem, (node, i))
+    item.meta = dict(like.meta)
+    return item
+
+
+# ---- Two gradients of one result -----------------------------------------------------------------
+
+
+def _is_ours(node: Node) -> bool:
+    """Whether a call is one of ours whose results are new memory, and that writes no argument."""
+    if node.op != "call_function":
+        return False
+    if hasattr(node.target, "op"):
+        return True
+    return getattr(node.target, "__module__", "") == _gradients.__name__
+
+
+def _reads(node: Node) -> bool:
+    """Whether a call is known to do nothing with its arguments but read them."""
+    if all(not isinstance(v, Tensor) for v in tree_leaves(value(node))):
+        return node.op == "call_method" and node.target in ("size", "dim", "numel")
+    if is_view(node):
+        return node.target is not getattr
+    return _is_ours(node) or call(node) is not None or makes_new(node)
+
+
+def _is_only_read(node: Node) -> bool:
+    """Whether nobody writes the memory of `node`, and it does not leave the graph."""
+    todo, seen = [node], {node}
+    while todo:
+        one = todo.pop()
+        for user in one.users:
+            if user.op == "output" or one in writes(user):
+                return False
+            if _is_ours(user):
+                continue
+            if is_opaque(user) and not is_view(user):
+                return False
+            known = call(user)
+            if known is not None and known.name != "dropout":
+                continue
+            if not makes_new(user) and user not in seen:  # it may be a view
+                seen.add(user)
+                todo.append(user)
+    return True
+
+
+def give_twice(graph: Graph) -> list[Node]:
+    """Let ops that can give their results to two users do so. Returns their nodes."""
+    found = []
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        arguments = _arguments(node, "twice")
+        if arguments is None:
+            continue
+        several = isinstance(value(node), (tuple, list))
+        y = node
+        if several:
+            last = len(value(node)) - 1
+            items = [u for u in node.users if u.target is operator.getitem and u.args[1] == last]
+            if len(items) != 1:
+                continue
+            y = items[0]
+        users = sorted(y.users, key=order.__getitem__)
+        branches = [u for u in users if _has_gradient(u)]
+        if len(branches) < 2 or not _has_gradient(y):
+            continue
+        if not all(map(_reads, users)) or not _is_only_read(y):
+            continue
+        node.kwargs = {**node.kwargs, "twice": True}
+        with graph.inserting_after(y):
+            # The first user has a gradient of its own: autograd adds it last.
+            again = _item(graph, node, last + 1 if several else 1, y)
+        for user in users:
+            if user is not branches[0]:
+                user.replace_input_with(y, again)
+        if not several:
+            with graph.inserting_after(node):
+                one = _item(graph, node, 0, node)
+            branches[0].replace_input_with(node, one)
+        results = value(node) if several else (value(node),)
+        node.meta["example_value"] = (*results, value(y))
+        found.append(node)
+    return found
+
+
+# ---- Gradients of biases -------------------------------------------------------------------------
+
+
+def _product_with_bias(node: Any) -> Node | None:
+    """The `linear` with a bias of which `node` has the rows, if nobody else sees it."""
+    while isinstance(node, Node) and len(node.users) == 1:
+        known = call(node)
+        if known is not None and known.name == "linear":
+            bias = known["bias"]
+            fits = _has_gradient(node) and _has_gradient(bias) and value(bias).dim() == 1
+            return node if fits else None
+        if not keeps_rows(node):
+            return None
+        node = node.args[0]
+    return None
+
+
+def sum_biases(graph: Graph) -> list[Node]:
+    """Let ops give the biases of their inputs the gradients. Returns the nodes of the ops."""
+    found = []
+    for node in list(graph.nodes):
+        arguments = _arguments(node, "input_bias")
+        if arguments is None:
+            continue
+        z, x = arguments["input"], arguments["residual"]
+        product = _product_with_bias(z)
+        if product is None and not (arguments["training"] and arguments["p"]):
+            # Nothing is dropped, so the two terms may change places.
+            if all(value(t).is_contiguous() for t in (z, x)):
+                product = _product_with_bias(x)
+                if product is not None:
+                    arguments["input"], arguments["residual"] = x, z
+        if product is None:
+            continue
+        known: Any = call(product)
+        given = known["input"], known["weight"], known["bias"]
+        with graph.inserting_before(product):
+            pair = graph.call_function(_gradients.linear_apart, given)
+            pair.meta = dict(product.meta, example_value=(value(product), value(given[2])))
+            one = _item(graph, pair, 0, product)
+            bias = _item(graph, pair, 1, given[2])
+        product.replace_all_uses_with(one)
+        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+        arguments = {n: v if v is not product else one for n, v in arguments.items()}
+        # By position as far as they were given so: the size gate reads them by name.
+        node.args = tuple(arguments[n] for n in names[: len(node.args)])
+        node.kwargs = {**node.kwargs, "input_bias": bias}
+        graph.erase_node(product)
+        found.append(node)
+    return found
+
+
+def sum_alone(graph: Graph, node: Node) -> None:
+    """Undo `sum_biases` for the call of an op that PyTorch runs."""
+    bias = node.kwargs.get("input_bias")
+    if not isinstance(bias, Node):
+        return
+    pair: Any = bias.args[0]
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k != "input_bias"}
+    one = next(u for u in pair.users if u is not bias)
+    with graph.inserting_before(pair):
+        product = graph.call_function(_gradients.linear, pair.args)
+    product.meta = dict(one.meta)
+    one.replace_all_uses_with(product)
+    for gone in (one, bias, pair):
+        graph.erase_node(gone)

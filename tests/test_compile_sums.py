@@ -1,0 +1,350 @@
+"""Sums of gradients in the kernels of a compiled model: of two users of a result, and of biases."""
+
+import collections
+import copy
+
+import pytest
+import torch
+import torch.nn as stock
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastnn
+from fastnn._compiler import _backend, _gated
+from fastnn._compiler._backend import listen
+from fastnn.testing import simulated
+from tests.marks import interpreted
+from tests.test_compile import errors, fresh_dynamo, fused_in, gradients
+
+assert fresh_dynamo  # a fixture that every test here uses
+
+WIDTH = 16
+BIAS, TWO = "bias in a backward", "two gradients"
+
+
+class PostNorm(stock.Module):
+    """A layer of BERT: each norm is read by a branch and by the sum after it."""
+
+    expected = {  # noqa: RUF012
+        "dropout, add, norm": 3, "linear, activation": 1, BIAS: 3, TWO: 2,
+    }  # fmt: skip
+    shape = 2, 40, WIDTH
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.up, self.down, self.last = (
+            stock.Linear(i, o)
+            for i, o in ((WIDTH, WIDTH), (WIDTH, 32), (32, WIDTH), (WIDTH, WIDTH))
+        )
+        self.norms = stock.ModuleList(stock.LayerNorm(WIDTH) for _ in range(3))
+        self.drop = stock.Dropout(0.0)
+
+    def forward(self, x):
+        y = self.norms[0](x + self.drop(self.mix(x)))
+        z = self.norms[1](self.drop(self.down(F.gelu(self.up(y)))) + y)
+        return self.norms[2](self.last(z) + z)
+
+
+class RmsNorm(stock.Module):
+    """A prenorm layer. The last norm is read by two products that stand apart."""
+
+    expected = {"dropout, add, norm": 2, BIAS: 2, TWO: 1}  # noqa: RUF012
+    shape = 2, 40, WIDTH
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.down, self.one, self.two = (stock.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.norms = stock.ModuleList(stock.RMSNorm(WIDTH, 1e-6) for _ in range(2))
+
+    def forward(self, x):
+        s = x + self.mix(x.sin())
+        s = s + self.down(self.norms[0](s).cos())
+        y = self.norms[1](s)
+        for _ in range(13):
+            x = x.sin()
+        return self.one(y).exp() + x * self.two(y.cos()) + s
+
+
+class Residuals(stock.Module):
+    """Blocks of ResNet. The end of one is read by the convolution and the sum of the next."""
+
+    expected = {  # noqa: RUF012
+        "batch_norm, add, relu": 2, "batch_norm, activation": 1, "counters of batches": 3, TWO: 1,
+    }  # fmt: skip
+    shape = 8, 4, 3, 4
+
+    def __init__(self):
+        super().__init__()
+        self.convs = stock.ModuleList(stock.Conv2d(4, 4, 1, bias=False) for _ in range(3))
+        self.norms = stock.ModuleList(stock.BatchNorm2d(4) for _ in range(3))
+
+    def forward(self, x):
+        x = F.relu(self.norms[0](self.convs[0](x)) + x)
+        y = F.relu(self.norms[1](self.convs[1](x)), inplace=True)
+        y = self.norms[2](self.convs[2](y))
+        y += x
+        return F.relu(y, inplace=True)
+
+
+MODELS = PostNorm, RmsNorm, Residuals
+of_all = pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
+
+
+class Operators(TorchDispatchMode):
+    """Counts PyTorch's additions of tensors and sums."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        if name in ("add", "add_", "sum"):
+            self.counts[name.rstrip("_")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def passes(model, call, x):
+    """The additions and sums of a backward."""
+    y = call(x.detach().requires_grad_()).square().sum()
+    with Operators() as heard:
+        y.backward()
+    model.zero_grad()
+    return heard.counts
+
+
+@of_all
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_are_as_exact_as_in_stock(build, dtype, device):
+    """On kernels, over three draws; and two runs have equal bits."""
+    ours, theirs = [], []
+    for _ in range(3):
+        torch._dynamo.reset()
+        model = build().to(device, dtype)
+        x = torch.randn(build.shape, device=device, dtype=dtype)
+        exact_model, reference = copy.deepcopy(model).double(), copy.deepcopy(model)
+        exact = gradients(exact_model, exact_model, x.double())
+        theirs.append(errors(reference, reference, x, exact))
+        with listen() as found, fastnn.backend("triton"):
+            compiled = fastnn.compile(model)
+            ours.append(errors(model, compiled, x, exact))
+            again = [[g.clone() for g in gradients(model, compiled, x)] for _ in range(2)]
+        assert all(torch.equal(one, other) for one, other in zip(*again, strict=True))
+        assert fused_in(found) == build.expected
+    floor = 4 * torch.finfo(dtype).eps
+    for one, other in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True):
+        assert sum(one) <= max(2 * sum(other), floor)
+
+
+@interpreted
+@of_all
+def test_the_passes_are_gone(build):
+    """Autograd adds fewer gradients, by one for each site, and sums no bias of a site."""
+    model, x = build(), torch.randn(build.shape)
+    want = passes(model, model, x)
+    with fastnn.backend("triton"):
+        got = passes(model, fastnn.compile(model), x)
+    assert want["add"] - got["add"] >= build.expected[TWO]
+    assert want["sum"] - got["sum"] >= build.expected.get(BIAS, 0)
+
+
+@interpreted
+@of_all
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sum_of_two_gradients_has_the_bits_of_autograds(build, dtype, monkeypatch):
+    model, x = build().to(dtype), torch.randn(build.shape).to(dtype)
+    with fastnn.backend("triton"):
+        got = [g.clone() for g in gradients(model, fastnn.compile(model), x)]
+        monkeypatch.setattr(_backend, "give_twice", lambda graph: [])
+        torch._dynamo.reset()
+        want = gradients(model, fastnn.compile(model), x)
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+@interpreted
+def test_second_derivatives_are_those_of_stock():
+    for build in MODELS:
+        model, x = build(), torch.randn(build.shape)
+        found = []
+        for call in (model, fastnn.compile(model)):
+            x = x.detach().requires_grad_()
+            with fastnn.backend("triton"):
+                y = call(x)
+                (first,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+                leaves = x, *(p for p in model.parameters())
+                second = torch.autograd.grad(first.square().sum(), leaves, allow_unused=True)
+            found.append([first, *second])
+        for one, other in zip(*found, strict=True):
+            # The bias of what a batch norm reads has no second derivative but rounding.
+            torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)
+
+
+@interpreted
+def test_small_sites_run_as_before():
+    """Below the floor of the op, the product itself gives its bias the gradient."""
+    model, x = PostNorm(), torch.randn(PostNorm.shape)
+    graphs = []
+
+    def keep(gm, inputs):
+        _backend.rewrite(gm)
+        graphs.append(gm)
+        return gm.forward
+
+    keep.__wrapped__ = _backend.backend
+    torch.compile(model, backend=keep)(x)
+    with simulated(least=10**6):
+        floors = [_gated.floor_of(record) for _, record in _gated.calls_of_ours(graphs[0])]
+        small = _gated.lean(graphs[0], floors)
+        assert "linear_apart" in graphs[0].code and "linear_apart" not in small.code
+        assert "input_bias" not in small.code
+        want = gradients(model, model, x)
+        got = gradients(model, fastnn.compile(model), x)
+        assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize("frozen", ["bias", "weight", "all"])
+def test_frozen_parameters_get_no_gradient(frozen):
+    model, x = PostNorm(), torch.randn(PostNorm.shape)
+    for name, p in model.mix.named_parameters():
+        p.requires_grad_(frozen not in (name, "all"))
+    reference = copy.deepcopy(model)
+    with listen() as found, fastnn.backend("triton"):
+        fastnn.compile(model)(x).square().sum().backward()
+    reference(x).square().sum().backward()
+    assert fused_in(found)[BIAS] == (3 if frozen == "weight" else 2)
+    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        if other.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
+# ---- Where it must not happen --------------------------------------------------------------------
+
+LINEAR, OTHER, NORM = stock.Linear(WIDTH, WIDTH), stock.Linear(WIDTH, WIDTH), stock.LayerNorm(WIDTH)
+FROZEN = stock.Linear(WIDTH, WIDTH)
+FROZEN.bias.requires_grad_(False)
+
+
+def normed(x):
+    return NORM(x + x.sin())
+
+
+def leaves(x):
+    y = normed(x)
+    return y, y.cos() + y.sin()
+
+
+def leaves_as_a_view(x):
+    y = normed(x)
+    return y.cos() * y.sin(), y.view(-1)
+
+
+def is_written(x):
+    y = normed(x)
+    z = y * 2
+    y += 1
+    return z + y * 3
+
+
+def is_written_by_a_view(x):
+    y = normed(x)
+    z = y * 2 + y * 3
+    y.view(-1).mul_(2)
+    return z
+
+
+def has_one_gradient(x):
+    y = normed(x)
+    return y.cos() + y.detach().sin()
+
+
+def has_one_user(x):
+    y = normed(x).cos()
+    return y.sin() + y.exp()
+
+
+def is_checkpointed(x):
+    y = normed(x)
+    return torch.utils.checkpoint.checkpoint(torch.sin, y, use_reentrant=False) + y.cos()
+
+
+def product_is_read(x):
+    z = LINEAR(x)
+    return NORM(z + x.sin()) * z.cos()
+
+
+def product_leaves(x):
+    z = LINEAR(x)
+    return NORM(z + x.sin()), z
+
+
+def product_without_bias(x):
+    return NORM(F.linear(x, LINEAR.weight) + x.sin())
+
+
+def product_of_frozen_bias(x):
+    return NORM(FROZEN(x) + x.sin())
+
+
+def product_before_an_activation(x):
+    return NORM(LINEAR(x).cos() + x.sin())
+
+
+def product_in_columns(x):
+    return NORM(LINEAR(x).view(WIDTH, -1).t() + x.sin())
+
+
+REFUSED = (
+    leaves, leaves_as_a_view, is_written, is_written_by_a_view, has_one_gradient,
+    has_one_user, is_checkpointed, product_is_read, product_leaves, product_without_bias,
+    product_of_frozen_bias, product_before_an_activation, product_in_columns,
+)  # fmt: skip
+
+
+def results(call, x):
+    x = x.detach().requires_grad_()
+    out = call(x)
+    out = out if isinstance(out, tuple) else (out,)
+    sum(t.square().sum() for t in out).backward()
+    return *out, x.grad
+
+
+@interpreted
+@pytest.mark.parametrize("call", REFUSED, ids=lambda call: call.__name__)
+def test_where_it_must_not_happen(call):
+    x = torch.randn(WIDTH, WIDTH)
+    want = results(call, x)
+    with listen() as found, fastnn.backend("triton"):
+        got = results(fastnn.compile(call), x)
+    assert not {BIAS, TWO} & {f.rule for f in found}
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("kind", ["hook", "retained", "module hook"])
+def test_who_watches_a_gradient_sees_all_of_it(kind):
+    """A hook on a result with two users gets the sum, as in PyTorch."""
+    model, seen = PostNorm(), []
+    if kind == "module hook":
+        model.norms[0].register_full_backward_hook(lambda m, i, o: seen.append(o[0].clone()))
+
+    def call(x):
+        y = normed(x)
+        if kind == "hook":
+            y.register_hook(lambda g: seen.append(g.clone()) or 2 * g)
+        if kind == "retained":
+            y.retain_grad()
+            seen.append(y)
+        return OTHER(y).cos() + y.exp()
+
+    call = model if kind == "module hook" else call
+    x = torch.randn(WIDTH, WIDTH)
+    *_, want = results(call, x)
+    with fastnn.backend("triton"):
+        *_, got = results(fastnn.compile(call), x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    theirs, ours = (t.grad if kind == "retained" else t for t in seen)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
