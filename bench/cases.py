@@ -521,6 +521,7 @@ BILINEAR = [
         lambda n: (normal(n, 128), normal(n, 128)),
         (BF16, FP32),
         options={"in1_features": 128, "in2_features": 128, "out_features": 50},
+        flops=lambda n: 2 * n * 128 * 128 * 50,
     ),
 ]
 # ---- Recurrent cells --------------------------------------------------------------------------
