@@ -1,6 +1,6 @@
 """Functions of a rewritten graph that compute what PyTorch does, with gradients in fewer passes.
 
-They have no kernel of their own, so they are no ops. Each calls PyTorch in both directions.
+They have no kernel of their own, so they are no ops. Their backward calls PyTorch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.nn.functional as stock
 from torch import Tensor
 from torch.autograd import forward_ad
 
+import fastnn.functional as F
 from fastnn import _gate, _mode, _op
 
 
@@ -82,17 +83,14 @@ def linears(x: Tensor, *parameters: Any) -> tuple[Tensor, ...]:
     )
 
 
-linear = stock.linear
-
-
 def linear_apart(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
     """(`linear(x, weight, bias)`, the bias if an op after it is to give it its gradient, or None).
 
     In the first case the product itself gives the bias no gradient.
     """
     if _wins(x, bias):
-        return linear(x, weight, bias.detach()), bias
-    return linear(x, weight, bias), None
+        return F.linear(x, weight, bias.detach()), bias
+    return F.linear(x, weight, bias), None
 
 
 class _Mean(torch.autograd.Function):

@@ -17,6 +17,7 @@ import inspect
 import operator
 from typing import Any
 
+import torch.nn.functional as stock
 from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
@@ -197,7 +198,7 @@ def sum_alone(graph: Graph, node: Node) -> None:
     node.kwargs = {k: v for k, v in node.kwargs.items() if k != "input_bias"}
     one = next(u for u in pair.users if u is not bias)
     with graph.inserting_before(pair):
-        product = graph.call_function(_gradients.linear, pair.args)
+        product = graph.call_function(stock.linear, pair.args)
     product.meta = dict(one.meta)
     one.replace_all_uses_with(product)
     for gone in (one, bias, pair):
