@@ -288,6 +288,8 @@ CHANNEL_NORMS = [
         options={"num_features": 256}),
     row("InstanceNorm2d", "style transfer, 16 images", 16, (128, 128, 128), (BF16, FP32),
         options={"num_features": 128, "affine": True}),
+    row("InstanceNorm2d", "style transfer, 16 large images", 16, (32, 512, 512),
+        options={"num_features": 32, "affine": True}),
     row("LocalResponseNorm", "AlexNet, 128 images", 128, (96, 55, 55), (BF16, FP32),
         options={"size": 5}),
     row("LocalResponseNorm", "GoogLeNet, 128 images", 128, (192, 56, 56), options={"size": 5}),
