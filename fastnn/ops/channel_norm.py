@@ -64,9 +64,9 @@ def _norm(x, weight, bias, mean, var, spec):
 
 
 class ChannelNorm(Function):
-    """x (N, C, *), weight and bias (C,) or None, residual like x or None -> y, and y again or None.
+    """x (N, C, *), weight and bias (C,) or None, residual like x or None -> y, or y twice.
 
-    Both have x's layout.
+    It has x's layout.
 
     It saves what PyTorch saves: x, weight, running statistics, the computed statistics, and y if
     the gradient of the activation is computed from y. With an activation it also saves the bias,
@@ -113,10 +113,10 @@ class ChannelNorm(Function):
         ctx.has_residual = residual is not None
         ctx.spec = spec
         ctx.set_materialize_grads(False)
-        return y, y.detach() if spec.twice else None
+        return (y, y.detach()) if spec.twice else y
 
     @staticmethod
-    def backward(ctx, dy, more):
+    def backward(ctx, dy, more=None):
         x, weight, bias, *running, mean, rstd, y = ctx.saved_tensors
         spec, needs = ctx.spec, ctx.needs_input_grad[:4]
         if dy is None:
@@ -233,7 +233,7 @@ def _group_norm(input, num_groups, weight, bias, eps, out_dtype, act=None):
         return Stock("dtype", f"eps={eps} in {input.dtype}")
     input = input.contiguous(memory_format=format)  # which is what stock keeps for the backward
     spec = Spec(num_groups, kept, format=format, out_dtype=out_dtype, act=act)
-    return run(ChannelNorm, input, weight, bias, None, None, None, spec)[0]
+    return run(ChannelNorm, input, weight, bias, None, None, None, spec)
 
 
 # Variants by what is saved. If the kernels hold the values of a statistic in registers, they read
@@ -290,8 +290,7 @@ def _batch_norm(
     if any(t is not None and (t.requires_grad or not t.is_contiguous()) for t in tensors[:2]):
         return Stock("autograd", "running statistics that require grad, or are strided")
     spec = Spec(0, float(eps), not training, float(momentum), _format(input), None, act, twice)
-    out = run(ChannelNorm, input, weight, bias, residual, running_mean, running_var, spec)
-    return out if twice else out[0]
+    return run(ChannelNorm, input, weight, bias, residual, running_mean, running_var, spec)
 
 
 def _in_training(input, mean, var, weight=None, bias=None, training=False, *rest, **options):
@@ -372,9 +371,9 @@ def instance_norm(
     # Not channels last, because PyTorch's result is contiguous.
     if not use_input_stats:
         spec = Spec(0, float(eps), given=True)
-        return run(ChannelNorm, input, weight, bias, None, running_mean, running_var, spec)[0]
+        return run(ChannelNorm, input, weight, bias, None, running_mean, running_var, spec)
     spec = Spec(C, float(eps), momentum=float(momentum))
-    y = run(ChannelNorm, input, weight, bias, None, running_mean, running_var, spec)[0]
+    y = run(ChannelNorm, input, weight, bias, None, running_mean, running_var, spec)
     if running_mean is not None and not running_mean.is_inference():
         impossible("it counts a version")  # a plan would not
         torch.autograd.graph.increment_version((running_mean, running_var))
