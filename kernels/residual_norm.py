@@ -253,6 +253,8 @@ def bwd(
     summed = [*params, *([] if dc is None else [dc])]
     noisy = bool(summed) and (draw is not None or dc is not None)
     config = _rows.row_config(N, flags["UNIT"], least_warps=8 if summed else 4, noise=noisy)
+    if len(summed) > 2 and config["BLOCK_N"] >= 4096:
+        config["num_warps"] = 16  # three sums of a wide row do not fit into the registers of eight
     G = cdiv(sizes[0], config["BLOCK_M"])
     dw_part, db_part, dc_part, parts = dw, db, dc, None
     if summed:
