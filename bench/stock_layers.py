@@ -1,10 +1,11 @@
 """What fastnn adds to calls of PyTorch's own layers: `python -m bench.stock_layers [--write]`.
 
 `convert` puts a question into the methods of PyTorch's classes, so layers that were never converted
-pay for it. The program counts the instructions of a forward call of such layers by callgrind, each
-time in a process of its own: *before* fastnn is imported, after *import*, and after another model
-with the same layers was *converted*. PyTorch's operators only allocate (`null.cpp`), so that the
-host side is all that is counted. Where objects lie in memory moves a count by about 1 %.
+pay for it. The program counts the instructions of a forward call of such layers by callgrind, and
+of a step, which is a forward call and `torch.autograd.grad`. It does so each time in a process of its own:
+*before* fastnn is imported, after *import*, and after another model with the same layers was
+*converted*. PyTorch's operators only allocate (`null.cpp`), so that the
+host side is all that is counted. Where objects lie in memory moves a count by up to 0.4 %.
 
 `--write` puts the figures into bench/results/counted/stock_layers.json, from which
 `python -m tools.generate` makes a table of docs/tools.md.
@@ -13,6 +14,7 @@ host side is all that is counted. Where objects lie in memory moves a count by a
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.machinery
 import importlib.util
 import json
@@ -32,6 +34,7 @@ CALLS = 100
 # As a file, so that the package is not imported.
 CHILD = f"import runpy; runpy.run_path({__file__!r}, run_name='__main__')"
 DIGITS = 3
+STEP = ", step"
 
 # Layers of each kind of forward, from the shortest to the longest.
 LAYERS = {
@@ -64,6 +67,7 @@ def _child(module: str, when: str) -> None:
     torch.set_num_threads(1)
     null.on()
     null.start()
+    gc.disable()  # a collection would count for the layer in which it happens
     for name, (make, shape) in LAYERS.items():
         layer, x = make(), torch.ones(shape)
 
@@ -71,19 +75,30 @@ def _child(module: str, when: str) -> None:
             for _ in range(CALLS):
                 layer(x)
 
-        run()
-        null.count(name, run)
+        leaf = x.clone().requires_grad_()
+        leaves, one = [leaf, *layer.parameters()], torch.ones_like(layer(x))
+
+        def step(layer=layer, leaf=leaf, leaves=leaves, one=one):
+            for _ in range(CALLS):
+                torch.autograd.grad(layer(leaf), leaves, one)
+
+        for what, call in ((name, run), (name + STEP, step)):
+            call()
+            null.count(what, call)
 
 
 def count() -> dict[str, dict[str, int]]:
-    """Layer -> when -> instructions of one call. Raises RuntimeError where nothing can count."""
+    """Layer -> when -> instructions of one call; a name with `STEP` behind it: of one step.
+
+    Raises RuntimeError where nothing can count.
+    """
     from fastnn import _build
     from fastnn.bench import host
 
     why = host.can_count()
     if why is not None:
         raise RuntimeError(why)
-    found: dict[str, dict[str, int]] = {name: {} for name in LAYERS}
+    found: dict[str, dict[str, int]] = {n + end: {} for n in LAYERS for end in ("", STEP)}
     for when in WHEN:
         with tempfile.TemporaryDirectory(prefix="fastnn-callgrind-") as folder:
             command = [
@@ -113,12 +128,16 @@ def table(found: dict[str, dict[str, int]]) -> str:
     """A table for docs/tools.md."""
     lines = [
         "| layer of `torch.nn` | instructions of a call | after `import fastnn` "
+        "| after a `convert` | instructions of a step | after `import fastnn` "
         "| after a `convert` |",
-        "| --- | ---: | ---: | ---: |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, counts in found.items():
-        r = ratios(counts)
-        lines.append(f"| {name} | {counts['before']:,} | {r['import']:.3f} | {r['convert']:.3f} |")
+    for name in LAYERS:
+        cells = [name]
+        for counts in (found[name], found[name + STEP]):
+            r = ratios(counts)
+            cells += [f"{counts['before']:,}", f"{r['import']:.3f}", f"{r['convert']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
