@@ -2,10 +2,10 @@
 
 `convert` puts a question into the methods of PyTorch's classes, so layers that were never converted
 pay for it. The program counts the instructions of a forward call of such layers by callgrind, and
-of a step, which is a forward call and `torch.autograd.grad`. It does so each time in a process of its own:
-*before* fastnn is imported, after *import*, and after another model with the same layers was
-*converted*. PyTorch's operators only allocate (`null.cpp`), so that the
-host side is all that is counted. Where objects lie in memory moves a count by up to 0.4 %.
+of a step: a forward call and `torch.autograd.grad`. It does so in three processes: *before* fastnn
+is imported, after *import*, and after another model with the same layers was *converted*. PyTorch's
+operators only allocate (`null.cpp`), so that the host side is all that is counted. Where objects
+lie in memory moves a count by up to 0.4 %.
 
 `--write` puts the figures into bench/results/counted/stock_layers.json, from which
 `python -m tools.generate` makes a table of docs/tools.md.
