@@ -9,6 +9,7 @@ which processes add. It uses NCCL where there are GPUs, and else gloo.
 
 import argparse
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -123,11 +124,13 @@ def main():
             print(f"{how if mesh is not None else 'alone'}, {world} on {device.type}", flush=True)
         train(model, mesh, mesh is not None and how != "tp", device, args.steps)
     if mesh is not None:
-        # A thread of gloo lets go of the tensors of a collective after the collective is over, and
-        # needs Python for that. The mesh keeps this thread alive, so `destroy_process_group` does
-        # not wait for it. If Python ends first, the process is aborted. The barrier gives it time.
         dist.barrier()
         dist.destroy_process_group()
+        # A thread of gloo lets go of the tensors of a collective after the collective is over, and
+        # needs Python for that. FSDP and DTensor keep this thread alive, so nothing waits for it.
+        # If Python ends first, the thread aborts the process. So the process ends without that.
+        sys.stdout.flush()
+        os._exit(0)
     else:
         print("trained")
 
