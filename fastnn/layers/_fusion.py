@@ -32,7 +32,7 @@ from fastnn.layers._layer import (
     watched,
     weight_and_bias,
 )
-from fastnn.layers._marks import KEY, MARK, is_marked
+from fastnn.layers._marks import KEY, MARK, is_marked, ours
 from fastnn.layers.dropout import Dropout
 from fastnn.layers.linear import Linear
 from fastnn.layers.normalization import GroupNorm, LayerNorm, RMSNorm
@@ -518,7 +518,7 @@ def _asked_one_by_one(
     """(index after the members that run as one op, its arguments); (i, None) if none do."""
     rule = found.rule
     end = i + found.least
-    if not all(type(m) in STOCK or is_marked(m) for m in members[i:end]):
+    if any(ours(m) is None for m in members[i:end]):
         return i, None
     what = []
     # How the members are set is cheap to ask, and often the answer: a norm in training mode.
@@ -532,7 +532,7 @@ def _asked_one_by_one(
     if why is not None:
         note(rule, Misfit("hook", why))
         return i, None
-    if len(found.kinds) > found.least and (type(members[end]) in STOCK or is_marked(members[end])):
+    if len(found.kinds) > found.least and ours(members[end]) is not None:
         place, cls = found.told[-1]
         one = told(place, members[end], cls)
         if type(one) is not Misfit:
