@@ -1152,6 +1152,21 @@ def test_a_number_that_changes_does_not_compile_again():
         assert torch.equal(compiled(x, 0.1 * k + 0.05), F.relu(x) * (0.1 * k + 0.05) + 1)
 
 
+def rewritten(call, *inputs):
+    """The rewritten graph of the compiled `call`, which is one graph, before the gate sees it."""
+    graphs = []
+
+    def keep(gm, inputs):
+        _backend.rewrite(gm)
+        graphs.append(gm)
+        return gm.forward
+
+    keep.__wrapped__ = _backend.backend
+    torch.compile(call, backend=keep)(*inputs)
+    (graph,) = graphs
+    return graph
+
+
 def kept(gm):
     """The ops that a graph still asks in `auto`."""
     floors = [_gated.floor_of(record) for _, record in _gated.calls_of_ours(gm)]
@@ -1197,19 +1212,11 @@ def test_small_calls_of_a_graph_are_decided_once(monkeypatch):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_small_calls_for_which_pytorch_may_raise_are_asked(deterministic):
     call = lambda x: F.pad(F.relu(x), (1, 1), mode="reflect")  # noqa: E731
-    graphs = []
-
-    def keep(gm, inputs):
-        _backend.rewrite(gm)
-        graphs.append(gm)
-        return gm.forward
-
-    keep.__wrapped__ = _backend.backend
-    torch.compile(call, backend=keep)(torch.randn(2, 3, 8))
+    graph = rewritten(call, torch.randn(2, 3, 8))
     torch.use_deterministic_algorithms(deterministic)
     try:
         with simulated(least=10**6):
-            assert kept(graphs[0]) == (["pad"] if deterministic else [])
+            assert kept(graph) == (["pad"] if deterministic else [])
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -14,7 +14,7 @@ from fastnn._compiler import _backend, _gated
 from fastnn._compiler._backend import listen
 from fastnn.testing import simulated
 from tests.marks import interpreted
-from tests.test_compile import errors, fresh_dynamo, fused_in, gradients
+from tests.test_compile import errors, fresh_dynamo, fused_in, gradients, rewritten
 
 assert fresh_dynamo  # a fixture that every test here uses
 
@@ -183,19 +183,11 @@ def test_second_derivatives_are_those_of_stock():
 def test_small_sites_run_as_before():
     """Below the floor of the op, the product itself gives its bias the gradient."""
     model, x = PostNorm(), torch.randn(PostNorm.shape)
-    graphs = []
-
-    def keep(gm, inputs):
-        _backend.rewrite(gm)
-        graphs.append(gm)
-        return gm.forward
-
-    keep.__wrapped__ = _backend.backend
-    torch.compile(model, backend=keep)(x)
+    graph = rewritten(model, x)
     with simulated(least=10**6):
-        floors = [_gated.floor_of(record) for _, record in _gated.calls_of_ours(graphs[0])]
-        small = _gated.lean(graphs[0], floors)
-        assert "linear_apart" in graphs[0].code and "linear_apart" not in small.code
+        floors = [_gated.floor_of(record) for _, record in _gated.calls_of_ours(graph)]
+        small = _gated.lean(graph, floors)
+        assert "linear_apart" in graph.code and "linear_apart" not in small.code
         assert "input_bias" not in small.code
         want = gradients(model, model, x)
         got = gradients(model, fastnn.compile(model), x)
