@@ -8,8 +8,9 @@ A step takes as long as its host side or its GPU side, whichever is longer: the 
 - GPU side of ours: less what each call saves that the gate lets through (`bench.gates`).
 - Host side of stock: the time of a step of the same model with tiny tensors (`bench.host`), and
   2.5 us for each launch.
-- Host side of ours: for each call that goes to PyTorch what such a call costs more, and for each
-  call on kernels what its op costs more, by the runner of plans in question.
+- Host side of ours: for each call that goes to PyTorch what such a call costs more or less, and
+  for each call on kernels what its op costs more, by the runner of plans in question. The first
+  figure is an average over the calls of the same tiny model, of which all went to PyTorch.
 
 Nothing here is measured on a GPU. Three hosts are assumed: the one that ran `bench.host`, one twice
 as fast, and one four times as fast.
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,13 +106,13 @@ def count(of: Step) -> Counted:
 class Costs(NamedTuple):
     """What the measurements say. All in microseconds.
 
-    steps: model -> host time of a step of stock. declined: what a call that PyTorch runs costs
-    more. more: op -> what a call on kernels costs the host more; saved: (op, variant) -> what it
-    saves on the GPU for a million units of size.
+    steps: model -> host time of a step of stock. declined: model -> what all its calls cost more,
+    if PyTorch runs each of them. more: op -> what a call on kernels costs the host more; saved:
+    (op, variant) -> what it saves on the GPU for a million units of size.
     """
 
     steps: dict[str, float]
-    declined: float
+    declined: dict[str, float]
     more: dict[str, float]
     saved: dict[tuple[str, str], float]
 
@@ -127,7 +127,7 @@ def costs(host: dict, gates: Sequence[dict], runner: str) -> Costs:
         more[r["ops"][0]] = max(extra, more.get(r["ops"][0], extra))
     return Costs(
         {m["name"]: m["stock_us"] for m in host["models"]},
-        statistics.median(r["declined_us"] - r["stock_us"] for r in rows),
+        {m["name"]: m["declined_us"] - m["stock_us"] for m in host["models"]},
         more,
         {(g["op"], g["variant"]): g["saved"] for g in gates},
     )
@@ -161,7 +161,7 @@ def simulate(model: str, counted: Counted, of: Costs, speed: float) -> Simulated
             ours_host += of.more[op]
             ours_gpu -= of.saved[op, work.variant] * work.size / 1e6
         else:
-            ours_host += of.declined
+            ours_host += of.declined[model] / len(counted.calls)
     ours = max(ours_host / speed, ours_gpu)
     return Simulated(max(host / speed, gpu), ours, kernels, host / speed / gpu)
 

@@ -26,7 +26,6 @@ from fastnn._plan import UNFIT, impossible
 PRIVATE = ("out_dtype", "variant")
 
 _NO_KEYWORDS: dict = {}
-_EXACT_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 FRAMES = 2  # frames between the user and PyTorch's function: ours, and `dispatch`
 _FILE = "<fastnn.functional."
 
@@ -64,6 +63,7 @@ class Below(NamedTuple):
 
     tensors: the arguments of which the size is a function; they must be exactly of class Tensor.
     others: other arguments that the size depends on.
+    kinds: whether the tensors are of these classes.
     ready: whether nobody would notice that attributes of the tensors are read. Dynamo can trace
         nothing of it, so `_is_compiling` is asked first. It is asked before the floor, too: Dynamo
         guards what it reads, and would compile the model again when the floor becomes known.
@@ -76,6 +76,7 @@ class Below(NamedTuple):
 
     tensors: tuple[str, ...]
     others: tuple[str, ...]
+    kinds: str
     ready: str
     size: str
     quiet: str
@@ -102,7 +103,9 @@ def below(record: Any, first: str, home: str = "") -> Below:
     }
     names = {n.id for n in tree if isinstance(n, ast.Name)} - vars(builtins).keys()
     tensors = tuple(sorted(read))
-    kinds = " and ".join(f"type({t}) in _exact_types" for t in tensors)
+    kinds = " and ".join(
+        f"(type({t}) is _tensor_type or type({t}) is _parameter_type)" for t in tensors
+    )
     copied = f"(not {home}_blocks or _context_mode() in (None, {home}_uniform))"
     modes = "(not (_its_modes := _function_modes()) or _one_function_mode() is None)"
     ready = f"{copied} and {modes} and not _is_tracing() and {kinds}"
@@ -113,13 +116,42 @@ def below(record: Any, first: str, home: str = "") -> Below:
     given = ", ".join(tensors + others)
     quiet = f"({size} if not _its_modes else _without_modes(_its_size, {given}))"
     define = f"    _its_size = lambda {given}: {size}"
-    return Below(tensors, others, ready, size, quiet, define, least)
+    return Below(tensors, others, kinds, ready, size, quiet, define, least)
 
 
 def _without_modes(function: Callable, *args: Any) -> Any:
     """`function(*args)`. No torch function mode of this thread sees what it does."""
     with torch._C.DisableTorchFunction():
         return function(*args)
+
+
+def bound(record: Any, taken: str, sources: Mapping[str, str]) -> Callable[..., bool]:
+    """A function of the arguments `taken`: whether a call of an op is below its floor.
+
+    sources: of the op's arguments that the size depends on. The function asks nothing else. So
+    `_mode.is_quiet()` must hold where it is called, and Dynamo must not trace it.
+    """
+    asked = below(record, next(iter(sources)))
+    lines = [
+        "def make(_tensor_type, _parameter_type, _is_deterministic, _only_warns):",
+        "    _the_floor = -1",
+        f"    def is_below({taken}):",
+        "        try:",
+        *(f"            {name} = {source}" for name, source in sources.items()),
+        f"            return {asked.kinds} and {asked.size} < {asked.least}",
+        "        except Exception:",
+        "            return False",
+        "    def set_floor(least):",
+        "        nonlocal _the_floor",
+        "        _the_floor = least",
+        "    return is_below, set_floor",
+    ]
+    scope: dict = {}
+    exec("\n".join(lines), scope)
+    names = "_tensor_type", "_parameter_type", "_is_deterministic", "_only_warns"
+    is_below, set_floor = scope["make"](*(BELOW[name] for name in names))
+    record.floor.follow(set_floor)
+    return is_below
 
 
 BELOW = {
@@ -129,7 +161,8 @@ BELOW = {
     "_one_function_mode": _mode.function_mode,
     "_without_modes": _without_modes,
     "_is_tracing": torch._C._is_tracing,  # sizes would be tensors
-    "_exact_types": _EXACT_TYPES,
+    "_tensor_type": torch.Tensor,
+    "_parameter_type": torch.nn.Parameter,
     "_is_deterministic": torch._C._get_deterministic_algorithms,
     "_only_warns": torch._C._get_deterministic_algorithms_warn_only,
 }
@@ -184,6 +217,54 @@ def _others(name: str, parameters: list[inspect.Parameter]) -> tuple[Callable, C
     return is_another, another
 
 
+def plans_of(record: Any) -> dict[str, Any]:
+    """What the sources of `from_tables` and `from_plans` name, for `record`, an `Op`."""
+    return {
+        "the_plans": record.plans.ready,
+        "the_tables": record.plans.tables,
+        "is_graphed": record.plans.graphed,
+        "unfit": UNFIT,
+        "is_grad_enabled": torch.is_grad_enabled,
+    }
+
+
+def from_tables(arguments: str, home: str = "") -> list[str]:
+    """Lines that return what a plan of the C++ runner makes of a call, if one fits.
+
+    arguments: the source of all arguments of the op, in order. home: as in `below`.
+    """
+    return [
+        "for _one_table in the_tables:",
+        "    if is_graphed:",
+        "        break",
+        f"    _its_result = _one_table({home}_uniform, {arguments})",
+        "    if _its_result is not unfit:",
+        "        return _its_result",
+    ]
+
+
+def from_plans(keyed_by: str, arguments: str, home: str = "") -> list[str]:
+    """Lines that return what a plan of the Python runner makes of a call, if one fits.
+
+    keyed_by: the argument by whose shape plans are found. `Below.ready` must hold.
+    """
+    return [
+        "if the_plans:",
+        f"    _this_mode = {home}_uniform",
+        f"    if is_graphed and _this_mode == 'auto' and {home}capturing():",
+        "        _this_mode = 'graph'",
+        f"    _this_key = {keyed_by}.shape, is_grad_enabled(), _this_mode",
+        "    for _one_plan in the_plans.get(_this_key, ()):",
+        f"        _its_result = _one_plan({arguments})",
+        "        if _its_result is not unfit:",
+        "            return _its_result",
+    ]
+
+
+def _indented(by: int, lines: list[str]) -> list[str]:
+    return [" " * by + line for line in lines]
+
+
 def front(record: Any, dispatch: Callable) -> Callable:
     """The public function of `record`, an `Op`.
 
@@ -214,6 +295,7 @@ def front(record: Any, dispatch: Callable) -> Callable:
         declared.append(p.name if p.default is p.empty else f"{p.name}=_{p.name}")
     passed = ", ".join(positional + keyword)
     dispatched = ", ".join(positional)
+    values = ", ".join(positional + names)
     # A warning by PyTorch's function must name the line that called this function. The stack level
     # counts the frames between them: this function, then `dispatch`.
     passed = passed.replace("_stacklevel", "_stacklevel + 1")
@@ -223,13 +305,12 @@ def front(record: Any, dispatch: Callable) -> Callable:
     if vars(torch.nn.functional).get(name) is record.stock:
         replaced = [
             f"        if _functional.{name} is not stock and _is_another(_functional.{name}):",
-            f"            return _call_another({', '.join(positional + names)})",
+            f"            return _call_another({values})",
         ]
     # Names that are not parameters begin with an underscore and have two words: no parameter does.
     lines = [
-        "def make(stock, record, dispatch, no_keywords, the_plans, the_tables, is_graphed, unfit, "
-        "is_grad_enabled, _functional, _is_another, _call_another, "
-        f"{', '.join((*BELOW, *defaults))}):",
+        "def make(stock, record, dispatch, no_keywords, _functional, _is_another, _call_another, "
+        f"{', '.join((*plans_of(record), *BELOW, *defaults))}):",
         "    _the_floor = -1",
         asked.define,
         f"    def {name}({', '.join(declared)}):",
@@ -237,12 +318,7 @@ def front(record: Any, dispatch: Callable) -> Callable:
         "        if _idle:",
         f"            return stock({passed})",
         "        if _uniform and not _is_compiling():",
-        "            for _one_table in the_tables:",
-        "                if is_graphed:",
-        "                    break",
-        f"                _its_result = _one_table(_uniform, {', '.join(positional + names)})",
-        "                if _its_result is not unfit:",
-        "                    return _its_result",
+        *_indented(12, from_tables(values)),
         f"            if {asked.ready}:",
         "                try:",
         f"                    _is_small = _plain and {asked.quiet} < {asked.least}",
@@ -250,15 +326,7 @@ def front(record: Any, dispatch: Callable) -> Callable:
         "                    _is_small = False",
         "                if _is_small:",
         f"                    return stock({passed})",
-        "                if the_plans:",
-        "                    _this_mode = _uniform",
-        "                    if is_graphed and _uniform == 'auto' and capturing():",
-        "                        _this_mode = 'graph'",
-        f"                    _this_key = {asked.tensors[0]}.shape, is_grad_enabled(), _this_mode",
-        "                    for _one_plan in the_plans.get(_this_key, ()):",
-        f"                        _its_result = _one_plan({', '.join(positional + names)})",
-        "                        if _its_result is not unfit:",
-        "                            return _its_result",
+        *_indented(16, from_plans(asked.tensors[0], values)),
         f"        return dispatch(record, ({dispatched},), "
         + (f"dict({', '.join(keyword)}))" if keyword else "no_keywords)"),
         f"    def small({', '.join(asked.tensors + asked.others)}):",
@@ -286,9 +354,8 @@ def front(record: Any, dispatch: Callable) -> Callable:
     # The code runs in the namespace of `_mode`, because it reads `_idle` and `_plain` there.
     exec(compile(source, file, "exec"), vars(_mode), scope)
     call, call_small, set_floor = scope["make"](
-        record.stock, record, dispatch, _NO_KEYWORDS, record.plans.ready, record.plans.tables,
-        record.plans.graphed, UNFIT, torch.is_grad_enabled, torch.nn.functional,
-        *_others(name, parameters(record.fused)), **BELOW, **defaults,
+        record.stock, record, dispatch, _NO_KEYWORDS, torch.nn.functional,
+        *_others(name, parameters(record.fused)), **plans_of(record), **BELOW, **defaults,
     )  # fmt: skip
     record.floor.follow(set_floor)
     call.__qualname__ = name

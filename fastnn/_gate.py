@@ -286,7 +286,7 @@ class Floor:
         _floors.append(self)
 
     def follow(self, setter: Callable[[float], None]) -> None:
-        """Call `setter` with every new value."""
+        """Call `setter` with every new value, in which `NEVER` stands for infinity."""
         self._setters.append(setter)
 
     def set(self, least: float) -> None:
@@ -305,9 +305,10 @@ class Floor:
         version += 1
         self.value = value
         for setter in self._setters:
-            setter(value)
+            setter(NEVER if value == math.inf else value)
 
 
+NEVER = 1 << 62  # a floor above every size, as an integer: Python compares two integers faster
 version = 0  # how often a floor changed
 _floors: list[Floor] = []
 

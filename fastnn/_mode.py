@@ -166,6 +166,19 @@ def plain() -> bool:
     return _plain and (not _blocks or current_mode() == "auto")
 
 
+def is_quiet() -> bool:
+    """Whether `plain()` holds, and nobody notices that attributes of a tensor are read.
+
+    Function modes and `torch.jit.trace` notice it.
+    """
+    return (
+        _plain
+        and (not _blocks or _mode.get() in (None, _uniform))
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._is_tracing()
+    )
+
+
 def uniform() -> Mode | None:
     """The mode that is in force in every thread; None if they differ or somebody asks what ran.
 

@@ -8,7 +8,11 @@ import torch.nn as stock
 from torch.nn.utils import parametrize
 
 import fastnn as nn
-from fastnn.layers._layer import METHODS, attributes, called, weight_and_bias
+from fastnn import _front
+from fastnn._op import intercept
+from fastnn.layers._layer import METHODS, OURS, attributes, called, weight_and_bias
+from fastnn.testing import fresh_leaves, side_of
+from fastnn.testing.cases import CASES
 from tests.marks import interpreted
 
 pytestmark = interpreted
@@ -96,3 +100,132 @@ def _options(layer):
     if isinstance(layer, stock.Linear):
         return {"out_features": 4}
     return {"momentum": None} if isinstance(layer, stock.BatchNorm1d) else {}
+
+
+# ---- Short ways through a layer ------------------------------------------------------------------
+
+GIVEN = {OURS[its].__name__: m for its, ms in METHODS.items() for m in ms if m.given is not None}
+DIRECT = {OURS[its].__name__: m for its, ms in METHODS.items() for m in ms if m.direct is not None}
+
+
+def _rows_of(names):
+    rows = [c for c in CASES if c.name in names and c.is_layer and c.view is None]
+    return [pytest.param(c, id=str(c)) for c in rows if c.autocast is None]
+
+
+def test_there_are_short_ways():
+    assert len(GIVEN) >= 14 and len(DIRECT) >= 18
+
+
+@pytest.mark.parametrize("kind", ["ours", "marked"])
+@pytest.mark.parametrize("case", _rows_of(GIVEN))
+def test_what_is_given_is_what_forward_gives(case, kind):
+    """A plan is looked up with the arguments with which `forward` calls the op."""
+    layer = side_of(case, nn if kind == "ours" else stock, torch.float32, "cpu").call
+    nn.convert(layer)
+    inputs = case.make(torch.float32, "cpu")
+    heard = []
+
+    def hear(op, args, kwargs):
+        heard.append(dict(zip(op.names, args, strict=False)) | kwargs)
+        raise InterruptedError
+
+    with intercept(hear), pytest.raises(InterruptedError):
+        layer(*inputs)
+    method = GIVEN[case.name]
+    names = method.ours.__code__.co_varnames[1 : method.ours.__code__.co_argcount]
+    scope = {"self": layer, "_attributes": attributes, **dict(zip(names, inputs, strict=False))}
+    if hasattr(layer, "weight") and hasattr(layer, "bias"):
+        scope |= {"weight": layer.weight, "bias": layer.bias}
+    given = dict(zip(method.op.names, eval(f"({method.given},)", scope), strict=True))
+    if "_stacklevel" in given:
+        given["_stacklevel"] += _front.FRAMES
+    assert heard[0].keys() == given.keys()
+    for name, value in given.items():
+        assert value is heard[0][name] or value == heard[0][name], name
+
+
+def _operators(call):
+    """What `call` returns, and the operators of PyTorch that it ran."""
+    with torch.profiler.profile() as profile:
+        result = call()
+    return result, [e.name for e in profile.events() if e.name.startswith("aten::")]
+
+
+@pytest.mark.parametrize("kind", ["ours", "marked"])
+@pytest.mark.parametrize("case", _rows_of(DIRECT))
+def test_a_small_call_runs_the_operators_of_pytorchs_layer(case, kind, simulate):
+    """Bits, gradients and operators are those of stock, and so is the error for a None."""
+    simulate(least=1 << 40)
+    inputs = case.make(torch.float32, "cpu")
+    found = {}
+    for side in ("stock", kind):
+        torch.manual_seed(0)
+        layer = side_of(case, nn if side == "ours" else stock, torch.float32, "cpu").call
+        if side == "marked":
+            nn.convert(layer)
+        layer(*fresh_leaves(inputs))  # the floor is known from now on
+        torch.manual_seed(1)
+        given = [t * 1 if torch.is_tensor(t) and t.requires_grad else t for t in inputs]
+        result, operators = _operators(lambda: layer(*given))  # noqa: B023
+        parts = result if isinstance(result, tuple) else (result,)
+        leaves = [*layer.parameters(), *(t for t in inputs if t.requires_grad)]
+        grads = torch.autograd.grad(parts[0].sum(), leaves) if parts[0].requires_grad else ()
+        with pytest.raises(Exception) as error:
+            layer(None)
+        found[side] = operators, [*parts, *grads], (type(error.value), str(error.value))
+    (one, values, raised), (other, same, again) = found["stock"], found[kind]
+    assert one == other and raised == again
+    for a, b in zip(values, same, strict=True):
+        assert a.dtype == b.dtype and a.stride() == b.stride()
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def test_a_replaced_function_is_called_by_a_small_call(simulate):
+    simulate(least=1 << 40)
+    x = torch.randn(2, 4, 4, 4)
+    for name, layer in (
+        ("relu", nn.ReLU()),
+        ("gelu", nn.GELU()),
+        ("dropout", nn.Dropout()),
+        ("layer_norm", nn.LayerNorm(4)),
+        ("conv2d", nn.Conv2d(4, 4, 1)),
+        ("softmax", nn.Softmax(1)),
+        ("max_pool2d", nn.MaxPool2d(2)),
+    ):
+        layer(x)
+        with mock.patch.object(stock.functional, name, lambda *args, **kwargs: "replaced"):
+            assert layer(x) == "replaced", name
+            assert nn.convert(layer)(x) == "replaced", name
+
+
+def test_a_small_dropout_refuses_what_pytorch_refuses(simulate):
+    simulate(least=1 << 40)
+    layer, theirs = nn.Dropout(), stock.Dropout()
+    x = torch.ones(3)
+    layer(x)
+    layer.p = theirs.p = 2.0
+    with pytest.raises(ValueError) as error:
+        theirs(x)
+    with pytest.raises(ValueError, match=str(error.value)):
+        layer(x)
+
+
+def test_a_weight_of_a_subclass_reaches_its_function(simulate):
+    """A small call of a layer norm asks the class of its weight, as `F.layer_norm` does."""
+
+    class Told(torch.Tensor):
+        heard: list = []  # noqa: RUF012
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            cls.heard.append(function)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    simulate(least=1 << 40)
+    layer, x = nn.LayerNorm(4), torch.randn(2, 4)
+    layer(x)
+    layer.weight = stock.Parameter(torch.ones(4).as_subclass(Told))
+    Told.heard.clear()
+    layer(x)
+    assert stock.functional.layer_norm in Told.heard

@@ -19,6 +19,7 @@ from torch.nn.modules import module as _module
 
 import fastnn.functional as F
 from fastnn import _gate, _mode
+from fastnn._front import bound
 from fastnn._mode import Stock
 from fastnn.layers import activation as acts
 from fastnn.layers import batchnorm, conv
@@ -121,6 +122,11 @@ def _given(m) -> Any:
     return m
 
 
+def _bound(op: Any, **sources: str) -> Callable[[Any, Any], bool]:
+    """`bound` for an op whose arguments have these sources, by default the input of the members."""
+    return bound(op.op, "x, leader", sources or {op.op.names[0]: "x"})
+
+
 class Place(NamedTuple):
     """One place in a rule, in which one member stands."""
 
@@ -144,6 +150,8 @@ class Rule(NamedTuple):
     small: Callable[[Any, Any], bool] = lambda x, leader: False
     """Of the input and the first member: whether the call is below the floor of the op. In `auto`
     PyTorch then runs it, as the members do by themselves."""
+    is_below: Callable[[Any, Any], bool] = lambda x, leader: False
+    """The same where nobody could notice the question, in a third of the time (`bound`)."""
     asks: bool = False
     """Whether in `auto` the members run by themselves where the gate declines the op, because some
     of them may then run on kernels."""
@@ -211,6 +219,7 @@ LINEAR_ACT = Rule(
     small=lambda x, linear: linear_act.small(  # type: ignore[attr-defined]
         x, getattr(linear, "_parameters", {}).get("weight")
     ),
+    is_below=_bound(linear_act, input="x", weight="leader._parameters['weight']"),
 )
 DROPOUT_ADD = Rule(
     dropout_add,
@@ -247,6 +256,7 @@ RULES: tuple[Rule, ...] = (
         (BATCH_NORM, ACTIVATION),
         lambda x, norm, act: (*batchnorm.arguments(norm, x), *act),
         small=lambda x, leader: batch_norm_act.small(x),  # type: ignore[attr-defined]
+        is_below=_bound(batch_norm_act),
     ),
     Rule(
         group_norm_act,
@@ -259,6 +269,7 @@ RULES: tuple[Rule, ...] = (
             *act,
         ),
         small=lambda x, leader: group_norm_act.small(x),  # type: ignore[attr-defined]
+        is_below=_bound(group_norm_act),
     ),
     # The floors of the two ops are equal: the first member asks for one of them.
     *(
@@ -267,6 +278,7 @@ RULES: tuple[Rule, ...] = (
             (layer, norm, ACTIVATION._replace(optional=True)),
             _of_convolution,
             small=lambda x, leader: conv_batch_norm_act.small(x),  # type: ignore[attr-defined]
+            is_below=_bound(conv_batch_norm_act),
             asks=True,
         )
         for layer, norm in CONVOLUTIONS
@@ -285,6 +297,7 @@ RULES: tuple[Rule, ...] = (
                 *act,
             ),
             small=lambda x, leader: conv_act.small(x),  # type: ignore[attr-defined]
+            is_below=_bound(conv_act),
             asks=True,
         )
         for layer, _ in CONVOLUTIONS
@@ -429,14 +442,15 @@ class Neighbours:
 class Node:
     """Where a walk over the classes of members stands.
 
-    leads: of the node of a first member, the rule that it leads. ends: the neighbours, if they may
-    end here. next: class of the next member -> the node there.
+    leads, floor: of the node of a first member, the rule that it leads, and the floor of its op.
+    ends: the neighbours, if they may end here. next: class of the next member -> the node there.
     """
 
-    __slots__ = ("ends", "leads", "next")
+    __slots__ = ("ends", "floor", "leads", "next")
 
     def __init__(self) -> None:
         self.leads: Any = None
+        self.floor: Any = None
         self.ends: Neighbours | None = None
         self.next: dict[type, Node] = {}
 
@@ -456,7 +470,7 @@ def _tree() -> dict[type, Node]:
         for n in range(len(kinds) - rule.places[-1].optional, len(kinds) + 1):
             for path in itertools.product(*kinds[:n]):
                 node = root.setdefault(path[0], Node())
-                node.leads = rule
+                node.leads, node.floor = rule, rule.op.op.floor  # type: ignore[attr-defined]
                 for kind in path[1:]:
                     node = node.next.setdefault(kind, Node())
                 node.ends = node.ends or Neighbours(rule, path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import linecache
+import re
 from abc import ABCMeta
 from collections.abc import Callable, Sequence
 from inspect import Parameter, signature
@@ -37,6 +38,8 @@ class Method(NamedTuple):
     made: Any  # PyTorch's; None if it was replaced before fastnn was imported
     op: Any  # the record of the op that it runs; None: of several, or of none
     mirrors: bool = False  # whether it does what PyTorch's does, if F is torch.nn.functional
+    direct: tuple[str, str] | None = None  # what PyTorch's comes to for a tensor (`Layer`)
+    given: str | None = None  # the arguments that ours gives the op (`Layer`)
 
 
 METHODS: dict[type, tuple[Method, ...]] = {}  # of a stock class
@@ -263,7 +266,14 @@ def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
     name, op = method.name, method.op
     declared: list[str] = []
     passed: list[str] = []
-    defaults: dict[str, Any] = dict(_front_of_op.BELOW)
+    defaults: dict[str, Any] = {**_front_of_op.BELOW, **_DIRECT}
+    same: list[str] = []  # for each function that PyTorch's method calls, whether it is original
+    for number, (function, originals) in enumerate(called(method.made).items()):
+        either = []
+        for i, original in enumerate(originals):
+            defaults[f"_original_{number}_{i}"] = original
+            either.append(f"_functional.{function} is _original_{number}_{i}")
+        same.append(f"({' or '.join(either) or 'False'})")
     for p in signature(method.ours).parameters.values():
         assert p.kind is Parameter.POSITIONAL_OR_KEYWORD, (cls, name, p)
         declared.append(p.name if p.default is p.empty else f"{p.name}=_{p.name}")
@@ -285,23 +295,38 @@ def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
         asked = _front_of_op.below(op, passed[1], "_mode.")
         assert {*asked.tensors, *asked.others} <= {*passed}, (cls, asked)
         define = asked.define
+        # If PyTorch's method was replaced before the import, the replacement is always called.
+        given_to_op = None if method.made is None else method.given
+        parameters = ["weight, bias = _weight_and_bias(self)"]
+        asks = "        if _mode._uniform and not _is_compiling()"
+        if given_to_op is not None:
+            defaults |= _front_of_op.plans_of(op)
+            reads = parameters * _names_parameters(given_to_op)
+            lookup = reads + _front_of_op.from_tables(given_to_op, "_mode.")
+            lines += [f"{asks} and the_tables and {' and '.join(same)}:"]
+            lines += [f"            {line}" for line in lookup]
+        wanted = "0 < _the_floor" if given_to_op is None else "(0 < _the_floor or the_plans)"
         lines += [
-            "        if _mode._plain and not _is_compiling() and 0 < _the_floor "
-            f"and {asked.ready}:",
+            f"{asks} and {wanted} and {asked.ready}:",
             "            try:",
-            f"                _is_small = {asked.quiet} < {asked.least}",
+            f"                _is_small = _mode._plain and {asked.quiet} < {asked.least}",
             "            except Exception:",
             "                _is_small = False",
             "            if _is_small:",
-            f"                return _small_method({given})",
         ]
-    for number, (function, originals) in enumerate(called(method.made).items()):
-        same = []
-        for i, original in enumerate(originals):
-            defaults[f"_original_{number}_{i}"] = original
-            same.append(f"_functional.{function} is _original_{number}_{i}")
-        lines += [f"        if not ({' or '.join(same) or 'False'}):"]
-        lines += [f"            return _its_method({given})"]
+        if method.direct is not None and method.made is not None:
+            condition, result = method.direct
+            if "weight" not in passed and _names_parameters(condition + result):
+                lines += [f"                {line}" for line in parameters]
+            condition = " and ".join([*same, condition] if condition else same)
+            lines += [f"                if {condition}:", f"                    return {result}"]
+        lines += [f"                return _small_method({given})"]
+        if given_to_op is not None:
+            lookup = reads + _front_of_op.from_plans(asked.tensors[0], given_to_op, "_mode.")
+            lines += [f"            if the_plans and {' and '.join(same)}:"]
+            lines += [f"                {line}" for line in lookup]
+    for one in same:
+        lines += [f"        if not {one}:", f"            return _its_method({given})"]
     # A Sequential hands on what its first member takes. Recurrent layers tell why a PackedSequence
     # runs stock.
     if not issubclass(its, (torch.nn.Sequential, torch.nn.RNNBase)):
@@ -338,22 +363,54 @@ def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
     return functools.update_wrapper(function, getattr(its, name))
 
 
+# What the sources of `direct` and `given` may name.
+_DIRECT = {
+    "_torch": torch,
+    "_nn": torch._C._nn,
+    "_Parameter": torch.nn.Parameter,
+    "_weight_and_bias": weight_and_bias,
+    "_attributes": attributes,
+}
+
+
+def _names_parameters(source: str) -> bool:
+    return re.search(r"(?<!')\b(weight|bias)\b", source) is not None
+
+
 # ---- The metaclass -----------------------------------------------------------------------------
 
 
 class Layer(ABCMeta):
     """Metaclass of accelerated layers. `class ReLU(stock.ReLU, metaclass=Layer)` registers one.
 
-    `op=F.relu` names the function that `forward` calls with its first argument first, if it calls
-    no other. Calls that are too small for its kernels then go to PyTorch's `forward` at once.
+    `op=F.relu` names the function that `forward`, or else `_conv_forward`, calls with its first
+    argument first, if it calls no other. Calls that are too small for its kernels then go to
+    PyTorch's method at once.
     `mirrors=True`: or to our own `forward`, over `torch.nn.functional`. It must then differ from
     PyTorch's in nothing but how it reads parameters.
+    `direct=(condition, result)` are sources. They say what PyTorch's `forward` comes to for an
+    exact tensor: the operator of PyTorch that it calls at last, after questions that only other
+    classes answer. A small call runs this where the condition holds ("": always). The sources name
+    `self`, the arguments, what is in `_DIRECT`, and the `weight` and `bias` of the layer.
+    `given` is the source of the arguments that our `forward` gives the op, all of them and in
+    order. With it a plan is looked up before our `forward` and the function run.
     `boxes` are the names of members that the layer never calls: it reads their parameters.
 
     It derives from ABCMeta, so that users can still mix `abc.ABC` into their subclasses.
     """
 
-    def __new__(mcls, name, bases, namespace, op=None, boxes=(), mirrors=False, **kwargs):
+    def __new__(
+        mcls,
+        name,
+        bases,
+        namespace,
+        op=None,
+        boxes=(),
+        mirrors=False,
+        direct=None,
+        given=None,
+        **kwargs,
+    ):
         ours = namespace.get("__module__", "").startswith("fastnn.layers.")
         if ours:
             namespace.setdefault("__doc__", bases[0].__doc__)
@@ -362,13 +419,16 @@ class Layer(ABCMeta):
             its: Any = bases[0]
             STOCK[cls], OURS[its] = its, cls
             BOXES[its] = BOXES[cls] = boxes
+            main = "forward" if "forward" in namespace else "_conv_forward"
             METHODS[its] = tuple(
                 Method(
                     key,
                     method,
                     as_torch_made(getattr(its, key)),
-                    op.op if op is not None and key == "forward" else None,
-                    mirrors and key == "forward",
+                    op.op if op is not None and key == main else None,
+                    mirrors and key == main,
+                    direct if key == main else None,
+                    given if key == main else None,
                 )
                 for key, method in namespace.items()
                 if isinstance(method, FunctionType) and hasattr(its, key) and key[:2] != "__"

@@ -40,7 +40,13 @@ class Threshold(stock.Threshold, metaclass=Layer, op=F.threshold):
         return F.threshold(input, self.threshold, self.value, self.inplace)
 
 
-class ReLU(stock.ReLU, metaclass=Layer, op=F.relu):
+class ReLU(
+    stock.ReLU,
+    metaclass=Layer,
+    op=F.relu,
+    given="input, self.inplace",
+    direct=("", "_torch.relu_(input) if self.inplace else _torch.relu(input)"),
+):
     def forward(self, input):
         return F.relu(input, inplace=self.inplace)
 
@@ -79,7 +85,13 @@ class Tanh(stock.Tanh, metaclass=Layer, op=F.tanh):
         return F.tanh(input)
 
 
-class SiLU(stock.SiLU, metaclass=Layer, op=F.silu):
+class SiLU(
+    stock.SiLU,
+    metaclass=Layer,
+    op=F.silu,
+    given="input, self.inplace",
+    direct=("", "_nn.silu_(input) if self.inplace else _nn.silu(input)"),
+):
     def forward(self, input):
         return F.silu(input, inplace=self.inplace)
 
@@ -114,7 +126,13 @@ class GLU(stock.GLU, metaclass=Layer, op=F.glu):
         return F.glu(input, self.dim)
 
 
-class GELU(stock.GELU, metaclass=Layer, op=F.gelu):
+class GELU(
+    stock.GELU,
+    metaclass=Layer,
+    op=F.gelu,
+    given="input, self.approximate",
+    direct=("", "_nn.gelu(input, approximate=self.approximate)"),
+):
     def forward(self, input):
         return F.gelu(input, approximate=self.approximate)
 
@@ -124,7 +142,16 @@ class Hardshrink(stock.Hardshrink, metaclass=Layer, op=F.hardshrink):
         return F.hardshrink(input, self.lambd)
 
 
-class LeakyReLU(stock.LeakyReLU, metaclass=Layer, op=F.leaky_relu):
+class LeakyReLU(
+    stock.LeakyReLU,
+    metaclass=Layer,
+    op=F.leaky_relu,
+    given="input, self.negative_slope, self.inplace",
+    direct=(
+        "",
+        "(_nn.leaky_relu_ if self.inplace else _nn.leaky_relu)(input, self.negative_slope)",
+    ),
+):
     def forward(self, input):
         return F.leaky_relu(input, self.negative_slope, self.inplace)
 

@@ -24,15 +24,21 @@ __all__ = [
 ]
 
 
-class Conv1d(stock.Conv1d, metaclass=Layer):
+def _direct(dims):
+    """What a call of `_conv_forward` comes to, unless it pads in another way than by zeros."""
+    options = "self.stride, self.padding, self.dilation, self.groups"
+    return "self.padding_mode == 'zeros'", f"_torch.conv{dims}d(input, weight, bias, {options})"
+
+
+class Conv1d(stock.Conv1d, metaclass=Layer, op=F.conv1d, direct=_direct(1)):
     _conv_forward = rebound(stock.Conv1d._conv_forward, F=F)
 
 
-class Conv2d(stock.Conv2d, metaclass=Layer):
+class Conv2d(stock.Conv2d, metaclass=Layer, op=F.conv2d, direct=_direct(2)):
     _conv_forward = rebound(stock.Conv2d._conv_forward, F=F)
 
 
-class Conv3d(stock.Conv3d, metaclass=Layer):
+class Conv3d(stock.Conv3d, metaclass=Layer, op=F.conv3d, direct=_direct(3)):
     _conv_forward = rebound(stock.Conv3d._conv_forward, F=F)
 
 
@@ -48,17 +54,17 @@ class ConvTranspose3d(stock.ConvTranspose3d, metaclass=Layer, op=F.conv_transpos
     forward = rebound(stock.ConvTranspose3d.forward, F=F)
 
 
-class LazyConv1d(stock.LazyConv1d, metaclass=Layer):
+class LazyConv1d(stock.LazyConv1d, metaclass=Layer, op=F.conv1d, direct=_direct(1)):
     cls_to_become = Conv1d  # type: ignore[assignment]
     _conv_forward = rebound(stock.Conv1d._conv_forward, F=F)
 
 
-class LazyConv2d(stock.LazyConv2d, metaclass=Layer):
+class LazyConv2d(stock.LazyConv2d, metaclass=Layer, op=F.conv2d, direct=_direct(2)):
     cls_to_become = Conv2d  # type: ignore[assignment]
     _conv_forward = rebound(stock.Conv2d._conv_forward, F=F)
 
 
-class LazyConv3d(stock.LazyConv3d, metaclass=Layer):
+class LazyConv3d(stock.LazyConv3d, metaclass=Layer, op=F.conv3d, direct=_direct(3)):
     cls_to_become = Conv3d  # type: ignore[assignment]
     _conv_forward = rebound(stock.Conv3d._conv_forward, F=F)
 

@@ -15,7 +15,16 @@ __all__ = [
 ]
 
 
-class Dropout(stock.Dropout, metaclass=Layer, op=F.dropout):
+class Dropout(
+    stock.Dropout,
+    metaclass=Layer,
+    op=F.dropout,
+    given="input, self.p, self.training, self.inplace",
+    direct=(
+        "0 <= self.p <= 1",
+        "(_torch.dropout_ if self.inplace else _torch.dropout)(input, self.p, self.training)",
+    ),
+):
     def forward(self, input):
         return F.dropout(input, self.p, self.training, self.inplace)
 

@@ -8,7 +8,13 @@ from fastnn.layers._layer import Layer, weight_and_bias
 __all__ = ["Bilinear", "LazyLinear", "Linear"]
 
 
-class Linear(stock.Linear, metaclass=Layer, op=F.linear, mirrors=True):
+class Linear(
+    stock.Linear,
+    metaclass=Layer,
+    op=F.linear,
+    mirrors=True,
+    direct=("", "_nn.linear(input, weight, bias)"),
+):
     def forward(self, input):
         weight, bias = weight_and_bias(self)
         return F.linear(input, weight, bias)

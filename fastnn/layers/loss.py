@@ -41,7 +41,15 @@ class L1Loss(stock.L1Loss, metaclass=Layer, op=F.l1_loss):
         return F.l1_loss(input, target, reduction=self.reduction)
 
 
-class NLLLoss(stock.NLLLoss, metaclass=Layer, op=F.nll_loss, mirrors=True):
+class NLLLoss(
+    stock.NLLLoss,
+    metaclass=Layer,
+    op=F.nll_loss,
+    mirrors=True,
+    given=(
+        "input, target, *_attributes(self, 'weight'), None, self.ignore_index, None, self.reduction"
+    ),
+):
     def forward(self, input, target):
         (weight,) = attributes(self, "weight")
         return F.nll_loss(
@@ -134,7 +142,16 @@ class SoftMarginLoss(stock.SoftMarginLoss, metaclass=Layer, op=F.soft_margin_los
         return F.soft_margin_loss(input, target, reduction=self.reduction)
 
 
-class CrossEntropyLoss(stock.CrossEntropyLoss, metaclass=Layer, op=F.cross_entropy, mirrors=True):
+class CrossEntropyLoss(
+    stock.CrossEntropyLoss,
+    metaclass=Layer,
+    op=F.cross_entropy,
+    mirrors=True,
+    given=(
+        "input, target, *_attributes(self, 'weight'), None, self.ignore_index, None, "
+        "self.reduction, self.label_smoothing"
+    ),
+):
     def forward(self, input, target):
         (weight,) = attributes(self, "weight")
         return F.cross_entropy(

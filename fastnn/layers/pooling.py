@@ -32,7 +32,28 @@ __all__ = [
 ]
 
 
-class MaxPool1d(stock.MaxPool1d, metaclass=Layer, op=F.max_pool1d):
+_GIVEN_TO_MAX_POOL = (
+    "input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, "
+    "self.return_indices"
+)
+
+
+def _max_pool(dims):
+    """What PyTorch's call of a layer that returns no indices comes to."""
+    options = "self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode"
+    return (
+        "not self.return_indices and self.stride is not None",
+        f"_torch.max_pool{dims}d(input, {options})",
+    )
+
+
+class MaxPool1d(
+    stock.MaxPool1d,
+    metaclass=Layer,
+    op=F.max_pool1d,
+    given=_GIVEN_TO_MAX_POOL,
+    direct=_max_pool(1),
+):
     def forward(self, input):
         return F.max_pool1d(
             input,
@@ -45,7 +66,13 @@ class MaxPool1d(stock.MaxPool1d, metaclass=Layer, op=F.max_pool1d):
         )
 
 
-class MaxPool2d(stock.MaxPool2d, metaclass=Layer, op=F.max_pool2d):
+class MaxPool2d(
+    stock.MaxPool2d,
+    metaclass=Layer,
+    op=F.max_pool2d,
+    given=_GIVEN_TO_MAX_POOL,
+    direct=_max_pool(2),
+):
     def forward(self, input):
         return F.max_pool2d(
             input,
@@ -58,7 +85,13 @@ class MaxPool2d(stock.MaxPool2d, metaclass=Layer, op=F.max_pool2d):
         )
 
 
-class MaxPool3d(stock.MaxPool3d, metaclass=Layer, op=F.max_pool3d):
+class MaxPool3d(
+    stock.MaxPool3d,
+    metaclass=Layer,
+    op=F.max_pool3d,
+    given=_GIVEN_TO_MAX_POOL,
+    direct=_max_pool(3),
+):
     def forward(self, input):
         return F.max_pool3d(
             input,

@@ -17,12 +17,23 @@ def _level(layer):
     return 7 if is_marked(layer) else 6
 
 
+# As `forward` of our layers gives them, and of marked layers, which have this entry.
+_GIVEN = "input, self.dim, 7 if '_fastnn' in self.__dict__ else 6, None"
+
+
 class Softmin(stock.Softmin, metaclass=Layer):
     def forward(self, input):
         return F.softmin(input, self.dim, _stacklevel=_level(self))
 
 
-class Softmax(stock.Softmax, metaclass=Layer):
+class Softmax(
+    stock.Softmax,
+    metaclass=Layer,
+    op=F.softmax,
+    mirrors=True,
+    given=_GIVEN,
+    direct=("self.dim is not None", "input.softmax(self.dim)"),
+):
     def forward(self, input):
         return F.softmax(input, self.dim, _stacklevel=_level(self))
 
@@ -36,6 +47,13 @@ class Softmax2d(stock.Softmax2d, metaclass=Layer):
         return F.softmax(input, -3, _stacklevel=_level(self))
 
 
-class LogSoftmax(stock.LogSoftmax, metaclass=Layer):
+class LogSoftmax(
+    stock.LogSoftmax,
+    metaclass=Layer,
+    op=F.log_softmax,
+    mirrors=True,
+    given=_GIVEN,
+    direct=("self.dim is not None", "input.log_softmax(self.dim)"),
+):
     def forward(self, input):
         return F.log_softmax(input, self.dim, _stacklevel=_level(self))

@@ -109,7 +109,7 @@ def _products(input1, input2, weight, *rest, **options):
     stock=stock.bilinear,
     strided=("input1", "input2", "weight", "bias"),
     policy=_products,
-    at_most="input2.numel() * weight.size(0)",
+    at_most="input2.numel() * weight.shape[0]",
     settings=tf32_setting,
 )
 def bilinear(input1, input2, weight, bias=None):

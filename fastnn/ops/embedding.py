@@ -83,7 +83,7 @@ def padding_row(weight, indices, padding_idx, max_norm, sparse) -> int | Stock:
     opaque=True,
     split=_splits,
     policy=_vectors,
-    at_most="input.numel() * weight.size(-1)",
+    at_most="input.numel() * weight.shape[-1]",
     variants=("", FEW),
 )
 def embedding(

@@ -132,7 +132,7 @@ def _raises(
     strided=("weight", "input", "offsets", "per_sample_weights"),
     integers=INTEGERS,
     policy=_rows_read,
-    at_most="input.numel() * weight.size(-1)",
+    at_most="input.numel() * weight.shape[-1]",
 )
 def embedding_bag(
     input, weight, offsets=None, max_norm=None, norm_type=2, scale_grad_by_freq=False,

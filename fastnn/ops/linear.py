@@ -425,7 +425,7 @@ def _outputs(
     autocast_cpu="lower",
     policy=_outputs,
     settings=tf32_setting,
-    at_most="input.numel() // weight.size(1) * weight.size(0)",
+    at_most="input.numel() // weight.shape[1] * weight.shape[0]",
     variants=("gemm", "addmm", "epilogue"),
 )
 def linear_act(

@@ -241,7 +241,7 @@ def _unfit(x, w, b, target, weight, reduction, ignore_index, smoothing, shape):
     strided=("input", "linear_weight"),
     integers=(torch.int64,),
     policy=_logits_of,
-    at_most="input.numel() // input.size(-1) * (linear_weight.numel() // input.size(-1))",
+    at_most="input.numel() // input.shape[-1] * (linear_weight.numel() // input.shape[-1])",
     source="arXiv:2410.10989 (gradients with the loss, in chunks of rows)",
 )
 def linear_cross_entropy(

@@ -228,7 +228,7 @@ _TENSORS = (
     strided=_TENSORS,
     integers=(torch.bool,),
     policy=_scores,
-    at_most="query.numel() // query.size(-1) * num_heads * key.size(0)",
+    at_most="query.numel() // query.shape[-1] * num_heads * key.shape[0]",
     source="arXiv:1706.03762, section 3.2; arXiv:2205.14135; arXiv:2307.08691",
 )
 def multi_head_attention_forward(

@@ -163,7 +163,7 @@ def _saves_nothing(*args, **kwargs):
 _X = ("input", "w_ih", "w_hh")  # products take any strides
 _CELL: dict[str, Any] = {
     "autocast": "lower",
-    "at_most": "input.size(0) * w_hh.size(1)",
+    "at_most": "input.shape[0] * w_hh.shape[1]",
     "settings": tf32_setting,
 }
 
