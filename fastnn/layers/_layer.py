@@ -250,6 +250,51 @@ def watched(*layers: Any) -> str | None:
     return None
 
 
+def _shortcuts(
+    method: Method, asked: _front_of_op.Below, same: list[str], passed: list[str]
+) -> list[str]:
+    """Lines that return at once what a small call, or a call that has a plan, returns.
+
+    same: sources of whether the functions that PyTorch's method calls are original. passed: the
+    arguments.
+    """
+    # If PyTorch's method was replaced before the import, the replacement is always called.
+    given, direct = (method.given, method.direct) if method.made is not None else (None, None)
+    parameters = ["weight, bias = _weight_and_bias(self)"]
+    original = " and ".join(same)
+    lines = []
+    wanted = "0 < _the_floor"
+    if given is not None:
+        wanted = "(0 < _the_floor or the_plans)"
+        reads = parameters * _names_parameters(given)
+        lines += [f"    if the_tables and {original}:"]
+        lines += _indented(8, reads + _front_of_op.from_tables(given, "_mode."))
+    lines += [
+        f"    if {wanted} and {asked.ready}:",
+        "        try:",
+        f"            _is_small = _mode._plain and {asked.quiet} < {asked.least}",
+        "        except Exception:",
+        "            _is_small = False",
+        "        if _is_small:",
+    ]
+    if direct is not None:
+        condition, result = direct
+        if "weight" not in passed:
+            lines += _indented(12, parameters * _names_parameters(condition + result))
+        condition = f"{original} and {condition}" if condition else original
+        lines += [f"            if {condition}:", f"                return {result}"]
+    lines += [f"            return _small_method({', '.join(passed)})"]
+    if given is not None:
+        lines += [f"        if the_plans and {original}:"]
+        plans = _front_of_op.from_plans(asked.tensors[0], given, "_mode.")
+        lines += _indented(12, reads + plans)
+    return ["if _mode._uniform and not _is_compiling():", *lines]
+
+
+def _indented(by: int, lines: list[str]) -> list[str]:
+    return [" " * by + line for line in lines]
+
+
 def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
     """The function that runs in place of `method.ours`.
 
@@ -295,36 +340,8 @@ def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
         asked = _front_of_op.below(op, passed[1], "_mode.")
         assert {*asked.tensors, *asked.others} <= {*passed}, (cls, asked)
         define = asked.define
-        # If PyTorch's method was replaced before the import, the replacement is always called.
-        given_to_op = None if method.made is None else method.given
-        parameters = ["weight, bias = _weight_and_bias(self)"]
-        asks = "        if _mode._uniform and not _is_compiling()"
-        if given_to_op is not None:
-            defaults |= _front_of_op.plans_of(op)
-            reads = parameters * _names_parameters(given_to_op)
-            lookup = reads + _front_of_op.from_tables(given_to_op, "_mode.")
-            lines += [f"{asks} and the_tables and {' and '.join(same)}:"]
-            lines += [f"            {line}" for line in lookup]
-        wanted = "0 < _the_floor" if given_to_op is None else "(0 < _the_floor or the_plans)"
-        lines += [
-            f"{asks} and {wanted} and {asked.ready}:",
-            "            try:",
-            f"                _is_small = _mode._plain and {asked.quiet} < {asked.least}",
-            "            except Exception:",
-            "                _is_small = False",
-            "            if _is_small:",
-        ]
-        if method.direct is not None and method.made is not None:
-            condition, result = method.direct
-            if "weight" not in passed and _names_parameters(condition + result):
-                lines += [f"                {line}" for line in parameters]
-            condition = " and ".join([*same, condition] if condition else same)
-            lines += [f"                if {condition}:", f"                    return {result}"]
-        lines += [f"                return _small_method({given})"]
-        if given_to_op is not None:
-            lookup = reads + _front_of_op.from_plans(asked.tensors[0], given_to_op, "_mode.")
-            lines += [f"            if the_plans and {' and '.join(same)}:"]
-            lines += [f"                {line}" for line in lookup]
+        defaults |= _front_of_op.plans_of(op)
+        lines += _indented(8, _shortcuts(method, asked, same, passed))
     for one in same:
         lines += [f"        if not {one}:", f"            return _its_method({given})"]
     # A Sequential hands on what its first member takes. Recurrent layers tell why a PackedSequence
