@@ -236,6 +236,11 @@ def _tried(make: Callable[[bool], Any]) -> Any:
         raise NotReplayable(str(e)) from None
 
 
+def _copied(value: Any) -> Any:
+    """`value`; a copy of a list, which its owner may change."""
+    return [*value] if type(value) is list else value
+
+
 def call(
     record: Any, plan: Any, before: Program, after: Program, values: tuple, heard: Any,
     picked: int | tuple[int, ...] | None, checks: list, slow: Callable, python: Python,
@@ -255,7 +260,7 @@ def call(
                 {
                     "name": f"{plan.function.__name__}Backward",
                     "forms": tuple(map(_form, values)),
-                    "values": tuple(flat(values)),
+                    "values": tuple(map(_copied, flat(values))),
                     "ignored": tuple(
                         [
                             name == "_stacklevel"

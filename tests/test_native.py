@@ -150,6 +150,22 @@ def _norm():
 
 
 @interpreted
+@interpreted
+def test_a_list_among_the_arguments_fits_until_it_changes(native):
+    x, w = torch.randn(3, 9, requires_grad=True), torch.ones(9, requires_grad=True)
+    sizes, pads = [9], [1, 1]
+    plans = REGISTRY["rms_norm"].plans, REGISTRY["pad"].plans
+    with fastnn.backend("triton"):
+        for _ in range(5):
+            F.rms_norm(x, sizes, w).sum().backward()
+            assert F.pad(x, pads).shape == (3, 11)
+        assert [p.count for p in plans] == [1, 1] and all(map(_is_native, _ready("rms_norm")))
+        pads[0] = 2
+        for _ in range(4):
+            assert F.pad(x, pads).shape == (3, 12)
+    assert [p.count for p in plans] == [1, 2]
+
+
 def test_an_exception_of_python_passes_through(native):
     x, w, call = _norm()
 
