@@ -11,7 +11,8 @@ H100 of which both sides reach 3.05 TB/s. A launch costs the GPU 6 us beside its
 come from a calibration against published times. Where the instructions of our launches take longer
 than their bytes (`bench.roofs`), that time counts for ours. Of several rows of a variant, the one
 that saves least for its size counts. The host times are those of `python -m bench.host`: of one
-more call, by the Python runner of plans, against operators of stock that compute nothing.
+more call, by the runner of plans, against operators of stock that compute nothing. So each line has
+a size for the Python runner and one for the C++ runner.
 Operators that `bench/null.cpp` does not replace do compute, so stock counts at most 5.2 us for
 each launch on CUDA; no operator that is replaced needs more. The last 2 us are a margin. Ops that
 a container runs for several members cost 8 us more. All of this is an estimate. `fastnn tune`
@@ -54,6 +55,7 @@ class Estimate(NamedTuple):
 
     saved: us on the GPU per million units of size. host: us that a call costs the host more.
     least: the size from which the kernel wins; None if it never does. unit: what the size counts.
+    native: the size where the C++ runner replays plans.
     """
 
     op: str
@@ -62,6 +64,7 @@ class Estimate(NamedTuple):
     host: float
     least: int | None
     unit: str = "elements"
+    native: int | None = None
 
 
 def _rows() -> Iterator[tuple[str, Work, BenchCase]]:
@@ -106,12 +109,13 @@ def host_costs(rows: Sequence[dict], runner: str = "python") -> dict[str, float]
     return found
 
 
-def estimates(rows: Sequence[dict], runner: str = "python") -> list[Estimate]:
+def estimates(rows: Sequence[dict]) -> list[Estimate]:
     """The estimates that follow from the rows of host.json."""
     from fastnn.bench.predict import predicted
     from fastnn.bench.roofs import least_us
 
-    host = host_costs(rows, runner)
+    host = host_costs(rows)
+    in_cpp = host_costs(rows, "native") if all("native_us" in r for r in rows) else host
     rates: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for op, work, case in _rows():
         size = work.size
@@ -129,8 +133,10 @@ def estimates(rows: Sequence[dict], runner: str = "python") -> list[Estimate]:
     for (op, variant, unit), pairs in sorted(rates.items()):
         saved, of = min(pairs)
         wins = saved > SAVES * of
-        least = rounded(max(host[op], 0.0) / saved * 1e6) if wins else None
-        found.append(Estimate(op, variant, saved, host[op], least, unit))
+        sizes = [
+            rounded(max(more[op], 0.0) / saved * 1e6) if wins else None for more in (host, in_cpp)
+        ]
+        found.append(Estimate(op, variant, saved, host[op], sizes[0], unit, sizes[1]))
     return found
 
 
@@ -140,12 +146,16 @@ def write(found: Sequence[Estimate], path: Path) -> None:
     lines = table["default"]["crossovers"]
     known = {(line["op"], line.get("variant", "")): line for line in lines}
     for e in found:
-        if (e.op, e.variant) in known:
-            known[e.op, e.variant]["least"] = e.least
-            continue
-        variant = {"variant": e.variant} if e.variant else {}
-        at = next((i for i, line in enumerate(lines) if line["op"] > e.op), len(lines))
-        lines.insert(at, {"op": e.op, **variant, "least": e.least, "unit": e.unit})
+        line = known.get((e.op, e.variant))
+        if line is None:
+            variant = {"variant": e.variant} if e.variant else {}
+            line = {"op": e.op, **variant, "least": e.least, "unit": e.unit}
+            at = next((i for i, other in enumerate(lines) if other["op"] > e.op), len(lines))
+            lines.insert(at, line)
+        line["least"] = e.least
+        line.pop("native", None)
+        if e.native != e.least:
+            line["native"] = e.native
     path.write_text(_text(table))
 
 
@@ -173,9 +183,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", type=Path, required=True, metavar="FILE", help="a host.json")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the estimates as JSON")
     parser.add_argument("--write", action="store_true", help="put the sizes into crossover.json")
-    parser.add_argument(
-        "--runner", choices=("python", "native"), default="python", help="of plans; default: python"
-    )
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") != "1":
         print(
@@ -183,13 +190,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    found = estimates(json.loads(args.host.read_text())["rows"], args.runner)
-    print(f"{'op':34} {'variant':12} {'saves us/M':>10} {'host us':>8} {'from':>12} {'before':>12}")
+    found = estimates(json.loads(args.host.read_text())["rows"])
+    title = f"{'op':34} {'variant':12} {'saves us/M':>10} {'host us':>8}"
+    print(f"{title} {'from':>12} {'before':>12} {'C++ from':>12}")
     for e in found:
         before = _gate.crossover(e.op, "default", e.variant).least
-        least = "never" if e.least is None else f"{e.least:,}"
         old = "never" if before == math.inf else f"{int(before):,}"
-        print(f"{e.op:34} {e.variant:12} {e.saved:10.3f} {e.host:8.1f} {least:>12} {old:>12}")
+        least, native = ("never" if n is None else f"{n:,}" for n in (e.least, e.native))
+        print(
+            f"{e.op:34} {e.variant:12} {e.saved:10.3f} {e.host:8.1f} {least:>12} {old:>12} "
+            f"{native:>12}"
+        )
     if args.out:
         lines = ",\n".join(json.dumps(e._asdict()) for e in found)
         args.out.write_text(f"[\n{lines}\n]\n")

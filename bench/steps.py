@@ -106,20 +106,24 @@ def count(of: Step) -> Counted:
 class Costs(NamedTuple):
     """What the measurements say. All in microseconds.
 
-    steps: model -> host time of a step of stock. declined: model -> what all its calls cost more,
-    if PyTorch runs each of them. more: op -> what a call on kernels costs the host more; saved:
-    (op, variant) -> what it saves on the GPU for a million units of size.
+    steps: model -> host time of a step of stock.
+    declined: model -> what all its calls cost the host more, if PyTorch runs each of them.
+    more: op -> what a call on kernels costs the host more.
+    saved: (op, variant) -> what a call on kernels saves on the GPU for a million units of size.
+    least: (op, variant) -> the size from which kernels run.
     """
 
     steps: dict[str, float]
     declined: dict[str, float]
     more: dict[str, float]
     saved: dict[tuple[str, str], float]
+    least: dict[tuple[str, str], float]
 
 
 def costs(host: dict, gates: Sequence[dict], runner: str) -> Costs:
     """The costs that follow from host.json and from the estimates of the gate."""
     rows = [r for r in host["rows"] if len(r["ops"]) == 1]
+    size = "native" if runner == "native" else "least"
     more: dict[str, float] = {}
     for r in rows:
         extra = r[f"{runner}_us"] - r["stock_us"]
@@ -130,6 +134,7 @@ def costs(host: dict, gates: Sequence[dict], runner: str) -> Costs:
         {m["name"]: m["declined_us"] - m["stock_us"] for m in host["models"]},
         more,
         {(g["op"], g["variant"]): g["saved"] for g in gates},
+        {(g["op"], g["variant"]): float("inf") if g[size] is None else g[size] for g in gates},
     )
 
 
@@ -152,11 +157,7 @@ def simulate(model: str, counted: Counted, of: Costs, speed: float) -> Simulated
     gpu, ours_host, ours_gpu, kernels = counted.gpu_us, host, counted.gpu_us, 0
     for op, work in counted.calls:
         known = work is not None and (op, work.variant) in of.saved and op in of.more
-        if (
-            work is not None
-            and known
-            and work.size >= _gate.crossover(op, ARCHITECTURE, work.variant).least
-        ):
+        if work is not None and known and work.size >= of.least[op, work.variant]:
             kernels += 1
             ours_host += of.more[op]
             ours_gpu -= of.saved[op, work.variant] * work.size / 1e6

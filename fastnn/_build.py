@@ -54,6 +54,11 @@ def unsupported() -> str | None:
     return None
 
 
+def expected() -> bool:
+    """Whether plans run in C++ on this machine, once the module is built."""
+    return wanted() and unsupported() is None and (compiler() is not None or path().exists())
+
+
 def compiler() -> str | None:
     """The C++ compiler: `CXX`, or else one of those that are usual."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]

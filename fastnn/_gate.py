@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.torch_version import TorchVersion
 
+from fastnn import _build
 from fastnn._mode import HAS_TRITON, INTERPRET, Stock
 from fastnn.kernels import _gpus
 
@@ -88,8 +89,9 @@ def read(path: Path) -> dict[str, Any]:
 
     The table has one entry per architecture, and the entry "default" for all others. An entry has
     the `source` of the figures and a list of `crossovers`. Each crossover has the fields `op`,
-    `variant` ("" if left out), `unit` and `least` (None: the kernel never wins). PyTorch runs an op
-    without a line. Fields that this version does not know are ignored.
+    `variant` ("" if left out), `unit` and `least` (None: the kernel never wins), and may have
+    `native`, which stands for `least` where plans are to run in C++. PyTorch runs an op without a
+    line. Fields that this version does not know are ignored.
     """
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -107,6 +109,10 @@ def table() -> Mapping[str, Any]:
     return _shipped() if _table is None else _table
 
 
+# Not whether the module is built: a call must take the same path before and after the build.
+_in_cpp = functools.cache(_build.expected)
+
+
 @functools.cache
 def crossover(op: str, architecture: str, variant: str = "") -> Crossover:
     """The size from which the kernel of `op` wins on `architecture`."""
@@ -117,7 +123,8 @@ def crossover(op: str, architecture: str, variant: str = "") -> Crossover:
         entry = table()[key]
         for line in entry["crossovers"]:
             if line["op"] == op and line.get("variant", "") == variant:
-                least = math.inf if line["least"] is None else line["least"]
+                size = line["native"] if _in_cpp() and "native" in line else line["least"]
+                least = math.inf if size is None else size
                 unit, estimated = line.get("unit", "elements"), key == "default"
                 found = Crossover(least, entry["source"], unit, estimated)
                 return found._replace(least=found.free()) if _host == "free" else found

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import fastnn
 import fastnn.functional as F
-from fastnn import _front, _gate, _op
+from fastnn import _build, _front, _gate, _op
 from fastnn.bench import gates
 from fastnn.bench.cases import CASES as BENCH_CASES
 from fastnn.bench.tune import gate_work
@@ -274,6 +274,20 @@ def test_a_free_host_opens_the_gates_of_estimates_that_save_something():
         found[host] = done.stdout.split() or done.stderr.splitlines()[-1]
     assert found["free"] == ["65536", "inf"] and int(found[""][0]) > 65536
     assert "FASTNN_HOST='fre'" in found["fre"]
+
+
+def test_where_plans_run_in_cpp_a_call_takes_its_kernel_from_a_smaller_size_on():
+    """The declaration decides, and not whether the module is built yet."""
+    code = "from fastnn import _gate; print(_gate.crossover('layer_norm', 'sm_90').least)"
+    found = {}
+    for native in ("0", "1"):
+        env = {**os.environ, "FASTNN_NATIVE": native, "FASTNN_CACHE": os.devnull}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        found[native] = int(done.stdout)
+    if _build.unsupported() or _build.compiler() is None:
+        assert found["0"] == found["1"]
+    else:
+        assert _gate.LEAST_OF_ESTIMATES <= found["1"] < found["0"]
 
 
 def test_an_estimate_weighs_what_is_saved_against_what_the_host_pays(tmp_path):
