@@ -684,6 +684,18 @@ def residual_of_another_layout(x):
     return F.dropout(x.cos().t().contiguous().t(), 0.5) + x
 
 
+def channels_in_rows(x):
+    return x.view(2, 2, WIDTH).transpose(1, 2)
+
+
+def residual_of_permuted_channels(x):
+    return F.relu(channels_in_rows(x).cos() + BATCH(channels_in_rows(x).contiguous()))
+
+
+def norm_of_permuted_channels(x):
+    return F.relu(channels_in_rows(x).cos() + BATCH(channels_in_rows(x)))
+
+
 def rows_of_another_layout(x):
     x = x.t().contiguous().t()
     return WEIGHT * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
@@ -924,7 +936,8 @@ REFUSED = {
         (rounded_on_the_way, {}), (rounded_at_the_end, {}), (logits_at_an_index, {}),
         (logits_of_other_bits, {}), (a_chunk_of_the_logits, {}), (statistics_by_a_view, {}),
         (binomial_between, {}), (written_by_out, {}), (factor_of_another_layout, {}),
-        (residual_of_another_layout, {}), (rows_of_another_layout, {}), (product_in_place, {}),
+        (residual_of_another_layout, {}), (residual_of_permuted_channels, {}),
+        (norm_of_permuted_channels, {}), (rows_of_another_layout, {}), (product_in_place, {}),
         (dropout_in_place, {"linear, activation": 1}), (negative_slope_in_place, {}),
         (sum_read_before_a_reshape, {}), (rows_reshaped, {}), (rows_in_another_order, {}),
         (rows_by_index, {}), (terms_that_are_no_rows, {}),
@@ -934,7 +947,7 @@ REFUSED = {
         (layout_without_a_norm, {}), (halves_of_two, {}),
         (half_with_another_user, {}),
         (thirds, {}), (one_half_twice, {}),
-        (halves_of_a_permutation, {"activation, product": 1}),
+        (halves_of_a_permutation, {}),
         (layout_of_a_sine, {}), (layout_that_a_dropout_draws, {}), (copy_that_others_read, {}),
         (layout_of_attention, {}), (written_after_attention, {}), (part_of_a_permutation, {}),
         (permutation_with_another_user, {}), (scaled_and_read, {}), (scale_of_more_bits, {}),
@@ -977,6 +990,84 @@ def test_what_must_stay(name):
     ):
         assert torch.equal(one, other) and one.stride() == other.stride()
     assert torch.equal(given, x)
+
+
+# ---- What an op declines -------------------------------------------------------------------------
+
+
+def by_angles(x, cos, sin):
+    return x * cos + turned(x, x.shape[-1] // 2) * sin
+
+
+def fed(*shape, **options):
+    """A tensor that is drawn when the test runs."""
+    return lambda: torch.rand(shape, **options)
+
+
+def last_apart(*shape):
+    return lambda: torch.rand(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
+
+
+def channels_last(*shape):
+    return lambda: torch.rand(*shape).to(memory_format=torch.channels_last_3d)
+
+
+LEARNED = {"requires_grad": True}
+BY_PRODUCT = stock.Linear(WIDTH, WIDTH)
+ROW = fed(3, WIDTH)
+WIDE = fed(2, 3, WIDTH)
+# A call in which a rule holds, and the arguments with which the op of the rule declines it.
+DECLINED = {
+    "rotary, learned cosines": (by_angles, WIDE, fed(3, WIDTH, **LEARNED), ROW),
+    "rotary, learned sines": (by_angles, WIDE, ROW, fed(3, WIDTH, **LEARNED)),
+    "rotary, five dimensions": (by_angles, fed(2, 1, 2, 3, WIDTH), ROW, ROW),
+    "rotary, angles of one column": (by_angles, WIDE, fed(3, 1), fed(3, 1)),
+    "rotary, one angle": (by_angles, WIDE, fed(), fed()),
+    "rotary, float64": (by_angles, *[fed(3, WIDTH, dtype=torch.float64)] * 3),
+    "rotary, columns apart": (by_angles, last_apart(2, 3, WIDTH), ROW, ROW),
+    "rotary, long rows": (by_angles, fed(1, 8196), fed(8196), fed(8196)),
+    "rms_norm, float64": (
+        lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)),
+        fed(3, WIDTH, dtype=torch.float64), fed(WIDTH, dtype=torch.float64),
+    ),
+    "scale, float64": (
+        lambda x, z, s: x + z * s, *[fed(3, WIDTH, dtype=torch.float64)] * 2,
+        fed(WIDTH, dtype=torch.float64),
+    ),
+    "scale, dimensions apart": (lambda x, z, s: x + z * s, WIDE, WIDE, fed(2, 1, WIDTH)),
+    "scale, as many elements": (lambda x, z, s: x + z * s, *[fed(1, 3, WIDTH)] * 2, ROW),
+    "gate, dimensions apart": (
+        lambda x, s: x * s, fed(2, 3, WIDTH, **LEARNED), fed(2, 1, WIDTH, **LEARNED),
+    ),
+    "product, columns apart": (lambda x, z: F.silu(x) * z, *[last_apart(2, 3, WIDTH)] * 2),
+    "product, channels last": (lambda x, z: F.relu(x) * z, *[channels_last(2, 4, 3, 3, 3)] * 2),
+    "norm, columns apart": (
+        lambda z, x: F.layer_norm(x + z, (WIDTH,)), *[last_apart(2, 3, WIDTH)] * 2,
+    ),
+    "norm, a weight of more bits": (
+        lambda z, x, w: F.rms_norm(x + z, (WIDTH,), w, 1e-5),
+        *[fed(3, WIDTH, dtype=torch.bfloat16, **LEARNED)] * 2, fed(WIDTH),
+    ),
+    "norm, a row with a bias": (
+        lambda z, x: F.layer_norm(x + BY_PRODUCT(z), (WIDTH,)), fed(WIDTH, **LEARNED), fed(WIDTH),
+    ),
+}  # fmt: skip
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # PyTorch's notice
+@pytest.mark.parametrize("name", DECLINED)
+def test_a_rule_leaves_what_its_op_declines(name):
+    """The separate calls run, also where kernels are forced, and have the values of stock."""
+    call, *make = DECLINED[name]
+    BY_PRODUCT.cpu()
+    inputs = [m() for m in make]
+    with fastnn.backend("triton"), fastnn.decisions() as heard:
+        _, got = found_in(call, *inputs)
+    assert all(d.why is None for d in heard)
+    want = call(*inputs)
+    torch.testing.assert_close(got, want)
+    assert got.stride() == want.stride()
 
 
 # ---- States of a model --------------------------------------------------------------------------
@@ -1416,7 +1507,7 @@ PLANTED = {
     ),
     "the layout of a term is lost": (
         (_rules, "_alike", lambda one, other: one.shape == other.shape),
-        stays, "residual_of_another_layout",
+        stays, "residual_of_permuted_channels",
     ),
     "a copy that somebody writes": (
         without(Site, "expect_one_memory"), stays, "copy_of_what_is_written",

@@ -571,6 +571,11 @@ def _batch_norm_add_relu(site: Site, end: Node) -> Rewrite:
     norm = site.call(node, "batch_norm")
     one, other = _tensor(node), _tensor(residual)
     site.expect(_alike(one, other) and one.dtype == other.dtype, "the residual differs in kind")
+    # The norm gives all other layouts up, which what Dynamo knows of its result does not tell.
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(one.dim(), torch.contiguous_format)
+    dense = one.is_contiguous() or one.is_contiguous(memory_format=last)
+    site.expect(dense, "the norm does not keep this layout")
     args = (norm["input"], residual, *_norm_arguments(norm))
     return Rewrite(batch_norm_add_relu, args, (end,))
 
@@ -865,6 +870,17 @@ def alone(node: Node) -> tuple[Callable, tuple, dict[str, Any]] | None:
         if known.arguments.keys() <= set(op.names):
             return getattr(F, known.name), (), known.arguments
     return None
+
+
+def record_of(target: Any) -> Any:
+    """The record of the op that runs a call of `target` in a rewritten graph; None if none does."""
+    ours = _IN_OTHER_DTYPES.get(target) or _by_target().get(target)
+    return getattr(target if ours is None else ours, "op", None)
+
+
+_IN_OTHER_DTYPES = {
+    _rms_norm_without_autocast: F.rms_norm, _cross_entropy_in_float32: F.cross_entropy,
+}  # fmt: skip
 
 
 @functools.cache
