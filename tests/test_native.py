@@ -137,6 +137,26 @@ def test_a_sequence_of_calls_equals_the_same_without_plans(native, seed):
     assert test_plans.sequence(seed) is None
 
 
+@interpreted
+@pytest.mark.parametrize("gradients", test_plans.GRADIENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", test_plans.TWICE)
+def test_a_result_that_is_given_twice_is_replayed_bit_for_bit(native, case, dtype, gradients):
+    left = _native.left_to_python.total()
+    found = test_plans.differ_twice(test_plans.TWICE[case], dtype, gradients)
+    assert found == (None, True) and _native.left_to_python.total() == left
+
+
+@interpreted
+@pytest.mark.parametrize("case", [*test_plans.TWICE][::2])
+def test_results_of_one_memory_are_two_tensors(native, case):
+    left = _native.left_to_python.total()
+    for edited in (0, 1):
+        for grad in (True, False):
+            test_plans.test_results_of_one_memory_are_two_tensors(case, edited, grad)
+    assert _native.left_to_python.total() == left
+
+
 # ---- What only C++ can get wrong ----------------------------------------------------------------
 
 

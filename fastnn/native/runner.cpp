@@ -14,6 +14,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty_strided_ops.h>
@@ -386,10 +387,13 @@ void run(const Program& program, Slots& slots, Drawn& drawn, c10::Device device)
   c10::DispatchKeySet keys(c10::computeDispatchKey(std::nullopt, std::nullopt, device));
   for (const Step& step : program.steps) {
     switch (step.kind) {
-      case Step::ALLOCATE:
+      case Step::ALLOCATE: {
+        // PyTorch may fill the memory, and must not count that as a version of the tensor.
+        at::AutoDispatchBelowADInplaceOrView below;
         slots[step.makes[0]] = at::_ops::empty_strided::redispatch(
             keys, step.size, step.stride, step.dtype, at::kStrided, device, std::nullopt);
         break;
+      }
       case Step::LAUNCH:
         run_launch(step, slots, drawn, stream);
         break;
