@@ -87,14 +87,15 @@ def _is_only_read(node: Node) -> bool:
         for user in one.users:
             if user.op == "output" or one in writes(user):
                 return False
-            if _is_ours(user):
-                continue
-            if is_opaque(user) and not is_view(user):
-                return False
-            known = call(user)
-            if known is not None and known.name != "dropout":
-                continue
-            if not makes_new(user) and user not in seen:  # it may be a view
+            if not is_view(user):
+                if _is_ours(user):
+                    continue
+                if is_opaque(user):
+                    return False
+                known = call(user)
+                if (known is not None and known.name != "dropout") or makes_new(user):
+                    continue
+            if user not in seen:  # it is a view, or may be one
                 seen.add(user)
                 todo.append(user)
     return True
