@@ -332,6 +332,11 @@ def three(x):
     return q * k + v
 
 
+def three_parts(x, of=torch.sin):
+    q, k, v = of(x).view(4, 2, 8)[:3]
+    return q * k + v
+
+
 def halves(x, gate=0):
     two = (x * 2).chunk(2, dim=-1)
     return two[1 - gate].mul(F.gelu(two[gate]))
@@ -409,6 +414,7 @@ SPELLINGS = {
     "divided by 1": ("nothing to do", lambda x: ((x + 1) / 1.0).sin()),
     "times 1": ("nothing to do", lambda x: (1 * x.cos()).sin()),
     "padded by 0": ("nothing to do", lambda x: F.pad(x.cos(), (0, 0, 0, 0)).sin()),
+    "unpacked": ("parts of one tensor", lambda x: three_parts(x, NORM)),
     "halves": ("activation, product of halves", lambda x: halves(x)),
     "halves, first": ("activation, product of halves", lambda x: halves(x, 1)),
     "copies for attention": ("contiguous before attention", lambda x: attention(x)),
@@ -807,6 +813,36 @@ def part_of_a_permutation(x):
     return q * v
 
 
+def part_that_is_written(x):
+    parts = NORM(x).view(2, 2, WIDTH)
+    one = parts[0]
+    return (parts[1] * 2 + one.mul_(3)).cos()
+
+
+def part_that_leaves(x):
+    parts = NORM(x).view(2, 2, WIDTH)
+    return parts[0], parts[1] * 2
+
+
+def part_that_is_read_twice(x):
+    parts = NORM(x).view(2, 2, WIDTH)
+    return parts[0] * parts[1] + parts[0]
+
+
+def one_of_the_parts(x):
+    parts = NORM(x).view(2, 2, WIDTH)
+    return parts[1] * 2
+
+
+def parts_of_an_input(x):
+    return x[0] * x[1] + x[2] * x[3]
+
+
+def parts_without_a_gradient(x):
+    one, other = (x * 2).view(2, 2, WIDTH)
+    return one * other
+
+
 def permutation_with_another_user(x):
     y = F.pad(x, (0, 8)).view(2, 2, 3, 2, 4).permute(2, 0, 3, 1, 4)
     q, k, v = y.unbind(0)
@@ -950,6 +986,8 @@ REFUSED = {
         (halves_of_a_permutation, {}),
         (layout_of_a_sine, {}), (layout_that_a_dropout_draws, {}), (copy_that_others_read, {}),
         (layout_of_attention, {}), (written_after_attention, {}), (part_of_a_permutation, {}),
+        (part_that_is_written, {}), (part_that_leaves, {}), (part_that_is_read_twice, {}),
+        (one_of_the_parts, {}), (parts_of_an_input, {}), (parts_without_a_gradient, {}),
         (permutation_with_another_user, {}), (scaled_and_read, {}), (scale_of_more_bits, {}),
         (outer_product, {}), (scaled_residual_of_another_layout, {}),
         (gate_without_a_gradient, {}), (gate_of_more_bits, {}), (gate_in_place, {}),
@@ -1147,6 +1185,29 @@ def test_the_training_flag_makes_a_new_graph():
         reference.load_state_dict(model.state_dict())
         model.eval()
         torch.testing.assert_close(compiled(x), reference(x))
+
+
+def test_unpacked_parts_have_the_gradient_of_eager_mode():
+    """Dynamo makes `x[0], x[1], x[2]` of `q, k, v = x`, and the gradient of each is as large as x."""
+    x = torch.randn(4, WIDTH, requires_grad=True)
+    w = torch.randn(WIDTH, WIDTH, requires_grad=True)
+
+    def call(x):
+        q, k, v = F.linear(x, w).repeat(3, 1).view(3, 4, WIDTH)
+        return (q * k + v).sin()
+
+    found = []
+    for one in (call, fastnn.compile(call)):
+        y = one(x)
+        names, todo = set(), [y.grad_fn]
+        while todo:
+            node = todo.pop()
+            names.add(node.name())
+            todo += [n for n, _ in node.next_functions if n is not None]
+        assert "SelectBackward0" not in names and "UnbindBackward0" in names
+        found.append(torch.autograd.grad(y.sum(), (x, w)))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @interpreted

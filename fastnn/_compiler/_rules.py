@@ -740,6 +740,31 @@ def _dropout_add(site: Site, end: Node) -> Rewrite:
 # ---- Views --------------------------------------------------------------------------------------
 
 
+@rule("parts of one tensor", "getitem")
+def _parts_of_one_tensor(site: Site, end: Node) -> Rewrite:
+    """x[0], x[1], x[2], which are all of x: `x.unbind(0)`, as `q, k, v = x` is in eager mode.
+
+    The gradient of each part would be a tensor of the size of x, and these are added up.
+    """
+    known = site.call(end, "getitem")
+    x = known["input"]
+    site.expect(type(known["index"]) is int and known["index"] == 0, "not the first part")
+    v = _tensor(x)
+    site.expect(v.dim() > 0 and type(v.shape[0]) is int and v.shape[0] > 1, "not several parts")
+    site.expect(v.requires_grad, "no gradient")
+    parts: dict[int, Node] = {}
+    for user in x.users:
+        if user.target is operator.getitem:
+            part = user.args[1]
+            if type(part) is int and part >= 0:
+                site.expect(part not in parts, "a part is read twice")
+                site.taken[user] = None
+                parts[part] = user
+    site.expect(sorted(parts) == list(range(v.shape[0])), "not all parts are read")
+    site.expect_one_memory(x, end)  # parts of `unbind` must not be written
+    return Rewrite(torch.unbind, (x, 0), tuple(parts[i] for i in range(v.shape[0])))
+
+
 def _unbind_and_permute(input: Tensor, dim: int, order: tuple[int, ...]) -> tuple[Tensor, ...]:
     """`input.unbind(dim)`, each permuted."""
     return tuple(t.permute(order) for t in input.unbind(dim))
