@@ -1188,7 +1188,7 @@ def test_the_training_flag_makes_a_new_graph():
 
 
 def test_unpacked_parts_have_the_gradient_of_eager_mode():
-    """Dynamo makes `x[0], x[1], x[2]` of `q, k, v = x`, and the gradient of each is as large as x."""
+    """Dynamo makes `x[0], x[1], x[2]` of `q, k, v = x`. The gradient of each is as large as x."""
     x = torch.randn(4, WIDTH, requires_grad=True)
     w = torch.randn(WIDTH, WIDTH, requires_grad=True)
 
