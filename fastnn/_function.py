@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -31,21 +32,30 @@ class Function(torch.autograd.Function):
                 f"{cls.__name__}.backward: *gradients are taken as they are; call them strided"
             )
         cls.backward = staticmethod(with_dense_gradients(backward, at))  # type: ignore
-        if len(names) + len(cls.strided) == 1:
+        if _may_have_one_result(backward):
             forward = cls.__dict__["forward"].__func__
             cls.forward = staticmethod(_without_zeros(forward))  # type: ignore
 
 
-def _without_zeros(forward: Callable) -> Callable:
-    """The forward of a function with one result: without a gradient of it, the inputs have none.
+def _may_have_one_result(backward: Callable) -> bool:
+    """Whether all gradients but the first one are optional: they have defaults."""
+    _, _, *others = inspect.signature(backward).parameters.values()
+    return all(p.default is not p.empty for p in others)
 
-    By default autograd makes zeros of it, and then the inputs have gradients that are zero.
+
+def _without_zeros(forward: Callable) -> Callable:
+    """The forward of a function, so that without a gradient of its one result the inputs have none.
+
+    By default autograd makes zeros of it, and then the inputs have gradients that are zero. Where
+    the function returns several results, the default stays.
     """
 
     @functools.wraps(forward)
     def call(ctx, *args):
-        ctx.set_materialize_grads(False)
-        return forward(ctx, *args)
+        result = forward(ctx, *args)
+        if not isinstance(result, tuple):
+            ctx.set_materialize_grads(False)
+        return result
 
     return call
 

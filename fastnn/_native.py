@@ -61,7 +61,7 @@ def _found() -> tuple[Any, str | None]:
     except _build.BuildError as e:
         _build.start()
         return None, str(e)
-    found.setup(UNFIT, same, _mode.DeviceContext)
+    found.setup(UNFIT, same, _mode.DeviceContext, torch.nn.functional.linear)
     return found, None
 
 
@@ -77,7 +77,7 @@ def using(found: Any) -> Iterator[None]:
     global _module, _why, _asked
     before = _module, _why, _asked
     if found is not None:
-        found.setup(UNFIT, same, _mode.DeviceContext)
+        found.setup(UNFIT, same, _mode.DeviceContext, torch.nn.functional.linear)
     _module, _why, _asked = found, None if found is not None else "for a test", True
     try:
         yield

@@ -7,6 +7,7 @@ Op files can import from here everything that they need of the layers below.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -153,16 +154,22 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _refuse_dtype(op: Op, dtype: torch.dtype) -> Stock | None:
+    if dtype in op.dtypes or dtype in op.integers:
+        return None
+    supported = ", ".join(map(_short, op.dtypes))
+    return Stock("dtype", f"no kernel supports {_short(dtype)} (supported: {supported})")
+
+
 def _refuse_tensor(op: Op, t: Tensor) -> Stock | None:
     if t.device.type not in kernel_devices:
         supported = ", ".join(sorted(kernel_devices))
         return Stock("device", f"a tensor is on {t.device.type}, and kernels run on {supported}")
     if t.layout is not torch.strided or t.is_nested:
         return Stock("layout", "a tensor is sparse, nested or otherwise not strided")
-    dtype = t.dtype
-    if dtype not in op.dtypes and dtype not in op.integers:
-        supported = ", ".join(map(_short, op.dtypes))
-        return Stock("dtype", f"no kernel supports {_short(dtype)} (supported: {supported})")
+    why = _refuse_dtype(op, t.dtype)
+    if why is not None:
+        return why
     if t.is_neg():
         return Stock("layout", "a tensor has a pending negation")
     return None
@@ -264,6 +271,61 @@ def _fused(op: Op, device_type: str, args: tuple, kwargs: dict, variant: str) ->
     if op.takes_variant:
         kwargs = {**kwargs, "variant": variant}
     return op.fused(*args, **kwargs)
+
+
+class _Reached(Exception):
+    """A fused function took its call."""
+
+
+class _Asking:
+    """Stands for a recorder, and for its log, where a fused function is only asked.
+
+    The function runs no autograd function, and draws nothing.
+    """
+
+    asks = True
+    reads_setting = False
+
+    def __init__(self):
+        self.log = self
+
+    def run(self, function, args):
+        raise _Reached
+
+    def refuse(self, why: str) -> None:
+        pass
+
+    def lasting(self, *tensors: Tensor) -> None:
+        pass
+
+
+def refusal(op: Op, device: torch.device, args: tuple, kwargs: dict, cast: bool) -> Stock | None:
+    """Why no kernel takes such a call at any size; None if one does. Nothing is computed.
+
+    The tensors among the arguments are on the meta device, and stand for tensors on `device`.
+    `cast` says whether autocast is on. What `survey` asks of a thread or a device is not asked.
+    """
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and (why := _refuse_dtype(op, value.dtype)) is not None:
+            return why
+    before, active.recorder = active.recorder, _Asking()
+    kind = device.type
+    autocast: Any = contextlib.nullcontext()
+    if torch.amp.is_autocast_available(kind):
+        autocast = torch.autocast(kind, enabled=cast)
+    try:
+        given = inspect.Signature(_front.parameters(op.fused)).bind(*args, **kwargs)
+        given.apply_defaults()
+        # With gradients, because some calls are taken only without them.
+        with torch.enable_grad(), autocast:
+            found = _fused(op, kind, given.args, given.kwargs, "")
+    except _Reached:
+        return None
+    except (AttributeError, TypeError) as e:  # PyTorch is going to reject the arguments
+        return Invalid("option", str(e))
+    finally:
+        active.recorder = before
+    return found if isinstance(found, Stock) else None
 
 
 def _has_elements(result: Any) -> bool:

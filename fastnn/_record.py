@@ -314,6 +314,8 @@ class Recorder:
     whether an autograd function runs.
     """
 
+    asks = False
+
     def __init__(self, tensors: tuple[Tensor, ...], drawn: tuple[int, int] | None = None):
         self.tensors = tensors
         self.log = _Log(tensors, drawn)

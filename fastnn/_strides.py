@@ -82,7 +82,8 @@ def with_dense_gradients(backward: Callable, at: tuple[int, ...]) -> Callable:
     """`backward(ctx, *grads)`, with plain gradients, those at the positions `at` made dense.
 
     If no result has a gradient, no input has one. Autograd asks so where the function behind
-    returns None for all of them.
+    returns None for all of them. A gradient may be optional: it has a default, and is not passed
+    where the forward returns fewer results.
     """
 
     def call(ctx, *grads):
@@ -93,6 +94,8 @@ def with_dense_gradients(backward: Callable, at: tuple[int, ...]) -> Callable:
                 grads = tuple([g if g is None else plain_gradient(g) for g in grads])
                 break
         for i in at:
+            if i >= len(grads):  # optional ones come last
+                break
             g = grads[i]
             if g is not None and not is_dense(g):
                 grads = (*grads[:i], dense(g), *grads[i + 1 :])

@@ -332,6 +332,11 @@ def three(x):
     return q * k + v
 
 
+def three_parts(x, of=torch.sin):
+    q, k, v = of(x).view(4, 2, 8)[:3]
+    return q * k + v
+
+
 def halves(x, gate=0):
     two = (x * 2).chunk(2, dim=-1)
     return two[1 - gate].mul(F.gelu(two[gate]))
@@ -409,6 +414,7 @@ SPELLINGS = {
     "divided by 1": ("nothing to do", lambda x: ((x + 1) / 1.0).sin()),
     "times 1": ("nothing to do", lambda x: (1 * x.cos()).sin()),
     "padded by 0": ("nothing to do", lambda x: F.pad(x.cos(), (0, 0, 0, 0)).sin()),
+    "unpacked": ("parts of one tensor", lambda x: three_parts(x, NORM)),
     "halves": ("activation, product of halves", lambda x: halves(x)),
     "halves, first": ("activation, product of halves", lambda x: halves(x, 1)),
     "copies for attention": ("contiguous before attention", lambda x: attention(x)),
@@ -684,6 +690,18 @@ def residual_of_another_layout(x):
     return F.dropout(x.cos().t().contiguous().t(), 0.5) + x
 
 
+def channels_in_rows(x):
+    return x.view(2, 2, WIDTH).transpose(1, 2)
+
+
+def residual_of_permuted_channels(x):
+    return F.relu(channels_in_rows(x).cos() + BATCH(channels_in_rows(x).contiguous()))
+
+
+def norm_of_permuted_channels(x):
+    return F.relu(channels_in_rows(x).cos() + BATCH(channels_in_rows(x)))
+
+
 def rows_of_another_layout(x):
     x = x.t().contiguous().t()
     return WEIGHT * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
@@ -793,6 +811,36 @@ def written_after_attention(x):
 def part_of_a_permutation(x):
     q, _, v = F.pad(x, (0, 8)).view(2, 2, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
     return q * v
+
+
+def part_that_is_written(x):
+    parts = NORM(x).view(2, 2, WIDTH)
+    one = parts[0]
+    return (parts[1] * 2 + one.mul_(3)).cos()
+
+
+def part_that_leaves(x):
+    parts = NORM(x).view(2, 2, WIDTH)
+    return parts[0], parts[1] * 2
+
+
+def part_that_is_read_twice(x):
+    parts = NORM(x).view(2, 2, WIDTH)
+    return parts[0] * parts[1] + parts[0]
+
+
+def one_of_the_parts(x):
+    parts = NORM(x).view(2, 2, WIDTH)
+    return parts[1] * 2
+
+
+def parts_of_an_input(x):
+    return x[0] * x[1] + x[2] * x[3]
+
+
+def parts_without_a_gradient(x):
+    one, other = (x * 2).view(2, 2, WIDTH)
+    return one * other
 
 
 def permutation_with_another_user(x):
@@ -924,7 +972,8 @@ REFUSED = {
         (rounded_on_the_way, {}), (rounded_at_the_end, {}), (logits_at_an_index, {}),
         (logits_of_other_bits, {}), (a_chunk_of_the_logits, {}), (statistics_by_a_view, {}),
         (binomial_between, {}), (written_by_out, {}), (factor_of_another_layout, {}),
-        (residual_of_another_layout, {}), (rows_of_another_layout, {}), (product_in_place, {}),
+        (residual_of_another_layout, {}), (residual_of_permuted_channels, {}),
+        (norm_of_permuted_channels, {}), (rows_of_another_layout, {}), (product_in_place, {}),
         (dropout_in_place, {"linear, activation": 1}), (negative_slope_in_place, {}),
         (sum_read_before_a_reshape, {}), (rows_reshaped, {}), (rows_in_another_order, {}),
         (rows_by_index, {}), (terms_that_are_no_rows, {}),
@@ -934,9 +983,11 @@ REFUSED = {
         (layout_without_a_norm, {}), (halves_of_two, {}),
         (half_with_another_user, {}),
         (thirds, {}), (one_half_twice, {}),
-        (halves_of_a_permutation, {"activation, product": 1}),
+        (halves_of_a_permutation, {}),
         (layout_of_a_sine, {}), (layout_that_a_dropout_draws, {}), (copy_that_others_read, {}),
         (layout_of_attention, {}), (written_after_attention, {}), (part_of_a_permutation, {}),
+        (part_that_is_written, {}), (part_that_leaves, {}), (part_that_is_read_twice, {}),
+        (one_of_the_parts, {}), (parts_of_an_input, {}), (parts_without_a_gradient, {}),
         (permutation_with_another_user, {}), (scaled_and_read, {}), (scale_of_more_bits, {}),
         (outer_product, {}), (scaled_residual_of_another_layout, {}),
         (gate_without_a_gradient, {}), (gate_of_more_bits, {}), (gate_in_place, {}),
@@ -977,6 +1028,84 @@ def test_what_must_stay(name):
     ):
         assert torch.equal(one, other) and one.stride() == other.stride()
     assert torch.equal(given, x)
+
+
+# ---- What an op declines -------------------------------------------------------------------------
+
+
+def by_angles(x, cos, sin):
+    return x * cos + turned(x, x.shape[-1] // 2) * sin
+
+
+def fed(*shape, **options):
+    """A tensor that is drawn when the test runs."""
+    return lambda: torch.rand(shape, **options)
+
+
+def last_apart(*shape):
+    return lambda: torch.rand(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
+
+
+def channels_last(*shape):
+    return lambda: torch.rand(*shape).to(memory_format=torch.channels_last_3d)
+
+
+LEARNED = {"requires_grad": True}
+BY_PRODUCT = stock.Linear(WIDTH, WIDTH)
+ROW = fed(3, WIDTH)
+WIDE = fed(2, 3, WIDTH)
+# A call in which a rule holds, and the arguments with which the op of the rule declines it.
+DECLINED = {
+    "rotary, learned cosines": (by_angles, WIDE, fed(3, WIDTH, **LEARNED), ROW),
+    "rotary, learned sines": (by_angles, WIDE, ROW, fed(3, WIDTH, **LEARNED)),
+    "rotary, five dimensions": (by_angles, fed(2, 1, 2, 3, WIDTH), ROW, ROW),
+    "rotary, angles of one column": (by_angles, WIDE, fed(3, 1), fed(3, 1)),
+    "rotary, one angle": (by_angles, WIDE, fed(), fed()),
+    "rotary, float64": (by_angles, *[fed(3, WIDTH, dtype=torch.float64)] * 3),
+    "rotary, columns apart": (by_angles, last_apart(2, 3, WIDTH), ROW, ROW),
+    "rotary, long rows": (by_angles, fed(1, 8196), fed(8196), fed(8196)),
+    "rms_norm, float64": (
+        lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)),
+        fed(3, WIDTH, dtype=torch.float64), fed(WIDTH, dtype=torch.float64),
+    ),
+    "scale, float64": (
+        lambda x, z, s: x + z * s, *[fed(3, WIDTH, dtype=torch.float64)] * 2,
+        fed(WIDTH, dtype=torch.float64),
+    ),
+    "scale, dimensions apart": (lambda x, z, s: x + z * s, WIDE, WIDE, fed(2, 1, WIDTH)),
+    "scale, as many elements": (lambda x, z, s: x + z * s, *[fed(1, 3, WIDTH)] * 2, ROW),
+    "gate, dimensions apart": (
+        lambda x, s: x * s, fed(2, 3, WIDTH, **LEARNED), fed(2, 1, WIDTH, **LEARNED),
+    ),
+    "product, columns apart": (lambda x, z: F.silu(x) * z, *[last_apart(2, 3, WIDTH)] * 2),
+    "product, channels last": (lambda x, z: F.relu(x) * z, *[channels_last(2, 4, 3, 3, 3)] * 2),
+    "norm, columns apart": (
+        lambda z, x: F.layer_norm(x + z, (WIDTH,)), *[last_apart(2, 3, WIDTH)] * 2,
+    ),
+    "norm, a weight of more bits": (
+        lambda z, x, w: F.rms_norm(x + z, (WIDTH,), w, 1e-5),
+        *[fed(3, WIDTH, dtype=torch.bfloat16, **LEARNED)] * 2, fed(WIDTH),
+    ),
+    "norm, a row with a bias": (
+        lambda z, x: F.layer_norm(x + BY_PRODUCT(z), (WIDTH,)), fed(WIDTH, **LEARNED), fed(WIDTH),
+    ),
+}  # fmt: skip
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # PyTorch's notice
+@pytest.mark.parametrize("name", DECLINED)
+def test_a_rule_leaves_what_its_op_declines(name):
+    """The separate calls run, also where kernels are forced, and have the values of stock."""
+    call, *make = DECLINED[name]
+    BY_PRODUCT.cpu()
+    inputs = [m() for m in make]
+    with fastnn.backend("triton"), fastnn.decisions() as heard:
+        _, got = found_in(call, *inputs)
+    assert all(d.why is None for d in heard)
+    want = call(*inputs)
+    torch.testing.assert_close(got, want)
+    assert got.stride() == want.stride()
 
 
 # ---- States of a model --------------------------------------------------------------------------
@@ -1056,6 +1185,29 @@ def test_the_training_flag_makes_a_new_graph():
         reference.load_state_dict(model.state_dict())
         model.eval()
         torch.testing.assert_close(compiled(x), reference(x))
+
+
+def test_unpacked_parts_have_the_gradient_of_eager_mode():
+    """Dynamo makes `x[0], x[1], x[2]` of `q, k, v = x`. The gradient of each is as large as x."""
+    x = torch.randn(4, WIDTH, requires_grad=True)
+    w = torch.randn(WIDTH, WIDTH, requires_grad=True)
+
+    def call(x):
+        q, k, v = F.linear(x, w).repeat(3, 1).view(3, 4, WIDTH)
+        return (q * k + v).sin()
+
+    found = []
+    for one in (call, fastnn.compile(call)):
+        y = one(x)
+        names, todo = set(), [y.grad_fn]
+        while todo:
+            node = todo.pop()
+            names.add(node.name())
+            todo += [n for n, _ in node.next_functions if n is not None]
+        assert "SelectBackward0" not in names and "UnbindBackward0" in names
+        found.append(torch.autograd.grad(y.sum(), (x, w)))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @interpreted
@@ -1416,7 +1568,7 @@ PLANTED = {
     ),
     "the layout of a term is lost": (
         (_rules, "_alike", lambda one, other: one.shape == other.shape),
-        stays, "residual_of_another_layout",
+        stays, "residual_of_permuted_channels",
     ),
     "a copy that somebody writes": (
         without(Site, "expect_one_memory"), stays, "copy_of_what_is_written",

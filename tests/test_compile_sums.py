@@ -246,6 +246,12 @@ def is_written_by_a_view(x):
     return z
 
 
+def is_written_by_itself(x):
+    y = normed(x)
+    y.contiguous().mul_(2)  # y is contiguous, so this is y
+    return LINEAR(y) + y.cos()
+
+
 def has_one_gradient(x):
     y = normed(x)
     return y.cos() + y.detach().sin()
@@ -288,9 +294,10 @@ def product_in_columns(x):
 
 
 REFUSED = (
-    leaves, leaves_as_a_view, is_written, is_written_by_a_view, has_one_gradient,
-    has_one_user, is_checkpointed, product_is_read, product_leaves, product_without_bias,
-    product_of_frozen_bias, product_before_an_activation, product_in_columns,
+    leaves, leaves_as_a_view, is_written, is_written_by_a_view, is_written_by_itself,
+    has_one_gradient, has_one_user, is_checkpointed, product_is_read, product_leaves,
+    product_without_bias, product_of_frozen_bias, product_before_an_activation,
+    product_in_columns,
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ kernels, into an empty libcuda that tells what it is given. `python -m tests.tes
 makes 100,000 calls; with `python` behind it, by the Python runner.
 """
 
+import contextlib
 import ctypes
 import gc
 import itertools
@@ -27,7 +28,7 @@ import torch
 
 import fastnn
 import fastnn.functional as F
-from fastnn import _build, _native, _plan, _record
+from fastnn import _build, _gate, _native, _plan, _record
 from fastnn.ops import FUNCTIONS, REGISTRY
 from fastnn.testing import seed, tensors_of
 from tests import test_plans
@@ -137,6 +138,26 @@ def test_a_sequence_of_calls_equals_the_same_without_plans(native, seed):
     assert test_plans.sequence(seed) is None
 
 
+@interpreted
+@pytest.mark.parametrize("gradients", test_plans.GRADIENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", test_plans.TWICE)
+def test_a_result_that_is_given_twice_is_replayed_bit_for_bit(native, case, dtype, gradients):
+    left = _native.left_to_python.total()
+    found = test_plans.differ_twice(test_plans.TWICE[case], dtype, gradients)
+    assert found == (None, True) and _native.left_to_python.total() == left
+
+
+@interpreted
+@pytest.mark.parametrize("case", [*test_plans.TWICE][::2])
+def test_results_of_one_memory_are_two_tensors(native, case):
+    left = _native.left_to_python.total()
+    for edited in (0, 1):
+        for grad in (True, False):
+            test_plans.test_results_of_one_memory_are_two_tensors(case, edited, grad)
+    assert _native.left_to_python.total() == left
+
+
 # ---- What only C++ can get wrong ----------------------------------------------------------------
 
 
@@ -234,6 +255,212 @@ def test_an_output_without_a_gradient_counts_as_zeros(native):
     assert not indices.requires_grad and indices.grad_fn is None and y.requires_grad
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert dx.sum() == y.numel()
+
+
+# ---- PyTorch's linear in one node ---------------------------------------------------------------
+
+
+def _linear(shape=(2, 3, 8), dtype=torch.float32, needs=(True, True, True), bias=True):
+    torch.manual_seed(7)
+    sizes = shape, (6, 8), (6,)
+    made = [torch.randn(s).to(dtype).requires_grad_(n) for s, n in zip(sizes, needs, strict=True)]
+    return made if bias else [*made[:2], None]
+
+
+def _bits_of_linear(function, given, upstream=None, create_graph=False):
+    """[result, gradients, second derivatives if asked for]."""
+    y = function(*given)
+    leaves = [t for t in given if t is not None and t.requires_grad]
+    dy = torch.randn(y.shape).to(y.dtype) if upstream is None else upstream(y)
+    grads = torch.autograd.grad(y, leaves, dy, create_graph=create_graph)
+    if not create_graph:
+        return [y, *grads]
+    loss = sum(g.pow(2).sum() for g in grads) + y.exp().sum()
+    return [y, *grads, *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 8), (4, 8), (1, 8), (5, 1, 2, 8), (1, 1, 8)], ids=str)
+def test_linear_has_the_bits_of_stock(module, shape, dtype, bias):
+    def apart(y):
+        return torch.ones((), dtype=y.dtype).expand(y.shape)
+
+    def turned(y):
+        return torch.randn(y.shape[::-1]).to(y.dtype).permute(*range(y.dim())[::-1])
+
+    for needs in itertools.product((True, False), repeat=3 if bias else 2):
+        if not any(needs):
+            continue
+        needs = (*needs, True)[:3]
+        given = _linear(shape, dtype, needs, bias)
+        for upstream, create_graph in (
+            (None, False),
+            (apart, False),
+            (turned, False),
+            (None, True),
+        ):
+            found = []
+            for function in (module.linear, torch.nn.functional.linear):
+                torch.manual_seed(1)
+                found.append(_bits_of_linear(function, given, upstream, create_graph))
+            assert found[0][0].grad_fn.name() == "LinearBackward"
+            for one, other in zip(*found, strict=True):
+                assert one.dtype == other.dtype and one.stride() == other.stride()
+                assert torch.equal(one, other)
+
+
+def test_linear_ends_as_in_stock(module):
+    """Buffers are freed, versions are checked, and what is not needed may be edited."""
+    for function in (module.linear, torch.nn.functional.linear):
+        x, w, b = _linear()
+        y = function(x, w, b)
+        y.sum().backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            y.sum().backward()
+        y = function(x, w, b)
+        y.sum().backward(retain_graph=True)
+        with torch.no_grad():
+            b.add_(1)
+        y.sum().backward(retain_graph=True)
+        y.mul_(2)
+        y.sum().backward(retain_graph=True)
+        with torch.no_grad():
+            w.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+        x, w, b = _linear(needs=(False, True, True))  # the weight is not kept
+        y = function(x, w, b)
+        with torch.no_grad():
+            w.add_(1)
+        y.sum().backward()
+        kept = weakref.ref(x)
+        y = function(x, w, b)
+        del x
+        assert kept() is not None
+        del y
+        assert kept() is None
+
+
+def test_linear_tells_hooks(module):
+    for function in (module.linear, torch.nn.functional.linear):
+        x, w, b = _linear()
+        told = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, told=told: told.append(tuple(t.shape)) or t.clone(), lambda t: t
+        ):
+            y = function(x, w, b)
+        y.retain_grad()
+        y.register_hook(lambda g, told=told: told.append("result"))
+        y.grad_fn.register_prehook(lambda g, told=told: told.append("before"))
+        w.register_hook(lambda g, told=told: told.append("weight"))
+        y.sum().backward()
+        assert told[-3:] == ["result", "before", "weight"] and len(told) == 5
+        assert torch.equal(y.grad, torch.ones_like(y))
+    with torch.autograd.set_detect_anomaly(True, check_nan=True), pytest.warns(UserWarning):
+        y = module.linear(*_linear())
+        y.register_hook(lambda g: g * float("nan"))
+        with pytest.raises(RuntimeError, match=r"LinearBackward.*returned nan values"):
+            y.sum().backward()
+
+
+def test_linear_of_a_batch_of_gradients(module):
+    found = []
+    for function in (module.linear, torch.nn.functional.linear):
+        given = _linear()
+        y = function(*given)
+        dy = torch.linspace(-1, 1, 4 * y.numel()).view(4, *y.shape)
+        found.append(torch.autograd.grad(y, given, dy, is_grads_batched=True))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@contextlib.contextmanager
+def _inference():
+    with torch.inference_mode():
+        yield
+
+
+LINEAR_OF_STOCK = {
+    "no_grad": torch.no_grad,
+    "inference": _inference,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "a function mode": test_plans.Functions,
+    "a dispatch mode": test_plans.Operators,
+    "forward derivatives": torch.autograd.forward_ad.dual_level,
+}
+
+
+@pytest.mark.parametrize("state", LINEAR_OF_STOCK)
+def test_linear_is_stock_where_somebody_watches(module, state):
+    given, found = _linear(), []
+    for function in (module.linear, torch.nn.functional.linear):
+        with LINEAR_OF_STOCK[state]():
+            found.append(function(*given))
+    one, other = found
+    assert torch.equal(one, other) and one.dtype == other.dtype
+    assert type(one.grad_fn) is type(other.grad_fn)
+
+
+def test_linear_is_stock_for_other_tensors(module):
+    """And it raises what stock raises."""
+    x, w, b = _linear()
+
+    class Mine(torch.Tensor):
+        pass
+
+    for given in (
+        (x.detach().as_subclass(Mine), w, b), (x[..., ::2], w[:, ::2], b),
+        (x, w.t().contiguous().t(), b), (x[0, 0], w, b), (x[:0], w, b), (x, w, b.double()),
+        (x, w[0], b[0]), (x.int(), w, b), (x, w, b[:1]), (x.to("meta"), w.to("meta"), None),
+        (x.detach(), w.detach(), None), (x.detach()._neg_view(), w, b), (x, w), (x,), (x, w, 3),
+    ):  # fmt: skip
+        found = []
+        for function in (module.linear, torch.nn.functional.linear):
+            try:
+                y = function(*given)
+                found.append((type(y), y.shape, y.dtype, y.device, type(y.grad_fn)))
+                found[-1] += (None if y.is_meta else y.detach().tolist(),)
+            except (RuntimeError, TypeError) as e:
+                found.append(str(e))
+        assert found[0] == found[1]
+    want = torch.func.vmap(lambda x: torch.nn.functional.linear(x, w, b))(x)
+    assert torch.equal(torch.func.vmap(lambda x: module.linear(x, w, b))(x), want)
+
+
+@interpreted
+@pytest.mark.parametrize("act", ["gelu", "relu", "leaky_relu"])
+def test_the_linears_of_a_compiled_model_have_one_node(native, act):
+    """And its gradients have the same bits as with the Python runner."""
+    torch.manual_seed(0)
+    nn = torch.nn
+    one, two, norm = nn.Linear(16, 32), nn.Linear(32, 16), nn.LayerNorm(16)
+    leaves = [*one.parameters(), *two.parameters(), *norm.parameters()]
+    x = torch.randn(4, 16)
+
+    def call(x):
+        y = two(getattr(nn.functional, act)(one(x)))
+        return norm(x + y)
+
+    line = {"op": "dropout_add_layer_norm", "least": 0}
+    norms = {"source": "a test", "crossovers": [line]}
+    found = []
+    for module in (native, None):
+        torch._dynamo.reset()
+        with _native.using(module), _record.using(True), _gate.using({"default": norms}):
+            compiled = fastnn.compile(call)
+            y = compiled(x)
+            names, todo = Counter(), [y.grad_fn]
+            while todo:
+                node = todo.pop()
+                names[node.name()] += 1
+                todo += [n for n, _ in node.next_functions if n is not None]
+            found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+        assert names["LinearBackward"] == (2 if module else 0)
+        assert ("AddmmBackward0" in names) != bool(module)
+    torch._dynamo.reset()
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 # ---- Compiled kernels, in another process -------------------------------------------------------

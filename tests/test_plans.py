@@ -728,6 +728,129 @@ def test_a_recorded_result_is_like_any_other(name):
         assert all(f == found[0] for f in found), found
 
 
+# ---- Results that share memory -------------------------------------------------------------------
+
+# Ops that return their result twice: (function, makes the arguments, keywords).
+_BETWEEN = ("dropout_add_layer_norm", (4, 24), "dropout_add_rms_norm", (3, 33))
+TWICE = {
+    f"{name}, {options}": (name, shape, options)
+    for name, shape in zip(_BETWEEN[::2], _BETWEEN[1::2], strict=True)
+    for options in (
+        {}, {"p": 0.3, "training": True}, {"prenorm": True, "input_bias": True},
+        {"p": 0.3, "training": True, "prenorm": True, "input_bias": True},
+    )
+} | {"batch_norm_add_relu": ("batch_norm_add_relu", (6, 8, 5), {})}  # fmt: skip
+# Which results have a gradient, of those behind the sum.
+GRADIENTS = ("both", "first", "second", "none", "graph", "no_grad")
+
+
+def _made_twice(name, shape, options, dtype):
+    """A function without arguments that makes the call, and the leaves."""
+    torch.manual_seed(3)
+    x, z = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in "xz")
+    width = shape[1] if name == "batch_norm_add_relu" else shape[-1]
+    w, b, c = (torch.rand(width, dtype=dtype, requires_grad=True) for _ in "wbc")
+    leaves = [x, z, w]
+    options = {**options, "twice": True}
+    if name == "batch_norm_add_relu":
+        given: list = [x, z, None, None, w, b, True]
+    else:
+        given = [x, z, (width,), w, *([b] if name == "dropout_add_layer_norm" else [])]
+        if "input_bias" in options:
+            options["input_bias"] = c
+            leaves.append(c)
+    return lambda: FUNCTIONS[name](*given, **options), leaves
+
+
+def outcome_twice(name, shape, options, dtype, gradients) -> tuple[list, bool]:
+    """(results and gradients of the last of four calls, whether it was replayed)."""
+    call, leaves = _made_twice(name, shape, options, dtype)
+    torch.manual_seed(5)
+    into = [torch.randn(shape, dtype=dtype) for _ in range(3)]
+    for _ in range(4):
+        torch.manual_seed(4)
+        with fastnn.backend("triton"), torch.set_grad_enabled(gradients != "no_grad"):
+            with counted() as surveys:
+                outs = call()
+            found: list = [*outs]
+            if gradients not in ("no_grad", "none"):
+                drop = {"first": -1, "second": -2}.get(gradients)
+                kept = [i for i in range(len(outs)) if drop is None or i != len(outs) + drop]
+                grads = torch.autograd.grad(
+                    [outs[i] for i in kept], leaves, [into[i] for i in kept],
+                    allow_unused=True, create_graph=gradients == "graph",
+                )  # fmt: skip
+                found += grads
+                if gradients == "graph":
+                    loss = sum(g.pow(2).sum() for g in grads if g is not None and g.requires_grad)
+                    found += torch.autograd.grad(loss, leaves, allow_unused=True)
+    return found, not surveys
+
+
+def differ_twice(case, dtype, gradients) -> tuple[str | None, bool]:
+    """(how four calls differ from those without plans, whether the last was replayed)."""
+    with _record.using(True):
+        ours, replayed = outcome_twice(*case, dtype, gradients)
+    with _record.using(False):
+        theirs, _ = outcome_twice(*case, dtype, gradients)
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if (a is None) != (b is None) or (a is not None and not torch.equal(bits(a), bits(b))):
+            return f"tensor {i}", replayed
+    return None, replayed
+
+
+@pytest.mark.parametrize("gradients", GRADIENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", TWICE)
+def test_a_result_that_is_given_twice_is_replayed_bit_for_bit(case, dtype, gradients):
+    assert differ_twice(TWICE[case], dtype, gradients) == (None, True)
+
+
+def _told_of_one_memory(name, shape, options, edited, grad) -> list:
+    """What can be seen of the last two results, before and after one of them is edited."""
+    call, leaves = _made_twice(name, shape, options, torch.float32)
+    told: list = []
+    with fastnn.backend("triton"), torch.set_grad_enabled(grad):
+        outs = call()
+    two = outs[-2:]
+    told += [(t._is_view(), t._base is None, t._version, t.is_leaf, t.output_nr) for t in two]
+    told += [two[0].data_ptr() == two[1].data_ptr(), two[0].grad_fn is two[1].grad_fn]
+    told += [two[0] is two[1], two[0]._backward_hooks, two[1].retains_grad]
+    before = outs[0].sum() + (two[0] * 2).sum() + two[1].exp().sum() if grad else None
+    for edit in ("mul_", "exp_"):
+        try:
+            getattr(two[edited], edit)(*([3] if edit == "mul_" else []))
+        except RuntimeError as e:
+            told.append(str(e))
+        told += [t._version for t in two]
+        told += [t.grad_fn and t.grad_fn.name() for t in two]
+    told.append(torch.equal(two[0], two[1]))
+    for loss in (before, two[0].sum() + two[1].sum() if grad else None):
+        if loss is not None:
+            try:
+                told += [bits(g).sum().item() for g in torch.autograd.grad(loss, leaves[:3])]
+            except RuntimeError as e:
+                told.append(str(e).split("; expected version")[0])
+    return told
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("edited", [0, 1])
+@pytest.mark.parametrize(
+    "case", [c for c in TWICE if TWICE[c][2] in ({}, {"prenorm": True, "input_bias": True})]
+)
+def test_results_of_one_memory_are_two_tensors(case, edited, grad):
+    """A recorded and a replayed call tell of them what the call without plans tells."""
+    with _record.using(False):
+        want = _told_of_one_memory(*TWICE[case], edited, grad)
+    with _record.using(True):
+        for _ in range(3):
+            with counted() as surveys:
+                found = _told_of_one_memory(*TWICE[case], edited, grad)
+            assert found == want
+        assert not surveys
+
+
 @pytest.mark.parametrize("graph", [True, False])
 def test_a_recorded_call_in_place_is_like_any_other(graph):
     found = []

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
+from typing import ClassVar
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from torch import Tensor
 import fastnn
 from fastnn import kernels
 from fastnn import testing as parity
+from fastnn._function import Function
 from fastnn._mode import Stock, backend
+from fastnn._strides import is_dense
 from fastnn.ops import REGISTRY
 from fastnn.testing import meter
 from fastnn.testing.cases import CASES
@@ -443,6 +446,57 @@ def test_saved_tensors_that_hooks_give_back_in_other_strides(name):
         first, *others = results
         for other in others:
             assert all(torch.equal(other[k].nan_to_num(), v.nan_to_num()) for k, v in first.items())
+
+
+class _Optional(Function):
+    """x -> x, or x twice. `backward` notes what it is given."""
+
+    heard: ClassVar[list] = []
+
+    @staticmethod
+    def forward(ctx, x, twice):
+        y = x.clone()
+        if twice:
+            ctx.set_materialize_grads(False)
+        return (y, x.clone()) if twice else y
+
+    @staticmethod
+    def backward(ctx, dy, more=None):
+        _Optional.heard.append([g if g is None else is_dense(g) for g in (dy, more)])
+        given = [g for g in (dy, more) if g is not None]
+        return sum(given[1:], given[0]), None
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_gradient_may_be_optional(twice):
+    """It is made dense where there is one. A forward with one result needs no zeros for it."""
+    x = torch.randn(3, 4, requires_grad=True)
+    outs = _Optional.apply(x, twice)
+    outs = outs if twice else (outs,)
+    apart = torch.randn(3, 8)[:, ::2]
+    for wanted in ([0], [1], [0, 1]) if twice else ([0],):
+        _Optional.heard.clear()
+        (dx,) = torch.autograd.grad([outs[i] for i in wanted], x, [apart] * len(wanted),
+                                    retain_graph=True)  # fmt: skip
+        assert torch.equal(dx, apart * len(wanted))
+        assert _Optional.heard == [[True if i in wanted else None for i in (0, 1)]]
+    if not twice:
+        _Optional.heard.clear()
+        nothing = _Nothing.apply(outs[0])
+        assert torch.autograd.grad(nothing, x, torch.ones(3, 4), allow_unused=True) == (None,)
+        assert not _Optional.heard
+
+
+class _Nothing(torch.autograd.Function):
+    """x -> x without a gradient of it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
 
 
 def transposed(t: Tensor) -> Tensor:

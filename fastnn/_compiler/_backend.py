@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from fastnn import _mode
+from fastnn._compiler._asked import declines
 from fastnn._compiler._calls import call as read
 from fastnn._compiler._calls import value
 from fastnn._compiler._gated import gated
 from fastnn._compiler._gradients import count_up
-from fastnn._compiler._rules import RULES, alone, counters
+from fastnn._compiler._rules import RULES, alone, counters, record_of
 from fastnn._compiler._site import NoMatch, Rewrite, Site
 from fastnn._compiler._sums import give_twice, sum_biases
 
@@ -159,9 +160,12 @@ def rewrite(gm: GraphModule) -> list[Found]:
                     site.confirm(result)
                 except NoMatch:
                     continue
+                record = record_of(result.target)
+                if record is not None and declines(record, result, autocast):
+                    continue
                 tell(rule.name, result.outputs[-1])
                 _replace(module, site, result)
-        for node in sum_biases(module.graph):
+        for node in sum_biases(module.graph, autocast):
             tell("bias in a backward", node)
         for node in give_twice(module.graph):
             tell("two gradients", node)

@@ -86,6 +86,7 @@ _SIGNATURES: dict[str, Callable] = {
     "unbind": lambda input, dim=0: None,
     "chunk": lambda input, chunks, dim=0: None,
     "contiguous": lambda input: None,
+    "getitem": lambda input, index: None,
 }  # fmt: skip
 _OPERANDS = frozenset(("input", "other", "exponent"))
 _ALIASES = {
@@ -102,6 +103,7 @@ _OPERATORS = {
     "truediv": "div",
     "pow": "pow",
     "neg": "neg",
+    "getitem": "getitem",
 }
 # Functions of one name whose signature in `torch` differs from that in `torch.nn.functional`.
 _ONLY_FUNCTIONAL = {"layer_norm", "group_norm", "batch_norm", "dropout", "nll_loss"}

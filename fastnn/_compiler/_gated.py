@@ -13,12 +13,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as stock
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
-from fastnn import _front, _gate, _mode
-from fastnn._compiler._calls import value
+from fastnn import _front, _gate, _mode, _native
+from fastnn._compiler import _gradients
+from fastnn._compiler._calls import call, value
 from fastnn._compiler._sums import sum_alone
+from fastnn.ops import REGISTRY
+from fastnn.ops.linear import stock_activation
 
 
 def calls_of_ours(gm: GraphModule) -> list[tuple[Node, Any]]:
@@ -58,19 +62,47 @@ def _is_small(node: Node, record: Any, floor: float) -> bool:
     return type(size) is int and size < floor
 
 
-def lean(gm: GraphModule, floors: list[float]) -> GraphModule:
+def lean(gm: GraphModule, floors: list[float], floor_of_linear: float = -1) -> GraphModule:
     """A copy of `gm` in which PyTorch runs the small calls.
 
-    `floors` are those of its ops, in order.
+    `floors` are those of its ops, in order. With the C++ runner, PyTorch's `linear` has one node of
+    autograd there instead of four.
     """
     new = GraphModule(gm, copy.deepcopy(gm.graph))
     for (node, record), floor in zip(calls_of_ours(new), floors, strict=True):
         if _is_small(node, record, floor):
             sum_alone(new.graph, node)
-            node.target = record.stock
+            if record.name == "linear_act":
+                _take_apart(new.graph, node, record)
+            else:
+                node.target = record.stock
+    native = _native.module()
+    if native is not None:
+        for node in new.graph.find_nodes(op="call_function", target=stock.linear):
+            known = call(node)
+            if known is not None:
+                node.args, node.kwargs = tuple(known.arguments.values()), {}
+                node.target = native.linear
+    if floor_of_linear == math.inf:
+        for node in new.graph.find_nodes(op="call_function", target=_gradients.linear_apart):
+            node.target = _gradients.linear_of_pytorch_apart
     new.graph.lint()
     new.recompile()
     return new
+
+
+def _take_apart(graph: Graph, node: Node, record: Any) -> None:
+    """Make PyTorch's calls of a `linear_act` again."""
+    node.target, public = record.stock, node.target
+    bound = inspect.signature(public).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    bound.apply_defaults()
+    x, weight, bias, activation, a, b, p, training = bound.arguments.values()
+    if p == 0 and not training:
+        with graph.inserting_before(node):
+            product = graph.call_function(stock.linear, (x, weight, bias))
+        product.meta = dict(node.meta)
+        node.target = stock_activation(activation)
+        node.args, node.kwargs = (product, a, b), {}
 
 
 def gated(gm: GraphModule) -> Callable:
@@ -83,18 +115,19 @@ def gated(gm: GraphModule) -> Callable:
     plain: Callable = full
     version: Any = None
     floors: list[float] | None = None
+    asked = [*ours, REGISTRY["linear"]]
 
-    def call(*args: Any) -> Any:
+    def run(*args: Any) -> Any:
         nonlocal plain, version, floors
         if not _mode.plain():
             return full(*args)
         now = _gate.version, _mode.idle(), alerts and _gate.only_deterministic()
         if now != version:
-            fresh = [floor_of(record) for record in ours]
+            fresh = [floor_of(record) for record in asked]
             if fresh != floors:
-                plain, floors = lean(gm, fresh).forward, fresh
+                plain, floors = lean(gm, fresh[:-1], fresh[-1]).forward, fresh
             # Asking for a floor may have made it known, which counts as a change.
             version = (_gate.version, *now[1:])
         return plain(*args)
 
-    return call
+    return run

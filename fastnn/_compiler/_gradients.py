@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import fastnn.functional as F
-from fastnn import _gate, _mode, _op
+from fastnn import _gate, _mode, _native, _op
 
 
 def _wins(x: Tensor, followed: Tensor | None = None) -> bool:
@@ -91,6 +91,16 @@ def linear_apart(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
     if _wins(x, bias):
         return F.linear(x, weight, bias.detach()), bias
     return F.linear(x, weight, bias), None
+
+
+def linear_of_pytorch_apart(
+    x: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """`linear_apart` where PyTorch computes `linear` at every size."""
+    linear = (_native.module() or stock).linear
+    if _wins(x, bias):
+        return linear(x, weight, bias.detach()), bias
+    return linear(x, weight, bias), None
 
 
 class _Mean(torch.autograd.Function):

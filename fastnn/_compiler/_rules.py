@@ -571,6 +571,11 @@ def _batch_norm_add_relu(site: Site, end: Node) -> Rewrite:
     norm = site.call(node, "batch_norm")
     one, other = _tensor(node), _tensor(residual)
     site.expect(_alike(one, other) and one.dtype == other.dtype, "the residual differs in kind")
+    # The norm gives all other layouts up, which what Dynamo knows of its result does not tell.
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(one.dim(), torch.contiguous_format)
+    dense = one.is_contiguous() or one.is_contiguous(memory_format=last)
+    site.expect(dense, "the norm does not keep this layout")
     args = (norm["input"], residual, *_norm_arguments(norm))
     return Rewrite(batch_norm_add_relu, args, (end,))
 
@@ -735,6 +740,31 @@ def _dropout_add(site: Site, end: Node) -> Rewrite:
 # ---- Views --------------------------------------------------------------------------------------
 
 
+@rule("parts of one tensor", "getitem")
+def _parts_of_one_tensor(site: Site, end: Node) -> Rewrite:
+    """x[0], x[1], x[2], which are all of x: `x.unbind(0)`, as `q, k, v = x` is in eager mode.
+
+    The gradient of each part would be a tensor of the size of x, and these are added up.
+    """
+    known = site.call(end, "getitem")
+    x = known["input"]
+    site.expect(type(known["index"]) is int and known["index"] == 0, "not the first part")
+    v = _tensor(x)
+    site.expect(v.dim() > 0 and type(v.shape[0]) is int and v.shape[0] > 1, "not several parts")
+    site.expect(v.requires_grad, "no gradient")
+    parts: dict[int, Node] = {}
+    for user in x.users:
+        if user.target is operator.getitem:
+            part = user.args[1]
+            if type(part) is int and part >= 0:
+                site.expect(part not in parts, "a part is read twice")
+                site.taken[user] = None
+                parts[part] = user
+    site.expect(sorted(parts) == list(range(v.shape[0])), "not all parts are read")
+    site.expect_one_memory(x, end)  # parts of `unbind` must not be written
+    return Rewrite(torch.unbind, (x, 0), tuple(parts[i] for i in range(v.shape[0])))
+
+
 def _unbind_and_permute(input: Tensor, dim: int, order: tuple[int, ...]) -> tuple[Tensor, ...]:
     """`input.unbind(dim)`, each permuted."""
     return tuple(t.permute(order) for t in input.unbind(dim))
@@ -865,6 +895,17 @@ def alone(node: Node) -> tuple[Callable, tuple, dict[str, Any]] | None:
         if known.arguments.keys() <= set(op.names):
             return getattr(F, known.name), (), known.arguments
     return None
+
+
+def record_of(target: Any) -> Any:
+    """The record of the op that runs a call of `target` in a rewritten graph; None if none does."""
+    ours = _IN_OTHER_DTYPES.get(target) or _by_target().get(target)
+    return getattr(target if ours is None else ours, "op", None)
+
+
+_IN_OTHER_DTYPES = {
+    _rms_norm_without_autocast: F.rms_norm, _cross_entropy_in_float32: F.cross_entropy,
+}  # fmt: skip
 
 
 @functools.cache

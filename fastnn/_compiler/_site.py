@@ -159,7 +159,7 @@ class Site:
                 raise NoMatch(f"{node.name} has another user")
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         place = min(rewrite.outputs, key=order.__getitem__)
-        read = [a for a in _nodes((rewrite.args, rewrite.kwargs)) if a not in self.taken]
+        read = [a for a in nodes_in((rewrite.args, rewrite.kwargs)) if a not in self.taken]
         for node in read:
             if order[node] >= order[place]:
                 raise NoMatch(f"{node.name} is computed later than the place of the call")
@@ -178,13 +178,14 @@ class Site:
                     raise NoMatch(f"between them, {node.name} {why}")
 
 
-def _nodes(tree: Any) -> list[Node]:
+def nodes_in(tree: Any) -> list[Node]:
+    """The nodes in nested tuples, lists and dictionaries."""
     if isinstance(tree, Node):
         return [tree]
     if isinstance(tree, (tuple, list)):
-        return [n for t in tree for n in _nodes(t)]
+        return [n for t in tree for n in nodes_in(t)]
     if isinstance(tree, dict):
-        return [n for t in tree.values() for n in _nodes(t)]
+        return [n for t in tree.values() for n in nodes_in(t)]
     return []
 
 

@@ -23,6 +23,7 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
 from fastnn._compiler import _gradients
+from fastnn._compiler._asked import declines
 from fastnn._compiler._calls import (
     call,
     is_opaque,
@@ -32,6 +33,7 @@ from fastnn._compiler._calls import (
     value,
     writes,
 )
+from fastnn._compiler._site import Rewrite
 
 
 def _arguments(node: Node, name: str) -> dict[str, Any] | None:
@@ -85,14 +87,15 @@ def _is_only_read(node: Node) -> bool:
         for user in one.users:
             if user.op == "output" or one in writes(user):
                 return False
-            if _is_ours(user):
-                continue
-            if is_opaque(user) and not is_view(user):
-                return False
-            known = call(user)
-            if known is not None and known.name != "dropout":
-                continue
-            if not makes_new(user) and user not in seen:  # it may be a view
+            if not is_view(user):
+                if _is_ours(user):
+                    continue
+                if is_opaque(user):
+                    return False
+                known = call(user)
+                if (known is not None and known.name != "dropout") or makes_new(user):
+                    continue
+            if user not in seen:  # it is a view, or may be one
                 seen.add(user)
                 todo.append(user)
     return True
@@ -154,8 +157,11 @@ def _product_with_bias(node: Any) -> Node | None:
     return None
 
 
-def sum_biases(graph: Graph) -> list[Node]:
-    """Let ops give the biases of their inputs the gradients. Returns the nodes of the ops."""
+def sum_biases(graph: Graph, autocast: bool = False) -> list[Node]:
+    """Let ops give the biases of their inputs the gradients. Returns the nodes of the ops.
+
+    autocast: whether it may be on.
+    """
     found = []
     for node in list(graph.nodes):
         arguments = _arguments(node, "input_bias")
@@ -173,6 +179,10 @@ def sum_biases(graph: Graph) -> list[Node]:
             continue
         known: Any = call(product)
         given = known["input"], known["weight"], known["bias"]
+        target: Any = node.target
+        asked = Rewrite(target, (), (node,), {**arguments, "input_bias": given[2]})
+        if declines(target.op, asked, autocast):
+            continue
         with graph.inserting_before(product):
             pair = graph.call_function(_gradients.linear_apart, given)
             pair.meta = dict(product.meta, example_value=(value(product), value(given[2])))

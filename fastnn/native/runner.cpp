@@ -1,7 +1,8 @@
 // Runs plans (fastnn/_plan.py) without Python: guard, allocations, launches, operators of PyTorch,
 // and a node of autograd. It knows nothing of single ops, and decides nothing: fastnn/_native.py
 // translates plans into the tuples that `program_of` and `plan_of` read. What differs from the
-// recording goes to Python: a call returns UNFIT, a backward calls `slow`.
+// recording goes to Python: a call returns UNFIT, a backward calls `slow`. One function is no plan:
+// `linear` is that of PyTorch with one node of autograd, for compiled graphs.
 //
 // It needs no CUDA toolkit: launches go through the address of `cuLaunchKernel` in the driver that
 // is loaded, and the current stream comes from a C function of libtorch_cuda.
@@ -14,6 +15,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty_strided_ops.h>
@@ -386,10 +388,13 @@ void run(const Program& program, Slots& slots, Drawn& drawn, c10::Device device)
   c10::DispatchKeySet keys(c10::computeDispatchKey(std::nullopt, std::nullopt, device));
   for (const Step& step : program.steps) {
     switch (step.kind) {
-      case Step::ALLOCATE:
+      case Step::ALLOCATE: {
+        // PyTorch may fill the memory, and must not count that as a version of the tensor.
+        at::AutoDispatchBelowADInplaceOrView below;
         slots[step.makes[0]] = at::_ops::empty_strided::redispatch(
             keys, step.size, step.stride, step.dtype, at::kStrided, device, std::nullopt);
         break;
+      }
       case Step::LAUNCH:
         run_launch(step, slots, drawn, stream);
         break;
@@ -866,6 +871,132 @@ PyObject* find_and_call(PyObject* self, PyObject* const* args, size_t flags, PyO
   return Py_NewRef(unfit);
 }
 
+// ---- A linear of PyTorch in one node -------------------------------------------------------------
+
+// What `linear` computes, with the gradients of its addmm. PyTorch has four nodes: two views, a
+// transposition and the addmm. To the engine of autograd each node costs as much as what it computes
+// costs the host.
+struct Linear : Node {
+  SavedVariable x, weight;
+  bool freed = false;
+
+  std::string name() const override { return "LinearBackward"; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> guard(mutex_);
+    freed = true;
+    x.reset_data();
+    weight.reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    Tensor in, w;
+    {
+      std::lock_guard<std::mutex> guard(mutex_);
+      TORCH_CHECK(!freed, torch::autograd::ERR_BACKWARD_TWICE);
+      in = x.unpack();
+      w = weight.unpack();
+    }
+    variable_list found(3);
+    if (!grads[0].defined()) return found;
+    // With a graph of the backward, or where somebody watches, each operator is PyTorch's own call.
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+    if (!at::GradMode::is_enabled() && nobody_watches() && is_plain(grads[0])) below.emplace();
+    const Tensor& given = grads[0];
+    Tensor dy = given.dim() == 2 ? given : given.reshape({-1, given.size(-1)});
+    if (task_should_compute_output(0)) {
+      found[0] = dy.mm(w);
+      if (given.dim() != 2) {
+        auto sizes = given.sizes().vec();
+        sizes.back() = w.size(1);
+        found[0] = found[0].view(sizes);
+      }
+    }
+    if (task_should_compute_output(1)) {
+      found[1] = dy.t().mm(in.dim() == 2 ? in : in.view({-1, in.size(-1)}));
+    }
+    if (task_should_compute_output(2)) found[2] = dy.sum(0);
+    return found;
+  }
+
+  // Whether no mode sees what this thread calls, and autocast is off.
+  static bool nobody_watches() {
+    auto now = c10::impl::tls_local_dispatch_key_set();
+    return now.included_ == c10::default_included_set && now.excluded_ == c10::default_excluded_set &&
+           !mode_sees_calls() && !ForwardADLevel::try_get_by_idx(0);
+  }
+
+  static bool is_plain(const Tensor& t) {
+    auto kind = t.device().type();
+    if (t.layout() != at::kStrided || (kind != at::kCPU && kind != at::kCUDA)) return false;
+    auto of = kind == at::kCPU ? c10::BackendComponent::CPUBit : c10::BackendComponent::CUDABit;
+    c10::DispatchKeySet keys(c10::computeDispatchKey(std::nullopt, std::nullopt, t.device()));
+    return t.key_set() == (keys | c10::getAutocastRelatedKeySetFromBackend(of) |
+                           c10::getAutogradRelatedKeySetFromBackend(of));
+  }
+
+  static bool takes(const Tensor& t) {
+    return is_plain(t) && t.is_floating_point() && t.is_contiguous() && t.numel() > 0;
+  }
+
+  static bool fits(const Tensor& x, const Tensor& w, const Tensor& b) {
+    if (!at::GradMode::is_enabled() || !nobody_watches() || !takes(x) || !takes(w)) return false;
+    auto dtype = x.scalar_type();
+    if (x.dim() < 2 || w.dim() != 2 || x.size(-1) != w.size(1) || w.size(1) == 1) return false;
+    if (w.scalar_type() != dtype || w.device() != x.device()) return false;
+    bool graph = x.requires_grad() || w.requires_grad();
+    if (b.defined()) {
+      graph = graph || b.requires_grad();
+      if (!takes(b) || b.dim() != 1 || b.size(0) != w.size(0) || b.scalar_type() != dtype ||
+          b.device() != x.device()) {
+        return false;
+      }
+    }
+    return graph;
+  }
+};
+
+PyObject* stock_linear = nullptr;
+
+// linear(input, weight, bias or None): what `torch.nn.functional.linear` returns.
+PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  try {
+    if (count == 3 && THPVariable_CheckExact(args[0]) && THPVariable_CheckExact(args[1]) &&
+        (args[2] == Py_None || THPVariable_CheckExact(args[2]))) {
+      Tensor x = THPVariable_Unpack(args[0]), w = THPVariable_Unpack(args[1]), b;
+      if (args[2] != Py_None) b = THPVariable_Unpack(args[2]);
+      if (Linear::fits(x, w, b)) {
+        Tensor y;
+        {
+          Unlock unlock(true);
+          auto made = c10::make_intrusive<Linear>();
+          Linear* node = made.get();
+          NodePtr pointer = std::move(made);
+          torch::autograd::edge_list edges;
+          for (const Tensor* t : {&x, &w, &b}) {
+            edges.push_back(t->defined() ? torch::autograd::impl::gradient_edge(*t)
+                                         : torch::autograd::Edge());
+          }
+          node->set_next_edges(std::move(edges));
+          {
+            at::AutoDispatchBelowADInplaceOrView below;
+            y = b.defined() ? at::linear(x, w, b) : at::linear(x, w);
+          }
+          auto number = node->add_input_metadata(y);
+          torch::autograd::impl::set_gradient_edge(y, {pointer, number});
+          if (w.requires_grad()) node->x = SavedVariable(x, false);
+          if (x.requires_grad()) node->weight = SavedVariable(w, false);
+        }
+        return THPVariable_Wrap(std::move(y));
+      }
+    }
+  } catch (...) {
+    torch::translate_exception_to_python(std::current_exception());
+    return nullptr;
+  }
+  return PyObject_Vectorcall(stock_linear, args, (size_t)count, nullptr);
+}
+
 // ---- Making plans -------------------------------------------------------------------------------
 
 struct NotOurs {};  // an argument of an operator that only Python can convert
@@ -1282,10 +1413,13 @@ PyObject* table_clear(PyObject* self, PyObject*) {
   Py_RETURN_NONE;
 }
 
-// setup(UNFIT, same)
+// setup(UNFIT, same, the class of `with torch.device(...)`, torch.nn.functional.linear)
 PyObject* py_setup(PyObject*, PyObject* args) {
-  if (!PyArg_ParseTuple(args, "OOO!", &unfit, &same, &PyType_Type, &device_mode)) return nullptr;
+  if (!PyArg_ParseTuple(args, "OOO!O", &unfit, &same, &PyType_Type, &device_mode, &stock_linear)) {
+    return nullptr;
+  }
   Py_INCREF(unfit);
+  Py_INCREF(stock_linear);
   Py_INCREF(same);
   Py_INCREF(device_mode);
   Py_RETURN_NONE;
@@ -1302,6 +1436,7 @@ PyMethodDef plan_methods[] = {{"table", py_table, METH_VARARGS, nullptr},
 PyMethodDef functions[] = {{"setup", py_setup, METH_VARARGS, nullptr},
                            {"driver", py_driver, METH_VARARGS, nullptr},
                            {"plan", py_plan, METH_O, nullptr},
+                           {"linear", (PyCFunction)(void (*)(void))py_linear, METH_FASTCALL, nullptr},
                            {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "runner", nullptr, -1, functions};
 

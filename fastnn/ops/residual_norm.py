@@ -33,7 +33,7 @@ def _random(noise: Noise | None):
 
 
 class ResidualNorm(Function):
-    """z, x -> s = x + noise * z, y = norm(s), and y again; None if it is not wanted.
+    """z, x -> s = x + noise * z, y = norm(s), and y again if it is wanted twice.
 
     s is an output even if only y is wanted, so that a second derivative can pass through s. c is a
     bias that z contains, and gets the sum of z's gradient.
@@ -56,10 +56,10 @@ class ResidualNorm(Function):
         ctx.set_materialize_grads(False)
         if s is not None and not any(ctx.needs_input_grad[:2]):
             ctx.mark_non_differentiable(s)
-        return s, y, y.detach() if how.twice else None
+        return (s, y, y.detach()) if how.twice else (s, y)
 
     @staticmethod
-    def backward(ctx, ds, dy, more):
+    def backward(ctx, ds, dy, more=None):
         s, weight, bias, mean, rstd, state = ctx.saved_tensors
         how, z_dtype, x_dtype, y_dtype, c_dtype = ctx.rest
         needs = ctx.needs_input_grad[:5]
@@ -128,7 +128,7 @@ def _residual(x, keeps_layout):
 
 
 def _fused(z, x, weight, bias, c, p, training, normalises, returns_sum, **norm):
-    """(s, y, y again), each None if it is not wanted; or a refusal."""
+    """(s, y), each None if it is not wanted, and y again with `twice`; or a refusal."""
     if z.shape != x.shape:
         return Stock("shape", f"a branch {tuple(z.shape)} and a residual {tuple(x.shape)}")
     if type(p) not in (float, int) or type(training) is not bool:
@@ -188,10 +188,8 @@ def _normalised(
     )  # fmt: skip
     if isinstance(out, Stock):
         return out
-    s, y, again = out
-    first = (s, y) if prenorm else (y,)
-    results = (*first, again) if twice else first
-    return results if len(results) > 1 else y
+    results = out if prenorm else out[1:]
+    return results if len(results) > 1 else results[0]
 
 
 def _dropout_add(input, residual, p=0.5, training=True):
