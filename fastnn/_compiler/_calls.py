@@ -260,6 +260,27 @@ def keeps_rows(node: Any) -> bool:
     return new.is_contiguous() and old.is_contiguous()
 
 
+def parts_of(node: Any) -> tuple[Node, int] | None:
+    """(x, n), if a node gives the n equal parts of the last dimension of x; None for others."""
+    if (
+        not isinstance(node, Node)
+        or _target_name(node) not in ("split", "chunk")
+        or not is_view(node)
+    ):
+        return None
+    x, *rest = node.args
+    given = dict(zip(("size", "dim"), rest, strict=False), **node.kwargs)
+    v, parts = value(x), value(node)
+    if not isinstance(v, Tensor) or not isinstance(parts, (tuple, list)) or not v.dim():
+        return None
+    if given.get("dim", 0) not in (-1, v.dim() - 1):
+        return None
+    first = parts[0].shape
+    if not all(same_sizes(first, p.shape) for p in parts):
+        return None
+    return x, len(parts)  # type: ignore[return-value]
+
+
 # Functions without a signature here that always give new memory.
 _MAKE_NEW = frozenset(
     ("sin", "cos", "conv1d", "conv2d", "conv3d", "matmul", "bmm", "addmm", "cat", "stack", "roll",

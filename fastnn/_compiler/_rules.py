@@ -31,6 +31,7 @@ from fastnn._compiler._calls import (
     is_reshape,
     is_widening,
     keeps_rows,
+    parts_of,
     same_sizes,
     value,
 )
@@ -662,6 +663,7 @@ def _product_of_rows(site: Site, product: Node) -> Rewrite:
     site.expect(len(users) == 1, "several users")
     record = getattr(users[0].target, "op", None)
     sums = record is not None and "input_bias" in record.names
+    sums |= parts_of(users[0]) is not None
     site.expect(sums or site.is_call(users[0], *_ACTIVATIONS), "nothing takes the bias")
     return Rewrite(stock.linear, (x, weight, bias), (end,), transposed=(1,))
 
@@ -735,7 +737,7 @@ def _dropout_add(site: Site, end: Node) -> Rewrite:
 # ---- Views --------------------------------------------------------------------------------------
 
 
-def _unbind_and_permute(input: Tensor, dim: int, order: tuple[int, ...]) -> tuple[Tensor, ...]:
+def unbind_and_permute(input: Tensor, dim: int, order: tuple[int, ...]) -> tuple[Tensor, ...]:
     """`input.unbind(dim)`, each permuted."""
     return tuple(t.permute(order) for t in input.unbind(dim))
 
@@ -773,7 +775,7 @@ def _unbind_of_a_permutation(site: Site, end: Node) -> Rewrite:
     site.expect(sorted(parts) == list(range(count)), "not all parts are read")
     order = [d - (d > dim) for d in order]
     outputs = tuple(parts[i] for i in range(count))
-    return Rewrite(_unbind_and_permute, (x, dim, tuple(order)), outputs)
+    return Rewrite(unbind_and_permute, (x, dim, tuple(order)), outputs)
 
 
 # ---- Gradients in fewer passes ------------------------------------------------------------------
