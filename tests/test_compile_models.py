@@ -253,6 +253,7 @@ SITES = {
     },
     whisper: {
         "sum of two layouts": 1, "contiguous before attention": 9 * LAYERS,
+        "scale before attention": 3 * LAYERS,
         "dropout, add, norm": 5 * LAYERS, "linear, activation, dropout": 2 * LAYERS,
         "products of one tensor": 3 * LAYERS,
         # the result of the encoder is read by each layer of the decoder

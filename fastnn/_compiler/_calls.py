@@ -86,6 +86,8 @@ _SIGNATURES: dict[str, Callable] = {
     "unbind": lambda input, dim=0: None,
     "chunk": lambda input, chunks, dim=0: None,
     "contiguous": lambda input: None,
+    "scaled_dot_product_attention": lambda query, key, value, attn_mask=None, dropout_p=0.0,
+        is_causal=False, scale=None, enable_gqa=False: None,
 }  # fmt: skip
 _OPERANDS = frozenset(("input", "other", "exponent"))
 _ALIASES = {
@@ -384,12 +386,11 @@ def draws(node: Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     known = call(node)
+    if known is not None and known.name == "scaled_dot_product_attention":
+        return bool(known.arguments["dropout_p"] != 0.0)
     if known is not None:
         return known.name == "dropout" and known["training"] is not False
     name = _target_name(node)
-    if name == "scaled_dot_product_attention":
-        probability = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return bool(probability != 0.0)
     return not _is_known_not_to_draw(node, name)
 
 

@@ -417,6 +417,33 @@ def _half(node: Any) -> tuple[Node, Any, Any] | None:
     return x, last.start, last.stop
 
 
+@rule("scale before attention", "scaled_dot_product_attention")
+def _scale_before_attention(site: Site, end: Node) -> Rewrite:
+    """attention(c * q, k, v), also with views between: c becomes a factor of the scale."""
+    known = site.call(end, "scaled_dot_product_attention")
+    above, node = [], known["query"]
+    while is_reshape(node) and len(node.users) == 1:
+        above.append(node)
+        node = node.args[0]
+    site.expect(site.is_call(node, "mul", "div") and len(node.users) == 1, "no product")
+    number, factors = site.product(node)
+    site.expect(len(factors) == 1 and factors != [node], "not a number times a tensor")
+    q, scale = factors[0], known["scale"]
+    was, new = _tensor(q), _tensor(node)
+    site.expect(_alike(was, new) and was.dtype == new.dtype, "the product is of another kind")
+    width = _tensor(known["query"]).shape[-1]
+    if scale is None and type(width) is int:
+        scale = 1 / math.sqrt(width)
+    site.expect(type(scale) in (int, float), "the scale is no constant")
+    scale *= number
+    site.expect(0 < scale < math.inf and number > 0, "the scale is not positive")
+    site.taken |= dict.fromkeys(above)
+    _numbers(known["dropout_p"], known["is_causal"], known["enable_gqa"])
+    given = {n: v for n, v in known.arguments.items() if n != "query"} | {"scale": scale}
+    attention = stock.scaled_dot_product_attention
+    return Rewrite(attention, (q,), (end,), given, tuple(reversed(above)))
+
+
 # ---- Losses -------------------------------------------------------------------------------------
 
 
