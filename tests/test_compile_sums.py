@@ -112,7 +112,23 @@ class Heads(stock.Module):
         return one.sin() * two.exp()
 
 
-MODELS = PostNorm, RmsNorm, Residuals, Heads
+class Geglu(stock.Module):
+    """Gated units of a U-Net: the activation is of the second half, or of the first one."""
+
+    expected = {"activation, product of halves": 2, BIAS: 2}  # noqa: RUF012
+    shape = 2, 40, WIDTH
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = (stock.Linear(WIDTH, 2 * WIDTH) for _ in range(2))
+
+    def forward(self, x):
+        y, gate = self.one(x).chunk(2, dim=-1)
+        gate, z = self.two(y * F.gelu(gate)).chunk(2, dim=-1)
+        return F.silu(gate) * z
+
+
+MODELS = PostNorm, RmsNorm, Residuals, Heads, Geglu
 of_all = pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 
 
@@ -344,6 +360,17 @@ def many_parts(x):
     return a.sin() * b.cos() + c * d
 
 
+def halves_of_rows(x):
+    y, gate = LINEAR(x).chunk(2, 0)
+    return y * F.gelu(gate)
+
+
+def halves_of_a_product_that_is_read(x):
+    z = LINEAR(x)
+    y, gate = z.chunk(2, -1)
+    return y * F.gelu(gate) + z.sum()
+
+
 def unequal_parts(x):
     a, b = LINEAR(x).split((5, WIDTH - 5), -1)
     return a.sum() * b.sin()
@@ -366,10 +393,11 @@ def parts_beside_another_user(x):
 
 
 REFUSED = (
-    parts_of_other_rows, many_parts, unequal_parts, parts_without_bias, parts_of_frozen_bias,
-    parts_beside_another_user, leaves, leaves_as_a_view, is_written, is_written_by_a_view,
-    has_one_gradient, has_one_user, is_checkpointed, product_is_read, product_leaves,
-    product_without_bias, product_of_frozen_bias, product_before_an_activation, product_in_columns,
+    parts_of_other_rows, halves_of_rows, halves_of_a_product_that_is_read, many_parts,
+    unequal_parts, parts_without_bias, parts_of_frozen_bias, parts_beside_another_user, leaves,
+    leaves_as_a_view, is_written, is_written_by_a_view, has_one_gradient, has_one_user,
+    is_checkpointed, product_is_read, product_leaves, product_without_bias,
+    product_of_frozen_bias, product_before_an_activation, product_in_columns,
 )  # fmt: skip
 
 

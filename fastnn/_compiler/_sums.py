@@ -218,6 +218,8 @@ def sum_biases(graph: Graph) -> list[Node]:
         if arguments is None:
             continue
         z, x = arguments["input"], arguments.get("residual")
+        if arguments.get("dim", -1) not in (-1, value(z).dim() - 1):
+            continue
         product = _product_with_bias(z)
         if product is None and x is not None and not (arguments["training"] and arguments["p"]):
             # Nothing is dropped, so the two terms may change places.
