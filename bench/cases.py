@@ -127,6 +127,11 @@ def _layer_scale(channels: int, side: int) -> Callable[[int], tuple]:
     )  # fmt: skip
 
 
+def _product(length: int, width: int) -> Callable[[int], tuple]:
+    """The result of a product, and its bias."""
+    return lambda n: (normal(n, length, width), normal(width))
+
+
 def _turned_heads(length: int, heads: int, width: int) -> Callable[[int], tuple]:
     """Queries as a product leaves them, and the cosines and sines of their places."""
 
@@ -166,6 +171,9 @@ ACTIVATIONS = [
     row("scale_add", "EfficientNet-B0, 64 images", 64,
         lambda n: (normal(n, 144, 56, 56), normal(n, 144, 1, 1))),
     row("rotary", "Llama 1B, 2 x 2048", 2, _turned_heads(2048, 32, 64)),
+    row("split_features", "GPT-2, 8 x 1024", 8, _product(1024, 2304), options={"parts": 3}),
+    row("split_features", "ViT-B/16, 64 images", 64, _product(197, 2304),
+        options={"parts": 3, "heads": 12}),
     *(row(name, WIDE, 8192, 4096) for name in (
         "ELU", "CELU", "SELU", "Sigmoid", "Tanh", "LogSigmoid", "Hardtanh", "Hardshrink",
         "Softshrink", "Softplus",

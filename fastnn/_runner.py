@@ -192,7 +192,7 @@ def _call(step: CallStep, cells: _Cells) -> str:
     call = f"{cells(step.function)}({', '.join(args)})"
     names = [_name(r) if r is not None else "_" for r in step.results]
     returned = len(step.function._schema.returns)
-    is_list = returned == 1 and "[]" in str(step.function._schema.returns[0].type)
+    is_list = returned == 1 and isinstance(step.function._schema.returns[0].type, torch.ListType)
     if not names:
         return call
     if returned == 1 and not is_list:

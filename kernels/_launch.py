@@ -34,7 +34,7 @@ def _hooked(hook) -> bool:
 
 
 class _Listeners(threading.local):
-    log = None
+    log: Any = None
 
 
 listeners = _Listeners()  # `listeners.log` is told about the launches of this thread

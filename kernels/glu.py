@@ -14,7 +14,8 @@ Product with an activation (SwiGLU, GEGLU, ReGLU): y = f(x; a, b) * z, f a formu
 
 Memory-bound: forward 2R 1W, backward 3R 2W. PyTorch keeps f(x) as well, and takes 3R 2W and 6R 3W.
 If x and z are the halves of one tensor, they are read in place as those of GLU, and both gradients
-are written to their places; PyTorch takes 2R 2W more, since it joins them.
+are written to their places; PyTorch takes 2R 2W more, since it joins them. If that tensor contains
+a bias, its gradient, the sum over the rows, is taken in the same pass; PyTorch takes 2R more.
 """
 
 import math
@@ -26,7 +27,9 @@ from triton.language.extra import libdevice
 
 from fastnn.kernels import pointwise
 from fastnn.kernels._config import lanes, tunable
+from fastnn.kernels._gpus import multiprocessors
 from fastnn.kernels._launch import kernel
+from fastnn.kernels._partials import in_order
 from fastnn.kernels._sizes import cdiv, next_power_of_2
 from fastnn.kernels._tl import dense_like, empty_as
 
@@ -259,6 +262,52 @@ def _act_glu_bwd_kernel(
         tl.store(DX if FIRST else DX + L, dx.to(DX.dtype.element_ty), mask=mask)
 
 
+@kernel(do_not_specialize=["R", "L_units", "rows_each"])
+def _act_glu_bwd_sums_kernel(
+    DY, X, DX, PARTIALS, R, L_units, rows_each, a, b,
+    UNIT: tl.constexpr, FORMULA: tl.constexpr, GRADIENT: tl.constexpr, OF_Y: tl.constexpr,
+    FIRST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """A program computes both halves of dx for rows_each rows of BLOCK_L columns, and their sums.
+
+    It loops over the rows. DY (R, L): float, contiguous. X, DX (R, 2, L): float, contiguous.
+    PARTIALS (G, 2, L): fp32 sums over the rows of a program. OF_Y: whether GRADIENT takes the
+    activation's result instead of its input.
+    """
+    L = L_units * UNIT  # so that the compiler sees the factor
+    first = tl.program_id(0) * BLOCK_L
+    r = tl.program_id(1).to(tl.int64) * rows_each
+    rows = tl.arange(0, BLOCK_R)[:, None]
+    cols = tl.arange(0, BLOCK_L)[None, :]
+    DY += r * L + first
+    X += r * L * 2 + first
+    DX += r * L * 2 + first
+    left = tl.minimum(rows_each, R - tl.program_id(1) * rows_each)
+    act = tl.zeros((BLOCK_R, BLOCK_L), tl.float32)
+    linear = tl.zeros((BLOCK_R, BLOCK_L), tl.float32)
+    for i in range(0, left, BLOCK_R):
+        mask = (rows < left - i) & (cols < L - first)
+        at = rows * 2 * L + cols
+        dy = tl.load(DY + rows * L + cols, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(X + at if FIRST else X + L + at, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(X + L + at if FIRST else X + at, mask=mask, other=0.0).to(tl.float32)
+        y = FORMULA(x, a, b)
+        dz = dy * y
+        dx = GRADIENT(dy * z, y if OF_Y else x, a, b)
+        tl.store(DX + L + at if FIRST else DX + at, dz.to(DX.dtype.element_ty), mask=mask)
+        tl.store(DX + at if FIRST else DX + L + at, dx.to(DX.dtype.element_ty), mask=mask)
+        linear += tl.where(mask, dz, 0.0)  # past the edge f(0) may be anything
+        act += tl.where(mask, dx, 0.0)
+        DY += BLOCK_R * L
+        X += BLOCK_R * L * 2
+        DX += BLOCK_R * L * 2
+    PARTIALS += tl.program_id(1).to(tl.int64) * L * 2 + first
+    there = tl.arange(0, BLOCK_L) < L - first
+    one, two = (act, linear) if FIRST else (linear, act)
+    tl.store(PARTIALS + tl.arange(0, BLOCK_L), tl.sum(one, 0), mask=there)
+    tl.store(PARTIALS + L + tl.arange(0, BLOCK_L), tl.sum(two, 0), mask=there)
+
+
 @tunable("BLOCK_R")
 def _act_glu_config(L, itemsize):
     tile = 2048 // itemsize  # of each half: 16 bytes per lane of 4 warps
@@ -281,6 +330,34 @@ def act_glu_bwd(dy, x, dim, formula, gradient, of_y, first, a=0.0, b=0.0):
         FORMULA=getattr(pointwise, formula), GRADIENT=getattr(pointwise, gradient), OF_Y=of_y,
         FIRST=first,
     )  # fmt: skip
+
+
+@tunable("BLOCK_R", "BLOCK_L")
+def _sums_config(L, vector):
+    """vector: how many elements an access has. Narrow ones need smaller tiles, or they spill."""
+    block = min(128, next_power_of_2(L))
+    return {"BLOCK_R": max(1, min(16, 256 * vector // block)), "BLOCK_L": block, "num_warps": 4}
+
+
+def act_glu_bwd_sums(dy, x, formula, gradient, of_y, first, a=0.0, b=0.0):
+    """dy, x contiguous, whose last dimension has the halves -> dx, and the sum of its rows."""
+    L = x.shape[-1] // 2
+    R = x.numel() // (2 * L)
+    unit = math.gcd(L, 16 // x.element_size())
+    config = _sums_config(L, unit)
+    columns = cdiv(L, config["BLOCK_L"])
+    # The partial sums are at most 1/64 of what is read.
+    G = max(1, min(8 * multiprocessors(x.get_device()) // columns, cdiv(R, 64)))
+    rows_each = cdiv(cdiv(R, G), config["BLOCK_R"]) * config["BLOCK_R"]
+    G = cdiv(R, rows_each)
+    dx = torch.empty_like(x)
+    partials = x.new_empty((G, 2 * L), dtype=torch.float32)
+    _act_glu_bwd_sums_kernel(
+        (columns, G), dy, x, dx, partials, R, L // unit, rows_each, a, b, UNIT=unit,
+        FORMULA=getattr(pointwise, formula), GRADIENT=getattr(pointwise, gradient), OF_Y=of_y,
+        FIRST=first, **config,
+    )  # fmt: skip
+    return dx, in_order(partials, x.new_empty(2 * L))
 
 
 # ---- an activation times a tensor ---------------------------------------------------------------

@@ -229,8 +229,9 @@ SITES = {
     gpt2: {
         "gelu written out": LAYERS, "dropout, add, norm": 2 * LAYERS,
         "cross_entropy of converted logits": 1,
-        "product of rows": 3 * LAYERS, "linear, activation": LAYERS,
-        "bias in a backward": 2 * LAYERS,
+        "product of rows": 4 * LAYERS, "linear, activation": LAYERS,
+        # the end of each branch, and the product that is query, key and value
+        "bias in a backward": 3 * LAYERS,
     },
     bert: {
         "dropout, add, norm": 2 * LAYERS, "linear, activation": LAYERS + 1,
@@ -252,6 +253,7 @@ SITES = {
     },
     whisper: {
         "sum of two layouts": 1, "contiguous before attention": 9 * LAYERS,
+        "scale before attention": 3 * LAYERS,
         "dropout, add, norm": 5 * LAYERS, "linear, activation, dropout": 2 * LAYERS,
         "products of one tensor": 3 * LAYERS,
         # the result of the encoder is read by each layer of the decoder
@@ -261,12 +263,12 @@ SITES = {
         # 4 blocks, and a merge of patches between the stages, which pads by nothing, too
         "nothing to do": 5, "unbind of a permutation": 4, "dropout, add, norm": 7,
         "linear, activation, dropout": 4,
-        "bias in a backward": 3,
+        "bias in a backward": 7,
     },
     vit: {
         "unbind of a permutation": LAYERS, "dropout, add, norm": 2 * LAYERS,
         "linear, activation, dropout": LAYERS,
-        "bias in a backward": 2 * LAYERS,
+        "bias in a backward": 3 * LAYERS,
     },
     vit_of_transformers: {
         "dropout, add, norm": 2 * LAYERS, "linear, activation": LAYERS,
@@ -294,7 +296,7 @@ SITES = {
         "nothing to do": 17, "sum of two layouts": 4, "dropout, add, norm": 8,
         "activation, product of halves": 4, "group_norm, activation": 17, "linear, activation": 1,
         "products of one tensor": 4,
-        "bias in a backward": 8,
+        "bias in a backward": 12,
     },
 }  # fmt: skip
 

@@ -171,7 +171,6 @@ def _norm():
 
 
 @interpreted
-@interpreted
 def test_a_list_among_the_arguments_fits_until_it_changes(native):
     x, w = torch.randn(3, 9, requires_grad=True), torch.ones(9, requires_grad=True)
     sizes, pads = [9], [1, 1]
@@ -187,6 +186,7 @@ def test_a_list_among_the_arguments_fits_until_it_changes(native):
     assert [p.count for p in plans] == [1, 2]
 
 
+@interpreted
 def test_an_exception_of_python_passes_through(native):
     x, w, call = _norm()
 

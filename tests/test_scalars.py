@@ -34,7 +34,7 @@ def _table() -> dict[tuple[str, str], str]:
 TABLE = _table()
 WHOLE = {
     "dim", "ignore_index", "_stacklevel", "size", "num_groups", "norm_type", "stride", "padding",
-    "output_padding", "dilation", "groups", "blank",
+    "output_padding", "dilation", "groups", "blank", "parts",
 }  # fmt: skip
 
 

@@ -121,8 +121,12 @@ def test_inference_through_cublaslt(shape, device):
 
 
 def test_the_plan_goes_by_shape_and_kind():
-    def plan(M, N, K, activation="gelu", bias=True, training=True, drops=False, itemsize=2):
-        return ops.choose_variant(M, N, K, itemsize, "sm_90", activation, bias, training, drops)
+    def plan(
+        M, N, K, activation="gelu", bias=True, training=True, drops=False, itemsize=2, sums=False
+    ):
+        return ops.choose_variant(
+            M, N, K, itemsize, "sm_90", activation, bias, training, drops, sums
+        )
 
     assert plan(4096, 4096, 1024, drops=True) == "epilogue"
     assert plan(4096, 4096, 128, drops=True) == "gemm"
@@ -130,10 +134,34 @@ def test_the_plan_goes_by_shape_and_kind():
     assert plan(4096, 4096, 132, drops=True) == "epilogue"  # K % 8
     assert plan(64, 64, 128, drops=True) == "epilogue"  # too few tiles for the processors
     assert plan(4096, 4096, 1024, "relu") == "addmm"
-    assert plan(4096, 4096, 1024, "relu", bias=False) == "epilogue"
     assert plan(4096, 4096, 1024, "relu", training=False) == "addmm"
+    # The table, and not the shape, decides from which size on the pass for the bias counts.
+    assert plan(4096, 4096, 1024, sums=True) == plan(64, 64, 1024, sums=True) == "epilogue"
+    assert isinstance(plan(4096, 4096, 1024), _mode.Stock)
+    assert isinstance(plan(4096, 4096, 1024, "relu", bias=False), _mode.Stock)
     assert isinstance(plan(4096, 4096, 1024, training=False), _mode.Stock)
-    assert isinstance(plan(64, 64, 1024), _mode.Stock)
+
+
+@pytest.mark.parametrize(
+    "frozen", [(), ("bias",), ("input", "weight"), ("input", "weight", "bias")]
+)
+@pytest.mark.parametrize("tracked", [True, False], ids=["tracked", "no_grad"])
+def test_a_kernel_runs_where_a_bias_gets_a_gradient(frozen, tracked, device, simulate):
+    """Without a dropout, the pass that sums the gradient of the bias is all that is saved."""
+    simulate(least=0, source="the test")
+    made = {"input": torch.randn(9, 4), "weight": torch.randn(5, 4), "bias": torch.randn(5)}
+    made = {k: v.to(device).requires_grad_(k not in frozen) for k, v in made.items()}
+    with fastnn.decisions() as heard, torch.set_grad_enabled(tracked):
+        y = F.linear_act(**made, activation="gelu")
+    want = stock.functional.gelu(stock.functional.linear(**made))
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    if not tracked or "bias" in frozen:
+        assert [d.code for d in heard] == ["gate"]
+        return
+    assert [d.why for d in heard] == [None]
+    wanting = [t for t in made.values() if t.requires_grad]
+    dy = torch.randn_like(y)
+    assert_close(*(torch.autograd.grad(out, wanting, dy) for out in (y, want)))
 
 
 def test_in_auto_the_gate_is_on_the_output(device, simulate):

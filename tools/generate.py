@@ -89,7 +89,7 @@ def functions_table() -> str:
 AREAS = {
     "activations, dropout": (("activation", "dropout", "glu", "prelu", "scale", "softmax"), None),
     "attention and transformers": (
-        ("attention", "multihead_attention", "residual_norm", "rotary"),
+        ("attention", "multihead_attention", "residual_norm", "rotary", "split"),
         "[attention](docs/attention.md), [transformers](docs/transformer.md)",
     ),
     "images": (

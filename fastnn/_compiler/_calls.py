@@ -87,6 +87,8 @@ _SIGNATURES: dict[str, Callable] = {
     "chunk": lambda input, chunks, dim=0: None,
     "contiguous": lambda input: None,
     "getitem": lambda input, index: None,
+    "scaled_dot_product_attention": lambda query, key, value, attn_mask=None, dropout_p=0.0,
+        is_causal=False, scale=None, enable_gqa=False: None,
 }  # fmt: skip
 _OPERANDS = frozenset(("input", "other", "exponent"))
 _ALIASES = {
@@ -262,6 +264,27 @@ def keeps_rows(node: Any) -> bool:
     return new.is_contiguous() and old.is_contiguous()
 
 
+def parts_of(node: Any) -> tuple[Node, int] | None:
+    """(x, n), if a node gives the n equal parts of the last dimension of x; None for others."""
+    if (
+        not isinstance(node, Node)
+        or _target_name(node) not in ("split", "chunk")
+        or not is_view(node)
+    ):
+        return None
+    x, *rest = node.args
+    given = dict(zip(("size", "dim"), rest, strict=False), **node.kwargs)
+    v, parts = value(x), value(node)
+    if not isinstance(v, Tensor) or not isinstance(parts, (tuple, list)) or not v.dim():
+        return None
+    if given.get("dim", 0) not in (-1, v.dim() - 1):
+        return None
+    first = parts[0].shape
+    if not all(same_sizes(first, p.shape) for p in parts):
+        return None
+    return x, len(parts)  # type: ignore[return-value]
+
+
 # Functions without a signature here that always give new memory.
 _MAKE_NEW = frozenset(
     ("sin", "cos", "conv1d", "conv2d", "conv3d", "matmul", "bmm", "addmm", "cat", "stack", "roll",
@@ -365,12 +388,11 @@ def draws(node: Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     known = call(node)
+    if known is not None and known.name == "scaled_dot_product_attention":
+        return bool(known.arguments["dropout_p"] != 0.0)
     if known is not None:
         return known.name == "dropout" and known["training"] is not False
     name = _target_name(node)
-    if name == "scaled_dot_product_attention":
-        probability = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return bool(probability != 0.0)
     return not _is_known_not_to_draw(node, name)
 
 

@@ -31,6 +31,7 @@ from fastnn._compiler._calls import (
     is_reshape,
     is_widening,
     keeps_rows,
+    parts_of,
     same_sizes,
     value,
 )
@@ -416,6 +417,33 @@ def _half(node: Any) -> tuple[Node, Any, Any] | None:
     return x, last.start, last.stop
 
 
+@rule("scale before attention", "scaled_dot_product_attention")
+def _scale_before_attention(site: Site, end: Node) -> Rewrite:
+    """attention(c * q, k, v), also with views between: c becomes a factor of the scale."""
+    known = site.call(end, "scaled_dot_product_attention")
+    above, node = [], known["query"]
+    while is_reshape(node) and len(node.users) == 1:
+        above.append(node)
+        node = node.args[0]
+    site.expect(site.is_call(node, "mul", "div") and len(node.users) == 1, "no product")
+    number, factors = site.product(node)
+    site.expect(len(factors) == 1 and factors != [node], "not a number times a tensor")
+    q, scale = factors[0], known["scale"]
+    was, new = _tensor(q), _tensor(node)
+    site.expect(_alike(was, new) and was.dtype == new.dtype, "the product is of another kind")
+    width = _tensor(known["query"]).shape[-1]
+    if scale is None and type(width) is int:
+        scale = 1 / math.sqrt(width)
+    site.expect(type(scale) in (int, float), "the scale is no constant")
+    scale *= number
+    site.expect(0 < scale < math.inf and number > 0, "the scale is not positive")
+    site.taken |= dict.fromkeys(above)
+    _numbers(known["dropout_p"], known["is_causal"], known["enable_gqa"])
+    given = {n: v for n, v in known.arguments.items() if n != "query"} | {"scale": scale}
+    attention = stock.scaled_dot_product_attention
+    return Rewrite(attention, (q,), (end,), given, tuple(reversed(above)))
+
+
 # ---- Losses -------------------------------------------------------------------------------------
 
 
@@ -667,6 +695,7 @@ def _product_of_rows(site: Site, product: Node) -> Rewrite:
     site.expect(len(users) == 1, "several users")
     record = getattr(users[0].target, "op", None)
     sums = record is not None and "input_bias" in record.names
+    sums |= parts_of(users[0]) is not None
     site.expect(sums or site.is_call(users[0], *_ACTIVATIONS), "nothing takes the bias")
     return Rewrite(stock.linear, (x, weight, bias), (end,), transposed=(1,))
 
@@ -765,7 +794,7 @@ def _parts_of_one_tensor(site: Site, end: Node) -> Rewrite:
     return Rewrite(torch.unbind, (x, 0), tuple(parts[i] for i in range(v.shape[0])))
 
 
-def _unbind_and_permute(input: Tensor, dim: int, order: tuple[int, ...]) -> tuple[Tensor, ...]:
+def unbind_and_permute(input: Tensor, dim: int, order: tuple[int, ...]) -> tuple[Tensor, ...]:
     """`input.unbind(dim)`, each permuted."""
     return tuple(t.permute(order) for t in input.unbind(dim))
 
@@ -803,7 +832,7 @@ def _unbind_of_a_permutation(site: Site, end: Node) -> Rewrite:
     site.expect(sorted(parts) == list(range(count)), "not all parts are read")
     order = [d - (d > dim) for d in order]
     outputs = tuple(parts[i] for i in range(count))
-    return Rewrite(_unbind_and_permute, (x, dim, tuple(order)), outputs)
+    return Rewrite(unbind_and_permute, (x, dim, tuple(order)), outputs)
 
 
 # ---- Gradients in fewer passes ------------------------------------------------------------------

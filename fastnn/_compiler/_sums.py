@@ -7,8 +7,9 @@ anyway, its kernel sums on the way:
 - `twice`: the op returns its result twice, once for each user, and gets two gradients.
 - `input_bias`: the op is told the bias that its input contains, and gives that bias its gradient.
 
-No op is named here. The ops that have these arguments take part. Both happen after the rules, when
-it is known who uses what.
+The ops that have these arguments take part. Both happen after the rules, when it is known who uses
+what. Where a product with a bias is query, key and value, `split_features` first takes the place of
+the views, as its backward has such a kernel.
 """
 
 from __future__ import annotations
@@ -27,13 +28,19 @@ from fastnn._compiler._asked import declines
 from fastnn._compiler._calls import (
     call,
     is_opaque,
+    is_reshape,
     is_view,
     keeps_rows,
     makes_new,
+    parts_of,
+    same_sizes,
     value,
     writes,
 )
+from fastnn._compiler._rules import unbind_and_permute
 from fastnn._compiler._site import Rewrite
+from fastnn.kernels.split import MOST
+from fastnn.ops.split import split_features
 
 
 def _arguments(node: Node, name: str) -> dict[str, Any] | None:
@@ -157,19 +164,70 @@ def _product_with_bias(node: Any) -> Node | None:
     return None
 
 
+def _heads_of(node: Node) -> tuple[Any, int, Any] | None:
+    """(z, parts, heads) of `unbind_and_permute(z.view(..., parts, heads, width))`."""
+    x, dim, _ = node.args
+    if not isinstance(x, Node) or not is_reshape(x):
+        return None
+    z, new = x.args[0], value(x).shape
+    if dim != len(new) - 3 or len(x.users) != 1 or not same_sizes(new[:-3], value(z).shape[:-1]):
+        return None
+    return z, new[-3], new[-2]
+
+
+def split_products(graph: Graph) -> None:
+    """Put `split_features` where a product with a bias is taken apart."""
+    for node in list(graph.nodes):
+        turned = node.target is unbind_and_permute
+        parts = (*found, None) if (found := parts_of(node)) else None
+        z, count, heads = (_heads_of(node) if turned else parts) or (None, 0, None)
+        sizes = type(count) is int and type(heads) in (int, type(None))
+        if z is None or not sizes or not 2 <= count <= MOST or _product_with_bias(z) is None:
+            continue
+        users = list(node.users)
+        if any(u.target is not operator.getitem for u in users):
+            continue
+        if any(type(u.args[1]) is not int or u.args[1] < 0 for u in users):
+            continue
+        with graph.inserting_before(node):
+            split = graph.call_function(split_features, (z,), {"parts": count, "heads": heads})
+        v = value(z)
+        views = (
+            v.chunk(count, -1) if heads is None else v.unflatten(-1, (count, heads, -1)).unbind(-3)
+        )
+        split.meta = dict(node.meta, example_value=views)
+        for user in users:
+            i = user.args[1]
+            with graph.inserting_before(user):
+                part = _item(graph, split, i, user)
+                part.meta["example_value"] = views[i]
+                if turned:
+                    part = graph.call_method("permute", (part, node.args[2]))
+                    part.meta = dict(user.meta)
+            user.replace_all_uses_with(part)
+            graph.erase_node(user)
+        shaped = node.args[0]
+        graph.erase_node(node)
+        if turned:
+            graph.erase_node(shaped)
+
+
 def sum_biases(graph: Graph, autocast: bool = False) -> list[Node]:
     """Let ops give the biases of their inputs the gradients. Returns the nodes of the ops.
 
     autocast: whether it may be on.
     """
+    split_products(graph)
     found = []
     for node in list(graph.nodes):
         arguments = _arguments(node, "input_bias")
         if arguments is None:
             continue
-        z, x = arguments["input"], arguments["residual"]
+        z, x = arguments["input"], arguments.get("residual")
+        if arguments.get("dim", -1) not in (-1, value(z).dim() - 1):
+            continue
         product = _product_with_bias(z)
-        if product is None and not (arguments["training"] and arguments["p"]):
+        if product is None and x is not None and not (arguments["training"] and arguments["p"]):
             # Nothing is dropped, so the two terms may change places.
             if all(value(t).is_contiguous() for t in (z, x)):
                 product = _product_with_bias(x)

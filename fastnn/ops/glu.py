@@ -9,6 +9,7 @@ from fastnn._shards import Split, beside
 from fastnn.ops.activation import refuse_numbers
 from fastnn.ops.channel_norm import checked_activation
 from fastnn.ops.linear import ACTIVATIONS, stock_activation
+from fastnn.ops.residual_norm import WithBias
 
 
 class GLU(Function):
@@ -105,19 +106,69 @@ class ActGLU(Function):
         return dx, None, None, None, None, None
 
 
-def _act_of_half(input, dim=-1, activation="silu", a=0.0, b=0.0, first=False):
+class BiasedActGLU(Function):
+    """x, which contains the bias c -> as `ActGLU`, of halves of the last dimension, and x.
+
+    x is an output, so that a second derivative with respect to c can pass through x.
+    """
+
+    strided = ("dx",)
+
+    @staticmethod
+    def forward(ctx, x, c, activation, a, b, first):
+        kept = x.view_as(x)
+        ctx.save_for_backward(kept)
+        ctx.rest = activation, a, b, first, c.dtype
+        ctx.set_materialize_grads(False)
+        value = ACTIVATIONS[activation].value
+        return kernels.glu.act_glu_fwd(x, x.dim() - 1, value, first, a, b), kept
+
+    @staticmethod
+    def backward(ctx, dy, dx):
+        (x,) = ctx.saved_tensors
+        activation, a, b, first, dtype = ctx.rest
+        of_x, of_c = ctx.needs_input_grad[:2]
+        formula = ACTIVATIONS[activation]
+        how = formula.value, formula.gradient, formula.keeps == "y", first, a, b
+        if dx is None and not torch.is_grad_enabled():
+            dx, dc = kernels.glu.act_glu_bwd_sums(dy, x, *how)
+            dc = dc.to(dtype)
+        else:
+            if dy is not None and not torch.is_grad_enabled():
+                dx = dx + kernels.glu.act_glu_bwd(dy, x, x.dim() - 1, *how)
+            elif dy is not None:
+                (of_y,) = second_order(
+                    lambda x: _act_of_half(x, -1, activation, a, b, first), (x,), dy, (True,)
+                )
+                dx = of_y if dx is None else dx + of_y
+            dc = dx.flatten(0, -2).sum(0, dtype=dtype) if of_c else None
+        return dx if of_x else None, dc if of_c else None, None, None, None, None
+
+
+def _act_of_half(
+    input, dim=-1, activation="silu", a=0.0, b=0.0, first=False, input_bias=None
+):  # fmt: skip
     act = checked_activation("act_glu", activation, a, b)
+    if input_bias is not None:
+        input = WithBias.apply(input, input_bias)
     one, other = input.chunk(2, dim)
     return act(one) * other if first else one * act(other)
 
 
-@op(stock=_act_of_half, strided=("input",), split=_beside, source="arXiv:2002.05202")
-def act_glu(input, dim=-1, activation="silu", a=0.0, b=0.0, first=False):
+def _beside_without_bias(input, dim=-1, input_bias=None, **others):
+    return beside(input, dim) if input_bias is None else []
+
+
+@op(stock=_act_of_half, strided=("input",), split=_beside_without_bias, source="arXiv:2002.05202")
+def act_glu(input, dim=-1, activation="silu", a=0.0, b=0.0, first=False, input_bias=None):
     """`act_mul` of the halves of `input` along `dim`, one pass per direction: SwiGLU, GEGLU, ReGLU.
 
     The activation is of the second half, as in GLU, or of the first half if `first`. Both halves
     are read in place, for every dimension and layout, and their gradients are written in place.
-    Raises ValueError for any other activation than those of `linear_act`.
+    `input_bias` (N,) is a bias that `input` contains, added without a gradient; the halves are then
+    those of the last dimension. Its values are not read. Its gradient is that of `input`, summed
+    over the rows, in the same pass. Raises ValueError for any other activation than those of
+    `linear_act`.
     """
     if activation not in ACTIVATIONS:
         return Invalid("option", f"activation={activation!r}")
@@ -127,6 +178,18 @@ def act_glu(input, dim=-1, activation="silu", a=0.0, b=0.0, first=False):
     rank = input.dim()
     if type(dim) is not int or not -rank <= dim < rank or input.shape[dim] % 2:
         return Invalid("shape", f"dim={dim!r} of {tuple(input.shape)}")
+    if input_bias is not None:
+        if dim % rank != rank - 1 or input_bias.shape != input.shape[-1:]:
+            shapes = f"{tuple(input_bias.shape)} for {tuple(input.shape)}"
+            return Stock("shape", f"input_bias {shapes}, halves of dimension {dim}")
+        if not input.numel():
+            return Stock("empty", "no elements")
+        if not input.is_contiguous():
+            return Stock("layout", f"strides {input.stride()} and input_bias")
+        if input.numel() // input.shape[-1] >= 2**30:  # the kernel counts rows in 32 bits
+            rows = input.numel() // input.shape[-1]
+            return Stock("size", f"{rows:,} rows; kernels take less than 2^30")
+        return run(BiasedActGLU, input, input_bias, activation, float(a), float(b), bool(first))[0]
     return run(ActGLU, input, dim % rank, activation, float(a), float(b), bool(first))
 
 

@@ -116,6 +116,8 @@ class How(NamedTuple):
 def _gradients_of_product(dz, x, weight, shape, needs, how):
     """dz (M, N) -> the gradients of x (with `shape`) and of the weight; None if not needed."""
     dx = dw = None
+    if not any(needs[:2]):  # dz was not made either
+        return dx, dw
     if how.ours:
         if needs[0]:
             dx = kernels.linear.bwd_dx(dz, weight, how.precision, how.arch).view(shape)
@@ -382,11 +384,12 @@ GEMM_ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 _LEAST_GEMM = 128 * 128 * 66
 
 
-def choose_variant(M, N, K, itemsize, arch, activation, bias, training, drops) -> str | Stock:
+def choose_variant(M, N, K, itemsize, arch, activation, bias, training, drops, sums) -> str | Stock:
     """How `linear_act` runs if cuBLAS may be used.
 
     "gemm": our GEMM with the rest in its epilogue. "addmm": cuBLASLt with bias and relu in its
-    epilogue. "epilogue": cuBLAS, then one pass for the rest.
+    epilogue. "epilogue": cuBLAS, then one pass for the rest, which also sums the gradient of the
+    bias. sums: whether the bias gets a gradient.
     """
     if activation == "relu" and bias and not drops and M * N:
         return "addmm"
@@ -398,9 +401,9 @@ def choose_variant(M, N, K, itemsize, arch, activation, bias, training, drops) -
         and arch in GEMM_ARCHITECTURES
     ):
         return "gemm"
-    if drops or (training and M * N >= 2**24):
+    if drops or sums:
         return "epilogue"
-    return Stock("gate", "there is no dropout to fuse, and no bias gradient that is large enough")
+    return Stock("gate", "there is no dropout to fuse, and no gradient of a bias")
 
 
 def _outputs(
@@ -409,11 +412,12 @@ def _outputs(
     """The gate's policy: the number of outputs, and what multiplies."""
     N, K = weight.shape
     M = input.shape[:-1].numel()
-    tracked = (input, weight) if bias is None else (input, weight, bias)
+    tracked = torch.is_grad_enabled()
+    sums = tracked and bias is not None and bias.requires_grad
     variant = choose_variant(
         M, N, K, input.element_size(), _gpus.architecture(input.get_device()), activation,
-        bias is not None, torch.is_grad_enabled() and any(t.requires_grad for t in tracked),
-        training and p > 0,
+        bias is not None, sums or (tracked and (input.requires_grad or weight.requires_grad)),
+        training and p > 0, sums,
     )  # fmt: skip
     return variant if isinstance(variant, Stock) else Work(M * N, "outputs", variant)
 

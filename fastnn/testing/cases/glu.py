@@ -48,6 +48,20 @@ CASES: list[Case] = [
             ("gelu_tanh", 0.0, 0.0, True), ("silu", 0.0, 0.0, True), ("sigmoid", 0.0, 0.0, False),
         )
     ),
+    *(  # with the gradient of a bias that the halves contain
+        Case("act_glu", (randn(*shape),), options | {"input_bias": randn(shape[-1])})
+        for shape, options in (
+            ((5, 34), {"activation": "gelu"}),
+            ((2, 70, 6), {"first": True}),  # several programs of rows
+            ((3, 258), {"activation": "hardtanh", "a": 1.0, "b": 2.0}),  # f(0) is not 0
+            ((1, 2), {"activation": "sigmoid", "first": True}),
+        )
+    ),
+    Case("act_glu", (randn(40, 6, grad=False),), {"input_bias": randn(6)}),
+    Case("act_glu", (randn(40, 6),), {"input_bias": randn(6, grad=False)}),
+    Case("act_glu", (randn(6, 4),), {"dim": 0, "input_bias": randn(4)}, stock="shape"),
+    Case("act_glu", (randn(4, 6),), {"input_bias": randn(4)}, view=lambda t: t.t(), stock="layout"),
+    Case("act_glu", (randn(0, 4),), {"input_bias": randn(4)}, stock="empty"),
     *(
         Case("act_glu", (x,), options, view=view)
         for x, options, view in (
