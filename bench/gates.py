@@ -12,15 +12,16 @@ come from a calibration against published times. Where the instructions of our l
 than their bytes (`bench.roofs`), that time counts for ours. Of several rows of a variant, the one
 that saves least for its size counts. The host times are those of `python -m bench.host`: of one
 more call, by the runner of plans, against operators of stock that compute nothing. So each line has
-a size for the Python runner and one for the C++ runner.
-Operators that `bench/null.cpp` does not replace do compute, so stock counts at most 5.2 us for
-each launch on CUDA; no operator that is replaced needs more. The last 2 us are a margin. Ops that
-a container runs for several members cost 8 us more. All of this is an estimate. `fastnn tune`
-measures.
+a size for the Python runner and one for the C++ runner. Operators that `bench/null.cpp` does not
+replace do compute, so stock counts at most 5.2 us for each launch on CUDA; no operator that is
+replaced needs more. The last 2 us are a margin. Ops that a container runs for several members cost
+8 us more. `linear_act` was measured with a product of our own. Where cuBLAS multiplies, the bytes
+are those of `bench.traffic`, and each launch more counts as one of stock. All of this is an
+estimate. `fastnn tune` measures.
 
 The program prints the table, and with `--write` it puts the new sizes into `crossover.json`, also
-those of ops that have no line there. Ops whose bytes depend on data, or whose time is bound by
-matrix products, keep what they have.
+those of ops that have no line there. Ops whose bytes depend on data, or that run products
+of our own, keep what they have.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,6 +41,7 @@ from fastnn import _gate
 from fastnn._gate import LEAST_OF_ESTIMATES as LEAST
 from fastnn._gate import Work
 from fastnn.bench.cases import CASES, BenchCase
+from fastnn.testing.meter import Cost
 
 BANDWIDTH = 3.05e12  # bytes per second, of both sides
 LAUNCH = 6.0  # us on the GPU for each launch
@@ -84,6 +86,48 @@ def _rows() -> Iterator[tuple[str, Work, BenchCase]]:
             yield op, work, case
 
 
+class _Beside(NamedTuple):
+    """Bytes outside of products, and launches, of stock and of ours."""
+
+    work: Work
+    stock: Cost
+    ours: Cost
+
+
+def _beside_products() -> Iterator[_Beside]:
+    """Calls of `linear_act` whose products are those of cuBLAS on both sides."""
+    from fastnn.bench.traffic import Outside, cost_of_call
+    from fastnn.ops.linear import linear_act
+    from fastnn.testing.meter import as_on_cuda
+
+    rows, n, k = 8192, 3072, 768
+    for variant, p in (("epilogue", 0.0), ("dropout", 0.1)):
+
+        def made(device: str) -> list[torch.Tensor]:
+            shapes = (rows, k), (n, k), (n,)
+            return [
+                torch.empty(s, dtype=torch.bfloat16, device=device, requires_grad=True)
+                for s in shapes
+            ]
+
+        options: dict[str, Any] = {"activation": "gelu", "p": p, "training": p > 0}
+        leaves = made("meta")
+        with as_on_cuda(), Outside() as stock:
+            y = linear_act.op.stock(*leaves, **options)  # type: ignore[attr-defined]
+            torch.autograd.grad(y, leaves, torch.empty_like(y))
+        ours = cost_of_call(linear_act, tuple(made("cpu")), options, rows * n * 2)
+        work = Work(rows * n, "outputs", variant)
+        yield _Beside(work, stock.cost, sum(ours, Cost(0, 0)))
+
+
+def _more_launches(rows: Sequence[dict], beside: _Beside) -> float:
+    """What the launches of a variant cost more than those of the measured rows of `linear_act`."""
+    row = next(r for r in rows if r["ops"] == ["linear_act"])
+    ours = beside.ours.launches - row["ours_launches"]
+    stock = beside.stock.launches - row["stock_launches"]
+    return (LAUNCH + EACH) * (ours - stock)
+
+
 def rounded(size: float) -> int:
     """`size`, rounded up to a power of two below 2**20, and to a multiple of 2**20 above."""
     size = max(size, LEAST)
@@ -117,26 +161,32 @@ def estimates(rows: Sequence[dict]) -> list[Estimate]:
     host = host_costs(rows)
     in_cpp = host_costs(rows, "native") if all("native_us" in r for r in rows) else host
     rates: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+
+    def add(op: str, work: Work, stock_us: float, ours_us: float) -> None:
+        saved, of = ((us / work.size * 1e6) for us in (stock_us - ours_us, stock_us))
+        rates.setdefault((op, work.variant, work.unit), []).append((saved, of))
+
     for op, work, case in _rows():
-        size = work.size
-        if op not in host or size < 1 << 20:
+        if op not in host or work.size < 1 << 20:
             continue
         record = predicted(case, torch.bfloat16)
         if record["why"] is not None:
             continue
         stock, ours = (sum(p["bytes"] for p in record[side]) for side in ("stock", "ours"))
         stock_us, ours_us = (b / BANDWIDTH * 1e6 for b in (stock, ours))
-        ours_us = max(ours_us, least_us(case.key(torch.bfloat16)) or 0.0)
-        saved = (stock_us - ours_us) / size * 1e6
-        rates.setdefault((op, work.variant, work.unit), []).append((saved, stock_us / size * 1e6))
+        add(op, work, stock_us, max(ours_us, least_us(case.key(torch.bfloat16)) or 0.0))
+    extra: dict[tuple[str, str], float] = {}
+    for one in _beside_products() if "linear_act" in host else ():
+        us = (cost.bytes / BANDWIDTH * 1e6 for cost in (one.stock, one.ours))
+        add("linear_act", one.work, *us)
+        extra["linear_act", one.work.variant] = _more_launches(rows, one)
     found = []
     for (op, variant, unit), pairs in sorted(rates.items()):
         saved, of = min(pairs)
         wins = saved > SAVES * of
-        sizes = [
-            rounded(max(more[op], 0.0) / saved * 1e6) if wins else None for more in (host, in_cpp)
-        ]
-        found.append(Estimate(op, variant, saved, host[op], sizes[0], unit, sizes[1]))
+        more = [costs[op] + extra.get((op, variant), 0.0) for costs in (host, in_cpp)]
+        sizes = [rounded(max(us, 0.0) / saved * 1e6) if wins else None for us in more]
+        found.append(Estimate(op, variant, saved, more[0], sizes[0], unit, sizes[1]))
     return found
 
 
