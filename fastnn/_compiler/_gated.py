@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from fastnn import _front, _gate, _mode
 from fastnn._compiler._calls import value
-from fastnn._compiler._sums import sum_alone
+from fastnn._compiler._sums import mean_alone, sum_alone
 
 
 def calls_of_ours(gm: GraphModule) -> list[tuple[Node, Any]]:
@@ -67,6 +67,7 @@ def lean(gm: GraphModule, floors: list[float]) -> GraphModule:
     for (node, record), floor in zip(calls_of_ours(new), floors, strict=True):
         if _is_small(node, record, floor):
             sum_alone(new.graph, node)
+            mean_alone(new.graph, node)
             node.target = record.stock
     new.graph.lint()
     new.recompile()
