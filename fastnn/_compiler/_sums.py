@@ -184,7 +184,7 @@ def mean_alone(graph: Graph, node: Node) -> None:
     if not node.kwargs.get("means"):
         return
     node.kwargs = {k: v for k, v in node.kwargs.items() if k != "means"}
-    y, one = sorted(node.users, key=lambda u: u.args[1])
+    y, one = sorted(node.users, key=lambda u: int(u.args[1]))  # type: ignore[arg-type, call-overload]
     node.meta = dict(y.meta)
     dims = tuple(range(2, value(y).dim()))
     with graph.inserting_before(one):
