@@ -264,7 +264,7 @@ def _kind(tree: Any) -> tuple:
     return tuple(map(told, tree_leaves(tree, is_leaf=lambda v: v is None)))
 
 
-def _cost_of_call(function: Callable, args: tuple, kwargs: dict, size: int) -> list[Cost]:
+def cost_of_call(function: Callable, args: tuple, kwargs: dict, size: int) -> list[Cost]:
     """[forward, backward] of one call of ours, whatever its size. `size`: bytes of its results."""
 
     def make() -> list[Callable]:
@@ -326,7 +326,7 @@ class _Counted(Interpreter):
         kind = target, torch.is_grad_enabled(), _kind((args, kwargs))
         if kind not in self.known:
             size = nbytes(*tree_leaves(results))
-            self.known[kind] = _cost_of_call(target, args, kwargs, size)
+            self.known[kind] = cost_of_call(target, args, kwargs, size)
         costs = self.known[kind]
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         out = _Shaped.apply(

@@ -88,6 +88,33 @@ def _offsets(o, c, v0, C, S, V, LAYOUT: tl.constexpr, U: tl.constexpr, BLOCK_V: 
 
 
 @triton.jit
+def _gradient_with_each(DY, MORE, at, plane, mask):
+    """The sum of a gradient at `at` and of that of its plane, as `gradient_of` makes it."""
+    dy = tl.load(DY + at, mask=mask, other=0.0).to(tl.float32)
+    dy += tl.load(MORE + plane, mask=mask, other=0.0).to(tl.float32)
+    return dy.to(DY.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _gradient(
+    DY, MORE, at, o, c, v0, C, S, mask, LAYOUT: tl.constexpr, U: tl.constexpr, EACH: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """The gradient of y at the elements (c, v0 + v, u), whose addresses are `at`, in float32.
+
+    With MORE, the sum of two, rounded as PyTorch rounds it. EACH: MORE has one for each plane.
+    """
+    if EACH:
+        if LAYOUT == "planes":
+            plane = (o * C + c)[:, None, None]
+        else:
+            n = (v0 + tl.arange(0, BLOCK_V)) // (S // U)
+            plane = n.to(tl.int64)[None, :, None] * C + c[:, None, None]
+        return _gradient_with_each(DY, MORE, at, plane, mask)
+    return gradient_of(DY, MORE, at, mask)
+
+
+@triton.jit
 def _sum(x):
     """Sum over all axes but the first."""
     return tl.sum(tl.sum(x, 2), 1)
@@ -246,21 +273,23 @@ def _channel_fwd_kernel(
 def _channel_bwd_kernel(
     DY, MORE, X, W, B, Y, MEAN, RSTD, DX, DZ, DW, DB, C, S, N, D, a, b,
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, D_UNIT: tl.constexpr, GROUPED: tl.constexpr,
-    FORMULA: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
+    EACH: tl.constexpr, FORMULA: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """A program computes dx of BLOCK_C channels of one outer index, or of one group, at once.
 
     DY, MORE, X, Y, DX, DZ: (O, C, J) in LAYOUT, float. The gradient of y is DY + MORE, or DY if
-    MORE is None. Y is read if f' is computed from y. DZ is written unless None. W, B (C,): float,
-    or None. MEAN, RSTD: as in the forward, fp32. DW, DB: (O, C), fp32 partial sums, or the
-    gradients themselves if O is 1; or None.
+    MORE is None. If EACH, MORE has one number for each plane, (samples, C). Y is read if f' is
+    computed from y. DZ is written unless None. W, B (C,): float, or None. MEAN, RSTD: as in the
+    forward, fp32. DW, DB: (O, C), fp32 partial sums, or the gradients themselves if O is 1; or
+    None.
     """
     C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
     U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
     o, c, limit, st = _members(C, D, D_UNIT, GROUPED, BLOCK_C)
     base, offs = _offsets(o, c, 0, C, S, V, LAYOUT, U, BLOCK_V)
     mask = (c < limit)[:, None, None] & (tl.arange(0, BLOCK_V) < V)[None, :, None]
-    dz = gradient_of(DY, MORE, base + offs, mask)
+    dz = _gradient(DY, MORE, base + offs, o, c, 0, C, S, mask, LAYOUT, U, EACH, BLOCK_V)
     x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
     mean, rstd, w, bias = _loaded(MEAN, RSTD, W, B, st, c, limit, 0.0, False)
     x_hat, z = _normalised(x, mean, rstd, w, bias)
@@ -382,21 +411,27 @@ def _planes_fwd_kernel(
 @kernel(do_not_specialize=["S_units", "N", "MAGIC"])
 def _planes_bwd_kernel(
     DY, MORE, X, W, B, Y, MEAN, RSTD, DX, DZ, DW, DB, S_units, N, MAGIC, count, a, b,
-    UNIT: tl.constexpr, FORMULA: tl.constexpr, GRADIENT: tl.constexpr, CHANNELS: tl.constexpr,
-    SLOTS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    UNIT: tl.constexpr, EACH: tl.constexpr, FORMULA: tl.constexpr, GRADIENT: tl.constexpr,
+    CHANNELS: tl.constexpr, SLOTS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A program computes dx of CHANNELS neighbouring channels of all samples at once.
 
     DY, MORE, X, Y, DX, DZ (N, C, S): float, contiguous. The gradient of y is DY + MORE, or DY if
-    MORE is None. Y is read if f' is computed from y. DZ is written unless None. W, B (C,): float,
-    or None. MEAN, RSTD (C,): fp32. DW, DB (C,): float, or None. S_units is CHANNELS * S / UNIT, and
-    MAGIC is ceil(2^20 / S).
+    MORE is None. If EACH, MORE has one number for each plane, (N, C). Y is read if f' is computed
+    from y. DZ is written unless None. W, B (C,): float, or None. MEAN, RSTD (C,): fp32. DW, DB
+    (C,): float, or None. S_units is CHANNELS * S / UNIT, and MAGIC is ceil(2^20 / S).
     """
     offs, mask, at, inside, c, there = _planes(
         N, S_units, MAGIC, UNIT, CHANNELS, SLOTS, BLOCK_N, BLOCK_P
     )
     ch = tl.program_id(0) * CHANNELS + at
-    dz = gradient_of(DY, MORE, offs, mask)
+    if EACH:
+        n = tl.arange(0, BLOCK_N).to(tl.int64)[:, None]
+        plane = n * tl.num_programs(0) * CHANNELS + ch[None, :]
+        dz = _gradient_with_each(DY, MORE, offs, plane, mask)
+    else:
+        dz = gradient_of(DY, MORE, offs, mask)
     x = tl.load(X + offs, mask=mask, other=0.0).to(tl.float32)
     rstd = tl.load(RSTD + ch, mask=inside, other=1.0)[None, :]
     x_hat = (x - tl.load(MEAN + ch, mask=inside, other=0.0)[None, :]) * rstd
@@ -577,14 +612,15 @@ def _channel_apply_kernel(
 @kernel(do_not_specialize=["C", "S", "N", "D", "span", "K"])
 def _channel_sums_kernel(
     DY, MORE, X, W, B, Y, MEAN, RSTD, DZ, ALONG, TOTAL, C, S, N, D, span, K, eps, a, b,
-    LAYOUT: tl.constexpr, UNIT: tl.constexpr, VARIANCE: tl.constexpr, FORMULA: tl.constexpr,
-    GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
+    LAYOUT: tl.constexpr, UNIT: tl.constexpr, VARIANCE: tl.constexpr, EACH: tl.constexpr,
+    FORMULA: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """A program sums dz x_hat and dz over chunk k of J of BLOCK_C channels, and loops over it.
 
     DY, MORE, X, Y, DZ: (O, C, J) in LAYOUT, float. The gradient of y is DY + MORE, or DY if MORE is
-    None. Y is read if f' is computed from y. DZ is written unless None. W, B (C,): float, or None.
-    MEAN, RSTD: as in `_channel_apply_kernel`. ALONG, TOTAL: (O, K, C) fp32, or None.
+    None. If EACH, MORE has one number for each plane, (samples, C). Y is read if f' is computed
+    from y. DZ is written unless None. W, B (C,): float, or None. MEAN, RSTD: as in
+    `_channel_apply_kernel`. ALONG, TOTAL: (O, K, C) fp32, or None.
     """
     C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
     U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
@@ -601,7 +637,7 @@ def _channel_sums_kernel(
     for v0 in range(start, stop, BLOCK_V):
         base, offs = _offsets(o, c, v0, C, S, V, LAYOUT, U, BLOCK_V)
         mask = (c < C)[:, None, None] & (v0 + tl.arange(0, BLOCK_V) < stop)[None, :, None]
-        dz = gradient_of(DY, MORE, base + offs, mask)
+        dz = _gradient(DY, MORE, base + offs, o, c, v0, C, S, mask, LAYOUT, U, EACH, BLOCK_V)
         z = dz
         if ALONG is not None or GRADIENT is not None:
             x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
@@ -655,13 +691,14 @@ def _channel_totals_kernel(
 
 @kernel(do_not_specialize=["C", "S", "N", "D", "span"])
 def _channel_dx_kernel(
-    DY, X, W, B, MEAN, RSTD, SUM_ALONG, SUM_TOTAL, DX, C, S, N, D, span, eps, a, b,
+    DY, MORE, X, W, B, MEAN, RSTD, SUM_ALONG, SUM_TOTAL, DX, C, S, N, D, span, eps, a, b,
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, VARIANCE: tl.constexpr, GROUPED: tl.constexpr,
     FORMULA: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """A program computes dx of a chunk of J of BLOCK_C channels, and loops over the chunk.
 
-    DY, X, DX: (O, C, J) in LAYOUT, float. W, B (C,): float, or None. MEAN, RSTD: as in
+    DY, X, DX: (O, C, J) in LAYOUT, float. MORE (samples, C): float, one number for each plane, or
+    None; the gradient of y is DY + MORE. W, B (C,): float, or None. MEAN, RSTD: as in
     `_channel_apply_kernel`. SUM_ALONG, SUM_TOTAL: (O, C // D) fp32, or None if the statistics are
     constants.
     """
@@ -680,7 +717,8 @@ def _channel_dx_kernel(
     for v0 in range(start, stop, BLOCK_V):
         base, offs = _offsets(o, c, v0, C, S, V, LAYOUT, U, BLOCK_V)
         mask = (c < C)[:, None, None] & (v0 + tl.arange(0, BLOCK_V) < stop)[None, :, None]
-        dz = tl.load(DY + base + offs, mask=mask, other=0.0).to(tl.float32)
+        each: tl.constexpr = MORE is not None
+        dz = _gradient(DY, MORE, base + offs, o, c, v0, C, S, mask, LAYOUT, U, each, BLOCK_V)
         z = dz
         if SUM_ALONG is not None or GRADIENT is not None:
             x = tl.load(X + base + offs, mask=mask, other=0.0).to(tl.float32)
@@ -741,7 +779,7 @@ def _view(x, groups, last):
     if groups:
         return _View("last" if last else "planes", N, C, S, 1, C // groups)
     if last:
-        return _View("last", 1, C, N * S, 1, 1)
+        return _View("last", 1, C, S, N, 1)
     return _View("planes" if N == 1 else "samples", 1, C, S, N, 1)
 
 
@@ -985,7 +1023,7 @@ def fwd(
 
 def bwd(
     dy, x, weight, bias, mean, rstd, groups, need_dx, dw_dtype, db_dtype, eps=None, formula=None,
-    gradient=None, a=0.0, b=0.0, y=None, last=False, more=None,
+    gradient=None, a=0.0, b=0.0, y=None, last=False, more=None, each=False,
 ):  # fmt: skip
     """dy, with the layout of x, and fwd's arguments and results -> dx, dw, db, dz, or None each.
 
@@ -993,7 +1031,8 @@ def bwd(
     dtype is. If eps is given, the statistics were given: `rstd` is the variance, and no gradient
     goes through the statistics. `gradient` is f'. Its formula takes y if y is given; else the
     result of `formula` for z; else z. If y is given, there was a residual, and dz is the gradient
-    of the residual. more: the gradient of y is dy + more; then y must be given.
+    of the residual. more: the gradient of y is dy + more. Either y is given, or `each`, and then
+    more (N, C) has one number for each plane.
     """
     view = _view(x, groups, last)
     C = view.C
@@ -1018,7 +1057,7 @@ def bwd(
             programs, sizes, config = planes
             _planes_bwd_kernel(
                 (programs,), dy, more, x, weight, bias, y, mean, rstd, dx, dz, dw, db, *sizes, a, b,
-                **formulas, **config,
+                EACH=each, **formulas, **config,
             )  # fmt: skip
             return dx, dw, db, dz
         most = WHOLE_BWD // 2 if x.dtype == torch.float32 else WHOLE_BWD
@@ -1028,7 +1067,7 @@ def bwd(
         parts, dw_part, db_part = partials(view.outer)
         _channel_bwd_kernel(
             (programs,), dy, more, x, weight, bias, y, mean, rstd, dx, dz, dw_part, db_part, *sizes,
-            a, b, **formulas, **whole,
+            a, b, EACH=each, **formulas, **whole,
         )  # fmt: skip
         if parts is not None:
             add_up(parts, dw, db, *parts.shape[1:])
@@ -1045,7 +1084,8 @@ def bwd(
         total = parts[1] if through or db is not None else None
         _channel_sums_kernel(
             grid, dy, more, x, weight, bias, y, mean, rstd, dz, along, total, *sizes, view.D, span,
-            K, 0.0 if eps is None else eps, a, b, VARIANCE=eps is not None, **formulas, **config,
+            K, 0.0 if eps is None else eps, a, b, VARIANCE=eps is not None, EACH=each, **formulas,
+            **config,
         )  # fmt: skip
         apart = groups > 0  # then dw and db are also summed over the samples
         if through:
@@ -1061,11 +1101,11 @@ def bwd(
             add_up(parts if dw is not None else parts[1:], dw, db, *parts.shape[1:])
     if need_dx:
         if dz is not None:
-            dy, formulas = dz, _formulas(None, None)
+            dy, more, formulas = dz, None, _formulas(None, None)
         grid, span = _split(view, config, 4)
         _channel_dx_kernel(
-            grid, dy, x, weight, bias, mean, rstd, sum_along, sum_total, dx, *sizes, view.D, span,
-            0.0 if eps is None else eps, a, b, VARIANCE=eps is not None, GROUPED=view.D > 1,
+            grid, dy, more, x, weight, bias, mean, rstd, sum_along, sum_total, dx, *sizes, view.D,
+            span, 0.0 if eps is None else eps, a, b, VARIANCE=eps is not None, GROUPED=view.D > 1,
             **formulas, **config,
         )  # fmt: skip
     return dx, dw, db, dz

@@ -286,10 +286,12 @@ SITES = {
     },
     mobilenet: {
         "batch_norm, activation": 31, "gate of channels": 8, "mean beside another user": 8,
+        "means of planes": 8,
         "counters of batches": 46,
     },
     efficientnet: {
         "batch_norm, activation": 33, "gate of channels": 16, "mean beside another user": 16,
+        "means of planes": 16,
         "counters of batches": 49,
     },
     unet: {

@@ -128,11 +128,11 @@ def test_the_plan_goes_by_shape_and_kind():
             M, N, K, itemsize, "sm_90", activation, bias, training, drops, sums
         )
 
-    assert plan(4096, 4096, 1024, drops=True) == "epilogue"
+    assert plan(4096, 4096, 1024, drops=True) == "dropout"
     assert plan(4096, 4096, 128, drops=True) == "gemm"
-    assert plan(4096, 4096, 128, drops=True, itemsize=4) == "epilogue"  # cuBLAS runs fp32
-    assert plan(4096, 4096, 132, drops=True) == "epilogue"  # K % 8
-    assert plan(64, 64, 128, drops=True) == "epilogue"  # too few tiles for the processors
+    assert plan(4096, 4096, 128, drops=True, itemsize=4) == "dropout"  # cuBLAS runs fp32
+    assert plan(4096, 4096, 132, drops=True) == "dropout"  # K % 8
+    assert plan(64, 64, 128, drops=True) == "dropout"  # too few tiles for the processors
     assert plan(4096, 4096, 1024, "relu") == "addmm"
     assert plan(4096, 4096, 1024, "relu", training=False) == "addmm"
     # The table, and not the shape, decides from which size on the pass for the bias counts.

@@ -23,7 +23,7 @@ from fastnn._compiler._gated import gated
 from fastnn._compiler._gradients import count_up
 from fastnn._compiler._rules import RULES, alone, counters, record_of
 from fastnn._compiler._site import NoMatch, Rewrite, Site
-from fastnn._compiler._sums import give_twice, sum_biases
+from fastnn._compiler._sums import give_means, give_twice, sum_biases
 
 
 class Found(NamedTuple):
@@ -167,6 +167,8 @@ def rewrite(gm: GraphModule) -> list[Found]:
                 _replace(module, site, result)
         for node in sum_biases(module.graph, autocast):
             tell("bias in a backward", node)
+        for node in give_means(module.graph):
+            tell("means of planes", node)
         for node in give_twice(module.graph):
             tell("two gradients", node)
         for group in counters(module.graph):

@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from fastnn import _front, _gate, _mode, _native
 from fastnn._compiler import _gradients
 from fastnn._compiler._calls import call, value
-from fastnn._compiler._sums import sum_alone
+from fastnn._compiler._sums import mean_alone, sum_alone
 from fastnn.ops import REGISTRY
 from fastnn.ops.linear import stock_activation
 
@@ -72,6 +72,7 @@ def lean(gm: GraphModule, floors: list[float], floor_of_linear: float = -1) -> G
     for (node, record), floor in zip(calls_of_ours(new), floors, strict=True):
         if _is_small(node, record, floor):
             sum_alone(new.graph, node)
+            mean_alone(new.graph, node)
             if record.name == "linear_act":
                 _take_apart(new.graph, node, record)
             else:

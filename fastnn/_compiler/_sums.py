@@ -6,10 +6,11 @@ anyway, its kernel sums on the way:
 
 - `twice`: the op returns its result twice, once for each user, and gets two gradients.
 - `input_bias`: the op is told the bias that its input contains, and gives that bias its gradient.
+- `means`: the op returns the means of its planes, too, and gets the gradients of both.
 
-The ops that have these arguments take part. Both happen after the rules, when it is known who uses
-what. Where a product with a bias is query, key and value, `split_features` first takes the place of
-the views, as its backward has such a kernel.
+The ops that have these arguments take part. All this happens after the rules, when it is known who
+uses what. Where a product with a bias is query, key and value, `split_features` first takes the
+place of the views, as its backward has such a kernel.
 """
 
 from __future__ import annotations
@@ -145,6 +146,57 @@ def give_twice(graph: Graph) -> list[Node]:
         node.meta["example_value"] = (*results, value(y))
         found.append(node)
     return found
+
+
+# ---- Means of planes -----------------------------------------------------------------------------
+
+
+def give_means(graph: Graph) -> list[Node]:
+    """Let ops return the means of their planes, which a gate of channels reads."""
+    found = []
+    for node in list(graph.nodes):
+        if _arguments(node, "means") is None or not _has_gradient(node):
+            continue
+        rank = value(node).dim()
+        means = [u for u in node.users if u.target is _gradients.mean and u.args[0] is node]
+        if len(means) != 1 or rank < 3 or sorted(means[0].args[1]) != [*range(2, rank)]:
+            continue
+        if not all(map(_reads, node.users)) or not _is_only_read(node):
+            continue
+        (mean,) = means
+        v = value(mean)
+        with graph.inserting_after(node):
+            y = _item(graph, node, 0, node)
+        node.replace_all_uses_with(y, lambda user, y=y: user is not y)  # type: ignore[misc]
+        with graph.inserting_before(mean):
+            one = _item(graph, node, 1, mean)
+            if not mean.args[2]:
+                one.meta["example_value"] = v.view(*v.shape, *(1,) * (rank - 2))
+                one = graph.call_method("flatten", (one, 1))
+                one.meta = dict(mean.meta)
+        mean.replace_all_uses_with(one)
+        graph.erase_node(mean)
+        node.kwargs = {**node.kwargs, "means": True}
+        node.meta["example_value"] = (value(y), v)
+        found.append(node)
+    return found
+
+
+def mean_alone(graph: Graph, node: Node) -> None:
+    """Undo `give_means` for the call of an op that PyTorch runs."""
+    if not node.kwargs.get("means"):
+        return
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k != "means"}
+    y, one = sorted(node.users, key=lambda u: int(u.args[1]))  # type: ignore[arg-type, call-overload]
+    node.meta = dict(y.meta)
+    dims = tuple(range(2, value(y).dim()))
+    with graph.inserting_before(one):
+        mean = graph.call_function(_gradients.mean, (y, dims, True))
+    mean.meta = dict(one.meta)
+    one.replace_all_uses_with(mean)
+    graph.erase_node(one)
+    y.replace_all_uses_with(node)
+    graph.erase_node(y)
 
 
 # ---- Gradients of biases -------------------------------------------------------------------------

@@ -36,6 +36,7 @@ class Spec(NamedTuple):
         samples.
     given: the statistics are the running ones, and are not computed.
     twice: y is returned twice, and its gradient is the sum of two. There is a residual.
+    means: the mean of each plane of y is returned, too. There is no residual.
     """
 
     groups: int
@@ -46,6 +47,7 @@ class Spec(NamedTuple):
     out_dtype: torch.dtype | None = None
     act: Act | None = None
     twice: bool = False
+    means: bool = False
 
     @property
     def last(self):
@@ -64,9 +66,10 @@ def _norm(x, weight, bias, mean, var, spec):
 
 
 class ChannelNorm(Function):
-    """x (N, C, *), weight and bias (C,) or None, residual like x or None -> y, or y twice.
+    """x (N, C, *), weight and bias (C,) or None, residual like x or None -> y, or y twice, or y and
+    the means of its planes (N, C, 1, ...).
 
-    It has x's layout.
+    y has x's layout.
 
     It saves what PyTorch saves: x, weight, running statistics, the computed statistics, and y if
     the gradient of the activation is computed from y. With an activation it also saves the bias,
@@ -113,12 +116,19 @@ class ChannelNorm(Function):
         ctx.has_residual = residual is not None
         ctx.spec = spec
         ctx.set_materialize_grads(False)
+        if spec.means:
+            return y, y.mean(_places(y), True)
         return (y, y.detach()) if spec.twice else y
 
     @staticmethod
     def backward(ctx, dy, more=None):
         x, weight, bias, *running, mean, rstd, y = ctx.saved_tensors
         spec, needs = ctx.spec, ctx.needs_input_grad[:4]
+        if spec.means and more is not None:
+            more = more / x.shape[2:].numel()
+            if dy is None or torch.is_grad_enabled():
+                dy = more.expand(x.shape) if dy is None else dy + more
+                more = None
         if dy is None:
             dy, more = more, None
         if more is not None and (torch.is_grad_enabled() or not any(needs[:3])):
@@ -141,6 +151,7 @@ class ChannelNorm(Function):
                 b=spec.act.b,
                 y=y if ctx.has_residual else None,
                 more=None if more is None else more.contiguous(memory_format=spec.format),
+                each=spec.means and more is not None,
             )
         *grads, dz = kernels.channel_norm.bwd(
             dy.contiguous(memory_format=spec.format),
@@ -174,6 +185,11 @@ def _differentiable_gradients(ctx, dy, x, weight, bias, running, y, needs):
         return _norm(x, weight, bias, mean, var, spec)
 
     return *second_order(formula, (x, weight, bias), dz, needs[:3]), dz if needs[3] else None
+
+
+def _places(x):
+    """The dimensions of a plane."""
+    return tuple(range(2, x.dim()))
 
 
 def _format(x, contiguous_first=True) -> torch.memory_format:
@@ -265,7 +281,7 @@ def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, *, out_dtype
 
 def _batch_norm(
     input, running_mean, running_var, weight, bias, training, momentum, eps, act=None,
-    residual=None, twice=False,
+    residual=None, twice=False, means=False,
 ):  # fmt: skip
     if input.dim() < 2:
         return Invalid("shape", f"input {tuple(input.shape)}")
@@ -289,7 +305,9 @@ def _batch_norm(
         return Stock("option", "one running statistic without the other")
     if any(t is not None and (t.requires_grad or not t.is_contiguous()) for t in tensors[:2]):
         return Stock("autograd", "running statistics that require grad, or are strided")
-    spec = Spec(0, float(eps), not training, float(momentum), _format(input), None, act, twice)
+    spec = Spec(
+        0, float(eps), not training, float(momentum), _format(input), None, act, twice, means
+    )
     return run(ChannelNorm, input, weight, bias, residual, running_mean, running_var, spec)
 
 
@@ -419,30 +437,39 @@ def group_norm_act(
 
 def _batch_norm_then_act(
     input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
-    eps=1e-5, activation="relu", a=0.0, b=0.0,
+    eps=1e-5, activation="relu", a=0.0, b=0.0, means=False,
 ):  # fmt: skip
     act = checked_activation("batch_norm_act", activation, a, b)
-    y = stock.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return act(y)
+    y = act(
+        stock.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    )
+    return (y, y.mean(_places(y), True)) if means else y
 
 
 @op(stock=_batch_norm_then_act, strided=("input", "running_mean", "running_var"))
 def batch_norm_act(
     input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
-    eps=1e-5, activation="relu", a=0.0, b=0.0,
+    eps=1e-5, activation="relu", a=0.0, b=0.0, means=False,
 ):  # fmt: skip
     """`activation(batch_norm(input, ..., eps), a, b)`, in the norm's passes.
 
     `Sequential` calls it for a BatchNorm and the activation after it. input (N, C, *). The
-    activations, and a and b, are those of `linear_act`. Raises ValueError for any other activation.
+    activations, and a and b, are those of `linear_act`. With `means`, the result is a pair: y, and
+    the mean of each of its planes (N, C, 1, ...). The backward adds the gradient of a mean to that
+    of its plane as it reads the latter. Raises ValueError for any other activation.
     """
     if activation not in ACTIVATIONS:
         return Invalid("option", f"activation={activation!r}")
     why = refuse_numbers(a, b, activation=activation)
     if why is not None:
         return why
+    if means and input.dim() < 3:
+        return Stock("shape", f"input {tuple(input.shape)} has no planes")
     act = Act(activation, float(a), float(b))
-    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, act)
+    return _batch_norm(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, act,
+        means=bool(means),
+    )  # fmt: skip
 
 
 def _batch_norm_then_add_relu(

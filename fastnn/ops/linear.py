@@ -388,8 +388,9 @@ def choose_variant(M, N, K, itemsize, arch, activation, bias, training, drops, s
     """How `linear_act` runs if cuBLAS may be used.
 
     "gemm": our GEMM with the rest in its epilogue. "addmm": cuBLASLt with bias and relu in its
-    epilogue. "epilogue": cuBLAS, then one pass for the rest, which also sums the gradient of the
-    bias. sums: whether the bias gets a gradient.
+    epilogue. "dropout", "epilogue": cuBLAS, then one pass for the rest, which also sums the
+    gradient of the bias. Without a dropout, that sum is all that it saves. sums: whether the bias
+    gets a gradient.
     """
     if activation == "relu" and bias and not drops and M * N:
         return "addmm"
@@ -402,7 +403,7 @@ def choose_variant(M, N, K, itemsize, arch, activation, bias, training, drops, s
     ):
         return "gemm"
     if drops or sums:
-        return "epilogue"
+        return "dropout" if drops else "epilogue"
     return Stock("gate", "there is no dropout to fuse, and no gradient of a bias")
 
 
@@ -430,7 +431,7 @@ def _outputs(
     policy=_outputs,
     settings=tf32_setting,
     at_most="input.numel() // weight.shape[1] * weight.shape[0]",
-    variants=("gemm", "addmm", "epilogue"),
+    variants=("gemm", "addmm", "epilogue", "dropout"),
 )
 def linear_act(
     input, weight, bias=None, activation="relu", a=0.0, b=0.0, p=0.0, training=False, *, variant=""
@@ -474,5 +475,6 @@ def linear_act(
             noise = Noise(draw, "elements", bound, *native_scales(p))
     # A forced call has no variant: our GEMM multiplies, also in the backward.
     how = How(not variant, matmul_precision(input.get_device()), arch)
-    rest = Neighbours(activation, float(a), float(b), variant or "gemm", noise, how)
+    plan = "epilogue" if variant == "dropout" else variant or "gemm"
+    rest = Neighbours(activation, float(a), float(b), plan, noise, how)
     return run(LinearAct, _foldable(input), weight, bias, rest)[0]

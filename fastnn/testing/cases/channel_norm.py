@@ -200,6 +200,36 @@ CASES: list[Case] = [
             ),
         )
     ),
+    # The means of the planes, too: at once, of small planes, in chunks, in eval mode.
+    *(
+        Case(
+            "batch_norm_act",
+            (x, *stats, *parameters),
+            {"means": True, "activation": act},
+            view=view,
+        )
+        for x, stats, parameters, act, view in (
+            (randn(4, 6, 5, 4), (None, None), (randn(6), randn(6), True), "silu", None),
+            (randn(3, 6, 5), (None, None), (None, randn(6), True), "relu", None),
+            (randn(4, 6, 5, 4), given(6), (randn(6), randn(6)), "hardswish", None),
+            (randn(8, 16, 7, 7), (None, None), (randn(16), randn(16), True), "silu", None),
+            (randn(3, 2, 70, 65), (None, None), (randn(2), randn(2), True), "hardswish", None),
+            (randn(3, 6, 40, 36), (None, None), (randn(6), randn(6), True), "silu", last),
+            (
+                randn(3, 2, 70, 65, grad=False),
+                (None, None),
+                (randn(2), randn(2), True),
+                "relu",
+                None,
+            ),
+        )
+    ),
+    Case(
+        "batch_norm_act",
+        (randn(4, 6), None, None, None, None, True),
+        {"means": True},
+        stock="shape",
+    ),
     *(
         Case(
             "batch_norm_act",
