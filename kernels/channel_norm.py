@@ -855,8 +855,10 @@ def _planes_launch(x, view, light=True):
 def reads_once(x, groups, last=False):
     """Whether both passes hold a whole statistic of x in registers, and so read it once each.
 
-    x, groups, last: as for `fwd`.
+    x, groups, last: as for `fwd`, or x has no elements.
     """
+    if not x.numel():
+        return False
     view, itemsize = _view(x, groups, last), x.element_size()
     if _planes_launch(x, view, light=False) is not None:
         return True

@@ -456,3 +456,24 @@ def test_bytes_at_the_least_passes(
         with traffic(distinct=False) as ours:
             y.backward(dy)
         assert ours.sectors.total() <= 1.05 * backward * nbytes(x)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(2, 4, 0), (0, 4, 3), (2, 4, 0, 5)], ids=str)
+@pytest.mark.parametrize("name", ["batch_norm", "group_norm", "instance_norm"])
+def test_the_gate_answers_for_planes_without_elements(name, shape):
+    """`explain` asks it, and a graph whose sizes are not known. PyTorch runs the call."""
+    rest = {"batch_norm": (None, None, None, None, True), "group_norm": (2,), "instance_norm": ()}
+    x = torch.randn(shape)
+
+    def outcome(home):
+        try:
+            return home(x, *rest[name])
+        except (RuntimeError, ValueError) as e:
+            return type(e), str(e)
+
+    with fastnn.decisions() as heard:
+        ours = outcome(getattr(F, name))
+    its = outcome(getattr(stock.functional, name))
+    assert [d.op.name for d in heard] == [name] and heard[0].why is not None
+    assert ours == its if isinstance(its, tuple) else torch.equal(ours, its)

@@ -354,6 +354,11 @@ def three(x):
     return q * k + v
 
 
+def three_turned(x):
+    q, k, v = F.pad(x, (0, 8)).view(2, 2, 3, 2, 4).permute(2, 1, 3, 0, 4).unbind(0)
+    return q * k + v
+
+
 def three_parts(x, of=torch.sin):
     q, k, v = of(x).view(4, 2, 8)[:3]
     return q * k + v
@@ -447,6 +452,7 @@ SPELLINGS = {
         lambda x: F.scaled_dot_product_attention(heads(x) / 3, heads(x), heads(x)),
     ),
     "query, key, value": ("unbind of a permutation", lambda x: three(x)),
+    "query, key, value, turned": ("unbind of a permutation", lambda x: three_turned(x)),
     "layer scale": ("scale, add", lambda x: x.cos() + WEIGHT * x),
     "layer scale, in place": ("scale, add", lambda x: x.exp().mul_(WEIGHT).add_(x)),
     "stochastic depth": ("scale, add", lambda x: x + x.sin() * x[:, :1].round()),

@@ -796,7 +796,12 @@ def _parts_of_one_tensor(site: Site, end: Node) -> Rewrite:
 
 def unbind_and_permute(input: Tensor, dim: int, order: tuple[int, ...]) -> tuple[Tensor, ...]:
     """`input.unbind(dim)`, each permuted."""
-    return tuple(t.permute(order) for t in input.unbind(dim))
+    return tuple([t.permute(order) for t in input.unbind(dim)])
+
+
+def unbind_and_transpose(input: Tensor, dim: int, one: int, other: int) -> tuple[Tensor, ...]:
+    """`input.unbind(dim)`, each transposed. To parse a permutation costs the host more."""
+    return tuple([t.transpose(one, other) for t in input.unbind(dim)])
 
 
 @rule("unbind of a permutation", "unbind")
@@ -832,6 +837,9 @@ def _unbind_of_a_permutation(site: Site, end: Node) -> Rewrite:
     site.expect(sorted(parts) == list(range(count)), "not all parts are read")
     order = [d - (d > dim) for d in order]
     outputs = tuple(parts[i] for i in range(count))
+    moved = [d for d, of in enumerate(order) if d != of]
+    if len(moved) == 2:  # the heads and the places in the sequence
+        return Rewrite(unbind_and_transpose, (x, dim, *moved), outputs)
     return Rewrite(unbind_and_permute, (x, dim, tuple(order)), outputs)
 
 

@@ -38,7 +38,7 @@ from fastnn._compiler._calls import (
     value,
     writes,
 )
-from fastnn._compiler._rules import unbind_and_permute
+from fastnn._compiler._rules import unbind_and_permute, unbind_and_transpose
 from fastnn._compiler._site import Rewrite
 from fastnn.kernels.split import MOST
 from fastnn.ops.split import split_features
@@ -217,8 +217,8 @@ def _product_with_bias(node: Any) -> Node | None:
 
 
 def _heads_of(node: Node) -> tuple[Any, int, Any] | None:
-    """(z, parts, heads) of `unbind_and_permute(z.view(..., parts, heads, width))`."""
-    x, dim, _ = node.args
+    """(z, parts, heads) of `unbind_and_permute(z.view(..., parts, heads, width), ...)`."""
+    x, dim, *_ = node.args
     if not isinstance(x, Node) or not is_reshape(x):
         return None
     z, new = x.args[0], value(x).shape
@@ -227,10 +227,13 @@ def _heads_of(node: Node) -> tuple[Any, int, Any] | None:
     return z, new[-3], new[-2]
 
 
+_TURNS: dict[Any, str] = {unbind_and_permute: "permute", unbind_and_transpose: "transpose"}
+
+
 def split_products(graph: Graph) -> None:
     """Put `split_features` where a product with a bias is taken apart."""
     for node in list(graph.nodes):
-        turned = node.target is unbind_and_permute
+        turned = _TURNS.get(node.target)  # the method that turns each part, if one does
         parts = (*found, None) if (found := parts_of(node)) else None
         z, count, heads = (_heads_of(node) if turned else parts) or (None, 0, None)
         sizes = type(count) is int and type(heads) in (int, type(None))
@@ -254,7 +257,7 @@ def split_products(graph: Graph) -> None:
                 part = _item(graph, split, i, user)
                 part.meta["example_value"] = views[i]
                 if turned:
-                    part = graph.call_method("permute", (part, node.args[2]))
+                    part = graph.call_method(turned, (part, *node.args[2:]))
                     part.meta = dict(user.meta)
             user.replace_all_uses_with(part)
             graph.erase_node(user)
