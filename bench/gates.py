@@ -91,6 +91,7 @@ def _after_products() -> Iterator[tuple[str, Work, int, int]]:
     The product is the same on both sides, and is left out.
     """
     from fastnn.bench import traffic
+    from fastnn.ops import REGISTRY
     from fastnn.ops.linear import linear_act
     from fastnn.testing.meter import as_on_cuda
 
@@ -104,7 +105,7 @@ def _after_products() -> Iterator[tuple[str, Work, int, int]]:
             torch.empty(s, dtype=torch.bfloat16, device="meta", requires_grad=True) for s in sizes
         )
         with as_on_cuda(), traffic.Outside() as stock:
-            y = linear_act.op.stock(x, w, b, **options)
+            y = REGISTRY["linear_act"].stock(x, w, b, **options)
             torch.autograd.grad(y, (x, w, b), torch.empty_like(y))
         ours = traffic.cost_of_call(linear_act, (x, w, b), options, 0)
         yield (
