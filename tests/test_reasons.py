@@ -84,6 +84,7 @@ def test_a_forced_call_runs_as_in_pytorch_where_the_result_has_no_elements():
             continue
         dtype = case.dtypes[0]
         options = {} if case.is_layer else case.options
+        options = {k: v(dtype, "cpu") if callable(v) else v for k, v in options.items()}
         inputs = case.make(dtype, "cpu")
         ours, theirs = (side_of(case, namespace, dtype, "cpu") for namespace in (fastnn, torch.nn))
         made = tensors_of(theirs.call(*inputs, **options))
