@@ -101,7 +101,10 @@ def below(record: Any, first: str, home: str = "") -> Below:
     read = {
         n.value.id for n in tree if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
     }
-    names = {n.id for n in tree if isinstance(n, ast.Name)} - vars(builtins).keys()
+    loaded = [n for n in tree if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
+    made = {n.id for n in tree if isinstance(n, ast.Name)} - {n.id for n in loaded}
+    made |= {n.target.id for n in tree if isinstance(n, ast.NamedExpr)}
+    names = {n.id for n in loaded} - vars(builtins).keys() - made
     tensors = tuple(sorted(read))
     kinds = " and ".join(
         f"(type({t}) is _tensor_type or type({t}) is _parameter_type)" for t in tensors
@@ -301,6 +304,12 @@ def front(record: Any, dispatch: Callable) -> Callable:
     passed = passed.replace("_stacklevel", "_stacklevel + 1")
     dispatched = dispatched.replace("_stacklevel", f"_stacklevel + {FRAMES}")
     asked = below(record, positional[0])
+    # To parse keywords takes PyTorch as long as to ask whether they are needed.
+    as_few = [f"return stock({passed})"]
+    if names:
+        defaulted = " and ".join(f"{n} is _{n}" for n in names)
+        few = ", ".join(positional).replace("_stacklevel", "_stacklevel + 1")
+        as_few = [f"if {defaulted}:", f"    return stock({few})", *as_few]
     replaced = []
     if vars(torch.nn.functional).get(name) is record.stock:
         replaced = [
@@ -318,14 +327,15 @@ def front(record: Any, dispatch: Callable) -> Callable:
         "        if _idle:",
         f"            return stock({passed})",
         "        if _uniform and not _is_compiling():",
-        *_indented(12, from_tables(values)),
+        "            if the_tables:",
+        *_indented(16, from_tables(values)),
         f"            if {asked.ready}:",
         "                try:",
         f"                    _is_small = _plain and {asked.quiet} < {asked.least}",
         "                except Exception:  # arguments of the wrong kinds",
         "                    _is_small = False",
         "                if _is_small:",
-        f"                    return stock({passed})",
+        *_indented(20, as_few),
         *_indented(16, from_plans(asked.tensors[0], values)),
         f"        return dispatch(record, ({dispatched},), "
         + (f"dict({', '.join(keyword)}))" if keyword else "no_keywords)"),

@@ -166,6 +166,10 @@ def plain() -> bool:
     return _plain and (not _blocks or current_mode() == "auto")
 
 
+_function_modes = torch._C._len_torch_function_stack
+_is_tracing = torch._C._is_tracing
+
+
 def is_quiet() -> bool:
     """Whether `plain()` holds, and nobody notices that attributes of a tensor are read.
 
@@ -174,8 +178,8 @@ def is_quiet() -> bool:
     return (
         _plain
         and (not _blocks or _mode.get() in (None, _uniform))
-        and not torch._C._len_torch_function_stack()
-        and not torch._C._is_tracing()
+        and not _function_modes()
+        and not _is_tracing()
     )
 
 

@@ -87,15 +87,21 @@ def attributes(layer: Any, *names: str) -> list[Any]:
 
 def weight_and_bias(layer: Any) -> tuple[Any, Any]:
     """`attributes(layer, "weight", "bias")`, which most layers need."""
-    if is_dynamo_compiling() or type(layer) not in _AS_MADE or Module.__getattr__ is not _GETATTR:
+    if is_dynamo_compiling():
         return layer.weight, layer.bias
-    d = layer.__dict__
-    if "weight" not in d and "bias" not in d:
-        parameters = d["_parameters"]
-        try:
-            return parameters["weight"], parameters["bias"]
-        except KeyError:
-            pass
+    return _known_weight_and_bias(layer)
+
+
+def _known_weight_and_bias(layer: Any) -> tuple[Any, Any]:
+    """`weight_and_bias(layer)`, where it is known that Dynamo does not trace the call."""
+    if type(layer) in _AS_MADE and Module.__getattr__ is _GETATTR:
+        d = layer.__dict__
+        if "weight" not in d and "bias" not in d:
+            parameters = d["_parameters"]
+            try:
+                return parameters["weight"], parameters["bias"]
+            except KeyError:
+                pass
     return layer.weight, layer.bias
 
 
@@ -260,10 +266,12 @@ def _shortcuts(
     """
     # If PyTorch's method was replaced before the import, the replacement is always called.
     given, direct = (method.given, method.direct) if method.made is not None else (None, None)
-    parameters = ["weight, bias = _weight_and_bias(self)"]
+    parameters = ["weight, bias = _known_weight_and_bias(self)"]
     original = " and ".join(same)
     lines = []
     wanted = "0 < _the_floor"
+    if "weight" in asked.tensors and "weight" not in passed:
+        lines += ["    (weight,) = _attributes(self, 'weight')"]
     if given is not None:
         wanted = "(0 < _the_floor or the_plans)"
         reads = parameters * _names_parameters(given)
@@ -279,7 +287,7 @@ def _shortcuts(
     ]
     if direct is not None:
         condition, result = direct
-        if "weight" not in passed:
+        if "weight" not in passed and "weight" not in asked.tensors:
             lines += _indented(12, parameters * _names_parameters(condition + result))
         condition = f"{original} and {condition}" if condition else original
         lines += [f"            if {condition}:", f"                return {result}"]
@@ -338,7 +346,7 @@ def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
     lines += ["        if _mode._idle:", f"            return _its_method({given})"]
     if op is not None:
         asked = _front_of_op.below(op, passed[1], "_mode.")
-        assert {*asked.tensors, *asked.others} <= {*passed}, (cls, asked)
+        assert {*asked.tensors, *asked.others} <= {*passed, "weight"}, (cls, asked)
         define = asked.define
         defaults |= _front_of_op.plans_of(op)
         lines += _indented(8, _shortcuts(method, asked, same, passed))
@@ -385,13 +393,14 @@ _DIRECT = {
     "_torch": torch,
     "_nn": torch._C._nn,
     "_Parameter": torch.nn.Parameter,
-    "_weight_and_bias": weight_and_bias,
+    "_known_weight_and_bias": _known_weight_and_bias,
     "_attributes": attributes,
+    "_REDUCTIONS": {"none": 0, "mean": 1, "sum": 2},
 }
 
 
 def _names_parameters(source: str) -> bool:
-    return re.search(r"(?<!')\b(weight|bias)\b", source) is not None
+    return re.search(r"(?<![.'])\b(weight|bias)\b", source) is not None
 
 
 # ---- The metaclass -----------------------------------------------------------------------------

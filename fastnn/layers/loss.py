@@ -151,6 +151,11 @@ class CrossEntropyLoss(
         "input, target, *_attributes(self, 'weight'), None, self.ignore_index, None, "
         "self.reduction, self.label_smoothing"
     ),
+    direct=(
+        "type(target) is _tensor_type and self.weight is None and self.reduction in _REDUCTIONS",
+        "_nn.cross_entropy_loss(input, target, None, _REDUCTIONS[self.reduction], "
+        "self.ignore_index, self.label_smoothing)",
+    ),
 ):
     def forward(self, input, target):
         (weight,) = attributes(self, "weight")

@@ -8,7 +8,16 @@ from fastnn.layers._layer import Layer, attributes
 __all__ = ["Embedding", "EmbeddingBag"]
 
 
-class Embedding(stock.Embedding, metaclass=Layer):
+class Embedding(
+    stock.Embedding,
+    metaclass=Layer,
+    op=F.embedding,
+    mirrors=True,
+    direct=(
+        "self.max_norm is None and self.padding_idx is None",
+        "_torch.embedding(weight, input, -1, self.scale_grad_by_freq, self.sparse)",
+    ),
+):
     def forward(self, input):
         (weight,) = attributes(self, "weight")
         return F.embedding(

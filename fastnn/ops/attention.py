@@ -295,7 +295,7 @@ def _splits(query, key, value, attn_mask=None, dropout_p=0.0, **others):
     autocast="lower",
     autocast_cpu="lower",
     policy=_weights,
-    at_most="query.numel() // query.shape[-1] * key.shape[-2]",
+    at_most="query.numel() // (_its_shape := key.shape)[-1] * _its_shape[-2]",
     settings=_settings,
     variants=("", BESIDE_FUSED),
     source="arXiv:2307.08691 (FlashAttention-2)",

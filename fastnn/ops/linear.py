@@ -430,7 +430,7 @@ def _outputs(
     autocast_cpu="lower",
     policy=_outputs,
     settings=tf32_setting,
-    at_most="input.numel() // weight.shape[1] * weight.shape[0]",
+    at_most="input.numel() // (_its_shape := weight.shape)[1] * _its_shape[0]",
     variants=("gemm", "addmm", "epilogue", "dropout"),
 )
 def linear_act(
