@@ -21,6 +21,7 @@ class SplitFeatures(Function):
     @staticmethod
     def forward(ctx, x, c, parts, heads):
         ctx.rest = heads, None if c is None else c.dtype
+        ctx.set_materialize_grads(False)
         return _views(x, parts, heads)
 
     @staticmethod
