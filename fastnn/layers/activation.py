@@ -35,7 +35,12 @@ __all__ = [
 ]
 
 
-class Threshold(stock.Threshold, metaclass=Layer, op=F.threshold):
+class Threshold(
+    stock.Threshold,
+    metaclass=Layer,
+    op=F.threshold,
+    given="input, self.threshold, self.value, self.inplace",
+):
     def forward(self, input):
         return F.threshold(input, self.threshold, self.value, self.inplace)
 
@@ -56,29 +61,41 @@ class RReLU(stock.RReLU, metaclass=Layer, op=F.rrelu):
         return F.rrelu(input, self.lower, self.upper, self.training, self.inplace)
 
 
-class Hardtanh(stock.Hardtanh, metaclass=Layer, op=F.hardtanh):
+class Hardtanh(
+    stock.Hardtanh,
+    metaclass=Layer,
+    op=F.hardtanh,
+    given="input, self.min_val, self.max_val, self.inplace",
+):
     def forward(self, input):
         return F.hardtanh(input, self.min_val, self.max_val, self.inplace)
 
 
-class ReLU6(stock.ReLU6, metaclass=Layer, op=F.hardtanh):
+class ReLU6(
+    stock.ReLU6,
+    metaclass=Layer,
+    op=F.hardtanh,
+    given="input, self.min_val, self.max_val, self.inplace",
+):
     def forward(self, input):
         return F.hardtanh(input, self.min_val, self.max_val, self.inplace)
 
 
-class Sigmoid(stock.Sigmoid, metaclass=Layer, op=F.sigmoid):
+class Sigmoid(stock.Sigmoid, metaclass=Layer, op=F.sigmoid, given="input"):
     def forward(self, input):
         if torch.compiler.is_exporting():  # PyTorch's layer does not call F.sigmoid
             return torch.sigmoid(input)
         return F.sigmoid(input)
 
 
-class Hardsigmoid(stock.Hardsigmoid, metaclass=Layer, op=F.hardsigmoid):
+class Hardsigmoid(
+    stock.Hardsigmoid, metaclass=Layer, op=F.hardsigmoid, given="input, self.inplace"
+):
     def forward(self, input):
         return F.hardsigmoid(input, self.inplace)
 
 
-class Tanh(stock.Tanh, metaclass=Layer, op=F.tanh):
+class Tanh(stock.Tanh, metaclass=Layer, op=F.tanh, given="input"):
     def forward(self, input):
         if torch.compiler.is_exporting():
             return torch.tanh(input)  # as in Sigmoid
@@ -96,27 +113,27 @@ class SiLU(
         return F.silu(input, inplace=self.inplace)
 
 
-class Mish(stock.Mish, metaclass=Layer, op=F.mish):
+class Mish(stock.Mish, metaclass=Layer, op=F.mish, given="input, self.inplace"):
     def forward(self, input):
         return F.mish(input, inplace=self.inplace)
 
 
-class Hardswish(stock.Hardswish, metaclass=Layer, op=F.hardswish):
+class Hardswish(stock.Hardswish, metaclass=Layer, op=F.hardswish, given="input, self.inplace"):
     def forward(self, input):
         return F.hardswish(input, self.inplace)
 
 
-class ELU(stock.ELU, metaclass=Layer, op=F.elu):
+class ELU(stock.ELU, metaclass=Layer, op=F.elu, given="input, self.alpha, self.inplace"):
     def forward(self, input):
         return F.elu(input, self.alpha, self.inplace)
 
 
-class CELU(stock.CELU, metaclass=Layer, op=F.celu):
+class CELU(stock.CELU, metaclass=Layer, op=F.celu, given="input, self.alpha, self.inplace"):
     def forward(self, input):
         return F.celu(input, self.alpha, self.inplace)
 
 
-class SELU(stock.SELU, metaclass=Layer, op=F.selu):
+class SELU(stock.SELU, metaclass=Layer, op=F.selu, given="input, self.inplace"):
     def forward(self, input):
         return F.selu(input, self.inplace)
 
@@ -137,7 +154,7 @@ class GELU(
         return F.gelu(input, approximate=self.approximate)
 
 
-class Hardshrink(stock.Hardshrink, metaclass=Layer, op=F.hardshrink):
+class Hardshrink(stock.Hardshrink, metaclass=Layer, op=F.hardshrink, given="input, self.lambd"):
     def forward(self, input):
         return F.hardshrink(input, self.lambd)
 
@@ -156,17 +173,19 @@ class LeakyReLU(
         return F.leaky_relu(input, self.negative_slope, self.inplace)
 
 
-class LogSigmoid(stock.LogSigmoid, metaclass=Layer, op=F.logsigmoid):
+class LogSigmoid(stock.LogSigmoid, metaclass=Layer, op=F.logsigmoid, given="input"):
     def forward(self, input):
         return F.logsigmoid(input)
 
 
-class Softplus(stock.Softplus, metaclass=Layer, op=F.softplus):
+class Softplus(
+    stock.Softplus, metaclass=Layer, op=F.softplus, given="input, self.beta, self.threshold"
+):
     def forward(self, input):
         return F.softplus(input, self.beta, self.threshold)
 
 
-class Softshrink(stock.Softshrink, metaclass=Layer, op=F.softshrink):
+class Softshrink(stock.Softshrink, metaclass=Layer, op=F.softshrink, given="input, self.lambd"):
     def forward(self, input):
         return F.softshrink(input, self.lambd)
 
@@ -182,11 +201,11 @@ class PReLU(stock.PReLU, metaclass=Layer, op=F.prelu, mirrors=True):
         return F.prelu(input, weight)
 
 
-class Softsign(stock.Softsign, metaclass=Layer, op=F.softsign):
+class Softsign(stock.Softsign, metaclass=Layer, op=F.softsign, given="input"):
     def forward(self, input):
         return F.softsign(input)
 
 
-class Tanhshrink(stock.Tanhshrink, metaclass=Layer, op=F.tanhshrink):
+class Tanhshrink(stock.Tanhshrink, metaclass=Layer, op=F.tanhshrink, given="input"):
     def forward(self, input):
         return F.tanhshrink(input)
