@@ -137,7 +137,7 @@ def test_what_is_given_is_what_forward_gives(case, kind):
     scope = {"self": layer, "_attributes": attributes, **dict(zip(names, inputs, strict=False))}
     if hasattr(layer, "weight") and hasattr(layer, "bias"):
         scope |= {"weight": layer.weight, "bias": layer.bias}
-    given = dict(zip(method.op.names, eval(f"({method.given},)", scope), strict=True))
+    given = dict(zip(method.op.names, eval(f"({method.given[1]},)", scope), strict=True))
     if "_stacklevel" in given:
         given["_stacklevel"] += _front.FRAMES
     assert heard[0].keys() == given.keys()
@@ -180,6 +180,49 @@ def test_a_small_call_runs_the_operators_of_pytorchs_layer(case, kind, simulate)
     for a, b in zip(values, same, strict=True):
         assert a.dtype == b.dtype and a.stride() == b.stride()
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@pytest.mark.parametrize("how", ["small", "replayed"])
+@pytest.mark.parametrize("kind", ["ours", "marked"])
+def test_a_computed_attribute_is_computed_once_in_a_call(kind, how, simulate):
+    """`parametrize` makes a subclass of which the weight is a property."""
+
+    class Counts(stock.Module):
+        count = 0
+
+        def forward(self, w):
+            self.count += 1
+            return w * 1
+
+    simulate(least=1 << 40 if how == "small" else 1)
+    for make, x in (
+        (lambda n: n.LayerNorm(8), torch.randn(4, 8)),
+        (lambda n: n.RMSNorm(8), torch.randn(4, 8)),
+        (lambda n: n.GroupNorm(2, 8), torch.randn(4, 8)),
+        (lambda n: n.Linear(8, 8), torch.randn(4, 8)),
+        (lambda n: n.Conv1d(8, 8, 1), torch.randn(4, 8, 3)),
+        (lambda n: n.Embedding(8, 8), torch.tensor([1, 2])),
+        (lambda n: n.CrossEntropyLoss(torch.ones(8)), torch.randn(4, 8)),
+    ):
+        loss = isinstance(make(nn), stock.CrossEntropyLoss)
+        inputs = (x, torch.tensor([0, 1, 2, 3])) if loss else (x,)
+        plain = make(nn)
+        for _ in range(5):
+            plain(*inputs)  # so that there are plans for this shape
+        layer = make(nn) if kind == "ours" else nn.convert(make(stock))
+        counts = Counts()
+        if loss:
+            cls = type(layer)
+            layer.weight = None
+            del layer.weight
+            one = property(lambda self: counts(torch.ones(8)))  # noqa: B023
+            layer.__class__ = type(cls)(cls.__name__, (cls,), {"weight": one})
+        else:
+            parametrize.register_parametrization(layer, "weight", counts)
+        before = counts.count
+        for _ in range(6):
+            layer(*inputs)
+        assert counts.count - before == 6, layer
 
 
 def test_a_replaced_function_is_called_by_a_small_call(simulate):

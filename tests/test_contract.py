@@ -673,3 +673,18 @@ def test_second_derivatives_of_a_product_of_which_one_factor_is_frozen(activatio
         (back,) = torch.autograd.grad(dz.sum(), dy)
     acted = F.act_mul(x, torch.ones(3, 5), activation)
     assert torch.allclose(dz, dy * acted) and torch.allclose(back, acted)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["act_glu", "split_features"])
+def test_a_vector_with_an_input_bias_has_second_derivatives(name):
+    z, c = (torch.randn(12, requires_grad=True) for _ in "zc")
+    found = []
+    for mode in ("torch", "triton"):
+        with fastnn.backend(mode):
+            y = FUNCTIONS[name](z, input_bias=c)
+            y = y if torch.is_tensor(y) else sum((t * t).sum() for t in y)
+            grads = torch.autograd.grad((y * y).sum(), (z, c), create_graph=True)
+            found.append([*grads, *torch.autograd.grad(grads[0].square().sum(), z)])
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -428,6 +428,18 @@ def test_linear_is_stock_for_other_tensors(module):
     assert torch.equal(torch.func.vmap(lambda x: module.linear(x, w, b))(x), want)
 
 
+def test_linear_takes_what_a_hook_unpacks_with_other_strides(module):
+    x, w, b = torch.randn(3, 5, 8), torch.randn(4, 8), torch.randn(4)
+    w.requires_grad_()
+    turned = lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)  # noqa: E731
+    found = []
+    for call in (torch.nn.functional.linear, module.linear):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, turned):
+            y = call(x, w, b)
+        found.append(torch.autograd.grad(y.sum(), w)[0])
+    torch.testing.assert_close(*found)
+
+
 @interpreted
 @pytest.mark.parametrize("act", ["gelu", "relu", "leaky_relu"])
 def test_the_linears_of_a_compiled_model_have_one_node(native, act):

@@ -39,7 +39,7 @@ class Method(NamedTuple):
     op: Any  # the record of the op that it runs; None: of several, or of none
     mirrors: bool = False  # whether it does what PyTorch's does, if F is torch.nn.functional
     direct: tuple[str, str] | None = None  # what PyTorch's comes to for a tensor (`Layer`)
-    given: str | None = None  # the arguments that ours gives the op (`Layer`)
+    given: tuple[str, str] | None = None  # the arguments that ours gives the op (`Layer`)
 
 
 METHODS: dict[type, tuple[Method, ...]] = {}  # of a stock class
@@ -267,16 +267,19 @@ def _shortcuts(
     # If PyTorch's method was replaced before the import, the replacement is always called.
     given, direct = (method.given, method.direct) if method.made is not None else (None, None)
     parameters = ["weight, bias = _known_weight_and_bias(self)"]
-    original = " and ".join(same)
+    exactly = "type(self) is _this_class"
+    original = " and ".join([exactly, *same])
     lines = []
     wanted = "0 < _the_floor"
     if "weight" in asked.tensors and "weight" not in passed:
-        lines += ["    (weight,) = _attributes(self, 'weight')"]
+        lines += [f"    weight = _attributes(self, 'weight')[0] if {exactly} else None"]
     if given is not None:
+        if_given, values = given
+        holds = f"{original} and {if_given}" if if_given else original
         wanted = "(0 < _the_floor or the_plans)"
-        reads = parameters * _names_parameters(given)
-        lines += [f"    if the_tables and {original}:"]
-        lines += _indented(8, reads + _front_of_op.from_tables(given, "_mode."))
+        reads = parameters * _names_parameters(values)
+        lines += [f"    if the_tables and {holds}:"]
+        lines += _indented(8, reads + _front_of_op.from_tables(values, "_mode."))
     lines += [
         f"    if {wanted} and {asked.ready}:",
         "        try:",
@@ -287,14 +290,14 @@ def _shortcuts(
     ]
     if direct is not None:
         condition, result = direct
+        lines += [f"            if {original}:"]
         if "weight" not in passed and "weight" not in asked.tensors:
-            lines += _indented(12, parameters * _names_parameters(condition + result))
-        condition = f"{original} and {condition}" if condition else original
-        lines += [f"            if {condition}:", f"                return {result}"]
+            lines += _indented(16, parameters * _names_parameters(condition + result))
+        lines += _indented(16, [f"if {condition or True}:", f"    return {result}"])
     lines += [f"            return _small_method({', '.join(passed)})"]
     if given is not None:
-        lines += [f"        if the_plans and {original}:"]
-        plans = _front_of_op.from_plans(asked.tensors[0], given, "_mode.")
+        lines += [f"        if the_plans and {holds}:"]
+        plans = _front_of_op.from_plans(asked.tensors[0], values, "_mode.")
         lines += _indented(12, reads + plans)
     return ["if _mode._uniform and not _is_compiling():", *lines]
 
@@ -358,8 +361,8 @@ def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
         lines += [f"        if not isinstance({passed[1]}, _tensor_class):"]
         lines += [f"            return _its_method({given})"]
     lines = [
-        "def make(_mode, _functional, _tensor_class, _our_class, _its_class, _as_made, "
-        f"_its_method, _our_method, _small_method, {', '.join(defaults)}):",
+        "def make(_mode, _functional, _tensor_class, _our_class, _its_class, _this_class, "
+        f"_as_made, _its_method, _our_method, _small_method, {', '.join(defaults)}):",
         "    _the_floor = -1",
         define,
         f"    def {name}({', '.join(declared)}):",
@@ -380,7 +383,7 @@ def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
     exec(compile(source, file, "exec"), getattr(its, name).__globals__, scope)
     small = rebound(method.ours, F=_functional) if method.mirrors else twin or made
     function, set_floor = scope["make"](
-        _mode, _functional, torch.Tensor, cls, its, made, twin or made, method.ours, small,
+        _mode, _functional, torch.Tensor, cls, its, side, made, twin or made, method.ours, small,
         **defaults,
     )  # fmt: skip
     if op is not None:
@@ -419,7 +422,10 @@ class Layer(ABCMeta):
     classes answer. A small call runs this where the condition holds ("": always). The sources name
     `self`, the arguments, what is in `_DIRECT`, and the `weight` and `bias` of the layer.
     `given` is the source of the arguments that our `forward` gives the op, all of them and in
-    order. With it a plan is looked up before our `forward` and the function run.
+    order; or a pair of a condition and that source. With it a plan is looked up before our
+    `forward` and the function run.
+    Both read attributes that `forward` may read again. So they hold for exactly this class, of
+    which attributes are values: a subclass, as `parametrize` makes one, may compute them.
     `boxes` are the names of members that the layer never calls: it reads their parameters.
 
     It derives from ABCMeta, so that users can still mix `abc.ABC` into their subclasses.
@@ -454,7 +460,7 @@ class Layer(ABCMeta):
                     op.op if op is not None and key == main else None,
                     mirrors and key == main,
                     direct if key == main else None,
-                    given if key == main else None,
+                    (("", given) if isinstance(given, str) else given) if key == main else None,
                 )
                 for key, method in namespace.items()
                 if isinstance(method, FunctionType) and hasattr(its, key) and key[:2] != "__"

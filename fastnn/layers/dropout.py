@@ -21,7 +21,7 @@ class Dropout(
     op=F.dropout,
     given="input, self.p, self.training, self.inplace",
     direct=(
-        "0 <= self.p <= 1",
+        "not (self.p < 0.0 or self.p > 1.0)",  # asked as PyTorch asks it
         "(_torch.dropout_ if self.inplace else _torch.dropout)(input, self.p, self.training)",
     ),
 ):

@@ -18,7 +18,11 @@ def _level(layer):
 
 
 # As `forward` of our layers gives them, and of marked layers, which have this entry.
-_GIVEN = "input, self.dim, 7 if '_fastnn' in self.__dict__ else 6, None"
+# Without a dim PyTorch warns, and names a line that is as many frames away.
+_GIVEN = (
+    "self.dim is not None",
+    "input, self.dim, 7 if '_fastnn' in self.__dict__ else 6, None",
+)
 
 
 class Softmin(stock.Softmin, metaclass=Layer):

@@ -913,7 +913,7 @@ struct Linear : Node {
       }
     }
     if (task_should_compute_output(1)) {
-      found[1] = dy.t().mm(in.dim() == 2 ? in : in.view({-1, in.size(-1)}));
+      found[1] = dy.t().mm(in.dim() == 2 ? in : in.reshape({-1, in.size(-1)}));
     }
     if (task_should_compute_output(2)) found[2] = dy.sum(0);
     return found;

@@ -141,7 +141,7 @@ class BiasedActGLU(Function):
                     lambda x: _act_of_half(x, -1, activation, a, b, first), (x,), dy, (True,)
                 )
                 dx = of_y if dx is None else dx + of_y
-            dc = dx.flatten(0, -2).sum(0, dtype=dtype) if of_c else None
+            dc = dx.reshape(-1, dx.shape[-1]).sum(0, dtype=dtype) if of_c else None
         return dx if of_x else None, dc if of_c else None, None, None, None, None
 
 

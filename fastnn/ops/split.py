@@ -34,7 +34,7 @@ class SplitFeatures(Function):
         gradients = tuple(torch.zeros_like(known) if g is None else g for g in gradients)
         if torch.is_grad_enabled():
             dx = torch.cat([g.flatten(-2) for g in gradients] if heads else gradients, -1)
-            dc = dx.flatten(0, -2).sum(0, dtype=c_dtype) if of_c else None
+            dc = dx.reshape(-1, dx.shape[-1]).sum(0, dtype=c_dtype) if of_c else None
         else:
             dx, dc = kernels.split.join(gradients, heads is not None, of_x, of_c)
             dc = dc if dc is None else dc.to(c_dtype)
