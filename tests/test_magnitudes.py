@@ -317,7 +317,7 @@ LISTED: list[tuple[str, str, str, str]] = [
         ORDER,
     ),
     (
-        "ELU|CELU|SELU|Hardswish|elu|.*activation=elu",
+        "ELU|CELU|SELU|Hardswish|elu|.*activation=(elu|hardswish)",
         r"one\(nan",
         r"grad of input \d: finite where both are nan",
         VECTORS,
