@@ -477,6 +477,7 @@ _WHOLE = "docs/ops.md: input and weight, from which logits are multiplied anew"
 _MASK = "docs/attention.md: the mask, from which the weights are computed again"
 _INPUT = "docs/ops.md: the input, of which the activation is computed again"
 _HALVES = "both raise; PyTorch's formula first tells that its halves are views"
+_PARTS = "both raise; PyTorch's formula names another view function"
 _STATES = "both raise; PyTorch's formula first tells that the states are views"
 _AGAIN = "docs/recurrent.md: what PyTorch's formula takes, for second derivatives"
 _LAYERS = "TransformerEncoderLayer TransformerDecoderLayer"
@@ -514,6 +515,9 @@ EXCEPTIONS = (
     ("LSTMCell GRUCell", "parameter weight_hh", RAISES, _AGAIN),
     ("act_mul", "input 0", RAISES, _INPUT),
     ("act_glu", "input 0", WORDS, _HALVES),
+    ("split_features", "output", WORDS, _PARTS),
+    ("split_features", "input 0", WORDS, _PARTS),
+    ("split_features", "input 0", "stock; stock no graph", "it is declined"),
     ("rnn_tanh rnn_relu lstm gru", "input", RAISES, _CUDNN),
     ("rnn_tanh rnn_relu lstm gru", "input 2", WORDS, _CUDNN),
 )

@@ -76,6 +76,8 @@ def split_features(input, input_bias=None, parts=3, heads=None):
         return Stock("shape", f"{tuple(input.shape)} in {parts} parts, {heads} heads")
     if not input.numel():
         return Stock("empty", "no elements")
+    if input.is_inference():
+        return Stock("mode", "autograd does not follow views of an inference tensor")
     if not is_dense(input):  # the results are views of it
         return Stock("layout", f"strides {input.stride()}")
     if input_bias is not None and input_bias.shape != input.shape[-1:]:
