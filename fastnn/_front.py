@@ -102,8 +102,7 @@ def below(record: Any, first: str, home: str = "") -> Below:
         n.value.id for n in tree if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
     }
     loaded = [n for n in tree if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
-    made = {n.id for n in tree if isinstance(n, ast.Name)} - {n.id for n in loaded}
-    made |= {n.target.id for n in tree if isinstance(n, ast.NamedExpr)}
+    made = {n.target.id for n in tree if isinstance(n, ast.NamedExpr)}
     names = {n.id for n in loaded} - vars(builtins).keys() - made
     tensors = tuple(sorted(read))
     kinds = " and ".join(
@@ -264,7 +263,8 @@ def from_plans(keyed_by: str, arguments: str, home: str = "") -> list[str]:
     ]
 
 
-def _indented(by: int, lines: list[str]) -> list[str]:
+def indented(by: int, lines: list[str]) -> list[str]:
+    """The lines, each moved to the right by so many blanks."""
     return [" " * by + line for line in lines]
 
 
@@ -328,15 +328,15 @@ def front(record: Any, dispatch: Callable) -> Callable:
         f"            return stock({passed})",
         "        if _uniform and not _is_compiling():",
         "            if the_tables:",
-        *_indented(16, from_tables(values)),
+        *indented(16, from_tables(values)),
         f"            if {asked.ready}:",
         "                try:",
         f"                    _is_small = _plain and {asked.quiet} < {asked.least}",
         "                except Exception:  # arguments of the wrong kinds",
         "                    _is_small = False",
         "                if _is_small:",
-        *_indented(20, as_few),
-        *_indented(16, from_plans(asked.tensors[0], values)),
+        *indented(20, as_few),
+        *indented(16, from_plans(asked.tensors[0], values)),
         f"        return dispatch(record, ({dispatched},), "
         + (f"dict({', '.join(keyword)}))" if keyword else "no_keywords)"),
         f"    def small({', '.join(asked.tensors + asked.others)}):",

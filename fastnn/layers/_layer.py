@@ -279,7 +279,7 @@ def _shortcuts(
         wanted = "(0 < _the_floor or the_plans)"
         reads = parameters * _names_parameters(values)
         lines += [f"    if the_tables and {holds}:"]
-        lines += _indented(8, reads + _front_of_op.from_tables(values, "_mode."))
+        lines += _front_of_op.indented(8, reads + _front_of_op.from_tables(values, "_mode."))
     lines += [
         f"    if {wanted} and {asked.ready}:",
         "        try:",
@@ -292,18 +292,14 @@ def _shortcuts(
         condition, result = direct
         lines += [f"            if {original}:"]
         if "weight" not in passed and "weight" not in asked.tensors:
-            lines += _indented(16, parameters * _names_parameters(condition + result))
-        lines += _indented(16, [f"if {condition or True}:", f"    return {result}"])
+            lines += _front_of_op.indented(16, parameters * _names_parameters(condition + result))
+        lines += _front_of_op.indented(16, [f"if {condition or True}:", f"    return {result}"])
     lines += [f"            return _small_method({', '.join(passed)})"]
     if given is not None:
         lines += [f"        if the_plans and {holds}:"]
         plans = _front_of_op.from_plans(asked.tensors[0], values, "_mode.")
-        lines += _indented(12, reads + plans)
+        lines += _front_of_op.indented(12, reads + plans)
     return ["if _mode._uniform and not _is_compiling():", *lines]
-
-
-def _indented(by: int, lines: list[str]) -> list[str]:
-    return [" " * by + line for line in lines]
 
 
 def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
@@ -352,7 +348,7 @@ def front(cls: type, its: type, method: Method, twin: Any = None) -> Any:
         assert {*asked.tensors, *asked.others} <= {*passed, "weight"}, (cls, asked)
         define = asked.define
         defaults |= _front_of_op.plans_of(op)
-        lines += _indented(8, _shortcuts(method, asked, same, passed))
+        lines += _front_of_op.indented(8, _shortcuts(method, asked, same, passed))
     for one in same:
         lines += [f"        if not {one}:", f"            return _its_method({given})"]
     # A Sequential hands on what its first member takes. Recurrent layers tell why a PackedSequence

@@ -17,8 +17,9 @@ def _level(layer):
     return 7 if is_marked(layer) else 6
 
 
-# As `forward` of our layers gives them, and of marked layers, which have this entry.
-# Without a dim PyTorch warns, and names a line that is as many frames away.
+# The arguments that `forward` gives the op. The third is `_level(self)`: marked layers have the
+# entry `_fastnn`. Without a dim PyTorch warns, and counts frames to find the user's line. A plan
+# would run at another number of frames, so none is looked up then.
 _GIVEN = (
     "self.dim is not None",
     "input, self.dim, 7 if '_fastnn' in self.__dict__ else 6, None",

@@ -51,15 +51,10 @@ def _elements(input, input_bias=None, parts=3, heads=None):
     """The gate's policy."""
     if input_bias is None or not (torch.is_grad_enabled() and input_bias.requires_grad):
         return Stock("gate", "without the gradient of a bias, PyTorch needs one kernel, too")
-    return Work(input.numel(), "elements", "")
+    return Work(input.numel())
 
 
-@op(
-    stock=_composed,
-    policy=_elements,
-    strided=("input",),
-    at_most="input.numel()",
-)
+@op(stock=_composed, policy=_elements, strided=("input",))
 def split_features(input, input_bias=None, parts=3, heads=None):
     """`input.chunk(parts, -1)`, or `input.unflatten(-1, (parts, heads, -1)).unbind(-3)`.
 
