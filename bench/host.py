@@ -55,7 +55,6 @@ from torch.utils._pytree import tree_leaves
 import fastnn
 from fastnn import _build, _mode, _native, _record, _rng, kernels
 from fastnn.bench.models import ResNet, Step, TransformerSizes
-from fastnn.ops import REGISTRY
 
 FEW, MANY = 2, 12  # calls in the two steps
 NULL = Path(__file__).with_name("null.cpp")
@@ -222,14 +221,13 @@ def _computing_nothing() -> Iterator[None]:
 def _plans(kept: dict) -> Iterator[None]:
     """Exactly the plans in `kept` exist inside the block. Those made there are added."""
     _record.forget()
-    for name, plans in kept.items():
-        REGISTRY[name].plans.keep(plans)
+    for plans, known in kept.items():
+        plans.keep(known)
     try:
         yield
     finally:
-        for name, op in REGISTRY.items():
-            if op.plans.seen:
-                kept[name] = op.plans.kept()
+        for plans in _record.everyone():
+            kept[plans] = plans.kept()
         _record.forget()
 
 

@@ -30,6 +30,7 @@ from fastnn._plan import (
     Program,
     Slot,
     flat,
+    last_uses,
     nests,
     same,
 )
@@ -198,11 +199,19 @@ def _step(step: Any, python: Python, operators: bool) -> tuple:
 
 def _program(program: Program, python: Python, operators: bool) -> tuple:
     steps = tuple([_step(s, python, operators) for s in program.steps])
+    whole: tuple = ()
+    if program.whole:
+        pointers = {
+            a.slot for s in program.steps if isinstance(s, LaunchStep)
+            for a in s.args if isinstance(a, Pointer)
+        }  # fmt: skip
+        addressed = tuple([int(i in pointers) for i in range(program.given)])
+        whole = tuple(last_uses(program)), addressed
     if any(s[0] == "launch" for s in steps):
         why = _driver(program.device)
         if why is not None:
             raise NotReplayable(f"the driver is not there: {why}")
-    return steps, tuple(program.lasting.items()), program.results, program.saved
+    return steps, tuple(program.lasting.items()), program.results, program.saved, *whole
 
 
 def _made(*programs: Program) -> int:
@@ -281,6 +290,47 @@ def call(
                     "outputs": tuple(heard.raw),
                     "constant": tuple([i in plan.constant for i in range(len(heard.raw))]),
                     "slow": slow,
+                    "keeps": False,
+                    "mutated": (),
+                }
+            )
+        )
+        return made
+    except NotReplayable as e:
+        left_to_python[str(e)] += 1
+        return None
+
+
+def graph_call(
+    plan: Any, program: Program, args: tuple, outs: tuple, checks: list, python: Python
+) -> Callable | None:
+    """What `call` makes, of a plan of a whole graph. outs: what the recorded call returned."""
+    native = module()
+    if native is None:
+        return None
+    try:
+        made, plan.native = _tried(
+            lambda operators: native.plan(
+                {
+                    "name": f"{plan.function.__name__}Backward",
+                    "forms": (None,) * len(args),
+                    "values": args,
+                    "ignored": (False,) * len(args),
+                    "checks": tuple(checks),
+                    "before": ((), (), (), ()),
+                    "after": _program(program, python, operators),
+                    "count": _made(program),
+                    "order": tuple(range(len(args))),
+                    "graph": plan.node is not None,
+                    "saves": plan.saves,
+                    "materialize": False,
+                    "picked": None,
+                    "single": False,
+                    "outputs": outs,
+                    "constant": tuple([i in plan.constant for i in range(len(outs))]),
+                    "slow": plan.slow,
+                    "keeps": plan.keeps,
+                    "mutated": plan.mutated,
                 }
             )
         )

@@ -68,7 +68,7 @@ class DrawStep(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """The seed (0) or the offset (1) of what a `DrawStep` reserved."""
+    """One of the numbers that the `DrawStep`s reserved: seed, offset, and so on for the next."""
 
     number: int
 
@@ -89,6 +89,9 @@ class Program(NamedTuple):
     given: how many tensors it is given.
     lasting: slots of tensors that exist as long as the process.
     draws: whether it needs random numbers.
+    whole: "forward" or "backward" if it is a pass of a whole graph. Then autograd sees none of its
+        operators, and each tensor that it makes, or gets for the backward, is let go after its last
+        use.
     """
 
     given: int
@@ -98,6 +101,7 @@ class Program(NamedTuple):
     steps: tuple
     results: tuple[int | None, ...]
     saved: tuple[int | None, ...]
+    whole: str = ""
 
 
 def reads(step) -> set[int]:
@@ -149,6 +153,26 @@ def flat(values: Any) -> list:
         else:
             found.append(value)
     return found
+
+
+def makes(step) -> set[int]:
+    """The slots that a step makes, or makes anew."""
+    if isinstance(step, Allocate):
+        return {step.slot}
+    return {r for r in step.results if r is not None} if isinstance(step, CallStep) else set()
+
+
+def last_uses(program: Program) -> list[tuple[int, ...]]:
+    """For each step of a whole pass, the slots that nobody needs after it."""
+    kept = {*program.results, *program.saved, *program.lasting}
+    if program.whole == "forward":
+        kept |= {*range(program.given)}
+    found: list[tuple[int, ...]] = []
+    for step in reversed(program.steps):
+        used = reads(step) | makes(step)
+        found.append(tuple(sorted(used - kept)))
+        kept |= used
+    return found[::-1]
 
 
 # ---- What op files tell a recorder --------------------------------------------------------------

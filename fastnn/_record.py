@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 import os
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,7 +59,7 @@ _ALLOCATIONS = frozenset(
         aten.new_empty_strided.default,
     )
 )
-_DRAWN = ("seed", "offset")  # what kernels call the numbers of a draw
+DRAWN = ("seed", "offset")  # what kernels call the numbers of a draw
 # Questions about tensors, whose answers do not depend on their values.
 _QUESTIONS = frozenset((aten.promote_types.default, aten.is_same_size.default))
 # Such questions, whose answers depend on settings of PyTorch.
@@ -70,7 +71,7 @@ _READS = frozenset((aten._local_scalar_dense.default, aten.is_nonzero.default, a
 class _Operators(TorchDispatchMode):
     """Tells a log about every operator of PyTorch."""
 
-    def __init__(self, log: _Log):
+    def __init__(self, log: CallLog):
         super().__init__()
         self.log = log
 
@@ -81,7 +82,7 @@ class _Operators(TorchDispatchMode):
         return out
 
 
-class _Log:
+class CallLog:
     """Listens to one pass, and makes a `Program` of it."""
 
     def __init__(self, given: tuple[Tensor, ...], drawn: tuple[int, int] | None = None):
@@ -103,18 +104,20 @@ class _Log:
         for t in given:
             if t._cdata in self.slots:
                 self.refuse("a tensor is given twice")
-            self._new(t)
+            self.new(t)
 
     def refuse(self, why: str) -> None:
         self.why = self.why or why
 
-    def _new(self, t: Tensor) -> int:
+    def new(self, t: Tensor) -> int:
+        """A slot for a tensor that is new to the log."""
         slot = self.slots[t._cdata] = self.count
         self.count += 1
         self.known.append(torch._C._WeakTensorRef(t))  # type: ignore[attr-defined]
         return slot
 
-    def _slot(self, t: Tensor) -> int:
+    def slot(self, t: Tensor) -> int:
+        """The slot of a tensor."""
         slot = self.slots.get(t._cdata)
         if slot is None:
             raise NotReplayable("a tensor comes from elsewhere")
@@ -130,13 +133,13 @@ class _Log:
             self.paused = before
 
     def lasting(self, *tensors: Tensor) -> None:
-        """Log tensors that exist as long as the process."""
+        """CallLog tensors that exist as long as the process."""
         for t in tensors:
             if t._cdata not in self.slots:
-                self.constants[self._new(t)] = t
+                self.constants[self.new(t)] = t
 
     def drew(self, device: int, launch: Any, draw: Any) -> None:
-        """Log a reservation of random numbers."""
+        """CallLog a reservation of random numbers."""
         if self.drawn is not None:
             self.refuse("random numbers are drawn twice")
         elif isinstance(draw, str) or draw.scratch is None:
@@ -146,7 +149,7 @@ class _Log:
             self.steps.append(DrawStep(device, launch))
 
     def called(self, function, args, kwargs, out) -> None:
-        """Log a call of an operator, which returned `out`."""
+        """CallLog a call of an operator, which returned `out`."""
         if self.paused or self.why is not None:
             return
         try:
@@ -161,7 +164,7 @@ class _Log:
         if function in _ALLOCATIONS:
             if out.device != self.device or out.layout is not torch.strided:
                 raise NotReplayable("a tensor on another device is made")
-            self.steps.append(Allocate(self._new(out), tuple(out.shape), out.stride(), out.dtype))
+            self.steps.append(Allocate(self.new(out), tuple(out.shape), out.stride(), out.dtype))
             return
         if function in _QUESTIONS:
             return
@@ -171,23 +174,29 @@ class _Log:
         if function in _READS:
             raise NotReplayable(f"{function} reads a value of a tensor")
         if torch.Tag.nondeterministic_seeded in function.tags:
-            raise NotReplayable(f"{function} draws random numbers")
+            self.draws_itself(function)
         given, named = tree_map(self._as_slot, (tuple(args), dict(kwargs)))
-        results = tuple([self._result(leaf, function) for leaf in tree_leaves(out)])
+        made = tree_leaves(out) if function._schema.returns else []
+        results = tuple([self.result(leaf, function) for leaf in made])
         self.steps.append(CallStep(function, given, named, results))
         if len(results) == 1 and results[0] is not None:
             self._view(results[0], out if isinstance(out, Tensor) else tree_leaves(out)[0], args)
 
-    def _as_slot(self, value):
-        return Slot(self._slot(value)) if isinstance(value, Tensor) else value
+    def draws_itself(self, function) -> None:
+        """CallLog that an operator of PyTorch draws random numbers."""
+        raise NotReplayable(f"{function} draws random numbers")
 
-    def _result(self, leaf, function) -> int | None:
+    def _as_slot(self, value):
+        return Slot(self.slot(value)) if isinstance(value, Tensor) else value
+
+    def result(self, leaf, function) -> int | None:
+        """The slot of a result of an operator; None for a tensor that is not there."""
         if not isinstance(leaf, Tensor):
             if leaf is None:
                 return None
             raise NotReplayable(f"{function} returns a value that is no tensor")
         known = self.slots.get(leaf._cdata)  # an operator that wrote into its argument returns it
-        return self._new(leaf) if known is None else known
+        return self.new(leaf) if known is None else known
 
     def _view(self, slot: int, out: Tensor, args) -> None:
         if slot in self.views or slot < len(self.given):
@@ -202,12 +211,12 @@ class _Log:
                 self.views[slot] = root, address, dtype
 
     def launched(self, kernel, grid, args, meta) -> None:
-        """Log a launch."""
+        """CallLog a launch."""
         if self.why is not None:
             return
         try:
             named = kernel.parameters
-            given = tuple([self._argument(a, n) for a, n in zip(args, named, strict=False)])
+            given = tuple([self.argument(a, n) for a, n in zip(args, named, strict=False)])
             compiled = kernel.compiled(args, meta)
         except NotReplayable as e:
             self.refuse(str(e))
@@ -217,16 +226,17 @@ class _Log:
             return
         self.steps.append(LaunchStep(kernel, tuple(grid), given, meta, compiled))
 
-    def _argument(self, value, name: str):
-        if self.drawn is not None and name in _DRAWN:
-            index = _DRAWN.index(name)
+    def argument(self, value, name: str):
+        """What a launch holds for an argument of a kernel."""
+        if self.drawn is not None and name in DRAWN:
+            index = DRAWN.index(name)
             if value == 0:  # a kernel that draws nothing is given 0
                 return Drawn(index) if self.drawn[index] == 0 else 0
             if value != self.drawn[index]:
                 raise NotReplayable("a kernel draws other random numbers than were reserved")
             return Drawn(index)
         if isinstance(value, Tensor):
-            slot = self._slot(value)
+            slot = self.slot(value)
             if slot in self.views:
                 root, address, _ = self.views[slot]
                 return Pointer(root, value.data_ptr() - address)
@@ -239,16 +249,16 @@ class _Log:
         """The program of the steps from `first` to `last`. Or it raises `NotReplayable`."""
         if self.why is not None:
             raise NotReplayable(self.why)
-        out = tuple([None if t is None else self._slot(t) for t in results])
-        kept = tuple([None if t is None else self._slot(t) for t in saved])
-        steps = _needed(self.steps[first:last], {*out, *kept})
-        needed = {*out, *kept}.union(*map(reads, steps))
-        lasting = {slot: t for slot, t in self.constants.items() if slot in needed}
+        out = tuple([None if t is None else self.slot(t) for t in results])
+        kept = tuple([None if t is None else self.slot(t) for t in saved])
+        steps = needed(self.steps[first:last], {*out, *kept})
+        used = {*out, *kept}.union(*map(reads, steps))
+        lasting = {slot: t for slot, t in self.constants.items() if slot in used}
         draws = self.drawn is not None
         return Program(len(self.given), self.device, lasting, draws, steps, out, kept)
 
 
-def _needed(steps: list, wanted: set) -> tuple:
+def needed(steps: list, wanted: set) -> tuple:
     """The steps without those whose tensors nobody uses."""
     kept: list = []
     for step in reversed(steps):
@@ -267,7 +277,7 @@ def _needed(steps: list, wanted: set) -> tuple:
 
 
 @contextmanager
-def _listening(log: _Log) -> Iterator[None]:
+def listening(log: CallLog) -> Iterator[None]:
     listeners = kernels._launch.listeners
     before, listeners.log = listeners.log, log
     try:
@@ -318,7 +328,7 @@ class Recorder:
 
     def __init__(self, tensors: tuple[Tensor, ...], drawn: tuple[int, int] | None = None):
         self.tensors = tensors
-        self.log = _Log(tensors, drawn)
+        self.log = CallLog(tensors, drawn)
         self.pass_: Pass | None = None
         self.inside = False
         self.followed = False  # whether autograd follows what comes before the function
@@ -433,7 +443,7 @@ class Plan:
         self.node: Any = None  # its class
         self.apply: Any = None
         if graph:
-            self.node, self.apply = _node(self)
+            self.node, self.apply = node_of(self)
         self.replayed_back = False  # whether the backward was recorded
         self.native: Any = None  # its side in the C++ runner
         self.tries = 2  # of recording the backward
@@ -472,7 +482,7 @@ class Plan:
         finally:
             del self.node.forward
 
-    def slow(self, drawn: tuple[int, int] | None, grads: tuple, saved: tuple) -> tuple:
+    def slow(self, drawn: Any, grads: tuple, saved: tuple, kept: tuple = ()) -> tuple:
         """The gradients of the tensors that a node was given, by the function's own backward."""
         if (
             self.tries and not self.replayed_back
@@ -520,7 +530,7 @@ class _Replay(torch.autograd.Function):
         return plan.go_back(ctx, grads, ctx.saved_tensors if plan.saves else ())
 
 
-def _node(plan: Plan) -> tuple[type, Callable]:
+def node_of(plan: Plan) -> tuple[type, Callable]:
     """The class of the nodes of a plan, named as its function, and `apply` of that class."""
     function = plan.function
     node: Any = type(function.__name__, (_Replay,), {"__doc__": function.__doc__})
@@ -537,14 +547,14 @@ def _record_backward(plan: Plan, drawn, grads: tuple, saved: tuple) -> tuple:
     plan.tries -= 1
     saved = plan.as_saved(saved)
     given = [t for t in (*grads, *saved) if t is not None]
-    if not all(map(_plannable, given)):
+    if not all(map(plannable, given)):
         return plan.gradients(plan.function.backward(plan.context(saved, drawn), *grads))
     recorder = Recorder(tuple(given), drawn)
     recorder.inside = True
     log = recorder.log
     before, active.recorder = active.recorder, recorder
     try:
-        with _listening(log):
+        with listening(log):
             found = plan.function.backward(plan.context(saved, drawn), *grads)
     finally:
         active.recorder = before
@@ -606,11 +616,15 @@ def paused() -> Iterator[None]:
 def hidden() -> Iterator[None]:
     """As `paused`, and plans that were made are not replayed inside the block, either."""
     before = [(plans, plans.kept(), plans.vain_at.copy(), plans.vain) for plans in _all]
+    graphs = [(plans, plans.kept()) for plans in planned]
     with paused():
         forget()
         try:
             yield
         finally:
+            for plans, kept in graphs:
+                plans.forget()
+                plans.keep(kept)
             for plans, kept, vain_at, vain in before:
                 plans.forget()
                 plans.keep(kept)
@@ -618,7 +632,7 @@ def hidden() -> Iterator[None]:
                 plans.vain = vain
 
 
-def _plannable(t: Tensor) -> bool:
+def plannable(t: Tensor) -> bool:
     """Whether a plan may be given `t`: memory of its own, at an address that kernels like."""
     return (
         type(t) in _TENSORS
@@ -634,7 +648,7 @@ def _plain(value: Any) -> bool:
     return type(value) in _TENSORS and value.layout is torch.strided
 
 
-def _unusual() -> bool:
+def is_unusual() -> bool:
     """Whether something watches or transforms the calls of this thread."""
     return bool(
         torch._C._are_functorch_transforms_active()
@@ -705,7 +719,7 @@ class Plans:
             return call()
         leaves = flat(values)
         tensors = tuple([v for v in leaves if isinstance(v, Tensor)])
-        if not all(map(_plannable, tensors)):
+        if not all(map(plannable, tensors)):
             return call()
         key = self._key(values, tensors, mode)
         left = self._left(key)
@@ -728,7 +742,7 @@ class Plans:
         The next one takes the way of a plan, and so finds stock behind the guard alone. What is
         remembered wrongly, because something has changed that the guard does not see, costs time.
         """
-        if not _on or active.recorder is not None or _mode.uniform() != "auto" or _unusual():
+        if not _on or active.recorder is not None or _mode.uniform() != "auto" or is_unusual():
             return
         values = (*args, *kwargs.values())
         leaves = flat(values)
@@ -773,7 +787,7 @@ class Plans:
         recorder = Recorder(tensors)
         active.recorder = recorder
         try:
-            with _listening(recorder.log):
+            with listening(recorder.log):
                 result = call()
         finally:
             active.recorder = None
@@ -870,12 +884,18 @@ def _fact(value: Any) -> Any:
 
 
 _all: list[Plans] = []
+planned: Any = weakref.WeakSet()  # what else keeps plans: graphs
 _HIP = torch.version.hip is not None
+
+
+def everyone() -> list[Any]:
+    """All that keep plans."""
+    return [*_all, *planned]
 
 
 def forget() -> None:
     """Forget all plans, because something has changed that no guard looks at."""
-    for plans in _all:
+    for plans in everyone():
         plans.forget()
 
 

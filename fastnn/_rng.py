@@ -114,7 +114,8 @@ def draw_for(device: int, launch: LaunchGeometry) -> Draw | str:
     if recorder is None:
         return _drawn(device, launch)
     if recorder.asks:
-        return plain_draw(device, 0, 0, launch)
+        seed, offset = recorder.numbers()
+        return plain_draw(device, seed, offset, launch)
     with recorder.log.pause():
         draw = _drawn(device, launch)
     recorder.log.drew(device, launch, draw)

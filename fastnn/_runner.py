@@ -29,6 +29,7 @@ from fastnn._plan import (
     Program,
     Slot,
     flat,
+    last_uses,
     nests,
     questions,
     reads,
@@ -40,6 +41,8 @@ try:
 except ImportError:  # a private name: without it, calls run as always
     TensorGuards = None  # type: ignore[assignment,misc]
 
+
+aten = torch.ops.aten
 
 # What a node is told: FunctionCtx.save_for_backward and its like write these attributes.
 _OF_NODES = ("to_save", "non_differentiable", "materialize_grads")
@@ -126,17 +129,23 @@ def _steps(program: Program, cells: _Cells, known: set[str] | None = None) -> li
     if any(isinstance(s, LaunchStep) and s.compiled is not None for s in program.steps):
         cells.values["get_stream"] = kernels._launch.current_stream()
         lines.append(f"stream = get_stream({device.index or 0})")
-    for step in program.steps:
+    ends = last_uses(program) if program.whole else [()] * len(program.steps)
+    draws = 0
+    for step, end in zip(program.steps, ends, strict=True):
         if isinstance(step, Allocate):
             size, stride, dtype = cells(step.size), cells(step.stride), cells(step.dtype)
             lines.append(f"{_name(step.slot)} = alloc({size}, {stride}, {dtype})")
         elif isinstance(step, DrawStep):
             numbers = cells(_rng.numbers)
-            lines.append(f"drawn = {numbers}({cells(step.device)}, {cells(step.launch)})")
+            to = "+=" if draws else "="
+            lines.append(f"drawn {to} {numbers}({cells(step.device)}, {cells(step.launch)})")
+            draws += 1
         elif isinstance(step, LaunchStep):
             lines.append(_launch(step, cells, known))
         else:
             lines.append(_call(step, cells))
+        if end:
+            lines.append(f"del {', '.join(map(_name, end))}")
     return lines
 
 
@@ -186,10 +195,34 @@ def _value(value: Any, cells: _Cells) -> str:
     return cells(value)
 
 
+# The same operators with a parser of arguments that takes half the time.
+_QUICK = {
+    aten.add.Tensor: torch.add,
+    aten.addmm.default: torch.addmm,
+    aten.as_strided.default: torch.as_strided,
+    aten.bmm.default: torch.bmm,
+    aten.convolution.default: torch.convolution,
+    aten.detach.default: torch.detach,
+    aten.div.Tensor: torch.div,
+    aten.expand.default: Tensor.expand,
+    aten.mm.default: torch.mm,
+    aten.mul.Tensor: torch.mul,
+    aten.permute.default: torch.permute,
+    aten.select.int: torch.select,
+    aten.stack.default: torch.stack,
+    aten.sum.dim_IntList: torch.sum,
+    aten.t.default: torch.t,
+    aten.transpose.int: torch.transpose,
+    aten.unbind.int: torch.unbind,
+    aten.unsqueeze.default: torch.unsqueeze,
+    aten.view.default: Tensor.view,
+}
+
+
 def _call(step: CallStep, cells: _Cells) -> str:
     args = [_value(v, cells) for v in step.args]
     args += [f"{k}={_value(v, cells)}" for k, v in step.kwargs.items()]
-    call = f"{cells(step.function)}({', '.join(args)})"
+    call = f"{cells(_QUICK.get(step.function, step.function))}({', '.join(args)})"
     names = [_name(r) if r is not None else "_" for r in step.results]
     returned = len(step.function._schema.returns)
     is_list = returned == 1 and isinstance(step.function._schema.returns[0].type, torch.ListType)
@@ -207,7 +240,7 @@ def _step(program: Program, step: Any) -> tuple:
     cells = _Cells()
     read = tuple(sorted(reads(step)))
     made = step.results if isinstance(step, CallStep) else ()
-    lines = _steps(program._replace(steps=(step,), lasting={}), cells)
+    lines = _steps(program._replace(steps=(step,), lasting={}, whole=""), cells)
     head = f"def function({', '.join(['drawn', *map(_name, read)])}):"
     return "python", _make(cells, head, [*lines, f"return {_slots(made)}"]), read, made
 
@@ -472,3 +505,129 @@ def backward(plan: Any, program: Program, grads: tuple, saved: tuple) -> Callabl
         f"return {cells(plan.go_back)}(ctx, ({''.join(f'{n}, ' for n in given)}), saved)",
     ]
     return _make(cells, f"def function({', '.join(['ctx', *given])}):", lines)
+
+
+# ---- Whole graphs -------------------------------------------------------------------------------
+
+
+def _casts() -> bool:
+    return any(map(torch.is_autocast_enabled, ("cuda", "cpu")))
+
+
+def _below(program: Program, cells: _Cells, known: set[str], uncast: bool) -> list[str]:
+    """The source lines of a whole pass, whose operators autograd does not see, nor autocast."""
+    guards: list[type] = [torch._C._AutoDispatchBelowADInplaceOrView]
+    if uncast:
+        guards.append(torch._C._DisableAutocast)
+    lines = _steps(program, cells, known)
+    opened = ", ".join(f"{cells(guard)}()" for guard in guards)
+    return [f"with {opened}:", *(f"    {line}" for line in lines or ["pass"])]
+
+
+def _launched(program: Program, names: list[str]) -> list[str]:
+    """Those of `names`, of the given slots, whose addresses kernels get."""
+    slots = {a.slot for s in program.steps if isinstance(s, LaunchStep)
+             for a in s.args if isinstance(a, Pointer)}  # fmt: skip
+    return [name for i, name in enumerate(names) if i in slots]
+
+
+def graph_call(plan: Any, program: Program, args: tuple[Tensor, ...], outs: tuple) -> Callable:
+    """A function of the inputs of a graph that runs `program`, or returns UNFIT."""
+    why = unavailable()
+    if why is not None:
+        raise NotReplayable(why)
+    native = _native.graph_call(
+        plan, program, args, outs, _checks(plan.record, program), functools.partial(_step, program)
+    )
+    if native is not None:
+        return native
+    cells = _Cells()
+    names = [_name(i) for i in range(len(args))]
+    asked = [f"{cells(_guard(args))}({', '.join(names)})", *_ready(plan.record, program, cells)]
+    aligned = _launched(program, names)
+    if aligned:
+        asked.append(_aligned(aligned))
+    if plan.node is not None:
+        plan.node.forward = staticmethod(_graph_forward(plan, program, names))
+        lines = [f"return {cells(plan.apply)}({', '.join(names)})"]
+    else:
+        lines = _below(program, cells, {*aligned}, _casts())
+        lines += _mutations(plan, cells)
+        lines.append(f"return {_slots(program.results)}")
+    lines = [f"if {' and '.join(asked)}:", *(f"    {line}" for line in lines)]
+    lines.append(f"return {cells(UNFIT)}")
+    return _make(cells, f"def function({', '.join(names)}):", lines)
+
+
+def _mutations(plan: Any, cells: _Cells) -> list[str]:
+    count = cells(torch.autograd.graph.increment_version)
+    return [f"{count}({_name(i)})" for i in plan.mutated]
+
+
+def _graph_forward(plan: Any, program: Program, names: list[str]) -> Callable:
+    """The forward of a node that runs `program`."""
+    cells = _Cells()
+    lines = _below(program, cells, set(), _casts())
+    lines += _mutations(plan, cells)
+    if program.saved:
+        lines.append(f"ctx.to_save = {_slots(program.saved)}")
+    if plan.keeps:
+        lines.append(f"ctx.kept = ({', '.join(names)},)")
+        lines.append(f"ctx.version = {' + '.join(f'{name}._version' for name in names)}")
+    if plan.constant:
+        constant = tuple([program.results[i] for i in plan.constant])
+        lines.append(f"ctx.non_differentiable = {_slots(constant)}")
+    lines.append("ctx.materialize_grads = False")
+    if program.draws:
+        lines.append("ctx.drawn = drawn")
+    lines.append(f"return {_slots(program.results)}")
+    return _make(cells, f"def function({', '.join(['ctx', *names])}):", lines)
+
+
+def graph_backward(plan: Any, program: Program, grads: tuple, saved: tuple) -> Callable:
+    """What autograd calls of the node of a graph: a function of (node, *grads) -> gradients.
+
+    What does not fit takes the long way, `plan.go_back`.
+    """
+    values = (*grads, *saved)
+    if plan.native is not None:
+        python = functools.partial(_step, program)
+        _native.backward(plan.native, program, values, _checks(None, program), python)
+    cells = _Cells()
+    given = [f"none{i}" if g is None else f"g{i}" for i, g in enumerate(grads)]
+    mine = [name for name in given if name.startswith("g")]
+    numbers = len(mine)
+    slots = [_name(i) for i in range(numbers + len(saved))]
+    asked = [f"not {cells(torch.is_grad_enabled)}()"]
+    asked += [f"{name} is None" for name in given if name.startswith("none")]
+    tensors = [t for t in values if t is not None]
+    asked.append(f"{cells(_guard(tensors))}({', '.join([*mine, *slots[numbers:]])})")
+    asked += _ready(None, program, cells)
+    lines = ["saved = ctx.saved_tensors"]
+    if saved:
+        lines.append(f"{''.join(f'{n}, ' for n in slots[numbers:])} = saved")
+    lines += [f"{slot} = {name}" for slot, name in zip(slots, mine, strict=False)]
+    aligned = _launched(program, slots)
+    if aligned:
+        asked.append(_aligned(aligned))
+    inside = [
+        f"del saved{''.join(f', {name}' for name in mine)}",
+        "ctx.maybe_clear_saved_tensors()",
+    ]
+    inside += ["drawn = ctx.drawn"] if program.draws else []
+    inside += _below(program, cells, {*aligned}, _casts())
+    lines += [
+        f"if {' and '.join(asked)}:",
+        *(f"    {line}" for line in inside),
+        f"    return {_slots(program.results)}",
+        f"return {cells(plan.go_back)}(ctx, ({''.join(f'{n}, ' for n in given)}), saved)",
+    ]
+    return _make(cells, f"def function({', '.join(['ctx', *given])}):", lines)
+
+
+def exactly(program: Program) -> Callable:
+    """A function of (drawn, *tensors) -> results that runs `program`, whatever it is given."""
+    cells = _Cells()
+    lines = [*_below(program, cells, set(), True), f"return {_slots(program.results)}"]
+    names = [_name(i) for i in range(program.given)]
+    return _make(cells, f"def function({', '.join(['drawn', *names])}):", lines)

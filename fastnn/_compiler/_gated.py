@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from fastnn import _front, _gate, _mode, _native
 from fastnn._compiler import _gradients
 from fastnn._compiler._calls import call, value
+from fastnn._compiler._planned import Known, Planned, known_of
 from fastnn._compiler._sums import mean_alone, sum_alone
 from fastnn.ops import REGISTRY
 from fastnn.ops.linear import stock_activation
@@ -106,10 +107,19 @@ def _take_apart(graph: Graph, node: Node, record: Any) -> None:
         node.args, node.kwargs = (product, a, b), {}
 
 
+def _plans(ours: list, known: Known | None) -> Callable[[Callable], Callable]:
+    """What gives a form of a graph its plan."""
+    if known is None:
+        return lambda forward: forward
+    records = [*ours, REGISTRY["scaled_dot_product_attention"]]
+    return lambda forward: Planned(forward, records, known)
+
+
 def gated(gm: GraphModule) -> Callable:
     """What runs `gm`: in `auto`, its lean form; where a mode is set or somebody listens, `gm`."""
-    full = gm.forward
     ours = [record for _, record in calls_of_ours(gm)]
+    planned = _plans(ours, known_of(gm))
+    full = planned(gm.forward)
     if not ours:
         return full
     alerts = any(record.alerts is not None for record in ours)
@@ -126,7 +136,7 @@ def gated(gm: GraphModule) -> Callable:
         if now != version:
             fresh = [floor_of(record) for record in asked]
             if fresh != floors:
-                plain, floors = lean(gm, fresh[:-1], fresh[-1]).forward, fresh
+                plain, floors = planned(lean(gm, fresh[:-1], fresh[-1]).forward), fresh
             # Asking for a floor may have made it known, which counts as a change.
             version = (_gate.version, *now[1:])
         return plain(*args)

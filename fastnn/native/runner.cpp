@@ -28,6 +28,7 @@
 #include <torch/csrc/Layout.h>
 #include <torch/csrc/MemoryFormat.h>
 #include <torch/csrc/PyInterpreter.h>
+#include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -264,6 +265,7 @@ struct Step {
   Ref callable;
   std::vector<int> reads;
   std::vector<int> makes;  // slots, -1 for None
+  std::vector<int> ends;   // slots that nobody needs after the step
 };
 
 struct Program {
@@ -271,24 +273,26 @@ struct Program {
   std::vector<std::pair<int, Tensor>> lasting;
   std::vector<int> results;
   std::vector<int> saved;
+  std::vector<bool> addressed;  // of the given tensors: whether kernels get their addresses
   bool launches = false;  // by the driver
   bool python = false;    // whether a step calls Python
+  bool whole = false;     // whether it is a pass of a whole graph
 };
 
-struct Drawn {
-  bool there = false;
-  int64_t numbers[2] = {0, 0};
+struct Drawn {  // the numbers of all draws, one after the other; empty if there was none
+  c10::SmallVector<int64_t, 2> numbers;
 };
 
 using Slots = c10::SmallVector<Tensor, 24>;
 
 Ref drawn_object(const Drawn& drawn) {
-  if (!drawn.there) return Ref::borrowed(Py_None);
-  return checked(Py_BuildValue("(LL)", (long long)drawn.numbers[0], (long long)drawn.numbers[1]));
-}
-
-Drawn drawn_of(PyObject* pair) {
-  return Drawn{true, {integer(item(pair, 0)), integer(item(pair, 1))}};
+  if (drawn.numbers.empty()) return Ref::borrowed(Py_None);
+  Ref all = checked(PyTuple_New((Py_ssize_t)drawn.numbers.size()));
+  Py_ssize_t i = 0;
+  for (int64_t number : drawn.numbers) {
+    PyTuple_SET_ITEM(all.get(), i++, checked(PyLong_FromLongLong(number)).release());
+  }
+  return all;
 }
 
 PyObject* wrapped(const Tensor& t) {  // a new reference
@@ -300,7 +304,7 @@ void run_python(const Step& step, Slots& slots, Drawn& drawn) {
   Lock lock;
   if (step.kind == Step::DRAW) {
     Ref pair = checked(PyObject_CallNoArgs(step.callable.get()));
-    drawn = drawn_of(pair.get());
+    for (Py_ssize_t i = 0; i < 2; i++) drawn.numbers.push_back(integer(item(pair.get(), i)));
     return;
   }
   Ref given = checked(PyTuple_New(1 + (Py_ssize_t)step.reads.size()));
@@ -340,10 +344,10 @@ void run_call(const Step& step, Slots& slots) {
   for (const c10::IValue& value : stack) {
     if (value.isTensorList()) {
       for (const Tensor& t : value.toTensorVector()) take(t);
-    } else if (value.isNone()) {
-      k++;
-    } else {
+    } else if (value.isTensor()) {
       take(value.toTensor());
+    } else {  // None, or a number that follows from the sizes
+      k++;
     }
   }
   if (k != step.makes.size()) fail("an operator returned another number of tensors");
@@ -386,6 +390,13 @@ void run(const Program& program, Slots& slots, Drawn& drawn, c10::Device device)
     if (!device.is_cpu() && driver.stream(device.index(), &stream) != 0) fail("no current stream");
   }
   c10::DispatchKeySet keys(c10::computeDispatchKey(std::nullopt, std::nullopt, device));
+  // What a log heard of a whole graph lies below autograd and autocast.
+  std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+  std::optional<c10::impl::ExcludeDispatchKeyGuard> uncast;
+  if (program.whole) {
+    below.emplace();
+    uncast.emplace(c10::autocast_dispatch_keyset);
+  }
   for (const Step& step : program.steps) {
     switch (step.kind) {
       case Step::ALLOCATE: {
@@ -404,6 +415,7 @@ void run(const Program& program, Slots& slots, Drawn& drawn, c10::Device device)
       default:
         run_python(step, slots, drawn);
     }
+    for (int slot : step.ends) slots[slot].reset();
   }
 }
 
@@ -414,6 +426,7 @@ struct Meta {
   at::ScalarType dtype;
   c10::Device device;
   bool grad;
+  bool addressed = true;  // whether kernels get its address
   std::vector<int64_t> sizes, strides;
 
   explicit Meta(const Tensor& t)
@@ -431,6 +444,7 @@ struct Meta {
         impl->strides() != c10::IntArrayRef(strides)) {
       return false;
     }
+    if (!addressed) return true;
     auto address = (uintptr_t)t.mutable_data_ptr();
     return address && !(address & 15);
   }
@@ -514,7 +528,7 @@ struct Backward {
     for (size_t i = 0; i < metas.size(); i++) {
       const Tensor& t = i < grads.size() ? grads[i] : saved[i - grads.size()];
       if (t.defined() != metas[i].has_value() || (t.defined() && !metas[i]->fits(t))) return false;
-      for (size_t k = 0; k < i; k++) {  // the same tensor twice
+      for (size_t k = 0; k < i && !program.whole; k++) {  // the same tensor twice
         if (t.defined() && t.is_same(k < grads.size() ? grads[k] : saved[k - grads.size()])) {
           return false;
         }
@@ -563,7 +577,9 @@ struct Plan {
   bool single = false;                      // whether the one result is returned by itself
   std::vector<bool> differentiable;         // of the results
   std::vector<std::optional<Output>> outputs;
-  Ref slow;                                 // (drawn, gradients, saved) -> gradients
+  bool keeps = false;                       // whether nodes keep all inputs for the long way
+  std::vector<int> mutated;                 // inputs that the steps write into
+  Ref slow;                                 // (drawn, gradients, saved, kept) -> gradients
   std::shared_ptr<Holder> holder;
 };
 
@@ -575,6 +591,8 @@ struct Replayed : Node {
   std::shared_ptr<const Plan> plan;
   c10::SmallVector<SavedVariable, 6> saved;
   Drawn drawn;
+  variable_list kept;    // the inputs of a graph, for the long way
+  uint64_t version = 0;  // the sum of their versions
   bool freed = false;
 
   std::string name() const override { return plan->name; }
@@ -583,6 +601,7 @@ struct Replayed : Node {
     std::lock_guard<std::mutex> guard(mutex_);
     freed = true;
     for (auto& variable : saved) variable.reset_data();
+    kept.clear();
   }
 
   variable_list apply(variable_list&& grads) override {
@@ -604,6 +623,9 @@ struct Replayed : Node {
     }
     const Backward* backward = plan->holder->backward.load(std::memory_order_acquire);
     if (!at::GradMode::is_enabled() && backward && backward->fits(grads, given)) {
+      if (backward->program.whole && !torch::autograd::get_current_graph_task_keep_graph()) {
+        release_variables();  // each tensor goes after its last use
+      }
       Slots slots(backward->count);
       int next = 0;
       for (auto* tensors : {&grads, &given}) {
@@ -625,10 +647,17 @@ struct Replayed : Node {
 
  private:
   variable_list in_python(const variable_list& grads, const variable_list& given) {
+    variable_list inputs;
+    {
+      std::lock_guard<std::mutex> guard(mutex_);
+      uint64_t now = 0;
+      for (const Tensor& t : kept) now += t._version();
+      if (now == version) inputs = kept;
+    }
     Lock lock;
-    Ref arguments[2];
+    Ref arguments[3];
     int k = 0;
-    for (auto* tensors : {&grads, &given}) {
+    for (const auto* tensors : {&grads, &given, (const variable_list*)&inputs}) {
       Ref tuple = checked(PyTuple_New((Py_ssize_t)tensors->size()));
       for (size_t i = 0; i < tensors->size(); i++) {
         PyTuple_SET_ITEM(tuple.get(), (Py_ssize_t)i, checked(wrapped((*tensors)[i])).release());
@@ -638,7 +667,7 @@ struct Replayed : Node {
     Ref numbers = drawn_object(drawn);
     Ref made = checked(PyObject_CallFunctionObjArgs(plan->slow.get(), numbers.get(),
                                                     arguments[0].get(), arguments[1].get(),
-                                                    nullptr));
+                                                    arguments[2].get(), nullptr));
     variable_list results;
     for (Py_ssize_t i = 0; i < length(made.get()); i++) {
       PyObject* result = item(made.get(), i);
@@ -668,6 +697,12 @@ void attach(const std::shared_ptr<const Plan>& plan, Slots& slots, const Drawn& 
       torch::autograd::impl::set_gradient_edge(out, {pointer, number});
     } else {
       node->add_input_metadata(Node::undefined_input());
+    }
+  }
+  if (plan->keeps) {
+    for (int slot : plan->order) {
+      node->kept.push_back(slots[slot]);
+      node->version += slots[slot]._version();
     }
   }
   node->saved.reserve(plan->after.saved.size());
@@ -735,24 +770,26 @@ bool take(const Form& form, PyObject* value, Leaves& leaves) {
   return true;
 }
 
-bool fits(const Plan& plan, PyObject* const* args, const Tensor** given) {
+using Given = c10::SmallVector<const Tensor*, 64>;
+
+bool fits(const Plan& plan, PyObject* const* args, Given& given) {
   if (at::GradMode::is_enabled() != plan.grad_mode || !plan.state->holds(plan.device.type()) ||
       !current(plan.device)) {
     return false;
   }
-  size_t m = 0;
   for (size_t i = 0; i < plan.constants.size(); i++) {
     if (plan.constants[i]) {
       if (!plan.ignored[i] && !equals(args[i], plan.constants[i].get())) return false;
       continue;
     }
+    size_t m = given.size();
     if (Py_TYPE(args[i]) != plan.types[m]) return false;
     const Tensor& t = THPVariable_Unpack(args[i]);
     if (!plan.metas[m].fits(t)) return false;
-    for (size_t k = 0; k < m; k++) {
+    for (size_t k = 0; k < m && !plan.after.whole; k++) {
       if (given[k]->is_same(t)) return false;
     }
-    given[m++] = &t;
+    given.push_back(&t);
   }
   return hold(plan.checks);
 }
@@ -760,7 +797,7 @@ bool fits(const Plan& plan, PyObject* const* args, const Tensor** given) {
 // What a call with these arguments returns, or UNFIT.
 PyObject* attempt(const std::shared_ptr<const Plan>& plan, PyObject* const* args, size_t n) {
   try {
-    const Tensor* given[64];
+    Given given;
     Leaves leaves;
     bool formed = true;
     if (plan->nested) {
@@ -779,9 +816,11 @@ PyObject* attempt(const std::shared_ptr<const Plan>& plan, PyObject* const* args
           at::AutoGradMode without(false);
           run(plan->after, slots, drawn, plan->device);
         }
+        for (int i : plan->mutated) slots[i].unsafeGetTensorImpl()->bump_version();
         attach(plan, slots, drawn);
       } else {
         run(plan->after, slots, drawn, plan->device);
+        for (int i : plan->mutated) slots[i].unsafeGetTensorImpl()->bump_version();
       }
     }
     const auto& results = plan->after.results;
@@ -1182,7 +1221,8 @@ Step step_of(PyObject* spec, Program& program) {
   return step;
 }
 
-// (steps, ((slot, tensor), ...), results, saved)
+// (steps, ((slot, tensor), ...), results, saved), and for a whole graph two more: the slots that end
+// with each step, and whether kernels get the addresses of the given tensors
 Program program_of(PyObject* spec) {
   Program program;
   PyObject* steps = item(spec, 0);
@@ -1196,6 +1236,13 @@ Program program_of(PyObject* spec) {
   }
   program.results = slots_of(item(spec, 2));
   program.saved = slots_of(item(spec, 3));
+  if (length(spec) > 4) {
+    program.whole = true;
+    for (size_t i = 0; i < program.steps.size(); i++) {
+      program.steps[i].ends = integers<int>(item(item(spec, 4), (Py_ssize_t)i));
+    }
+    for (int addressed : integers<int>(item(spec, 5))) program.addressed.push_back(addressed);
+  }
   return program;
 }
 
@@ -1275,13 +1322,19 @@ PyObject* py_plan(PyObject*, PyObject* spec) {
         plan->constants.push_back(Ref::borrowed(value));
       }
     }
-    if (plan->metas.empty() || plan->metas.size() > 60) throw NotOurs();
+    if (plan->metas.empty()) throw NotOurs();
     plan->device = plan->metas[0].device;
     plan->state = std::make_unique<State>(plan->device.type(), true);
     plan->grad_mode = at::GradMode::is_enabled();
     plan->checks = checks_of(field(spec, "checks"));
     plan->before = program_of(field(spec, "before"));
     plan->after = program_of(field(spec, "after"));
+    if (!plan->after.whole && plan->metas.size() > 60) throw NotOurs();
+    for (size_t i = 0; i < plan->after.addressed.size(); i++) {
+      plan->metas.at(i).addressed = plan->after.addressed[i];
+    }
+    plan->keeps = field(spec, "keeps") == Py_True;
+    plan->mutated = integers<int>(field(spec, "mutated"));
     plan->count = (int)integer(field(spec, "count"));
     plan->order = slots_of(field(spec, "order"));
     plan->graph = field(spec, "graph") == Py_True;
@@ -1340,6 +1393,10 @@ PyObject* holder_set(PyObject* self, PyObject* args) {
       }
     }
     if (!device) throw NotOurs();
+    size_t next = 0;
+    for (auto& meta : metas) {
+      if (meta && next < program.addressed.size()) meta->addressed = program.addressed[next++];
+    }
     auto made = std::unique_ptr<Backward>(
         new Backward{std::move(program), State(device->type(), false), checks_of(item(args, 2)),
                      std::move(metas), *device, (int)integer(item(args, 3))});
