@@ -328,8 +328,9 @@ def multilabel_soft_margin(a, b, c, p, q):
 
 @triton.jit
 def multilabel_soft_margin_grad(g, a, b, c, p, q):
+    # g comes first, as in PyTorch: next to the largest number, the sum of both terms may be inf
     s, r = _sigmoids(a)
-    return ((1.0 - b) * s - b * r) * g, -a * g
+    return (1.0 - b) * g * s - b * g * r, -a * g
 
 
 # ---- walks --------------------------------------------------------------------------------------

@@ -410,6 +410,22 @@ def test_values_that_stock_stops_at_are_nan(reduction, device):
         assert torch.equal(loss.isnan(), want if reduction == "none" else want.any())
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_targets_next_to_the_largest_number_have_the_gradients_of_stock(reduction, device):
+    """PyTorch multiplies the incoming gradient by the target before the two terms meet."""
+    torch.manual_seed(0)
+    largest = torch.finfo(torch.float32).max
+    x = torch.randn(64, 40, device=device, requires_grad=True)
+    target = (largest * torch.randn(64, 40, device=device).sign()).requires_grad_()
+    options = {"reduction": reduction}
+    want = gradients(stock.multilabel_soft_margin_loss(x, target, **options), (x, target))
+    with decisions() as heard:
+        got = gradients(F.multilabel_soft_margin_loss(x, target, **options), (x, target))
+    assert [why for _, why, _ in heard] == [None]
+    for a, b in zip(got, want, strict=True):
+        assert b.isfinite().any() and a[b.isfinite()].isfinite().all()
+
+
 def test_targets_out_of_range_are_nan_and_read_nothing(device):
     memory = torch.randn(3, 4, 6, device=device)  # [1] lies between guards, against stray reads
     x = memory[1].detach().requires_grad_()
