@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastnn._batches import one_by_one
 from fastnn._plan import active
 from fastnn._shards import last_hooks
 from fastnn._strides import in_layout, not_strided, with_dense_gradients
@@ -31,7 +32,7 @@ class Function(torch.autograd.Function):
             raise TypeError(
                 f"{cls.__name__}.backward: *gradients are taken as they are; call them strided"
             )
-        cls.backward = staticmethod(with_dense_gradients(backward, at))  # type: ignore
+        cls.backward = staticmethod(one_by_one(with_dense_gradients(backward, at)))  # type: ignore
         if _may_have_one_result(backward):
             forward = cls.__dict__["forward"].__func__
             cls.forward = staticmethod(_without_zeros(forward))  # type: ignore

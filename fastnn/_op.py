@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from fastnn import _front, _gate, _mode, _shards
+from fastnn._batches import is_batch
 from fastnn._function import Function as Function
 from fastnn._function import run as run
 from fastnn._function import second_order as second_order
@@ -172,6 +173,8 @@ def _refuse_tensor(op: Op, t: Tensor) -> Stock | None:
         return why
     if t.is_neg():
         return Stock("layout", "a tensor has a pending negation")
+    if is_batch(t):
+        return Stock("mode", "a tensor is a batch of gradients (is_grads_batched)")
     return None
 
 

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastnn import _mode, _native, _runner, kernels
+from fastnn._batches import is_batch
 from fastnn._plan import (
     Allocate,
     CallStep,
@@ -133,13 +134,13 @@ class CallLog:
             self.paused = before
 
     def lasting(self, *tensors: Tensor) -> None:
-        """CallLog tensors that exist as long as the process."""
+        """Log tensors that exist as long as the process."""
         for t in tensors:
             if t._cdata not in self.slots:
                 self.constants[self.new(t)] = t
 
     def drew(self, device: int, launch: Any, draw: Any) -> None:
-        """CallLog a reservation of random numbers."""
+        """Log a reservation of random numbers."""
         if self.drawn is not None:
             self.refuse("random numbers are drawn twice")
         elif isinstance(draw, str) or draw.scratch is None:
@@ -149,7 +150,7 @@ class CallLog:
             self.steps.append(DrawStep(device, launch))
 
     def called(self, function, args, kwargs, out) -> None:
-        """CallLog a call of an operator, which returned `out`."""
+        """Log a call of an operator, which returned `out`."""
         if self.paused or self.why is not None:
             return
         try:
@@ -183,7 +184,7 @@ class CallLog:
             self._view(results[0], out if isinstance(out, Tensor) else tree_leaves(out)[0], args)
 
     def draws_itself(self, function) -> None:
-        """CallLog that an operator of PyTorch draws random numbers."""
+        """Log that an operator of PyTorch draws random numbers."""
         raise NotReplayable(f"{function} draws random numbers")
 
     def _as_slot(self, value):
@@ -211,7 +212,7 @@ class CallLog:
                 self.views[slot] = root, address, dtype
 
     def launched(self, kernel, grid, args, meta) -> None:
-        """CallLog a launch."""
+        """Log a launch."""
         if self.why is not None:
             return
         try:
@@ -544,9 +545,11 @@ def node_of(plan: Plan) -> tuple[type, Callable]:
 
 
 def _record_backward(plan: Plan, drawn, grads: tuple, saved: tuple) -> tuple:
-    plan.tries -= 1
     saved = plan.as_saved(saved)
     given = [t for t in (*grads, *saved) if t is not None]
+    if any(map(is_batch, given)):
+        return plan.gradients(plan.function.backward(plan.context(saved, drawn), *grads))
+    plan.tries -= 1
     if not all(map(plannable, given)):
         return plan.gradients(plan.function.backward(plan.context(saved, drawn), *grads))
     recorder = Recorder(tuple(given), drawn)

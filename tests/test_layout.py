@@ -17,6 +17,7 @@ RANKS = {
     "fastnn.kernels": 0,
     "fastnn._build": 1,
     "fastnn._graph": 1,
+    "fastnn._batches": 1,
     "fastnn._mode": 1,
     "fastnn._plan": 1,
     "fastnn._rng": 2,

@@ -31,7 +31,7 @@ import fastnn.functional as F
 from fastnn import _build, _gate, _native, _plan, _record
 from fastnn.ops import FUNCTIONS, REGISTRY
 from fastnn.testing import seed, tensors_of
-from tests import test_plans
+from tests import test_batches, test_plans
 from tests.calls import Call, Upstream, fresh
 from tests.marks import interpreted
 
@@ -109,6 +109,7 @@ CHECKS = [
     test_plans.test_versions_are_checked_and_buffers_freed_as_without_a_plan,
     test_plans.test_a_zero_with_another_sign_is_another_argument,
     test_plans.test_second_derivatives_of_a_replay,
+    test_batches.test_a_batch_of_gradients_of_a_replayed_call,
     test_plans.test_a_draw_of_the_backward_is_that_of_its_forward,
     test_plans.test_hooks_see_what_is_kept,
     test_plans.test_calls_under_autocast_have_plans,

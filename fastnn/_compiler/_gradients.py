@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 import fastnn.functional as F
 from fastnn import _gate, _mode, _native, _op
+from fastnn._batches import one_by_one
 
 
 def _wins(x: Tensor, followed: Tensor | None = None) -> bool:
@@ -45,6 +46,7 @@ class _Linears(torch.autograd.Function):
         return tuple(stock.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
 
     @staticmethod
+    @one_by_one
     def backward(ctx: Any, *gradients: Any) -> Any:
         x, *weights = ctx.saved_tensors
         count = len(weights)
@@ -112,6 +114,7 @@ class _Mean(torch.autograd.Function):
         return x.mean(dims, keepdim)
 
     @staticmethod
+    @one_by_one
     def backward(ctx: Any, dy: Tensor) -> Any:
         shape, dims, keepdim = ctx.rest
         dx = dy / math.prod(shape[d] for d in dims)
