@@ -1246,6 +1246,49 @@ def test_ways_to_use_a_model(way):
 
 
 @interpreted
+@pytest.mark.parametrize("shape", [(4, WIDTH), (2, 3, WIDTH)], ids=["matrix", "batch"])
+@pytest.mark.parametrize("where", ["in the graph", "by the caller"])
+def test_products_of_one_tensor_may_be_written_in_place(shape, where):
+    q, k, v = (stock.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def call(x):
+        parts = [layer(x) for layer in (q, k, v)]
+        if where == "in the graph":
+            parts[0].add_(1)
+        return parts
+
+    x = torch.randn(shape, requires_grad=True)
+    found = []
+    with listen() as heard, fastnn.backend("triton"):
+        for function in (fastnn.compile(call), call):
+            one, *others = function(x)
+            one.mul_(2)
+            y = (one * others[0] * others[1]).sum()
+            found.append([y, *torch.autograd.grad(y, [x, *q.parameters()])])
+    assert fused_in(heard) == {"products of one tensor": 1}
+    for ours, its in zip(*found, strict=True):
+        torch.testing.assert_close(ours, its)
+
+
+@interpreted
+def test_batches_of_gradients_of_a_compiled_model():
+    """A node of several products takes a batch as PyTorch's nodes do."""
+    q, k = (stock.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def call(x):
+        return q(x).sin() * k(x)
+
+    x, batch = torch.randn(4, WIDTH, requires_grad=True), torch.randn(3, 4, WIDTH)
+    with listen() as heard, fastnn.backend("triton"):
+        y = fastnn.compile(call)(x)
+    assert fused_in(heard) == {"products of one tensor": 1}
+    got = torch.autograd.grad(y, (x, q.weight), batch, is_grads_batched=True)
+    want = torch.autograd.grad(call(x), (x, q.weight), batch, is_grads_batched=True)
+    for ours, its in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, its)
+
+
+@interpreted
 def test_the_training_flag_makes_a_new_graph():
     model = stock.Sequential(stock.BatchNorm1d(WIDTH), stock.ReLU(), stock.Dropout(0.5))
     reference = copy.deepcopy(model).eval()

@@ -35,6 +35,14 @@ def _wins(x: Tensor, followed: Tensor | None = None) -> bool:
     return x.device.type in _op.kernel_devices and x.numel() >= _gate.LEAST_OF_ESTIMATES
 
 
+def _own(y: Tensor) -> Tensor:
+    """The result of an operator, as a tensor that is no view of what the operator made.
+
+    Autograd lets nobody write into a view that is one of several results of a function.
+    """
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+
 class _Linears(torch.autograd.Function):
     """x, weights, biases -> a product with each weight. One gradient of x comes of all of them."""
 
@@ -43,7 +51,7 @@ class _Linears(torch.autograd.Function):
         weights, biases = parameters[:count], parameters[count:]
         ctx.save_for_backward(x, *weights)
         ctx.set_materialize_grads(False)
-        return tuple(stock.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+        return tuple(_own(stock.linear(x, w, b)) for w, b in zip(weights, biases, strict=True))
 
     @staticmethod
     @one_by_one
