@@ -362,6 +362,64 @@ def test_tracing_sees_the_members(device):
     torch.testing.assert_close(compiled(x), net(x))
 
 
+class Swaps(stock.Module):
+    """Puts another member in the place of one that follows it, when it runs."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change, self.net = change, []
+
+    def forward(self, x):
+        self.change(self.net[0])
+        return x
+
+
+def _swaps(nn, change):
+    torch.manual_seed(0)
+    swaps = Swaps(change)
+    others = nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), swaps, *others)
+    swaps.net.append(net)
+    return net
+
+
+def _put(i, make):
+    return lambda net: net.__setitem__(i, make())
+
+
+CHANGES = {
+    "the next": _put(3, lambda: stock.Flatten(0)),
+    "the second of the next group": _put(4, stock.Tanh),
+    "a later one": _put(5, lambda: stock.Flatten(0)),
+    "one before": _put(0, stock.Tanh),
+    "one is added": lambda net: net.append(stock.ReLU()),
+    "one is deleted": lambda net: net._modules.pop("5"),
+    "itself": _put(2, stock.Identity),
+    "itself, out of the table": lambda net: (net._modules.pop("2"), net.append(stock.Tanh())),
+}
+
+
+@pytest.mark.parametrize("mode", ["triton", "auto"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_member_that_replaces_another_one(change, mode, device):
+    """PyTorch's loop sees the member that stands there when its turn comes."""
+    x = torch.randn(3, 4, device=device)
+    found = []
+    for nn in (stock, fastnn):
+        net = _swaps(nn, change).to(device)
+        with fastnn.backend(mode), fastnn.decisions() as heard:
+            try:
+                found.append(net(x))
+            except (RuntimeError, IndexError) as error:
+                found.append(error)
+    assert ("linear_act", None) in [(op.name, why) for op, why, _ in heard]
+    want, got = found
+    if isinstance(want, Exception):
+        assert type(got) is type(want) and str(got) == str(want)
+    else:
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_other_values_pass_through():
     """A Sequential accepts what its members accept: tuples, integers, calls without keywords."""
 
