@@ -504,6 +504,36 @@ def transposed(t: Tensor) -> Tensor:
     return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
 
 
+@interpreted
+@pytest.mark.parametrize("name", ["split_features", "act_glu"])
+@pytest.mark.parametrize(
+    "layout", ["every second", "backwards in memory", "one column", "expanded"]
+)
+def test_a_bias_that_the_input_contains_may_be_a_view(name, layout):
+    """It gets the gradient, and only its length and dtype count."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 12)
+    bias = {
+        "every second": lambda: torch.randn(24)[::2],
+        "backwards in memory": lambda: torch.randn(12, 2).t()[1],
+        "one column": lambda: torch.randn(12, 3)[:, 1],
+        "expanded": lambda: torch.randn(1).expand(12),
+    }[layout]()
+    assert not bias.is_contiguous()
+    found = []
+    function = getattr(fastnn.functional, name)
+    for call, b in ((function, bias), (function, bias.contiguous()), (function.op.stock, bias)):
+        mine, b = x.clone().requires_grad_(), b.detach().requires_grad_()
+        with backend("torch" if call is function.op.stock else "triton"):
+            out = call(mine, input_bias=b)
+            parts = out if isinstance(out, tuple) else (out,)
+            grads = torch.autograd.grad([p.sin().sum() for p in parts], (mine, b))
+        found.append([*(p.detach() for p in parts), *grads])
+    for view, dense, its in zip(*found, strict=True):
+        assert torch.equal(view, dense)
+        torch.testing.assert_close(view, its)
+
+
 if __name__ == "__main__":
     from fastnn.testing import interpreter
 

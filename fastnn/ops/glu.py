@@ -9,7 +9,7 @@ from fastnn._shards import Split, beside
 from fastnn.ops.activation import refuse_numbers
 from fastnn.ops.channel_norm import checked_activation
 from fastnn.ops.linear import ACTIVATIONS, stock_activation
-from fastnn.ops.residual_norm import WithBias
+from fastnn.ops.residual_norm import WithBias, too_many_rows
 
 
 class GLU(Function):
@@ -186,9 +186,8 @@ def act_glu(input, dim=-1, activation="silu", a=0.0, b=0.0, first=False, input_b
             return Stock("empty", "no elements")
         if not input.is_contiguous():
             return Stock("layout", f"strides {input.stride()} and input_bias")
-        if input.numel() // input.shape[-1] >= 2**30:  # the kernel counts rows in 32 bits
-            rows = input.numel() // input.shape[-1]
-            return Stock("size", f"{rows:,} rows; kernels take less than 2^30")
+        if why := too_many_rows(input):
+            return why
         return run(BiasedActGLU, input, input_bias, activation, float(a), float(b), bool(first))[0]
     return run(ActGLU, input, dim % rank, activation, float(a), float(b), bool(first))
 

@@ -140,8 +140,8 @@ def _fused(z, x, weight, bias, c, p, training, normalises, returns_sum, **norm):
     dtype = _sum_dtype(z, x)
     if not kernels.residual_norm.fits(z.shape[-1], dtype.itemsize):
         return Stock("size", f"rows of {z.shape[-1]:,} elements do not fit into registers")
-    if z.numel() // z.shape[-1] >= 2**30:  # kernels count rows in 32 bits
-        return Stock("size", f"{z.numel() // z.shape[-1]:,} rows; kernels take less than 2^30")
+    if why := too_many_rows(z):
+        return why
     swapped = not z.is_contiguous()
     if swapped and (z.dim() != 3 or not z.transpose(0, 1).is_contiguous()):
         return Stock("layout", f"a branch with strides {z.stride()}")
@@ -208,6 +208,12 @@ def dropout_add(input, residual, p=0.5, training=True):
         return residual + input
     out = _fused(input, residual, None, None, None, p, training, False, True)
     return out if isinstance(out, Stock) else out[0]
+
+
+def too_many_rows(x) -> Stock | None:
+    """Why kernels that count rows in 32 bits cannot take those of `x`, if so."""
+    rows = x.numel() // x.shape[-1]
+    return None if rows < 2**30 else Stock("size", f"{rows:,} rows; kernels take less than 2^30")
 
 
 class WithBias(Function):

@@ -4,7 +4,7 @@ import torch
 
 from fastnn import kernels
 from fastnn._op import Function, Invalid, Stock, Work, is_dense, op, run
-from fastnn.ops.residual_norm import WithBias
+from fastnn.ops.residual_norm import WithBias, too_many_rows
 
 
 def _views(x, parts, heads):
@@ -77,7 +77,6 @@ def split_features(input, input_bias=None, parts=3, heads=None):
         return Stock("layout", f"strides {input.stride()}")
     if input_bias is not None and input_bias.shape != input.shape[-1:]:
         return Stock("shape", f"input_bias {tuple(input_bias.shape)} for {tuple(input.shape)}")
-    if input.numel() // input.shape[-1] >= 2**30:  # kernels count rows in 32 bits
-        rows = input.numel() // input.shape[-1]
-        return Stock("size", f"{rows:,} rows; kernels take less than 2^30")
+    if why := too_many_rows(input):
+        return why
     return run(SplitFeatures, input, input_bias, parts, heads)
