@@ -36,6 +36,7 @@ from fastnn._plan import active, questions
 from fastnn._plan import impossible as impossible
 from fastnn._plan import reads_setting as reads_setting
 from fastnn._record import Plans
+from fastnn._scalars import fits_64_bits
 from fastnn._scalars import rounded as rounded
 from fastnn._strides import is_dense as is_dense
 from fastnn._strides import make_dense, not_strided
@@ -81,6 +82,8 @@ class Op:
     dense_names: frozenset[str] = field(init=False)
     floor: _gate.Floor = field(init=False, default_factory=_gate.Floor)
     names: tuple[str, ...] = field(init=False)  # of the public function's parameters
+    flags: frozenset[str] = field(init=False)  # parameters whose arguments PyTorch wants as bool
+    flags_at: tuple[int, ...] = field(init=False)
     keyword_only: frozenset[str] = field(init=False)
     keyed_by: int = field(init=False)  # the parameter by whose shape plans are found
     plans: Plans = field(init=False)
@@ -90,11 +93,15 @@ class Op:
         at, dense = not_strided(self.fused, self.strided)
         parameters = _front.parameters(self.fused)
         names = tuple([p.name for p in parameters])
+        # `inplace` is read by Python, which takes any object for true or false
+        flags = [p.name for p in parameters if type(p.default) is bool and p.name != "inplace"]
         for name, value in (
             ("takes_variant", "variant" in declared),
             ("dense_at", at),
             ("dense_names", dense),
             ("names", names),
+            ("flags", frozenset(flags)),
+            ("flags_at", tuple(map(names.index, flags))),
             ("keyword_only", frozenset([p.name for p in parameters if p.kind is p.KEYWORD_ONLY])),
             ("keyed_by", names.index(_front.below(self, names[0]).tensors[0])),
         ):
@@ -226,6 +233,9 @@ def survey(op: Op, args: tuple, kwargs: dict) -> Stock | Tensor:
                 return Stock("device", "the tensors are on several devices")
         elif kind is tuple or kind is list:
             values.extend(value)  # the loop continues with these values
+        elif kind is int:
+            if not fits_64_bits(value):
+                return Invalid("option", "an integer that 64 bits cannot hold")
         elif kind not in _SCALARS:
             if _shards.is_wrapped(kind):
                 return _WRAPPED
@@ -235,6 +245,12 @@ def survey(op: Op, args: tuple, kwargs: dict) -> Stock | Tensor:
                 return Stock("layout", f"an argument overrides torch functions ({kind.__name__})")
     if first is None:
         return _NO_TENSOR
+    for i in op.flags_at:
+        if i < len(args) and type(args[i]) is not bool:
+            return Invalid("option", f"{op.names[i]} is a {type(args[i]).__name__}")
+    for name, value in kwargs.items():
+        if name in op.flags and type(value) is not bool:
+            return Invalid("option", f"{name} is a {type(value).__name__}")
     return first
 
 

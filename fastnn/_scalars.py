@@ -10,6 +10,11 @@ from typing import Any
 import torch
 
 
+def fits_64_bits(number: Any) -> bool:
+    """Whether PyTorch takes the number where it takes numbers: larger integers are an error."""
+    return type(number) is not int or -(2**63) <= number < 2**63
+
+
 def rounded(number: Any, dtype: torch.dtype) -> Any:
     """The number as ATen sees it if ATen converts it to `dtype` before it computes.
 

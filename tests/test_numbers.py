@@ -8,10 +8,15 @@ import itertools
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+import torch.nn as stock
 
+import fastnn
+import fastnn.functional as F
 from tests.calls import Call, differences, recorded
+from tests.errors import assert_same_error
 from tests.marks import interpreted
 from tests.test_scalars import TABLE
 
@@ -67,3 +72,74 @@ def test_unusual_numbers_end_as_in_stock(op, record_property):
     record_property("scalars", [item for item in counts.items() if item[1]])
     assert counts
     assert not wrong, "\n".join(wrong)
+
+
+# ---- Arguments that PyTorch refuses --------------------------------------------------------------
+
+X, IMAGE = torch.linspace(-2, 2, 12).view(3, 4), torch.linspace(-2, 2, 72).view(1, 2, 6, 6)
+CLASSES = torch.tensor([0, 1, 2])
+LARGE = (2**70, -(2**70), 2**1100)  # a scalar of PyTorch holds 64 bits
+REFUSED = [
+    *((name, (X,), {number: value}) for value in LARGE for name, number in (
+        ("leaky_relu", "negative_slope"), ("elu", "alpha"), ("celu", "alpha"),
+        ("hardshrink", "lambd"), ("softplus", "beta"), ("softplus", "threshold"),
+        ("gumbel_softmax", "tau"), ("normalize", "eps"),
+    )),
+    *(("threshold", (X, *given), {}) for given in ((2**70, 0.0), (0.0, 2**70))),
+    ("hardtanh", (X,), {"min_val": -(2**70)}), ("hardtanh", (X,), {"max_val": 2**70}),
+    ("rrelu", (X,), {"upper": 2**70}), ("softshrink", (X,), {"lambd": 2**70}),
+    ("local_response_norm", (IMAGE, 2), {"alpha": 2**70}),
+    ("gaussian_nll_loss", (X, X, X.abs() + 1), {"eps": 2**70}),
+    ("multi_margin_loss", (X, CLASSES), {"margin": 2**70}),
+    ("multi_margin_loss", (X, CLASSES), {"p": torch.tensor([1])}),
+    *((name, (X, CLASSES), {"ignore_index": i}) for name in ("cross_entropy", "nll_loss")
+      for i in (True, 2**70)),
+    *(("embedding", (CLASSES, X), {"padding_idx": i}) for i in (True, 1.0, torch.tensor(0.3))),
+    *(("embedding_bag", (CLASSES[None], X), {"padding_idx": i}) for i in (True, 1.0)),
+    # flags that are no bool
+    ("kl_div", (X, X), {"log_target": 1}), ("poisson_nll_loss", (X, X), {"full": 1}),
+    ("poisson_nll_loss", (X, X), {"log_input": 0}), ("pairwise_distance", (X, X, 2.0, 1e-6, 1), {}),
+    ("instance_norm", (IMAGE,), {"use_input_stats": 1}),
+    ("batch_norm", (IMAGE, None, None, None, None, 1), {}),
+    ("lp_pool2d", (IMAGE, 2, [2]), {}),
+    ("conv_transpose1d", (IMAGE[0, :, 0], torch.ones(2, 2, 3), None, 1, 0, None), {}),
+]  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("mode", ["auto", "triton"])
+@pytest.mark.parametrize(("name", "given", "options"), REFUSED)
+def test_what_pytorch_refuses_is_refused(name, given, options, mode):
+    """Also where a kernel is forced, which would compute something."""
+    ours, its = getattr(F, name), getattr(torch.nn.functional, name)
+    assert_same_error(lambda: ours(*given, **options), lambda: its(*given, **options), mode=mode)
+
+
+ACTIVATIONS = [
+    lambda nn: nn.LeakyReLU(2**70), lambda nn: nn.ELU(2**70), lambda nn: nn.Hardtanh(0, 2**70)
+]  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("mode", ["auto", "triton"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("fused", [False, True], ids=["alone", "behind a linear"])
+def test_layers_with_a_number_beyond_64_bits(activation, fused, mode, simulate):
+    simulate(least=0, source="the test")
+
+    def call(nn):
+        layer = activation(nn)
+        return nn.Sequential(nn.Linear(4, 4), layer)(X) if fused else layer(X)
+
+    assert_same_error(lambda: call(fastnn), lambda: call(stock), mode=mode)
+
+
+@interpreted
+@pytest.mark.parametrize(("name", "x"), [("avg_pool1d", IMAGE[0]), ("avg_pool2d", IMAGE)])
+def test_a_stride_of_numpy(name, x):
+    """PyTorch takes such an integer, and no kernel does."""
+    function = getattr(F, name)
+    with fastnn.backend("triton"), pytest.raises(fastnn.BackendError, match="stride"):
+        function(x, 2, np.int64(1))
+    want = getattr(torch.nn.functional, name)(x, 2, np.int64(1))
+    assert torch.equal(function(x, 2, np.int64(1)), want)

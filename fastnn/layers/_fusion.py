@@ -21,6 +21,7 @@ import fastnn.functional as F
 from fastnn import _gate, _mode
 from fastnn._front import bound
 from fastnn._mode import Stock
+from fastnn._scalars import fits_64_bits
 from fastnn.layers import activation as acts
 from fastnn.layers import batchnorm, conv
 from fastnn.layers._layer import (
@@ -47,15 +48,19 @@ from fastnn.ops.residual_norm import dropout_add, dropout_add_layer_norm, dropou
 _Act = tuple[str, float, float]
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and fits_64_bits(value))
+
+
 def _hardtanh(m) -> _Act | None:
     low, high = m.min_val, m.max_val
-    numbers = type(low) in (int, float) and type(high) in (int, float)
+    numbers = _is_number(low) and _is_number(high)
     return ("hardtanh", float(low), float(high)) if numbers and low <= high else None
 
 
 def _sloped(name: str, a, b: float, inplace: bool) -> _Act | None:
     # In place, PyTorch's backward refuses a negative slope.
-    return (name, float(a), b) if type(a) in (int, float) and not (inplace and a < 0) else None
+    return (name, float(a), b) if _is_number(a) and not (inplace and a < 0) else None
 
 
 def _always(name: str) -> Callable[[Any], _Act]:

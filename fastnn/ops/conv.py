@@ -456,6 +456,12 @@ def _conv(dims, input, weight, bias, *options):
     return plan if isinstance(plan, Stock) else run(Conv, input, weight, bias, plan)
 
 
+def _transposed(dims, input, weight, bias, stride, padding, dilation, groups, output_padding):
+    if output_padding is None:
+        return Invalid("option", "output_padding=None")
+    return _conv(dims, input, weight, bias, stride, padding, dilation, groups, output_padding)
+
+
 # ---- The ops -------------------------------------------------------------------------------------
 
 _MOST_TAPS = 9  # of a channels-first kernel, whose loads are single elements
@@ -514,7 +520,7 @@ def conv_transpose1d(
     input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
 ):  # fmt: skip
     """As conv2d."""
-    return _conv(1, input, weight, bias, stride, padding, dilation, groups, output_padding)
+    return _transposed(1, input, weight, bias, stride, padding, dilation, groups, output_padding)
 
 
 @_op("conv_transpose2d")
@@ -522,7 +528,7 @@ def conv_transpose2d(
     input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
 ):  # fmt: skip
     """As conv2d: the kernels of the gradients of conv2d."""
-    return _conv(2, input, weight, bias, stride, padding, dilation, groups, output_padding)
+    return _transposed(2, input, weight, bias, stride, padding, dilation, groups, output_padding)
 
 
 @_op("conv_transpose3d")
@@ -530,7 +536,7 @@ def conv_transpose3d(
     input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
 ):  # fmt: skip
     """As conv2d."""
-    return _conv(3, input, weight, bias, stride, padding, dilation, groups, output_padding)
+    return _transposed(3, input, weight, bias, stride, padding, dilation, groups, output_padding)
 
 
 # ---- Convolution, norm, activation ---------------------------------------------------------------

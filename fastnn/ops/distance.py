@@ -440,7 +440,7 @@ def multi_margin_loss(
     why = refuse((input, target), reduction, (weight,))
     if why is not None:
         return why
-    if p not in (1, 2) or not number(margin):
+    if isinstance(p, Tensor) or p not in (1, 2) or not number(margin):
         return Invalid("option", f"p={p!r}, margin={margin!r}")
     if not 1 <= input.dim() <= 2 or target.dtype != torch.int64:
         return Invalid(

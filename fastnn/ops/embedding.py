@@ -63,7 +63,7 @@ def padding_row(weight, indices, padding_idx, max_norm, sparse) -> int | Stock:
     V, D = weight.shape
     if not V and indices.numel():
         return Invalid("empty", "indices into no rows")
-    if padding_idx is not None and not -V <= padding_idx < V:
+    if padding_idx is not None and (type(padding_idx) is not int or not -V <= padding_idx < V):
         return Invalid("option", f"padding_idx={padding_idx}")
     if max_norm is not None:
         return Stock("option", f"max_norm={max_norm} writes to the weight")

@@ -35,7 +35,7 @@ def refuse_options(input, weight, ignore_index, reduction, out_dtype):
             return Invalid("dtype", f"a weight in {weight.dtype}")
         if weight.requires_grad and torch.is_grad_enabled():
             return Stock("autograd", "a weight that requires grad")
-    if not isinstance(ignore_index, int):
+    if type(ignore_index) is not int:
         return Invalid("option", f"ignore_index={ignore_index!r}")
     if reduction not in ("none", "mean", "sum"):
         return Stock("option", f"reduction={reduction!r}")

@@ -121,7 +121,8 @@ def _regular(input, dims, kernel_size, stride, padding, dilation, ceil_mode):
     if why is not None:
         return why
     k = _along(kernel_size, dims)
-    s = k if stride is None or stride == () or stride == [] else _along(stride, dims)
+    empty = stride is None or (type(stride) in (tuple, list) and not stride)
+    s = k if empty else _along(stride, dims)
     p, d = _along(padding, dims), _along(dilation, dims)
     if None in (k, s, p, d) or type(ceil_mode) is not bool:
         return Invalid(
@@ -517,7 +518,9 @@ def _pointwise(shape, stride):
 def _lp_pool(dims, input, norm_type, kernel_size, stride, ceil_mode, dtype):
     if type(norm_type) not in (int, float) or norm_type != norm_type:
         return Stock("option", f"norm_type={norm_type!r}")
-    if norm_type == 0 or (dims == 1 and type(kernel_size) is not int):
+    one = type(kernel_size) is int
+    each = type(kernel_size) in (tuple, list) and len(kernel_size) == dims > 1
+    if norm_type == 0 or not (one or each):
         return Invalid("option", f"norm_type={norm_type!r}, kernel_size={kernel_size!r}")
     found = _regular(input, dims, kernel_size, stride, 0, 1, ceil_mode)
     if isinstance(found, Stock):
