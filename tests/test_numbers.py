@@ -143,3 +143,13 @@ def test_a_stride_of_numpy(name, x):
         function(x, 2, np.int64(1))
     want = getattr(torch.nn.functional, name)(x, 2, np.int64(1))
     assert torch.equal(function(x, 2, np.int64(1)), want)
+
+
+@interpreted
+@pytest.mark.parametrize("norm_type", [1e39, -1e39, 1e300])
+def test_a_norm_that_float32_cannot_hold(norm_type):
+    """Kernels have powers in float32; PyTorch on a CPU has others."""
+    with fastnn.backend("triton"), pytest.raises(fastnn.BackendError, match="float32"):
+        F.lp_pool2d(IMAGE, norm_type, 2)
+    want = torch.nn.functional.lp_pool2d(IMAGE, norm_type, 2)
+    torch.testing.assert_close(F.lp_pool2d(IMAGE, norm_type, 2), want, equal_nan=True)

@@ -89,6 +89,8 @@ def _three(values, fill):
 
 _channels_last = functools.lru_cache(maxsize=4096)(is_channels_last)
 
+_FLOAT_MAX = torch.finfo(torch.float32).max
+
 # Rows of a tensor, positions along an axis, elements of a window: sums of such numbers fit into the
 # 32 bits in which kernels compute them.
 _MOST = 2**28
@@ -518,6 +520,8 @@ def _pointwise(shape, stride):
 def _lp_pool(dims, input, norm_type, kernel_size, stride, ceil_mode, dtype):
     if type(norm_type) not in (int, float) or norm_type != norm_type:
         return Stock("option", f"norm_type={norm_type!r}")
+    if abs(norm_type) > _FLOAT_MAX and not math.isinf(norm_type):
+        return Stock("option", f"norm_type={norm_type!r} is no float32 number")
     one = type(kernel_size) is int
     each = type(kernel_size) in (tuple, list) and len(kernel_size) == dims > 1
     if norm_type == 0 or not (one or each):
