@@ -6,6 +6,7 @@ gradients, buffers and the numbers that the next draw gives must have equal bits
 
 import contextlib
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 import fastnn
 from fastnn import _native, _record
+from fastnn._compiler import _planned
 from tests.marks import interpreted
 from tests.test_native import runner_module
 
@@ -306,6 +308,19 @@ def test_second_derivatives_later(p, runner):
         assert is_planned(beside(Layer(p), *steps, compare=close)[0])
 
 
+def test_a_plan_follows_which_results_get_gradients(runner):
+    """After a call in which another result got one, the next plan is made for both."""
+    model = Language()
+    with (
+        fastnn.backend("triton"),
+        mock.patch.object(
+            _planned.GraphPlan, "run_again", autospec=True, side_effect=_planned.GraphPlan.run_again
+        ) as again,
+    ):
+        assert is_planned(beside(model, None, None, None, *[both] * 4)[0])
+    assert again.call_count == 1
+
+
 def test_second_derivatives_from_the_start(runner):
     """A graph whose backward is differentiated gets no plan."""
     assert not is_planned(beside(Layer(0.0), *[of_gradients] * 4)[0])
@@ -496,8 +511,8 @@ def test_hooks_of_parameters_run(runner):
 
 
 def test_batched_gradients(runner):
-    """A backward under vmap: the graph runs again."""
-    model, x = Layer(0.0).eval(), torch.randn(2, 4, 16, requires_grad=True)
+    """The plan is replayed for each gradient of a batch."""
+    model, x = Block(0.0).eval(), torch.randn(2, 4, 16, requires_grad=True)
     out = planned_call(model, x)
     many = torch.randn(3, *out.shape)
     found = torch.autograd.grad(out, x, many, is_grads_batched=True)[0]

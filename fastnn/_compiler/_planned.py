@@ -23,6 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from fastnn import _mode, _record, _runner
+from fastnn._batches import one_by_one
 from fastnn._compiler._calls import value
 from fastnn._plan import (
     UNFIT,
@@ -266,7 +267,7 @@ class _Record(NamedTuple):
     settings: Callable[[], Any] | None
 
 
-class _GraphPlan(_record.Plan):
+class GraphPlan(_record.Plan):
     """How to run a graph, both ways."""
 
     __slots__ = ("exact", "forward", "grads", "keeps", "learn", "mutated", "record")
@@ -280,19 +281,22 @@ class _GraphPlan(_record.Plan):
     record: _Record
 
     def slow(self, drawn: tuple | None, grads: tuple, saved: tuple, kept: tuple = ()) -> tuple:
+        def backward(_, *of_one: Tensor | None) -> tuple:
+            return self._slow(drawn, of_one, saved, kept)
+
+        return one_by_one(backward)(None, *grads)
+
+    def _slow(self, drawn: tuple | None, grads: tuple, saved: tuple, kept: tuple) -> tuple:
         pattern = tuple([g is not None for g in grads])
         same = pattern == tuple([g is not None for g in self.grads])
-        transformed = torch._C._are_functorch_transforms_active() or any(map(_is_batched, grads))
-        if same and not torch.is_grad_enabled() and not transformed:
+        if same and not torch.is_grad_enabled():
             return self._replayed(drawn, grads, saved)
         if kept:
-            if not same and not transformed:
+            if not same:
                 self.learn(grads)
-            return self._again(drawn, grads, kept)
+            return self.run_again(drawn, grads, kept)
         if not same:
             asked = "other results of a compiled graph get gradients than before"
-        elif transformed:
-            asked = "the backward of a compiled graph is transformed by torch.func"
         else:
             asked = "the backward of a compiled graph is differentiated"
         raise RuntimeError(
@@ -318,7 +322,7 @@ class _GraphPlan(_record.Plan):
         with torch.no_grad():
             return self.exact(drawn, *given)
 
-    def _again(self, drawn: tuple | None, grads: tuple, kept: tuple) -> tuple:
+    def run_again(self, drawn: tuple | None, grads: tuple, kept: tuple) -> tuple:
         """The gradients, by the graph with a graph of autograd, with the same random numbers."""
         again = _Again(drawn or ())
         create = torch.is_grad_enabled()
@@ -343,11 +347,6 @@ class _GraphPlan(_record.Plan):
         for i, g in zip(at, found, strict=True):
             results[i] = g
         return tuple(results)
-
-
-def _is_batched(t: Tensor | None) -> bool:
-    """Whether `t` stands for several gradients (`is_grads_batched=True`)."""
-    return t is not None and torch._C._functorch.is_legacy_batchedtensor(t)
 
 
 class _Again:
@@ -488,7 +487,7 @@ def _record_graph(
     settings = _settings(records)
     if log.reads_setting and settings is None:
         raise NotReplayable("it depends on a setting that no record of an op names")
-    plan: Any = _GraphPlan.__new__(_GraphPlan)
+    plan: Any = GraphPlan.__new__(GraphPlan)
     plan.record = _Record(settings)
     plan.forward, plan.mutated, plan.learn = forward, mutated, learn
     plan.constant = tuple([i for i, (wants, _) in enumerate(facts) if not wants])
