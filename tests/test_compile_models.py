@@ -231,13 +231,14 @@ SITES = {
         "cross_entropy of converted logits": 1,
         "product of rows": 4 * LAYERS, "linear, activation": LAYERS,
         # the end of each branch, and the product that is query, key and value
-        "bias in a backward": 3 * LAYERS,
+        "bias in a backward": 3 * LAYERS, "table that is multiplied": 1,
     },
     bert: {
         "dropout, add, norm": 2 * LAYERS, "linear, activation": LAYERS + 1,
         "products of one tensor": LAYERS,
         # the end of each branch; each result but that of the last layer has two users
         "bias in a backward": 2 * LAYERS, "two gradients": 2 * LAYERS - 1,
+        "table that is multiplied": 1,
     },
     llama: {
         "rms_norm written out": 2 * LAYERS + 1, "dropout, add, norm": 2 * LAYERS,
@@ -250,6 +251,8 @@ SITES = {
         # a norm before each of 2 and 3 branches of a layer, and one at the end of each stack
         "rms_norm written out": 5 * LAYERS + 2, "dropout, add, norm": 5 * LAYERS,
         "linear, activation, dropout": 2 * LAYERS, "products of one tensor": 3 * LAYERS,
+        # the words of the encoder and of the decoder
+        "table that is multiplied": 2,
     },
     whisper: {
         "sum of two layouts": 1, "contiguous before attention": 9 * LAYERS,
@@ -257,7 +260,7 @@ SITES = {
         "dropout, add, norm": 5 * LAYERS, "linear, activation, dropout": 2 * LAYERS,
         "products of one tensor": 3 * LAYERS,
         # the result of the encoder is read by each layer of the decoder
-        "bias in a backward": 5 * LAYERS, "two gradients": 1,
+        "bias in a backward": 5 * LAYERS, "two gradients": 1, "table that is multiplied": 1,
     },
     swin: {
         # 4 blocks, and a merge of patches between the stages, which pads by nothing, too

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnn
-from fastnn._compiler import _backend, _gated
+from fastnn import _gate
+from fastnn._compiler import _backend, _gated, _gradients
 from fastnn._compiler._backend import listen
 from fastnn.testing import simulated
 from tests.marks import interpreted
@@ -20,6 +21,7 @@ assert fresh_dynamo  # a fixture that every test here uses
 
 WIDTH = 16
 BIAS, TWO, MEANS = "bias in a backward", "two gradients", "means of planes"
+TABLE = "table that is multiplied"
 
 
 class PostNorm(stock.Module):
@@ -150,7 +152,26 @@ class Squeezed(stock.Module):
         return y * self.gates[1](y.mean((-1, 2))).cos()[:, :, None, None]
 
 
-MODELS = PostNorm, RmsNorm, Residuals, Heads, Geglu, Squeezed
+class Tied(stock.Module):
+    """A language model: the head multiplies with the table of two embeddings. Words come twice."""
+
+    expected = {TABLE: 2}  # noqa: RUF012
+    shape = 2, 7, WIDTH
+
+    def __init__(self):
+        super().__init__()
+        self.words = stock.Embedding(120, WIDTH, padding_idx=-119)
+        self.head = stock.Linear(WIDTH, 120)
+        self.head.weight = self.words.weight
+        ids = torch.tensor([[4, 1, 4, 119, 0, 1, 4], [1, 1, 7, 0, 119, 0, 8]])
+        self.register_buffer("ids", ids, persistent=False)
+
+    def forward(self, x):
+        read = self.words(self.ids) + F.embedding(self.ids[:1].int(), self.words.weight)
+        return self.head(x + read).sin()
+
+
+MODELS = PostNorm, RmsNorm, Residuals, Heads, Geglu, Squeezed, Tied
 of_all = pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 
 
@@ -208,7 +229,7 @@ def test_the_passes_are_gone(build):
     want = passes(model, model, x)
     with fastnn.backend("triton"):
         got = passes(model, fastnn.compile(model), x)
-    ours = build.expected.get(TWO, 0) + build.expected.get(MEANS, 0)
+    ours = sum(build.expected.get(name, 0) for name in (TWO, MEANS, TABLE))
     assert want["add"] - got["add"] >= ours
     assert want["sum"] - got["sum"] >= build.expected.get(BIAS, 0)
 
@@ -242,6 +263,72 @@ def test_second_derivatives_are_those_of_stock():
         for one, other in zip(*found, strict=True):
             # The bias of what a batch norm reads has no second derivative but rounding.
             torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)
+
+
+@interpreted
+@pytest.mark.parametrize("wanted", ["head", "words", "all"])
+def test_a_table_has_the_gradients_that_are_wanted(wanted, monkeypatch):
+    """In two backwards of one graph, with the bits of PyTorch, which makes another table."""
+    model, x = Tied(), torch.randn(Tied.shape)
+
+    def call(x):
+        read = model.words(model.ids)
+        if wanted == "head":
+            read = read.detach()
+        made = model.head(read + x)
+        return read.sin() if wanted == "words" else made
+
+    monkeypatch.setattr(_gradients, "_LEAST_OF_TABLES", 1)
+    monkeypatch.setattr(_gate, "LEAST_OF_ESTIMATES", 1)
+    found = []
+    with listen() as heard, simulated(least=10**6):
+        for one in (call, fastnn.compile(call)):
+            loss = one(x).square().sum()
+            with Sizes() as sizes:
+                loss.backward(retain_graph=True)
+                loss.backward()
+            table = model.words.weight
+            (first,) = torch.autograd.grad(one(x).square().sum(), table, create_graph=True)
+            (second,) = torch.autograd.grad(first.sin().sum(), table)
+            found.append((table.grad.clone(), first.detach(), second))
+            model.zero_grad()
+    assert fused_in(heard) == {TABLE: 1}
+    assert all(map(torch.equal, *found))
+    assert (model.words.weight.shape in sizes.made) == (wanted == "words")
+
+
+class Sizes(TorchDispatchMode):
+    """Collects the shapes of the gradients of tables."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if "embedding_dense_backward" in function._schema.name:
+            self.made.add(out.shape)
+        return out
+
+
+@interpreted
+@pytest.mark.parametrize("ids, rows, fused", [(30, 120, True), (31, 120, False), (29, 119, False)])
+def test_many_rows_and_small_tables_run_as_before(ids, rows, fused, monkeypatch):
+    """A table has four rows for each that is looked up, and so many elements."""
+    assert _gradients._LEAST_OF_TABLES == 2**23
+    monkeypatch.setattr(_gradients, "_LEAST_OF_TABLES", 120 * WIDTH)
+    monkeypatch.setattr(_gate, "LEAST_OF_ESTIMATES", 1)
+    table = torch.randn(rows, WIDTH, requires_grad=True)
+
+    def call():
+        return F.linear(F.embedding(torch.arange(ids) % 4, table), table).sum()
+
+    with simulated(least=10**6), listen() as found:
+        loss = fastnn.compile(call)()
+        with Sizes() as sizes:
+            loss.backward()
+    assert fused_in(found) == {TABLE: 1}
+    assert (table.shape not in sizes.made) == fused
 
 
 @interpreted
@@ -462,7 +549,40 @@ def parts_beside_another_user(x):
     return one.sin() * two + z.sum()
 
 
+TABLE_OF_WORDS = stock.Parameter(torch.randn(WIDTH * WIDTH, WIDTH))
+
+
+def words(x, **options):
+    return F.embedding(torch.arange(8), TABLE_OF_WORDS, **options).sum(0) + x
+
+
+def table_that_is_added(x):
+    return words(x) + (TABLE_OF_WORDS + 1)[:WIDTH] * F.linear(x, TABLE_OF_WORDS).sum()
+
+
+def table_that_is_sliced(x):
+    return F.linear(words(x) + TABLE_OF_WORDS[:WIDTH], TABLE_OF_WORDS)
+
+
+def table_by_frequency(x):
+    return F.linear(words(x, scale_grad_by_freq=True), TABLE_OF_WORDS)
+
+
+def table_that_is_multiplied_before(x):
+    return words(F.linear(x, TABLE_OF_WORDS)[:, :WIDTH])
+
+
+def table_times_itself(x):
+    return F.linear(TABLE_OF_WORDS, TABLE_OF_WORDS)[:WIDTH, :WIDTH] + words(x)
+
+
+def table_times_itself_later(x):
+    return words(x) + F.linear(TABLE_OF_WORDS, TABLE_OF_WORDS)[:WIDTH, :WIDTH]
+
+
 REFUSED = (
+    table_that_is_added, table_that_is_sliced, table_by_frequency,
+    table_that_is_multiplied_before, table_times_itself, table_times_itself_later,
     means_of_other_dimensions, means_after_a_write, means_of_what_leaves, means_alone,
     parts_of_other_rows, halves_of_rows, halves_of_a_product_that_is_read, many_parts,
     unequal_parts, parts_without_bias, parts_of_frozen_bias, parts_beside_another_user,
@@ -488,7 +608,7 @@ def test_where_it_must_not_happen(call):
     want = results(call, x)
     with listen() as found, fastnn.backend("triton"):
         got = results(fastnn.compile(call), x)
-    assert not {BIAS, TWO, MEANS} & {f.rule for f in found}
+    assert not {BIAS, TWO, MEANS, TABLE} & {f.rule for f in found}
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 

@@ -285,6 +285,15 @@ def test_a_gather_reads_what_it_returns():
     assert counted(lambda: stock.embedding(index, table)).read == 16 * 8 * 4 + 16 * 8
 
 
+def test_a_scatter_changes_as_much_as_it_is_given():
+    table, rows, index = torch.randn(100_000, 8), torch.randn(16, 8), torch.arange(16)
+    added = counted(lambda: table.index_add_(0, index, rows))
+    assert (added.read, added.written) == (2 * 16 * 8 * 4 + 16 * 8, 16 * 8 * 4)
+    places = torch.zeros(100_000, dtype=torch.int64)
+    set_ = counted(lambda: places.scatter_(0, index, index + 1))
+    assert set_.ops[-1].written == 16 * 8 and set_.ops[-1].read == 2 * 16 * 8
+
+
 def test_cross_entropy_forward_and_backward():
     x, target = torch.randn(M, N, requires_grad=True), torch.randint(N, (M,))
     with AtenTraffic() as t:

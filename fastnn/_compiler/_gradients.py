@@ -143,6 +143,60 @@ def mean(x: Tensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:
     return x.mean(dims, keepdim)
 
 
+# From this size of a table on, its passes take longer than the launches that replace them.
+_LEAST_OF_TABLES = 2**23
+_ROWS_FOR_EACH = 4  # rows of the table, at the least, for each row that is looked up
+
+
+class _Table(torch.autograd.Function):
+    """table (V, D), indices -> rows, and the table once more, for users that make its gradient.
+
+    That gradient is new memory (`give_tables`). The backward adds the gradients of the rows there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, indices: Tensor, padding: int) -> Any:
+        ctx.save_for_backward(indices)
+        ctx.rest = table.shape[0], padding
+        ctx.set_materialize_grads(False)
+        return stock.embedding(indices, table), table.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any, more: Any) -> Any:
+        (indices,) = ctx.saved_tensors
+        count, padding = ctx.rest
+        sums = torch.ops.aten.embedding_dense_backward
+        if dy is None:
+            return more, None, None
+        if more is None or torch.is_grad_enabled():
+            rows = sums(dy, indices, count, padding, False)
+            return rows if more is None else more + rows, None, None
+        at, n = indices.reshape(-1).long(), indices.numel()
+        # For each row of the table that is looked up, one of the places where that happens.
+        place = at.new_empty(count).scatter_(0, at, torch.arange(n, device=at.device))
+        if padding >= 0:
+            place[padding].fill_(n)
+        rows = sums(dy, place[indices.long()], n + 1, n, False)
+        # The other places of that row have zeros. So each row takes its sum, rounded, once.
+        return more.index_add_(0, at, rows[:n]), None, None
+
+
+def embedding_and_table(
+    indices: Tensor, table: Tensor, padding: int | None
+) -> tuple[Tensor, Tensor]:
+    """(`embedding(indices, table, padding)`, the table for those who use it later).
+
+    PyTorch makes a gradient of the size of the table of the few rows that are looked up, and adds
+    it to the other gradient. Here only these rows are added to. The bits are the same.
+    """
+    V = table.shape[0]
+    large = _mode.current_mode() == "triton" or table.numel() >= _LEAST_OF_TABLES
+    plain = type(table) in (Tensor, torch.nn.Parameter) and table.layout is torch.strided
+    if plain and large and 0 < indices.numel() * _ROWS_FOR_EACH <= V and _wins(table):
+        return _Table.apply(table, indices, -1 if padding is None else padding % V)
+    return F.embedding(indices, table, padding), table
+
+
 def count_up(*counters: Tensor) -> None:
     """`counter += 1` of each counter of batches, by one kernel."""
     torch._foreach_add_(counters, 1)

@@ -8,6 +8,9 @@ anyway, its kernel sums on the way:
 - `input_bias`: the op is told the bias that its input contains, and gives that bias its gradient.
 - `means`: the op returns the means of its planes, too, and gets the gradients of both.
 
+An embedding whose table is a factor of a product, too, returns the table once more for the product,
+gets the gradient that the product makes, and adds its own to some rows of that.
+
 The ops that have these arguments take part. All this happens after the rules, when it is known who
 uses what. Where a product with a bias is query, key and value, `split_features` first takes the
 place of the views, as its backward has such a kernel.
@@ -24,6 +27,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
+import fastnn.functional as F
 from fastnn._compiler import _gradients
 from fastnn._compiler._asked import declines
 from fastnn._compiler._calls import (
@@ -145,6 +149,61 @@ def give_twice(graph: Graph) -> list[Node]:
         results = value(node) if several else (value(node),)
         node.meta["example_value"] = (*results, value(y))
         found.append(node)
+    return found
+
+
+# ---- Tables that are looked up and multiplied ----------------------------------------------------
+
+
+def _reads_a_table(node: Node, table: Node) -> bool:
+    """Whether the gradient that a call gives `table` is new memory that nobody else has."""
+    known = call(node)
+    if known is not None and known.name == "linear":
+        given = known.arguments
+    else:
+        given = _embedding(node) or {"max_norm": 1.0}
+        if given["max_norm"] is not None or given["sparse"]:
+            return False
+    return given["weight"] is table and sum(v is table for v in given.values()) == 1
+
+
+def _embedding(node: Node) -> dict[str, Any] | None:
+    """The arguments of a call of `embedding`."""
+    if node.op != "call_function" or node.target not in (stock.embedding, F.embedding):
+        return None
+    bound = inspect.signature(stock.embedding).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def give_tables(graph: Graph) -> list[Node]:
+    """Let embeddings add their gradients to that of a product with the table. Returns their nodes.
+
+    The head of a language model often multiplies with the table of its embeddings.
+    """
+    found = []
+    for node in list(graph.nodes):
+        given = _embedding(node)
+        if given is None or not isinstance(given["weight"], Node):
+            continue
+        table, indices, padding = given["weight"], given["input"], given["padding_idx"]
+        order = {n: i for i, n in enumerate(graph.nodes)}
+        later = [u for u in table.users if order[u] > order[node]]
+        if not _has_gradient(table) or not any(map(_has_gradient, later)):
+            continue
+        if not all(_reads_a_table(u, table) for u in (node, *later)):
+            continue
+        if given["scale_grad_by_freq"] or type(padding) not in (int, type(None)):
+            continue
+        with graph.inserting_before(node):
+            pair = graph.call_function(_gradients.embedding_and_table, (indices, table, padding))
+            pair.meta = dict(node.meta, example_value=(value(node), value(table)))
+            rows, again = _item(graph, pair, 0, node), _item(graph, pair, 1, table)
+        node.replace_all_uses_with(rows)
+        for user in later:
+            user.replace_input_with(table, again)
+        graph.erase_node(node)
+        found.append(rows)
     return found
 
 

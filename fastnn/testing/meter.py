@@ -382,6 +382,8 @@ _OVERWRITES = {"zero_", "fill_", "copy_", "normal_", "uniform_", "bernoulli_", "
 # Operators that read only the elements of their first tensor that they return, one per index.
 _GATHERS = {"embedding", "index_select", "index", "gather", "take"}
 _GATHERS |= {"nll_loss_forward", "nll_loss2d_forward"}
+# Operators that change only some elements of their first tensor: as many as their last one has.
+_SCATTERS = {"index_add_", "scatter_"}
 _UNREAD = {
     "nll_loss_backward": 1,
     "nll_loss2d_backward": 1,
@@ -477,6 +479,9 @@ class AtenTraffic(TorchDispatchMode):
         moved, written = nbytes(*read), nbytes(*results)
         if name in _GATHERS:
             moved += min(nbytes(read[0]), _gathered(name, read, results)) - nbytes(read[0])
+        if name in _SCATTERS and len(read) == 3:
+            written = nbytes(read[-1])
+            moved += (written if name == "index_add_" else 0) - nbytes(read[0])
         launches, passes = _HIDDEN.get(name, (0, 0))
         if name == "native_batch_norm" and not args[5]:  # the statistics are given
             launches = passes = 0
