@@ -153,6 +153,16 @@ def _through(dy, z, Y, at, mask, a, b, FORMULA: tl.constexpr, GRADIENT: tl.const
 
 
 @triton.jit
+def _store_dx(DX, REST, at, dx, mask):
+    """Store dx. With REST, the sum of the two, each rounded first, as PyTorch adds them."""
+    dx = dx.to(DX.dtype.element_ty)
+    if REST is not None:
+        rest = tl.load(REST + at, mask=mask, other=0.0).to(tl.float32)
+        dx = (dx.to(tl.float32) + rest).to(DX.dtype.element_ty)
+    tl.store(DX + at, dx, mask=mask)
+
+
+@triton.jit
 def _rstd_of(var, eps):
     return tl.div_rn(1.0, tl.sqrt_rn(var + eps))
 
@@ -271,18 +281,18 @@ def _channel_fwd_kernel(
 
 @kernel(do_not_specialize=["C", "S", "N", "D"])
 def _channel_bwd_kernel(
-    DY, MORE, X, W, B, Y, MEAN, RSTD, DX, DZ, DW, DB, C, S, N, D, a, b,
+    DY, MORE, X, W, B, Y, MEAN, RSTD, REST, DX, DZ, DW, DB, C, S, N, D, a, b,
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, D_UNIT: tl.constexpr, GROUPED: tl.constexpr,
     EACH: tl.constexpr, FORMULA: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """A program computes dx of BLOCK_C channels of one outer index, or of one group, at once.
 
-    DY, MORE, X, Y, DX, DZ: (O, C, J) in LAYOUT, float. The gradient of y is DY + MORE, or DY if
-    MORE is None. If EACH, MORE has one number for each plane, (samples, C). Y is read if f' is
-    computed from y. DZ is written unless None. W, B (C,): float, or None. MEAN, RSTD: as in the
-    forward, fp32. DW, DB: (O, C), fp32 partial sums, or the gradients themselves if O is 1; or
-    None.
+    DY, MORE, X, Y, REST, DX, DZ: (O, C, J) in LAYOUT, float. The gradient of y is DY + MORE, or DY
+    if MORE is None. If EACH, MORE has one number for each plane, (samples, C). Y is read if f' is
+    computed from y. REST is added to dx unless None. DZ is written unless None. W, B (C,): float,
+    or None. MEAN, RSTD: as in the forward, fp32. DW, DB: (O, C), fp32 partial sums, or the
+    gradients themselves if O is 1; or None.
     """
     C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
     U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
@@ -317,7 +327,7 @@ def _channel_bwd_kernel(
         along = tl.div_rn(along, count)[:, None, None]
         total = tl.div_rn(total, count)[:, None, None]
         dx = (dz - x_hat * along - total) * rstd[:, None, None] * w[:, None, None]
-    tl.store(DX + base + offs, dx.to(DX.dtype.element_ty), mask=mask)
+    _store_dx(DX, REST, base + offs, dx, mask)
 
 
 # ---- small planes -------------------------------------------------------------------------------
@@ -691,16 +701,16 @@ def _channel_totals_kernel(
 
 @kernel(do_not_specialize=["C", "S", "N", "D", "span"])
 def _channel_dx_kernel(
-    DY, MORE, X, W, B, MEAN, RSTD, SUM_ALONG, SUM_TOTAL, DX, C, S, N, D, span, eps, a, b,
+    DY, MORE, X, W, B, MEAN, RSTD, SUM_ALONG, SUM_TOTAL, REST, DX, C, S, N, D, span, eps, a, b,
     LAYOUT: tl.constexpr, UNIT: tl.constexpr, VARIANCE: tl.constexpr, GROUPED: tl.constexpr,
     FORMULA: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """A program computes dx of a chunk of J of BLOCK_C channels, and loops over the chunk.
 
-    DY, X, DX: (O, C, J) in LAYOUT, float. MORE (samples, C): float, one number for each plane, or
-    None; the gradient of y is DY + MORE. W, B (C,): float, or None. MEAN, RSTD: as in
-    `_channel_apply_kernel`. SUM_ALONG, SUM_TOTAL: (O, C // D) fp32, or None if the statistics are
-    constants.
+    DY, X, REST, DX: (O, C, J) in LAYOUT, float. MORE (samples, C): float, one number for each
+    plane, or None; the gradient of y is DY + MORE. REST is added to dx unless None. W, B (C,):
+    float, or None. MEAN, RSTD: as in `_channel_apply_kernel`. SUM_ALONG, SUM_TOTAL: (O, C // D)
+    fp32, or None if the statistics are constants.
     """
     C, S, V = _sizes(C, S, N, LAYOUT, UNIT)
     U: tl.constexpr = 1 if LAYOUT == "last" else UNIT
@@ -732,7 +742,7 @@ def _channel_dx_kernel(
         dx = dz * rstd[:, None, None]
         if not GROUPED:
             dx *= w[:, None, None]
-        tl.store(DX + base + offs, dx.to(DX.dtype.element_ty), mask=mask)
+        _store_dx(DX, REST, base + offs, dx, mask)
 
 
 # ---- launchers ----------------------------------------------------------------------------------
@@ -1025,7 +1035,7 @@ def fwd(
 
 def bwd(
     dy, x, weight, bias, mean, rstd, groups, need_dx, dw_dtype, db_dtype, eps=None, formula=None,
-    gradient=None, a=0.0, b=0.0, y=None, last=False, more=None, each=False,
+    gradient=None, a=0.0, b=0.0, y=None, last=False, more=None, each=False, rest=None,
 ):  # fmt: skip
     """dy, with the layout of x, and fwd's arguments and results -> dx, dw, db, dz, or None each.
 
@@ -1034,7 +1044,8 @@ def bwd(
     goes through the statistics. `gradient` is f'. Its formula takes y if y is given; else the
     result of `formula` for z; else z. If y is given, there was a residual, and dz is the gradient
     of the residual. more: the gradient of y is dy + more. Either y is given, or `each`, and then
-    more (N, C) has one number for each plane.
+    more (N, C) has one number for each plane. rest, with the layout of x: is added to dx. groups is
+    not 0 then.
     """
     view = _view(x, groups, last)
     C = view.C
@@ -1068,8 +1079,8 @@ def bwd(
         programs, sizes = _whole_launch(view, whole)
         parts, dw_part, db_part = partials(view.outer)
         _channel_bwd_kernel(
-            (programs,), dy, more, x, weight, bias, y, mean, rstd, dx, dz, dw_part, db_part, *sizes,
-            a, b, EACH=each, **formulas, **whole,
+            (programs,), dy, more, x, weight, bias, y, mean, rstd, rest, dx, dz, dw_part, db_part,
+            *sizes, a, b, EACH=each, **formulas, **whole,
         )  # fmt: skip
         if parts is not None:
             add_up(parts, dw, db, *parts.shape[1:])
@@ -1106,8 +1117,8 @@ def bwd(
             dy, more, formulas = dz, None, _formulas(None, None)
         grid, span = _split(view, config, 4)
         _channel_dx_kernel(
-            grid, dy, more, x, weight, bias, mean, rstd, sum_along, sum_total, dx, *sizes, view.D,
-            span, 0.0 if eps is None else eps, a, b, VARIANCE=eps is not None, GROUPED=view.D > 1,
-            **formulas, **config,
+            grid, dy, more, x, weight, bias, mean, rstd, sum_along, sum_total, rest, dx, *sizes,
+            view.D, span, 0.0 if eps is None else eps, a, b, VARIANCE=eps is not None,
+            GROUPED=view.D > 1, **formulas, **config,
         )  # fmt: skip
     return dx, dw, db, dz

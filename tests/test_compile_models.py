@@ -301,7 +301,7 @@ SITES = {
         "nothing to do": 17, "sum of two layouts": 4, "dropout, add, norm": 8,
         "activation, product of halves": 4, "group_norm, activation": 17, "linear, activation": 1,
         "products of one tensor": 4,
-        "bias in a backward": 12,
+        "bias in a backward": 12, "norm that passes its input on": 12,
     },
 }  # fmt: skip
 

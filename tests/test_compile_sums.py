@@ -21,7 +21,7 @@ assert fresh_dynamo  # a fixture that every test here uses
 
 WIDTH = 16
 BIAS, TWO, MEANS = "bias in a backward", "two gradients", "means of planes"
-TABLE = "table that is multiplied"
+TABLE, SKIP = "table that is multiplied", "norm that passes its input on"
 
 
 class PostNorm(stock.Module):
@@ -171,7 +171,27 @@ class Tied(stock.Module):
         return self.head(x + read).sin()
 
 
-MODELS = PostNorm, RmsNorm, Residuals, Heads, Geglu, Squeezed, Tied
+class Denoiser(stock.Module):
+    """Blocks of a U-Net: what a norm reads is also added, or goes to another block, or both."""
+
+    expected = {"group_norm, activation": 2, SKIP: 3}  # noqa: RUF012
+    shape = 2, 8, 6, 5
+
+    def __init__(self):
+        super().__init__()
+        self.convs = stock.ModuleList(stock.Conv2d(8, 8, 1, bias=False) for _ in range(4))
+        self.norms = stock.ModuleList(stock.GroupNorm(groups, 8) for groups in (2, 4, 8))
+
+    def forward(self, x):
+        x = self.convs[0](x)
+        y = x + self.convs[1](F.silu(self.norms[0](x)))
+        z = y + self.convs[2](self.norms[1](y)).sin()
+        z = torch.cat((z, x), 1)[:, ::2] * 1.5
+        z = z.contiguous(memory_format=torch.channels_last) + 1
+        return self.convs[3](F.gelu(self.norms[2](z)) - z)
+
+
+MODELS = PostNorm, RmsNorm, Residuals, Heads, Geglu, Squeezed, Tied, Denoiser
 of_all = pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 
 
@@ -229,7 +249,7 @@ def test_the_passes_are_gone(build):
     want = passes(model, model, x)
     with fastnn.backend("triton"):
         got = passes(model, fastnn.compile(model), x)
-    ours = sum(build.expected.get(name, 0) for name in (TWO, MEANS, TABLE))
+    ours = sum(build.expected.get(name, 0) for name in (TWO, MEANS, TABLE, SKIP))
     assert want["add"] - got["add"] >= ours
     assert want["sum"] - got["sum"] >= build.expected.get(BIAS, 0)
 
@@ -241,7 +261,8 @@ def test_a_sum_of_two_gradients_has_the_bits_of_autograds(build, dtype, monkeypa
     model, x = build().to(dtype), torch.randn(build.shape).to(dtype)
     with fastnn.backend("triton"):
         got = [g.clone() for g in gradients(model, fastnn.compile(model), x)]
-        monkeypatch.setattr(_backend, "give_twice", lambda graph: [])
+        for give in ("give_twice", "give_skip"):
+            monkeypatch.setattr(_backend, give, lambda *graph: [])
         torch._dynamo.reset()
         want = gradients(model, fastnn.compile(model), x)
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
@@ -355,6 +376,20 @@ def test_means_of_small_planes_run_as_before():
         small = _gated.lean(graph, floors)
     assert "means = True" in graph.code and "means" not in small.code
     with simulated(least=10**6):
+        want = gradients(model, model, x)
+        got = gradients(model, fastnn.compile(model), x)
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+@interpreted
+def test_norms_of_small_inputs_run_as_before():
+    model, x = Denoiser(), torch.randn(Denoiser.shape)
+    graph = rewritten(model, x)
+    with simulated(least=10**6):
+        floors = [_gated.floor_of(record) for _, record in _gated.calls_of_ours(graph)]
+        small = _gated.lean(graph, floors)
+        assert graph.code.count("skip = True") == 3 and "skip" not in small.code
+        assert small.code.count("functional.group_norm(") == 1
         want = gradients(model, model, x)
         got = gradients(model, fastnn.compile(model), x)
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
@@ -580,7 +615,60 @@ def table_times_itself_later(x):
     return words(x) + F.linear(TABLE_OF_WORDS, TABLE_OF_WORDS)[:WIDTH, :WIDTH]
 
 
+GROUPS = stock.GroupNorm(2, 8)
+
+
+def skipped(x, change=None):
+    z = torch.cat((x, x.cos()), 1).view(8, 8, 8) * 2
+    if change is not None:
+        change(z)
+    return F.silu(GROUPS(z)), z
+
+
+def norm_of_what_leaves(x):
+    y, z = skipped(x)
+    return y + z.sin(), z
+
+
+def norm_of_what_is_written(x):
+    y, z = skipped(x, lambda z: z.view(-1).mul_(2))
+    return y + z.sin()
+
+
+def norm_of_an_input(x):
+    x = x.view(4, 8, 8)
+    return GROUPS(x).exp() * x.sin()
+
+
+def norm_of_one_user(x):
+    return skipped(x)[0].exp()
+
+
+def norm_after_the_other_user(x):
+    z = x.view(4, 8, 8).sin()
+    return z.exp() * GROUPS(z)
+
+
+def norm_of_what_is_detached(x):
+    y, z = skipped(x)
+    return y.exp() * z.detach()
+
+
+def norm_of_rows_that_are_columns(x):
+    z = x.sin().view(4, 8, 8).transpose(1, 2) + 0
+    return GROUPS(z).exp() * z
+
+
+def norm_of_a_part(x):
+    one, two = (x * 2).view(2, 2, 8, 8).unbind()
+    y = GROUPS(one).exp() * one
+    return y + two
+
+
 REFUSED = (
+    norm_of_what_leaves, norm_of_what_is_written, norm_of_an_input, norm_of_one_user,
+    norm_after_the_other_user, norm_of_what_is_detached, norm_of_rows_that_are_columns,
+    norm_of_a_part,
     table_that_is_added, table_that_is_sliced, table_by_frequency,
     table_that_is_multiplied_before, table_times_itself, table_times_itself_later,
     means_of_other_dimensions, means_after_a_write, means_of_what_leaves, means_alone,
@@ -608,28 +696,31 @@ def test_where_it_must_not_happen(call):
     want = results(call, x)
     with listen() as found, fastnn.backend("triton"):
         got = results(fastnn.compile(call), x)
-    assert not {BIAS, TWO, MEANS, TABLE} & {f.rule for f in found}
+    assert not {BIAS, TWO, MEANS, TABLE, SKIP} & {f.rule for f in found}
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @interpreted
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("kind", ["hook", "retained", "module hook"])
+@pytest.mark.parametrize(
+    "kind", ["hook", "retained", "module hook", "hook, norm", "retained, norm"]
+)
 def test_who_watches_a_gradient_sees_all_of_it(kind):
     """A hook on a result with two users gets the sum, as in PyTorch."""
+    kind, _, reads = kind.partition(", ")
     model, seen = PostNorm(), []
     if kind == "module hook":
         model.norms[0].register_full_backward_hook(lambda m, i, o: seen.append(o[0].clone()))
 
     def call(x):
-        y = normed(x)
+        y = x.view(4, 8, 8).sin() if reads else normed(x)
         if kind == "hook":
             y.register_hook(lambda g: seen.append(g.clone()) or 2 * g)
         if kind == "retained":
             y.retain_grad()
             seen.append(y)
-        return OTHER(y).cos() + y.exp()
+        return GROUPS(y).exp() + y.exp() if reads else OTHER(y).cos() + y.exp()
 
     call = model if kind == "module hook" else call
     x = torch.randn(WIDTH, WIDTH)

@@ -739,7 +739,10 @@ TWICE = {
         {}, {"p": 0.3, "training": True}, {"prenorm": True, "input_bias": True},
         {"p": 0.3, "training": True, "prenorm": True, "input_bias": True},
     )
-} | {"batch_norm_add_relu": ("batch_norm_add_relu", (6, 8, 5), {})}  # fmt: skip
+} | {
+    "batch_norm_add_relu": ("batch_norm_add_relu", (6, 8, 5), {}),
+    "group_norm_act": ("group_norm_act", (4, 6, 5), {"skip": True}),  # its input is the other one
+}  # fmt: skip
 # Which results have a gradient, of those behind the sum.
 GRADIENTS = ("both", "first", "second", "none", "graph", "no_grad")
 
@@ -748,12 +751,15 @@ def _made_twice(name, shape, options, dtype):
     """A function without arguments that makes the call, and the leaves."""
     torch.manual_seed(3)
     x, z = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in "xz")
-    width = shape[1] if name == "batch_norm_add_relu" else shape[-1]
+    channels = name in ("batch_norm_add_relu", "group_norm_act")
+    width = shape[1] if channels else shape[-1]
     w, b, c = (torch.rand(width, dtype=dtype, requires_grad=True) for _ in "wbc")
     leaves = [x, z, w]
-    options = {**options, "twice": True}
-    if name == "batch_norm_add_relu":
-        given: list = [x, z, None, None, w, b, True]
+    options = {"twice": True, **options} if "skip" not in options else options
+    if name == "group_norm_act":
+        given: list = [x, 3, w, b]
+    elif name == "batch_norm_add_relu":
+        given = [x, z, None, None, w, b, True]
     else:
         given = [x, z, (width,), w, *([b] if name == "dropout_add_layer_norm" else [])]
         if "input_bias" in options:

@@ -23,7 +23,13 @@ from fastnn._compiler._gated import gated
 from fastnn._compiler._gradients import count_up
 from fastnn._compiler._rules import RULES, alone, counters, record_of
 from fastnn._compiler._site import NoMatch, Rewrite, Site
-from fastnn._compiler._sums import give_means, give_tables, give_twice, sum_biases
+from fastnn._compiler._sums import (
+    give_means,
+    give_skip,
+    give_tables,
+    give_twice,
+    sum_biases,
+)
 
 
 class Found(NamedTuple):
@@ -171,6 +177,8 @@ def rewrite(gm: GraphModule) -> list[Found]:
             tell("means of planes", node)
         for node in give_twice(module.graph):
             tell("two gradients", node)
+        for node in give_skip(module.graph, autocast):
+            tell("norm that passes its input on", node)
         for node in give_tables(module.graph):
             tell("table that is multiplied", node)
         for group in counters(module.graph):

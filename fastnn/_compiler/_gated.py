@@ -21,7 +21,7 @@ from fastnn import _front, _gate, _mode, _native
 from fastnn._compiler import _gradients
 from fastnn._compiler._calls import call, value
 from fastnn._compiler._planned import Known, Planned, known_of
-from fastnn._compiler._sums import mean_alone, sum_alone
+from fastnn._compiler._sums import mean_alone, norm_alone, sum_alone
 from fastnn.ops import REGISTRY
 from fastnn.ops.linear import stock_activation
 
@@ -78,6 +78,7 @@ def lean(gm: GraphModule, floors: list[float], floor_of_linear: float = -1) -> G
                 _take_apart(new.graph, node, record)
             else:
                 node.target = record.stock
+                norm_alone(new.graph, node)
     native = _native.module()
     if native is not None:
         for node in new.graph.find_nodes(op="call_function", target=stock.linear):

@@ -7,6 +7,7 @@ anyway, its kernel sums on the way:
 - `twice`: the op returns its result twice, once for each user, and gets two gradients.
 - `input_bias`: the op is told the bias that its input contains, and gives that bias its gradient.
 - `means`: the op returns the means of its planes, too, and gets the gradients of both.
+- `skip`: the op returns its input, too, for later users, and writes the sum of both gradients.
 
 An embedding whose table is a factor of a product, too, returns the table once more for the product,
 gets the gradient that the product makes, and adds its own to some rows of that.
@@ -38,6 +39,7 @@ from fastnn._compiler._calls import (
     keeps_rows,
     makes_new,
     parts_of,
+    roots,
     same_sizes,
     value,
     writes,
@@ -45,6 +47,7 @@ from fastnn._compiler._calls import (
 from fastnn._compiler._rules import unbind_and_permute, unbind_and_transpose
 from fastnn._compiler._site import Rewrite
 from fastnn.kernels.split import MOST
+from fastnn.ops.channel_norm import group_norm_act
 from fastnn.ops.split import split_features
 
 
@@ -256,6 +259,74 @@ def mean_alone(graph: Graph, node: Node) -> None:
     graph.erase_node(one)
     y.replace_all_uses_with(node)
     graph.erase_node(y)
+
+
+# ---- Norms that pass their input on --------------------------------------------------------------
+
+
+_OF_NORM = "input", "num_groups", "weight", "bias", "eps"
+
+
+def _as_group_norm(node: Node) -> tuple[Any, ...] | None:
+    """The arguments that `group_norm_act` takes for a group norm with or without an activation."""
+    known = call(node)
+    if known is not None and known.name == "group_norm":
+        args = *(known[n] for n in _OF_NORM), None, 0.0, 0.0
+    else:
+        given = _arguments(node, "skip")
+        if given is None:
+            return None
+        args = tuple(given[n] for n in (*_OF_NORM, "activation", "a", "b"))
+    return None if any(isinstance(args[i], Node) for i in (1, 4)) else args
+
+
+def give_skip(graph: Graph, autocast: bool = False) -> list[Node]:
+    """Let group norms pass their input on to those who use it later. Returns their nodes.
+
+    autocast: whether it may be on.
+    """
+    found = []
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        args = _as_group_norm(node)
+        if args is None or not isinstance(x := args[0], Node) or roots(x) != {x}:
+            continue
+        # Autograd adds the gradients of the later users, and then that of the norm.
+        later = [u for u in x.users if order[u] > order[node]]
+        if x.op not in ("call_function", "call_method") or not any(map(_has_gradient, later)):
+            continue
+        if not _has_gradient(x) or not all(map(_reads, x.users)) or not _is_only_read(x):
+            continue
+        asked = Rewrite(group_norm_act, args, (node,), {"skip": True})
+        if declines(group_norm_act.op, asked, autocast):  # type: ignore[attr-defined]
+            continue
+        node.op, node.target = "call_function", group_norm_act
+        node.args, node.kwargs = args, {"skip": True}
+        with graph.inserting_after(node):
+            again, y = _item(graph, node, 1, x), _item(graph, node, 0, node)
+        for user in later:
+            user.replace_input_with(x, again)
+        for user in list(node.users):
+            if user not in (again, y):
+                user.replace_input_with(node, y)
+        order[again] = order[y] = order[node]
+        node.meta["example_value"] = (value(y), value(x))
+        found.append(node)
+    return found
+
+
+def norm_alone(graph: Graph, node: Node) -> None:
+    """Undo `give_skip` for the call of an op that PyTorch runs."""
+    if not node.kwargs.get("skip"):
+        return
+    y, again = sorted(node.users, key=lambda u: int(u.args[1]))  # type: ignore[arg-type, call-overload]
+    node.kwargs, node.meta = {}, dict(y.meta)
+    again.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    y.replace_all_uses_with(node)
+    for item in (y, again):
+        graph.erase_node(item)
+    if node.args[5] is None:  # no activation
+        node.target, node.args = stock.group_norm, node.args[:5]
 
 
 # ---- Gradients of biases -------------------------------------------------------------------------

@@ -37,6 +37,7 @@ class Spec(NamedTuple):
     given: the statistics are the running ones, and are not computed.
     twice: y is returned twice, and its gradient is the sum of two. There is a residual.
     means: the mean of each plane of y is returned, too. There is no residual.
+    skip: x is returned, too, and its other gradient is added to the one that goes through the norm.
     """
 
     groups: int
@@ -48,6 +49,7 @@ class Spec(NamedTuple):
     act: Act | None = None
     twice: bool = False
     means: bool = False
+    skip: bool = False
 
     @property
     def last(self):
@@ -67,7 +69,7 @@ def _norm(x, weight, bias, mean, var, spec):
 
 class ChannelNorm(Function):
     """x (N, C, *), weight and bias (C,) or None, residual like x or None -> y, or y twice, or y and
-    the means of its planes (N, C, 1, ...).
+    the means of its planes (N, C, 1, ...), or y and x.
 
     y has x's layout.
 
@@ -118,12 +120,22 @@ class ChannelNorm(Function):
         ctx.set_materialize_grads(False)
         if spec.means:
             return y, y.mean(_places(y), True)
+        if spec.skip:
+            again = x.detach()
+            if not ctx.needs_input_grad[0]:
+                ctx.mark_non_differentiable(again)
+            return y, again
         return (y, y.detach()) if spec.twice else y
 
     @staticmethod
     def backward(ctx, dy, more=None):
         x, weight, bias, *running, mean, rstd, y = ctx.saved_tensors
         spec, needs = ctx.spec, ctx.needs_input_grad[:4]
+        beside = None  # the other gradient of x
+        if spec.skip:
+            beside, more = more, None
+            if dy is None:
+                return beside, *(None,) * 6
         if spec.means and more is not None:
             more = more / x.shape[2:].numel()
             if dy is None or torch.is_grad_enabled():
@@ -137,11 +149,15 @@ class ChannelNorm(Function):
             dz = spec.act.formula.stock(dy, y, spec.act.a, spec.act.b)
             return None, None, None, dz, None, None, None
         if torch.is_grad_enabled():  # create_graph=True: a kernel's gradient would carry no graph
-            grads = _differentiable_gradients(ctx, dy, x, weight, bias, running, y, needs)
-            return *grads, None, None, None
+            dx, *grads = _differentiable_gradients(ctx, dy, x, weight, bias, running, y, needs)
+            if beside is not None and needs[0]:
+                dx = dx + beside
+            return dx, *grads, None, None, None
         if spec.given:
             mean, rstd = running
         rest: dict[str, Any] = {"last": spec.last}
+        if beside is not None:
+            rest["rest"] = beside.contiguous(memory_format=spec.format)
         if spec.act is not None:
             formula = spec.act.formula
             rest.update(
@@ -228,7 +244,7 @@ def mixed_dtypes(input, *tensors) -> bool:
     return len(dtypes) > 1 or not dtypes <= {input.dtype, torch.float32}
 
 
-def _group_norm(input, num_groups, weight, bias, eps, out_dtype, act=None):
+def _group_norm(input, num_groups, weight, bias, eps, out_dtype, act=None, skip=False):
     if input.dim() < 2 or type(num_groups) is not int or num_groups <= 0:
         return Invalid("shape", f"num_groups={num_groups!r}, input {tuple(input.shape)}")
     C = input.shape[1]
@@ -247,8 +263,10 @@ def _group_norm(input, num_groups, weight, bias, eps, out_dtype, act=None):
     kept = rounded(eps, out_dtype or input.dtype)
     if kept is None:
         return Stock("dtype", f"eps={eps} in {input.dtype}")
+    if skip and not input.is_contiguous(memory_format=format):
+        return Stock("layout", f"an input with strides {input.stride()}, returned as it is")
     input = input.contiguous(memory_format=format)  # which is what stock keeps for the backward
-    spec = Spec(num_groups, kept, format=format, out_dtype=out_dtype, act=act)
+    spec = Spec(num_groups, kept, format=format, out_dtype=out_dtype, act=act, skip=skip)
     return run(ChannelNorm, input, weight, bias, None, None, None, spec)
 
 
@@ -410,29 +428,38 @@ def checked_activation(name, activation, a, b):
 
 
 def _group_norm_then_act(
-    input, num_groups, weight=None, bias=None, eps=1e-5, activation="silu", a=0.0, b=0.0
-):
-    act = checked_activation("group_norm_act", activation, a, b)
-    return act(stock.group_norm(input, num_groups, weight, bias, eps))
+    input, num_groups, weight=None, bias=None, eps=1e-5, activation="silu", a=0.0, b=0.0,
+    skip=False,
+):  # fmt: skip
+    y = stock.group_norm(input, num_groups, weight, bias, eps)
+    if activation is not None:
+        y = checked_activation("group_norm_act", activation, a, b)(y)
+    return (y, input) if skip else y
 
 
 @op(stock=_group_norm_then_act, strided=("input",), autocast="fp32")
 def group_norm_act(
-    input, num_groups, weight=None, bias=None, eps=1e-5, activation="silu", a=0.0, b=0.0, *,
-    out_dtype=None,
+    input, num_groups, weight=None, bias=None, eps=1e-5, activation="silu", a=0.0, b=0.0,
+    skip=False, *, out_dtype=None,
 ):  # fmt: skip
     """`activation(group_norm(input, num_groups, weight, bias, eps), a, b)`, in the norm's passes.
 
     `Sequential` calls it for a GroupNorm and the activation after it. input (N, C, *). The
-    activations, and a and b, are those of `linear_act`. Raises ValueError for any other activation.
+    activations, and a and b, are those of `linear_act`. With `activation=None` there is none.
+    Raises ValueError for any other activation.
+
+    With `skip`, the result is a pair: y, and the input, for its other users: the same memory with a
+    gradient of its own. The backward adds that gradient to the other one as it writes the latter.
     """
-    if activation not in ACTIVATIONS:
-        return Invalid("option", f"activation={activation!r}")
-    why = refuse_numbers(a, b, activation=activation)
-    if why is not None:
-        return why
-    act = Act(activation, float(a), float(b))
-    return _group_norm(input, num_groups, weight, bias, eps, out_dtype, act)
+    act = None
+    if activation is not None:
+        if activation not in ACTIVATIONS:
+            return Invalid("option", f"activation={activation!r}")
+        why = refuse_numbers(a, b, activation=activation)
+        if why is not None:
+            return why
+        act = Act(activation, float(a), float(b))
+    return _group_norm(input, num_groups, weight, bias, eps, out_dtype, act, bool(skip))
 
 
 def _batch_norm_then_act(

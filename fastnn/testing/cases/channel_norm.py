@@ -242,6 +242,26 @@ CASES: list[Case] = [
     Case("group_norm_act", (randn(2, 6, 5, 4), 3, randn(6), randn(6))),
     Case("group_norm_act", (randn(2, 6, 5, 4), 2, randn(6), None, 1e-5, "mish"), view=last),
     Case("group_norm_act", (randn(2, 2, 90, 47), 1, randn(2), randn(2)), dtypes=F32),
+    # The input, too, with a gradient of its own: at once, in chunks, in groups of one channel.
+    *(
+        Case("group_norm_act", (x, G, *given), {"skip": True, "activation": act}, view=view)
+        for x, G, given, act, view in (
+            (randn(2, 6, 5, 4), 3, (randn(6), randn(6)), "silu", None),
+            (randn(3, 8, 16), 8, (None, None), None, None),
+            (randn(2, 32, 3, 5), 2, (randn(32), randn(32)), "gelu", last),
+            (randn(1, 4, 90, 93), 2, (randn(4), None), None, None),
+            (randn(2, 2, 90, 47), 2, (randn(2), randn(2)), "silu", None),
+            (randn(2, 20, 20, 33), 1, (randn(20), randn(20)), None, last),
+            (randn(2, 6, 5, 4, grad=False), 3, (randn(6), randn(6)), "silu", None),
+        )
+    ),
+    Case(
+        "group_norm_act",
+        (randn(2, 6, 5, 4), 3, randn(6), randn(6)),
+        {"skip": True},
+        view=lambda x: x.transpose(2, 3),
+        stock="layout",
+    ),
     *(
         Case(
             "batch_norm_add_relu",
