@@ -1043,8 +1043,8 @@ def bwd(
     dtype is. If eps is given, the statistics were given: `rstd` is the variance, and no gradient
     goes through the statistics. `gradient` is f'. Its formula takes y if y is given; else the
     result of `formula` for z; else z. If y is given, there was a residual, and dz is the gradient
-    of the residual. more: the gradient of y is dy + more. Either y is given, or `each`, and then
-    more (N, C) has one number for each plane. rest, with the layout of x: is added to dx. groups is
+    of the residual. more: the gradient of y is dy + more, and dz is made; or `each`, and then more
+    (N, C) has one number for each plane. rest, with the layout of x: is added to dx. groups is
     not 0 then.
     """
     view = _view(x, groups, last)
@@ -1052,7 +1052,9 @@ def bwd(
     dx = torch.empty_like(dy, dtype=x.dtype) if need_dx else None
     dw = None if dw_dtype is None else torch.empty(C, dtype=dw_dtype, device=x.device)
     db = None if db_dtype is None else torch.empty(C, dtype=db_dtype, device=x.device)
-    dz = None if y is None else torch.empty_like(dy, dtype=x.dtype)
+    dz = None
+    if y is not None or (more is not None and not each):
+        dz = torch.empty_like(dy, dtype=x.dtype)
     params = [t for t in (dw, db) if t is not None]
     formulas = _formulas(formula, gradient)
 

@@ -435,6 +435,7 @@ SPELLINGS = {
     "batch": ("batch_norm, activation", lambda x: F.silu(BATCH(x))),
     "batch, eval": ("batch_norm, activation", lambda x: torch.relu(batch_in_eval(x))),
     "batch, add": ("batch_norm, add, relu", lambda x: (x.sin() + BATCH(x)).relu()),
+    "batch, add alone": ("batch_norm, add", lambda x: BATCH(x).add_(x.sin())),
     "swiglu": ("activation, product", lambda x: F.silu(x) * x.cos()),
     "geglu": ("activation, product", lambda x: x.cos().mul(F.gelu(x, approximate="tanh"))),
     "group": ("group_norm, activation", lambda x: torch.tanh(GROUP(x))),
@@ -558,7 +559,26 @@ def statistics_between(x):
 def shared_norm(x):
     y = BATCH(x)
     z = BATCH(x * 2)
-    return F.relu(y) + z
+    return F.relu(y) - z
+
+
+def shared_norm_of_a_sum(x):
+    y = BATCH(x)
+    z = BATCH(x * 2)
+    return y + z.sin()
+
+
+def norm_of_a_sum_that_is_read(x):
+    y = BATCH(x)
+    return (y + x) * y
+
+
+def norm_of_a_scaled_sum(x):
+    return torch.add(x, BATCH(x), alpha=2)
+
+
+def norm_plus_a_vector(x):
+    return BATCH(x) + x[0]
 
 
 def own_sum(x):
@@ -1026,6 +1046,8 @@ REFUSED = {
         (two_users, {}), (returned, {}), (written_between, {}), (read_by_a_view, {}),
         (in_place_of_an_input, {}), (draws_between, {}), (autocast_between, {}),
         (grad_mode_between, {}), (statistics_between, {}), (shared_norm, {}), (own_sum, {}),
+        (shared_norm_of_a_sum, {}), (norm_of_a_sum_that_is_read, {}), (norm_of_a_scaled_sum, {}),
+        (norm_plus_a_vector, {}),
         (broadcast, {}), (scaled_sum, {}), (other_epsilon_place, {}), (mean_of_all, {}),
         (square_of_another, {}), (scaled_norm, {}), (wide_weight, {}), (other_constant, {}),
         (other_tensor, {}), (rounded_constant, {}),

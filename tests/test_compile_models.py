@@ -288,12 +288,14 @@ SITES = {
         "two gradients": 7,
     },
     mobilenet: {
-        "batch_norm, activation": 31, "gate of channels": 8, "mean beside another user": 8,
+        "batch_norm, activation": 31, "batch_norm, add": 10, "two gradients": 4,
+        "gate of channels": 8, "mean beside another user": 8,
         "means of planes": 8,
         "counters of batches": 46,
     },
     efficientnet: {
-        "batch_norm, activation": 33, "gate of channels": 16, "mean beside another user": 16,
+        "batch_norm, activation": 33, "batch_norm, add": 9, "two gradients": 4,
+        "gate of channels": 16, "mean beside another user": 16,
         "means of planes": 16,
         "counters of batches": 49,
     },

@@ -88,6 +88,24 @@ class Residuals(stock.Module):
         return F.relu(y, inplace=True)
 
 
+class Inverted(stock.Module):
+    """Blocks of MobileNet: what ends one is read by the convolution and the sum of the next."""
+
+    expected = {"batch_norm, add": 2, "counters of batches": 2, TWO: 1}  # noqa: RUF012
+    shape = 8, 4, 3, 4
+
+    def __init__(self):
+        super().__init__()
+        self.convs = stock.ModuleList(stock.Conv2d(4, 4, 1, bias=False) for _ in range(3))
+        self.norms = stock.ModuleList(stock.BatchNorm2d(4) for _ in range(2))
+
+    def forward(self, x):
+        x = self.norms[0](self.convs[0](x)) + x
+        y = self.norms[1](self.convs[1](x))
+        y += x
+        return self.convs[2](y)
+
+
 class Heads(stock.Module):
     """Query, key and value of one product, as timm and as transformers take them apart."""
 
@@ -191,7 +209,7 @@ class Denoiser(stock.Module):
         return self.convs[3](F.gelu(self.norms[2](z)) - z)
 
 
-MODELS = PostNorm, RmsNorm, Residuals, Heads, Geglu, Squeezed, Tied, Denoiser
+MODELS = PostNorm, RmsNorm, Residuals, Inverted, Heads, Geglu, Squeezed, Tied, Denoiser
 of_all = pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 
 

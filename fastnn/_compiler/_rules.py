@@ -589,7 +589,20 @@ def _norm_arguments(norm: Any) -> tuple:
 @rule("batch_norm, add, relu", "relu")
 def _batch_norm_add_relu(site: Site, end: Node) -> Rewrite:
     """relu(batch_norm(x) + residual): the end of a residual block."""
-    terms = site.sum(site.call(end, "relu")["input"])
+    args = _batch_norm_and_residual(site, site.call(end, "relu")["input"])
+    return Rewrite(batch_norm_add_relu, args, (end,))
+
+
+@rule("batch_norm, add", "add")
+def _batch_norm_add(site: Site, end: Node) -> Rewrite:
+    """batch_norm(x) + residual: the end of an inverted residual block."""
+    args = _batch_norm_and_residual(site, end)
+    return Rewrite(batch_norm_add_relu, args, (end,), {"relu": False})
+
+
+def _batch_norm_and_residual(site: Site, sum_of_both: Any) -> tuple[Any, ...]:
+    """(x, residual, arguments of the norm) of `batch_norm(x) + residual`."""
+    terms = site.sum(sum_of_both)
     # The norm that is computed last has nothing to wait for.
     norms = [t for t in terms if site.is_call(t, "batch_norm") and len(t.users) == 1]
     site.expect(bool(norms), "no batch_norm is added")
@@ -604,8 +617,7 @@ def _batch_norm_add_relu(site: Site, end: Node) -> Rewrite:
     last = formats.get(one.dim(), torch.contiguous_format)
     dense = one.is_contiguous() or one.is_contiguous(memory_format=last)
     site.expect(dense, "the norm does not keep this layout")
-    args = (norm["input"], residual, *_norm_arguments(norm))
-    return Rewrite(batch_norm_add_relu, args, (end,))
+    return norm["input"], residual, *_norm_arguments(norm)
 
 
 @rule("batch_norm, activation", *_ACTIVATIONS)

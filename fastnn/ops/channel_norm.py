@@ -146,8 +146,7 @@ class ChannelNorm(Function):
         if more is not None and (torch.is_grad_enabled() or not any(needs[:3])):
             dy, more = dy + more, None
         if not any(needs[:3]):
-            dz = spec.act.formula.stock(dy, y, spec.act.a, spec.act.b)
-            return None, None, None, dz, None, None, None
+            return None, None, None, _of_residual(spec.act, dy, y), None, None, None
         if torch.is_grad_enabled():  # create_graph=True: a kernel's gradient would carry no graph
             dx, *grads = _differentiable_gradients(ctx, dy, x, weight, bias, running, y, needs)
             if beside is not None and needs[0]:
@@ -166,9 +165,9 @@ class ChannelNorm(Function):
                 a=spec.act.a,
                 b=spec.act.b,
                 y=y if ctx.has_residual else None,
-                more=None if more is None else more.contiguous(memory_format=spec.format),
-                each=spec.means and more is not None,
             )
+        if more is not None:
+            rest.update(more=more.contiguous(memory_format=spec.format), each=spec.means)
         *grads, dz = kernels.channel_norm.bwd(
             dy.contiguous(memory_format=spec.format),
             x.contiguous(memory_format=spec.format),
@@ -183,7 +182,14 @@ class ChannelNorm(Function):
             spec.eps if spec.given else None,
             **rest,
         )
+        if dz is None:  # nothing stands between y and the residual
+            dz = dy
         return *grads, dz if needs[3] else None, None, None, None
+
+
+def _of_residual(act, dy, y):
+    """The gradient of a residual, and of the norm that it is added to."""
+    return dy if act is None else act.formula.stock(dy, y, act.a, act.b)
 
 
 def _differentiable_gradients(ctx, dy, x, weight, bias, running, y, needs):
@@ -191,8 +197,8 @@ def _differentiable_gradients(ctx, dy, x, weight, bias, running, y, needs):
     spec = ctx.spec
     mean, var = running if spec.given else (None, None)
     dz = dy
-    if ctx.has_residual:  # the activation is relu, whose gradient is computed from y
-        dz = spec.act.formula.stock(dy, y, spec.act.a, spec.act.b)
+    if ctx.has_residual:  # the gradient of relu is computed from y
+        dz = _of_residual(spec.act, dy, y)
         spec = spec._replace(act=None)
     if bias is None and needs[2]:  # the bias is only added, so its value does not matter
         bias = torch.zeros(x.shape[1], dtype=ctx.bias, device=x.device, requires_grad=True)
@@ -501,10 +507,11 @@ def batch_norm_act(
 
 def _batch_norm_then_add_relu(
     input, residual, running_mean, running_var, weight=None, bias=None, training=False,
-    momentum=0.1, eps=1e-5, twice=False,
+    momentum=0.1, eps=1e-5, twice=False, relu=True,
 ):  # fmt: skip
     y = stock.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    y = stock.relu(y + residual)
+    y = y + residual
+    y = stock.relu(y) if relu else y
     return (y, y) if twice else y
 
 
@@ -515,10 +522,12 @@ def _batch_norm_then_add_relu(
 )
 def batch_norm_add_relu(
     input, residual, running_mean, running_var, weight=None, bias=None, training=False,
-    momentum=0.1, eps=1e-5, twice=False,
+    momentum=0.1, eps=1e-5, twice=False, relu=True,
 ):  # fmt: skip
     """`relu(batch_norm(input, ..., eps) + residual)` in the norm's passes: the end of a residual
     block.
+
+    Without `relu`, it is the end of an inverted residual block (arXiv:1801.04381, figure 4).
 
     input (N, C, *). If the residual has another shape or dtype than the input, PyTorch computes the
     call. Raises what `batch_norm` raises.
@@ -530,7 +539,7 @@ def batch_norm_add_relu(
         return Stock("shape", f"residual {tuple(residual.shape)}, input {tuple(input.shape)}")
     if _format(residual) != _format(input):
         return Stock("layout", "input and residual in different memory formats")
-    act = Act("relu", 0.0, 0.0)
+    act = Act("relu", 0.0, 0.0) if relu else None
     return _batch_norm(
         input, running_mean, running_var, weight, bias, training, momentum, eps, act, residual,
         bool(twice),

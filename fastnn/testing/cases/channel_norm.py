@@ -200,6 +200,19 @@ CASES: list[Case] = [
             ),
         )
     ),
+    # Without relu: the residual has the gradient of the result, or the sum of two.
+    *(
+        Case("batch_norm_add_relu", (x, r, *stats, *parameters), {"relu": False, "twice": twice})
+        for x, r, stats, parameters, twice in (
+            (randn(4, 6, 5, 4), randn(4, 6, 5, 4), (None, None), (randn(6), randn(6), True), False),
+            (randn(4, 6, 5, 4), randn(4, 6, 5, 4), given(6), (randn(6), randn(6), True), True),
+            (randn(4, 6, 5, grad=False), randn(4, 6, 5), given(6), (None, None), True),
+            (randn(4, 6, 5), randn(4, 6, 5, grad=False), given(6), (randn(6), None), True),
+            (randn(8, 16, 7, 7), randn(8, 16, 7, 7), (None, None), (randn(16), None, True), True),
+            (randn(2, 2, 70, 65), randn(2, 2, 70, 65), given(2), (randn(2), randn(2)), False),
+            (randn(2, 2, 70, 65), randn(2, 2, 70, 65), given(2), (randn(2), None, True), True),
+        )
+    ),
     # The means of the planes, too: at once, of small planes, in chunks, in eval mode.
     *(
         Case(
