@@ -317,7 +317,7 @@ def test_a_table_has_the_gradients_that_are_wanted(wanted, monkeypatch):
         made = model.head(read + x)
         return read.sin() if wanted == "words" else made
 
-    monkeypatch.setattr(_gradients, "_LEAST_OF_TABLES", 1)
+    monkeypatch.setattr(_gradients, "LEAST_OF_TABLES", 1)
     monkeypatch.setattr(_gate, "LEAST_OF_ESTIMATES", 1)
     found = []
     with listen() as heard, simulated(least=10**6):
@@ -354,8 +354,8 @@ class Sizes(TorchDispatchMode):
 @pytest.mark.parametrize("ids, rows, fused", [(30, 120, True), (31, 120, False), (29, 119, False)])
 def test_many_rows_and_small_tables_run_as_before(ids, rows, fused, monkeypatch):
     """A table has four rows for each that is looked up, and so many elements."""
-    assert _gradients._LEAST_OF_TABLES == 2**23
-    monkeypatch.setattr(_gradients, "_LEAST_OF_TABLES", 120 * WIDTH)
+    assert _gradients.LEAST_OF_TABLES == 2**23
+    monkeypatch.setattr(_gradients, "LEAST_OF_TABLES", 120 * WIDTH)
     monkeypatch.setattr(_gate, "LEAST_OF_ESTIMATES", 1)
     table = torch.randn(rows, WIDTH, requires_grad=True)
 

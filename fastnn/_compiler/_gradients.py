@@ -144,7 +144,7 @@ def mean(x: Tensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:
 
 
 # From this size of a table on, its passes take longer than the launches that replace them.
-_LEAST_OF_TABLES = 2**23
+LEAST_OF_TABLES = 2**23
 _ROWS_FOR_EACH = 4  # rows of the table, at the least, for each row that is looked up
 
 
@@ -190,7 +190,7 @@ def embedding_and_table(
     it to the other gradient. Here only these rows are added to. The bits are the same.
     """
     V = table.shape[0]
-    large = _mode.current_mode() == "triton" or table.numel() >= _LEAST_OF_TABLES
+    large = _mode.current_mode() == "triton" or table.numel() >= LEAST_OF_TABLES
     plain = type(table) in (Tensor, torch.nn.Parameter) and table.layout is torch.strided
     if plain and large and 0 < indices.numel() * _ROWS_FOR_EACH <= V and _wins(table):
         return _Table.apply(table, indices, -1 if padding is None else padding % V)
