@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import fastnn
 from fastnn import _native, _record
 from fastnn._compiler import _planned
+from fastnn.kernels._launch import Kernel
 from tests.marks import interpreted
 from tests.test_native import runner_module
 
@@ -538,6 +539,27 @@ class Remembers(nn.Module):
 
     def forward(self, x):
         return torch.ops.fastnn_test.remember(x) * 2
+
+
+def test_each_mode_has_plans_of_its_own(runner):
+    """A plan with kernels is not replayed where PyTorch is to run."""
+    model, x = nn.LayerNorm(16), torch.randn(2, 4, 16)
+    compiled, launches = fastnn.compile(model), []
+    launch = Kernel.__call__
+
+    def counted(self, *args, **kwargs):
+        launches.append(self)
+        return launch(self, *args, **kwargs)
+
+    with mock.patch.object(Kernel, "__call__", counted):
+        for mode in ("triton", "torch", "auto", "triton", "torch"):
+            with fastnn.backend(mode):
+                for _ in range(4):
+                    launches.clear()
+                    out = compiled(x)
+                    out.sum().backward()
+                assert is_planned(out)
+                assert bool(launches) == (mode == "triton")
 
 
 def test_a_foreign_operator_runs_once_per_call(runner):

@@ -579,15 +579,14 @@ class Planned:
 
     def __init__(self, forward: Callable, records: list, known: Known):
         self.forward, self.records, self.known = forward, records, known
-        self.ready: dict[bool, list[Callable]] = {True: [], False: []}
-        self.watched: dict[bool, _Watched] = {True: _Watched(), False: _Watched()}
+        self.forget()
         self.why: str | None = None
         _record.planned.add(self)
 
     def forget(self) -> None:
-        """Forget the plans."""
-        self.ready = {True: [], False: []}
-        self.watched = {True: _Watched(), False: _Watched()}
+        """Forget the plans, and what is known of calls. Keys: `_key`."""
+        self.ready: dict[tuple, list[Callable]] = {}
+        self.watched: dict[tuple, _Watched] = {}
 
     def kept(self) -> tuple[dict, dict]:
         """The plans, and what is known of calls, for `keep`."""
@@ -598,14 +597,15 @@ class Planned:
         self.ready, self.watched = kept
 
     def __call__(self, *args: Any) -> Any:
-        for plan in self.ready[torch.is_grad_enabled()]:
+        key = torch.is_grad_enabled(), _mode.uniform()
+        for plan in self.ready.get(key, ()):
             out = plan(*args)
             if out is not UNFIT:
                 return out
-        return self._call(args)
+        return self._call(args, key)
 
-    def _call(self, args: tuple) -> Any:
-        watched = self.watched[torch.is_grad_enabled()]
+    def _call(self, args: tuple, key: tuple) -> Any:
+        watched = self.watched.setdefault(key, _Watched())
         if watched.calls > _TRIES or not self._may(args):
             return self.forward(*args)
         watched.calls += 1
@@ -613,7 +613,7 @@ class Planned:
         if watched.differentiated or not watched.casts <= {(False, False), _casts()}:
             watched.calls = _TRIES + 1
         elif watched.calls > 1 and (watched.strides or not graph):
-            plan = self._plan(args, watched, graph)
+            plan = self._plan(args, watched, graph, key)
             if plan is not None:
                 out = plan(*args)
                 if out is not UNFIT:
@@ -625,7 +625,7 @@ class Planned:
                     o.register_hook(functools.partial(watched.hear, i))
         return outs
 
-    def _plan(self, args: tuple, watched: _Watched, graph: bool) -> Callable | None:
+    def _plan(self, args: tuple, watched: _Watched, graph: bool, key: tuple) -> Callable | None:
         strides = None
         if graph:
             n = 1 + max(watched.strides)
@@ -639,30 +639,31 @@ class Planned:
                 self.records,
                 self.known.constants,
                 backward,
-                self._learn,
+                functools.partial(self._learn, key),
             )
         except Exception as e:  # an error of the graph is raised again when it runs as always
             self.why = str(e) if isinstance(e, NotReplayable) else type(e).__name__
             _record.unplanned["graph", self.why] += 1
             watched.calls = _TRIES + 1
             return None
-        plans = self.ready[torch.is_grad_enabled()]
+        plans = self.ready.setdefault(key, [])
         plans.append(plan)
         watched.calls = 0 if len(plans) < _MOST else _TRIES + 1
         watched.strides = {}
         return plan
 
-    def _learn(self, grads: tuple) -> None:
+    def _learn(self, key: tuple, grads: tuple) -> None:
         """Make the next plan for gradients of these results."""
-        watched = self.watched[True]
+        watched = self.watched.setdefault(key, _Watched())
         if watched.calls <= _TRIES:
-            self.ready[True] = []
+            self.ready[key] = []
             watched.calls += 1
             watched.strides = {i: g.stride() for i, g in enumerate(grads) if g is not None}
 
     def _may(self, args: tuple) -> bool:
         return (
             _record.enabled()
+            and torch.version.hip is None
             and active.recorder is None
             and not _record.is_unusual()
             and not torch.is_inference_mode_enabled()
