@@ -174,6 +174,8 @@ class CallLog:
             return
         if function in _READS:
             raise NotReplayable(f"{function} reads a value of a tensor")
+        if torch.Tag.dynamic_output_shape in function.tags:
+            raise NotReplayable(f"{function} makes a tensor whose size depends on values")
         if torch.Tag.nondeterministic_seeded in function.tags:
             self.draws_itself(function)
         given, named = tree_map(self._as_slot, (tuple(args), dict(kwargs)))

@@ -509,6 +509,8 @@ def backward(plan: Any, program: Program, grads: tuple, saved: tuple) -> Callabl
 
 # ---- Whole graphs -------------------------------------------------------------------------------
 
+_CLEAR = "maybe_clear_saved_tensors"  # a method of nodes
+
 
 def _casts() -> bool:
     return any(map(torch.is_autocast_enabled, ("cuda", "cpu")))
@@ -536,6 +538,8 @@ def graph_call(plan: Any, program: Program, args: tuple[Tensor, ...], outs: tupl
     why = unavailable()
     if why is not None:
         raise NotReplayable(why)
+    if not hasattr(torch._C, "_DisableAutocast") or _CLEAR not in dir(torch._C._FunctionBase):
+        raise NotReplayable("nodes of this torch cannot let go of what they saved")
     native = _native.graph_call(
         plan, program, args, outs, _checks(plan.record, program), functools.partial(_step, program)
     )
@@ -545,12 +549,17 @@ def graph_call(plan: Any, program: Program, args: tuple[Tensor, ...], outs: tupl
     names = [_name(i) for i in range(len(args))]
     asked = [f"{cells(_guard(args))}({', '.join(names)})", *_ready(plan.record, program, cells)]
     aligned = _launched(program, names)
-    if aligned:
-        asked.append(_aligned(aligned))
     if plan.node is not None:
-        plan.node.forward = staticmethod(_graph_forward(plan, program, names))
-        lines = [f"return {cells(plan.apply)}({', '.join(names)})"]
+        # Its forward looks at the addresses, because it needs them.
+        plan.node.forward = staticmethod(_graph_forward(plan, program, names, aligned))
+        lines = [
+            "try:",
+            f"    return {cells(plan.apply)}({', '.join(names)})",
+            f"except {cells(DoesNotFit)}:",
+            "    pass",
+        ]
     else:
+        asked += [_aligned(aligned)] if aligned else []
         lines = _below(program, cells, {*aligned}, _casts())
         lines += _mutations(plan, cells)
         lines.append(f"return {_slots(program.results)}")
@@ -564,10 +573,13 @@ def _mutations(plan: Any, cells: _Cells) -> list[str]:
     return [f"{count}({_name(i)})" for i in plan.mutated]
 
 
-def _graph_forward(plan: Any, program: Program, names: list[str]) -> Callable:
+def _graph_forward(plan: Any, program: Program, names: list[str], aligned: list[str]) -> Callable:
     """The forward of a node that runs `program`."""
     cells = _Cells()
-    lines = _below(program, cells, set(), _casts())
+    lines = []
+    if aligned:
+        lines += [f"if not ({_aligned(aligned)}):", f"    raise {cells(DoesNotFit)}"]
+    lines += _below(program, cells, {*aligned}, _casts())
     lines += _mutations(plan, cells)
     if program.saved:
         lines.append(f"ctx.to_save = {_slots(program.saved)}")
@@ -612,7 +624,7 @@ def graph_backward(plan: Any, program: Program, grads: tuple, saved: tuple) -> C
         asked.append(_aligned(aligned))
     inside = [
         f"del saved{''.join(f', {name}' for name in mine)}",
-        "ctx.maybe_clear_saved_tensors()",
+        f"ctx.{_CLEAR}()",
     ]
     inside += ["drawn = ctx.drawn"] if program.draws else []
     inside += _below(program, cells, {*aligned}, _casts())

@@ -541,6 +541,20 @@ class Remembers(nn.Module):
         return torch.ops.fastnn_test.remember(x) * 2
 
 
+def test_sizes_that_depend_on_values(runner):
+    """They are captured, but not replayed: the next call may have others."""
+    compiled = fastnn.compile(lambda x: x[x > 0].square().sum(), fullgraph=True)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for i in range(5):
+            torch.manual_seed(i)
+            x = torch.randn(9, requires_grad=True)
+            out = compiled(x)
+            out.backward()
+            torch.testing.assert_close(out, x.clamp_min(0).square().sum())
+            torch.testing.assert_close(x.grad, 2 * x.detach().clamp_min(0))
+            assert not is_planned(out)
+
+
 def test_each_mode_has_plans_of_its_own(runner):
     """A plan with kernels is not replayed where PyTorch is to run."""
     model, x = nn.LayerNorm(16), torch.randn(2, 4, 16)
