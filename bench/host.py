@@ -570,6 +570,9 @@ def table(
         cells = [*_cells(r), str(r["stock_launches"]), str(r["ours_launches"])]
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     if models:
+        commit = models[0].get("commit")
+        if commit:
+            lines += ["", f"The models were measured at commit {commit}, {models[0]['time'][:10]}."]
         ways = [_TITLES[way] for way in MODEL_WAYS]
         lines += ["", f"| model | {' | '.join(ways)} |", f"| --- |{' ---: |' * len(ways)}"]
         lines += [f"| {r['name']} | " + " | ".join(_cells(r, MODEL_WAYS)) + " |" for r in models]
@@ -601,6 +604,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--count", action="store_true", help="count instructions, with valgrind")
     parser.add_argument("--no-models", action="store_true", help="rows only")
+    parser.add_argument(
+        "--models", action="store_true", help="models only, in place of those in DIR/host.json"
+    )
     parser.add_argument("--steps", action="store_true", help="steps of recurrent layers only")
     parser.add_argument("--counted", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--model", action="append", default=[], help=argparse.SUPPRESS)
@@ -620,18 +626,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if why is not None:
         print(f"bench.host: instructions cannot be counted: {why}", file=sys.stderr)
         return 2
-    rows = [] if args.steps else measure(args.only, args.rounds)
-    models = [] if args.no_models or args.steps else measure_models(args.rounds)
-    steps = [] if args.no_models and not args.steps else measure_steps(args.only, args.rounds)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "host.json"
     launcher = "Triton's launcher and an empty libcuda" if has_compiler() else "an empty driver"
     stock = "computes" if null() is None else "allocates and computes nothing"
     origin = {**environment(), "launcher": launcher, "stock": stock}
+    if args.models:
+        known = json.loads(path.read_text())
+        origin, rows, steps = known["environment"], known["rows"], known["steps"]
+        now = environment()
+        models = [
+            {**record, "commit": now["commit"], "time": now["time"]}
+            for record in measure_models(args.rounds)
+        ]
+        args.only = ["none"]
+    else:
+        rows = [] if args.steps else measure(args.only, args.rounds)
+        models = [] if args.no_models or args.steps else measure_models(args.rounds)
+        steps = [] if args.no_models and not args.steps else measure_steps(args.only, args.rounds)
     _write(path, origin, rows=rows, models=models, steps=steps)
     if args.count:
         counted = instructions(args.only, [m["name"] for m in models])
-        for record in [*rows, *models]:
+        for record in models if args.models else [*rows, *models]:
             record["instructions"] = ratios(counted[_label(record.get("row", record["name"]))])
         _write(path, origin, rows=rows, models=models, steps=steps)
     print(path)
