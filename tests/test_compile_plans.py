@@ -322,6 +322,13 @@ def test_a_plan_follows_which_results_get_gradients(runner):
     assert again.call_count == 1
 
 
+def test_a_graph_whose_results_take_turns_has_no_plan_in_the_end(runner):
+    """A new plan for every call would cost more than it saves."""
+    turns = [None, None, None, *[both, None] * 4]
+    with fastnn.backend("triton"):
+        assert not is_planned(beside(Language(), *turns)[0])
+
+
 def test_second_derivatives_from_the_start(runner):
     """A graph whose backward is differentiated gets no plan."""
     assert not is_planned(beside(Layer(0.0), *[of_gradients] * 4)[0])

@@ -46,7 +46,8 @@ from fastnn._strides import in_layout
 aten = torch.ops.aten
 
 _MOST = 4  # plans kept per graph and mode of autograd
-_TRIES = 4  # calls that are watched in vain before a graph is left alone
+_TRIES = 64  # calls that are watched in vain before a graph is left alone
+_CHANGES = 2  # times that a plan is made anew because other results get gradients
 _CHEAP = 2**20  # bytes of inputs that a node may keep only for the long way
 
 
@@ -561,6 +562,7 @@ class _Watched:
 
     def __init__(self) -> None:
         self.calls = 0
+        self.changes = 0
         self.strides: dict[int, tuple] = {}  # of the gradients that results got
         self.differentiated = False  # whether a backward was differentiated
         self.casts: set[tuple] = set()  # whether autocast was on in a backward
@@ -606,12 +608,12 @@ class Planned:
 
     def _call(self, args: tuple, key: tuple) -> Any:
         watched = self.watched.setdefault(key, _Watched())
+        watched.calls += 1
         if watched.calls > _TRIES or not self._may(args):
             return self.forward(*args)
-        watched.calls += 1
         graph = torch.is_grad_enabled() and any(t.requires_grad for t in args)
         if watched.differentiated or not watched.casts <= {(False, False), _casts()}:
-            watched.calls = _TRIES + 1
+            watched.calls = _TRIES
         elif watched.calls > 1 and (watched.strides or not graph):
             plan = self._plan(args, watched, graph, key)
             if plan is not None:
@@ -644,21 +646,21 @@ class Planned:
         except Exception as e:  # an error of the graph is raised again when it runs as always
             self.why = str(e) if isinstance(e, NotReplayable) else type(e).__name__
             _record.unplanned["graph", self.why] += 1
-            watched.calls = _TRIES + 1
+            watched.calls = _TRIES
             return None
         plans = self.ready.setdefault(key, [])
         plans.append(plan)
-        watched.calls = 0 if len(plans) < _MOST else _TRIES + 1
+        watched.calls = 0 if len(plans) < _MOST else _TRIES
         watched.strides = {}
         return plan
 
     def _learn(self, key: tuple, grads: tuple) -> None:
-        """Make the next plan for gradients of these results."""
+        """Make the next plan for gradients of these results; none, if that changes often."""
         watched = self.watched.setdefault(key, _Watched())
-        if watched.calls <= _TRIES:
-            self.ready[key] = []
-            watched.calls += 1
-            watched.strides = {i: g.stride() for i, g in enumerate(grads) if g is not None}
+        self.ready[key] = []
+        watched.changes += 1
+        watched.calls = 1 if watched.changes <= _CHANGES else _TRIES
+        watched.strides = {i: g.stride() for i, g in enumerate(grads) if g is not None}
 
     def _may(self, args: tuple) -> bool:
         return (
