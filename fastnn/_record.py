@@ -78,6 +78,7 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        self.log.before(function, args, kwargs)
         out = function(*args, **kwargs)
         self.log.called(function, args, kwargs, out)
         return out
@@ -148,6 +149,9 @@ class CallLog:
         else:
             self.drawn = draw.seed, draw.offset
             self.steps.append(DrawStep(device, launch))
+
+    def before(self, function, args, kwargs) -> None:
+        """An operator is going to be called."""
 
     def called(self, function, args, kwargs, out) -> None:
         """Log a call of an operator, which returned `out`."""

@@ -548,6 +548,45 @@ class Remembers(nn.Module):
         return torch.ops.fastnn_test.remember(x) * 2
 
 
+class Decays(nn.Module):
+    """Writes into a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.mul_(0.5)
+        return x * self.weight
+
+
+def test_a_parameter_is_written_once_per_call(runner):
+    """A recording runs on the parameters themselves, so it ends before it writes into one."""
+    model, x = Decays(), torch.ones(3, 4)
+    compiled = fastnn.compile(model)
+    for i in range(5):
+        out = compiled(x)
+        out.sum().backward()
+        assert torch.equal(model.weight, torch.full((4,), 0.5 ** (i + 1)))
+        assert not is_planned(out)
+
+
+def test_complex_numbers(runner):
+    """A conjugated view shows the same memory as its base, with other values."""
+    x = torch.randn(3, 4, dtype=torch.complex64, requires_grad=True)
+    w = torch.randn(4, dtype=torch.complex64)
+
+    def call(x, w):
+        return (x * w).abs()
+
+    compiled = fastnn.compile(call)
+    (want,) = torch.autograd.grad(call(x, w).sum(), x)
+    for _ in range(4):
+        (found,) = torch.autograd.grad(compiled(x, w).sum(), x)
+        assert torch.equal(found, want)
+
+
 def test_sizes_that_depend_on_values(runner):
     """They are captured, but not replayed: the next call may have others."""
     compiled = fastnn.compile(lambda x: x[x > 0].square().sum(), fullgraph=True)

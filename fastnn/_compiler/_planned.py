@@ -67,12 +67,15 @@ class _GraphLog(_record.CallLog):
         self.storages: dict[int, StorageWeakRef] = {}  # they keep the numbers of storages unique
         self.pairs: list[tuple[int, int]] = []  # what was drawn
         self.takes_from_generators = False  # whether an operator of PyTorch draws
+        self.shared = {t.untyped_storage()._cdata for t in given if t.requires_grad}
         super().__init__(given)
 
     def _look(self, t: Tensor) -> tuple:
         return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype
 
     def new(self, t: Tensor) -> int:
+        if t.is_complex() or t.is_neg():
+            self.refuse("a complex tensor")  # or a part of one: views may negate what they show
         slot = super().new(t)
         storage = t.untyped_storage()
         if storage._cdata not in self.storages:
@@ -94,6 +97,19 @@ class _GraphLog(_record.CallLog):
         if isinstance(leaf, (int, float, bool)):
             return None  # it follows from the sizes; who uses it is logged with its value
         return super().result(leaf, function)
+
+    def before(self, function, args, kwargs) -> None:
+        """Raise before an operator writes into an input of which there is no copy."""
+        schema = function._schema
+        if not schema.is_mutable:
+            return
+        named = dict(zip([a.name for a in schema.arguments], args, strict=False)) | kwargs
+        for argument in schema.arguments:
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            for t in tree_leaves(named.get(argument.name)):
+                if isinstance(t, Tensor) and t.untyped_storage()._cdata in self.shared:
+                    raise NotReplayable("an input that requires a gradient is written")
 
     def draws_itself(self, function) -> None:
         self.takes_from_generators = True
@@ -455,8 +471,6 @@ def _record_graph(
         lasting = {log.homes[s] for s in log.constants}
         if len({*homes}) < len(homes) or not lasting.isdisjoint(homes):
             raise NotReplayable("a result, or an input, shares memory with another")
-        if any(inner[i].requires_grad for i in mutated):
-            raise NotReplayable("an input that requires a gradient is written")
         facts = [(o.requires_grad, o) for o in outs]
         grads: list[Tensor | None] = []
         if strides is not None:
