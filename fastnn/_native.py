@@ -292,6 +292,7 @@ def call(
                     "slow": slow,
                     "keeps": False,
                     "mutated": (),
+                    "written_last": (),
                 }
             )
         )
@@ -331,6 +332,7 @@ def graph_call(
                     "slow": plan.slow,
                     "keeps": plan.keeps,
                     "mutated": plan.mutated,
+                    "written_last": plan.written_last,
                 }
             )
         )

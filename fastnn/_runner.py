@@ -554,23 +554,25 @@ def graph_call(plan: Any, program: Program, args: tuple[Tensor, ...], outs: tupl
         plan.node.forward = staticmethod(_graph_forward(plan, program, names, aligned))
         lines = [
             "try:",
-            f"    return {cells(plan.apply)}({', '.join(names)})",
+            f"    out = {cells(plan.apply)}({', '.join(names)})",
             f"except {cells(DoesNotFit)}:",
-            "    pass",
+            f"    return {cells(UNFIT)}",
+            *_mutations(plan.written_last, cells),
+            "return out",
         ]
     else:
         asked += [_aligned(aligned)] if aligned else []
         lines = _below(program, cells, {*aligned}, _casts())
-        lines += _mutations(plan, cells)
+        lines += _mutations((*plan.mutated, *plan.written_last), cells)
         lines.append(f"return {_slots(program.results)}")
     lines = [f"if {' and '.join(asked)}:", *(f"    {line}" for line in lines)]
     lines.append(f"return {cells(UNFIT)}")
     return _make(cells, f"def function({', '.join(names)}):", lines)
 
 
-def _mutations(plan: Any, cells: _Cells) -> list[str]:
+def _mutations(written: tuple[int, ...], cells: _Cells) -> list[str]:
     count = cells(torch.autograd.graph.increment_version)
-    return [f"{count}({_name(i)})" for i in plan.mutated]
+    return [f"{count}({_name(i)})" for i in written]
 
 
 def _graph_forward(plan: Any, program: Program, names: list[str], aligned: list[str]) -> Callable:
@@ -579,8 +581,10 @@ def _graph_forward(plan: Any, program: Program, names: list[str], aligned: list[
     lines = []
     if aligned:
         lines += [f"if not ({_aligned(aligned)}):", f"    raise {cells(DoesNotFit)}"]
+    # Some operators ask whether gradients may be wanted. The node's caller sets this back.
+    lines.append(f"{cells(torch._C._set_grad_enabled)}(True)")
     lines += _below(program, cells, {*aligned}, _casts())
-    lines += _mutations(plan, cells)
+    lines += _mutations(plan.mutated, cells)
     if program.saved:
         lines.append(f"ctx.to_save = {_slots(program.saved)}")
     if plan.keeps:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fastnn
 from fastnn import _native, _record
@@ -487,24 +488,33 @@ def test_gradients_add_up_over_calls(runner):
 
 
 def test_hooks_of_saved_tensors(runner):
-    """They see what the node of a graph saves, and may give it back with other strides."""
+    """Under them the graph runs as always, whether they are there from the start or come later."""
     model, x = Block(0.0), torch.randn(2, 4, 16)
-    want = planned_call(model, x)
     parameters = [*model.parameters()]
-    want = torch.autograd.grad(want.square().sum(), parameters)
-    seen = []
-
-    def pack(t):
-        seen.append(t)
-        return t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t
-
+    want = torch.autograd.grad(planned_call(model, x).square().sum(), parameters)
     compiled = fastnn.compile(model)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = compiled(x)
-        assert is_planned(out)
-        found = torch.autograd.grad(out.square().sum(), parameters)
-    assert len(seen) > 3
-    equal(found, want)
+    for _ in range(3):
+        with torch.autograd.graph.save_on_cpu():
+            out = compiled(x)
+        assert not is_planned(out)
+        equal(torch.autograd.grad(out.square().sum(), parameters), want)
+
+
+def test_checkpoints_of_every_second_block(runner):
+    """All blocks run one compiled graph. What a checkpoint saves does not change within a step."""
+    model = Layer(0.1)
+    compiled, steps = fastnn.compile(model), []
+    for compared in (compiled, model):
+        for i in range(5):
+            torch.manual_seed(i)
+            x = torch.randn(2, 4, 16, requires_grad=True)
+            y = checkpoint(compared, x, use_reentrant=False)
+            out = compared(y)
+            out.square().sum().backward()
+            steps.append(x.grad)
+        assert is_planned(out) == (compared is compiled)
+    for one, other in zip(steps[:5], steps[5:], strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_hooks_of_parameters_run(runner):
@@ -546,6 +556,110 @@ class Remembers(nn.Module):
 
     def forward(self, x):
         return torch.ops.fastnn_test.remember(x) * 2
+
+
+class Powers(nn.Module):
+    """Two results of a product under autocast."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.linear(x)
+        return y.tanh(), y.exp()
+
+
+@pytest.mark.parametrize("k", [0, 1])
+@pytest.mark.parametrize("outside", [False, True])
+def test_autocast_where_a_graph_runs_again(k, outside, runner):
+    """The forward has the autocast that it had, and the backward that of its own place."""
+    model, x = Powers(), torch.randn(3, 8, requires_grad=True)
+
+    def gradient(compiled, k, outside):
+        with torch.autocast("cpu", torch.bfloat16):
+            outs = compiled(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+            return torch.autograd.grad(outs[k].float().square().sum(), x)[0], outs
+
+    with _record.using(False):
+        want, _ = gradient(fastnn.compile(model), k, outside)
+    torch._dynamo.reset()
+    compiled = fastnn.compile(model)
+    for _ in range(3):
+        gradient(compiled, 0, False)
+    found, outs = gradient(compiled, k, outside)
+    assert is_planned(outs[0])
+    assert torch.equal(found, want)
+
+
+def test_a_written_input_that_shares_memory_with_a_saved_one(runner):
+    """Autograd raises, as in eager mode."""
+
+    def call(x, sums):
+        y = x * x
+        sums += 1
+        return y
+
+    compiled = fastnn.compile(call)
+    for _ in range(4):
+        x = torch.ones(4, requires_grad=True)
+        out = compiled(x, torch.zeros(4))
+        out.sum().backward()
+        assert torch.equal(x.grad, torch.full((4,), 2.0))
+    assert is_planned(out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        compiled(x, x.detach()).sum().backward()
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+def test_results_without_any_gradient(runner):
+    """The inputs have none, before there is a plan and after it."""
+    model, x = Layer(0.0), torch.randn(2, 4, 16)
+    compiled = fastnn.compile(model)
+    for i in range(5):
+        out = compiled(x)
+        if i == 2:
+            out.sum().backward()
+            model.zero_grad()
+        else:
+            NoGradient.apply(out).backward()
+            assert all(p.grad is None for p in model.parameters())
+    assert is_planned(out)
+
+
+def test_a_gradient_that_is_a_negated_view(runner):
+    model, x = nn.LayerNorm(16), torch.randn(2, 4, 16, requires_grad=True)
+    with fastnn.backend("triton"):
+        dy = torch.randn(2, 4, 16)
+        out = planned_call(model, x)
+        (want,) = torch.autograd.grad(out, x, -dy, retain_graph=True)
+        (found,) = torch.autograd.grad(out, x, torch._neg_view(dy))
+    assert torch.equal(found, want)
+
+
+def test_layers_of_a_recurrent_network(runner):
+    class Recurrent(nn.Module):
+        data = staticmethod(lambda: (torch.randn(3, 2, 4, requires_grad=True),))
+
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(4, 5, 2)
+
+        def forward(self, x):
+            return self.lstm(x)[0]
+
+    with torch._dynamo.config.patch(allow_rnn=True):
+        beside(Recurrent(), *[None] * 4)
 
 
 class Decays(nn.Module):

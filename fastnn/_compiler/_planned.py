@@ -287,14 +287,20 @@ class _Record(NamedTuple):
 class GraphPlan(_record.Plan):
     """How to run a graph, both ways."""
 
-    __slots__ = ("exact", "forward", "grads", "keeps", "learn", "mutated", "record")
+    __slots__ = (
+        "around", "casts", "exact", "forward", "grads", "keeps", "learn", "mutated", "record",
+        "written_last",
+    )  # fmt: skip
 
+    around: Callable  # makes the context in which the graph ran: autocast, and the mode
+    casts: tuple[bool, ...]  # whether autocast was on in the backward
     exact: Callable  # its backward, without a guard
     forward: Callable  # the graph
     grads: tuple[tuple | None, ...]  # the strides of the gradients of the results
     keeps: bool  # whether nodes keep the inputs, for the long way
     learn: Callable  # is told the gradients, if other results have some
-    mutated: tuple[int, ...]  # inputs whose versions count up
+    mutated: tuple[int, ...]  # inputs whose versions count up before the node saves tensors
+    written_last: tuple[int, ...]  # inputs whose versions count up after that
     record: _Record
 
     def slow(self, drawn: tuple | None, grads: tuple, saved: tuple, kept: tuple = ()) -> tuple:
@@ -305,8 +311,12 @@ class GraphPlan(_record.Plan):
 
     def _slow(self, drawn: tuple | None, grads: tuple, saved: tuple, kept: tuple) -> tuple:
         pattern = tuple([g is not None for g in grads])
+        if not any(pattern):
+            return (None,) * len(self.places)
         same = pattern == tuple([g is not None for g in self.grads])
-        if same and not torch.is_grad_enabled():
+        replayable = same and not torch.is_grad_enabled()
+        # Without autocast the gradients are the more exact ones, if only these can be had.
+        if replayable and (_casts() == self.casts or not kept):
             return self._replayed(drawn, grads, saved)
         if kept:
             if not same:
@@ -334,7 +344,7 @@ class GraphPlan(_record.Plan):
         wanted = [m for m in (*self.grads, *self.layouts) if m is not None]
         tensors = [t for t in (*grads, *saved) if t is not None]
         for t, strides in zip(tensors, wanted, strict=True):
-            t = in_layout(t.detach(), strides)
+            t = in_layout(t.detach().resolve_neg(), strides)
             given.append(t if t is None or t.data_ptr() % 16 == 0 else t.clone())
         with torch.no_grad():
             return self.exact(drawn, *given)
@@ -345,7 +355,7 @@ class GraphPlan(_record.Plan):
         create = torch.is_grad_enabled()
         active.recorder, before = again, active.recorder
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), self.around():
                 outs = self.forward(*kept)
         finally:
             active.recorder = before
@@ -426,6 +436,26 @@ def _uncast() -> Iterator[None]:
         yield
 
 
+def _around() -> Callable:
+    """Makes a context with the autocast and the mode of now."""
+    mode: Any = _mode.current_mode()
+    casts = [
+        (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        for kind in ("cuda", "cpu")
+    ]
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if _mode.current_mode() != mode:
+                stack.enter_context(_mode.rehearsal() if mode == "graph" else _mode.backend(mode))
+            for kind, dtype, on in casts:
+                stack.enter_context(torch.autocast(kind, dtype if on else None, enabled=on))
+            yield
+
+    return again
+
+
 def _casts() -> tuple[bool, ...]:
     return tuple(map(torch.is_autocast_enabled, ("cuda", "cpu")))
 
@@ -504,7 +534,8 @@ def _record_graph(
         raise NotReplayable("it depends on a setting that no record of an op names")
     plan: Any = GraphPlan.__new__(GraphPlan)
     plan.record = _Record(settings)
-    plan.forward, plan.mutated, plan.learn = forward, mutated, learn
+    plan.forward, plan.learn, plan.places = forward, learn, tuple(range(len(args)))
+    plan.around = _around()
     plan.constant = tuple([i for i, (wants, _) in enumerate(facts) if not wants])
     plan.many, plan.early, plan.materialize, plan.native = True, False, False, None
     plan.node, plan.saves, plan.keeps, plan.function = None, False, False, _CompiledGraph
@@ -531,6 +562,9 @@ def _record_graph(
         plan.layouts = tuple([log.metas[s][1] for s in saved])
         plan.exact = _runner.exactly(backward)
         plan.node, plan.apply = _record.node_of(plan)
+    # Who saves a tensor of the same memory must see that it is written.
+    plan.mutated = tuple([i for i in mutated if i in saved])
+    plan.written_last = tuple([i for i in mutated if i not in saved])
     draws = bool(log.pairs)
     program = Program(
         len(args), log.device, dict(log.constants), draws,
@@ -544,6 +578,7 @@ def _record_graph(
             for s, t in zip(saved, _likes([log.metas[s] for s in saved], log.device), strict=True)
         ]
         with around():
+            plan.casts = _casts()
             back = _runner.graph_backward(plan, backward, tuple(grads), tuple(like))
         plan.node._backward_cls.apply = back
     return run
@@ -581,10 +616,11 @@ class _Watched:
         self.differentiated = False  # whether a backward was differentiated
         self.casts: set[tuple] = set()  # whether autocast was on in a backward
 
-    def hear(self, i: int, g: Tensor) -> None:
-        self.differentiated |= torch.is_grad_enabled()
-        self.casts.add(_casts())
-        self.strides[i] = g.stride()
+    def hear(self, i: int, g: Tensor | None) -> None:
+        if g is not None:
+            self.differentiated |= torch.is_grad_enabled()
+            self.casts.add(_casts())
+            self.strides[i] = g.stride()
 
 
 class Planned:
@@ -614,7 +650,9 @@ class Planned:
 
     def __call__(self, *args: Any) -> Any:
         key = torch.is_grad_enabled(), _mode.uniform()
-        for plan in self.ready.get(key, ()):
+        plans = self.ready.get(key)
+        # Checkpoints compare what is saved with what a call saved before there was a plan.
+        for plan in plans if plans and last_hooks(False) is None else ():
             out = plan(*args)
             if out is not UNFIT:
                 return out

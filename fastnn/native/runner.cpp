@@ -578,7 +578,8 @@ struct Plan {
   std::vector<bool> differentiable;         // of the results
   std::vector<std::optional<Output>> outputs;
   bool keeps = false;                       // whether nodes keep all inputs for the long way
-  std::vector<int> mutated;                 // inputs that the steps write into
+  std::vector<int> mutated;                 // inputs that are written before tensors are saved
+  std::vector<int> written_last;            // inputs that are written after that
   Ref slow;                                 // (drawn, gradients, saved, kept) -> gradients
   std::shared_ptr<Holder> holder;
 };
@@ -813,14 +814,18 @@ PyObject* attempt(const std::shared_ptr<const Plan>& plan, PyObject* const* args
       if (!plan->before.steps.empty()) run(plan->before, slots, drawn, plan->device);
       if (plan->graph) {
         {
-          at::AutoGradMode without(false);
+          // Of a whole graph, some operators ask whether gradients may be wanted.
+          at::AutoGradMode mode(plan->after.whole);
           run(plan->after, slots, drawn, plan->device);
         }
         for (int i : plan->mutated) slots[i].unsafeGetTensorImpl()->bump_version();
         attach(plan, slots, drawn);
+        for (int i : plan->written_last) slots[i].unsafeGetTensorImpl()->bump_version();
       } else {
         run(plan->after, slots, drawn, plan->device);
-        for (int i : plan->mutated) slots[i].unsafeGetTensorImpl()->bump_version();
+        for (auto* written : {&plan->mutated, &plan->written_last}) {
+          for (int i : *written) slots[i].unsafeGetTensorImpl()->bump_version();
+        }
       }
     }
     const auto& results = plan->after.results;
@@ -1335,6 +1340,7 @@ PyObject* py_plan(PyObject*, PyObject* spec) {
     }
     plan->keeps = field(spec, "keeps") == Py_True;
     plan->mutated = integers<int>(field(spec, "mutated"));
+    plan->written_last = integers<int>(field(spec, "written_last"));
     plan->count = (int)integer(field(spec, "count"));
     plan->order = slots_of(field(spec, "order"));
     plan->graph = field(spec, "graph") == Py_True;
