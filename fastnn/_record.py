@@ -258,14 +258,14 @@ class CallLog:
             raise NotReplayable(self.why)
         out = tuple([None if t is None else self.slot(t) for t in results])
         kept = tuple([None if t is None else self.slot(t) for t in saved])
-        steps = needed(self.steps[first:last], {*out, *kept})
+        steps = _needed(self.steps[first:last], {*out, *kept})
         used = {*out, *kept}.union(*map(reads, steps))
         lasting = {slot: t for slot, t in self.constants.items() if slot in used}
         draws = self.drawn is not None
         return Program(len(self.given), self.device, lasting, draws, steps, out, kept)
 
 
-def needed(steps: list, wanted: set) -> tuple:
+def _needed(steps: list, wanted: set) -> tuple:
     """The steps without those whose tensors nobody uses."""
     kept: list = []
     for step in reversed(steps):

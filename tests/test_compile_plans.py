@@ -662,6 +662,25 @@ def test_layers_of_a_recurrent_network(runner):
         beside(Recurrent(), *[None] * 4)
 
 
+class Effects(nn.Module):
+    """Updates statistics and draws numbers, of which nobody uses the result."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        self.norm(x)
+        torch.rand_like(x)
+        return self.linear(x) * torch.rand_like(x)
+
+    data = staticmethod(lambda: (torch.randn(3, 8),))
+
+
+def test_effects_of_calls_whose_results_nobody_uses(mode, runner):
+    assert is_planned(beside(Effects(), *[None] * 5)[0])
+
+
 class Decays(nn.Module):
     """Writes into a parameter."""
 

@@ -207,6 +207,28 @@ def _without_copies(steps: list, to: dict[int, int]) -> list:
     return found
 
 
+def _needed(log: _GraphLog, steps: list, wanted: set[int]) -> tuple:
+    """The steps without allocations and views that nobody uses.
+
+    Other operators stay, because some write or draw without saying so, as batch norms do.
+    """
+    kept: list = []
+    for step in reversed(steps):
+        made = makes(step)
+        if isinstance(step, Allocate):
+            needed = step.slot in wanted
+        elif isinstance(step, CallStep) and made and not step.function._schema.is_mutable:
+            homes = {log.homes[slot] for slot in reads(step)}
+            is_view = all(log.homes[slot] in homes for slot in made)
+            needed = not is_view or bool(made & wanted)
+        else:
+            needed = True
+        if needed:
+            kept.append(step)
+            wanted = wanted | reads(step)
+    return tuple(reversed(kept))
+
+
 class _Views:
     """How a backward gets a tensor that shares memory with an input or a result of its graph.
 
@@ -253,7 +275,7 @@ def _backward_program(
     wanted: tuple[int | None, ...],
 ) -> tuple[Program, tuple[int, ...]]:  # fmt: skip
     """(the program of a backward, the slots of the forward that it gets after the gradients)."""
-    found = _record.needed(steps, {w for w in wanted if w is not None})
+    found = _needed(log, steps, {w for w in wanted if w is not None})
     made = {*grads}.union(*map(makes, found))
     used = {w for w in wanted if w is not None}.union(*map(reads, found))
     views = _Views(log, forward, outs)
@@ -568,7 +590,7 @@ def _record_graph(
     draws = bool(log.pairs)
     program = Program(
         len(args), log.device, dict(log.constants), draws,
-        _record.needed(steps, {*results, *saved}), results, saved, "forward",
+        _needed(log, steps, {*results, *saved}), results, saved, "forward",
     )  # fmt: skip
     run = _runner.graph_call(plan, program, args, outs)
     if strides is not None:
