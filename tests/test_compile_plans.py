@@ -681,6 +681,17 @@ def test_effects_of_calls_whose_results_nobody_uses(mode, runner):
     assert is_planned(beside(Effects(), *[None] * 5)[0])
 
 
+def test_replay_can_be_turned_off(runner):
+    model, x = Layer(0.0), torch.randn(2, 4, 16)
+    for replay in (True, False):
+        torch._dynamo.reset()
+        compiled = fastnn.compile(model, options={"replay": replay})
+        for _ in range(4):
+            out = compiled(x)
+            out.sum().backward()
+        assert is_planned(out) == replay
+
+
 class Decays(nn.Module):
     """Writes into a parameter."""
 

@@ -61,10 +61,12 @@ def compile(model: Callable, **options: Any) -> Callable:
     decides at each call whether a kernel or PyTorch runs it. `model` may have stock layers, layers
     of fastnn, or both. It does not change.
 
-    `options` are those of `torch.compile`: `fullgraph`, `dynamic`, `disable`. Returns what
-    `torch.compile` returns. Raises TypeError for the options `mode` and `options`, when the first
-    graph is compiled; they are Inductor's. With `fullgraph=True`, PyTorch raises its own error for
-    a model that it cannot capture. From Python 3.11 on, the error has a note that says what to do.
+    `options` are those of `torch.compile`: `fullgraph`, `dynamic`, `disable`, and `options`, of
+    which there is one: with `options={"replay": False}` no graph is replayed, so that each call
+    runs under PyTorch's autograd. Returns what `torch.compile` returns. Raises TypeError for `mode`
+    and for Inductor's options, when the first graph is compiled. With `fullgraph=True`, PyTorch
+    raises its own error for a model that it cannot capture. From Python 3.11 on, the error has a
+    note that says what to do.
     """
     from fastnn._compiler._backend import backend
 

@@ -203,16 +203,20 @@ def backend(gm: GraphModule, example_inputs: list[Any], **options: Any) -> Calla
 
     The graph runs with PyTorch's autograd. Each op decides at each call whether a kernel or PyTorch
     runs it, unless the sizes in the graph already say so. So second derivatives, hooks and dynamic
-    shapes work as in eager mode. There are no options. Raises TypeError for any.
+    shapes work as in eager mode. From the second or third call on, a graph of fixed sizes is
+    replayed. The only option is `replay`, True by default: whether that happens. Raises TypeError
+    for others.
     """
+    options = dict(options.pop("options", None) or {}) | options
+    replay = options.pop("replay", True)
     if options:
-        given = ", ".join(map(str, options.get("options") or options))
-        raise TypeError(f"the backend fastnn takes no options; given: {given}")
+        given = ", ".join(map(str, options))
+        raise TypeError(f"the backend fastnn has one option, replay; given: {given}")
     found = rewrite(gm)
     listener = getattr(_listening, "found", None)
     if listener is not None:
         listener += found
-    return gated(gm)
+    return gated(gm, replay)
 
 
 # ---- explain ------------------------------------------------------------------------------------

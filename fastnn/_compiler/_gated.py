@@ -116,10 +116,10 @@ def _plans(ours: list, known: Known | None) -> Callable[[Callable], Callable]:
     return lambda forward: Planned(forward, records, known)
 
 
-def gated(gm: GraphModule) -> Callable:
+def gated(gm: GraphModule, replay: bool) -> Callable:
     """What runs `gm`: in `auto`, its lean form; where a mode is set or somebody listens, `gm`."""
     ours = [record for _, record in calls_of_ours(gm)]
-    planned = _plans(ours, known_of(gm))
+    planned = _plans(ours, known_of(gm) if replay else None)
     full = planned(gm.forward)
     if not ours:
         return full

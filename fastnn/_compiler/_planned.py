@@ -351,7 +351,7 @@ class GraphPlan(_record.Plan):
         raise RuntimeError(
             f"fastnn: {asked}. So its forward would have to run again, which it cannot: the graph "
             "writes into an input, draws random numbers with an operator of PyTorch, or an input "
-            "was too large to keep or has been changed. With FASTNN_PLANS=0 this works."
+            "was too large to keep or has been changed. With the option replay=False this works."
         )
 
     def go_back(self, ctx, grads: tuple, saved: tuple) -> tuple:
@@ -384,7 +384,7 @@ class GraphPlan(_record.Plan):
         if again.left():
             raise RuntimeError(
                 "fastnn: a compiled graph would draw other random numbers in its backward than in "
-                "its forward. With FASTNN_PLANS=0 this works."
+                "its forward. With the option replay=False this works."
             )
         at = [i for i, t in enumerate(kept) if t.requires_grad]
         pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None]
