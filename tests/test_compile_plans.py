@@ -6,6 +6,7 @@ gradients, buffers and the numbers that the next draw gives must have equal bits
 
 import contextlib
 import copy
+import gc
 from unittest import mock
 
 import pytest
@@ -231,6 +232,7 @@ def test_evaluation_is_planned(build, runner):
 
 
 def plans_of_graphs():
+    gc.collect()
     return sum(len(plans) for graph in _record.planned for plans in graph.ready.values())
 
 
@@ -714,6 +716,23 @@ def test_a_parameter_is_written_once_per_call(runner):
         out.sum().backward()
         assert torch.equal(model.weight, torch.full((4,), 0.5 ** (i + 1)))
         assert not is_planned(out)
+
+
+@pytest.mark.parametrize("size", [8, 2**19])
+def test_a_buffer_is_written_once_per_call(size, runner):
+    """A small one is copied for the recording. A large one ends the recording before the write."""
+
+    def call(x, cache):
+        cache[0] = x
+        return cache.sum(0) * x
+
+    compiled, cache = fastnn.compile(call), torch.zeros(2, size)
+    for i in range(5):
+        with torch.no_grad():
+            out = compiled(torch.full((size,), float(i)), cache)
+        assert torch.equal(cache, torch.tensor([[float(i)], [0.0]]).expand(2, size))
+        assert torch.equal(out, torch.full((size,), float(i) ** 2))
+    assert plans_of_graphs() == (size == 8)
 
 
 def test_complex_numbers(runner):

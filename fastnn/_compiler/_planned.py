@@ -48,7 +48,7 @@ aten = torch.ops.aten
 _MOST = 4  # plans kept per graph and mode of autograd
 _TRIES = 64  # calls that are watched in vain before a graph is left alone
 _CHANGES = 2  # times that a plan is made anew because other results get gradients
-_CHEAP = 2**20  # bytes of inputs that a node may keep only for the long way
+_CHEAP = 2**20  # bytes of inputs that a node may keep only for the long way, or that are copied
 
 
 # ---- The log ------------------------------------------------------------------------------------
@@ -60,14 +60,14 @@ class _GraphLog(_record.CallLog):
     Autograd unpacks what it saved as new tensors. They are known by the memory that they show.
     """
 
-    def __init__(self, given: tuple[Tensor, ...]):
+    def __init__(self, given: tuple[Tensor, ...], copied: set[int]):
         self.shown: dict[tuple, int] = {}  # what memory a tensor shows -> slot
         self.homes: list[int] = []  # slot -> storage
         self.metas: list[tuple] = []  # slot -> size, stride, offset, dtype
         self.storages: dict[int, StorageWeakRef] = {}  # they keep the numbers of storages unique
         self.pairs: list[tuple[int, int]] = []  # what was drawn
         self.takes_from_generators = False  # whether an operator of PyTorch draws
-        self.shared = {t.untyped_storage()._cdata for t in given if t.requires_grad}
+        self.shared = {t.untyped_storage()._cdata for i, t in enumerate(given) if i not in copied}
         super().__init__(given)
 
     def _look(self, t: Tensor) -> tuple:
@@ -109,7 +109,7 @@ class _GraphLog(_record.CallLog):
                 continue
             for t in tree_leaves(named.get(argument.name)):
                 if isinstance(t, Tensor) and t.untyped_storage()._cdata in self.shared:
-                    raise NotReplayable("an input that requires a gradient is written")
+                    raise NotReplayable("an input is written that is not copied")
 
     def draws_itself(self, function) -> None:
         self.takes_from_generators = True
@@ -431,18 +431,23 @@ class _Again:
 # ---- Recording ----------------------------------------------------------------------------------
 
 
-def _copies(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Tensors of the same values: aliases of those that require a gradient, copies of others."""
-    found = []
-    for t in args:
-        if t.requires_grad:
+def _copies(args: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], set[int]]:
+    """(tensors of the same values, the places of those that are copies; the others are aliases).
+
+    Kernels and some operators write statistics without saying so. These are small, so small inputs
+    that require no gradient are copied.
+    """
+    found, copied = [], set()
+    for i, t in enumerate(args):
+        if t.requires_grad or t.numel() * t.element_size() > _CHEAP:
             with torch._C._AutoDispatchBelowADInplaceOrView():
                 alias = t.detach()
-            found.append(alias.requires_grad_())
+            found.append(alias.requires_grad_(t.requires_grad))
         else:
             like = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
             found.append(like.copy_(t))
-    return tuple(found)
+            copied.add(i)
+    return tuple(found), copied
 
 
 def _settings(records: list) -> Callable[[], Any] | None:
@@ -497,9 +502,9 @@ def _record_graph(
     """
     device = args[0].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        inner = _copies(args)
+        inner, copied = _copies(args)
         versions = [t._version for t in inner]
-        log = _GraphLog(inner)
+        log = _GraphLog(inner, copied)
         log.lasting(*constants)
         before = _state()
         with _heard(log):
@@ -508,9 +513,7 @@ def _record_graph(
             raise NotReplayable("the graph leaves another mode")
         # Kernels and some operators write without counting a version.
         mutated = tuple([i for i, t in enumerate(inner) if t._version != versions[i]])
-        writes = bool(mutated) or not all(
-            t.requires_grad or torch.equal(t, args[i]) for i, t in enumerate(inner)
-        )
+        writes = bool(mutated) or not all(torch.equal(inner[i], args[i]) for i in copied)
         many = type(outs)
         if many not in (tuple, list) or not all(isinstance(o, Tensor) for o in outs) or not outs:
             raise NotReplayable("a result is no tensor")
@@ -750,7 +753,7 @@ class Planned:
             and len(args) > 0
             and all(map(_record.plannable, args))
             and len({t.device for t in args}) == 1
-            and not any(0 in t.stride() for t in args if not t.requires_grad and t.numel() > 1)
+            and not any(_overlaps(t) for t in args)
         )
 
 
@@ -772,6 +775,11 @@ def _is_repeatable(node: Node) -> bool:
         return True
     home = getattr(target, "__module__", None) or "torch"
     return home.split(".")[0] in _HOMES and not home.startswith(_NOT)
+
+
+def _overlaps(t: Tensor) -> bool:
+    """Whether several elements of an expanded tensor share memory."""
+    return any(n > 1 and not stride for n, stride in zip(t.shape, t.stride(), strict=True))
 
 
 class Known(NamedTuple):
