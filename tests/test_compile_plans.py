@@ -171,6 +171,13 @@ def step(model, call, data, number, backward=None):
     return [*(r.detach() for r in results), *found, *buffers, torch.rand(1)], results
 
 
+def versions_counted(call, model):
+    """How far the versions of the buffers of `model` count in a call."""
+    before = [b._version for b in model.buffers()]
+    call()
+    return [b._version - v for b, v in zip(model.buffers(), before, strict=True)]
+
+
 def equal(ours, theirs):
     assert len(ours) == len(theirs)
     for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
@@ -593,6 +600,43 @@ def test_autocast_where_a_graph_runs_again(k, outside, runner):
     found, outs = gradient(compiled, k, outside)
     assert is_planned(outs[0])
     assert torch.equal(found, want)
+
+
+# Dynamo reads the attribute.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("create", [False, True])
+def test_inputs_that_are_computed_from_others_where_a_graph_runs_again(create, runner):
+    """Each input has its own gradient, and autograd follows them to each other once."""
+
+    def call(x, y):
+        return (x * y).sin(), (x + y * y).exp()
+
+    def gradient(call, k, create):
+        x = torch.full((3,), 0.5, requires_grad=True)
+        outs = call(x, (x * 2).tanh())
+        (found,) = torch.autograd.grad(outs[k].sum(), x, create_graph=create)
+        if create:
+            (found,) = torch.autograd.grad(found.sum(), x)
+        return found, outs[0]
+
+    compiled = fastnn.compile(call)
+    for _ in range(4):
+        gradient(compiled, 0, False)
+    found, out = gradient(compiled, 1, create)
+    assert is_planned(out)
+    torch.testing.assert_close(found, gradient(call, 1, create)[0])
+
+
+def test_versions_of_buffers_count(runner):
+    """Also where one call of the graph counts up several buffers."""
+    model, x = Convolutions(), torch.randn(2, 3, 4, 4)
+    with _record.using(False):
+        want = versions_counted(lambda: fastnn.compile(model)(x), model)
+    torch._dynamo.reset()
+    planned_call(model, x)
+    found = versions_counted(lambda: fastnn.compile(model)(x), model)
+    assert list(map(bool, found)) == list(map(bool, want))
+    assert any(found)
 
 
 def test_a_written_input_that_shares_memory_with_a_saved_one(runner):

@@ -68,6 +68,7 @@ class _GraphLog(_record.CallLog):
         self.pairs: list[tuple[int, int]] = []  # what was drawn
         self.takes_from_generators = False  # whether an operator of PyTorch draws
         self.shared = {t.untyped_storage()._cdata for i, t in enumerate(given) if i not in copied}
+        self.written: set[int] = set()  # storages into which operators wrote
         super().__init__(given)
 
     def _look(self, t: Tensor) -> tuple:
@@ -108,8 +109,10 @@ class _GraphLog(_record.CallLog):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             for t in tree_leaves(named.get(argument.name)):
-                if isinstance(t, Tensor) and t.untyped_storage()._cdata in self.shared:
-                    raise NotReplayable("an input is written that is not copied")
+                if isinstance(t, Tensor):
+                    self.written.add(t.untyped_storage()._cdata)
+        if not self.shared.isdisjoint(self.written):
+            raise NotReplayable("an input is written that is not copied")
 
     def draws_itself(self, function) -> None:
         self.takes_from_generators = True
@@ -376,9 +379,15 @@ class GraphPlan(_record.Plan):
         again = _Again(drawn or ())
         create = torch.is_grad_enabled()
         active.recorder, before = again, active.recorder
+        # Not the inputs themselves: one of them may be computed from another.
+        inputs = list(kept)
+        at = [i for i, t in enumerate(kept) if t.requires_grad]
         try:
             with torch.enable_grad(), self.around():
-                outs = self.forward(*kept)
+                for i in at:
+                    t = kept[i]
+                    inputs[i] = t.view_as(t) if create else t.detach().requires_grad_()
+                outs = self.forward(*inputs)
         finally:
             active.recorder = before
         if again.left():
@@ -386,10 +395,9 @@ class GraphPlan(_record.Plan):
                 "fastnn: a compiled graph would draw other random numbers in its backward than in "
                 "its forward. With the option replay=False this works."
             )
-        at = [i for i, t in enumerate(kept) if t.requires_grad]
         pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None]
         found = torch.autograd.grad(
-            [o for o, _ in pairs], [kept[i] for i in at], [g for _, g in pairs],
+            [o for o, _ in pairs], [inputs[i] for i in at], [g for _, g in pairs],
             create_graph=create, allow_unused=True,
         )  # fmt: skip
         results: list = [None] * len(kept)
@@ -456,6 +464,28 @@ def _settings(records: list) -> Callable[[], Any] | None:
     return (lambda: tuple([ask() for ask in unique])) if unique else None
 
 
+class _generator:
+    """The generator of a device is after the block as it was before, if `log` heard draws."""
+
+    log: _GraphLog | None = None
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __enter__(self) -> _generator:
+        on_cpu = self.device.type == "cpu"
+        self.state = torch.get_rng_state() if on_cpu else torch.cuda.get_rng_state(self.device)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self.log is None or not (self.log.pairs or self.log.takes_from_generators):
+            return  # another thread may have drawn
+        if self.device.type == "cpu":
+            torch.set_rng_state(self.state)
+        else:
+            torch.cuda.set_rng_state(self.state, self.device)
+
+
 @contextmanager
 def _uncast() -> Iterator[None]:
     """No autocast inside the block, as where a backward usually runs."""
@@ -500,19 +530,17 @@ def _record_graph(
     strides: of the gradients of the results; None for results that get none. None: autograd follows
     nothing. around: makes the context of the backward. learn: is told gradients of other results.
     """
-    device = args[0].device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with _generator(args[0].device) as drawn_by:
         inner, copied = _copies(args)
-        versions = [t._version for t in inner]
-        log = _GraphLog(inner, copied)
+        log = drawn_by.log = _GraphLog(inner, copied)
         log.lasting(*constants)
         before = _state()
         with _heard(log):
             outs = forward(*inner)
         if _state() != before:
             raise NotReplayable("the graph leaves another mode")
-        # Kernels and some operators write without counting a version.
-        mutated = tuple([i for i, t in enumerate(inner) if t._version != versions[i]])
+        mutated = tuple([i for i in range(len(inner)) if log.homes[i] in log.written])
+        # Kernels and some operators write without saying so. They count no version, either.
         writes = bool(mutated) or not all(torch.equal(inner[i], args[i]) for i in copied)
         many = type(outs)
         if many not in (tuple, list) or not all(isinstance(o, Tensor) for o in outs) or not outs:
