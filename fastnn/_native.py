@@ -291,8 +291,7 @@ def call(
                     "constant": tuple([i in plan.constant for i in range(len(heard.raw))]),
                     "slow": slow,
                     "keeps": False,
-                    "mutated": (),
-                    "written_last": (),
+                    "written": (),
                 }
             )
         )
@@ -331,8 +330,7 @@ def graph_call(
                     "constant": tuple([i in plan.constant for i in range(len(outs))]),
                     "slow": plan.slow,
                     "keeps": plan.keeps,
-                    "mutated": plan.mutated,
-                    "written_last": plan.written_last,
+                    "written": plan.written,
                 }
             )
         )

@@ -84,6 +84,13 @@ class _Operators(TorchDispatchMode):
         return out
 
 
+def _has_fixed_size(function, args: tuple) -> bool:
+    """Whether an operator whose size may depend on values has a size that does not."""
+    if function is not aten.index.Tensor:
+        return False
+    return not any(t.dtype in (torch.bool, torch.uint8) for t in args[1] if t is not None)
+
+
 class CallLog:
     """Listens to one pass, and makes a `Program` of it."""
 
@@ -178,7 +185,7 @@ class CallLog:
             return
         if function in _READS:
             raise NotReplayable(f"{function} reads a value of a tensor")
-        if torch.Tag.dynamic_output_shape in function.tags:
+        if torch.Tag.dynamic_output_shape in function.tags and not _has_fixed_size(function, args):
             raise NotReplayable(f"{function} makes a tensor whose size depends on values")
         if torch.Tag.nondeterministic_seeded in function.tags:
             self.draws_itself(function)

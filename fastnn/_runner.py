@@ -557,13 +557,13 @@ def graph_call(plan: Any, program: Program, args: tuple[Tensor, ...], outs: tupl
             f"    out = {cells(plan.apply)}({', '.join(names)})",
             f"except {cells(DoesNotFit)}:",
             f"    return {cells(UNFIT)}",
-            *_mutations(plan.written_last, cells),
+            *_mutations(plan.written, cells),
             "return out",
         ]
     else:
         asked += [_aligned(aligned)] if aligned else []
         lines = _below(program, cells, {*aligned}, _casts())
-        lines += _mutations((*plan.mutated, *plan.written_last), cells)
+        lines += _mutations(plan.written, cells)
         lines.append(f"return {_slots(program.results)}")
     lines = [f"if {' and '.join(asked)}:", *(f"    {line}" for line in lines)]
     lines.append(f"return {cells(UNFIT)}")
@@ -584,7 +584,6 @@ def _graph_forward(plan: Any, program: Program, names: list[str], aligned: list[
     # Some operators ask whether gradients may be wanted. The node's caller sets this back.
     lines.append(f"{cells(torch._C._set_grad_enabled)}(True)")
     lines += _below(program, cells, {*aligned}, _casts())
-    lines += _mutations(plan.mutated, cells)
     if program.saved:
         lines.append(f"ctx.to_save = {_slots(program.saved)}")
     if plan.keeps:
@@ -618,7 +617,7 @@ def graph_backward(plan: Any, program: Program, grads: tuple, saved: tuple) -> C
     asked += [f"{name} is None" for name in given if name.startswith("none")]
     tensors = [t for t in values if t is not None]
     asked.append(f"{cells(_guard(tensors))}({', '.join([*mine, *slots[numbers:]])})")
-    asked += _ready(None, program, cells)
+    asked += _ready(plan.record, program, cells)
     lines = ["saved = ctx.saved_tensors"]
     if saved:
         lines.append(f"{''.join(f'{n}, ' for n in slots[numbers:])} = saved")

@@ -311,7 +311,7 @@ LISTED: list[tuple[str, str, str, str]] = [
     # pow(b, 1 / p): a rounded exponent costs |log b| units in the last place, up to 87
     (r"(LPPool|lp_pool).*3\.5", r"scaled", "beyond the bound", EXPONENT),
     (
-        "RMSNorm|rms_norm|LayerNorm|layer_norm|dropout_add",
+        "RMSNorm|rms_norm|LayerNorm|layer_norm|dropout_add|conv_batch_norm",
         r"one\(max",
         "finite where neither is",
         ORDER,

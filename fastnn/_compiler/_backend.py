@@ -203,12 +203,11 @@ def backend(gm: GraphModule, example_inputs: list[Any], **options: Any) -> Calla
 
     The graph runs with PyTorch's autograd. Each op decides at each call whether a kernel or PyTorch
     runs it, unless the sizes in the graph already say so. So second derivatives, hooks and dynamic
-    shapes work as in eager mode. From the second or third call on, a graph of fixed sizes is
-    replayed. The only option is `replay`, True by default: whether that happens. Raises TypeError
-    for others.
+    shapes work as in eager mode. The only option is `replay`, False by default: whether a graph of
+    fixed sizes is replayed from its second or third call on. Raises TypeError for others.
     """
     options = dict(options.pop("options", None) or {}) | options
-    replay = options.pop("replay", True)
+    replay = options.pop("replay", False)
     if options:
         given = ", ".join(map(str, options))
         raise TypeError(f"the backend fastnn has one option, replay; given: {given}")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastnn import _mode, _record, _runner
@@ -51,6 +52,9 @@ _CHANGES = 2  # times that a plan is made anew because other results get gradien
 _CHEAP = 2**20  # bytes of inputs that a node may keep only for the long way, or that are copied
 
 
+_NO_CASTS = (None, None)
+_OF_OFFSETS = aten.as_strided, aten.as_strided_, aten.as_strided_copy, aten.as_strided_scatter
+
 # ---- The log ------------------------------------------------------------------------------------
 
 
@@ -68,11 +72,13 @@ class _GraphLog(_record.CallLog):
         self.pairs: list[tuple[int, int]] = []  # what was drawn
         self.takes_from_generators = False  # whether an operator of PyTorch draws
         self.shared = {t.untyped_storage()._cdata for i, t in enumerate(given) if i not in copied}
-        self.written: set[int] = set()  # storages into which operators wrote
+        self.written: set[int] = set()  # storages into which operators may write
+        self.counted: set[int] = set()  # those of which versions count
         super().__init__(given)
 
     def _look(self, t: Tensor) -> tuple:
-        return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype
+        size, stride = tuple(t.shape), t.stride()
+        return t.untyped_storage()._cdata, size, stride, t.storage_offset(), t.dtype
 
     def new(self, t: Tensor) -> int:
         if t.is_complex() or t.is_neg():
@@ -97,25 +103,42 @@ class _GraphLog(_record.CallLog):
     def result(self, leaf, function) -> int | None:
         if isinstance(leaf, (int, float, bool)):
             return None  # it follows from the sizes; who uses it is logged with its value
-        return super().result(leaf, function)
+        found = super().result(leaf, function)
+        if found is not None and self._look(leaf) != (self.homes[found], *self.metas[found]):
+            raise NotReplayable(f"{function} gives a tensor other memory, sizes or strides")
+        return found
 
     def before(self, function, args, kwargs) -> None:
         """Raise before an operator writes into an input of which there is no copy."""
         schema = function._schema
-        if not schema.is_mutable:
-            return
+        if torch.Tag.nondeterministic_seeded in function.tags and not self.paused:
+            # The choice of an attention has the tag, and draws nothing.
+            asked = function is aten._fused_sdp_choice.default
+            asked |= any(isinstance(t, Tensor) and t.is_meta for t in args)  # about shapes
+            self.takes_from_generators |= not asked
+        if torch.Tag.inplace_view in function.tags:
+            raise NotReplayable(f"{function} gives a tensor other sizes or strides")
+        if function.overloadpacket in _OF_OFFSETS:
+            if args[0].untyped_storage()._cdata in self.homes[: len(self.given)]:
+                raise NotReplayable(f"{function} depends on where the memory of an input begins")
         named = dict(zip([a.name for a in schema.arguments], args, strict=False)) | kwargs
+        for name in ("running_mean", "running_var"):  # batch norms of PyTorch do not say so
+            if isinstance(t := named.get(name), Tensor):
+                self.written.add(t.untyped_storage()._cdata)
+        if not schema.is_mutable and self.shared.isdisjoint(self.written):
+            return
         for argument in schema.arguments:
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             for t in tree_leaves(named.get(argument.name)):
                 if isinstance(t, Tensor):
                     self.written.add(t.untyped_storage()._cdata)
+                    self.counted.add(t.untyped_storage()._cdata)
         if not self.shared.isdisjoint(self.written):
             raise NotReplayable("an input is written that is not copied")
 
     def draws_itself(self, function) -> None:
-        self.takes_from_generators = True
+        """It is replayed as it is; `before` has seen it."""
 
     def drew(self, device: int, launch: Any, draw: Any) -> None:
         if isinstance(draw, str) or draw.scratch is None:
@@ -313,19 +336,17 @@ class GraphPlan(_record.Plan):
     """How to run a graph, both ways."""
 
     __slots__ = (
-        "around", "casts", "exact", "forward", "grads", "keeps", "learn", "mutated", "record",
-        "written_last",
+        "around", "casts", "exact", "forward", "grads", "keeps", "learn", "record", "written",
     )  # fmt: skip
 
     around: Callable  # makes the context in which the graph ran: autocast, and the mode
-    casts: tuple[bool, ...]  # whether autocast was on in the backward
+    casts: tuple[torch.dtype | None, ...]  # of autocast in the backward
     exact: Callable  # its backward, without a guard
     forward: Callable  # the graph
     grads: tuple[tuple | None, ...]  # the strides of the gradients of the results
     keeps: bool  # whether nodes keep the inputs, for the long way
     learn: Callable  # is told the gradients, if other results have some
-    mutated: tuple[int, ...]  # inputs whose versions count up before the node saves tensors
-    written_last: tuple[int, ...]  # inputs whose versions count up after that
+    written: tuple[int, ...]  # inputs whose versions count up after the node has saved tensors
     record: _Record
 
     def slow(self, drawn: tuple | None, grads: tuple, saved: tuple, kept: tuple = ()) -> tuple:
@@ -340,11 +361,16 @@ class GraphPlan(_record.Plan):
             return (None,) * len(self.places)
         same = pattern == tuple([g is not None for g in self.grads])
         replayable = same and not torch.is_grad_enabled()
+        sparse = any(g is not None and g.layout is not torch.strided for g in grads)
+        if sparse and not kept:
+            return self._slow(
+                drawn, tuple([g if g is None else g.to_dense() for g in grads]), saved, kept
+            )
         # Without autocast the gradients are the more exact ones, if only these can be had.
-        if replayable and (_casts() == self.casts or not kept):
+        if replayable and not sparse and (_casts() == self.casts or not kept):
             return self._replayed(drawn, grads, saved)
         if kept:
-            if not same:
+            if not same and not sparse:
                 self.learn(grads)
             return self.run_again(drawn, grads, kept)
         if not same:
@@ -383,7 +409,7 @@ class GraphPlan(_record.Plan):
         inputs = list(kept)
         at = [i for i, t in enumerate(kept) if t.requires_grad]
         try:
-            with torch.enable_grad(), self.around():
+            with torch.enable_grad(), self.around(), _Unplanned():
                 for i in at:
                     t = kept[i]
                     inputs[i] = t.view_as(t) if create else t.detach().requires_grad_()
@@ -404,6 +430,13 @@ class GraphPlan(_record.Plan):
         for i, g in zip(at, found, strict=True):
             results[i] = g
         return tuple(results)
+
+
+class _Unplanned(TorchDispatchMode):
+    """Inside the block no op replays a plan, which would draw random numbers of its own."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
 
 
 class _Again:
@@ -439,15 +472,18 @@ class _Again:
 # ---- Recording ----------------------------------------------------------------------------------
 
 
-def _copies(args: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], set[int]]:
+def _copies(
+    args: tuple[Tensor, ...], statistics: frozenset[int]
+) -> tuple[tuple[Tensor, ...], set[int]]:
     """(tensors of the same values, the places of those that are copies; the others are aliases).
 
-    Kernels and some operators write statistics without saying so. These are small, so small inputs
-    that require no gradient are copied.
+    Norms write their statistics without saying so. These are copied, and so are all small inputs
+    that require no gradient.
     """
     found, copied = [], set()
     for i, t in enumerate(args):
-        if t.requires_grad or t.numel() * t.element_size() > _CHEAP:
+        large = i not in statistics and t.numel() * t.element_size() > _CHEAP
+        if t.requires_grad or large:
             with torch._C._AutoDispatchBelowADInplaceOrView():
                 alias = t.detach()
             found.append(alias.requires_grad_(t.requires_grad))
@@ -513,8 +549,9 @@ def _around() -> Callable:
     return again
 
 
-def _casts() -> tuple[bool, ...]:
-    return tuple(map(torch.is_autocast_enabled, ("cuda", "cpu")))
+def _casts() -> tuple[torch.dtype | None, ...]:
+    """The dtypes of autocast on GPUs and on CPUs; None where it is off."""
+    return _runner.autocast("cuda"), _runner.autocast("cpu")
 
 
 def _state() -> tuple:
@@ -523,7 +560,7 @@ def _state() -> tuple:
 
 def _record_graph(
     forward: Callable, args: tuple[Tensor, ...], strides: list[tuple | None] | None, records: list,
-    constants: list[Tensor], around: Callable, learn: Callable,
+    known: Known, around: Callable, learn: Callable,
 ) -> Callable:  # fmt: skip
     """A function that replays `forward` for such inputs. Raises NotReplayable if there is none.
 
@@ -531,17 +568,18 @@ def _record_graph(
     nothing. around: makes the context of the backward. learn: is told gradients of other results.
     """
     with _generator(args[0].device) as drawn_by:
-        inner, copied = _copies(args)
+        inner, copied = _copies(args, known.statistics)
         log = drawn_by.log = _GraphLog(inner, copied)
-        log.lasting(*constants)
+        log.lasting(*known.constants)
         before = _state()
         with _heard(log):
             outs = forward(*inner)
         if _state() != before:
             raise NotReplayable("the graph leaves another mode")
-        mutated = tuple([i for i in range(len(inner)) if log.homes[i] in log.written])
+        mutated = tuple([i for i in range(len(inner)) if log.homes[i] in log.counted])
         # Kernels and some operators write without saying so. They count no version, either.
-        writes = bool(mutated) or not all(torch.equal(inner[i], args[i]) for i in copied)
+        writes = bool(mutated) or bool(known.statistics)
+        writes |= not all(torch.equal(inner[i], args[i]) for i in copied)
         many = type(outs)
         if many not in (tuple, list) or not all(isinstance(o, Tensor) for o in outs) or not outs:
             raise NotReplayable("a result is no tensor")
@@ -615,9 +653,10 @@ def _record_graph(
         plan.layouts = tuple([log.metas[s][1] for s in saved])
         plan.exact = _runner.exactly(backward)
         plan.node, plan.apply = _record.node_of(plan)
-    # Who saves a tensor of the same memory must see that it is written.
-    plan.mutated = tuple([i for i in mutated if i in saved])
-    plan.written_last = tuple([i for i in mutated if i not in saved])
+    # Others may share memory with another input in a later call.
+    if not {*mutated}.isdisjoint(saved) or not {*mutated} <= known.buffers:
+        raise NotReplayable("an input is written that is no buffer, or is saved")
+    plan.written = mutated
     draws = bool(log.pairs)
     program = Program(
         len(args), log.device, dict(log.constants), draws,
@@ -666,14 +705,16 @@ class _Watched:
         self.calls = 0
         self.changes = 0
         self.strides: dict[int, tuple] = {}  # of the gradients that results got
-        self.differentiated = False  # whether a backward was differentiated
+        self.differentiated = (
+            False  # whether a backward was differentiated, or got sparse gradients
+        )
         self.casts: set[tuple] = set()  # whether autocast was on in a backward
 
     def hear(self, i: int, g: Tensor | None) -> None:
         if g is not None:
-            self.differentiated |= torch.is_grad_enabled()
+            self.differentiated |= torch.is_grad_enabled() or g.layout is not torch.strided
             self.casts.add(_casts())
-            self.strides[i] = g.stride()
+            self.strides[i] = () if self.differentiated else g.stride()
 
 
 class Planned:
@@ -717,7 +758,7 @@ class Planned:
         if watched.calls > _TRIES or not self._may(args):
             return self.forward(*args)
         graph = torch.is_grad_enabled() and any(t.requires_grad for t in args)
-        if watched.differentiated or not watched.casts <= {(False, False), _casts()}:
+        if watched.differentiated or not watched.casts <= {_NO_CASTS, _casts()}:
             watched.calls = _TRIES
         elif watched.calls > 1 and (watched.strides or not graph):
             plan = self._plan(args, watched, graph, key)
@@ -738,13 +779,13 @@ class Planned:
             n = 1 + max(watched.strides)
             strides = [watched.strides.get(i) for i in range(n)]
         try:
-            backward = _uncast if (False, False) in watched.casts else contextlib.nullcontext
+            backward = _uncast if _NO_CASTS in watched.casts else contextlib.nullcontext
             plan = _record_graph(
                 self.forward,
                 args,
                 strides,
                 self.records,
-                self.known.constants,
+                self.known,
                 backward,
                 functools.partial(self._learn, key),
             )
@@ -813,11 +854,14 @@ def _overlaps(t: Tensor) -> bool:
 class Known(NamedTuple):
     """What is known of a graph that may have a plan.
 
-    constants: its tensors that are no inputs. inner: the places of results from which it computes
-    other results. Hooks cannot tell who gives them a gradient.
+    constants: its tensors that are no inputs. buffers: the places of inputs that are buffers of
+    modules; statistics: of those among them that a norm may update. inner: the places of results
+    from which it computes other results. Hooks cannot tell who gives them a gradient.
     """
 
     constants: list[Tensor]
+    buffers: frozenset[int]
+    statistics: frozenset[int]
     inner: frozenset[int]
 
 
@@ -842,7 +886,10 @@ def known_of(gm: GraphModule) -> Known | None:
             if not all(isinstance(value(n), Tensor) for n in outputs):
                 return None
             inner = _inner(outputs)
-    return Known(found, inner)
+    inputs = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
+    buffers = frozenset(i for i, name in enumerate(inputs) if "_buffers_" in name)
+    statistics = frozenset(i for i in buffers if "_running_" in inputs[i])
+    return Known(found, buffers, statistics, inner)
 
 
 def _inner(outputs: list[Node]) -> frozenset[int]:

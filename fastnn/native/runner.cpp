@@ -578,8 +578,7 @@ struct Plan {
   std::vector<bool> differentiable;         // of the results
   std::vector<std::optional<Output>> outputs;
   bool keeps = false;                       // whether nodes keep all inputs for the long way
-  std::vector<int> mutated;                 // inputs that are written before tensors are saved
-  std::vector<int> written_last;            // inputs that are written after that
+  std::vector<int> written;                 // inputs whose versions count up after a call
   Ref slow;                                 // (drawn, gradients, saved, kept) -> gradients
   std::shared_ptr<Holder> holder;
 };
@@ -818,14 +817,11 @@ PyObject* attempt(const std::shared_ptr<const Plan>& plan, PyObject* const* args
           at::AutoGradMode mode(plan->after.whole);
           run(plan->after, slots, drawn, plan->device);
         }
-        for (int i : plan->mutated) slots[i].unsafeGetTensorImpl()->bump_version();
         attach(plan, slots, drawn);
-        for (int i : plan->written_last) slots[i].unsafeGetTensorImpl()->bump_version();
+        for (int i : plan->written) slots[i].unsafeGetTensorImpl()->bump_version();
       } else {
         run(plan->after, slots, drawn, plan->device);
-        for (auto* written : {&plan->mutated, &plan->written_last}) {
-          for (int i : *written) slots[i].unsafeGetTensorImpl()->bump_version();
-        }
+        for (int i : plan->written) slots[i].unsafeGetTensorImpl()->bump_version();
       }
     }
     const auto& results = plan->after.results;
@@ -1339,8 +1335,7 @@ PyObject* py_plan(PyObject*, PyObject* spec) {
       plan->metas.at(i).addressed = plan->after.addressed[i];
     }
     plan->keeps = field(spec, "keeps") == Py_True;
-    plan->mutated = integers<int>(field(spec, "mutated"));
-    plan->written_last = integers<int>(field(spec, "written_last"));
+    plan->written = integers<int>(field(spec, "written"));
     plan->count = (int)integer(field(spec, "count"));
     plan->order = slots_of(field(spec, "order"));
     plan->graph = field(spec, "graph") == Py_True;
@@ -1399,12 +1394,13 @@ PyObject* holder_set(PyObject* self, PyObject* args) {
       }
     }
     if (!device) throw NotOurs();
+    bool whole = program.whole;
     size_t next = 0;
     for (auto& meta : metas) {
       if (meta && next < program.addressed.size()) meta->addressed = program.addressed[next++];
     }
     auto made = std::unique_ptr<Backward>(
-        new Backward{std::move(program), State(device->type(), false), checks_of(item(args, 2)),
+        new Backward{std::move(program), State(device->type(), whole), checks_of(item(args, 2)),
                      std::move(metas), *device, (int)integer(item(args, 3))});
     auto& holder = ((HolderObject*)self)->holder;
     Backward* expected = nullptr;
