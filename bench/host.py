@@ -18,9 +18,8 @@ not on its load.
 
 Then whole models with tiny tensors take their turns: all of it declined, and with kernels for all
 that the gate would ever let through, as they are and compiled by `fastnn.compile` with the option
-`replay`. At last layers
-over many steps, with a kernel for each step, take turns with PyTorch's cells called in a loop; told
-is what one more step costs.
+`replay`. At last layers over many steps, with a kernel for each step, take turns with PyTorch's
+cells called in a loop; told is what one more step costs.
 
 The estimates of the size gate follow from these figures (`python -m bench.gates`), and so do the
 simulated steps (`python -m bench.steps`). The program writes DIR/host.json, and with
