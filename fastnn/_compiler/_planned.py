@@ -50,10 +50,9 @@ _MOST = 4  # plans kept per graph and mode of autograd
 _TRIES = 64  # calls that are watched in vain before a graph is left alone
 _CHANGES = 2  # times that a plan is made anew because other results get gradients
 _CHEAP = 2**20  # bytes of inputs that a node may keep only for the long way, or that are copied
-
-
 _NO_CASTS = (None, None)
 _OF_OFFSETS = aten.as_strided, aten.as_strided_, aten.as_strided_copy, aten.as_strided_scatter
+
 
 # ---- The log ------------------------------------------------------------------------------------
 
@@ -380,7 +379,7 @@ class GraphPlan(_record.Plan):
         raise RuntimeError(
             f"fastnn: {asked}. So its forward would have to run again, which it cannot: the graph "
             "writes into an input, draws random numbers with an operator of PyTorch, or an input "
-            "was too large to keep or has been changed. With the option replay=False this works."
+            "was too large to keep or has been changed. Without the option replay this works."
         )
 
     def go_back(self, ctx, grads: tuple, saved: tuple) -> tuple:
@@ -419,7 +418,7 @@ class GraphPlan(_record.Plan):
         if again.left():
             raise RuntimeError(
                 "fastnn: a compiled graph would draw other random numbers in its backward than in "
-                "its forward. With the option replay=False this works."
+                "its forward. Without the option replay this works."
             )
         pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None]
         found = torch.autograd.grad(
@@ -705,10 +704,9 @@ class _Watched:
         self.calls = 0
         self.changes = 0
         self.strides: dict[int, tuple] = {}  # of the gradients that results got
-        self.differentiated = (
-            False  # whether a backward was differentiated, or got sparse gradients
-        )
-        self.casts: set[tuple] = set()  # whether autocast was on in a backward
+        # Whether a backward was differentiated, or got gradients that are not dense.
+        self.differentiated = False
+        self.casts: set[tuple] = set()  # of autocast in backwards
 
     def hear(self, i: int, g: Tensor | None) -> None:
         if g is not None:
@@ -730,7 +728,7 @@ class Planned:
         _record.planned.add(self)
 
     def forget(self) -> None:
-        """Forget the plans, and what is known of calls. Keys: `_key`."""
+        """Forget the plans, and what is known of calls, by (grad mode, mode)."""
         self.ready: dict[tuple, list[Callable]] = {}
         self.watched: dict[tuple, _Watched] = {}
 
