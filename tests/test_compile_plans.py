@@ -844,7 +844,8 @@ def test_large_statistics_are_updated_once_per_call(runner):
     plain, x = copy.deepcopy(model), torch.randn(2, 270_000)
     compiled = replayed(model)
     for _ in range(4):
-        compiled(x).sum().backward()
+        with fastnn.backend("torch"):  # a kernel would take minutes in the interpreter
+            compiled(x).sum().backward()
         plain(x)
         torch.testing.assert_close(model.running_mean, plain.running_mean)
 
