@@ -292,6 +292,7 @@ def _needed(steps: list, wanted: set) -> tuple:
 
 @contextmanager
 def listening(log: CallLog) -> Iterator[None]:
+    """Inside the block, `log` is told about the operators and the launches of this thread."""
     listeners = kernels._launch.listeners
     before, listeners.log = listeners.log, log
     try:

@@ -512,8 +512,9 @@ def backward(plan: Any, program: Program, grads: tuple, saved: tuple) -> Callabl
 _CLEAR = "maybe_clear_saved_tensors"  # a method of nodes
 
 
-def _casts() -> bool:
-    return any(map(torch.is_autocast_enabled, ("cuda", "cpu")))
+def casts() -> tuple[torch.dtype | None, ...]:
+    """The dtypes of autocast on GPUs and on CPUs; None where it is off."""
+    return autocast("cuda"), autocast("cpu")
 
 
 def _below(program: Program, cells: _Cells, known: set[str], uncast: bool) -> list[str]:
@@ -562,7 +563,7 @@ def graph_call(plan: Any, program: Program, args: tuple[Tensor, ...], outs: tupl
         ]
     else:
         asked += [_aligned(aligned)] if aligned else []
-        lines = _below(program, cells, {*aligned}, _casts())
+        lines = _below(program, cells, {*aligned}, any(casts()))
         lines += _mutations(plan.written, cells)
         lines.append(f"return {_slots(program.results)}")
     lines = [f"if {' and '.join(asked)}:", *(f"    {line}" for line in lines)]
@@ -583,7 +584,7 @@ def _graph_forward(plan: Any, program: Program, names: list[str], aligned: list[
         lines += [f"if not ({_aligned(aligned)}):", f"    raise {cells(DoesNotFit)}"]
     # Some operators ask whether gradients may be wanted. The node's caller sets this back.
     lines.append(f"{cells(torch._C._set_grad_enabled)}(True)")
-    lines += _below(program, cells, {*aligned}, _casts())
+    lines += _below(program, cells, {*aligned}, any(casts()))
     if program.saved:
         lines.append(f"ctx.to_save = {_slots(program.saved)}")
     if plan.keeps:
@@ -630,7 +631,7 @@ def graph_backward(plan: Any, program: Program, grads: tuple, saved: tuple) -> C
         f"ctx.{_CLEAR}()",
     ]
     inside += ["drawn = ctx.drawn"] if program.draws else []
-    inside += _below(program, cells, {*aligned}, _casts())
+    inside += _below(program, cells, {*aligned}, any(casts()))
     lines += [
         f"if {' and '.join(asked)}:",
         *(f"    {line}" for line in inside),

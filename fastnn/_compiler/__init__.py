@@ -64,10 +64,9 @@ def compile(model: Callable, **options: Any) -> Callable:
     `options` are those of `torch.compile`: `fullgraph`, `dynamic`, `disable`, and `options`, of
     which there is one: with `options={"replay": True}` graphs of fixed sizes are recorded and then
     replayed with less of the host's time (docs/compile.md). It is new, and no GPU has run it.
-    Returns what `torch.compile` returns. Raises TypeError for `mode`
-    and for Inductor's options, when the first graph is compiled. With `fullgraph=True`, PyTorch
-    raises its own error for a model that it cannot capture. From Python 3.11 on, the error has a
-    note that says what to do.
+    Returns what `torch.compile` returns. Raises TypeError for `mode` and for Inductor's options,
+    when the first graph is compiled. With `fullgraph=True`, PyTorch raises its own error for a
+    model that it cannot capture. From Python 3.11 on, the error has a note that says what to do.
     """
     from fastnn._compiler._backend import backend
 

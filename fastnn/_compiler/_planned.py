@@ -366,7 +366,7 @@ class GraphPlan(_record.Plan):
                 drawn, tuple([g if g is None else g.to_dense() for g in grads]), saved, kept
             )
         # Without autocast the gradients are the more exact ones, if only these can be had.
-        if replayable and not sparse and (_casts() == self.casts or not kept):
+        if replayable and not sparse and (_runner.casts() == self.casts or not kept):
             return self._replayed(drawn, grads, saved)
         if kept:
             if not same and not sparse:
@@ -499,7 +499,7 @@ def _settings(records: list) -> Callable[[], Any] | None:
     return (lambda: tuple([ask() for ask in unique])) if unique else None
 
 
-class _generator:
+class _Generator:
     """The generator of a device is after the block as it was before, if `log` heard draws."""
 
     log: _GraphLog | None = None
@@ -507,7 +507,7 @@ class _generator:
     def __init__(self, device: torch.device):
         self.device = device
 
-    def __enter__(self) -> _generator:
+    def __enter__(self) -> _Generator:
         on_cpu = self.device.type == "cpu"
         self.state = torch.get_rng_state() if on_cpu else torch.cuda.get_rng_state(self.device)
         return self
@@ -548,13 +548,8 @@ def _around() -> Callable:
     return again
 
 
-def _casts() -> tuple[torch.dtype | None, ...]:
-    """The dtypes of autocast on GPUs and on CPUs; None where it is off."""
-    return _runner.autocast("cuda"), _runner.autocast("cpu")
-
-
 def _state() -> tuple:
-    return torch.is_grad_enabled(), *_casts()
+    return torch.is_grad_enabled(), *_runner.casts()
 
 
 def _record_graph(
@@ -566,7 +561,7 @@ def _record_graph(
     strides: of the gradients of the results; None for results that get none. None: autograd follows
     nothing. around: makes the context of the backward. learn: is told gradients of other results.
     """
-    with _generator(args[0].device) as drawn_by:
+    with _Generator(args[0].device) as drawn_by:
         inner, copied = _copies(args, known.statistics)
         log = drawn_by.log = _GraphLog(inner, copied)
         log.lasting(*known.constants)
@@ -591,7 +586,6 @@ def _record_graph(
         lasting = {log.homes[s] for s in log.constants}
         if len({*homes}) < len(homes) or not lasting.isdisjoint(homes):
             raise NotReplayable("a result, or an input, shares memory with another")
-        facts = [(o.requires_grad, o) for o in outs]
         grads: list[Tensor | None] = []
         if strides is not None:
             strides = strides + [None] * (len(outs) - len(strides))
@@ -626,7 +620,7 @@ def _record_graph(
     plan.record = _Record(settings)
     plan.forward, plan.learn, plan.places = forward, learn, tuple(range(len(args)))
     plan.around = _around()
-    plan.constant = tuple([i for i, (wants, _) in enumerate(facts) if not wants])
+    plan.constant = tuple([i for i, o in enumerate(outs) if not o.requires_grad])
     plan.many, plan.early, plan.materialize, plan.native = True, False, False, None
     plan.node, plan.saves, plan.keeps, plan.function = None, False, False, _CompiledGraph
     saved: tuple[int, ...] = ()
@@ -644,7 +638,7 @@ def _record_graph(
         cheap = sum(t.numel() * t.element_size() for t in others) <= _CHEAP
         plan.keeps = cheap and not writes and not log.takes_from_generators
         if not plan.keeps and any(
-            g is None for g, (wants, _) in zip(grads, facts, strict=True) if wants
+            g is None for g, o in zip(grads, outs, strict=True) if o.requires_grad
         ):
             raise NotReplayable("another result may get a gradient later")
         plan.saves = bool(saved)
@@ -669,7 +663,7 @@ def _record_graph(
             for s, t in zip(saved, _likes([log.metas[s] for s in saved], log.device), strict=True)
         ]
         with around():
-            plan.casts = _casts()
+            plan.casts = _runner.casts()
             back = _runner.graph_backward(plan, backward, tuple(grads), tuple(like))
         plan.node._backward_cls.apply = back
     return run
@@ -711,7 +705,7 @@ class _Watched:
     def hear(self, i: int, g: Tensor | None) -> None:
         if g is not None:
             self.differentiated |= torch.is_grad_enabled() or g.layout is not torch.strided
-            self.casts.add(_casts())
+            self.casts.add(_runner.casts())
             self.strides[i] = () if self.differentiated else g.stride()
 
 
@@ -756,7 +750,7 @@ class Planned:
         if watched.calls > _TRIES or not self._may(args):
             return self.forward(*args)
         graph = torch.is_grad_enabled() and any(t.requires_grad for t in args)
-        if watched.differentiated or not watched.casts <= {_NO_CASTS, _casts()}:
+        if watched.differentiated or not watched.casts <= {_NO_CASTS, _runner.casts()}:
             watched.calls = _TRIES
         elif watched.calls > 1 and (watched.strides or not graph):
             plan = self._plan(args, watched, graph, key)
